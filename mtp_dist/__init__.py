@@ -1,0 +1,1 @@
+"""Pretraining of language models that predict several future tokens at once."""

@@ -1,0 +1,385 @@
+"""The typed configuration of a run: one YAML file plus `section.key=value` overrides.
+
+Everything that can be checked without starting a process is checked here, so that a wrong
+configuration ends before any rank does work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class ConfigError(ValueError):
+    """A mistake of the user; its message is one sentence that names the key and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Title of the run in logs and reports."""
+    output_dir: str | None = None
+    """Folder of this run's metrics, TensorBoard files and checkpoints; `runs/<name>` when absent."""
+    seed: NonNegativeInt = 1234
+    """Seed of the initial weights and of the order of the samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes the GPU where there is one."""
+
+
+class ModelConfig(Section):
+    hidden_size: PositiveInt
+    """Width D of the trunk."""
+    trunk_layers: PositiveInt
+    """Transformer layers of the trunk. A parameter-matched comparison keeps `trunk_layers + heads.count` constant."""
+    num_attention_heads: PositiveInt
+    """Query heads of each attention layer."""
+    num_query_groups: PositiveInt | None = None
+    """Key-value heads (grouped-query attention); as many as `num_attention_heads` when absent."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when absent."""
+    vocab_size: PositiveInt | None = None
+    """Tokens of the vocabulary before padding; the tokenizer's when absent."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding's wavelengths."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding's weight as the unembedding too."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections into the residual stream get it over sqrt(2 * depth)."""
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class HeadsConfig(Section):
+    count: PositiveInt = 4
+    """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
+    kind: Literal["parallel"] = "parallel"
+    """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output."""
+    layers_per_head: PositiveInt = 1
+    """Transformer layers of each head."""
+    unembedding: Literal["shared"] = "shared"
+    """`shared`: one final norm and one unembedding serve all heads."""
+    loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
+    """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
+    loss_mode: Literal["naive"] = "naive"
+    """`naive`: the logits of all heads stay alive until the backward pass."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.loss_weights if self.loss_weights is not None else (1.0,) * self.count
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    """Tensor-parallel degree: ranks that share each layer's matrices and the vocabulary."""
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel degree: stages that share the layers; the heads sit on the last one."""
+    sequence: bool = False
+    """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
+    zero_stage: NonNegativeInt = 0
+    """0, or 1 to shard the optimizer state over the data-parallel ranks."""
+    schedule: Literal["1f1b"] = "1f1b"
+    """Pipeline schedule."""
+    partition: (
+        Literal["balanced", "uniform"] | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
+    ) = "balanced"
+    """Trunk layers of each stage: `balanced` counts the cost of the heads, `uniform` gives every stage the same
+    number, a list such as [4, 4, 3, 1] gives them one by one."""
+
+
+class SourceConfig(Section):
+    path: str
+    """A folder of Python files, a file of any kind, or `python-stdlib`: the standard library of this Python."""
+    split: Literal["all", "train", "validation"] = "all"
+    """Which files: about one in twenty, chosen by a hash of its relative path, belongs to `validation`."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
+
+
+class DataConfig(Section):
+    train: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
+    """Sources of the training samples."""
+    validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
+    """Sources of the validation samples; no validation when empty."""
+    tokenizer: Literal["bytes"] = "bytes"
+    """`bytes`: one token a byte and an end-of-document token."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    """Optimizer updates."""
+    global_batch_size: PositiveInt
+    """Samples of one step, over all data-parallel ranks and micro-batches."""
+    micro_batch_size: PositiveInt
+    """Samples of one forward and backward pass on one data-parallel rank."""
+    sequence_length: PositiveInt
+    """Tokens of a sample, S; `heads.count` more are read as labels."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16` keeps master weights, moments and accumulated gradients in fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes: nothing, each layer's MLP, or each layer whole."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    validate_every: PositiveInt | None = None
+    """Steps between two validations; one at the end in any case."""
+    validation_samples: PositiveInt = 128
+    """Samples of a validation, rounded up to whole micro-batches on every data-parallel rank."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the moments' averages."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warmup to `lr`."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warmup: a cosine down to `min_lr_ratio * lr` at the last step, or `lr` throughout."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    """Floor of the cosine, relative to `lr`."""
+
+
+class CheckpointConfig(Section):
+    directory: str | None = None
+    """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
+    every: PositiveInt | None = None
+    """Steps between two checkpoints; one at the end in any case."""
+
+
+class LogConfig(Section):
+    every: PositiveInt = 10
+    """Steps between two lines of `metrics.jsonl`, of TensorBoard and of the terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard files into `<run.output_dir>/tensorboard`."""
+    sample_prompt: str | None = None
+    """When given, rank 0 opens the last checkpoint unsharded and shows a continuation of this text at the end:
+    for models that fit one device."""
+    sample_tokens: PositiveInt = 200
+    """Tokens of that continuation."""
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    heads: HeadsConfig = HeadsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    deepspeed: dict[str, Any] = {}
+    """Keys added to the DeepSpeed configuration as they are; those that we derive cannot be set here."""
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.run.output_dir or f"runs/{self.run.name}")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return Path(self.checkpoint.directory) if self.checkpoint.directory else self.output_dir / "checkpoints"
+
+    def data_parallel_degree(self, world_size: int) -> int:
+        """world_size / (tensor * pipeline). Raises ConfigError where the ranks do not fit the layout."""
+        ranks = self.parallel.tensor * self.parallel.pipeline
+        if world_size % ranks:
+            raise ConfigError(
+                f"parallel.tensor * parallel.pipeline = {self.parallel.tensor} * {self.parallel.pipeline} = {ranks} "
+                f"does not divide the world size {world_size}: start a multiple of {ranks} processes or lower a degree"
+            )
+        return world_size // ranks
+
+    def micro_batches(self, world_size: int) -> int:
+        """Gradient accumulation steps. Raises ConfigError where the global batch does not divide."""
+        samples = self.train.micro_batch_size * self.data_parallel_degree(world_size)
+        if self.train.global_batch_size % samples:
+            raise ConfigError(
+                f"train.global_batch_size = {self.train.global_batch_size} is not divisible by "
+                f"train.micro_batch_size * data-parallel degree = {self.train.micro_batch_size} * "
+                f"{samples // self.train.micro_batch_size} = {samples}: change one of the two batch sizes"
+            )
+        return self.train.global_batch_size // samples
+
+
+DERIVED_DEEPSPEED_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+    "data_types zero_optimization pipeline optimizer scheduler".split()
+)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Yield one sentence for each pair of keys that cannot stand together."""
+    model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
+
+    def indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:
+        if value % divisor:
+            yield f"{key} = {value} is not divisible by {divisor_key} = {divisor}: change one of the two"
+
+    yield from indivisible(
+        "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
+    )
+    yield from indivisible(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
+    )
+    if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
+            "even number of channels in an attention head"
+        )
+    for key, value in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.query_groups),
+        ("model.ffn_hidden_size", model.ffn_size),
+    ):
+        yield from indivisible(key, value, "parallel.tensor", parallel.tensor)
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
+    if parallel.sequence:
+        yield from indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
+    if parallel.zero_stage > 1:
+        yield (
+            f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
+            "within a step, which the pipeline's micro-batch loop cannot do"
+        )
+    if parallel.pipeline > model.trunk_layers:
+        yield (
+            f"parallel.pipeline = {parallel.pipeline} stages are more than model.trunk_layers = {model.trunk_layers} "
+            f"layers: use at most {model.trunk_layers} stages"
+        )
+    if parallel.partition == "uniform":
+        yield from indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
+    elif parallel.partition != "balanced":
+        if len(parallel.partition) != parallel.pipeline or sum(parallel.partition) != model.trunk_layers:
+            yield (
+                f"parallel.partition = {list(parallel.partition)} must list parallel.pipeline = {parallel.pipeline} "
+                f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
+            )
+        if 0 in parallel.partition[:-1]:
+            yield (
+                f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
+                "stage, which has the heads, may have 0 trunk layers"
+            )
+    if len(heads.weights) != heads.count:
+        yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
+    if not any(heads.weights):
+        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    if config.optimizer.warmup_steps > train.steps:
+        yield f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above train.steps = {train.steps}: lower it"
+    if max(config.optimizer.betas) >= 1:
+        yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
+    for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
+        yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for section, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += [f"{section}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
+def _describe(error: Mapping[str, Any]) -> str:
+    """One sentence for one of pydantic's errors."""
+    union_members = {"constrained-str", "tuple", "literal"}
+    parts = [str(p) for p in error["loc"] if not any(str(p).startswith(member) for member in union_members)]
+    key = ".".join(parts)
+    if error["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    if error["type"] == "extra_forbidden":
+        known = list(Config.model_fields) if len(parts) == 1 else _all_keys()
+        last = {name.rsplit(".", 1)[-1]: name for name in known}
+        near = difflib.get_close_matches(key, known, 1, 0.6) or [
+            last[match] for match in difflib.get_close_matches(parts[-1], last, 1, 0.6)
+        ]
+        return f"{key} is not a known key" + (f": did you mean {near[0]}?" if near else "")
+    return f"{key} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def build_config(values: Any) -> Config:
+    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+    if not isinstance(values, dict):
+        raise ConfigError("the configuration is not a mapping of sections such as `model:` and `train:`")
+    try:
+        config = Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        sentences = dict.fromkeys(_describe(e) for e in error.errors())
+        raise ConfigError("\n".join(sentences)) from None
+    if wrong := list(_contradictions(config)):
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `train.steps=100` (the value is YAML too).
+
+    Raises ConfigError naming the key, its value and what is allowed.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    values = _read_yaml(text, str(path))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts) or len(parts) < 2:
+            raise ConfigError(f"the override '{override}' is not of the form section.key=value")
+        section = values
+        for part in parts[:-1]:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise ConfigError(f"the override '{override}' does not name a key: {'.'.join(parts[:-1])} has no keys")
+        section[parts[-1]] = _read_yaml(value, f"the value of the override '{override}'")
+    return build_config(values)

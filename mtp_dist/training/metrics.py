@@ -1,0 +1,33 @@
+"""What one training step and one validation report."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HeadMetrics:
+    """Per-head results over the valid targets of a global batch or a validation set, head 1 first."""
+
+    losses: tuple[float, ...]
+    """Mean cross-entropy of each head, in nats; 0 for a head without a valid target."""
+    accuracies: tuple[float, ...]
+    """Share of the targets that are the head's most probable token."""
+    total: float
+    """sum_k w_k * L_k, in nats."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer update. The same values on every rank."""
+
+    step: int
+    """Updates made so far, this one included."""
+    heads: HeadMetrics
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    learning_rate: float
+    tokens: int
+    """Trained positions of the step: global batch size * sequence length."""
+    seconds: float
+    """Wall time of the step."""
+    peak_memory: int
+    """Largest memory of one rank so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""
