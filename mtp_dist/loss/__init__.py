@@ -1,0 +1,1 @@
+"""From the heads' logits to the training loss."""

@@ -1,0 +1,1 @@
+"""What the network is: layer specs, trunk, heads and targets."""

@@ -1,0 +1,137 @@
+"""The transformer layer that trunk and heads are made of, assembled from Megatron-core's parts."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mtp_dist.config import Config
+
+# Without dropout a recomputation draws no random numbers, so no generator state needs saving.
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) of `[..., D]`, replicated over the tensor-parallel ranks.
+
+    Under sequence parallelism every rank sees its own part of the sequence, so the weight's gradient is a sum over
+    the tensor-parallel group. Passing the weight through the copy-to-region mapping makes that sum part of the
+    backward graph: it happens exactly once however often or wherever the backward pass runs, which a tensor hook
+    does not guarantee.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        self.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sequence_parallel else self.weight
+        return F.rms_norm(hidden, weight.shape, weight, self.eps)
+
+
+class CausalAttention(nn.Module):
+    """Core attention by PyTorch's `scaled_dot_product_attention`, on this rank's attention heads."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.grouped = config.num_query_groups != config.num_attention_heads
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """query `[S, B, heads, head_dim]`, key and value `[S, B, groups, head_dim]` -> `[S, B, heads * head_dim]`."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+LAYER_SUBMODULES = TransformerLayerSubmodules(
+    input_layernorm=RMSNorm,
+    self_attention=ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
+        ),
+    ),
+    self_attn_bda=get_bias_dropout_add,
+    pre_mlp_layernorm=RMSNorm,
+    mlp=ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    ),
+    mlp_bda=get_bias_dropout_add,
+)
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron-core's description of one layer of ours: RMSNorm, RoPE, SwiGLU, grouped queries, no biases."""
+    model = config.model
+    return TransformerConfig(
+        num_layers=model.trunk_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_size,
+        layernorm_epsilon=model.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=config.parallel.tensor,
+        sequence_parallel=config.parallel.sequence,
+        use_cpu_initialization=True,
+        # Weights come from model/initialization.py, independent of the layout.
+        perform_initialization=False,
+    )
+
+
+class DecoderLayer(TransformerLayer):  # type: ignore[misc]
+    """One pre-norm causal transformer layer: hidden `[S, B, D]` (`[S/TP, B, D]` under sequence parallelism) -> same.
+
+    Recomputes nothing, its MLP or all of itself in the backward pass (`train.activation_checkpointing`).
+    """
+
+    def __init__(self, config: Config, layer_number: int) -> None:
+        super().__init__(transformer_config(config), LAYER_SUBMODULES, layer_number=layer_number)
+        self.rotary = RotaryEmbedding(
+            config.model.head_dim,
+            rotary_percent=1.0,
+            rotary_base=config.model.rope_theta,
+            use_cpu_initialization=True,
+        )
+        self.sequence_length = config.train.sequence_length
+        self.activation_checkpointing = config.train.activation_checkpointing
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+            return recompute(self._layer, hidden)
+        return self._layer(hidden)
+
+    def _layer(self, hidden: Tensor) -> Tensor:
+        output, _ = super().forward(hidden, rotary_pos_emb=self.rotary.get_emb(self.sequence_length))
+        return output
+
+    def _forward_mlp(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.activation_checkpointing == "selective" and torch.is_grad_enabled():
+            return recompute(super()._forward_mlp, hidden, *args, **kwargs)
+        return super()._forward_mlp(hidden, *args, **kwargs)

@@ -1,0 +1,116 @@
+"""The weights by their global names: which there are, how they start and how they are cut over ranks.
+
+A global name such as `trunk.3.mlp.linear_fc1.weight` is the same at every layout, and so is the whole tensor behind
+it; tensor parallelism only decides which part of it a rank holds.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+
+from mtp_dist.config import Config
+
+VOCABULARY_WEIGHTS = ("embedding.weight", "unembedding.weight")
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """`vocab_size` rounded up so that every rank holds the same number of rows, a multiple of 64 for fast matmuls."""
+    multiple = 64 * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every whole weight by global name, in the order of the forward pass.
+
+    `linear_qkv` has Megatron's order of rows: for each query group its queries, then its key, then its value.
+    `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor.
+    """
+    model = config.model
+    width, ffn = model.hidden_size, model.ffn_size
+    layer = {
+        "input_layernorm.weight": (width,),
+        "self_attention.linear_qkv.weight": (width + 2 * model.query_groups * model.head_dim, width),
+        "self_attention.linear_proj.weight": (width, width),
+        "pre_mlp_layernorm.weight": (width,),
+        "mlp.linear_fc1.weight": (2 * ffn, width),
+        "mlp.linear_fc2.weight": (width, ffn),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
+    for index in range(model.trunk_layers):
+        shapes |= {f"trunk.{index}.{name}": shape for name, shape in layer.items()}
+    for distance in range(1, config.heads.count + 1):
+        for depth in range(config.heads.layers_per_head):
+            shapes |= {f"heads.{distance}.{depth}.{name}": shape for name, shape in layer.items()}
+    shapes["final_norm.weight"] = (width,)
+    if not model.tie_embeddings:
+        shapes["unembedding.weight"] = (vocab_size, width)
+    return shapes
+
+
+def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
+    """The whole initial weight of that global name, fp32 on the CPU: a function of the seed and the name only.
+
+    Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth), depth
+    being the layers between a token and its logits (as in GPT-2).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(*shape)
+    std = config.model.init_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * (config.model.trunk_layers + config.heads.layers_per_head))
+    digest = hashlib.sha256(f"{config.run.seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(*shape).normal_(0.0, std, generator=generator)
+
+
+def tag_shards(module: nn.Module) -> None:
+    """Mark every weight that tensor parallelism cuts, with Megatron's attributes.
+
+    The engine reads `tensor_model_parallel` to count each weight once in the gradient norm; `partition_dim` and
+    `partition_stride` say how the weight is cut (stride 2: SwiGLU's two halves are cut one by one).
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            if child.weight is None:  # the tied unembedding holds no weight of its own
+                continue
+            child.weight.tensor_model_parallel = True
+            child.weight.partition_dim = int(isinstance(child, RowParallelLinear))
+            child.weight.partition_stride = 2 if name.endswith("linear_fc1") else 1
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The local weights below `module` by global name. Each layer's `global_prefix` says where it stands."""
+    for layer in module.modules():
+        prefix = getattr(layer, "global_prefix", None)
+        if prefix is not None:
+            for name, weight in layer.named_parameters():
+                yield f"{prefix}.{name}".removeprefix(".").replace("embedding.lookup.", "embedding."), weight
+
+
+def cut(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
+    """The part of the `whole` tensor that tensor-parallel rank `rank` of `ranks` holds in `weight`.
+
+    Rows of a vocabulary beyond the real one are 0.
+    """
+    if not getattr(weight, "tensor_model_parallel", False):
+        return whole
+    dim, stride = weight.partition_dim, weight.partition_stride
+    missing = weight.shape[dim] * ranks - whole.shape[dim]
+    if missing:
+        whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
+    blocks = whole.chunk(stride, dim)
+    return torch.cat([block.chunk(ranks, dim)[rank] for block in blocks], dim)
+
+
+def join(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
+    """The whole tensor of that shape from the parts of all tensor-parallel ranks, in rank order: undoes `cut`."""
+    if not getattr(weight, "tensor_model_parallel", False):
+        return parts[0]
+    dim, stride = weight.partition_dim, weight.partition_stride
+    blocks = zip(*(part.chunk(stride, dim) for part in parts), strict=True)
+    whole = torch.cat([part for block in blocks for part in block], dim)
+    return whole.narrow(dim, 0, shape[dim])

@@ -1,0 +1,51 @@
+"""Which device computes; the only place that knows about machines without a GPU."""
+
+import os
+
+import torch
+
+from mtp_dist.config import Config, ConfigError
+
+
+def select_device(config: Config) -> torch.device:
+    """The device of this rank, made current. To be called once, before anything imports DeepSpeed.
+
+    Raises ConfigError where `run.device` asks for a GPU that is not there.
+    """
+    available = torch.cuda.is_available()
+    if config.run.device == "cuda" and not available:
+        raise ConfigError(
+            "run.device = 'cuda', but PyTorch sees no GPU on this machine: use 'cpu' or 'auto', or install a CUDA "
+            "build of PyTorch"
+        )
+    if config.run.device == "cpu" or not available:
+        _use_cpu()
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: start as many "
+            "processes a machine as it has GPUs, or set run.device = 'cpu'"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _use_cpu() -> None:
+    # DeepSpeed picks its accelerator at import; Megatron-core allocates on `torch.cuda.current_device()`, which
+    # raises without CUDA and may as well be a torch.device.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory of this process so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,91 @@
+"""One training step and one evaluation of the whole model, at any layout."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mtp_dist.config import Config
+from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.parallel.deepspeed_config import deepspeed_config
+from mtp_dist.parallel.gradients import clip_by_global_norm
+from mtp_dist.parallel.pipeline import MultiTokenPipeline
+from mtp_dist.parallel.topology import Topology, data_group
+
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens `[B, S]` and targets `[n, B, S]`, int64, IGNORE_INDEX where a target does not count."""
+
+BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class TrainingEngine:
+    """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop."""
+
+    def __init__(self, config: Config, vocab_size: int, topology: Topology, build_optimizer: BuildOptimizer) -> None:
+        self.config = config
+        self.topology = topology
+        self.micro_batches = config.micro_batches(topology.tensor * topology.pipeline * topology.data)
+        self.stage = MultiTokenPipeline(config, vocab_size, topology)
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.pipeline, *_ = deepspeed.initialize(
+            model=self.stage,
+            model_parameters=list(self.stage.parameters()),
+            optimizer=build_optimizer,
+            config=deepspeed_config(config, self.micro_batches),
+        )
+        self.pipeline.set_batch_fn(self._load)
+        self.pipeline.clip_fp32_gradients = self._clip
+        self.weights = torch.tensor(config.heads.weights, dtype=torch.float64, device=topology.device)
+
+    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float) -> tuple[Tensor, float]:
+        """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data.
+
+        Returns the per-head sums of the whole global batch (see `_global_sums`) and the gradient's global norm before
+        clipping, the same on every rank.
+        """
+        for group in self.pipeline.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._begin(batch, self.micro_batches)
+        self.pipeline.train_batch(iter(batch))
+        return self._global_sums(), float(self.pipeline.get_global_grad_norm())
+
+    def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
+        """Per-head sums (see `_global_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
+        self._begin(batch, micro_batches)
+        self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
+        return self._global_sums()
+
+    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int) -> None:
+        """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
+
+        DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
+        """
+        if not self.topology.is_last_stage:
+            return
+        valid = sum((targets != IGNORE_INDEX).sum((1, 2)) for _, targets in batch)
+        counts = torch.as_tensor(valid, dtype=torch.float64, device=self.topology.device)
+        dist.all_reduce(counts, group=data_group())
+        averaged_over = micro_batches * self.topology.data
+        self.stage.heads.begin((self.weights * averaged_over / counts.clamp(min=1)).float())
+
+    def _load(self, batch: MicroBatch) -> tuple[Tensor, tuple[()]]:
+        """Called by DeepSpeed for each micro-batch on the first and the last stage."""
+        tokens, targets = batch
+        if self.topology.is_last_stage:
+            self.stage.heads.expect_targets(targets.to(self.topology.device))
+        return tokens, ()
+
+    def _global_sums(self) -> Tensor:
+        """`[3, n]`, fp64: each head's cross-entropies, correct predictions and valid targets of the global batch."""
+        sums = torch.zeros(3, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
+        if self.topology.is_last_stage and self.topology.tensor_rank == 0:
+            heads = self.stage.heads.sums
+            sums = torch.stack([heads.losses, heads.correct, heads.targets])
+        dist.all_reduce(sums)
+        return sums.cpu()
+
+    def _clip(self) -> None:
+        self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)

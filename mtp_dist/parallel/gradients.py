@@ -1,0 +1,55 @@
+"""The global gradient norm, clipping, and a look at the whole gradient between its reduction and the update."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor, nn
+
+
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:
+    """Scale the gradients in place to the engine's `gradient_clipping`; return their global norm before.
+
+    For fp32 without ZeRO, where DeepSpeed 0.19.8 counts replicated weights on the first stage only and tied weights
+    twice. Here every weight counts once: replicated ones on tensor-parallel rank 0, tied ones on their first stage.
+    """
+    gradients = []
+    squared = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for weight in parameters:
+        if weight.grad is None:
+            continue
+        gradients.append(weight.grad)
+        replica = engine.grid.get_slice_parallel_rank() > 0 and not getattr(weight, "tensor_model_parallel", False)
+        if not replica and not weight.ds_pipe_replicated:
+            squared += weight.grad.double().pow(2).sum()
+    dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
+    norm = squared.sqrt()
+    scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
+    return norm
+
+
+@contextmanager
+def before_update(engine: PipelineEngine, look: Callable[[], None]) -> Iterator[None]:
+    """Within this context, call `look` in every step after the gradients are reduced and before they are used."""
+    take_step = engine._take_model_step
+
+    def look_and_take_step(*args: object, **kwargs: object) -> None:
+        look()
+        take_step(*args, **kwargs)
+
+    engine._take_model_step = look_and_take_step
+    try:
+        yield
+    finally:
+        engine._take_model_step = take_step
+
+
+def reduced_gradient(weight: nn.Parameter) -> Tensor:
+    """This rank's gradient of the global batch in fp32, whole over the data-parallel ranks, whatever the optimizer."""
+    gradient: Tensor = safe_get_full_grad(weight)
+    return gradient

@@ -1,0 +1,37 @@
+"""Which trunk layers each pipeline stage holds. The embedding is on the first stage, all heads on the last."""
+
+from mtp_dist.config import Config
+
+
+def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
+    """Number of trunk layers of each stage, first stage first.
+
+    `balanced` makes the slowest stage as fast as possible: one trunk layer costs 1, the last stage also pays for the
+    layers of the heads and for one unembedding per head, whose cost relative to a layer is that of their matmuls.
+    """
+    stages, layers = config.parallel.pipeline, config.model.trunk_layers
+    if config.parallel.partition == "uniform":
+        return (layers // stages,) * stages
+    if config.parallel.partition != "balanced":
+        return config.parallel.partition
+    if stages == 1:
+        return (layers,)
+
+    def slowest(last_layers: int) -> float:
+        others = -(-(layers - last_layers) // (stages - 1))
+        return max(others, last_layers + _heads_cost(config, vocab_size))
+
+    # Every stage but the last needs a layer of its own; of equal choices the fullest last stage leaves the others
+    # the fewest layers, and with them the least memory for activations in flight.
+    last = min(range(layers - stages + 2), key=lambda n: (slowest(n), -n))
+    share, rest = divmod(layers - last, stages - 1)
+    # The first stages keep the most micro-batches in flight, so the odd layers go to the later ones.
+    return (*(share + (stage >= stages - 1 - rest) for stage in range(stages - 1)), last)
+
+
+def _heads_cost(config: Config, vocab_size: int) -> float:
+    """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
+    model = config.model
+    attention = model.hidden_size * 2 * (model.hidden_size + model.query_groups * model.head_dim)
+    layer = attention + 3 * model.hidden_size * model.ffn_size
+    return config.heads.count * (config.heads.layers_per_head + vocab_size * model.hidden_size / layer)

@@ -1,0 +1,94 @@
+"""The three axes of parallelism and this rank's place on them.
+
+Ranks count tensor fastest, then data, then pipeline: the ranks of one tensor-parallel group are neighbours on a node,
+and the stages, which talk least, lie furthest apart. Megatron-core's groups and DeepSpeed's topology both use it.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from mtp_dist.config import Config
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Degrees of the axes and this rank's index on each."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
+    def rank(self) -> int:
+        return self.tensor_rank + self.tensor * (self.data_rank + self.data * self.pipeline_rank)
+
+
+def world_size() -> int:
+    """Processes of this job, as the launcher says; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def initialize_topology(config: Config, device: torch.device) -> Topology:
+    """Open the process group (unless it is open) and the groups of every axis."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)
+    if not dist.is_initialized():
+        if os.environ["WORLD_SIZE"] == "1":
+            # One process needs no rendezvous address, so any number of such runs can share a machine.
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(_backend(device), timeout=timedelta(minutes=30))
+    # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    data = config.data_parallel_degree(dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False
+    )
+    topology = Topology(
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        data=data,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        device=device,
+    )
+    assert topology.rank == dist.get_rank()
+    return topology
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def tensor_group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_group() -> dist.ProcessGroup:
+    return parallel_state.get_data_parallel_group()
+
+
+def close_topology() -> None:
+    """Close every process group."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,45 @@
+"""Whole weights and gradients from the parts that the ranks hold."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from mtp_dist.model.weights import join, named_weights
+from mtp_dist.parallel.topology import Topology, tensor_group
+
+
+def master_weight(weight: nn.Parameter) -> Tensor:
+    """The fp32 values behind a weight of this rank: the optimizer's copy in bf16, the weight itself in fp32.
+
+    A collective over the data-parallel group.
+    """
+    master: Tensor | None = safe_get_full_fp32_param(weight)
+    return weight.detach() if master is None else master
+
+
+@torch.no_grad()
+def whole_tensors(
+    stage: nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    topology: Topology,
+    local: Callable[[nn.Parameter], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield this stage's tensors one by one by global name, on the CPU, on every rank of the stage.
+
+    local gives this rank's part for one of its weights: its value, its gradient or a moment. A tied weight comes from
+    its first stage only.
+    """
+    group = tensor_group()
+    for name, weight in named_weights(stage):
+        part = local(weight).contiguous()
+        if getattr(weight, "ds_pipe_replicated", False):
+            continue
+        if topology.tensor > 1 and getattr(weight, "tensor_model_parallel", False):
+            parts = [torch.empty_like(part) for _ in range(topology.tensor)]
+            dist.all_gather(parts, part, group=group)
+        else:
+            parts = [part]
+        yield name, join(parts, weight, shapes[name]).cpu()

@@ -1,0 +1,1 @@
+"""Arithmetic about a run that needs neither torch nor a process: sizes, FLOPs, peaks."""

@@ -1,0 +1,181 @@
+"""What the loop reports to while it trains, and how a step becomes the scalars of every log.
+
+`MetricsLogger` turns metrics into named scalars once and hands the same mapping to each sink, so that
+`metrics.jsonl`, TensorBoard and the terminal cannot disagree.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+
+Scalars = Mapping[str, float]
+
+
+class Callback:
+    """Hooks of the training loop; a subclass overrides those it needs."""
+
+    def on_start(self) -> None:
+        """Before the first step."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """After each optimizer update."""
+
+    def on_validation(self, step: int, heads: HeadMetrics) -> None:
+        """After each validation; `step` updates were made before it."""
+
+    def on_end(self) -> None:
+        """After the last step, and when the loop ends by an exception."""
+
+
+class Sink:
+    """A place for scalars; a subclass overrides what it can show."""
+
+    def advance(self, step: int) -> None:
+        """Called after each step, before `write` where the step is logged."""
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Keep the scalars of one logged step or of one validation."""
+
+    def note(self, text: str) -> None:
+        """Tell the reader of the log something that is no number."""
+
+    def close(self) -> None:
+        """Called once, after the last write."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns tokens and nats into the units of the logs."""
+
+    flops_per_token: int
+    """Model FLOPs of one trained position, forward and backward."""
+    peak_flops: float | None
+    """FLOP/s of all devices of the run together at best; None where unknown."""
+    bytes_per_token: float
+    """Mean length of a validation token, in bytes of text."""
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    """A loss in units that do not depend on the tokenizer."""
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def _head_scalars(heads: HeadMetrics) -> dict[str, float]:
+    scalars = {f"loss/head_{k}": loss for k, loss in enumerate(heads.losses, 1)}
+    scalars["loss/total"] = heads.total
+    return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}
+
+
+def step_scalars(metrics: StepMetrics, tokens_per_second: float, rates: Rates) -> dict[str, float]:
+    """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
+    flops_per_second = tokens_per_second * rates.flops_per_token
+    return _head_scalars(metrics.heads) | {
+        "train/grad_norm": metrics.grad_norm,
+        "train/learning_rate": metrics.learning_rate,
+        "throughput/tokens_per_second": tokens_per_second,
+        "throughput/model_flops_per_second": flops_per_second,
+        "throughput/mfu": flops_per_second / rates.peak_flops if rates.peak_flops else 0.0,
+        "memory/peak_bytes": float(metrics.peak_memory),
+    }
+
+
+def validation_scalars(heads: HeadMetrics, rates: Rates) -> dict[str, float]:
+    """The scalars of a validation: losses in nats per token, and in bits per byte of text."""
+    scalars = {f"validation/{name}": value for name, value in _head_scalars(heads).items()}
+    for k, loss in enumerate(heads.losses, 1):
+        scalars[f"validation/bits_per_byte/head_{k}"] = bits_per_byte(loss, rates.bytes_per_token)
+    return scalars
+
+
+class MetricsLogger(Callback):
+    """Writes every `log_every`-th step, the first, the last and each validation to all sinks. For rank 0 only.
+
+    Tokens per second are those of all steps since the last logged one, over the seconds of these steps:
+    validation and checkpoints in between do not count.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], rates: Rates, *, total_steps: int, log_every: int) -> None:
+        self._sinks = sinks
+        self._rates = rates
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._first = True
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def on_start(self) -> None:
+        if self._rates.peak_flops is None:
+            for sink in self._sinks:
+                sink.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._tokens += metrics.tokens
+        self._seconds += metrics.seconds
+        for sink in self._sinks:
+            sink.advance(metrics.step)
+        if self._first or metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
+            self._write(metrics.step, step_scalars(metrics, self._tokens / self._seconds, self._rates))
+            self._first, self._tokens, self._seconds = False, 0, 0.0
+
+    def on_validation(self, step: int, heads: HeadMetrics) -> None:
+        self._write(step, validation_scalars(heads, self._rates))
+
+    def on_end(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def _write(self, step: int, scalars: Scalars) -> None:
+        for sink in self._sinks:
+            sink.write(step, scalars)
+
+
+def json_number(value: float) -> float | None:
+    """JSON has no NaN and no infinity: a diverged value becomes null, so that any program can read the rest."""
+    return value if math.isfinite(value) else None
+
+
+class MetricsFile(Sink):
+    """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision.
+
+    A resumed run appends; where it repeats a step, the later line is the one that counts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        record = {"step": step} | {name: json_number(value) for name, value in scalars.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()  # a run that is killed keeps every line
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter(Sink):
+    """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
+
+    def __init__(self, directory: Path) -> None:
+        # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(directory)
+        kinds = ("loss", "accuracy", "validation/loss", "validation/bits_per_byte", "validation/accuracy")
+        charts = {f"{kind} of all heads": ["Multiline", [rf"^{kind}/head_\d+$"]] for kind in kinds}
+        self._writer.add_custom_scalars({"Prediction heads": charts})
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # so that the curves are live
+
+    def note(self, text: str) -> None:
+        self._writer.add_text("note", text)
+
+    def close(self) -> None:
+        self._writer.close()

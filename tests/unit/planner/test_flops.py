@@ -1,0 +1,87 @@
+"""Counts against shapes that are written out here one by one, and peaks by the names that drivers report."""
+
+import math
+from typing import Any
+
+import pytest
+
+from mtp_dist.config import Config, build_config
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
+
+
+def make_config(heads: dict[str, Any], sequence_length: int, **model: Any) -> Config:
+    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": sequence_length}
+    return build_config({"model": model, "heads": heads, "data": {"train": [{"path": "x"}]}, "train": train})
+
+
+def small_config(**changes: Any) -> Config:
+    """D = 48, 6 attention heads of 8 channels in 2 groups, F = 80; 3 trunk layers, 2 heads of 2 layers, S = 10."""
+    model = {
+        "hidden_size": 48,
+        "trunk_layers": 3,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 80,
+    }
+    return make_config({"count": 2, "layers_per_head": 2}, 10, **(model | changes))
+
+
+# query, key, value, projection, gate, up, down
+LAYER_MATRICES = [(48, 48), (48, 16), (48, 16), (48, 48), (48, 80), (48, 80), (80, 48)]
+LAYER_NORMS = [(48,), (48,)]
+
+
+def size(*shapes: tuple[int, ...]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def test_counts_equal_the_shapes() -> None:
+    counts = parameter_counts(small_config(), vocab_size=101)
+    assert counts.trunk == 3 * size(*LAYER_MATRICES, *LAYER_NORMS)
+    assert counts.heads == 2 * 2 * size(*LAYER_MATRICES, *LAYER_NORMS) + 48
+    assert counts.embeddings == size((101, 48), (101, 48))
+    assert counts.total == counts.trunk + counts.heads + counts.embeddings
+
+
+def test_tied_embeddings_count_once_but_still_multiply() -> None:
+    tied = small_config(tie_embeddings=True)
+    assert parameter_counts(tied, 101).embeddings == 101 * 48
+    assert model_flops_per_token(tied, 101) == model_flops_per_token(small_config(), 101)
+
+
+def test_a_7b_model() -> None:
+    config = make_config(
+        {"count": 4}, 4096, hidden_size=4096, trunk_layers=28, num_attention_heads=32, ffn_hidden_size=11008
+    )
+    assert parameter_counts(config, 32000).total == 6_738_415_616  # Llama 7B, which has the same 32 layers
+
+
+def test_flops_of_every_matrix_product() -> None:
+    """A product [1, a] @ [a, b] costs 2ab forward and twice that backward."""
+    layers, query_channels, keys = 3 + 2 * 2, 48, 10
+    scores, values = 2 * query_channels * keys, 2 * keys * query_channels
+    forward = layers * (2 * size(*LAYER_MATRICES) + scores + values) + 2 * (2 * 48 * 101)
+    assert model_flops_per_token(small_config(), 101) == 3 * forward
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name, "bf16") == peak
+    assert peak_flops(name, "fp32") is None

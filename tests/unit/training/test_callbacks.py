@@ -1,0 +1,180 @@
+"""The files that a run leaves behind, read back by the programs that users open them with."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from mtp_dist.training.callbacks import (
+    MetricsFile,
+    MetricsLogger,
+    Rates,
+    Sink,
+    TensorBoardWriter,
+    bits_per_byte,
+    step_scalars,
+)
+from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+
+RATES = Rates(flops_per_token=1_000, peak_flops=1e6, bytes_per_token=2.0)
+HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
+
+STEP_NAMES = {
+    "loss/head_1",
+    "loss/head_2",
+    "loss/total",
+    "accuracy/head_1",
+    "accuracy/head_2",
+    "train/grad_norm",
+    "train/learning_rate",
+    "throughput/tokens_per_second",
+    "throughput/model_flops_per_second",
+    "throughput/mfu",
+    "memory/peak_bytes",
+}
+VALIDATION_NAMES = {
+    "validation/loss/head_1",
+    "validation/loss/head_2",
+    "validation/loss/total",
+    "validation/accuracy/head_1",
+    "validation/accuracy/head_2",
+    "validation/bits_per_byte/head_1",
+    "validation/bits_per_byte/head_2",
+}
+
+
+def make_step(step: int, tokens: int = 100, seconds: float = 0.5, heads: HeadMetrics = HEADS) -> StepMetrics:
+    return StepMetrics(step, heads, 0.7, 3e-4, tokens, seconds, 123_456_789)
+
+
+class Recorder(Sink):
+    def __init__(self) -> None:
+        self.records: list[tuple[int, dict[str, float]]] = []
+        self.advanced: list[int] = []
+        self.notes: list[str] = []
+        self.closed = False
+
+    def advance(self, step: int) -> None:
+        self.advanced.append(step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.records.append((step, dict(scalars)))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_logs_the_first_the_last_and_every_third_step() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], RATES, total_steps=13, log_every=3)
+    for step in range(5, 14):  # resumed after step 4
+        logger.on_step(make_step(step))
+    logger.on_end()
+    assert [step for step, _ in sink.records] == [5, 6, 9, 12, 13]
+    assert sink.advanced == list(range(5, 14))
+    assert sink.closed
+
+
+def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], RATES, total_steps=8, log_every=4)
+    for step, (tokens, seconds) in enumerate([(10, 9.0), (100, 1.0), (200, 4.0), (300, 5.0), (80, 1.0)], 1):
+        logger.on_step(make_step(step, tokens, seconds))
+    logger.on_validation(5, HEADS)
+    for step in (6, 7, 8):
+        logger.on_step(make_step(step, 40, 1.0))
+    training = {step: scalars for step, scalars in sink.records if "loss/total" in scalars}
+    assert training[1]["throughput/tokens_per_second"] == 10 / 9
+    assert training[4]["throughput/tokens_per_second"] == 600 / 10
+    assert training[4]["throughput/model_flops_per_second"] == 60_000
+    assert training[4]["throughput/mfu"] == 0.06
+    assert training[8]["throughput/tokens_per_second"] == 200 / 4
+
+
+def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], Rates(1_000, None, 2.0), total_steps=2, log_every=1)
+    logger.on_start()
+    for step in (1, 2):
+        logger.on_step(make_step(step))
+    assert [scalars["throughput/mfu"] for _, scalars in sink.records] == [0, 0]
+    assert len(sink.notes) == 1 and "throughput/mfu" in sink.notes[0]
+
+    known = Recorder()
+    MetricsLogger([known], RATES, total_steps=2, log_every=1).on_start()
+    assert known.notes == []
+
+
+def test_bits_per_byte() -> None:
+    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0, rel=1e-15)
+    assert bits_per_byte(math.log(2) * 6, 4.0) == pytest.approx(1.5, rel=1e-15)
+
+
+def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
+    path, directory = tmp_path / "new" / "metrics.jsonl", tmp_path / "new" / "tensorboard"
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory)], RATES, total_steps=4, log_every=2)
+    logger.on_start()
+    for step in range(1, 5):
+        heads = HeadMetrics((1 / step, 2 / step), (step / 7, step / 9), 3 / step)
+        logger.on_step(make_step(step, seconds=0.3 * step, heads=heads))
+    logger.on_validation(4, HEADS)
+    logger.on_end()
+
+    *training, validation = read_lines(path)
+    assert [set(line) - {"step"} for line in training] == [STEP_NAMES] * 3
+    assert set(validation) - {"step"} == VALIDATION_NAMES
+    assert [line["loss/head_1"] for line in training] == [1, 1 / 2, 1 / 4]  # full precision
+    assert validation["validation/loss/head_2"] == math.log(2)
+    assert validation["validation/bits_per_byte/head_2"] == 0.5
+
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == STEP_NAMES | VALIDATION_NAMES
+    for name in sorted(STEP_NAMES | VALIDATION_NAMES):
+        lines = [(line["step"], np.float32(line[name])) for line in [*training, validation] if name in line]
+        assert [(event.step, np.float32(event.value)) for event in events.Scalars(name)] == lines, name
+
+
+def test_the_heads_share_one_chart(tmp_path: Path) -> None:
+    TensorBoardWriter(tmp_path).close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    encoded = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    charts = layout_pb2.Layout.FromString(encoded).category[0].chart
+    patterns = {chart.title: list(chart.multiline.tag) for chart in charts}
+    assert patterns["loss of all heads"] == [r"^loss/head_\d+$"]
+    assert patterns["validation/loss of all heads"] == [r"^validation/loss/head_\d+$"]
+    assert patterns["validation/bits_per_byte of all heads"] == [r"^validation/bits_per_byte/head_\d+$"]
+
+
+def test_each_line_is_there_at_once_and_a_restart_appends(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    killed = MetricsFile(path)  # never closed
+    killed.write(1, step_scalars(make_step(1), 200.0, RATES))
+    assert [line["step"] for line in read_lines(path)] == [1]
+    resumed = MetricsFile(path)
+    resumed.write(2, step_scalars(make_step(2), 200.0, RATES))
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    killed.close()
+    resumed.close()
+
+
+def test_a_diverged_run_leaves_valid_json(tmp_path: Path) -> None:
+    sink = MetricsFile(tmp_path / "metrics.jsonl")
+    sink.write(1, {"loss/head_1": math.nan, "train/grad_norm": math.inf, "loss/total": 2.0})
+    sink.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert json.loads(text) == {"step": 1, "loss/head_1": None, "train/grad_norm": None, "loss/total": 2.0}
