@@ -22,7 +22,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunConfig(Section):
@@ -115,7 +117,7 @@ class SourceConfig(Section):
     split: Literal["all", "train", "validation"] = "all"
     """Which files: about one in twenty, chosen by a hash of its relative path, belongs to `validation`."""
     weight: PositiveFloat = 1.0
-    """Share of the samples drawn from this source, relative to the other sources' weights."""
+    """Share of the training samples drawn from this source, relative to the other weights; validation ignores it."""
 
 
 class DataConfig(Section):
@@ -145,7 +147,7 @@ class TrainConfig(Section):
     validate_every: PositiveInt | None = None
     """Steps between two validations; one at the end in any case."""
     validation_samples: PositiveInt = 128
-    """Samples of a validation, rounded up to whole micro-batches on every data-parallel rank."""
+    """Samples of a validation, spaced evenly over the validation sources; all there are where they have fewer."""
 
 
 class OptimizerConfig(Section):
@@ -291,8 +293,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
     if not any(heads.weights):
         yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
-    if config.optimizer.warmup_steps > train.steps:
-        yield f"optimizer.warmup_steps = {config.optimizer.warmup_steps} is above train.steps = {train.steps}: lower it"
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):

@@ -1,0 +1,1 @@
+"""Saving and opening what a run has learned, independent of the layout."""

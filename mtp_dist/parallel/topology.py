@@ -92,3 +92,10 @@ def close_topology() -> None:
     """Close every process group."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def largest_over_ranks(value: float, topology: Topology) -> float:
+    """The largest of all ranks' values, on every rank."""
+    largest = torch.tensor(value, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()

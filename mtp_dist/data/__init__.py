@@ -1,0 +1,1 @@
+"""Corpora, tokenizers, and the deterministic order of the samples."""

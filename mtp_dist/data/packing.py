@@ -1,0 +1,58 @@
+"""Documents as one stream of tokens, and the stream as samples of fixed length.
+
+Shapes: S is `train.sequence_length`, n the number of prediction heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.tokenizer import ByteTokenizer
+
+
+def pack(documents: Iterable[bytes], tokenizer: ByteTokenizer) -> NDArray[np.uint16]:
+    """The tokens of all documents in their order, an end-of-document token after each."""
+    end = np.array([tokenizer.end_of_document], dtype=np.uint16)
+    parts = [part for document in documents for part in (tokenizer.encode(document), end)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
+
+
+def unigram_entropy(tokens: NDArray[np.uint16], vocab_size: int) -> float:
+    """Entropy of the tokens' frequencies in nats: the loss of the best model that ignores the context."""
+    counts = np.bincount(tokens, minlength=vocab_size)
+    probabilities = counts[counts > 0] / len(tokens)
+    return float(-(probabilities * np.log(probabilities)).sum())
+
+
+class PackedCorpus:
+    """Samples of S + n tokens that advance by S, so that head k = 1..n has the labels `sample[k : k + S]`.
+
+    Over all samples the labels of head k are the tokens k .. k + len(self) * S - 1, each of them once. Fewer than S
+    tokens at the end of the stream are left out.
+    """
+
+    def __init__(self, tokens: NDArray[np.uint16], sequence_length: int, label_tokens: int) -> None:
+        """`label_tokens` is n. Raises ConfigError where the tokens do not fill one sample."""
+        needed = sequence_length + label_tokens
+        if len(tokens) < needed:
+            raise ConfigError(
+                f"{len(tokens)} tokens are fewer than one sample needs, train.sequence_length + heads.count = "
+                f"{sequence_length} + {label_tokens} = {needed}: add text or lower train.sequence_length"
+            )
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.label_tokens = label_tokens
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.label_tokens) // self.sequence_length
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Sample number `index`, [S + n]."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start = index * self.sequence_length
+        return self.tokens[start : start + self.sequence_length + self.label_tokens].astype(np.int64)

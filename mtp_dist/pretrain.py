@@ -1,0 +1,111 @@
+"""Pretraining: parse, build, fit. `launchers/pretrain.py` only calls `main`."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mtp_dist.config import Config, ConfigError, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says. A mistake of the user ends with one message on rank 0 and exit status 2."""
+    parser = argparse.ArgumentParser(description="Pretrain a multi-token prediction model.")
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher")
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        check_before_start(config)
+        pretrain(config)
+    except ConfigError as error:
+        stop(error)
+
+
+def stop(error: ConfigError) -> NoReturn:
+    """End this process with status 2; rank 0 says why."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def check_before_start(config: Config) -> None:
+    """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
+    from mtp_dist.data.sources import check_sources
+    from mtp_dist.parallel.device import select_device
+
+    config.micro_batches(int(os.environ.get("WORLD_SIZE", 1)))
+    check_sources(config)
+    vocabulary_size(config)
+    select_device(config)
+
+
+def vocabulary_size(config: Config) -> int:
+    """`model.vocab_size`, or the tokenizer's where absent. Raises ConfigError where the tokenizer has more."""
+    from mtp_dist.data.tokenizer import build_tokenizer
+
+    needed = build_tokenizer(config.data.tokenizer).vocab_size
+    if config.model.vocab_size is not None and config.model.vocab_size < needed:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is below the {needed} tokens of data.tokenizer = "
+            f"'{config.data.tokenizer}': raise it or leave it out"
+        )
+    return config.model.vocab_size or needed
+
+
+def pretrain(config: Config) -> None:
+    """Train, validate, save and show the result."""
+    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.parallel.device import select_device
+
+    datasets = load_datasets(config)
+    vocab_size = vocabulary_size(config)
+    device = select_device(config)
+    quieten_packages()
+
+    # DeepSpeed and Megatron-core look at the device when they are imported.
+    from mtp_dist.checkpoint.weights import checkpoint_path, save_weights
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import close_topology, initialize_topology
+    from mtp_dist.training.loop import fit
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.reporting import RunReporter
+
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    reporter = RunReporter(config, vocab_size, datasets.validation, device) if topology.rank == 0 else None
+
+    def save(step: int) -> None:
+        save_weights(config, vocab_size, engine.stage, topology, step)
+
+    fit(config, engine, datasets, [reporter] if reporter else [], save)
+    close_topology()
+    if reporter:
+        checkpoint = checkpoint_path(config, config.train.steps)
+        reporter.show_result(checkpoint, sample=_sample(config, checkpoint))
+
+
+def quieten_packages() -> None:
+    """Drop what DeepSpeed and Megatron-core say at each import on each rank; warnings of a run stay."""
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+
+
+def _sample(config: Config, checkpoint: Path) -> str | None:
+    """The prompt and a continuation of it by the model as it was saved."""
+    from mtp_dist.checkpoint.weights import load_weights
+    from mtp_dist.data.tokenizer import build_tokenizer
+    from mtp_dist.inference.sampling import sample_continuation
+    from mtp_dist.model.reference import ReferenceModel
+
+    if config.log.sample_prompt is None:
+        return None
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    prompt = tokenizer.encode(config.log.sample_prompt).tolist()
+    model = ReferenceModel(*load_weights(checkpoint))
+    tokens = sample_continuation(model, prompt, config.log.sample_tokens, temperature=0.7, seed=config.run.seed)
+    return tokenizer.decode(prompt + tokens)

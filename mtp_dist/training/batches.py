@@ -1,0 +1,59 @@
+"""Which samples each data-parallel rank reads, as micro-batches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config
+from mtp_dist.data.blending import BlendedSamples
+from mtp_dist.data.loading import ValidationSamples
+from mtp_dist.model.targets import IGNORE_INDEX, head_targets
+from mtp_dist.parallel.engine import MicroBatch
+from mtp_dist.parallel.topology import Topology
+
+
+def micro_batches_of(samples: Tensor, heads: int, micro_batch_size: int) -> list[MicroBatch]:
+    """Samples `[B, S + n]`, B a multiple of the micro-batch size -> micro-batches in order."""
+    tokens, targets = samples[:, :-heads], head_targets(samples, heads)
+    return list(zip(tokens.split(micro_batch_size), targets.split(micro_batch_size, dim=1), strict=True))
+
+
+class Batches:
+    """The micro-batches of this rank. Stages that are neither first nor last read nothing."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config = config
+        self.topology = topology
+        self.reads = topology.is_first_stage or topology.is_last_stage
+
+    def training(self, samples: BlendedSamples, step: int) -> list[MicroBatch]:
+        """Of update number `step`, counted from 1; data-parallel rank r takes the r-th slice of the global batch."""
+        if not self.reads:
+            return []
+        share = self.config.train.global_batch_size // self.topology.data
+        first = (step - 1) * self.config.train.global_batch_size + self.topology.data_rank * share
+        return self._micro_batches([samples[index] for index in range(first, first + share)])
+
+    def validation(self, samples: ValidationSamples) -> tuple[list[MicroBatch], int]:
+        """Of a validation, and their number, the same on every rank.
+
+        Each sample counts once at every layout: what fills up the last micro-batches has no valid target.
+        """
+        share = self.config.train.micro_batch_size * self.topology.data
+        micro_batches = -(-len(samples) // share)
+        if not self.reads:
+            return [], micro_batches
+        first = self.topology.data_rank * micro_batches * self.config.train.micro_batch_size
+        indices = range(first, first + micro_batches * self.config.train.micro_batch_size)
+        batch = self._micro_batches([samples[index % len(samples)] for index in indices])
+        repeated = torch.tensor([index >= len(samples) for index in indices]).split(self.config.train.micro_batch_size)
+        return [
+            (tokens, targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
+            for (tokens, targets), fill in zip(batch, repeated, strict=True)
+        ], micro_batches
+
+    def _micro_batches(self, samples: Sequence[np.ndarray]) -> list[MicroBatch]:
+        stacked = torch.from_numpy(np.stack(samples))
+        return micro_batches_of(stacked, self.config.heads.count, self.config.train.micro_batch_size)

@@ -1,0 +1,96 @@
+"""What rank 0 shows and writes of a run, from its first step to the table at its end."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from mtp_dist.config import Config
+from mtp_dist.data.loading import ValidationSet
+from mtp_dist.parallel.adam import adamw_class
+from mtp_dist.parallel.device import device_name
+from mtp_dist.parallel.partition import trunk_layers_per_stage
+from mtp_dist.parallel.topology import world_size
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
+from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
+from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+from mtp_dist.training.progress import ProgressBar
+from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
+
+
+class RunReporter(Callback):
+    """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the result. For rank 0 only."""
+
+    def __init__(
+        self, config: Config, vocab_size: int, validation: ValidationSet | None, device: torch.device
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.validation = validation
+        self.device = device
+        self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
+        self.last_validation: HeadMetrics | None = None
+        self.tokens = 0
+        self.seconds = 0.0
+        self.logger = self._build_logger()
+
+    def _build_logger(self) -> MetricsLogger:
+        config = self.config
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl")]
+        if self.tensorboard_dir:
+            sinks.append(TensorBoardWriter(self.tensorboard_dir))
+        peak = peak_flops(device_name(self.device), config.train.precision)
+        rates = Rates(
+            flops_per_token=model_flops_per_token(config, self.vocab_size),
+            peak_flops=peak and peak * world_size(),
+            bytes_per_token=self.validation.bytes_per_token if self.validation else 1.0,
+        )
+        return MetricsLogger(sinks, rates, total_steps=config.train.steps, log_every=config.log.every)
+
+    def on_start(self) -> None:
+        config, parallel = self.config, self.config.parallel
+        counts = parameter_counts(config, self.vocab_size)
+        data = config.data_parallel_degree(world_size())
+        stages = trunk_layers_per_stage(config, self.vocab_size)
+        print(
+            f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
+            f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
+            f"{config.train.precision} on {device_name(self.device)}, {adamw_class(self.device)[0]}\n"
+            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}, trunk layers of each stage "
+            f"{list(stages)} + heads on the last, {config.micro_batches(world_size())} micro-batches a step"
+        )
+        sys.stdout.flush()
+        self.logger.on_start()
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.tokens += metrics.tokens
+        self.seconds += metrics.seconds
+        self.logger.on_step(metrics)
+
+    def on_validation(self, step: int, heads: HeadMetrics) -> None:
+        self.last_validation = heads
+        self.logger.on_validation(step, heads)
+
+    def on_end(self) -> None:
+        self.logger.on_end()
+
+    def show_result(self, checkpoint: Path, sample: str | None) -> None:
+        """Write `summary.json` and show the table at the end of a run."""
+        result = None
+        if self.validation and self.last_validation:
+            result = ValidationResult(
+                self.last_validation, self.validation.unigram_entropy, self.validation.bytes_per_token
+            )
+        summary = RunSummary(
+            name=self.config.run.name,
+            steps=self.config.train.steps,
+            tokens_per_second=self.tokens / self.seconds,
+            output_dir=self.config.output_dir,
+            validation=result,
+            sample=sample,
+            tensorboard_dir=self.tensorboard_dir,
+            checkpoint=checkpoint,
+        )
+        write_summary(summary)
+        print_summary(summary)

@@ -1,0 +1,62 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.packing import PackedCorpus, pack, unigram_entropy
+from mtp_dist.data.tokenizer import ByteTokenizer
+
+lengths = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 200))
+
+
+@given(st.lists(st.binary(), max_size=10))
+def test_every_document_is_followed_by_an_end_token(documents: list[bytes]) -> None:
+    tokens = pack(documents, ByteTokenizer())
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [token for document in documents for token in [*document, 256]]
+
+
+@given(lengths)
+def test_over_all_samples_each_head_predicts_each_token_once(drawn: tuple[int, int, int]) -> None:
+    sequence_length, heads, extra = drawn
+    tokens = np.arange(sequence_length + heads + extra, dtype=np.uint16)
+    corpus = PackedCorpus(tokens, sequence_length, heads)
+    samples = [corpus[i] for i in range(len(corpus))]
+    covered = len(corpus) * sequence_length
+    assert all(sample.shape == (sequence_length + heads,) and sample.dtype == np.int64 for sample in samples)
+    for k in range(heads + 1):  # k = 0: the inputs
+        labels = np.concatenate([sample[k : k + sequence_length] for sample in samples])
+        assert labels.tolist() == list(range(k, k + covered))
+    assert 0 <= len(tokens) - heads - covered < sequence_length
+
+
+@given(lengths)
+def test_there_is_no_sample_beyond_the_last(drawn: tuple[int, int, int]) -> None:
+    sequence_length, heads, extra = drawn
+    corpus = PackedCorpus(np.zeros(sequence_length + heads + extra, dtype=np.uint16), sequence_length, heads)
+    for index in (-1, len(corpus)):
+        with pytest.raises(IndexError):
+            corpus[index]
+
+
+def test_a_sample_is_a_copy() -> None:
+    corpus = PackedCorpus(np.arange(6, dtype=np.uint16), 4, 2)
+    corpus[0][:] = 0
+    assert corpus[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_too_few_tokens_tell_how_many_are_needed() -> None:
+    with pytest.raises(ConfigError, match=r"11 tokens are fewer than .* 8 \+ 4 = 12: add text or lower"):
+        PackedCorpus(np.zeros(11, dtype=np.uint16), 8, 4)
+    assert len(PackedCorpus(np.zeros(12, dtype=np.uint16), 8, 4)) == 1
+
+
+def test_unigram_entropy_is_in_nats() -> None:
+    assert unigram_entropy(np.arange(256, dtype=np.uint16), 257) == pytest.approx(math.log(256))
+    assert unigram_entropy(np.array([3, 3, 3, 5], dtype=np.uint16), 257) == pytest.approx(
+        0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    )
+    assert unigram_entropy(np.full(9, 7, dtype=np.uint16), 257) == 0
