@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+
+SECONDS_FOR_RANK_0 = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,16 +33,20 @@ def stop(error: ConfigError) -> NoReturn:
     """End this process with status 2; rank 0 says why."""
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+    else:
+        # Launchers kill the other ranks as soon as one has ended: rank 0 must get to say why.
+        time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(2)
 
 
-def check_before_start(config: Config) -> None:
+def check_before_start(config: Config, needs_data: bool = True) -> None:
     """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
     from mtp_dist.data.sources import check_sources
     from mtp_dist.parallel.device import select_device
 
     config.micro_batches(int(os.environ.get("WORLD_SIZE", 1)))
-    check_sources(config)
+    if needs_data:
+        check_sources(config)
     vocabulary_size(config)
     select_device(config)
 
@@ -92,7 +99,13 @@ def pretrain(config: Config) -> None:
 def quieten_packages() -> None:
     """Drop what DeepSpeed and Megatron-core say at each import on each rank; warnings of a run stay."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    for known in (
+        "Transformer Engine and Apex are not installed",
+        "full scope is deprecated",
+        "`torch.distributed.all_gather_into_tensor` is deprecated",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=known)
 
 
 def _sample(config: Config, checkpoint: Path) -> str | None:

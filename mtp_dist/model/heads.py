@@ -43,14 +43,15 @@ class PredictionHeads(nn.Module):
         count, depth = config.heads.count, config.heads.layers_per_head
         layer_numbers = range(config.model.trunk_layers + 1, config.model.trunk_layers + depth + 1)
         self.heads = nn.ModuleDict(
-            {str(k): nn.ModuleList(DecoderLayer(config, number) for number in layer_numbers) for k in range(1, count + 1)}
+            {
+                str(k): nn.Sequential(*(DecoderLayer(config, number) for number in layer_numbers))
+                for k in range(1, count + 1)
+            }
         )
         self.final_norm = RMSNorm(transformer_config(config), config.model.hidden_size, config.model.norm_eps)
         self.unembedding = Unembedding(config, vocab_size, padded_vocab_size)
 
     def head_logits(self, distance: int, trunk_output: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """This rank's logits `[S, B, V/TP]` of the head of that prediction distance (1..n), from z `[S, B, D]`."""
-        hidden = trunk_output
-        for layer in self.heads[str(distance)]:
-            hidden = layer(hidden)
+        hidden = self.heads[str(distance)](trunk_output)
         return self.unembedding(self.final_norm(hidden), tied_weight)

@@ -69,9 +69,7 @@ LAYER_SUBMODULES = TransformerLayerSubmodules(
     ),
     self_attn_bda=get_bias_dropout_add,
     pre_mlp_layernorm=RMSNorm,
-    mlp=ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    ),
+    mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
     mlp_bda=get_bias_dropout_add,
 )
 

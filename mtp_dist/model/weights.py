@@ -91,14 +91,24 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{prefix}.{name}".removeprefix(".").replace("embedding.lookup.", "embedding."), weight
 
 
+def is_cut(weight: nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of this weight; they hold the same values where not."""
+    return getattr(weight, "tensor_model_parallel", False)
+
+
+def _partition(weight: nn.Parameter) -> tuple[int, int]:
+    """Dimension and stride in which a weight is cut."""
+    return weight.partition_dim, weight.partition_stride  # type: ignore[attr-defined]
+
+
 def cut(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
     """The part of the `whole` tensor that tensor-parallel rank `rank` of `ranks` holds in `weight`.
 
     Rows of a vocabulary beyond the real one are 0.
     """
-    if not getattr(weight, "tensor_model_parallel", False):
+    if not is_cut(weight):
         return whole
-    dim, stride = weight.partition_dim, weight.partition_stride
+    dim, stride = _partition(weight)
     missing = weight.shape[dim] * ranks - whole.shape[dim]
     if missing:
         whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
@@ -108,9 +118,9 @@ def cut(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
 
 def join(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
     """The whole tensor of that shape from the parts of all tensor-parallel ranks, in rank order: undoes `cut`."""
-    if not getattr(weight, "tensor_model_parallel", False):
+    if not is_cut(weight):
         return parts[0]
-    dim, stride = weight.partition_dim, weight.partition_stride
+    dim, stride = _partition(weight)
     blocks = zip(*(part.chunk(stride, dim) for part in parts), strict=True)
     whole = torch.cat([part for block in blocks for part in block], dim)
     return whole.narrow(dim, 0, shape[dim])

@@ -12,6 +12,9 @@ def select_device(config: Config) -> torch.device:
 
     Raises ConfigError where `run.device` asks for a GPU that is not there.
     """
+    if config.parallel.sequence:
+        # One hardware queue keeps the order in which collectives and matmuls are issued, so that they overlap.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
         raise ConfigError(

@@ -12,7 +12,7 @@ from mtp_dist.config import Config
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from mtp_dist.parallel.gradients import clip_by_global_norm
-from mtp_dist.parallel.pipeline import MultiTokenPipeline
+from mtp_dist.parallel.pipeline import MultiTokenPipeline, quiet
 from mtp_dist.parallel.topology import Topology, data_group
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -30,12 +30,13 @@ class TrainingEngine:
         self.micro_batches = config.micro_batches(topology.tensor * topology.pipeline * topology.data)
         self.stage = MultiTokenPipeline(config, vocab_size, topology)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.pipeline, *_ = deepspeed.initialize(
-            model=self.stage,
-            model_parameters=list(self.stage.parameters()),
-            optimizer=build_optimizer,
-            config=deepspeed_config(config, self.micro_batches),
-        )
+        with quiet():
+            self.pipeline, *_ = deepspeed.initialize(
+                model=self.stage,
+                model_parameters=list(self.stage.parameters()),
+                optimizer=build_optimizer,
+                config=deepspeed_config(config, self.micro_batches),
+            )
         self.pipeline.set_batch_fn(self._load)
         self.pipeline.clip_fp32_gradients = self._clip
         self.weights = torch.tensor(config.heads.weights, dtype=torch.float64, device=topology.device)

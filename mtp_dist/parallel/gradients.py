@@ -9,6 +9,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from mtp_dist.model.weights import is_cut
+
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:
     """Scale the gradients in place to the engine's `gradient_clipping`; return their global norm before.
@@ -22,8 +24,8 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngi
         if weight.grad is None:
             continue
         gradients.append(weight.grad)
-        replica = engine.grid.get_slice_parallel_rank() > 0 and not getattr(weight, "tensor_model_parallel", False)
-        if not replica and not weight.ds_pipe_replicated:
+        replica = engine.grid.get_slice_parallel_rank() > 0 and not is_cut(weight)
+        if not replica and not getattr(weight, "ds_pipe_replicated", False):
             squared += weight.grad.double().pow(2).sum()
     dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
     norm = squared.sqrt()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -24,6 +25,13 @@ from mtp_dist.model.weights import (
 )
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what DeepSpeed prints while it builds: its topology, partition and memory."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 class HeadsWithLoss(PredictionHeads):
@@ -72,8 +80,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
         self.bounds = _stage_bounds(config, vocab_size)
         axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
-        # DeepSpeed prints its topology and partition while building.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet():
             super().__init__(_layer_specs(config, vocab_size), topology=axes)
         tag_shards(self)
         self._initialize(config, vocab_size, topology)

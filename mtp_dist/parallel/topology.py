@@ -53,7 +53,7 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     if not dist.is_initialized():
         if os.environ["WORLD_SIZE"] == "1":
             # One process needs no rendezvous address, so any number of such runs can share a machine.
-            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(_backend(device), timeout=timedelta(minutes=30))
     # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
@@ -91,7 +91,7 @@ def data_group() -> dist.ProcessGroup:
 def close_topology() -> None:
     """Close every process group."""
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    deepspeed.comm.destroy_process_group()
 
 
 def largest_over_ranks(value: float, topology: Topology) -> float:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from mtp_dist.model.weights import join, named_weights
+from mtp_dist.model.weights import is_cut, join, named_weights
 from mtp_dist.parallel.topology import Topology, tensor_group
 
 
@@ -37,7 +37,7 @@ def whole_tensors(
         part = local(weight).contiguous()
         if getattr(weight, "ds_pipe_replicated", False):
             continue
-        if topology.tensor > 1 and getattr(weight, "tensor_model_parallel", False):
+        if topology.tensor > 1 and is_cut(weight):
             parts = [torch.empty_like(part) for _ in range(topology.tensor)]
             dist.all_gather(parts, part, group=group)
         else:

@@ -21,9 +21,7 @@ from mtp_dist.training.summary import RunSummary, ValidationResult, print_summar
 class RunReporter(Callback):
     """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the result. For rank 0 only."""
 
-    def __init__(
-        self, config: Config, vocab_size: int, validation: ValidationSet | None, device: torch.device
-    ) -> None:
+    def __init__(self, config: Config, vocab_size: int, validation: ValidationSet | None, device: torch.device) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.validation = validation

@@ -1,0 +1,190 @@
+"""Does this machine, at this layout, compute what one plain PyTorch process computes?"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_dist.config import Config
+from mtp_dist.model.reference import ReferenceModel, reference_losses
+from mtp_dist.model.targets import IGNORE_INDEX, head_targets
+from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.parallel.engine import MicroBatch, TrainingEngine
+from mtp_dist.parallel.gradients import before_update, reduced_gradient
+from mtp_dist.parallel.topology import Topology
+from mtp_dist.parallel.weights import master_weight, whole_tensors
+from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.training.optimizer import build_optimizer, parameter_groups
+
+PARAMETER_LIMIT = 20_000_000
+"""A larger model is checked at reduced widths: the reference runs whole, in fp64, on every rank."""
+
+TOLERANCES = {
+    "fp32": {"losses": 1e-5, "gradient norm": 1e-5, "gradients": 1e-4, "updated weights": 1e-4},
+    "bf16": {"losses": 1e-2, "gradient norm": 2e-2, "gradients": 1e-1, "updated weights": 1e-1},
+}
+"""Largest relative error by precision; bf16 has 8 bits of mantissa."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The worst relative error of one quantity over all ranks, and where it is."""
+
+    quantity: str
+    precision: str
+    error: float
+    tolerance: float
+    where: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def reduced(config: Config, vocab_size: int) -> tuple[Config, int]:
+    """The configuration and vocabulary to check: the same layout and kinds, at small widths where the model is large.
+
+    Attention heads, query groups, prediction heads, precision and every degree stay; so do the trunk layers of an
+    explicit partition. A batch has two micro-batches a stage at most.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    vocab_size = min(vocab_size, 1000)
+    length = min(train.sequence_length, 64 * parallel.tensor)
+    if parameter_counts(config, vocab_size).total > PARAMETER_LIMIT:
+        explicit = not isinstance(parallel.partition, str)
+        head_dim = min(model.head_dim, 16)
+        model = model.model_copy(
+            update={
+                "hidden_size": head_dim * model.num_attention_heads,
+                "ffn_hidden_size": min(model.ffn_size, 64 * parallel.tensor),
+                "trunk_layers": model.trunk_layers if explicit else min(model.trunk_layers, 2 * parallel.pipeline),
+            }
+        )
+    train = train.model_copy(update={"sequence_length": length, "micro_batch_size": min(train.micro_batch_size, 2)})
+    return config.model_copy(update={"model": model, "train": train}), vocab_size
+
+
+def with_small_batch(config: Config, data_parallel: int) -> Config:
+    """The configuration with two micro-batches for each pipeline stage."""
+    samples = config.train.micro_batch_size * 2 * config.parallel.pipeline * data_parallel
+    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": samples})})
+
+
+def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Tokens `[B, S]` and targets `[n, B, S]` of a global batch; the share of masked targets grows from 0 to 0.9 over
+    its samples, so micro-batches and data-parallel ranks have unequal numbers of valid targets."""
+    generator = torch.Generator().manual_seed(config.run.seed)
+    heads, samples = config.heads.count, config.train.global_batch_size
+    shape = (samples, config.train.sequence_length + heads)
+    tokens = torch.randint(0, vocab_size, shape, generator=generator)
+    targets = head_targets(tokens, heads)
+    masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, samples)[:, None]
+    return tokens[:, :-heads], targets.masked_fill(masked, IGNORE_INDEX)
+
+
+def local_micro_batches(config: Config, topology: Topology, tokens: Tensor, targets: Tensor) -> list[MicroBatch]:
+    """This data-parallel rank's slice of a global batch, as micro-batches."""
+    size = config.train.micro_batch_size
+    tokens, targets = (
+        tokens.chunk(topology.data)[topology.data_rank],
+        targets.chunk(topology.data, 1)[topology.data_rank],
+    )
+    return list(zip(tokens.split(size), targets.split(size, 1), strict=True))
+
+
+class ReferenceTraining:
+    """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
+
+    def __init__(self, config: Config, vocab_size: int, device: torch.device) -> None:
+        self.config = config
+        self.model = ReferenceModel(config, vocab_size).double().to(device)
+        self.device = device
+        groups = parameter_groups(config, self.model.parameters())
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+    def step(self, tokens: Tensor, targets: Tensor, learning_rate: float) -> tuple[Tensor, float, dict[str, Tensor]]:
+        """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name."""
+        self.optimizer.zero_grad()
+        losses = reference_losses(self.model, tokens.to(self.device), targets.to(self.device))
+        (losses * losses.new_tensor(self.config.heads.weights)).sum().backward()
+        gradients = {
+            name: weight.grad.clone() for name, weight in self.model.named_weights().items() if weight.grad is not None
+        }
+        norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
+        if self.config.train.grad_clip:
+            scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
+            for weight in self.model.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return losses.detach(), norm, gradients
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth| in the 2-norm; absolute where the truth is 0, infinite where value is not finite."""
+    truth = truth.double().cpu()
+    error = float((value.double().cpu() - truth).norm() / (truth.norm() or 1.0))
+    return error if math.isfinite(error) else math.inf
+
+
+def worst(errors: Mapping[str, float]) -> tuple[float, str]:
+    """The largest error and its name over all ranks."""
+    local = max(((error, name) for name, error in errors.items()), default=(0.0, ""))
+    everywhere: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
+    dist.all_gather_object(everywhere, local)
+    return max(everywhere)
+
+
+def compare_with_reference(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
+    """One step of the sharded model beside one of the reference, on the same random batch."""
+    tokens, targets = random_batch(config, vocab_size)
+    reference = ReferenceTraining(config, vocab_size, topology.device)
+    losses, norm, truth = reference.step(tokens, targets, config.optimizer.lr)
+
+    engine = TrainingEngine(
+        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
+    )
+    shapes = parameter_shapes(config, vocab_size)
+    gradients: dict[str, Tensor] = {}
+    with before_update(
+        engine.pipeline,
+        lambda: gradients.update(whole_tensors(engine.stage, shapes, topology, lambda w: reduced_gradient(w).clone())),
+    ):
+        sums, sharded_norm = engine.train_step(
+            local_micro_batches(config, topology, tokens, targets), config.optimizer.lr
+        )
+    updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))
+    expected = reference.model.named_weights()
+    sharded_losses = sums[0] / sums[2].clamp(min=1)
+    errors = {
+        "losses": {f"head {k}": relative_error(sharded_losses[k - 1], loss) for k, loss in enumerate(losses, 1)},
+        "gradient norm": {"all parameters": abs(sharded_norm - norm) / norm},
+        "gradients": {name: relative_error(value, truth[name]) for name, value in gradients.items()},
+        "updated weights": {name: relative_error(value, expected[name].detach()) for name, value in updated.items()},
+    }
+    precision = config.train.precision
+    return [
+        Comparison(quantity, precision, *_with_tolerance(worst(of_names), TOLERANCES[precision][quantity]))
+        for quantity, of_names in errors.items()
+    ]
+
+
+def _with_tolerance(found: tuple[float, str], tolerance: float) -> tuple[float, float, str]:
+    return found[0], tolerance, found[1]
+
+
+def selfcheck(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
+    """Every comparison at the configuration's layout: in fp32, where agreement must be close, then in its precision."""
+    config, vocab_size = reduced(config, vocab_size)
+    config = with_small_batch(config, topology.data)
+    comparisons = []
+    for precision in dict.fromkeys(["fp32", config.train.precision]):
+        train = config.train.model_copy(update={"precision": precision})
+        comparisons += compare_with_reference(config.model_copy(update={"train": train}), vocab_size, topology)
+    return comparisons

@@ -1,0 +1,43 @@
+"""What all tests share."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.ranks import Ranks
+
+# The machines that run the tests are busy ones: time limits of single examples would only report that.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--curve-steps", type=int, default=2, help="steps of each run of the whole parity matrix")
+    parser.addoption("--parity-json", type=Path, help="write the errors of the parity tests into this file")
+
+
+@pytest.fixture(scope="session")
+def curve_steps(request: pytest.FixtureRequest) -> int:
+    steps: int = request.config.getoption("--curve-steps")
+    return steps
+
+
+@pytest.fixture(scope="session")
+def parity_records(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    """One record a run of the parity matrix."""
+    records: list[dict[str, Any]] = []
+    yield records
+    if path := request.config.getoption("--parity-json"):
+        path.write_text(json.dumps(records, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four ranks that all tests of a session share."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()

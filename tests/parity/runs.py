@@ -1,0 +1,122 @@
+"""The same short training, by the sharded model on the ranks of a test and by the plain reference."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config, build_config
+
+VOCAB_SIZE = 131
+"""Odd on purpose: every tensor-parallel degree needs padding."""
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """A model with everything that can go wrong in it, small enough for dozens of runs."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {
+            "hidden_size": 32,
+            "trunk_layers": 4,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 48,
+        },
+        "heads": {"count": 4},
+        "parallel": {},
+        "data": {"train": [{"path": "python-stdlib"}]},
+        "train": {
+            "steps": 20,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "sequence_length": 16,
+            "precision": "fp32",
+        },
+        "optimizer": {"lr": 1e-3, "warmup_steps": 4},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    return build_config(values)
+
+
+@dataclass
+class Run:
+    """What a training of some steps left, in fp64 or fp32."""
+
+    losses: Tensor
+    """`[steps, n]`, before each update."""
+    norms: Tensor
+    """`[steps]`, before clipping."""
+    gradients: dict[str, Tensor]
+    """Of the first step, before clipping."""
+    weights: dict[str, Tensor]
+    """After the last step."""
+
+
+def global_batches(config: Config, steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Unevenly masked random batches, of steps 1..steps. The same at every layout."""
+    from mtp_dist.training.selfcheck import random_batch
+
+    seeds = (config.model_copy(update={"run": config.run.model_copy(update={"seed": s})}) for s in range(steps))
+    return [random_batch(seeded, VOCAB_SIZE) for seeded in seeds]
+
+
+def reference_run(config: Config, steps: int) -> Run:
+    from mtp_dist.training.optimizer import learning_rate
+    from mtp_dist.training.selfcheck import ReferenceTraining
+
+    training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
+    results = [
+        training.step(tokens, targets, learning_rate(config, step))
+        for step, (tokens, targets) in enumerate(global_batches(config, steps), 1)
+    ]
+    weights = {name: weight.detach() for name, weight in training.model.named_weights().items()}
+    losses = torch.stack([losses for losses, _, _ in results])
+    return Run(losses, torch.tensor([norm for _, norm, _ in results]), results[0][2], weights)
+
+
+def sharded_run(config: Config, steps: int) -> Run | None:
+    """On each rank of a test: the run, with this stage's gradients and weights; None on ranks that only repeat them."""
+    from mtp_dist.model.weights import parameter_shapes
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.gradients import before_update, reduced_gradient
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.training.optimizer import build_optimizer, learning_rate
+    from mtp_dist.training.selfcheck import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    shapes = parameter_shapes(config, VOCAB_SIZE)
+    gradients: dict[str, Tensor] = {}
+
+    def look() -> None:
+        if not gradients:
+            gradients.update(whole_tensors(engine.stage, shapes, topology, lambda w: reduced_gradient(w).clone()))
+
+    losses, norms = [], []
+    with before_update(engine.pipeline, look):
+        for step, (tokens, targets) in enumerate(global_batches(config, steps), 1):
+            batch = local_micro_batches(config, topology, tokens, targets)
+            sums, norm = engine.train_step(batch, learning_rate(config, step))
+            losses.append(sums[0] / sums[2].clamp(min=1))
+            norms.append(norm)
+    weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    if topology.tensor_rank or topology.data_rank:
+        return None
+    return Run(torch.stack(losses), torch.tensor(norms), gradients, weights)
+
+
+def merge(stages: list[Run | None]) -> Run:
+    """One run from those of all stages: losses and norms must agree, each weight must come from one stage."""
+    runs = [run for run in stages if run is not None]
+    gradients: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for run in runs:
+        assert torch.equal(run.losses, runs[0].losses) and torch.equal(run.norms, runs[0].norms)
+        assert not gradients.keys() & run.gradients.keys() and not weights.keys() & run.weights.keys()
+        gradients |= run.gradients
+        weights |= run.weights
+    return Run(runs[0].losses, runs[0].norms, gradients, weights)

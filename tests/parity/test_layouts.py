@@ -1,0 +1,158 @@
+"""The sharded model equals the plain reference, whatever the layout."""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_dist.config import Config
+from tests.parity.runs import Run, merge, reference_run, sharded_run, tiny_config
+from tests.ranks import Ranks
+
+STEPS = 20
+FEW = 3
+"""Steps of the tests whose question one step almost answers."""
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2)]
+"""(tensor, pipeline, data)."""
+SEQUENCE_PARALLEL = [(tensor, pipeline, data, True) for tensor, pipeline, data in LAYOUTS if tensor > 1]
+ALL_LAYOUTS = [(*layout, False) for layout in LAYOUTS] + SEQUENCE_PARALLEL
+
+
+def layout_config(
+    layout: tuple[int, int, int, bool], accumulation: int, zero_stage: int = 0, **sections: Any
+) -> Config:
+    tensor, pipeline, data, sequence = layout
+    parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "zero_stage": zero_stage}
+    sections["parallel"] = parallel | sections.get("parallel", {})
+    sections["train"] = {"micro_batch_size": 8 // data // accumulation} | sections.get("train", {})
+    return tiny_config(**sections)
+
+
+@functools.cache
+def _reference(key: str, steps: int) -> Run:
+    return reference_run(Config.model_validate_json(key, strict=False), steps)
+
+
+def reference_of(config: Config, steps: int) -> Run:
+    """The reference's run: computed once for all layouts, because no layout is in it."""
+    plain = config.model_copy(update={"parallel": type(config.parallel)()})
+    train = plain.train.model_copy(
+        update={"micro_batch_size": 1, "precision": "fp32", "activation_checkpointing": "none"}
+    )
+    return _reference(plain.model_copy(update={"train": train}).model_dump_json(), steps)
+
+
+def run_sharded(ranks: Ranks, config: Config, layout: tuple[int, int, int, bool], steps: int) -> Run:
+    tensor, pipeline, data, _ = layout
+    return merge(ranks.run(tensor * pipeline * data, sharded_run, config, steps))
+
+
+def largest_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest elementwise relative error; of gradients and weights use the norm instead."""
+    return float(((value.double() - truth).abs() / truth.abs().clamp(min=1e-30)).max())
+
+
+def norm_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+def errors_of(run: Run, truth: Run) -> dict[str, float]:
+    """Largest relative errors of a run."""
+    assert run.gradients.keys() == run.weights.keys() == truth.gradients.keys() == truth.weights.keys()
+    return {
+        "losses": largest_error(run.losses[0], truth.losses[0]),
+        "gradient norm": largest_error(run.norms[0], truth.norms[0]),
+        "gradients": max(norm_error(run.gradients[name], truth.gradients[name]) for name in truth.gradients),
+        "loss curve": largest_error(run.losses, truth.losses),
+        "weights": max(norm_error(run.weights[name], truth.weights[name]) for name in truth.weights),
+    }
+
+
+def assert_equals_reference(errors: dict[str, float]) -> None:
+    assert errors["losses"] <= 1e-5
+    assert errors["gradient norm"] <= 1e-5
+    assert errors["gradients"] <= 1e-4
+    assert errors["loss curve"] <= 1e-4
+    assert errors["weights"] <= 1e-3
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=str)
+def test_fp32(
+    ranks: Ranks, parity_records: Any, curve_steps: int, layout: Any, zero_stage: int, accumulation: int, heads: int
+) -> None:
+    config = layout_config(layout, accumulation, zero_stage, heads={"count": heads})
+    errors = errors_of(run_sharded(ranks, config, layout, curve_steps), reference_of(config, curve_steps))
+    case = {"precision": "fp32", "zero_stage": zero_stage, "accumulation": accumulation, "heads": heads}
+    parity_records.append({"layout": layout, **case, "steps": curve_steps, "errors": errors})
+    assert_equals_reference(errors)
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=str)
+def test_bf16(ranks: Ranks, parity_records: Any, curve_steps: int, layout: Any, accumulation: int) -> None:
+    config = layout_config(layout, accumulation, train={"precision": "bf16"})
+    run = run_sharded(ranks, config, layout, curve_steps)
+    errors = errors_of(run, reference_of(config, curve_steps))
+    case = {"precision": "bf16", "zero_stage": 1, "accumulation": accumulation, "heads": 4}
+    parity_records.append({"layout": layout, **case, "steps": curve_steps, "errors": errors})
+    assert errors["loss curve"] <= 1e-2
+    assert errors["gradients"] <= 0.1
+    assert all(weight.dtype == torch.float32 for weight in run.weights.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [(2, 2, 1, True), (1, 4, 1, False), (1, 2, 2, False)], ids=str)
+def test_long_curve(ranks: Ranks, layout: Any, precision: str) -> None:
+    config = layout_config(layout, 4, zero_stage=1, train={"precision": precision})
+    run, truth = run_sharded(ranks, config, layout, STEPS), reference_of(config, STEPS)
+    assert largest_error(run.losses, truth.losses) <= {"fp32": 1e-4, "bf16": 1e-2}[precision]
+
+
+@pytest.mark.parametrize(("checkpointing", "sequence"), list(itertools.product(["selective", "full"], [False, True])))
+def test_activation_checkpointing_changes_nothing(ranks: Ranks, checkpointing: str, sequence: bool) -> None:
+    layout = (2, 2, 1, sequence)
+    config = layout_config(layout, 4, train={"activation_checkpointing": checkpointing})
+    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+@pytest.mark.parametrize("layout", [(1, 1, 1, False), (2, 2, 1, True), (1, 2, 2, False), (1, 4, 1, False)], ids=str)
+def test_tied_embeddings(ranks: Ranks, layout: Any, zero_stage: int) -> None:
+    config = layout_config(layout, 4, zero_stage, model={"tie_embeddings": True})
+    run, truth = run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)
+    assert "unembedding.weight" not in truth.gradients
+    assert_equals_reference(errors_of(run, truth))
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "two layers a head": {"heads": {"count": 2, "layers_per_head": 2}},
+    "unequal loss weights": {"heads": {"count": 3, "loss_weights": [1.0, 0.3, 0.0]}},
+    "no grouped queries": {"model": {"num_query_groups": 4}},
+    "explicit partition": {"parallel": {"partition": [3, 1]}},
+    "uniform partition": {"parallel": {"partition": "uniform"}},
+    "heads alone on the last stage": {"parallel": {"partition": [4, 0]}},
+    "no clipping": {"train": {"grad_clip": 0.0}},
+    "tight clipping": {"train": {"grad_clip": 0.05}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(ranks: Ranks, variant: str) -> None:
+    layout = (2, 2, 1, True)
+    config = layout_config(layout, 2, **{name: dict(section) for name, section in VARIANTS[variant].items()})
+    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [(1, 1, 1, False), (2, 2, 1, True), (1, 2, 2, False)], ids=str)
+def test_runs_repeat_bit_for_bit(ranks: Ranks, layout: Any, precision: str) -> None:
+    config = layout_config(layout, 4, train={"precision": precision})
+    first, second = (run_sharded(ranks, config, layout, FEW) for _ in range(2))
+    assert torch.equal(first.losses, second.losses) and torch.equal(first.norms, second.norms)
+    for name, weight in first.weights.items():
+        assert torch.equal(weight, second.weights[name]), name

@@ -1,0 +1,103 @@
+"""Ranks for the tests: spawned once a session and reused, because importing DeepSpeed takes seconds."""
+
+import gc
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_SECONDS = 120
+"""Longest time of one task; the slowest takes some seconds."""
+
+
+class RankError(AssertionError):
+    """A rank raised; the message is its traceback."""
+
+
+def _serve(rank: int, connection: Connection) -> None:
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+    import torch
+    import torch.distributed as dist
+
+    from mtp_dist.pretrain import quieten_packages
+
+    torch.set_num_threads(1)
+    quieten_packages()
+    while (task := connection.recv()) is not None:
+        function, arguments, world_size, store = task
+        os.environ["WORLD_SIZE"] = str(world_size)
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            connection.send((True, function(*arguments)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        finally:
+            _close_groups()
+
+
+def _close_groups() -> None:
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from megatron.core import parallel_state
+
+    # Hooks in C++ keep every engine alive, and with it its process groups and their threads: empty it by hand.
+    for thing in gc.get_objects():
+        if type(thing) is PipelineEngine:
+            thing.optimizer.__dict__.clear()
+            for module in list(thing.module.modules()):
+                module.__dict__.clear()
+            thing.grid.__dict__.clear()
+            thing.__dict__.clear()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    gc.collect()
+
+
+class Ranks:
+    """A pool of processes that run a function at any world size up to its own."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.tasks = 0
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function, of an importable module, returns on each rank. Raises RankError with a traceback."""
+        self.tasks += 1
+        store = Path(self.folder.name) / f"store_{self.tasks}"
+        used = self.connections[:world_size]
+        for connection in used:
+            connection.send((function, arguments, world_size, store))
+        answers = []
+        for rank, connection in enumerate(used):
+            if not connection.poll(TIMEOUT_SECONDS):
+                raise RankError(f"rank {rank} gave no answer within {TIMEOUT_SECONDS} s")
+            answers.append(connection.recv())
+        for ok, answer in answers:
+            if not ok:
+                raise RankError(answer)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+        self.folder.cleanup()
