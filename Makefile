@@ -3,8 +3,8 @@ VENV ?= .venv
 ifndef GPUS
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
 endif
-# "+cpu" exists only as PyTorch's CPU build for Linux, so pip cannot answer with gigabytes of CUDA packages; elsewhere the
-# plain build has no CUDA.
+# "+cpu" names PyTorch's CPU build for Linux, so pip cannot answer with gigabytes of CUDA packages. Elsewhere the plain
+# build has no CUDA.
 TORCH ?= torch==2.13.0$(if $(filter 0,$(GPUS)),$(if $(filter Linux,$(shell uname)),+cpu))
 PIP_TORCH_ARGS ?=
 EXTRAS ?= dev

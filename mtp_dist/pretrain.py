@@ -47,8 +47,18 @@ def check_before_start(config: Config, needs_data: bool = True) -> None:
     config.micro_batches(int(os.environ.get("WORLD_SIZE", 1)))
     if needs_data:
         check_sources(config)
+        check_folder("run.output_dir", config.output_dir)
+        check_folder("checkpoint.directory", config.checkpoint_dir)
     vocabulary_size(config)
     select_device(config)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Raise ConfigError where the folder neither is there nor can be made."""
+    folder = folder.absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
 def vocabulary_size(config: Config) -> int:
@@ -118,7 +128,7 @@ def _sample(config: Config, checkpoint: Path) -> str | None:
     if config.log.sample_prompt is None:
         return None
     tokenizer = build_tokenizer(config.data.tokenizer)
-    prompt = tokenizer.encode(config.log.sample_prompt).tolist()
+    prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
     model = ReferenceModel(*load_weights(checkpoint))
     tokens = sample_continuation(model, prompt, config.log.sample_tokens, temperature=0.7, seed=config.run.seed)
     return tokenizer.decode(prompt + tokens)

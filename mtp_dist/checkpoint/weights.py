@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,11 +70,13 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
     """Configuration, vocabulary size and whole fp32 weights by global name. Raises ConfigError where there are none."""
     try:
         description = json.loads((folder / "config.json").read_text())
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder} is not a checkpoint: it has no {Path(error.filename).name}") from None
-    weights = {}
-    for file_name in sorted(set(index.values())):
-        with safe_open(folder / file_name, "pt") as file:
-            weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
-    return build_config(description["config"]), description["vocab_size"], weights
+        config, vocab_size = build_config(description["config"]), int(description["vocab_size"])
+        weights = {}
+        for file_name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values())):
+            with safe_open(folder / file_name, "pt") as file:
+                weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, not a dict
+    except OSError as error:
+        raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename or error} cannot be read") from None
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+    return config, vocab_size, weights

@@ -9,6 +9,8 @@ from torch import Tensor
 def cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Sum of the cross-entropies of the valid targets, fp32, in nats: the same on every tensor-parallel rank.
 
+    Overwrites fp32 logits (Megatron-core turns them into their softmax): count the correct ones before.
+
     logits: this rank's `[S, B, V/TP]`, -inf at padded entries. targets: `[S, B]` over the whole vocabulary.
     """
     valid = targets != ignore_index

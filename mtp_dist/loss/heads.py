@@ -39,9 +39,9 @@ def naive_heads_loss(
     for distance in range(1, len(targets) + 1):
         logits = head_logits(distance, trunk_output)
         target = targets[distance - 1].T.contiguous()
+        sums.correct[distance - 1] += count_correct(logits, target)
         loss = cross_entropy_sum(logits, target, ignore_index)
         total = total + scales[distance - 1] * loss
         sums.losses[distance - 1] += loss.detach()
-        sums.correct[distance - 1] += count_correct(logits, target)
         sums.targets[distance - 1] += (target != ignore_index).sum()
     return total

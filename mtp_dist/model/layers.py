@@ -98,7 +98,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
         use_cpu_initialization=True,
-        # Weights come from model/initialization.py, independent of the layout.
+        # Weights come from model/weights.py, independent of the layout.
         perform_initialization=False,
     )
 

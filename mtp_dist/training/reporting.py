@@ -18,6 +18,19 @@ from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
 
+def set_earlier_run_aside(output_dir: Path) -> None:
+    """Move what an earlier run left in the folder into `earlier-1`, `earlier-2`, ... so that curves do not mix."""
+    if not (output_dir / "metrics.jsonl").exists():
+        return
+    number = 1 + len(list(output_dir.glob("earlier-*")))
+    left = [path for path in output_dir.iterdir() if not path.name.startswith("earlier-")]
+    aside = output_dir / f"earlier-{number}"
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
+    print(f"{output_dir} has an earlier run: its files are now in {aside}")
+
+
 class RunReporter(Callback):
     """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the result. For rank 0 only."""
 
@@ -35,6 +48,7 @@ class RunReporter(Callback):
     def _build_logger(self) -> MetricsLogger:
         config = self.config
         config.output_dir.mkdir(parents=True, exist_ok=True)
+        set_earlier_run_aside(config.output_dir)
         sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl")]
         if self.tensorboard_dir:
             sinks.append(TensorBoardWriter(self.tensorboard_dir))

@@ -47,19 +47,22 @@ class Comparison:
 def reduced(config: Config, vocab_size: int) -> tuple[Config, int]:
     """The configuration and vocabulary to check: the same layout and kinds, at small widths where the model is large.
 
-    Attention heads, query groups, prediction heads, precision and every degree stay; so do the trunk layers of an
-    explicit partition. A batch has two micro-batches a stage at most.
+    Prediction heads, precision and every degree stay, and whether queries are grouped; so do the trunk layers of an
+    explicit partition.
     """
     model, parallel, train = config.model, config.parallel, config.train
     vocab_size = min(vocab_size, 1000)
     length = min(train.sequence_length, 64 * parallel.tensor)
     if parameter_counts(config, vocab_size).total > PARAMETER_LIMIT:
         explicit = not isinstance(parallel.partition, str)
-        head_dim = min(model.head_dim, 16)
+        groups = parallel.tensor
+        attention_heads = groups * min(2, model.num_attention_heads // model.query_groups)
         model = model.model_copy(
             update={
-                "hidden_size": head_dim * model.num_attention_heads,
-                "ffn_hidden_size": min(model.ffn_size, 64 * parallel.tensor),
+                "hidden_size": 8 * attention_heads,
+                "num_attention_heads": attention_heads,
+                "num_query_groups": groups,
+                "ffn_hidden_size": 32 * parallel.tensor,
                 "trunk_layers": model.trunk_layers if explicit else min(model.trunk_layers, 2 * parallel.pipeline),
             }
         )
@@ -130,7 +133,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     """|value - truth| / |truth| in the 2-norm; absolute where the truth is 0, infinite where value is not finite."""
     truth = truth.double().cpu()
     error = float((value.double().cpu() - truth).norm() / (truth.norm() or 1.0))
-    return error if math.isfinite(error) else math.inf
+    return error if math.isfinite(error) else math.inf  # NaN would lose every comparison
 
 
 def worst(errors: Mapping[str, float]) -> tuple[float, str]:
@@ -139,6 +142,13 @@ def worst(errors: Mapping[str, float]) -> tuple[float, str]:
     everywhere: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
     dist.all_gather_object(everywhere, local)
     return max(everywhere)
+
+
+def names_over_ranks(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names that at least one rank has."""
+    everywhere: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(everywhere, set(tensors))
+    return set().union(*everywhere)
 
 
 def compare_with_reference(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
@@ -160,11 +170,12 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
             local_micro_batches(config, topology, tokens, targets), config.optimizer.lr
         )
     updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))
+    assert names_over_ranks(gradients) == names_over_ranks(updated) == shapes.keys(), "every weight is compared"
     expected = reference.model.named_weights()
     sharded_losses = sums[0] / sums[2].clamp(min=1)
     errors = {
         "losses": {f"head {k}": relative_error(sharded_losses[k - 1], loss) for k, loss in enumerate(losses, 1)},
-        "gradient norm": {"all parameters": abs(sharded_norm - norm) / norm},
+        "gradient norm": {"all parameters": relative_error(torch.tensor(sharded_norm), torch.tensor(norm))},
         "gradients": {name: relative_error(value, truth[name]) for name, value in gradients.items()},
         "updated weights": {name: relative_error(value, expected[name].detach()) for name, value in updated.items()},
     }

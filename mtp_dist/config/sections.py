@@ -1,19 +1,11 @@
-"""The typed configuration of a run: one YAML file plus `section.key=value` overrides.
-
-Everything that can be checked without starting a process is checked here, so that a wrong
-configuration ends before any rank does work.
-"""
+"""The sections of a configuration: every key with its type, default, unit and meaning, and which cannot go together."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
@@ -233,11 +225,11 @@ class Config(Section):
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-    "data_types zero_optimization pipeline optimizer scheduler".split()
+    "data_types zero_optimization zero_allow_untested_optimizer pipeline steps_per_print optimizer scheduler".split()
 )
 
 
-def _contradictions(config: Config) -> Iterator[str]:
+def contradictions(config: Config) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
 
@@ -297,89 +289,3 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _all_keys() -> list[str]:
-    keys = []
-    for section, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += [f"{section}.{key}" for key in field.annotation.model_fields]
-    return keys
-
-
-def _describe(error: Mapping[str, Any]) -> str:
-    """One sentence for one of pydantic's errors."""
-    union_members = {"constrained-str", "tuple", "literal"}
-    parts = [str(p) for p in error["loc"] if not any(str(p).startswith(member) for member in union_members)]
-    key = ".".join(parts)
-    if error["type"] == "missing":
-        return f"{key} is missing: give it a value"
-    if error["type"] == "extra_forbidden":
-        known = list(Config.model_fields) if len(parts) == 1 else _all_keys()
-        last = {name.rsplit(".", 1)[-1]: name for name in known}
-        near = difflib.get_close_matches(key, known, 1, 0.6) or [
-            last[match] for match in difflib.get_close_matches(parts[-1], last, 1, 0.6)
-        ]
-        return f"{key} is not a known key" + (f": did you mean {near[0]}?" if near else "")
-    return f"{key} = {error['input']!r} is wrong: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def build_config(values: Any) -> Config:
-    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
-    if not isinstance(values, dict):
-        raise ConfigError("the configuration is not a mapping of sections such as `model:` and `train:`")
-    try:
-        config = Config.model_validate(values)
-    except pydantic.ValidationError as error:
-        sentences = dict.fromkeys(_describe(e) for e in error.errors())
-        raise ConfigError("\n".join(sentences)) from None
-    if wrong := list(_contradictions(config)):
-        raise ConfigError("\n".join(wrong))
-    return config
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply overrides such as `train.steps=100` (the value is YAML too).
-
-    Raises ConfigError naming the key, its value and what is allowed.
-    """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    values = _read_yaml(text, str(path))
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        parts = key.split(".")
-        if not separator or not all(parts) or len(parts) < 2:
-            raise ConfigError(f"the override '{override}' is not of the form section.key=value")
-        section = values
-        for part in parts[:-1]:
-            section = section.setdefault(part, {}) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
-            raise ConfigError(f"the override '{override}' does not name a key: {'.'.join(parts[:-1])} has no keys")
-        section[parts[-1]] = _read_yaml(value, f"the value of the override '{override}'")
-    return build_config(values)

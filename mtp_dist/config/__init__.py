@@ -1,0 +1,10 @@
+"""The typed configuration of a run: one YAML file plus `section.key=value` overrides.
+
+Everything that can be checked without starting a process is checked here, so that a wrong configuration ends before any
+rank does work.
+"""
+
+from mtp_dist.config.reading import build_config, load_config
+from mtp_dist.config.sections import Config, ConfigError, ModelConfig, Section, SourceConfig
+
+__all__ = ["Config", "ConfigError", "ModelConfig", "Section", "SourceConfig", "build_config", "load_config"]

@@ -1,0 +1,130 @@
+"""From a YAML file and `section.key=value` overrides to a checked configuration, or one sentence for each mistake."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from mtp_dist.config.sections import Config, ConfigError, SourceConfig, contradictions
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _all_keys() -> list[str]:
+    sections = Config.model_fields.items()
+    return [f"{name}.{key}" for name, field in sections for key in getattr(field.annotation, "model_fields", ())]
+
+
+def _nearest_key(parts: Sequence[str]) -> str | None:
+    """The known key most like a wrong one: of the same section, else of any."""
+    *section, name = parts
+    if len(section) > 1:  # an item of a list of sources
+        known = [".".join([*section, key]) for key in SourceConfig.model_fields]
+    else:
+        known = _all_keys() if section else list(Config.model_fields)
+    by_name = {key.rsplit(".", 1)[-1]: key for key in known}
+    close = difflib.get_close_matches(".".join(parts), known, 1, 0.6)
+    return close[0] if close else next((by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.6)), None)
+
+
+def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """One sentence for each key that pydantic complains of; a key of several types has a complaint for each."""
+    union_members = ("literal", "tuple")
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]
+        by_key.setdefault(".".join(parts), []).append(error)
+    for key, of_key in by_key.items():
+        # What is wrong inside a list makes the whole list wrong too: say it once.
+        if not any(other.startswith(f"{key}.") for other in by_key):
+            yield _sentence(key, of_key)
+
+
+_MESSAGES = {"tuple_type": "should be a list", "model_type": "should have keys of its own", "too_short": "is too short"}
+
+
+def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
+    parts, error = key.split("."), errors[0]
+    if error["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    if error["type"] == "extra_forbidden":
+        near = _nearest_key(parts)
+        return f"{key} is not a known key" + (f": did you mean {near}?" if near else "")
+    messages = (_MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ") for e in errors)
+    return f"{key} = {error['input']!r} is wrong: it {', or it '.join(dict.fromkeys(messages))}"
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+    try:
+        config = Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_describe(error.errors()))) from None
+    if wrong := list(contradictions(config)):
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def _subsection(section: Any, name: str) -> Any:
+    """The mapping of that name in a section, made where it is absent or empty; None where there can be none."""
+    if not isinstance(section, dict):
+        return None
+    if section.get(name) is None:
+        section[name] = {}
+    return section[name]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `train.steps=100` (the value is YAML too).
+
+    Raises ConfigError naming the key, its value and what is allowed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text: byte {error.start} is wrong") from None
+    values = _read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a mapping of sections such as `model:` and `train:`")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts) or len(parts) < 2:
+            raise ConfigError(f"the override '{override}' is not of the form section.key=value")
+        section = values
+        for part in parts[:-1]:
+            section = _subsection(section, part)
+        if not isinstance(section, dict):
+            raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: give it as a whole")
+        section[parts[-1]] = _read_yaml(value, f"the value of the override '{override}'")
+    return build_config(values)

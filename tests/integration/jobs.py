@@ -1,0 +1,207 @@
+"""Real jobs for the tests: a tiny configuration, the launchers' commands, and processes that cannot outlive a test."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
+TIMEOUT_SECONDS = 600
+"""Longest time of one job: some 10 s on an idle machine, most of them imports, and minutes on a crowded one."""
+MARK = "MTP_DIST_TEST_JOB"
+"""Environment variable by which every process of a job is known, whatever its parent and process group."""
+
+
+def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
+    """A folder of Python files, always the same."""
+    numbers = random.Random(0)
+    folder.mkdir(parents=True)
+    for index in range(files):
+        text = "".join(
+            f"def f{numbers.randrange(99)}(x, y):\n    return x * {numbers.randrange(99)} + y\n\n"
+            for _ in range(functions)
+        )
+        (folder / f"module_{index}.py").write_text(text)
+    return folder
+
+
+def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+    """`tiny.yaml` in folder, with its corpus; its output goes to `folder/out`. sections replace single keys."""
+    corpus = write_corpus(folder / "corpus")
+    values: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "device": "cpu", "output_dir": str(folder / "out")},
+        "model": {
+            "hidden_size": 32,
+            "trunk_layers": 3,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "ffn_hidden_size": 64,
+        },
+        "heads": {"count": 4},
+        "parallel": {},
+        "data": {"train": [{"path": str(corpus)}], "validation": [{"path": str(corpus / "module_0.py")}]},
+        "train": {
+            "steps": 5,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "sequence_length": 32,
+            "precision": "fp32",
+            "validate_every": 2,
+            "validation_samples": 7,
+        },
+        "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+        "log": {"every": 1},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def plain(script: str, *arguments: str) -> list[str]:
+    """One process without a launcher."""
+    return [sys.executable, script, *arguments]
+
+
+def deepspeed(*arguments: str, processes: int = 2) -> list[str]:
+    """arguments: the script and its own, or `--module` first."""
+    options = ["--quiet", "--num_gpus", str(processes), "--master_port", str(free_port())]
+    return [str(BIN / "deepspeed"), *options, *arguments]
+
+
+def torchrun(*arguments: str, processes: int = 2) -> list[str]:
+    """arguments: the script and its own, or `-m` first."""
+    options = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return [str(BIN / "torchrun"), *options, *arguments]
+
+
+class Job:
+    """A running command, and every process that it started."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.started = time.monotonic()
+        self._streams = [folder / f"{name}_{self.mark[:8]}.txt" for name in ("stdout", "stderr")]
+        launcher_variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        inherited = {name: value for name, value in os.environ.items() if name not in launcher_variables}
+        ours = {
+            MARK: self.mark,
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+        }
+        with self._streams[0].open("w") as stdout, self._streams[1].open("w") as stderr:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=inherited | ours, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            )
+
+    @property
+    def stdout(self) -> str:
+        return self._streams[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._streams[1].read_text()
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+    def processes(self) -> list[psutil.Process]:
+        """Every live process of the job."""
+        alive = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+            except psutil.Error:
+                continue
+        return alive
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        return next(p for p in self.processes() if p.environ().get("RANK") == str(number))
+
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> int:
+        """The exit status. Raises where the job runs on."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the job has not ended after {seconds} s:\n{self.output}") from None
+
+    def wait_until(self, happened: Callable[[], bool]) -> float:
+        """Wait for something that the running job does and return how long that took since the job's start, in
+        seconds. Raises where the job ends before."""
+        while not happened():
+            assert self.process.poll() is None, f"the job has ended too early:\n{self.output}"
+            assert time.monotonic() - self.started < TIMEOUT_SECONDS, f"the job does not get there:\n{self.output}"
+            time.sleep(0.1)
+        return time.monotonic() - self.started
+
+    def kill(self) -> None:
+        for process in self.processes():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
+
+
+@contextmanager
+def started(command: Sequence[str], folder: Path) -> Iterator[Job]:
+    """A job that is killed, with all of its processes, where the test leaves it running."""
+    job = Job(command, folder)
+    try:
+        yield job
+    finally:
+        job.kill()
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
+
+def run(command: Sequence[str]) -> Result:
+    """Run a command to its end, in an empty folder of its own."""
+    with tempfile.TemporaryDirectory() as folder, started(command, Path(folder)) as job:
+        status = job.wait()
+        return Result(status, job.stdout, job.stderr, time.monotonic() - job.started)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's `metrics.jsonl`, so far."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,61 @@
+"""A rank that fails ends the whole job, soon, with an error, and leaves nothing running and nothing half-written."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration import jobs
+
+FAULTY_PROGRAM = str(Path(__file__).with_name("train_with_fault.py"))
+SECONDS_TO_END = 20
+
+Launch = Callable[..., list[str]]
+
+
+def assert_ends_with_an_error(job: jobs.Job, seconds_to_start: float) -> None:
+    """To be called when a rank has just failed."""
+    # On a crowded machine everything takes long: the start of the job tells how long. A hang takes half an hour.
+    failed = time.monotonic()
+    assert job.wait() != 0
+    assert time.monotonic() - failed <= max(SECONDS_TO_END, 2 * seconds_to_start)
+    assert job.processes() == []
+
+
+def assert_checkpoints_are_whole(folder: Path) -> None:
+    from mtp_dist.checkpoint.weights import load_weights
+
+    names = [path.name for path in folder.iterdir()]
+    finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]
+    assert finished and len(names) - len(finished) <= 1, names
+    expected = load_weights(folder / finished[0])[2]
+    for name in finished:
+        weights = load_weights(folder / name)[2]
+        assert {key: weight.shape for key, weight in weights.items()} == {k: w.shape for k, w in expected.items()}
+
+
+@pytest.mark.parametrize("launch", [jobs.deepspeed, jobs.torchrun])
+def test_a_rank_that_raises(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = jobs.write_config(tmp_path)
+    monkeypatch.setenv("FAULTY_RANK", "1")
+    with jobs.started(launch(FAULTY_PROGRAM, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
+        seconds = job.wait_until((tmp_path / "raised").exists)
+        assert_ends_with_an_error(job, seconds)
+        assert "RuntimeError: this sample cannot be read" in job.output
+        assert "Traceback" in job.output and "read_or_raise" in job.output
+    assert [line["step"] for line in jobs.metrics(tmp_path / "out")] == [1]
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("launch", "rank"), [(jobs.deepspeed, 1), (jobs.torchrun, 0)])
+def test_a_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> None:
+    config = jobs.write_config(tmp_path, train={"steps": 100_000}, checkpoint={"every": 1})
+    with jobs.started(launch(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
+        seconds = job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
+        job.rank(rank).kill()
+        assert_ends_with_an_error(job, seconds)
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert_checkpoints_are_whole(tmp_path / "out" / "checkpoints")

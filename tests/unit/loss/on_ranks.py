@@ -1,0 +1,63 @@
+"""What the loss tests run on every rank."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtp_dist.config import Config
+
+UPSTREAM = 0.25
+"""Gradient that arrives at the loss."""
+
+
+@dataclass
+class Case:
+    logits: Tensor
+    """`[S, B, V]` over the padded vocabulary."""
+    targets: Tensor
+    """`[S, B]`."""
+
+
+@dataclass
+class Answer:
+    loss: Tensor
+    gradient: Tensor
+    """Of this rank's logits, times UPSTREAM."""
+    correct: int
+
+
+def losses_of(config: Config, cases: list[Case]) -> list[Answer]:
+    from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum
+    from mtp_dist.model.targets import IGNORE_INDEX
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.topology import initialize_topology
+
+    topology = initialize_topology(config, select_device(config))
+    answers = []
+    for case in cases:
+        leaf = case.logits.chunk(topology.tensor, -1)[topology.tensor_rank].clone().requires_grad_()
+        logits = leaf * 1.0  # as the model gives them: not a leaf
+        correct = int(count_correct(logits, case.targets))
+        loss = cross_entropy_sum(logits, case.targets, IGNORE_INDEX)
+        (UPSTREAM * loss).backward()
+        assert leaf.grad is not None
+        answers.append(Answer(loss.detach(), leaf.grad, correct))
+    return answers
+
+
+def hits_of_almost_ties(config: Config) -> float:
+    """Hits that the heads' loss counts for logits that only full precision tells apart: 1e-9, 5e-10 and 0."""
+    import torch
+
+    from mtp_dist.loss.heads import HeadSums, naive_heads_loss
+    from mtp_dist.model.targets import IGNORE_INDEX
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.topology import initialize_topology
+
+    initialize_topology(config, select_device(config))
+    logits = torch.zeros(4, 1, 8)
+    logits[..., 5], logits[..., 2] = 1e-9, 5e-10
+    sums = HeadSums.zeros(1, logits.device)
+    targets = torch.full((1, 1, 4), 5)
+    naive_heads_loss(lambda k, z: logits * 1.0, logits, targets, torch.ones(1), IGNORE_INDEX, sums)
+    return float(sums.correct[0])

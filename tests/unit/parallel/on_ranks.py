@@ -1,0 +1,50 @@
+"""What the tests of this folder run on every rank."""
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config
+from tests.parity.runs import VOCAB_SIZE
+
+SILENT_HEAD = 2
+"""Prediction distance of the head that has no valid target."""
+
+
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """Of this rank's stage."""
+    from mtp_dist.model.weights import parameter_shapes
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.pipeline import MultiTokenPipeline
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.weights import whole_tensors
+
+    topology = initialize_topology(config, select_device(config))
+    stage = MultiTokenPipeline(config, VOCAB_SIZE, topology)
+    return dict(whole_tensors(stage, parameter_shapes(config, VOCAB_SIZE), topology, lambda weight: weight.detach()))
+
+
+def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
+    """Sums and gradient norms of three steps, this stage's weights after them, and the sums of an evaluation."""
+    from mtp_dist.model.targets import IGNORE_INDEX
+    from mtp_dist.model.weights import parameter_shapes
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.selfcheck import local_micro_batches, random_batch
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    tokens, targets = random_batch(config, VOCAB_SIZE)
+    targets[SILENT_HEAD - 1] = IGNORE_INDEX
+    # One micro-batch of head 1 is empty too, although the head is not.
+    targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
+    batch = local_micro_batches(config, topology, tokens, targets)
+    sums, norms = zip(*(engine.train_step(batch, 1e-3) for _ in range(3)), strict=True)
+    assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
+    evaluated = engine.evaluate(batch, len(batch))
+    shapes = parameter_shapes(config, VOCAB_SIZE)
+    weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    return list(sums), list(norms), weights, evaluated

@@ -1,0 +1,365 @@
+"""What a user may write, and the sentence that he gets when it is wrong."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mtp_dist.config import Config, ConfigError, build_config, load_config
+from mtp_dist.config.sections import DERIVED_DEEPSPEED_KEYS
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+BASE_TEXT = """\
+run:
+  name: base
+
+model:
+  hidden_size: 128
+  trunk_layers: 4
+  num_attention_heads: 4
+  num_query_groups: 2
+  ffn_hidden_size: 384
+
+heads:
+  count: 4
+
+parallel:
+  pipeline: 2
+
+data:
+  train: [{path: python-stdlib, split: train}]
+  validation: [{path: python-stdlib, split: validation}]
+
+train:
+  steps: 300
+  global_batch_size: 32
+  micro_batch_size: 4
+  sequence_length: 256
+  precision: fp32
+
+optimizer:
+  lr: 2e-3
+
+log:
+  every: 10
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that is right; the tests change it."""
+    path = tmp_path_factory.mktemp("config") / "base.yaml"
+    path.write_text(BASE_TEXT)
+    return path
+
+
+def message_of(path: Path, overrides: Sequence[str] = ()) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return str(error.value)
+
+
+def message_of_text(folder: Path, text: str | bytes, overrides: Sequence[str] = ()) -> str:
+    path = folder / "run.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return message_of(path, overrides).replace(str(path), "run.yaml")
+
+
+WRONG_KEYS = {
+    "train.stps=3": "train.stps is not a known key: did you mean train.steps?",
+    "train.seed=3": "train.seed is not a known key: did you mean run.seed?",
+    "chekpoint.every=3": "chekpoint is not a known key: did you mean checkpoint?",
+    "qqqq.every=3": "qqqq is not a known key",
+}
+WRONG_VALUES = {
+    "train.steps='5'": "train.steps = '5' is wrong: it should be a valid integer",
+    "train.steps=5.0": "train.steps = 5.0 is wrong: it should be a valid integer",
+    "train.steps=1e2": "train.steps = 100.0 is wrong: it should be a valid integer",
+    "train.steps=true": "train.steps = True is wrong: it should be a valid integer",
+    "train.steps=0": "train.steps = 0 is wrong: it should be greater than 0",
+    "train.steps=": "train.steps = None is wrong: it should be a valid integer",
+    "parallel.sequence=1": "parallel.sequence = 1 is wrong: it should be a valid boolean",
+    "optimizer.lr=fast": "optimizer.lr = 'fast' is wrong: it should be a valid number",
+    "optimizer.lr=.inf": "optimizer.lr = inf is wrong: it should be a finite number",
+    "run.name=7": "run.name = 7 is wrong: it should be a valid string",
+    "train.precision=fp16": "train.precision = 'fp16' is wrong: it should be 'bf16' or 'fp32'",
+    "train.activation_checkpointing=some": (
+        "train.activation_checkpointing = 'some' is wrong: it should be 'none', 'selective' or 'full'"
+    ),
+    "heads.loss_weights=[1, x, 1, 1]": "heads.loss_weights.1 = 'x' is wrong: it should be a valid number",
+    "optimizer.min_lr_ratio=1.5": ("optimizer.min_lr_ratio = 1.5 is wrong: it should be less than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize("override", [*WRONG_KEYS, *WRONG_VALUES])
+def test_one_sentence_for_one_mistake(base: Path, override: str) -> None:
+    assert message_of(base, [override]) == (WRONG_KEYS | WRONG_VALUES)[override]
+
+
+# The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 2 stages, sequences of 256.
+CONTRADICTIONS = {
+    ("model.hidden_size=130",): (
+        "model.hidden_size = 130 is not divisible by model.num_attention_heads = 4: change one of the two"
+    ),
+    ("model.hidden_size=132",): (
+        "model.hidden_size / model.num_attention_heads = 33 is odd: rotary embeddings need an even number of channels "
+        "in an attention head"
+    ),
+    ("model.num_query_groups=3",): (
+        "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3: change one of the two"
+    ),
+    ("parallel.tensor=8", "model.num_query_groups=8", "model.num_attention_heads=8"): None,
+    ("parallel.tensor=3", "model.num_query_groups=2", "model.num_attention_heads=4", "model.ffn_hidden_size=384"): (
+        "model.num_attention_heads = 4 is not divisible by parallel.tensor = 3: change one of the two\n"
+        "model.num_query_groups = 2 is not divisible by parallel.tensor = 3: change one of the two"
+    ),
+    ("parallel.tensor=4",): (
+        "model.num_query_groups = 2 is not divisible by parallel.tensor = 4: change one of the two"
+    ),
+    ("parallel.tensor=2", "model.ffn_hidden_size=385"): (
+        "model.ffn_hidden_size = 385 is not divisible by parallel.tensor = 2: change one of the two"
+    ),
+    ("parallel.pipeline=4",): None,
+    ("parallel.pipeline=5",): (
+        "parallel.pipeline = 5 stages are more than model.trunk_layers = 4 layers: use at most 4 stages"
+    ),
+    ("parallel.pipeline=3",): None,
+    ("parallel.pipeline=3", "parallel.partition=uniform"): (
+        "model.trunk_layers = 4 is not divisible by parallel.pipeline = 3: change one of the two"
+    ),
+    ("parallel.partition=[4, 0]",): None,
+    ("parallel.partition=[2, 1]",): (
+        "parallel.partition = [2, 1] must list parallel.pipeline = 2 numbers with the sum model.trunk_layers = 4"
+    ),
+    ("parallel.partition=[2, 1, 1]",): (
+        "parallel.partition = [2, 1, 1] must list parallel.pipeline = 2 numbers with the sum model.trunk_layers = 4"
+    ),
+    ("parallel.partition=[0, 4]",): (
+        "parallel.partition = [0, 4] leaves a stage without a layer: only the last stage, which has the heads, may "
+        "have 0 trunk layers"
+    ),
+    ("parallel.tensor=2", "train.sequence_length=255"): None,
+    ("parallel.tensor=2", "parallel.sequence=true"): None,
+    ("parallel.tensor=2", "parallel.sequence=true", "train.sequence_length=255"): (
+        "train.sequence_length = 255 is not divisible by parallel.tensor = 2: change one of the two"
+    ),
+    ("parallel.sequence=true",): (
+        "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
+    ),
+    ("parallel.zero_stage=1",): None,
+    ("parallel.zero_stage=2",): (
+        "parallel.zero_stage = 2 is not 0 or 1: stages 2 and 3 shard gradients and weights within a step, which the "
+        "pipeline's micro-batch loop cannot do"
+    ),
+    ("heads.loss_weights=[1, 2]",): "heads.loss_weights has 2 numbers, heads.count is 4: give one per head",
+    ("heads.loss_weights=[0, 0, 0, 0]",): (
+        "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    ),
+    ("optimizer.betas=[0.9, 1.0]",): "optimizer.betas = [0.9, 1.0] must lie below 1",
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), list(CONTRADICTIONS.items()), ids=lambda x: str(x)[:60])
+def test_keys_that_contradict_each_other(base: Path, overrides: tuple[str, ...], sentence: str | None) -> None:
+    if sentence is None:
+        load_config(base, overrides)
+    else:
+        assert message_of(base, overrides) == sentence
+
+
+@pytest.mark.parametrize("key", sorted(DERIVED_DEEPSPEED_KEYS))
+def test_deepspeed_section_cannot_replace_what_is_derived(base: Path, key: str) -> None:
+    assert message_of(base, [f"deepspeed.{key}=1"]) == f"deepspeed.{key} is derived from the other sections: remove it"
+
+
+def test_deepspeed_section_takes_other_keys(base: Path) -> None:
+    assert load_config(base, ["deepspeed.comms_logger.enabled=true"]).deepspeed == {"comms_logger": {"enabled": True}}
+
+
+def test_missing_keys(tmp_path: Path) -> None:
+    without_steps = BASE_TEXT.replace("  steps: 300\n", "")
+    assert message_of_text(tmp_path, without_steps) == "train.steps is missing: give it a value"
+    sections = yaml.safe_load(BASE_TEXT)
+    del sections["model"]
+    assert message_of_text(tmp_path, yaml.safe_dump(sections)) == "model is missing: give it a value"
+
+
+def test_every_mistake_has_its_line(base: Path) -> None:
+    lines = message_of(base, ["train.stps=3", "optimizer.lr=-1"]).splitlines()
+    assert sorted(lines) == [
+        "optimizer.lr = -1 is wrong: it should be greater than 0",
+        "train.stps is not a known key: did you mean train.steps?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("run: {name: a}\nrun: {name: b}", "run.yaml is not valid YAML: the key 'run' is given twice in"),
+        ("train: {steps: 1, steps: 2}", "run.yaml is not valid YAML: the key 'steps' is given twice in"),
+        ("train: [", "run.yaml is not valid YAML: while parsing a flow node"),
+        ("a: 1\n b: 2", "run.yaml is not valid YAML: mapping values are not allowed here"),
+        ("model: !!python/object:os.system x", "run.yaml is not valid YAML: could not determine a constructor"),
+        ("a: 1\n---\nb: 2", "run.yaml is not valid YAML: expected a single document"),
+        ("[a]: 1", "run.yaml is not valid YAML: while constructing a mapping found unhashable key"),
+        ("", "run.yaml is not a mapping of sections such as `model:` and `train:`"),
+        ("[1, 2]", "run.yaml is not a mapping of sections such as `model:` and `train:`"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, sentence: str) -> None:
+    message = message_of_text(tmp_path, text)
+    assert message.startswith(sentence) and "\n" not in message
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.yaml"
+    assert message_of(missing) == f"cannot read the configuration {missing}: No such file or directory"
+    assert message_of(tmp_path) == f"cannot read the configuration {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize("override", ["train.steps", "steps=1", "=1", ".steps=1", "train.=1", "train..steps=1", ""])
+def test_malformed_overrides(base: Path, override: str) -> None:
+    assert message_of(base, [override]) == f"the override '{override}' is not of the form section.key=value"
+
+
+def test_overrides_into_what_has_no_keys(base: Path) -> None:
+    expected = "in 'train.steps.x=1' train.steps has no keys of its own: give it as a whole"
+    assert message_of(base, ["train.steps.x=1"]) == expected
+    assert "is not valid YAML" in message_of(base, ["train.steps=["])
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
+    config = load_config(
+        base,
+        [
+            "optimizer.lr=1e-3",
+            "optimizer.eps=5E-6",
+            "train.steps=7",
+            "train.steps=8",
+            "heads.loss_weights=[1, 0.5, 0, 2e-1]",
+            "run.name=a=b",
+            "parallel.partition=[3, 1]",
+            "checkpoint.every=5",
+        ],
+    )
+    assert config.optimizer.lr == 1e-3 and config.optimizer.eps == 5e-6
+    assert config.train.steps == 8
+    assert config.heads.weights == (1.0, 0.5, 0.0, 0.2)
+    assert config.run.name == "a=b"
+    assert config.parallel.partition == (3, 1)
+    assert config.checkpoint.every == 5, "a section that the file does not have"
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3", "10e-4"])
+def test_numbers_with_an_exponent(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE_TEXT.replace("lr: 2e-3", f"lr: {text}"))
+    assert load_config(path).optimizer.lr == 1e-3
+
+
+def test_what_follows_from_the_keys(base: Path) -> None:
+    config = load_config(base)
+    assert config.model.head_dim == 32 and config.model.query_groups == 2 and config.model.ffn_size == 384
+    assert config.output_dir == Path("runs/base") and config.checkpoint_dir == Path("runs/base/checkpoints")
+
+
+def test_demo() -> None:
+    config = load_config(DEMO, ["train.steps=1"])
+    assert config.train.steps == 1
+    assert config.micro_batches(config.parallel.tensor * config.parallel.pipeline) >= 1, "it runs at its own layout"
+
+
+def test_defaults_that_follow_from_other_keys(base: Path) -> None:
+    model = load_config(base, ["model.ffn_hidden_size=null", "model.num_query_groups=null"]).model
+    assert model.ffn_size == 384, "8/3 * 128 = 341.3, up to a multiple of 64"
+    assert model.query_groups == 4
+
+
+def test_configuration_is_frozen(base: Path) -> None:
+    config = load_config(base)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 2  # type: ignore[misc]
+
+
+def test_world_size(base: Path) -> None:
+    config = load_config(base, ["parallel.tensor=2"])
+    assert [config.data_parallel_degree(size) for size in (4, 8, 12)] == [1, 2, 3]
+    for size in (1, 2, 6):
+        with pytest.raises(ConfigError) as error:
+            config.data_parallel_degree(size)
+        assert str(error.value) == (
+            f"parallel.tensor * parallel.pipeline = 2 * 2 = 4 does not divide the world size {size}: "
+            "start a multiple of 4 processes or lower a degree"
+        )
+
+
+def test_global_batch_size(base: Path) -> None:
+    config = load_config(base)
+    assert [config.micro_batches(size) for size in (2, 4, 16)] == [8, 4, 1]
+    for size, data in ((6, 3), (32, 16)):
+        with pytest.raises(ConfigError) as error:
+            config.micro_batches(size)
+        assert str(error.value) == (
+            f"train.global_batch_size = 32 is not divisible by train.micro_batch_size * data-parallel degree = "
+            f"4 * {data} = {4 * data}: change one of the two batch sizes"
+        )
+
+
+ROUND_TRIPS: list[list[str]] = [
+    [],
+    ["parallel.partition=[3, 1]", "heads.loss_weights=[1, 0.5, 0, 2]"],
+    ["parallel.partition=uniform", "model.vocab_size=1000", "log.sample_prompt=null"],
+    ["deepspeed.comms_logger.enabled=true", "optimizer.lr=1e-5", "train.grad_clip=0.0", "run.output_dir=/data/x"],
+]
+
+
+@pytest.mark.parametrize("overrides", ROUND_TRIPS, ids=str)
+def test_round_trip_through_json(base: Path, overrides: list[str]) -> None:
+    """As a checkpoint stores it."""
+    config = load_config(base, overrides)
+    again = build_config(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config and isinstance(again, Config)
+    assert build_config(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("value", ["balancd", "4", "[2, x]", "[]"])
+def test_wrong_partition_is_one_sentence(base: Path, value: str) -> None:
+    message = message_of(base, [f"parallel.partition={value}"])
+    assert len(message.splitlines()) == 1 and message.startswith("parallel.partition")
+
+
+def test_misspelt_key_of_a_source(tmp_path: Path) -> None:
+    text = BASE_TEXT.replace("path: python-stdlib, split: train", "path: python-stdlib, splt: train")
+    assert message_of_text(tmp_path, text) == "data.train.0.splt is not a known key: did you mean data.train.0.split?"
+
+
+@pytest.mark.parametrize("value", ["2024-99-99", "0b_"])
+def test_values_that_yaml_cannot_construct(base: Path, value: str) -> None:
+    assert "run.name" in message_of(base, [f"run.name={value}"])
+
+
+def test_file_that_is_not_utf8(tmp_path: Path) -> None:
+    message = message_of_text(tmp_path, b"run: {name: caf\xe9}")
+    assert message == "the configuration run.yaml is not UTF-8 text: byte 15 is wrong"
+
+
+def test_merge_keys(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        BASE_TEXT.replace("train: [{path: python-stdlib", "train: [&x {path: python-stdlib").replace(
+            "validation: [{path: python-stdlib, split", "validation: [{<<: *x, split"
+        )
+    )
+    assert load_config(path).data.validation[0].path == "python-stdlib"
+
+
+def test_override_into_an_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE_TEXT[: BASE_TEXT.index("log:")] + "log:\n")
+    assert load_config(path, ["log.every=3"]).log.every == 3
+
+
+def test_every_derived_deepspeed_key_is_owned(base: Path) -> None:
+    assert "derived" in message_of(base, ["deepspeed.zero_allow_untested_optimizer=false"])

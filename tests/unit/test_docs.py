@@ -1,0 +1,26 @@
+"""The docs show what the code and the committed data say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    pages = runpy.run_path(str(PROJECT / "docs/generate.py"))["pages"]()
+    for path, text in pages.items():
+        assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_readme_stays_under_two_screens() -> None:
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 60

@@ -1,0 +1,25 @@
+"""What rank 0 keeps of earlier runs."""
+
+from pathlib import Path
+
+import pytest
+
+from mtp_dist.training.reporting import set_earlier_run_aside
+
+
+def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in ("first", "second"):
+        (tmp_path / "metrics.jsonl").write_text(run)
+        (tmp_path / "checkpoints").mkdir()
+        set_earlier_run_aside(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
+    assert (tmp_path / "earlier-1/metrics.jsonl").read_text() == "first"
+    assert (tmp_path / "earlier-2/metrics.jsonl").read_text() == "second"
+    assert all((tmp_path / f"earlier-{number}/checkpoints").is_dir() for number in (1, 2))
+    assert str(tmp_path / "earlier-2") in capsys.readouterr().out
+
+
+def test_a_folder_without_a_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    set_earlier_run_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
