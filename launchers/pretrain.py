@@ -1,4 +1,4 @@
-"""Pretraining under any launcher: `deepspeed`, `torchrun`, srun, or one process with plain `python`."""
+"""Pretraining under any launcher: `deepspeed`, `torchrun`, or one process with plain `python`."""
 
 from mtp_dist.pretrain import main
 

@@ -2,7 +2,6 @@
 # Start the ranks of one node with torchrun (the environment is active); run it on every node.
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node-0 launchers/torchrun.sh --config CONFIG [section.key=value ...]
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
@@ -10,4 +9,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 exec torchrun --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    launchers/pretrain.py "$@"
+    "$(dirname "$0")/pretrain.py" "$@"

@@ -28,7 +28,7 @@ def selfcheck(
 ) -> None:
     """Compare the sharded model with an unsharded plain-PyTorch reference, at the layout of a configuration.
 
-    Start it like training: under torchrun, deepspeed or srun with all ranks. It needs no data. Exit status 1 where a
+    Start it like training: under torchrun or deepspeed with all ranks. It needs no data. Exit status 1 where a
     relative error is beyond its tolerance.
     """
     try:

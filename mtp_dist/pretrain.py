@@ -7,9 +7,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from mtp_dist.data.tokenizer import ByteTokenizer
 
 SECONDS_FOR_RANK_0 = 10
 
@@ -30,12 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def stop(error: ConfigError) -> NoReturn:
-    """End this process with status 2; rank 0 says why."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
-    else:
-        # Launchers kill the other ranks as soon as one has ended: rank 0 must get to say why.
+    """Say why and end this process with status 2; only rank 0 speaks of what all ranks see."""
+    rank, prefix = int(os.environ.get("RANK", 0)), "error"
+    if rank:
+        # Launchers kill the other ranks as soon as one has ended, so rank 0 must get to say why. Whoever still lives
+        # after that has a mistake that rank 0 has not, such as a missing GPU.
         time.sleep(SECONDS_FOR_RANK_0)
+        prefix = f"error on rank {rank}"
+    print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -56,7 +61,7 @@ def check_before_start(config: Config, needs_data: bool = True) -> None:
 def check_folder(key: str, folder: Path) -> None:
     """Raise ConfigError where the folder neither is there nor can be made."""
     folder = folder.absolute()
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
@@ -90,11 +95,14 @@ def pretrain(config: Config) -> None:
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.loop import fit
     from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reporting import RunReporter
+    from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
 
     topology = initialize_topology(config, device)
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
-    reporter = RunReporter(config, vocab_size, datasets.validation, device) if topology.rank == 0 else None
+    reporter = None
+    if topology.rank == 0:
+        set_earlier_run_aside(config.output_dir)
+        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name)
 
     def save(step: int) -> None:
         save_weights(config, vocab_size, engine.stage, topology, step)
@@ -103,12 +111,11 @@ def pretrain(config: Config) -> None:
     close_topology()
     if reporter:
         checkpoint = checkpoint_path(config, config.train.steps)
-        reporter.show_result(checkpoint, sample=_sample(config, checkpoint))
+        reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
 
 
 def quieten_packages() -> None:
-    """Drop what DeepSpeed and Megatron-core say at each import on each rank; warnings of a run stay."""
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    """Drop what Megatron-core says at each import on each rank; warnings of a run stay."""
     for known in (
         "Transformer Engine and Apex are not installed",
         "full scope is deprecated",
@@ -118,16 +125,14 @@ def quieten_packages() -> None:
         warnings.filterwarnings("ignore", message=known)
 
 
-def _sample(config: Config, checkpoint: Path) -> str | None:
+def _sample(config: Config, tokenizer: "ByteTokenizer", checkpoint: Path) -> str | None:
     """The prompt and a continuation of it by the model as it was saved."""
     from mtp_dist.checkpoint.weights import load_weights
-    from mtp_dist.data.tokenizer import build_tokenizer
     from mtp_dist.inference.sampling import sample_continuation
     from mtp_dist.model.reference import ReferenceModel
 
     if config.log.sample_prompt is None:
         return None
-    tokenizer = build_tokenizer(config.data.tokenizer)
     prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
     model = ReferenceModel(*load_weights(checkpoint))
     tokens = sample_continuation(model, prompt, config.log.sample_tokens, temperature=0.7, seed=config.run.seed)

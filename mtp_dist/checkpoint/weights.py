@@ -27,7 +27,7 @@ def checkpoint_path(config: Config, step: int) -> Path:
     return config.checkpoint_dir / f"step_{step:08d}"
 
 
-def save_weights(config: Config, vocab_size: int, stage: MultiTokenPipeline, topology: Topology, step: int) -> Path:
+def save_weights(config: Config, vocab_size: int, stage: MultiTokenPipeline, topology: Topology, step: int) -> None:
     """Write the fp32 weights of all stages; every rank calls it. Nothing half-written has the final name."""
     final = checkpoint_path(config, step)
     unfinished = final.with_name(f"{final.name}.unfinished")
@@ -36,10 +36,18 @@ def save_weights(config: Config, vocab_size: int, stage: MultiTokenPipeline, top
         unfinished.mkdir(parents=True)
     dist.barrier()
     shapes = parameter_shapes(config, vocab_size)
-    tensors = dict(whole_tensors(stage, shapes, topology, master_weight))
-    if topology.tensor_rank == 0 and topology.data_rank == 0:
-        file = _stage_file(topology.pipeline_rank, topology.pipeline)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / file)
+    writes = topology.tensor_rank == 0 and topology.data_rank == 0
+    tensors = {}
+    for name, tensor in whole_tensors(stage, shapes, topology, master_weight):
+        if writes:  # the other ranks of the stage only take part in gathering it
+            tensors[name] = tensor.contiguous()
+    if writes:
+        if not unfinished.is_dir():
+            raise ConfigError(
+                f"checkpoint.directory = '{final.parent}' is not shared: rank 0 made a folder there that "
+                f"rank {topology.rank} does not see"
+            )
+        save_file(tensors, unfinished / _stage_file(topology.pipeline_rank, topology.pipeline))
     dist.barrier()
     if topology.rank == 0:
         _write_index(unfinished, shapes)
@@ -48,7 +56,6 @@ def save_weights(config: Config, vocab_size: int, stage: MultiTokenPipeline, top
         shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
     dist.barrier()
-    return final
 
 
 def _stage_file(stage: int, stages: int) -> str:

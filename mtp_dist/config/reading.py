@@ -34,7 +34,7 @@ _YamlLoader.add_implicit_resolver(
 def _read_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
         raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -68,7 +68,14 @@ def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             yield _sentence(key, of_key)
 
 
-_MESSAGES = {"tuple_type": "should be a list", "model_type": "should have keys of its own", "too_short": "is too short"}
+_MESSAGES = {
+    "tuple_type": "should be a list",
+    "model_type": "should have keys of its own",
+    "too_short": "is too short",
+    "too_long": "is too long",
+    "invalid_key": "should be text",
+    "string_pattern_mismatch": "should be a plain name, without '/' and not starting with a dot",
+}
 
 
 def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
@@ -113,6 +120,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is not UTF-8 text: byte {error.start} is wrong") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot read the configuration {path!r}: {error}") from None
     values = _read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a mapping of sections such as `model:` and `train:`")

@@ -20,11 +20,11 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[^/.\s][^/]*$", max_length=100)] = "run"
     """Title of the run in logs and reports."""
-    output_dir: str | None = None
+    output_dir: Annotated[str, Field(min_length=1)] | None = None
     """Folder of this run's metrics, TensorBoard files and checkpoints; `runs/<name>` when absent."""
-    seed: NonNegativeInt = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights and of the order of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
@@ -162,7 +162,7 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    directory: str | None = None
+    directory: Annotated[str, Field(min_length=1)] | None = None
     """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
     every: PositiveInt | None = None
     """Steps between two checkpoints; one at the end in any case."""
@@ -174,8 +174,8 @@ class LogConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files into `<run.output_dir>/tensorboard`."""
     sample_prompt: str | None = None
-    """When given, rank 0 opens the last checkpoint unsharded and shows a continuation of this text at the end:
-    for models that fit one device."""
+    """When given, rank 0 opens the last checkpoint unsharded on its CPU and shows a continuation of this text at the
+    end: for small models."""
     sample_tokens: PositiveInt = 200
     """Tokens of that continuation."""
 
@@ -195,11 +195,12 @@ class Config(Section):
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.run.output_dir or f"runs/{self.run.name}")
+        return Path(self.run.output_dir or f"runs/{self.run.name}").expanduser()
 
     @property
     def checkpoint_dir(self) -> Path:
-        return Path(self.checkpoint.directory) if self.checkpoint.directory else self.output_dir / "checkpoints"
+        given = self.checkpoint.directory
+        return Path(given).expanduser() if given else self.output_dir / "checkpoints"
 
     def data_parallel_degree(self, world_size: int) -> int:
         """world_size / (tensor * pipeline). Raises ConfigError where the ranks do not fit the layout."""

@@ -9,7 +9,7 @@ from mtp_dist.model.reference import ReferenceModel
 def sample_continuation(
     model: ReferenceModel, prompt: list[int], tokens: int, temperature: float, seed: int
 ) -> list[int]:
-    """`tokens` new tokens after the prompt, drawn one by one from head 1's distribution at that temperature.
+    """Up to `tokens` new tokens after the prompt, drawn one by one from head 1's distribution at that temperature.
 
     The model sees the last `train.sequence_length` tokens; it was trained on no longer context.
     """
@@ -18,6 +18,8 @@ def sample_continuation(
     text = list(prompt)
     for _ in range(tokens):
         logits = model(torch.tensor([text[-context:]]), heads=1)[0][0, -1]
+        if not logits.isfinite().all():  # a run that diverged
+            break
         probabilities = (logits / temperature).softmax(-1)
         text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return text[len(prompt) :]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from mtp_dist.config import Config
 
-VOCABULARY_WEIGHTS = ("embedding.weight", "unembedding.weight")
-
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
     """`vocab_size` rounded up so that every rank holds the same number of rows, a multiple of 64 for fast matmuls."""

@@ -1,26 +1,39 @@
 """The fastest AdamW there is on this machine."""
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 
+BuildAdamW = Callable[..., torch.optim.Optimizer]
 
-def adamw_class(device: torch.device) -> tuple[str, Callable[..., torch.optim.Optimizer]]:
-    """Its name and class. On a GPU NVIDIA Apex's fused one, else DeepSpeed's where it compiles; else PyTorch's.
+
+def adamw_class(device: torch.device) -> BuildAdamW:
+    """On a GPU NVIDIA Apex's fused AdamW, else DeepSpeed's where it compiles; else PyTorch's.
 
     All three decouple the weight decay.
     """
     if device.type == "cuda":
-        # The package called `apex` on PyPI is an unrelated one without `apex.optimizers`.
-        if importlib.util.find_spec("apex") and importlib.util.find_spec("apex.optimizers"):
-            from apex.optimizers import FusedAdam as ApexAdam
+        return _apex_fused_adam() or _deepspeed_fused_adam() or torch.optim.AdamW
+    return torch.optim.AdamW
 
-            return "Apex FusedAdam", ApexAdam
-        from deepspeed.ops.op_builder import FusedAdamBuilder
 
-        if FusedAdamBuilder().is_compatible(verbose=False):
-            from deepspeed.ops.adam import FusedAdam
+def _apex_fused_adam() -> BuildAdamW | None:
+    """None without Apex's compiled kernels."""
+    try:
+        import amp_C  # noqa: F401, the kernels: a build of Apex without them has the class, which then raises
+        from apex.optimizers import FusedAdam
+    except Exception:  # the package called `apex` on PyPI is an unrelated one, which may raise anything
+        return None
+    return FusedAdam
 
-            return "DeepSpeed FusedAdam", FusedAdam
-    return "torch AdamW", torch.optim.AdamW
+
+def _deepspeed_fused_adam() -> BuildAdamW | None:
+    """None where its kernel does not compile, as on a machine without the CUDA toolkit."""
+    from deepspeed.ops.adam import FusedAdam
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    try:
+        FusedAdamBuilder().load(verbose=False)
+    except Exception:  # whatever its search for a compiler, or the compiler, raises
+        return None
+    return FusedAdam

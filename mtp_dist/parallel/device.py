@@ -8,11 +8,11 @@ from mtp_dist.config import Config, ConfigError
 
 
 def select_device(config: Config) -> torch.device:
-    """The device of this rank, made current. To be called once, before anything imports DeepSpeed.
+    """The device of this rank, made current. To be called before anything imports DeepSpeed.
 
     Raises ConfigError where `run.device` asks for a GPU that is not there.
     """
-    if config.parallel.sequence:
+    if config.parallel.tensor > 1:
         # One hardware queue keeps the order in which collectives and matmuls are issued, so that they overlap.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     available = torch.cuda.is_available()

@@ -27,7 +27,7 @@ class TrainingEngine:
     def __init__(self, config: Config, vocab_size: int, topology: Topology, build_optimizer: BuildOptimizer) -> None:
         self.config = config
         self.topology = topology
-        self.micro_batches = config.micro_batches(topology.tensor * topology.pipeline * topology.data)
+        self.micro_batches = config.micro_batches(topology.world_size)
         self.stage = MultiTokenPipeline(config, vocab_size, topology)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         with quiet():
@@ -38,8 +38,15 @@ class TrainingEngine:
                 config=deepspeed_config(config, self.micro_batches),
             )
         self.pipeline.set_batch_fn(self._load)
+        # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
         self.weights = torch.tensor(config.heads.weights, dtype=torch.float64, device=topology.device)
+
+    @property
+    def optimizer_name(self) -> str:
+        """Such as `torch AdamW` or `apex FusedAdam`."""
+        optimizer = type(self.pipeline.basic_optimizer)
+        return f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}"
 
     def train_step(self, batch: Sequence[MicroBatch], learning_rate: float) -> tuple[Tensor, float]:
         """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data.

@@ -15,22 +15,26 @@ from mtp_dist.model.weights import is_cut
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:
     """Scale the gradients in place to the engine's `gradient_clipping`; return their global norm before.
 
+    A norm that is not finite drops all gradients, so that the step changes nothing.
+
     For fp32 without ZeRO, where DeepSpeed 0.19.8 counts replicated weights on the first stage only and tied weights
     twice. Here every weight counts once: replicated ones on tensor-parallel rank 0, tied ones on their first stage.
     """
-    gradients = []
+    gradients = {weight: weight.grad for weight in parameters if weight.grad is not None}
     squared = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for weight in parameters:
-        if weight.grad is None:
-            continue
-        gradients.append(weight.grad)
+    for weight, gradient in gradients.items():
         replica = engine.grid.get_slice_parallel_rank() > 0 and not is_cut(weight)
         if not replica and not getattr(weight, "ds_pipe_replicated", False):
-            squared += weight.grad.double().pow(2).sum()
+            squared += gradient.double().pow(2).sum()
     dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
     norm = squared.sqrt()
+    if not norm.isfinite():
+        # As DeepSpeed's other optimizers do: no update. A weight without a gradient is left alone, decay included.
+        for weight in gradients:
+            weight.grad = None
+        return norm
     scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
+    for gradient in gradients.values():
         gradient.mul_(scale.to(gradient.dtype))
     return norm
 

@@ -1,6 +1,7 @@
 """Which trunk layers each pipeline stage holds. The embedding is on the first stage, all heads on the last."""
 
 from mtp_dist.config import Config
+from mtp_dist.planner.flops import layer_matrices
 
 
 def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
@@ -32,6 +33,5 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
 def _heads_cost(config: Config, vocab_size: int) -> float:
     """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
     model = config.model
-    attention = model.hidden_size * 2 * (model.hidden_size + model.query_groups * model.head_dim)
-    layer = attention + 3 * model.hidden_size * model.ffn_size
-    return config.heads.count * (config.heads.layers_per_head + vocab_size * model.hidden_size / layer)
+    unembedding = vocab_size * model.hidden_size
+    return config.heads.count * (config.heads.layers_per_head + unembedding / layer_matrices(model))

@@ -37,13 +37,12 @@ class Topology:
         return self.pipeline_rank == self.pipeline - 1
 
     @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
     def rank(self) -> int:
         return self.tensor_rank + self.tensor * (self.data_rank + self.data * self.pipeline_rank)
-
-
-def world_size() -> int:
-    """Processes of this job, as the launcher says; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def initialize_topology(config: Config, device: torch.device) -> Topology:

@@ -22,7 +22,7 @@ class ParameterCounts:
         return self.trunk + self.heads + self.embeddings
 
 
-def _layer_matrices(model: ModelConfig) -> int:
+def layer_matrices(model: ModelConfig) -> int:
     """Parameters of one layer's matrices: query-key-value [D, D + 2*G*C], projection [D, D], SwiGLU 3 * [D, F].
 
     G is the number of query groups, C the channels of an attention head.
@@ -39,7 +39,7 @@ def _head_layers(config: Config) -> int:
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     """Parameters of the unsharded model with a vocabulary of `vocab_size` tokens, V."""
     model = config.model
-    layer = _layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
+    layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
         heads=_head_layers(config) * layer + model.hidden_size,
@@ -58,7 +58,7 @@ def model_flops_per_token(config: Config, vocab_size: int) -> int:
     """
     model = config.model
     layers = model.trunk_layers + _head_layers(config)
-    matrices = layers * _layer_matrices(model) + config.heads.count * vocab_size * model.hidden_size
+    matrices = layers * layer_matrices(model) + config.heads.count * vocab_size * model.hidden_size
     return 6 * matrices + 12 * layers * model.hidden_size * config.train.sequence_length
 
 

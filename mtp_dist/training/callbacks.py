@@ -139,10 +139,7 @@ def json_number(value: float) -> float | None:
 
 
 class MetricsFile(Sink):
-    """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision.
-
-    A resumed run appends; where it repeats a step, the later line is the one that counts.
-    """
+    """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,6 @@ def parameter_groups(config: Config, parameters: Iterable[nn.Parameter]) -> list
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the parameters, by the fastest implementation on this device."""
-    _, adamw = adamw_class(device)
+    adamw = adamw_class(device)
     groups = [group for group in parameter_groups(config, parameters) if group["params"]]
     return adamw(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)

@@ -1,30 +1,29 @@
 """What rank 0 shows and writes of a run, from its first step to the table at its end."""
 
 import sys
+from itertools import count
 from pathlib import Path
-
-import torch
 
 from mtp_dist.config import Config
 from mtp_dist.data.loading import ValidationSet
-from mtp_dist.parallel.adam import adamw_class
 from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.partition import trunk_layers_per_stage
-from mtp_dist.parallel.topology import world_size
+from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
+WRITTEN_BY_A_RUN = ("metrics.jsonl", "tensorboard", "summary.json", "checkpoints")
+
 
 def set_earlier_run_aside(output_dir: Path) -> None:
-    """Move what an earlier run left in the folder into `earlier-1`, `earlier-2`, ... so that curves do not mix."""
-    if not (output_dir / "metrics.jsonl").exists():
+    """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that curves do not mix."""
+    left = [path for name in WRITTEN_BY_A_RUN if (path := output_dir / name).exists()]
+    if not left:
         return
-    number = 1 + len(list(output_dir.glob("earlier-*")))
-    left = [path for path in output_dir.iterdir() if not path.name.startswith("earlier-")]
-    aside = output_dir / f"earlier-{number}"
+    aside = next(path for number in count(1) if not (path := output_dir / f"earlier-{number}").exists())
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)
@@ -34,11 +33,14 @@ def set_earlier_run_aside(output_dir: Path) -> None:
 class RunReporter(Callback):
     """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the result. For rank 0 only."""
 
-    def __init__(self, config: Config, vocab_size: int, validation: ValidationSet | None, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, validation: ValidationSet | None, topology: Topology, optimizer_name: str
+    ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.validation = validation
-        self.device = device
+        self.topology = topology
+        self.optimizer_name = optimizer_name
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
         self.last_validation: HeadMetrics | None = None
         self.tokens = 0
@@ -48,29 +50,28 @@ class RunReporter(Callback):
     def _build_logger(self) -> MetricsLogger:
         config = self.config
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        set_earlier_run_aside(config.output_dir)
         sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl")]
         if self.tensorboard_dir:
             sinks.append(TensorBoardWriter(self.tensorboard_dir))
-        peak = peak_flops(device_name(self.device), config.train.precision)
+        peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = Rates(
             flops_per_token=model_flops_per_token(config, self.vocab_size),
-            peak_flops=peak and peak * world_size(),
+            peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token=self.validation.bytes_per_token if self.validation else 1.0,
         )
         return MetricsLogger(sinks, rates, total_steps=config.train.steps, log_every=config.log.every)
 
     def on_start(self) -> None:
-        config, parallel = self.config, self.config.parallel
+        config, topology = self.config, self.topology
         counts = parameter_counts(config, self.vocab_size)
-        data = config.data_parallel_degree(world_size())
-        stages = trunk_layers_per_stage(config, self.vocab_size)
+        stages = list(trunk_layers_per_stage(config, self.vocab_size))
+        micro_batches = config.micro_batches(topology.world_size)
         print(
             f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
             f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
-            f"{config.train.precision} on {device_name(self.device)}, {adamw_class(self.device)[0]}\n"
-            f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}, trunk layers of each stage "
-            f"{list(stages)} + heads on the last, {config.micro_batches(world_size())} micro-batches a step"
+            f"{config.train.precision} on {device_name(topology.device)}, {self.optimizer_name}\n"
+            f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, trunk layers of each "
+            f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
         sys.stdout.flush()
         self.logger.on_start()

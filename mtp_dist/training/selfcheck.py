@@ -9,15 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.model.reference import ReferenceModel, reference_losses
-from mtp_dist.model.targets import IGNORE_INDEX, head_targets
 from mtp_dist.model.weights import parameter_shapes
-from mtp_dist.parallel.engine import MicroBatch, TrainingEngine
+from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.gradients import before_update, reduced_gradient
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.parallel.weights import master_weight, whole_tensors
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.training.optimizer import build_optimizer, parameter_groups
+from mtp_dist.training.optimizer import build_optimizer
+from mtp_dist.training.reference import ReferenceTraining, local_micro_batches, random_batch
 
 PARAMETER_LIMIT = 20_000_000
 """A larger model is checked at reduced widths: the reference runs whole, in fp64, on every rank."""
@@ -76,57 +75,15 @@ def with_small_batch(config: Config, data_parallel: int) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": samples})})
 
 
-def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Tokens `[B, S]` and targets `[n, B, S]` of a global batch; the share of masked targets grows from 0 to 0.9 over
-    its samples, so micro-batches and data-parallel ranks have unequal numbers of valid targets."""
-    generator = torch.Generator().manual_seed(config.run.seed)
-    heads, samples = config.heads.count, config.train.global_batch_size
-    shape = (samples, config.train.sequence_length + heads)
-    tokens = torch.randint(0, vocab_size, shape, generator=generator)
-    targets = head_targets(tokens, heads)
-    masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, samples)[:, None]
-    return tokens[:, :-heads], targets.masked_fill(masked, IGNORE_INDEX)
+def with_gentle_step(config: Config) -> Config:
+    """The configuration with a learning rate of 2 % of the smallest initial weights' standard deviation.
 
-
-def local_micro_batches(config: Config, topology: Topology, tokens: Tensor, targets: Tensor) -> list[MicroBatch]:
-    """This data-parallel rank's slice of a global batch, as micro-batches."""
-    size = config.train.micro_batch_size
-    tokens, targets = (
-        tokens.chunk(topology.data)[topology.data_rank],
-        targets.chunk(topology.data, 1)[topology.data_rank],
-    )
-    return list(zip(tokens.split(size), targets.split(size, 1), strict=True))
-
-
-class ReferenceTraining:
-    """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
-
-    def __init__(self, config: Config, vocab_size: int, device: torch.device) -> None:
-        self.config = config
-        self.model = ReferenceModel(config, vocab_size).double().to(device)
-        self.device = device
-        groups = parameter_groups(config, self.model.parameters())
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
-
-    def step(self, tokens: Tensor, targets: Tensor, learning_rate: float) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name."""
-        self.optimizer.zero_grad()
-        losses = reference_losses(self.model, tokens.to(self.device), targets.to(self.device))
-        (losses * losses.new_tensor(self.config.heads.weights)).sum().backward()
-        gradients = {
-            name: weight.grad.clone() for name, weight in self.model.named_weights().items() if weight.grad is not None
-        }
-        norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
-        if self.config.train.grad_clip:
-            scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
-            for weight in self.model.parameters():
-                if weight.grad is not None:
-                    weight.grad.mul_(scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        return losses.detach(), norm, gradients
+    Adam's first step is about lr * sign(gradient). Where a gradient is near 0 rounding decides its sign, so the user's
+    rate would decide how far correct layouts may lie apart.
+    """
+    depth = config.model.trunk_layers + config.heads.layers_per_head
+    rate = 0.02 * config.model.init_std / math.sqrt(2 * depth)
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": rate})})
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -180,20 +137,17 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
         "updated weights": {name: relative_error(value, expected[name].detach()) for name, value in updated.items()},
     }
     precision = config.train.precision
-    return [
-        Comparison(quantity, precision, *_with_tolerance(worst(of_names), TOLERANCES[precision][quantity]))
-        for quantity, of_names in errors.items()
-    ]
-
-
-def _with_tolerance(found: tuple[float, str], tolerance: float) -> tuple[float, float, str]:
-    return found[0], tolerance, found[1]
+    comparisons = []
+    for quantity, of_names in errors.items():
+        error, where = worst(of_names)
+        comparisons.append(Comparison(quantity, precision, error, TOLERANCES[precision][quantity], where))
+    return comparisons
 
 
 def selfcheck(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
     """Every comparison at the configuration's layout: in fp32, where agreement must be close, then in its precision."""
     config, vocab_size = reduced(config, vocab_size)
-    config = with_small_batch(config, topology.data)
+    config = with_small_batch(with_gentle_step(config), topology.data)
     comparisons = []
     for precision in dict.fromkeys(["fp32", config.train.precision]):
         train = config.train.model_copy(update={"precision": precision})

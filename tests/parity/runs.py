@@ -55,7 +55,7 @@ class Run:
 
 def global_batches(config: Config, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Unevenly masked random batches, of steps 1..steps. The same at every layout."""
-    from mtp_dist.training.selfcheck import random_batch
+    from mtp_dist.training.reference import random_batch
 
     seeds = (config.model_copy(update={"run": config.run.model_copy(update={"seed": s})}) for s in range(steps))
     return [random_batch(seeded, VOCAB_SIZE) for seeded in seeds]
@@ -63,7 +63,7 @@ def global_batches(config: Config, steps: int) -> list[tuple[Tensor, Tensor]]:
 
 def reference_run(config: Config, steps: int) -> Run:
     from mtp_dist.training.optimizer import learning_rate
-    from mtp_dist.training.selfcheck import ReferenceTraining
+    from mtp_dist.training.reference import ReferenceTraining
 
     training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
     results = [
@@ -84,7 +84,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.parallel.weights import master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
-    from mtp_dist.training.selfcheck import local_micro_batches
+    from mtp_dist.training.reference import local_micro_batches
 
     device = select_device(config)
     topology = initialize_topology(config, device)
@@ -120,3 +120,29 @@ def merge(stages: list[Run | None]) -> Run:
         gradients |= run.gradients
         weights |= run.weights
     return Run(runs[0].losses, runs[0].norms, gradients, weights)
+
+
+def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """This rank's weights before and after a step in which one element of rank 0's gradient is NaN, and its norm."""
+    from mtp_dist.model.weights import named_weights
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.gradients import before_update
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.reference import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    weights = dict(named_weights(engine.stage))
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def break_gradient() -> None:
+        if topology.rank == 0:
+            weights["embedding.weight"].grad[0, 0] = float("nan")
+
+    with before_update(engine.pipeline, break_gradient):
+        batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
+        _, norm = engine.train_step(batch, 1e-3)
+    return before, {name: weight.detach().clone() for name, weight in weights.items()}, norm

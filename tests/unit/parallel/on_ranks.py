@@ -32,7 +32,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.parallel.weights import master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.selfcheck import local_micro_batches, random_batch
+    from mtp_dist.training.reference import local_micro_batches, random_batch
 
     device = select_device(config)
     topology = initialize_topology(config, device)

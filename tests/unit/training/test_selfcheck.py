@@ -13,10 +13,9 @@ from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.training.reference import local_micro_batches, random_batch
 from mtp_dist.training.selfcheck import (
     PARAMETER_LIMIT,
-    local_micro_batches,
-    random_batch,
     reduced,
     relative_error,
     with_small_batch,
