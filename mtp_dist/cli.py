@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_dist.config import ConfigError, load_config
-from mtp_dist.pretrain import check_before_start, quieten_packages, stop, vocabulary_size
+from mtp_dist.pretrain import check_before_start, quieten_packages, stop
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -37,6 +37,7 @@ def selfcheck(
     except ConfigError as error:
         stop(error)
     quieten_packages()
+    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.selfcheck import selfcheck as compare

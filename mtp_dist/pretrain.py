@@ -47,6 +47,7 @@ def stop(error: ConfigError) -> NoReturn:
 def check_before_start(config: Config, needs_data: bool = True) -> None:
     """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
     from mtp_dist.data.sources import check_sources
+    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
 
     config.micro_batches(int(os.environ.get("WORLD_SIZE", 1)))
@@ -66,22 +67,10 @@ def check_folder(key: str, folder: Path) -> None:
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
-def vocabulary_size(config: Config) -> int:
-    """`model.vocab_size`, or the tokenizer's where absent. Raises ConfigError where the tokenizer has more."""
-    from mtp_dist.data.tokenizer import build_tokenizer
-
-    needed = build_tokenizer(config.data.tokenizer).vocab_size
-    if config.model.vocab_size is not None and config.model.vocab_size < needed:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is below the {needed} tokens of data.tokenizer = "
-            f"'{config.data.tokenizer}': raise it or leave it out"
-        )
-    return config.model.vocab_size or needed
-
-
 def pretrain(config: Config) -> None:
     """Train, validate, save and show the result."""
     from mtp_dist.data.loading import load_datasets
+    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
 
     datasets = load_datasets(config)

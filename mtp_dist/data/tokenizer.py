@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import ConfigError
+from mtp_dist.config import Config, ConfigError
 
 
 class ByteTokenizer:
@@ -34,3 +34,14 @@ def build_tokenizer(name: str) -> ByteTokenizer:
     if name != ByteTokenizer.name:
         raise ConfigError(f"data.tokenizer = {name!r} is not known: use '{ByteTokenizer.name}'")
     return ByteTokenizer()
+
+
+def vocabulary_size(config: Config) -> int:
+    """`model.vocab_size`, or the tokenizer's where absent. Raises ConfigError where the tokenizer has more."""
+    needed = build_tokenizer(config.data.tokenizer).vocab_size
+    if config.model.vocab_size is not None and config.model.vocab_size < needed:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size} is below the {needed} tokens of data.tokenizer = "
+            f"'{config.data.tokenizer}': raise it or leave it out"
+        )
+    return config.model.vocab_size or needed

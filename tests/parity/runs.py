@@ -146,3 +146,26 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
         batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
         _, norm = engine.train_step(batch, 1e-3)
     return before, {name: weight.detach().clone() for name, weight in weights.items()}, norm
+
+
+def losses_of_evaluations(config: Config) -> list[Tensor]:
+    """Per-head losses of one batch by an evaluation, by the first training step, and by evaluations after it of the
+    batch once and twice over; each `[n]`."""
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.reference import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
+    sums = [
+        engine.evaluate(batch, len(batch)),
+        engine.train_step(batch, 1e-3)[0],
+        engine.evaluate(batch, len(batch)),
+        engine.evaluate(batch * 2, 2 * len(batch)),
+        engine.train_step(batch, 1e-3)[0],
+    ]
+    return [losses / targets.clamp(min=1) for losses, _, targets in sums]

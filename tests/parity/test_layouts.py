@@ -12,6 +12,7 @@ from mtp_dist.model.weights import padded_vocab_size
 from tests.parity.runs import (
     VOCAB_SIZE,
     Run,
+    losses_of_evaluations,
     merge,
     reference_run,
     run_with_broken_gradient,
@@ -167,6 +168,19 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(ranks: Ranks, layout: A
     before, after, norm = ranks.run(tensor * pipeline * data, run_with_broken_gradient, config)[0]
     assert norm == float("inf") or norm != norm
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2, False), (2, 2, 1, True), (1, 4, 1, False)], ids=name_of)
+def test_evaluation_between_training_steps(ranks: Ranks, layout: Any) -> None:
+    config = layout_config(layout, 4)
+    tensor, pipeline, data, _ = layout
+    truth = reference_of(config, FEW).losses[0]
+    for answers in ranks.run(tensor * pipeline * data, losses_of_evaluations, config):
+        before, first_step, after, twice, second_step = answers
+        assert largest_error(before, truth) <= 1e-5
+        assert torch.equal(before, first_step)
+        assert largest_error(twice, after) <= 1e-12
+        assert torch.equal(after, second_step) and bool((after < before).all())
 
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
