@@ -132,7 +132,7 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
     sharded_losses = sums[0] / sums[2].clamp(min=1)
     errors = {
         "losses": {f"head {k}": relative_error(sharded_losses[k - 1], loss) for k, loss in enumerate(losses, 1)},
-        "gradient norm": {"all parameters": relative_error(torch.tensor(sharded_norm), torch.tensor(norm))},
+        "gradient norm": {"all parameters": relative_error(*torch.tensor([sharded_norm, norm], dtype=torch.float64))},
         "gradients": {name: relative_error(value, truth[name]) for name, value in gradients.items()},
         "updated weights": {name: relative_error(value, expected[name].detach()) for name, value in updated.items()},
     }
