@@ -1,6 +1,7 @@
 """Whole weights and gradients from the parts that the ranks hold."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from mtp_dist.model.weights import is_cut, join, named_weights
+from mtp_dist.parallel.engine import TrainingEngine
+from mtp_dist.parallel.gradients import before_update, reduced_gradient
 from mtp_dist.parallel.topology import Topology, tensor_group
 
 
@@ -43,3 +46,18 @@ def whole_tensors(
         else:
             parts = [part]
         yield name, join(parts, weight, shapes[name]).cpu()
+
+
+@contextmanager
+def first_gradients(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
+    """Yield a mapping that the first step in this context fills: this stage's whole gradients before clipping."""
+    gradients: dict[str, Tensor] = {}
+
+    def look() -> None:
+        if not gradients:
+            # Cloned: where nothing is cut the whole tensor is the gradient itself, which clipping scales in place.
+            local = whole_tensors(engine.stage, shapes, engine.topology, lambda w: reduced_gradient(w).clone())
+            gradients.update(local)
+
+    with before_update(engine.pipeline, look):
+        yield gradients

@@ -11,9 +11,8 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.gradients import before_update, reduced_gradient
 from mtp_dist.parallel.topology import Topology
-from mtp_dist.parallel.weights import master_weight, whole_tensors
+from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.optimizer import build_optimizer
 from mtp_dist.training.reference import ReferenceTraining, local_micro_batches, random_batch
@@ -118,11 +117,7 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
         config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
     )
     shapes = parameter_shapes(config, vocab_size)
-    gradients: dict[str, Tensor] = {}
-    with before_update(
-        engine.pipeline,
-        lambda: gradients.update(whole_tensors(engine.stage, shapes, topology, lambda w: reduced_gradient(w).clone())),
-    ):
+    with first_gradients(engine, shapes) as gradients:
         sums, sharded_norm = engine.train_step(
             local_micro_batches(config, topology, tokens, targets), config.optimizer.lr
         )

@@ -80,9 +80,8 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.gradients import before_update, reduced_gradient
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
     from mtp_dist.training.reference import local_micro_batches
 
@@ -90,14 +89,8 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     topology = initialize_topology(config, device)
     engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
     shapes = parameter_shapes(config, VOCAB_SIZE)
-    gradients: dict[str, Tensor] = {}
-
-    def look() -> None:
-        if not gradients:
-            gradients.update(whole_tensors(engine.stage, shapes, topology, lambda w: reduced_gradient(w).clone()))
-
     losses, norms = [], []
-    with before_update(engine.pipeline, look):
+    with first_gradients(engine, shapes) as gradients:
         for step, (tokens, targets) in enumerate(global_batches(config, steps), 1):
             batch = local_micro_batches(config, topology, tokens, targets)
             sums, norm = engine.train_step(batch, learning_rate(config, step))
