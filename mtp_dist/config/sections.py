@@ -73,12 +73,21 @@ class HeadsConfig(Section):
     """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output."""
     layers_per_head: PositiveInt = 1
     """Transformer layers of each head."""
-    unembedding: Literal["shared"] = "shared"
-    """`shared`: one final norm and one unembedding serve all heads."""
+    unembedding: Literal["shared", "separate"] = "shared"
+    """`shared`: one unembedding serves all heads; `separate`: each has its own. One final norm serves all in any
+    case."""
     loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
     """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
-    loss_mode: Literal["naive"] = "naive"
-    """`naive`: the logits of all heads stay alive until the backward pass."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight, beside each cross-entropy, of the squared logarithm of the softmax's denominator (PaLM's 1e-4 keeps
+    logits from drifting); the reported losses are without it."""
+    loss_mode: Literal["eager", "recompute", "naive"] = "eager"
+    """`eager` runs each head forward and backward before the next one, so memory stays that of one head; `recompute`
+    does it in the backward pass, for one more forward pass of the heads and nothing kept until then; `naive` keeps the
+    logits of all heads until the backward pass: a reference."""
+    chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits are in memory at once in `eager` and `recompute`; when absent as many as fit into 64 MiB on
+    a CPU and 1 GiB on a GPU."""
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -282,6 +291,13 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
+    if model.tie_embeddings and heads.unembedding == "separate":
+        yield (
+            "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
+            "heads.unembedding = 'shared' or set model.tie_embeddings = false"
+        )
+    if heads.loss_mode == "naive" and heads.chunk_tokens:
+        yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
     if len(heads.weights) != heads.count:
         yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
     if not any(heads.weights):

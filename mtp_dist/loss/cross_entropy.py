@@ -3,6 +3,7 @@
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
 
@@ -18,17 +19,34 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Ten
     return losses.where(valid, 0.0).sum()
 
 
+def squared_normalizer_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Sum over the valid targets of log(sum(exp(logits)))^2, fp32: what the z-loss weighs (PaLM, section 5).
+
+    logits and targets as in `cross_entropy_sum`.
+    """
+    logits = logits.float()
+    largest = logits.detach().max(-1, keepdim=True).values
+    group = get_tensor_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+    denominator = reduce_from_tensor_model_parallel_region((logits - largest).exp().sum(-1))
+    normalizer = denominator.log() + largest.squeeze(-1)
+    return normalizer.square().where(targets != ignore_index, 0.0).sum()
+
+
 @torch.no_grad()
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Number of targets `[S, B]` that are the most probable token of logits `[S, B, V/TP]`; masked ones never are."""
+    """Number of targets `[S, B]` whose logit is above every other one of `[S, B, V/TP]`; masked ones never are."""
     group = get_tensor_model_parallel_group()
-    best, entry = logits.float().max(-1)
-    if group.size() == 1:
-        return (entry == targets).sum()
-    entry = entry + group.rank() * logits.shape[-1]
-    local = torch.stack([best, entry.to(best.dtype)])
-    everywhere = [torch.empty_like(local) for _ in range(group.size())]
-    torch.distributed.all_gather(everywhere, local, group=group)
-    values, entries = torch.stack(everywhere, 1)
-    winner = values.argmax(0, keepdim=True)
-    return (entries.gather(0, winner).squeeze(0).long() == targets).sum()
+    lowest = torch.finfo(logits.dtype).min
+    local = targets - group.rank() * logits.shape[-1]
+    is_here = ((local >= 0) & (local < logits.shape[-1])).unsqueeze(-1)
+    entry = local.unsqueeze(-1).where(is_here, 0)
+    target_logit = logits.gather(-1, entry)
+    logits.detach().scatter_(-1, entry, target_logit.where(~is_here, lowest))
+    best_other = logits.amax(-1)
+    logits.detach().scatter_(-1, entry, target_logit)
+    best = torch.stack([target_logit.where(is_here, lowest).squeeze(-1), best_other])
+    if group.size() > 1:
+        torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=group)
+    return (best[0] > best[1]).sum()

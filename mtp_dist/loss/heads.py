@@ -1,12 +1,54 @@
 """The loss of all heads for one micro-batch, from the trunk's output to a scalar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum
+from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum, squared_normalizer_sum
+from mtp_dist.loss.linear_cross_entropy import LossSums, Vocabulary
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the loss asks of the heads, k = 1..n."""
+
+    hidden: Callable[[int, Tensor], Tensor]
+    """(k, z `[S, B, D]`) -> the normalized hidden states of head k, shaped like z; both are `[S/TP, B, D]` under
+    sequence parallelism."""
+    logits: Callable[[int, Tensor], Tensor]
+    """(k, its hidden states) -> this rank's logits `[S, B, V/TP]`, -inf at padded entries."""
+    weights: Sequence[Tensor]
+    """What `hidden` computes with and training changes."""
+    unembeddings: Sequence[Tensor]
+    """This rank's rows `[V/TP, D]` for each head; n times the same tensor where it is shared."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a micro-batch: sum_k scales[k-1] * (cross-entropies of head k + z_loss * squared normalizers)."""
+
+    targets: Tensor
+    """`[n, B, S]`."""
+    scales: Tensor
+    """`[n]`."""
+    vocabulary: Vocabulary
+    z_loss: float = 0.0
+    chunk_tokens: int | None = None
+    """Tokens whose logits the sequential modes hold at once; from a memory budget when None."""
+    sequence_parallel: bool = False
+
+    @property
+    def heads(self) -> int:
+        return len(self.targets)
+
+    def loss(self, sums: Sequence[LossSums]) -> Tensor:
+        """The scalar, from what each head has summed."""
+        losses = torch.stack([head.cross_entropy for head in sums])
+        if self.z_loss:
+            losses = losses + self.z_loss * torch.stack([head.squared_normalizer for head in sums])
+        return (self.scales * losses).sum()
 
 
 @dataclass
@@ -21,27 +63,26 @@ class HeadSums:
     def zeros(cls, heads: int, device: torch.device) -> "HeadSums":
         return cls(*(torch.zeros(heads, dtype=torch.float64, device=device) for _ in range(3)))
 
+    def record(self, objective: Objective, sums: Sequence[LossSums]) -> Tensor:
+        """Add one micro-batch's losses, hits and valid targets; returns its loss."""
+        self.losses += torch.stack([head.cross_entropy.detach() for head in sums])
+        self.correct += torch.stack([head.correct for head in sums])
+        self.targets += (objective.targets != objective.vocabulary.ignore_index).sum((1, 2))
+        return objective.loss(sums)
 
-def naive_heads_loss(
-    head_logits: Callable[[int, Tensor], Tensor],
-    trunk_output: Tensor,
-    targets: Tensor,
-    scales: Tensor,
-    ignore_index: int,
-    sums: HeadSums,
-) -> Tensor:
-    """sum_k scales[k-1] * (sum of head k's cross-entropies), a scalar; all heads' logits stay alive for the backward.
 
-    head_logits maps (k, z) to this rank's logits `[S, B, V/TP]`; trunk_output is z; targets `[n, B, S]`; scales `[n]`.
+def naive_heads_loss(heads: Heads, trunk_output: Tensor, objective: Objective, sums: HeadSums) -> Tensor:
+    """The loss, a scalar, by Megatron-core's cross-entropy; all heads' logits stay alive for the backward pass.
+
     Adds the micro-batch's losses, hits and valid targets to `sums`.
     """
-    total = scales.new_zeros(())
-    for distance in range(1, len(targets) + 1):
-        logits = head_logits(distance, trunk_output)
-        target = targets[distance - 1].T.contiguous()
-        sums.correct[distance - 1] += count_correct(logits, target)
-        loss = cross_entropy_sum(logits, target, ignore_index)
-        total = total + scales[distance - 1] * loss
-        sums.losses[distance - 1] += loss.detach()
-        sums.targets[distance - 1] += (target != ignore_index).sum()
-    return total
+    ignore_index = objective.vocabulary.ignore_index
+    head_sums = []
+    for distance, targets in enumerate(objective.targets, 1):
+        logits = heads.logits(distance, heads.hidden(distance, trunk_output))
+        targets = targets.T.contiguous()
+        # The cross-entropy comes last: it overwrites the logits.
+        correct = count_correct(logits, targets)
+        normalizer = squared_normalizer_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
+        head_sums.append(LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct))
+    return sums.record(objective, head_sums)

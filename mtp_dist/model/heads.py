@@ -34,7 +34,10 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class PredictionHeads(nn.Module):
-    """n parallel heads: `layers_per_head` transformer layers each, then ONE final norm and ONE unembedding for all."""
+    """n parallel heads: `layers_per_head` transformer layers each, then ONE final norm and the unembedding.
+
+    All heads share the unembedding, or each has its own (`heads.unembedding`).
+    """
 
     global_prefix = ""
 
@@ -49,9 +52,21 @@ class PredictionHeads(nn.Module):
             }
         )
         self.final_norm = RMSNorm(transformer_config(config), config.model.hidden_size, config.model.norm_eps)
-        self.unembedding = Unembedding(config, vocab_size, padded_vocab_size)
+        self.separate = config.heads.unembedding == "separate"
+        if self.separate:
+            self.unembeddings = nn.ModuleDict(
+                {str(k): Unembedding(config, vocab_size, padded_vocab_size) for k in range(1, count + 1)}
+            )
+        else:
+            self.unembedding = Unembedding(config, vocab_size, padded_vocab_size)
 
-    def head_logits(self, distance: int, trunk_output: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """This rank's logits `[S, B, V/TP]` of the head of that prediction distance (1..n), from z `[S, B, D]`."""
-        hidden = self.heads[str(distance)](trunk_output)
-        return self.unembedding(self.final_norm(hidden), tied_weight)
+    def hidden(self, distance: int, trunk_output: Tensor) -> Tensor:
+        """Normalized hidden states `[S, B, D]` of the head of that prediction distance (1..n), from z `[S, B, D]`."""
+        hidden: Tensor = self.final_norm(self.heads[str(distance)](trunk_output))
+        return hidden
+
+    def unembedding_of(self, distance: int) -> Unembedding:
+        """What maps the hidden states of the head of that prediction distance to this rank's logits."""
+        module = self.unembeddings[str(distance)] if self.separate else self.unembedding
+        assert isinstance(module, Unembedding)
+        return module

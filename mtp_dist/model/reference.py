@@ -58,8 +58,12 @@ class ReferenceModel(nn.Module):
         for depth in range(self.config.heads.layers_per_head):
             hidden = self._layer(f"heads.{distance}.{depth}", hidden)
         hidden = _rms_norm(hidden, self.weight("final_norm.weight"), self.config.model.norm_eps)
-        tied = self.config.model.tie_embeddings
-        return hidden @ self.weight("embedding.weight" if tied else "unembedding.weight").T
+        return hidden @ self.weight(self._unembedding(distance)).T
+
+    def _unembedding(self, distance: int) -> str:
+        if self.config.heads.unembedding == "separate":
+            return f"unembeddings.{distance}.weight"
+        return "embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight"
 
     def _layer(self, name: str, hidden: Tensor) -> Tensor:
         eps = self.config.model.norm_eps
@@ -84,13 +88,17 @@ class ReferenceModel(nn.Module):
         return context.transpose(1, 2).flatten(2) @ self.weight(f"{name}.self_attention.linear_proj.weight").T
 
 
-def reference_losses(model: ReferenceModel, tokens: Tensor, targets: Tensor) -> Tensor:
-    """L_k `[n]` of one global batch: tokens `[B, S]`, targets `[n, B, S]` with IGNORE_INDEX where none counts.
+def reference_losses(model: ReferenceModel, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """L_k `[n]` of one global batch, and each head's part of what is minimized, `[n]`: with the z-loss, unweighted.
 
-    L_k is the sum of head k's cross-entropies over its valid targets by their number, and 0 where it has none.
+    tokens `[B, S]`, targets `[n, B, S]` with IGNORE_INDEX where none counts. L_k is the sum of head k's cross-entropies
+    over its valid targets by their number, and 0 where it has none.
     """
-    losses = []
+    losses, objectives = [], []
     for logits, target in zip(model(tokens), targets, strict=True):
+        valid = (target != IGNORE_INDEX).sum().clamp(min=1)
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        losses.append(total / (target != IGNORE_INDEX).sum().clamp(min=1))
-    return torch.stack(losses)
+        squares = logits.logsumexp(-1).square().where(target != IGNORE_INDEX, 0.0).sum()
+        losses.append(total / valid)
+        objectives.append((total + model.config.heads.z_loss * squares) / valid)
+    return torch.stack(losses), torch.stack(objectives)

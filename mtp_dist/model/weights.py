@@ -44,7 +44,9 @@ def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ..
         for depth in range(config.heads.layers_per_head):
             shapes |= {f"heads.{distance}.{depth}.{name}": shape for name, shape in layer.items()}
     shapes["final_norm.weight"] = (width,)
-    if not model.tie_embeddings:
+    if config.heads.unembedding == "separate":
+        shapes |= {f"unembeddings.{k}.weight": (vocab_size, width) for k in range(1, config.heads.count + 1)}
+    elif not model.tie_embeddings:
         shapes["unembedding.weight"] = (vocab_size, width)
     return shapes
 

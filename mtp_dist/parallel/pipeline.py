@@ -11,7 +11,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.loss.heads import HeadSums, naive_heads_loss
+from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
+from mtp_dist.loss.linear_cross_entropy import Vocabulary
+from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import PredictionHeads
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
@@ -24,7 +26,7 @@ from mtp_dist.model.weights import (
     tag_shards,
 )
 from mtp_dist.parallel.partition import trunk_layers_per_stage
-from mtp_dist.parallel.topology import Topology
+from mtp_dist.parallel.topology import Topology, tensor_group
 
 
 @contextlib.contextmanager
@@ -44,6 +46,8 @@ class HeadsWithLoss(PredictionHeads):
 
     def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__(config, vocab_size, padded_vocab_size)
+        self.config = config
+        self.vocab_size = vocab_size
         self.queue: deque[Tensor] = deque()
         self.scales = torch.zeros(config.heads.count)
         self.sums = HeadSums.zeros(config.heads.count, self.scales.device)
@@ -61,12 +65,30 @@ class HeadsWithLoss(PredictionHeads):
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """z `[S, B, D]`, or (z, tied weight `[V/TP, D]`), -> a scalar."""
         trunk_output, tied_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
+        heads, objective = self._heads(tied_weight), self._objective(self.queue.popleft())
+        mode = self.config.heads.loss_mode
+        if mode == "naive":
+            return naive_heads_loss(heads, trunk_output, objective, self.sums)
+        return sequential_heads_loss(mode, heads, trunk_output, objective, self.sums)
 
-        def head_logits(distance: int, hidden: Tensor) -> Tensor:
-            return self.head_logits(distance, hidden, tied_weight)
+    def _heads(self, tied_weight: Tensor | None) -> Heads:
+        modules = [self.unembedding_of(distance) for distance in range(1, self.config.heads.count + 1)]
+        return Heads(
+            hidden=self.hidden,
+            logits=lambda distance, hidden: modules[distance - 1](hidden, tied_weight),
+            weights=[w for part in (self.heads, self.final_norm) for w in part.parameters() if w.requires_grad],
+            unembeddings=[module.weight if tied_weight is None else tied_weight for module in modules],
+        )
 
-        targets = self.queue.popleft()
-        return naive_heads_loss(head_logits, trunk_output, targets, self.scales, IGNORE_INDEX, self.sums)
+    def _objective(self, targets: Tensor) -> Objective:
+        return Objective(
+            targets=targets,
+            scales=self.scales,
+            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tensor_group()),
+            z_loss=self.config.heads.z_loss,
+            chunk_tokens=self.config.heads.chunk_tokens,
+            sequence_parallel=self.config.parallel.sequence,
+        )
 
 
 def _with_weight(embedding: TokenEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:

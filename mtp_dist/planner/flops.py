@@ -15,7 +15,7 @@ class ParameterCounts:
     heads: int
     """The prediction heads' layers and the final norm that they share."""
     embeddings: int
-    """Embedding and unembedding, V*D each; one V*D where they are tied."""
+    """Embedding and unembeddings, V*D each: n of them where they are separate, none where they are tied."""
 
     @property
     def total(self) -> int:
@@ -36,6 +36,13 @@ def _head_layers(config: Config) -> int:
     return config.heads.count * config.heads.layers_per_head
 
 
+def _unembeddings(config: Config) -> int:
+    """Matrices of unembeddings that are not the embedding's too."""
+    if config.heads.unembedding == "separate":
+        return config.heads.count
+    return 0 if config.model.tie_embeddings else 1
+
+
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     """Parameters of the unsharded model with a vocabulary of `vocab_size` tokens, V."""
     model = config.model
@@ -43,7 +50,7 @@ def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
         heads=_head_layers(config) * layer + model.hidden_size,
-        embeddings=(1 if model.tie_embeddings else 2) * vocab_size * model.hidden_size,
+        embeddings=(1 + _unembeddings(config)) * vocab_size * model.hidden_size,
     )
 
 

@@ -49,8 +49,8 @@ class ReferenceTraining:
     def step(self, tokens: Tensor, targets: Tensor, learning_rate: float) -> tuple[Tensor, float, dict[str, Tensor]]:
         """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name."""
         self.optimizer.zero_grad()
-        losses = reference_losses(self.model, tokens.to(self.device), targets.to(self.device))
-        (losses * losses.new_tensor(self.config.heads.weights)).sum().backward()
+        losses, objectives = reference_losses(self.model, tokens.to(self.device), targets.to(self.device))
+        (objectives * objectives.new_tensor(self.config.heads.weights)).sum().backward()
         gradients = {
             name: weight.grad.clone() for name, weight in self.model.named_weights().items() if weight.grad is not None
         }

@@ -49,7 +49,7 @@ def hits_of_almost_ties(config: Config) -> float:
     """Hits that the heads' loss counts for logits that only full precision tells apart: 1e-9, 5e-10 and 0."""
     import torch
 
-    from mtp_dist.loss.heads import HeadSums, naive_heads_loss
+    from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import initialize_topology
