@@ -239,6 +239,20 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
 )
 
 
+def _contradictions_of_heads(model: ModelConfig, heads: HeadsConfig) -> Iterator[str]:
+    if model.tie_embeddings and heads.unembedding == "separate":
+        yield (
+            "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
+            "heads.unembedding = 'shared' or set model.tie_embeddings = false"
+        )
+    if heads.loss_mode == "naive" and heads.chunk_tokens:
+        yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
+    if len(heads.weights) != heads.count:
+        yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
+    if not any(heads.weights):
+        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+
+
 def contradictions(config: Config) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
@@ -291,17 +305,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
-    if model.tie_embeddings and heads.unembedding == "separate":
-        yield (
-            "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
-            "heads.unembedding = 'shared' or set model.tie_embeddings = false"
-        )
-    if heads.loss_mode == "naive" and heads.chunk_tokens:
-        yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
-    if len(heads.weights) != heads.count:
-        yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
-    if not any(heads.weights):
-        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    yield from _contradictions_of_heads(model, heads)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):

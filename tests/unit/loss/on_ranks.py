@@ -50,14 +50,16 @@ def hits_of_almost_ties(config: Config) -> float:
     import torch
 
     from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
+    from mtp_dist.loss.linear_cross_entropy import Vocabulary
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.topology import initialize_topology, tensor_group
 
     initialize_topology(config, select_device(config))
     logits = torch.zeros(4, 1, 8)
     logits[..., 5], logits[..., 2] = 1e-9, 5e-10
     sums = HeadSums.zeros(1, logits.device)
-    targets = torch.full((1, 1, 4), 5)
-    naive_heads_loss(lambda k, z: logits * 1.0, logits, targets, torch.ones(1), IGNORE_INDEX, sums)
+    heads = Heads(lambda k, z: z, lambda k, hidden: hidden * 1.0, [], [])
+    objective = Objective(torch.full((1, 1, 4), 5), torch.ones(1), Vocabulary(8, IGNORE_INDEX, tensor_group()))
+    naive_heads_loss(heads, logits, objective, sums)
     return float(sums.correct[0])
