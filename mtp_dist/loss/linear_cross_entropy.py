@@ -2,12 +2,12 @@
 
 The vocabulary is cut over the tensor-parallel ranks. Each chunk goes from logits to gradient at once, in one buffer:
 
-    l = hidden @ weight.T                       this rank's logits
-    m, t = max(l), l[target]                    over this rank's entries; t = 0 where the target is elsewhere
-    p = softmax(l)                              likewise; max(p) = exp(m - normalizer)
-    normalizer = m - log(max(p))                exchanged with t in one collective, and with them joined to
-    loss = log(sum(exp(normalizers))) - sum(t)
-    d loss / d l = p * exp(this normalizer - the joint one) - (1 at the target)
+    l = hidden @ weight.T                   this rank's logits
+    m, t = max(l), l[target]                over this rank's entries; t = 0 where the target is elsewhere
+    p = softmax(l), s = 1 / max(p)          likewise; s = sum(exp(l - m))
+    M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s and t in one collective
+    loss = (M - sum(t)) + log(S)            in this order: exact however large the logits are
+    d loss / d l = p * s * exp(m - M) / S - (1 at the target)
 """
 
 from dataclasses import dataclass
@@ -129,18 +129,30 @@ class _Softmax:
         target_logit = target_logit.squeeze(1).where(self.is_here, 0.0)
         largest = best_other.where(~self.is_here, torch.maximum(best_other, target_logit))
         self.probabilities = torch.softmax(logits, 1, out=logits)
-        local_normalizer = largest - self.probabilities.amax(1).log()
+        denominator = self.probabilities.amax(1).reciprocal()
+        self._join(largest, denominator, target_logit, best_other, vocabulary.group)
 
-        self.normalizer, self.target_logit, self.best_other = _joined(
-            local_normalizer, target_logit, best_other, vocabulary.group
-        )
-        self.local_factor = (local_normalizer - self.normalizer).exp()
+    def _join(
+        self, largest: Tensor, denominator: Tensor, target_logit: Tensor, best_other: Tensor, group: dist.ProcessGroup
+    ) -> None:
+        """From what this rank found in its entries, each `[C]`, to what all entries give: one collective."""
+        local = torch.stack([largest, denominator, target_logit, best_other])
+        everywhere = local
+        if group.size() > 1:
+            everywhere = local.new_empty(group.size() * len(local), len(largest))
+            dist.all_gather_into_tensor(everywhere, local, group=group)
+        maxima, denominators, target_logits, best_others = everywhere.unflatten(0, (group.size(), -1)).unbind(1)
+        maximum = maxima.amax(0)
+        total = (denominators * (maxima - maximum).exp()).sum(0)
+        self.losses = maximum - target_logits.sum(0) + total.log()
+        self.normalizer = maximum + total.log()
+        self.hits = target_logits.sum(0) > best_others.amax(0)
+        self.local_share = denominator * (largest - maximum).exp() / total
 
     def sums(self) -> Tensor:
         """The chunk's LossSums as one tensor `[3]`."""
-        losses = self.normalizer - self.target_logit
-        hits = (self.target_logit > self.best_other).to(losses)
-        return torch.stack([losses, self.normalizer.square(), hits]).where(self.valid, 0.0).sum(1)
+        terms = torch.stack([self.losses, self.normalizer.square(), self.hits.to(self.losses)])
+        return terms.where(self.valid, 0.0).sum(1)
 
     def gradient(self, gradients: Gradients) -> Tensor:
         """The gradient for this rank's logits, `[C, V/TP]` in the precision of hidden; in their memory if it is theirs.
@@ -148,23 +160,10 @@ class _Softmax:
         The entry of the target is rounded last: near 0 for a target that is all but certain, not near 1 - 1.
         """
         scale = gradients.scale * self.valid
-        factor = (scale * (1 + 2 * gradients.z_loss * self.normalizer) * self.local_factor).unsqueeze(1)
+        factor = (scale * (1 + 2 * gradients.z_loss * self.normalizer) * self.local_share).unsqueeze(1)
         at_entry = self.probabilities.gather(1, self.entry) * factor - (scale * self.is_here).unsqueeze(1)
         dtype = gradients.hidden.dtype
         same = dtype == self.probabilities.dtype
         gradient = self.probabilities if same else torch.empty_like(self.probabilities, dtype=dtype)
         torch.mul(self.probabilities, factor, out=gradient)
         return gradient.scatter_(1, self.entry, at_entry.to(dtype))
-
-
-def _joined(
-    normalizer: Tensor, target_logit: Tensor, best_other: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What this rank found in its entries, each `[C]`, to what all entries give: one collective."""
-    if group.size() == 1:
-        return normalizer, target_logit, best_other
-    local = torch.stack([normalizer, target_logit, best_other])
-    everywhere = local.new_empty(group.size() * len(local), len(normalizer))
-    dist.all_gather_into_tensor(everywhere, local, group=group)
-    normalizers, target_logits, best_others = everywhere.unflatten(0, (group.size(), -1)).unbind(1)
-    return normalizers.logsumexp(0), target_logits.sum(0), best_others.amax(0)

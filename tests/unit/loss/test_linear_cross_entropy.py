@@ -1,0 +1,240 @@
+"""The chunked linear cross-entropy equals PyTorch's in fp64, its gradients included, over a whole and a cut vocabulary.
+
+The errors are relative, of the 2-norm.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mtp_dist.loss import linear_cross_entropy as module
+from mtp_dist.loss.linear_cross_entropy import Gradients, Vocabulary, default_chunk_tokens, linear_cross_entropy
+from mtp_dist.model.targets import IGNORE_INDEX
+from tests.parity.runs import tiny_config
+from tests.ranks import Ranks
+from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers
+from tests.unit.loss.memory import allocations
+
+VOCAB_SIZE = 131
+"""With 4 ranks the third has 3 real entries and the fourth none."""
+TOKENS, WIDTH = 26, 16
+SIZES = [1, 2, 4]
+BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 5e-3)}
+"""Of the sums and of the gradients."""
+CONFIDENT_BOUNDS = {torch.float64: (1e-11, 1e-11), torch.float32: (5e-4, 1e-3), torch.bfloat16: (5e-4, 5e-3)}
+"""Where the targets are all but certain: rounding p close to 1 leaves less of 1 - p."""
+ALONE = dist.ProcessGroup(0, 1)
+"""A group of one rank, of which nobody asks more than its rank and size."""
+
+
+def random_case() -> LinearCase:
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    weight = torch.randn(VOCAB_SIZE, WIDTH, generator=generator) * 0.7
+    return LinearCase(hidden, weight, torch.randint(0, VOCAB_SIZE, (TOKENS,), generator=generator))
+
+
+def steep_case() -> LinearCase:
+    """Logits 10^4, -10^4 and 0, exact in fp32: the target is certain, impossible or one of many equal ones."""
+    hidden, weight = torch.zeros(6, WIDTH), torch.zeros(VOCAB_SIZE, WIDTH)
+    hidden[0, 0], hidden[1, 0], hidden[2, 1], hidden[3, 2], hidden[4, 3] = 100, -100, 100, 100, 1
+    weight[7, 0], weight[70, 0], weight[:, 1] = 100, -100, 100
+    weight[:, 2], weight[130, 2], weight[7, 3], weight[70, 3] = -100, 100, 10000, 9999
+    return LinearCase(hidden, weight, torch.tensor([7, 7, 70, 130, 70, 0]))
+
+
+def confident_case() -> LinearCase:
+    """Targets of probability about 0.999, over all ranks: bf16 has nothing between 0.996 and 1."""
+    hidden = torch.eye(WIDTH).repeat(2, 1)[:TOKENS]
+    weight = random_case().weight * 0.3
+    targets = torch.arange(WIDTH) * 8 + 3
+    weight[targets, torch.arange(WIDTH)] = 12.0
+    return LinearCase(hidden, weight, targets.repeat(2)[:TOKENS])
+
+
+def tied_case() -> LinearCase:
+    """Logits 0, 1 and 2 in several entries and ranks each: targets that share the first place, or have it alone."""
+    generator = torch.Generator().manual_seed(9)
+    hidden = torch.eye(WIDTH)
+    weight = torch.randint(0, 3, (VOCAB_SIZE, WIDTH), generator=generator).float()
+    targets = weight.argmax(0)
+    alone = torch.tensor([0, 5, 12])
+    targets[alone] = torch.tensor([0, 66, 130])
+    weight[targets[alone], alone] = 3.0
+    return LinearCase(hidden, weight, targets)
+
+
+def real_cases() -> dict[str, LinearCase]:
+    case = random_case()
+    uneven = torch.rand(TOKENS, generator=torch.Generator().manual_seed(6)) < torch.linspace(0, 1, TOKENS)
+    only = torch.full((TOKENS,), IGNORE_INDEX)
+    masked = replace(case, targets=case.targets.masked_fill(uneven, IGNORE_INDEX))
+    cases = {
+        "random": case,
+        "z-loss": replace(case, z_loss=1e-2),
+        "masked": masked,
+        "masked, z-loss": replace(masked, z_loss=1e-2),
+        "one valid target": replace(case, targets=only.index_fill(0, torch.tensor([11]), 66)),
+        "one valid target of z-loss": replace(case, targets=only.index_fill(0, torch.tensor([0]), 3), z_loss=1e-2),
+        "no valid target": replace(case, targets=only, z_loss=1e-2),
+        "every token the same": replace(case, hidden=case.hidden[:1].repeat(TOKENS, 1), targets=case.targets * 0 + 65),
+        "steep": steep_case(),
+        "steep, z-loss": replace(steep_case(), z_loss=1e-2),
+        "the last real entry": replace(case, targets=case.targets * 0 + VOCAB_SIZE - 1),
+        "one token a chunk": replace(masked, chunk_tokens=1, z_loss=1e-2),
+        "chunks of 3": replace(masked, chunk_tokens=3, z_loss=1e-2),
+        "chunk larger than all": replace(masked, chunk_tokens=1000, z_loss=1e-2),
+        "frozen": replace(masked, frozen=True),
+        "added": replace(masked, start=0.125, chunk_tokens=3),
+        "large scale": replace(masked, scale=7.0, z_loss=1e-2),
+        "ties": tied_case(),
+        "confident": confident_case(),
+    }
+    cases |= {f"{name} in bf16": in_dtype(cases[name], torch.bfloat16) for name in ("random", "masked, z-loss")}
+    cases |= {f"{name} in bf16": in_dtype(cases[name], torch.bfloat16) for name in ("chunks of 3", "confident")}
+    exact = ("random", "masked, z-loss", "steep", "chunks of 3", "confident")
+    return cases | {f"{name} in fp64": in_dtype(cases[name], torch.float64) for name in exact}
+
+
+def in_dtype(case: LinearCase, dtype: torch.dtype) -> LinearCase:
+    return replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
+
+
+def truth_of(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums, and the gradients of hidden and weight, in fp64 by autograd."""
+    hidden, weight = (tensor.double().clone().requires_grad_() for tensor in (case.hidden, case.weight))
+    logits, valid = hidden @ weight.T, case.targets != IGNORE_INDEX
+    loss = F.cross_entropy(logits, case.targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    squares = logits.logsumexp(1).square()[valid].sum()
+    (case.scale * (loss + case.z_loss * squares)).backward()
+    beaten = logits[valid] < logits[valid].gather(1, case.targets[valid, None])
+    correct = (beaten.sum(1) == len(weight) - 1).sum()
+    assert hidden.grad is not None and weight.grad is not None
+    return torch.stack([loss.detach(), squares.detach(), correct.double()]), hidden.grad, weight.grad
+
+
+def norm_error(value: Tensor, truth: Tensor) -> float:
+    """Exact where the truth is 0."""
+    if not truth.any():
+        return float(value.double().abs().max())
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@functools.cache
+def _answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
+    cases = real_cases()
+    config = tiny_config(parallel={"tensor": size}, model={"num_query_groups": 4})
+    by_rank = ranks.run(size, linear_answers, config, list(cases.values()))
+    return dict(zip(cases, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+
+
+@pytest.mark.parametrize("name", real_cases())
+@pytest.mark.parametrize("size", SIZES)
+def test_equals_autograd_in_fp64(ranks: Ranks, size: int, name: str) -> None:
+    case, found = real_cases()[name], _answers(ranks, size)[name]
+    sums, of_hidden, of_weight = truth_of(case)
+    dtype = case.hidden.dtype
+    sum_bound, gradient_bound = (CONFIDENT_BOUNDS if "confident" in name else BOUNDS)[dtype]
+    for answer in found:
+        assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
+        assert torch.equal(answer.sums, answer.forward_sums), "with gradients or without"
+    for value, truth in zip(found[0].sums[:2], sums[:2], strict=True):
+        assert norm_error(value, truth) <= sum_bound
+    assert found[0].sums[2] == sums[2], "hits"
+    hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
+    assert norm_error(hidden, of_hidden) <= gradient_bound
+    assert not hidden[case.targets == IGNORE_INDEX].any(), "masked"
+    if case.frozen:
+        assert all(answer.weight is None for answer in found)
+        return
+    weight = torch.cat([answer.weight for answer in found if answer.weight is not None]) - case.start
+    assert weight.dtype == torch.promote_types(dtype, torch.float32)
+    assert norm_error(weight[:VOCAB_SIZE], of_weight) <= gradient_bound
+    assert torch.equal(weight[VOCAB_SIZE:], torch.zeros_like(weight[VOCAB_SIZE:])), "padding"
+
+
+def test_cases_say_something() -> None:
+    truths = {name: truth_of(case)[0] for name, case in real_cases().items()}
+    assert truths["ties"][2] == 3, "of 16 targets that no other entry is above"
+    assert truths["steep"][2] == 2 and truths["steep"][0] > 2e4
+    assert 0 < truths["confident"][0] < 0.01 * 2 * WIDTH and truths["confident"][2] == TOKENS
+    assert truths["random"][0] > 50 and int((real_cases()["masked"].targets != IGNORE_INDEX).sum()) in range(8, 20)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_no_valid_target_gives_exactly_0(ranks: Ranks, size: int) -> None:
+    for answer in _answers(ranks, size)["no valid target"]:
+        assert answer.weight is not None
+        assert not answer.sums.any() and not answer.hidden.any() and not answer.weight.any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_one_collective_a_chunk(ranks: Ranks, size: int) -> None:
+    answers, chunks = _answers(ranks, size), {"random": 1, "chunks of 3": 9, "one token a chunk": TOKENS}
+    for name, number in chunks.items():
+        expected = {"allgather_base": number} if size > 1 else {}
+        for answer in answers[name]:
+            assert answer.collectives == [expected, expected]
+
+
+@hypothesis_settings(max_examples=60)
+@given(
+    tokens=st.integers(1, 9),
+    entries=st.integers(1, 12),
+    padding=st.integers(0, 3),
+    chunk_tokens=st.one_of(st.none(), st.integers(1, 11)),
+    z_loss=st.sampled_from([0.0, 1e-2]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(tokens: int, entries: int, padding: int, chunk_tokens: int | None, z_loss: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden, rows = (torch.randn(n, 3, generator=generator).double() for n in (tokens, entries + padding))
+    targets = torch.randint(0, entries, (tokens,), generator=generator)
+    targets[torch.rand(tokens, generator=generator) < 0.3] = IGNORE_INDEX
+    gradients = Gradients(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows))
+    vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
+    sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, gradients)
+    case = LinearCase(hidden, rows[:entries], targets, z_loss=z_loss, scale=0.5)
+    truth, of_hidden, of_weight = truth_of(case)
+    torch.testing.assert_close(torch.stack([*sums]), truth, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(gradients.hidden, of_hidden, rtol=1e-12, atol=1e-13)
+    assert gradients.weight is not None
+    torch.testing.assert_close(gradients.weight, F.pad(of_weight, (0, 0, 0, padding)) + 1, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_allocation_exceeds_the_logits_of_one_chunk(dtype: torch.dtype) -> None:
+    tokens, width, rows, chunk_tokens = 240, 8, 3000, 30
+    hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(rows, width).to(dtype)
+    targets = torch.randint(0, rows, (tokens,))
+    gradients = Gradients(torch.tensor(1.0), 0.0, torch.empty_like(hidden), torch.zeros(rows, width))
+    vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
+    with allocations() as found:
+        linear_cross_entropy(hidden, weight, targets, vocabulary, chunk_tokens, gradients)
+    logits_of_a_chunk = chunk_tokens * rows * 4
+    assert max(found) == logits_of_a_chunk
+    if dtype == torch.float32:
+        assert sum(size == logits_of_a_chunk for size in found) == 1, "one buffer for all 8 of them"
+
+
+def test_default_chunk_fits_into_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert default_chunk_tokens(4096, torch.float32, cpu) == 64 * 2**20 // (4096 * 4)
+    assert default_chunk_tokens(4096, torch.bfloat16, cpu) == default_chunk_tokens(4096, torch.float32, cpu)
+    assert default_chunk_tokens(4096, torch.float64, cpu) == 64 * 2**20 // (4096 * 8)
+    assert default_chunk_tokens(4096, torch.bfloat16, torch.device("cuda")) == 2**30 // (4096 * 4)
+    assert default_chunk_tokens(2**30, torch.float32, cpu) == 1
+    rows, budget = 500, 7 * 500 * 4 + 100
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", budget)
+    hidden, weight, targets = torch.randn(50, 4), torch.randn(rows, 4), torch.randint(0, rows, (50,))
+    with allocations() as found:
+        linear_cross_entropy(hidden, weight, targets, Vocabulary(rows, IGNORE_INDEX, ALONE))
+    assert budget // 2 < max(found) <= budget
