@@ -32,7 +32,8 @@ class Objective:
     targets: Tensor
     """`[n, B, S]`."""
     scales: Tensor
-    """`[n]`."""
+    """`[n]`: head k's weight over the number of its valid targets in the global batch, times the micro-batches and
+    data-parallel ranks that the engine averages over."""
     vocabulary: Vocabulary
     z_loss: float = 0.0
     chunk_tokens: int | None = None
@@ -40,7 +41,7 @@ class Objective:
     sequence_parallel: bool = False
 
     @property
-    def heads(self) -> int:
+    def num_heads(self) -> int:
         return len(self.targets)
 
     def loss(self, sums: Sequence[LossSums]) -> Tensor:

@@ -4,8 +4,9 @@ The vocabulary is cut over the tensor-parallel ranks. Each chunk goes from logit
 
     l = hidden @ weight.T                   this rank's logits
     m, t = max(l), l[target]                over this rank's entries; t = 0 where the target is elsewhere
+    o = max(l but l[target])                likewise; the target is a hit if it is above every rank's o
     p = softmax(l), s = 1 / max(p)          likewise; s = sum(exp(l - m))
-    M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s and t in one collective
+    M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s, t and o in one collective
     loss = (M - sum(t)) + log(S)            in this order: exact however large the logits are
     d loss / d l = p * s * exp(m - M) / S - (1 at the target)
 """
@@ -50,14 +51,15 @@ class LossSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gradients:
+class GradientRequest:
     """What to differentiate, and where the results go."""
 
     scale: Tensor
     """Scalar; what is differentiated is scale * (cross-entropy + z_loss * squared normalizer)."""
     z_loss: float
     hidden: Tensor
-    """`[T, D]`, like hidden: overwritten by this rank's part, to be summed over the vocabulary's ranks."""
+    """`[T, D]`, contiguous, in hidden's precision: overwritten by this rank's part, to be summed over the vocabulary's
+    ranks."""
     weight: Tensor | None
     """`[V/TP, D]`, fp32 (fp64 from fp64): added to; None where the weight is frozen."""
 
@@ -72,25 +74,27 @@ def default_chunk_tokens(rows: int, dtype: torch.dtype, device: torch.device) ->
     return max(1, CHUNK_BYTES[device.type] // (rows * accumulation_dtype(dtype).itemsize))
 
 
+@torch.no_grad()
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     vocabulary: Vocabulary,
     chunk_tokens: int | None = None,
-    gradients: Gradients | None = None,
+    request: GradientRequest | None = None,
 ) -> LossSums:
     """Sums over the targets `[T]` of hidden `[T, D]` under this rank's rows `[V/TP, D]`, and gradients if asked for.
 
     All ranks of the vocabulary must call it, with the same hidden and targets; the sums are the same on each. At most
     `chunk_tokens` tokens (by default as many as fit into CHUNK_BYTES) have their logits in memory, in fp32 at least
-    whatever the precision of hidden.
+    whatever the precision of hidden. Autograd sees nothing of it: the gradients go where `request` says.
     """
     tokens, rows = len(hidden), len(weight)
     most = chunk_tokens or default_chunk_tokens(rows, hidden.dtype, hidden.device)
     chunks = -(-tokens // most)
     size = -(-tokens // chunks)
     buffer = hidden.new_empty(size, rows, dtype=accumulation_dtype(hidden.dtype))
+    rounded = buffer if buffer.dtype == hidden.dtype or request is None else hidden.new_empty(size, rows)
     sums = buffer.new_zeros(3)
     for start in range(0, tokens, size):
         part = slice(start, start + size)
@@ -98,11 +102,11 @@ def linear_cross_entropy(
         matmul_into(logits, hidden[part], weight.T)
         softmax = _Softmax(logits, targets[part], vocabulary)
         sums += softmax.sums()
-        if gradients is not None:
-            gradient = softmax.gradient(gradients)
-            torch.mm(gradient, weight, out=gradients.hidden[part])
-            if gradients.weight is not None:
-                add_matmul(gradients.weight, gradient.T, hidden[part])
+        if request is not None:
+            gradient = softmax.gradient(request, out=rounded[: len(logits)])
+            torch.mm(gradient, weight, out=request.hidden[part])
+            if request.weight is not None:
+                add_matmul(request.weight, gradient.T, hidden[part])
     return LossSums(*sums)
 
 
@@ -154,16 +158,13 @@ class _Softmax:
         terms = torch.stack([self.losses, self.normalizer.square(), self.hits.to(self.losses)])
         return terms.where(self.valid, 0.0).sum(1)
 
-    def gradient(self, gradients: Gradients) -> Tensor:
-        """The gradient for this rank's logits, `[C, V/TP]` in the precision of hidden; in their memory if it is theirs.
+    def gradient(self, request: GradientRequest, out: Tensor) -> Tensor:
+        """The gradient for this rank's logits in `out` `[C, V/TP]`, which may be their own memory.
 
         The entry of the target is rounded last: near 0 for a target that is all but certain, not near 1 - 1.
         """
-        scale = gradients.scale * self.valid
-        factor = (scale * (1 + 2 * gradients.z_loss * self.normalizer) * self.local_share).unsqueeze(1)
+        scale = request.scale * self.valid
+        factor = (scale * (1 + 2 * request.z_loss * self.normalizer) * self.local_share).unsqueeze(1)
         at_entry = self.probabilities.gather(1, self.entry) * factor - (scale * self.is_here).unsqueeze(1)
-        dtype = gradients.hidden.dtype
-        same = dtype == self.probabilities.dtype
-        gradient = self.probabilities if same else torch.empty_like(self.probabilities, dtype=dtype)
-        torch.mul(self.probabilities, factor, out=gradient)
-        return gradient.scatter_(1, self.entry, at_entry.to(dtype))
+        torch.mul(self.probabilities, factor, out=out)
+        return out.scatter_(1, self.entry, at_entry.to(out.dtype))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import all_reduce
 
 from mtp_dist.loss.heads import Heads, HeadSums, Objective
-from mtp_dist.loss.linear_cross_entropy import Gradients, LossSums, accumulation_dtype, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientRequest, LossSums, accumulation_dtype, linear_cross_entropy
 
 
 def sequential_heads_loss(
@@ -41,18 +41,22 @@ class _SequentialLoss(torch.autograd.Function):
     def forward(
         ctx: Any, mode: str, heads: Heads, objective: Objective, sums: HeadSums, trunk_output: Tensor, *_: Tensor
     ) -> Tensor:
-        ctx.micro_batch = heads, trunk_output.detach(), objective
-        ctx.gradients = _Gradients(*ctx.micro_batch) if mode == "eager" else None
-        head_sums = ctx.gradients.add_heads() if ctx.gradients else _losses(*ctx.micro_batch)
+        micro_batch = heads, trunk_output.detach(), objective
+        ctx.gradients = ctx.micro_batch = None
+        if mode == "eager":
+            ctx.gradients, head_sums = _differentiate(*micro_batch)
+        else:
+            ctx.micro_batch, head_sums = micro_batch, _losses(*micro_batch)
         return sums.record(objective, head_sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: _Gradients | None = ctx.gradients
+        gradients: _HeadGradients | None = ctx.gradients
         if gradients is None:
-            gradients = _Gradients(*ctx.micro_batch)
-            gradients.add_heads()
+            if ctx.micro_batch is None:
+                raise RuntimeError("a second backward pass through the heads' loss: the first has freed its gradients")
+            gradients, _ = _differentiate(*ctx.micro_batch)
         ctx.gradients = ctx.micro_batch = None
         return None, None, None, None, *gradients.times(upstream)
 
@@ -67,8 +71,16 @@ def _losses(heads: Heads, trunk_output: Tensor, objective: Objective) -> list[Lo
     with torch.no_grad():
         return [
             _head_sums(heads, objective, distance, _whole_sequence(heads.hidden(distance, trunk_output), objective))
-            for distance in range(1, objective.heads + 1)
+            for distance in range(1, objective.num_heads + 1)
         ]
+
+
+def _differentiate(heads: Heads, trunk_output: Tensor, objective: Objective) -> tuple["_HeadGradients", list[LossSums]]:
+    """Every head's forward and backward pass."""
+    gradients = _HeadGradients(heads, trunk_output, objective)
+    sums = [gradients.add_head(distance, trunk_output) for distance in range(1, objective.num_heads + 1)]
+    gradients.of_trunk_output = gradients.of_trunk_output.to(trunk_output.dtype)
+    return gradients, sums
 
 
 def _whole_sequence(hidden: Tensor, objective: Objective) -> Tensor:
@@ -92,7 +104,7 @@ def _summed_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 
 
 def _head_sums(
-    heads: Heads, objective: Objective, distance: int, hidden: Tensor, gradients: Gradients | None = None
+    heads: Heads, objective: Objective, distance: int, hidden: Tensor, request: GradientRequest | None = None
 ) -> LossSums:
     return linear_cross_entropy(
         hidden.flatten(0, 1),
@@ -100,40 +112,26 @@ def _head_sums(
         objective.targets[distance - 1].T.flatten(),
         objective.vocabulary,
         objective.chunk_tokens,
-        gradients,
+        request,
     )
 
 
-class _Gradients:
+class _HeadGradients:
     """The gradients of one micro-batch's loss, found head by head; what several heads add to is summed in fp32."""
 
     def __init__(self, heads: Heads, trunk_output: Tensor, objective: Objective) -> None:
         self.heads = heads
-        self.trunk_output = trunk_output
         self.objective = objective
         self.of_trunk_output = _zeros_like(trunk_output)
         self.of_weights: list[Tensor | None] = [None] * len(heads.weights)
         self.of_unembeddings: dict[int, Tensor] = {}
 
-    def add_heads(self) -> list[LossSums]:
-        """Every head's forward and backward pass."""
-        return [self._add_head(distance) for distance in range(1, self.objective.heads + 1)]
-
-    def _add_head(self, distance: int) -> LossSums:
-        trunk_output = self.trunk_output.detach().requires_grad_()
+    def add_head(self, distance: int, trunk_output: Tensor) -> LossSums:
+        """The forward and backward pass of the head of that prediction distance."""
+        trunk_output = trunk_output.detach().requires_grad_()
         with torch.enable_grad():
             hidden = self.heads.hidden(distance, trunk_output)
-        whole = _whole_sequence(hidden, self.objective)
-        partial = torch.empty_like(whole)
-        gradients = Gradients(
-            scale=self.objective.scales[distance - 1],
-            z_loss=self.objective.z_loss,
-            hidden=partial.flatten(0, 1),
-            weight=self._of_unembedding(distance),
-        )
-        sums = _head_sums(self.heads, self.objective, distance, whole, gradients)
-        self._finish_unembedding(distance)
-        of_hidden = _summed_over_vocabulary(partial, self.objective)
+        sums, of_hidden = self._loss_and_gradient(distance, hidden)
         inputs = [trunk_output, *self.heads.weights]
         of_trunk_output, *of_weights = torch.autograd.grad(hidden, inputs, of_hidden, allow_unused=True)
         self.of_trunk_output += of_trunk_output
@@ -144,6 +142,20 @@ class _Gradients:
                     gradient if total is None else gradient.to(accumulation_dtype(total.dtype)) + total
                 )
         return sums
+
+    def _loss_and_gradient(self, distance: int, hidden: Tensor) -> tuple[LossSums, Tensor]:
+        """A head's sums and the gradient of its hidden states; adds that of its unembedding."""
+        whole = _whole_sequence(hidden, self.objective)
+        partial = torch.empty_like(whole, memory_format=torch.contiguous_format)
+        request = GradientRequest(
+            scale=self.objective.scales[distance - 1],
+            z_loss=self.objective.z_loss,
+            hidden=partial.flatten(0, 1),
+            weight=self._of_unembedding(distance),
+        )
+        sums = _head_sums(self.heads, self.objective, distance, whole, request)
+        self._finish_unembedding(distance)
+        return sums, _summed_over_vocabulary(partial, self.objective)
 
     def _of_unembedding(self, distance: int) -> Tensor | None:
         """Where the gradient of head `distance`'s unembedding is summed, or None where it is frozen."""
@@ -160,7 +172,7 @@ class _Gradients:
 
     def times(self, upstream: Tensor) -> list[Tensor | None]:
         """The gradients of z, the weights and the trained unembeddings, one by one let go of."""
-        gradients: list[Tensor | None] = [self.of_trunk_output.mul_(upstream).to(self.trunk_output.dtype)]
+        gradients: list[Tensor | None] = [self.of_trunk_output.mul_(upstream)]
         for weight in self.heads.weights:
             gradient = self.of_weights.pop(0)
             # Not in place: autograd may have handed out one tensor for several weights.

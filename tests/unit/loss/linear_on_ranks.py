@@ -72,12 +72,12 @@ def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer
 
 
 def _answer(case: LinearCase, group: Any) -> LinearAnswer:
-    from mtp_dist.loss.linear_cross_entropy import Gradients, Vocabulary, accumulation_dtype, linear_cross_entropy
+    from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, accumulation_dtype, linear_cross_entropy
     from mtp_dist.model.targets import IGNORE_INDEX
 
     weight = shard_of(case.weight, group.rank(), group.size())
     dtype = accumulation_dtype(weight.dtype)
-    gradients = Gradients(
+    request = GradientRequest(
         scale=torch.tensor(case.scale),
         z_loss=case.z_loss,
         hidden=torch.full_like(case.hidden, float("nan")),
@@ -86,14 +86,14 @@ def _answer(case: LinearCase, group: Any) -> LinearAnswer:
     vocabulary = Vocabulary(len(case.weight), IGNORE_INDEX, group)
     arguments = case.hidden, weight, case.targets, vocabulary, case.chunk_tokens
     with Collectives() as both:
-        sums = linear_cross_entropy(*arguments, gradients)
+        sums = linear_cross_entropy(*arguments, request)
     with Collectives() as forward:
         forward_sums = linear_cross_entropy(*arguments)
     assert all(value.dtype == dtype for value in sums)
     return LinearAnswer(
         torch.stack([*sums]),
         torch.stack([*forward_sums]),
-        gradients.hidden,
-        gradients.weight,
+        request.hidden,
+        request.weight,
         [both.counts, forward.counts],
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_dist.loss import linear_cross_entropy as module
-from mtp_dist.loss.linear_cross_entropy import Gradients, Vocabulary, default_chunk_tokens, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, default_chunk_tokens, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
@@ -199,15 +199,15 @@ def test_any_shape(tokens: int, entries: int, padding: int, chunk_tokens: int | 
     hidden, rows = (torch.randn(n, 3, generator=generator).double() for n in (tokens, entries + padding))
     targets = torch.randint(0, entries, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < 0.3] = IGNORE_INDEX
-    gradients = Gradients(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows))
+    request = GradientRequest(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows))
     vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
-    sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, gradients)
+    sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, request)
     case = LinearCase(hidden, rows[:entries], targets, z_loss=z_loss, scale=0.5)
     truth, of_hidden, of_weight = truth_of(case)
     torch.testing.assert_close(torch.stack([*sums]), truth, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(gradients.hidden, of_hidden, rtol=1e-12, atol=1e-13)
-    assert gradients.weight is not None
-    torch.testing.assert_close(gradients.weight, F.pad(of_weight, (0, 0, 0, padding)) + 1, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(request.hidden, of_hidden, rtol=1e-12, atol=1e-13)
+    assert request.weight is not None
+    torch.testing.assert_close(request.weight, F.pad(of_weight, (0, 0, 0, padding)) + 1, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,10 +215,10 @@ def test_no_allocation_exceeds_the_logits_of_one_chunk(dtype: torch.dtype) -> No
     tokens, width, rows, chunk_tokens = 240, 8, 3000, 30
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(rows, width).to(dtype)
     targets = torch.randint(0, rows, (tokens,))
-    gradients = Gradients(torch.tensor(1.0), 0.0, torch.empty_like(hidden), torch.zeros(rows, width))
+    request = GradientRequest(torch.tensor(1.0), 0.0, torch.empty_like(hidden), torch.zeros(rows, width))
     vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
     with allocations() as found:
-        linear_cross_entropy(hidden, weight, targets, vocabulary, chunk_tokens, gradients)
+        linear_cross_entropy(hidden, weight, targets, vocabulary, chunk_tokens, request)
     logits_of_a_chunk = chunk_tokens * rows * 4
     assert max(found) == logits_of_a_chunk
     if dtype == torch.float32:

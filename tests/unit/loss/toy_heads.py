@@ -1,0 +1,218 @@
+"""Small heads with every kind of weight in them, and what the tests of the sequential loss run with them on ranks."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_dist.config import Config
+from tests.unit.loss.linear_on_ranks import Collectives, shard_of
+
+UPSTREAM = 0.25
+LENGTH, BATCH, WIDTH = 8, 3, 16
+VOCAB_SIZE = 131
+MICRO_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class ToyCase:
+    heads: int = 3
+    separate: bool = False
+    z_loss: float = 0.0
+    chunk_tokens: int | None = 7
+    frozen: tuple[str, ...] = ()
+    """Names of weights without a gradient; `z` is the trunk's output."""
+    dtype: torch.dtype = torch.float32
+    length: int = LENGTH
+    batch: int = BATCH
+    width: int = WIDTH
+    vocab_size: int = VOCAB_SIZE
+
+
+@dataclass
+class ToyAnswer:
+    losses: list[Tensor]
+    """Of each micro-batch."""
+    sums: list[Tensor]
+    """Losses, hits and valid targets of all micro-batches, `[3, n]`."""
+    gradients: dict[str, Tensor | None]
+    """By name, over all micro-batches but for z, which has one each."""
+    hooks: Counter[str] = field(default_factory=Counter)
+    """How often the hooks of each weight ran that see its gradient accumulated."""
+    collectives: list[Counter[str]] = field(default_factory=list)
+    """Of the last micro-batch's forward and backward pass."""
+
+
+def toy_weights(case: ToyCase, rank: int, ranks: int) -> dict[str, Tensor]:
+    """Per head a matrix and a norm; for all a norm, two biases that autograd gives one tensor, one unused."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    width, heads = case.width, range(1, case.heads + 1)
+    whole = {"a": normal(width), "b": normal(width), "final_norm": 1 + 0.2 * normal(width), "unused": normal(width)}
+    whole |= {f"matrix.{k}": normal(width, width) * width**-0.5 for k in heads}
+    whole |= {f"norm.{k}": 1 + 0.2 * normal(width) for k in heads}
+    for k in heads if case.separate else [0]:
+        whole[f"unembedding.{k}"] = shard_of(0.5 * normal(case.vocab_size, width), rank, ranks)
+    return {
+        name: weight.to(case.dtype).requires_grad_(name.split(".")[0] not in case.frozen)
+        for name, weight in whole.items()
+    }
+
+
+def micro_batch(case: ToyCase, index: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """z `[S, B, D]` (this rank's part of the sequence if it is cut), and targets `[n, B, S]` with uneven masks."""
+    from mtp_dist.model.targets import IGNORE_INDEX
+
+    generator = torch.Generator().manual_seed(index)
+    z = torch.randn(case.length, case.batch, case.width, generator=generator)
+    shape = (case.heads, case.batch, case.length)
+    targets = torch.randint(0, case.vocab_size, shape, generator=generator)
+    targets[torch.rand(shape, generator=generator) < torch.linspace(0, 0.8, case.batch)[:, None]] = IGNORE_INDEX
+    return z.chunk(ranks)[rank].to(case.dtype).clone().requires_grad_("z" not in case.frozen), targets
+
+
+def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: int) -> Any:
+    from megatron.core.tensor_parallel import mappings
+
+    from mtp_dist.loss.heads import Heads
+
+    unembeddings = [weights[f"unembedding.{k if case.separate else 0}"] for k in range(1, case.heads + 1)]
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (case.width,), weight)
+
+    def hidden(k: int, z: Tensor) -> Tensor:
+        x = z + (weights["a"] + weights["b"])
+        x = x + torch.tanh(F.linear(norm(x, weights[f"norm.{k}"]), weights[f"matrix.{k}"]))
+        return norm(x, weights["final_norm"])
+
+    def logits(k: int, x: Tensor) -> Tensor:
+        if config.parallel.sequence:
+            x = mappings.gather_from_sequence_parallel_region(x)
+        else:
+            x = mappings.copy_to_tensor_model_parallel_region(x)
+        rows = unembeddings[k - 1]
+        entries = rank * len(rows) + torch.arange(len(rows))
+        return F.linear(x, rows).masked_fill(entries >= case.vocab_size, float("-inf"))
+
+    trained = [w for name, w in weights.items() if not name.startswith("unembedding") and w.requires_grad]
+    return Heads(hidden, logits, trained, unembeddings)
+
+
+def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
+    from mtp_dist.loss.heads import Objective
+    from mtp_dist.loss.linear_cross_entropy import Vocabulary
+    from mtp_dist.model.targets import IGNORE_INDEX
+    from mtp_dist.parallel.topology import tensor_group
+
+    scales = torch.linspace(1.0, 0.3, case.heads) / 16
+    vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tensor_group())
+    return Objective(targets, scales, vocabulary, case.z_loss, case.chunk_tokens, config.parallel.sequence)
+
+
+def loss_of(mode: str) -> Callable[..., Tensor]:
+    from mtp_dist.loss.heads import naive_heads_loss
+    from mtp_dist.loss.sequential import sequential_heads_loss
+
+    if mode == "naive":
+        return naive_heads_loss
+    return lambda *arguments: sequential_heads_loss(mode, *arguments)  # type: ignore[arg-type]
+
+
+def initialize(config: Config) -> Any:
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.topology import initialize_topology
+
+    return initialize_topology(config, select_device(config))
+
+
+def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[dict[str, ToyAnswer]]:
+    """For each case the answers of each mode."""
+    topology = initialize(config)
+    return [{mode: _answer(config, topology, case, mode) for mode in modes} for case in cases]
+
+
+def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswer:
+    from mtp_dist.loss.heads import HeadSums
+
+    rank, ranks = topology.tensor_rank, topology.tensor
+    weights = toy_weights(case, rank, ranks)
+    heads, sums = toy_heads(case, weights, config, rank), HeadSums.zeros(case.heads, torch.device("cpu"))
+    answer = ToyAnswer([], [], {})
+    for name, weight in weights.items():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(lambda _, name=name: answer.hooks.update([name]))
+    for index in range(MICRO_BATCHES):
+        z, targets = micro_batch(case, index, *((rank, ranks) if config.parallel.sequence else (0, 1)))
+        trunk_output = z * 1.0 if z.requires_grad else z  # as the trunk gives it: not a leaf
+        with Collectives() as forward:
+            loss = loss_of(mode)(heads, trunk_output, toy_objective(case, targets, config), sums)
+        with Collectives() as backward:
+            (UPSTREAM * loss).backward()
+        answer.losses.append(loss.detach())
+        answer.gradients[f"z.{index}"] = z.grad
+        answer.collectives = [forward.counts, backward.counts]
+    answer.sums = [sums.losses, sums.correct, sums.targets]
+    answer.gradients |= {name: weight.grad for name, weight in weights.items()}
+    return answer
+
+
+def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> list[tuple[bool, list[Tensor]]]:
+    """Under no_grad: whether the loss has a graph, and [loss, losses, hits, valid targets] of each mode."""
+    from mtp_dist.loss.heads import HeadSums
+
+    initialize(config)
+    weights = toy_weights(case, 0, 1)
+    z, targets = micro_batch(case, 0, 0, 1)
+    answers = []
+    for mode in modes:
+        sums = HeadSums.zeros(case.heads, z.device)
+        heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
+        with torch.no_grad():
+            loss = loss_of(mode)(heads, z, objective, sums)
+        assert all(weight.grad is None for weight in weights.values())
+        answers.append((loss.requires_grad, [loss, sums.losses, sums.correct, sums.targets]))
+    return answers
+
+
+def backward_twice(config: Config, case: ToyCase, mode: str) -> str:
+    """What a second backward pass through one loss raises."""
+    from mtp_dist.loss.heads import HeadSums
+
+    initialize(config)
+    z, targets = micro_batch(case, 0, 0, 1)
+    heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
+    sums = HeadSums.zeros(case.heads, z.device)
+    loss = loss_of(mode)(heads, z * 1.0, toy_objective(case, targets, config), sums)
+    loss.backward(retain_graph=True)
+    assert z.grad is not None
+    first = z.grad.clone()
+    try:
+        loss.backward()
+    except (RuntimeError, TypeError, AssertionError) as error:
+        assert torch.equal(z.grad, first), "a refused pass adds nothing"
+        return type(error).__name__
+    return "nothing"
+
+
+def peak_bytes(config: Config, case: ToyCase, mode: str) -> int:
+    """Most memory of a forward and backward pass, beyond the gradients that stay."""
+    from mtp_dist.loss.heads import HeadSums
+    from tests.unit.loss.memory import allocations, peak
+
+    initialize(config)
+    weights = toy_weights(case, 0, 1)
+    z, targets = micro_batch(case, 0, 0, 1)
+    heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
+    sums = HeadSums.zeros(case.heads, z.device)
+    with allocations() as found:
+        loss_of(mode)(heads, z, objective, sums).backward()
+    kept = sum(tensor.grad.nbytes for tensor in [z, *weights.values()] if tensor.grad is not None)
+    return peak(found) - kept
