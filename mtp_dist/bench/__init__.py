@@ -1,0 +1,1 @@
+"""Reproducible benchmarks, behind `mtp-dist bench`."""

@@ -1,0 +1,1 @@
+"""`mtp-dist bench head-loss`: memory, time, communication and error of the heads' loss against the number of heads."""

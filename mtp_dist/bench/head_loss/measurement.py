@@ -1,0 +1,233 @@
+"""The measurement: every mode at every number of heads, on as many ranks as it needs."""
+
+import gc
+import os
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mtp_dist.bench.head_loss.inputs import Inputs, gradient
+from mtp_dist.bench.head_loss.peers import PEERS
+from mtp_dist.bench.head_loss.settings import DTYPES, Settings
+from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
+from mtp_dist.config import ConfigError
+
+# Megatron-core and DeepSpeed look at the device when they are imported, so ranks import them once it is selected.
+if TYPE_CHECKING:
+    from mtp_dist.bench.head_loss.problem import ReferenceGradients
+    from mtp_dist.parallel.topology import Topology
+
+ROUNDS = 3
+MATMULS = "matmuls"
+"""The step beside the modes: the three matmuls of one head and nothing else."""
+
+Result = dict[str, Any]
+
+
+def measure_head_loss(settings: Settings, prepare: Callable[[], None]) -> Result:
+    """Run the benchmark; `prepare` runs on each rank before heavy imports. Raises ConfigError."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("WORLD_SIZE is above 1: start this benchmark as one process, it starts those of --tp itself")
+    if settings.tp == 1:
+        return measure_on_rank(settings, prepare)
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=settings.tp,
+        run_id="head-loss",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        results: dict[int, Result] = elastic_launch(launch, measure_on_rank)(settings, prepare)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ConfigError(f"rank {rank} ended with status {failure.exitcode}: what it said is above") from None
+    return results[0]
+
+
+def measure_on_rank(settings: Settings, prepare: Callable[[], None]) -> Result:
+    """This rank's part of the benchmark; rank 0's result is the one to show. Raises ConfigError where memory ends."""
+    from mtp_dist.parallel.device import select_device
+
+    device = select_device(settings.config)
+    prepare()
+    from mtp_dist.parallel.topology import close_topology, initialize_topology
+
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cores() // settings.tp))
+    topology = initialize_topology(settings.config, device)
+    try:
+        return _Benchmark(settings, topology).run()
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise ConfigError("not even the inputs fit into memory: lower --tokens, --hidden or --vocab") from None
+    finally:
+        torch.set_num_threads(threads)
+        close_topology()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class _Benchmark:
+    """One rank's modes, inputs and progress bar; only the first rank has the reference and shows the bar."""
+
+    def __init__(self, settings: Settings, topology: "Topology") -> None:
+        from mtp_dist.bench.head_loss.problem import Problem
+        from mtp_dist.parallel.topology import tensor_group
+
+        self.settings = settings
+        self.device = topology.device
+        self.is_first = topology.rank == 0
+        self.group = tensor_group()
+        self.problem = Problem(
+            settings.config, settings.tokens, settings.vocab, DTYPES[settings.dtype], self.device, self.group
+        )
+        self.matmul_seconds: list[float] = []
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(None),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(stderr=True, quiet=not self.is_first),
+            expand=True,
+            speed_estimate_period=3600,
+        )
+        head_runs = len(settings.modes) * sum(settings.heads) * (1 + ROUNDS)
+        self.task = self.progress.add_task("reference", total=max(settings.heads) + head_runs)
+
+    def run(self) -> Result:
+        settings = self.settings
+        with self.progress:
+            references = self._references()
+            matmuls = self.problem.matmuls()
+            matmuls()
+            rows = [row for heads in settings.heads for row in self._rows(heads, references.get(heads), matmuls)]
+        return {
+            "machine": self._machine(),
+            "settings": asdict(settings) | {"rounds": ROUNDS},
+            "matmul_flops_per_second": settings.flops_per_head / statistics.median(self.matmul_seconds),
+            "rows": rows,
+        }
+
+    def _machine(self) -> Result:
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else processor_name(),
+            "cores": usable_cores(),
+            "threads_per_rank": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def _references(self) -> "dict[int, ReferenceGradients]":
+        """By number of heads, on the first rank; the others wait for it."""
+        from mtp_dist.bench.head_loss.problem import reference_gradients
+
+        if not self.is_first:
+            return {}
+        references = {}
+        for heads, gradients in enumerate(reference_gradients(self.problem, max(self.settings.heads)), 1):
+            self.progress.advance(self.task)
+            if heads in self.settings.heads:
+                references[heads] = gradients.copy()
+        return references
+
+    def _rows(self, heads: int, reference: "ReferenceGradients | None", matmuls: Step) -> list[Result]:
+        """One row for each mode; where memory does not suffice its measurements are None."""
+        rows: list[Result] = []
+        steps: dict[str, Step] = {MATMULS: matmuls}
+        inputs: dict[str, Inputs] = {}
+        for mode in self.settings.modes:
+            self.progress.update(self.task, description=f"n = {heads}, {mode}")
+            inputs[mode] = self.problem.inputs(mode, heads)
+            steps[mode] = self._step(mode, inputs[mode])
+            row = self._examine(mode, steps[mode], inputs[mode], reference)
+            rows.append({"mode": mode, "heads": heads, "flops": heads * self.settings.flops_per_head} | row)
+            if row["peak_bytes"] is None:
+                del steps[mode]
+            self.progress.advance(self.task, heads if mode in steps else heads * (1 + ROUNDS))
+
+        def after_each(name: str) -> None:
+            if name != MATMULS:
+                inputs[name].clear()
+                self.progress.advance(self.task, heads)
+
+        self.progress.update(self.task, description=f"n = {heads}, timing")
+        seconds = paired_seconds(steps, ROUNDS, self.device, after_each)
+        self.matmul_seconds += seconds[MATMULS]
+        for row in rows:
+            self._add_times(row, seconds)
+        return rows
+
+    def _add_times(self, row: Result, seconds: dict[str, list[float]]) -> None:
+        of_mode = seconds.get(row["mode"])
+        row["seconds"] = statistics.median(of_mode) if of_mode else None
+        row["seconds_by_round"] = of_mode
+        row["seconds_relative_to_naive"] = _median_ratio(of_mode, seconds.get("naive"))
+        matmuls = [row["heads"] * of_one_head for of_one_head in seconds[MATMULS]]
+        row["fraction_of_matmul_rate"] = _median_ratio(matmuls, of_mode)
+        said = f"{row['seconds']:.3f} s" if of_mode else "not enough memory"
+        self.progress.console.print(f"n = {row['heads']}, {row['mode']}: {said}", highlight=False)
+
+    def _step(self, mode: str, inputs: Inputs) -> Step:
+        loss, targets = self.problem.loss(mode), self.problem.targets[: len(inputs.norms)]
+
+        def step() -> None:
+            inputs.clear()
+            loss(inputs, targets).backward()
+
+        return step
+
+    def _examine(self, mode: str, step: Step, inputs: Inputs, reference: "ReferenceGradients | None") -> Result:
+        """Memory, communication and error of one step, which warms up as well."""
+        collectives = CollectiveCounter()
+        peak, error = None, None
+        try:
+            if mode in PEERS:  # some compile in their first step, which takes memory that no later step takes
+                step()
+                inputs.clear()
+            # One rank sends nothing, whatever it calls; and torch.compile does not compile under the counter.
+            with collectives if self.settings.tp > 1 else nullcontext():
+                peak = peak_bytes(step, self.device) - sum(leaf.nbytes for leaf in inputs.parameters)
+            error = self._gradient_error(inputs, reference)
+        except RuntimeError as failure:
+            if not _is_out_of_memory(failure):
+                raise
+        inputs.clear()
+        gc.collect()  # the exception's frames, with what they allocated
+        return {
+            "peak_bytes": peak,
+            "collectives": None if peak is None else collectives.count,
+            "collective_bytes": None if peak is None else collectives.bytes,
+            "gradient_error": error,
+        }
+
+    def _gradient_error(self, inputs: Inputs, reference: "ReferenceGradients | None") -> float | None:
+        """On the first rank, which has the reference."""
+        of_unembedding = gradient(inputs.unembedding)
+        if self.settings.tp > 1:
+            shards = [torch.empty_like(of_unembedding) for _ in range(self.settings.tp)]
+            torch.distributed.all_gather(shards, of_unembedding, group=self.group)
+            of_unembedding = torch.cat(shards)
+        return reference.error(inputs, of_unembedding[: self.settings.vocab]) if reference else None
+
+
+def _median_ratio(numerators: list[float] | None, denominators: list[float] | None) -> float | None:
+    """Of what was measured in the same rounds."""
+    if not numerators or not denominators:
+        return None
+    return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))

@@ -1,0 +1,148 @@
+"""The problem of the head loss's benchmark, this project's modes on it, and its gradients in fp64."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtp_dist.bench.head_loss.inputs import Inputs, Loss, gradient
+from mtp_dist.bench.head_loss.peers import PEERS
+from mtp_dist.config import Config
+from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
+from mtp_dist.loss.linear_cross_entropy import Vocabulary
+from mtp_dist.loss.sequential import sequential_heads_loss
+from mtp_dist.model.heads import Unembedding
+from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.model.weights import padded_vocab_size
+
+REFERENCE_BYTES = 2**28
+"""Memory for the fp64 logits of one slice of the reference."""
+
+
+class Problem:
+    """Random inputs and targets, the same on every rank but for the rank's rows of the unembedding."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokens: int,
+        vocab: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: torch.distributed.ProcessGroup,
+    ) -> None:
+        self.vocab, self.dtype, self.device, self.group = vocab, dtype, device, group
+        self.hidden_size = config.model.hidden_size
+        heads = config.heads.count
+        generator = torch.Generator(device).manual_seed(0)
+        self.trunk_output = torch.randn(tokens, 1, self.hidden_size, generator=generator, device=device).to(dtype)
+        spread = 0.1 * torch.randn(heads, self.hidden_size, generator=generator, device=device)
+        self.norms = (1 + spread).to(dtype)
+        self.targets = torch.randint(vocab, (heads, 1, tokens), generator=generator, device=device)
+        padded = padded_vocab_size(vocab, config.parallel.tensor)
+        self.unembedding = Unembedding(config, vocab, padded).to(device, dtype)
+        rows = self.unembedding.weight.shape[0]
+        whole = F.pad(self.whole_unembedding(), (0, 0, 0, padded - vocab))
+        with torch.no_grad():
+            self.unembedding.weight.copy_(whole[group.rank() * rows :][:rows])
+
+    def whole_unembedding(self) -> Tensor:
+        """`[V, D]`, for logits with a standard deviation near 1."""
+        generator = torch.Generator(self.device).manual_seed(1)
+        whole = torch.randn(self.vocab, self.hidden_size, generator=generator, device=self.device)
+        return (whole / math.sqrt(self.hidden_size)).to(self.dtype)
+
+    def inputs(self, mode: str, heads: int) -> Inputs:
+        """The leaves of one mode, all in this problem's memory."""
+        weight = self.unembedding.weight
+        rows = weight if mode not in PEERS else weight.detach()[: self.vocab].requires_grad_()
+        norms = [norm.detach().requires_grad_() for norm in self.norms[:heads]]
+        return Inputs(self.trunk_output.detach().requires_grad_(), norms, rows)
+
+    def loss(self, mode: str) -> Loss:
+        return PEERS[mode].loss if mode in PEERS else self._own_loss(mode)
+
+    def matmuls(self) -> Callable[[], None]:
+        """A step that does the three matmuls of one head with all tokens at once, into memory that it keeps."""
+        hidden = self.trunk_output.flatten(0, 1)
+        weight = self.unembedding.weight.detach()
+        logits = torch.mm(hidden, weight.T)
+        of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+        def step() -> None:
+            torch.mm(hidden, weight.T, out=logits)
+            torch.mm(logits, weight, out=of_hidden)
+            torch.mm(logits.T, hidden, out=of_weight)
+
+        return step
+
+    def _own_loss(self, mode: str) -> Loss:
+        def loss(inputs: Inputs, targets: Tensor) -> Tensor:
+            count, _, tokens = targets.shape
+            heads = Heads(
+                hidden=inputs.hidden,
+                logits=lambda _, hidden: self.unembedding(hidden, None),
+                weights=inputs.norms,
+                unembeddings=[inputs.unembedding] * count,
+            )
+            objective = Objective(
+                targets=targets,
+                scales=torch.full((count,), 1 / tokens, device=targets.device),
+                vocabulary=Vocabulary(self.vocab, IGNORE_INDEX, self.group),
+            )
+            sums = HeadSums.zeros(count, targets.device)
+            if mode == "naive":
+                return naive_heads_loss(heads, inputs.trunk_output, objective, sums)
+            sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
+            return sequential_heads_loss(sequential, heads, inputs.trunk_output, objective, sums)
+
+        return loss
+
+
+@dataclass(frozen=True)
+class ReferenceGradients:
+    """Of the loss of the first heads, fp64."""
+
+    trunk_output: Tensor
+    norms: list[Tensor]
+    unembedding: Tensor
+    """`[V, D]`."""
+
+    def copy(self) -> "ReferenceGradients":
+        """A copy in the CPU's memory."""
+        leaves = (self.trunk_output, *self.norms, self.unembedding)
+        trunk_output, *norms, unembedding = (leaf.to("cpu", copy=True) for leaf in leaves)
+        return ReferenceGradients(trunk_output, norms, unembedding)
+
+    def error(self, inputs: Inputs, of_unembedding: Tensor) -> float:
+        """The largest relative error, in the 2-norm, of a mode's gradients; of_unembedding: over all its rows."""
+        pairs = [(gradient(inputs.trunk_output), self.trunk_output), (of_unembedding, self.unembedding)]
+        pairs += zip((gradient(norm) for norm in inputs.norms), self.norms, strict=True)
+        return max(_relative_error(actual, expected) for actual, expected in pairs)
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    expected = expected.to(actual.device)
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def reference_gradients(problem: Problem, heads: int) -> Iterator[ReferenceGradients]:
+    """Of the first head, the first two and so on, by plain PyTorch on a few tokens at a time: copy what to keep."""
+    weight = problem.whole_unembedding().double().requires_grad_()
+    trunk_output = problem.trunk_output.double().requires_grad_()
+    norms = [norm.double().requires_grad_() for norm in problem.norms]
+    inputs = Inputs(trunk_output, norms, weight)
+    tokens = len(trunk_output)
+    size = max(1, REFERENCE_BYTES // (len(weight) * weight.itemsize))
+    for distance in range(1, heads + 1):
+        for start in range(0, tokens, size):
+            part = slice(start, start + size)
+            hidden = inputs.hidden(distance, trunk_output[part]).flatten(0, 1)
+            targets = problem.targets[distance - 1, 0, part]
+            (F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / tokens).backward()
+        of_trunk_output, of_weight, *of_norms = (gradient(leaf) for leaf in (trunk_output, weight, *norms[:distance]))
+        yield ReferenceGradients(of_trunk_output, of_norms, of_weight)

@@ -1,0 +1,129 @@
+"""A tiny benchmark of the head loss has all it promises; a wrong option ends with one sentence."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mtp_dist.bench.head_loss.report import table
+from mtp_dist.bench.head_loss.settings import Settings
+from mtp_dist.cli import app
+from tests.ranks import Ranks
+from tests.unit.bench import on_ranks
+
+TINY = ["--device", "cpu", "--tokens", "64", "--hidden", "32", "--vocab", "300", "--heads", "1,2"]
+ROW_KEYS = set(
+    "mode heads seconds seconds_by_round seconds_relative_to_naive peak_bytes collectives collective_bytes flops "
+    "gradient_error fraction_of_matmul_rate".split()
+)
+
+
+def check_rows(result: dict[str, Any], modes: list[str], largest_error: float) -> None:
+    assert set(result) == {"machine", "settings", "matmul_flops_per_second", "rows"}
+    assert result["matmul_flops_per_second"] > 0
+    assert [(row["heads"], row["mode"]) for row in result["rows"]] == [(n, mode) for n in (1, 2) for mode in modes]
+    for row in result["rows"]:
+        assert set(row) == ROW_KEYS
+        assert row["seconds"] in row["seconds_by_round"]
+        assert row["flops"] == 6 * 64 * 32 * 300 * row["heads"]
+        assert min(row["seconds"], row["seconds_relative_to_naive"], row["peak_bytes"]) > 0, row
+        assert row["fraction_of_matmul_rate"] > 0, row
+        assert 0 < row["gradient_error"] <= largest_error, row
+
+
+def peaks(result: dict[str, Any], mode: str) -> list[int]:
+    return [row["peak_bytes"] for row in result["rows"] if row["mode"] == mode]
+
+
+@pytest.mark.parametrize(("dtype", "largest_error"), [("fp32", 1e-6), ("bf16", 2e-2)])
+def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
+    [result] = ranks.run(1, on_ranks.head_loss, dtype)
+    check_rows(result, ["naive", "eager", "recompute", "pytorch"], largest_error)
+    assert all(row["collectives"] == row["collective_bytes"] == 0 for row in result["rows"])
+    one, two = peaks(result, "eager")
+    # One more head adds the gradient of its norm, a number per head and nothing else.
+    assert two - one <= 32 * 4 + 256
+    one, two = peaks(result, "naive")
+    assert two - one >= 64 * 300 * 4
+    assert table(result).row_count == 8
+
+
+def test_a_mode_that_memory_does_not_suffice_for(ranks: Ranks) -> None:
+    [result] = ranks.run(1, on_ranks.head_loss_without_memory_for_pytorch)
+    check_rows(result | {"rows": [row for row in result["rows"] if row["mode"] == "eager"]}, ["eager"], 1e-6)
+    failed = [row for row in result["rows"] if row["mode"] == "pytorch"]
+    assert [row["heads"] for row in failed] == [1, 2]
+    measured = ROW_KEYS - {"mode", "heads", "flops"}
+    assert all(row[key] is None for row in failed for key in measured)
+    assert table(result).row_count == 6
+
+
+def test_two_ranks_by_the_command() -> None:
+    command = [sys.executable, "-m", "mtp_dist.cli", "bench", "head-loss", *TINY, "--tp", "2", "--json"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    check_rows(result, ["naive", "eager", "recompute"], 1e-6)
+    assert all(row["collective_bytes"] > 0 for row in result["rows"])
+    collectives = {(row["mode"], row["heads"]): row["collectives"] for row in result["rows"]}
+    # Eager: one exchange for the softmax and one sum of the hidden states' gradient.
+    assert [collectives["eager", n] for n in (1, 2)] == [2, 4]
+    assert [collectives["recompute", n] for n in (1, 2)] == [3, 6]
+    assert run.stderr.count("n = 2, recompute") == 1, run.stderr
+
+
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "no head": (["--heads", "0"], ["--heads 0", "above 0"]),
+    "heads that are no numbers": (["--heads", "1,x"], ["--heads 1,x"]),
+    "unknown mode": (["--modes", "eager,fast"], ["fast is not known", "eager", "cut-cross-entropy"]),
+    "peer without its package or GPU": (["--modes", "liger"], ["liger needs"]),
+    "peer on several ranks": (["--modes", "pytorch", "--tp", "2"], ["pytorch needs --tp 1"]),
+    "no token": (["--tokens", "0"], ["--tokens 0"]),
+    "no rank": (["--tp", "0"], ["--tp 0"]),
+    "small vocabulary": (["--vocab", "1"], ["--vocab 1"]),
+    "hidden size that ranks cannot share": (["--hidden", "32", "--tp", "3"], ["--hidden 32", "2 * tp = 6"]),
+    "unknown precision": (["--dtype", "fp16"], ["--dtype fp16", "fp32 or bf16"]),
+    "unknown device": (["--device", "tpu"], ["--device tpu", "auto, cpu or cuda"]),
+}
+
+
+def error_of(*options: str) -> str:
+    result = CliRunner().invoke(app, ["bench", "head-loss", *TINY, *options])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(mistake: str) -> None:
+    options, named = MISTAKES[mistake]
+    message = error_of(*options)
+    assert all(part in message for part in named), message
+
+
+def test_inside_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE" in error_of("--tp", "2")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu() -> None:
+    assert "no GPU" in error_of("--device", "cuda")
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "--tp 2 needs 2 GPUs, this machine has 1" in error_of("--device", "cuda", "--tp", "2")
+
+
+def test_flops_are_those_of_three_matmuls() -> None:
+    settings = Settings(tokens=2, hidden=3, vocab=5, heads=(1,), tp=1, dtype="fp32", modes=("eager",), device="cpu")
+    assert settings.flops_per_head == 3 * (2 * 2 * 3 * 5)
