@@ -89,6 +89,9 @@ WRONG_VALUES = {
         "train.activation_checkpointing = 'some' is wrong: it should be 'none', 'selective' or 'full'"
     ),
     "heads.loss_weights=[1, x, 1, 1]": "heads.loss_weights.1 = 'x' is wrong: it should be a valid number",
+    "heads.z_loss=-1e-4": "heads.z_loss = -0.0001 is wrong: it should be greater than or equal to 0",
+    "heads.chunk_tokens=0": "heads.chunk_tokens = 0 is wrong: it should be greater than 0",
+    "heads.loss_mode=fast": "heads.loss_mode = 'fast' is wrong: it should be 'eager', 'recompute' or 'naive'",
     "optimizer.min_lr_ratio=1.5": ("optimizer.min_lr_ratio = 1.5 is wrong: it should be less than or equal to 1"),
 }
 
@@ -156,6 +159,17 @@ CONTRADICTIONS = {
     ("heads.loss_weights=[1, 2]",): "heads.loss_weights has 2 numbers, heads.count is 4: give one per head",
     ("heads.loss_weights=[0, 0, 0, 0]",): (
         "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    ),
+    ("model.tie_embeddings=true",): None,
+    ("heads.unembedding=separate",): None,
+    ("heads.unembedding=separate", "model.tie_embeddings=true"): (
+        "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
+        "heads.unembedding = 'shared' or set model.tie_embeddings = false"
+    ),
+    ("heads.loss_mode=naive",): None,
+    ("heads.loss_mode=recompute", "heads.chunk_tokens=64"): None,
+    ("heads.loss_mode=naive", "heads.chunk_tokens=64"): (
+        "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
     ),
     ("optimizer.betas=[0.9, 1.0]",): "optimizer.betas = [0.9, 1.0] must lie below 1",
 }

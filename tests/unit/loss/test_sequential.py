@@ -1,12 +1,14 @@
-"""Heads one after the other give what all at once give, for the memory of one."""
+"""Heads one after the other give what all at once give, and what fp64 gives, at every layout."""
 
 import functools
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from mtp_dist.model.weights import padded_vocab_size
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.loss.toy_heads import (
@@ -16,47 +18,56 @@ from tests.unit.loss.toy_heads import (
     ToyAnswer,
     ToyCase,
     backward_twice,
-    peak_bytes,
+    gradient_dtypes,
+    gradients_by_head,
     sums_without_gradients,
     toy_answers,
+    toy_truth,
 )
 
 SEQUENTIAL = ["eager", "recompute"]
 MODES = [*SEQUENTIAL, "naive"]
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 """(tensor, sequence)."""
+Z_LOSS = "z-loss, a shorter last chunk"
 CASES = {
     "shared": ToyCase(),
     "separate": ToyCase(separate=True),
-    "z-loss": ToyCase(z_loss=1e-2),
+    Z_LOSS: ToyCase(heads=2, z_loss=1e-2, chunk_tokens=5),
     "separate, z-loss, one chunk": ToyCase(separate=True, z_loss=1e-2, chunk_tokens=None),
     "one head": ToyCase(heads=1),
     "small vocabulary": ToyCase(vocab_size=3),
-    "frozen layers": ToyCase(frozen=("matrix", "a")),
-    "frozen unembedding": ToyCase(frozen=("unembedding",)),
-    "frozen separate unembeddings": ToyCase(frozen=("unembedding",), separate=True),
-    "frozen trunk": ToyCase(frozen=("z",)),
+    "not contiguous": ToyCase(batch_first=True),
+    "frozen layers": ToyCase(heads=2, frozen=("matrix", "a")),
+    "frozen unembedding": ToyCase(heads=2, frozen=("unembedding",)),
+    "frozen separate unembeddings": ToyCase(heads=2, frozen=("unembedding",), separate=True),
+    "frozen trunk": ToyCase(heads=2, frozen=("z",)),
     "bf16": ToyCase(dtype=torch.bfloat16),
     "separate in bf16": ToyCase(dtype=torch.bfloat16, separate=True, z_loss=1e-2),
 }
-CHUNKS = -(-LENGTH * BATCH // 7)
+BOUNDS = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (2e-3, 2e-2)}
+"""Of losses and gradients against fp64, relative, of the 2-norm."""
+RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 or not name.startswith("frozen")]
+"""What is frozen is no matter of more ranks, which cost seconds."""
+CHUNKS = -(-LENGTH * BATCH // 13)
 
 
 @functools.cache
 def _answers(ranks: Ranks, tensor: int, sequence: bool) -> dict[str, list[dict[str, ToyAnswer]]]:
     """By case, what each rank's modes gave."""
     config = tiny_config(parallel={"tensor": tensor, "sequence": sequence}, model={"num_query_groups": 4})
-    by_rank = ranks.run(tensor, toy_answers, config, list(CASES.values()), MODES)
-    return dict(zip(CASES, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+    names = [name for layout, name in RUNS if layout == (tensor, sequence)]
+    by_rank = ranks.run(tensor, toy_answers, config, [CASES[name] for name in names], MODES)
+    return dict(zip(names, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
 
 
-def norm_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+def norm_error(value: Tensor, truth: Tensor) -> float:
+    """Relative, of the 2-norm; only 0 is near enough to 0."""
     return float((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("mode", SEQUENTIAL)
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "name"), RUNS, ids=str)
 def test_equals_all_heads_at_once(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
     low = CASES[name].dtype == torch.bfloat16
     for answers in _answers(ranks, *layout)[name]:
@@ -74,6 +85,45 @@ def test_equals_all_heads_at_once(ranks: Ranks, layout: tuple[int, bool], name: 
                 continue
             assert gradient.dtype == truth_or_none.dtype
             assert norm_error(gradient, truth_or_none) <= (3e-2 if low else 2e-6), weight
+
+
+def of_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> Tensor:
+    """What the rank should hold of the whole gradient."""
+    if name.startswith("unembedding"):
+        rows = padded_vocab_size(len(truth), ranks)
+        return F.pad(truth, (0, 0, 0, rows - len(truth))).chunk(ranks)[rank]
+    return truth.chunk(ranks)[rank] if sequence and name.startswith("z.") else truth
+
+
+def summed_where_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[Tensor]:
+    """Under sequence parallelism each rank knows its own positions only, so what they share needs the sum over ranks.
+
+    Training takes it too (`mtp_dist.parallel.gradients`).
+    """
+    if sequence and not name.startswith(("unembedding", "z.")):
+        return [torch.stack([gradient.double() for gradient in by_rank]).sum(0)]
+    return by_rank
+
+
+@pytest.mark.parametrize("mode", SEQUENTIAL)
+@pytest.mark.parametrize(("layout", "name"), RUNS, ids=str)
+def test_equals_fp64_on_one_rank(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
+    by_rank = [answers[mode] for answers in _answers(ranks, *layout)[name]]
+    case, truth = CASES[name], toy_truth(CASES[name])
+    loss_bound, gradient_bound = BOUNDS[case.dtype]
+    for answer in by_rank:
+        for loss, expected in zip([*answer.losses, answer.sums[0]], [*truth.losses, truth.sums[0]], strict=True):
+            assert norm_error(loss, expected) <= loss_bound
+        assert torch.equal(answer.sums[2], truth.sums[2])
+        assert case.dtype == torch.bfloat16 or torch.equal(answer.sums[1], truth.sums[1])
+        assert answer.gradients.keys() == truth.gradients.keys()
+    for weight, expected in truth.gradients.items():
+        found = [gradient for answer in by_rank if (gradient := answer.gradients[weight]) is not None]
+        assert len(found) == (0 if expected is None else len(by_rank)), weight
+        if expected is not None:
+            for rank, gradient in enumerate(summed_where_partial(weight, found, layout[1])):
+                wanted = of_rank(weight, expected, rank, *layout)
+                assert norm_error(gradient, wanted) <= gradient_bound, (weight, rank)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -94,7 +144,7 @@ def test_cases_say_something(ranks: Ranks) -> None:
         gradients = answers[name][0]["eager"].gradients
         assert {weight for weight in gradients if gradients[weight] is None} >= {"unused", *frozen}
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients.values()) >= 6
-    assert len({float(answers[name][0]["eager"].losses[0]) for name in ("shared", "separate", "z-loss")}) == 3
+    assert len({float(answers[name][0]["eager"].losses[0]) for name in ("shared", "separate", Z_LOSS)}) == 3
     assert (answers["small vocabulary"][0]["eager"].sums[1] > 0).all(), "hits"
 
 
@@ -128,7 +178,7 @@ def test_one_reduction_of_the_hidden_gradient_a_head(ranks: Ranks, layout: tuple
 
 
 def test_only_sums_without_gradients(ranks: Ranks) -> None:
-    case = CASES["z-loss"]
+    case = CASES[Z_LOSS]
     (answers,) = ranks.run(1, sums_without_gradients, tiny_config(), case, MODES)
     (_, eager), (_, recompute), (_, naive) = answers
     assert not any(has_graph for has_graph, _ in answers)
@@ -137,25 +187,24 @@ def test_only_sums_without_gradients(ranks: Ranks) -> None:
         assert norm_error(one, other) <= 1e-6
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_second_backward_pass_raises(ranks: Ranks, mode: str) -> None:
-    assert ranks.run(1, backward_twice, tiny_config(), CASES["shared"], mode) != ["nothing"]
+def test_second_backward_pass_raises(ranks: Ranks) -> None:
+    (raised,) = ranks.run(1, backward_twice, tiny_config(), CASES["shared"], MODES)
+    for mode in SEQUENTIAL:
+        assert raised[mode].startswith("RuntimeError: a second backward pass through the heads' loss")
+    assert raised["naive"] != "nothing"
 
 
-LOGITS_DOMINATE = ToyCase(chunk_tokens=32, length=64, batch=4, width=32, vocab_size=4000)
-LOGITS_OF_A_HEAD = 4 * 64 * 4 * 4000
+def test_low_precision_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
+    cases = [CASES["bf16"], CASES["separate in bf16"]]
+    ((shared, separate),) = ranks.run(1, gradient_dtypes, tiny_config(), cases)
+    assert shared == [(0, torch.float32)] * 3, "one sum for all heads, rounded after the last"
+    assert separate == [(head, torch.float32) for head in range(3)]
 
 
-@pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("mode", SEQUENTIAL)
-def test_memory_is_that_of_one_head(ranks: Ranks, mode: str, separate: bool) -> None:
-    """Peaks beyond the gradients themselves."""
-    peaks = {
-        heads: ranks.run(1, peak_bytes, tiny_config(), replace(LOGITS_DOMINATE, heads=heads, separate=separate), mode)
-        for heads in (1, 8)
-    }
-    (one,), (eight,) = peaks[1], peaks[8]
-    assert one < LOGITS_OF_A_HEAD / 2, "one chunk of 8, and little else"
-    assert eight <= 1.02 * one
-    (naive,) = ranks.run(1, peak_bytes, tiny_config(), replace(LOGITS_DOMINATE, heads=8, separate=separate), "naive")
-    assert naive >= 8 * max(LOGITS_OF_A_HEAD, eight)
+def test_low_precision_gradients_of_the_heads_are_rounded_once(ranks: Ranks) -> None:
+    """What each head adds has 8 bits, so that fp32 adds them exactly, or all but."""
+    ((total, *alone),) = ranks.run(1, gradients_by_head, tiny_config(), ToyCase(heads=8, dtype=torch.bfloat16))
+    for name, gradient in total.items():
+        terms = [answer[name] for answer in alone]
+        assert torch.equal(gradient, torch.stack(terms).double().sum(0).bfloat16()), name
+        assert not torch.equal(gradient, functools.reduce(torch.add, terms)), "bf16 would have been seen"

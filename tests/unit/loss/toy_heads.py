@@ -1,9 +1,11 @@
 """Small heads with every kind of weight in them, and what the tests of the sequential loss run with them on ranks."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +25,12 @@ class ToyCase:
     heads: int = 3
     separate: bool = False
     z_loss: float = 0.0
-    chunk_tokens: int | None = 7
+    chunk_tokens: int | None = 13
+    """Two chunks, of 12 tokens each: every one more costs time in all layouts."""
     frozen: tuple[str, ...] = ()
     """Names of weights without a gradient; `z` is the trunk's output."""
+    batch_first: bool = False
+    """Hidden states are found as `[B, S, D]` and transposed: not contiguous."""
     dtype: torch.dtype = torch.float32
     length: int = LENGTH
     batch: int = BATCH
@@ -78,20 +83,33 @@ def micro_batch(case: ToyCase, index: int, rank: int, ranks: int) -> tuple[Tenso
     return z.chunk(ranks)[rank].to(case.dtype).clone().requires_grad_("z" not in case.frozen), targets
 
 
+def unembedding_of(case: ToyCase, distance: int) -> str:
+    return f"unembedding.{distance if case.separate else 0}"
+
+
+def toy_hidden(case: ToyCase, weights: dict[str, Tensor], distance: int, z: Tensor) -> Tensor:
+    """Head `distance`'s hidden states, in the precision of weights and z."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, (case.width,), weight, eps=1e-5)  # PyTorch's own eps depends on the precision
+
+    x = z.transpose(0, 1).contiguous() if case.batch_first else z
+    x = x + (weights["a"] + weights["b"])
+    x = x + torch.tanh(F.linear(norm(x, weights[f"norm.{distance}"]), weights[f"matrix.{distance}"]))
+    x = norm(x, weights["final_norm"])
+    return x.transpose(0, 1) if case.batch_first else x
+
+
+def toy_scales(case: ToyCase) -> Tensor:
+    return torch.linspace(1.0, 0.3, case.heads) / 16
+
+
 def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: int) -> Any:
     from megatron.core.tensor_parallel import mappings
 
     from mtp_dist.loss.heads import Heads
 
-    unembeddings = [weights[f"unembedding.{k if case.separate else 0}"] for k in range(1, case.heads + 1)]
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (case.width,), weight)
-
-    def hidden(k: int, z: Tensor) -> Tensor:
-        x = z + (weights["a"] + weights["b"])
-        x = x + torch.tanh(F.linear(norm(x, weights[f"norm.{k}"]), weights[f"matrix.{k}"]))
-        return norm(x, weights["final_norm"])
+    unembeddings = [weights[unembedding_of(case, k)] for k in range(1, case.heads + 1)]
 
     def logits(k: int, x: Tensor) -> Tensor:
         if config.parallel.sequence:
@@ -103,7 +121,7 @@ def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: i
         return F.linear(x, rows).masked_fill(entries >= case.vocab_size, float("-inf"))
 
     trained = [w for name, w in weights.items() if not name.startswith("unembedding") and w.requires_grad]
-    return Heads(hidden, logits, trained, unembeddings)
+    return Heads(functools.partial(toy_hidden, case, weights), logits, trained, unembeddings)
 
 
 def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
@@ -112,9 +130,38 @@ def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.parallel.topology import tensor_group
 
-    scales = torch.linspace(1.0, 0.3, case.heads) / 16
     vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tensor_group())
-    return Objective(targets, scales, vocabulary, case.z_loss, case.chunk_tokens, config.parallel.sequence)
+    return Objective(targets, toy_scales(case), vocabulary, case.z_loss, case.chunk_tokens, config.parallel.sequence)
+
+
+@functools.cache
+def toy_truth(case: ToyCase) -> ToyAnswer:
+    """The answer of fp64, PyTorch's own loss and autograd, over the whole sequence and vocabulary at once."""
+    from mtp_dist.model.targets import IGNORE_INDEX
+
+    weights = toy_weights(case, 0, 1)
+    real = {name: w[: case.vocab_size] if name.startswith("unembedding") else w for name, w in weights.items()}
+    exact = {name: w.detach().double().requires_grad_(weights[name].requires_grad) for name, w in real.items()}
+    answer = ToyAnswer([], [torch.zeros(case.heads, dtype=torch.float64) for _ in range(3)], {})
+    for index in range(MICRO_BATCHES):
+        z, targets = micro_batch(case, index, 0, 1)
+        z = z.detach().double().requires_grad_(z.requires_grad)
+        loss = z.new_zeros(())
+        for k, scale in enumerate(toy_scales(case).double(), 1):
+            logits = F.linear(toy_hidden(case, exact, k, z), exact[unembedding_of(case, k)]).transpose(0, 1)
+            valid = targets[k - 1] != IGNORE_INDEX
+            logits, chosen = logits[valid], targets[k - 1][valid]
+            losses = F.cross_entropy(logits, chosen, reduction="sum")
+            loss = loss + scale * (losses + case.z_loss * logits.logsumexp(1).square().sum())
+            others = logits.detach().scatter(1, chosen[:, None], float("-inf")).amax(1)
+            hits = (logits.detach().gather(1, chosen[:, None])[:, 0] > others).sum()
+            for total, value in zip(answer.sums, (losses.detach(), hits, valid.sum()), strict=True):
+                total[k - 1] += value
+        (UPSTREAM * loss).backward()
+        answer.losses.append(loss.detach())
+        answer.gradients[f"z.{index}"] = z.grad
+    answer.gradients |= {name: weight.grad for name, weight in exact.items()}
+    return answer
 
 
 def loss_of(mode: str) -> Callable[..., Tensor]:
@@ -182,11 +229,15 @@ def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> l
     return answers
 
 
-def backward_twice(config: Config, case: ToyCase, mode: str) -> str:
-    """What a second backward pass through one loss raises."""
+def backward_twice(config: Config, case: ToyCase, modes: list[str]) -> dict[str, str]:
+    """Type and message of what a second backward pass through one loss raises, by mode."""
+    initialize(config)
+    return {mode: _backward_twice(config, case, mode) for mode in modes}
+
+
+def _backward_twice(config: Config, case: ToyCase, mode: str) -> str:
     from mtp_dist.loss.heads import HeadSums
 
-    initialize(config)
     z, targets = micro_batch(case, 0, 0, 1)
     heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
     sums = HeadSums.zeros(case.heads, z.device)
@@ -198,21 +249,67 @@ def backward_twice(config: Config, case: ToyCase, mode: str) -> str:
         loss.backward()
     except (RuntimeError, TypeError, AssertionError) as error:
         assert torch.equal(z.grad, first), "a refused pass adds nothing"
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
-def peak_bytes(config: Config, case: ToyCase, mode: str) -> int:
-    """Most memory of a forward and backward pass, beyond the gradients that stay."""
+def peaks(config: Config, cases: list[tuple[ToyCase, str]], micro_batches: int) -> list[list[int]]:
+    """For each case and mode the most memory of every micro-batch's forward and backward pass.
+
+    The first micro-batch's is without the gradients that stay, which it allocates.
+    """
+    initialize(config)
+    return [_peaks(config, case, mode, micro_batches) for case, mode in cases]
+
+
+def _peaks(config: Config, case: ToyCase, mode: str, micro_batches: int) -> list[int]:
+    from mtp_dist.bench.measure import peak_bytes
     from mtp_dist.loss.heads import HeadSums
-    from tests.unit.loss.memory import allocations, peak
+
+    weights = toy_weights(case, 0, 1)
+    heads, sums = toy_heads(case, weights, config, 0), HeadSums.zeros(case.heads, torch.device("cpu"))
+
+    def peak(index: int) -> int:
+        z, targets = micro_batch(case, index, 0, 1)
+        objective = toy_objective(case, targets, config)
+        return peak_bytes(lambda: loss_of(mode)(heads, z, objective, sums).backward(), z.device)
+
+    first, *later = (peak(index) for index in range(micro_batches))
+    kept = sum(weight.grad.nbytes for weight in weights.values() if weight.grad is not None)
+    return [first - kept, *later]
+
+
+def gradient_dtypes(config: Config, cases: list[ToyCase]) -> list[list[tuple[int, torch.dtype]]]:
+    """For each case and head, which tensor its unembedding's gradient was added to (a number), in which precision."""
+    initialize(config)
+    return [_gradient_dtypes(config, case) for case in cases]
+
+
+def _gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dtype]]:
+    from mtp_dist.loss import sequential
+    from mtp_dist.loss.heads import HeadSums
+
+    z, targets = micro_batch(case, 0, 0, 1)
+    heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
+    with mock.patch.object(sequential, "linear_cross_entropy", wraps=sequential.linear_cross_entropy) as kernel:
+        loss_of("eager")(heads, z, toy_objective(case, targets, config), HeadSums.zeros(case.heads, z.device))
+    requests = [call.args[-1] for call in kernel.call_args_list]
+    totals = [id(request.weight) for request in requests]
+    return [(totals.index(id(request.weight)), request.weight.dtype) for request in requests]
+
+
+def gradients_by_head(config: Config, case: ToyCase) -> list[dict[str, Tensor]]:
+    """The gradients of z and of what the heads share: of the whole loss, then of each head's loss alone."""
+    from mtp_dist.loss.heads import HeadSums
 
     initialize(config)
-    weights = toy_weights(case, 0, 1)
-    z, targets = micro_batch(case, 0, 0, 1)
-    heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
-    sums = HeadSums.zeros(case.heads, z.device)
-    with allocations() as found:
-        loss_of(mode)(heads, z, objective, sums).backward()
-    kept = sum(tensor.grad.nbytes for tensor in [z, *weights.values()] if tensor.grad is not None)
-    return peak(found) - kept
+    scales = torch.cat([toy_scales(case)[None], toy_scales(case).diag()])
+    answers = []
+    for scale in scales:
+        weights = toy_weights(case, 0, 1)
+        z, targets = micro_batch(case, 0, 0, 1)
+        heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
+        loss_of("eager")(heads, z, replace(objective, scales=scale), HeadSums.zeros(case.heads, z.device)).backward()
+        found = {"z": z.grad, **{name: weights[name].grad for name in ("a", "final_norm")}}
+        answers.append({name: gradient for name, gradient in found.items() if gradient is not None})
+    return answers

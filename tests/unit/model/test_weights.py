@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtp_dist.config import Config
 from mtp_dist.model.weights import cut, initial_weight, is_cut, join, padded_vocab_size, parameter_shapes
-from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
 from tests.parity.runs import tiny_config
 
 RANKS = st.sampled_from([1, 2, 4])
@@ -88,26 +88,35 @@ def test_padded_vocab_size(vocab_size: int, ranks: int) -> None:
     head_dim=st.sampled_from([2, 4]),
     groups=st.sampled_from([1, 2, None]),
     ffn=st.sampled_from([None, 7, 64]),
-    tied=st.booleans(),
+    unembedding=st.sampled_from(["shared", "tied", "separate"]),
     vocab_size=st.integers(1, 999),
 )
 def test_as_many_parameters_as_the_planner_counts(
-    heads: int, depth: int, trunk_layers: int, head_dim: int, groups: int, ffn: int, tied: bool, vocab_size: int
+    heads: int, depth: int, trunk_layers: int, head_dim: int, groups: int, ffn: int, unembedding: str, vocab_size: int
 ) -> None:
     model = {
         "hidden_size": 4 * head_dim,
         "trunk_layers": trunk_layers,
         "num_query_groups": groups,
         "ffn_hidden_size": ffn,
-        "tie_embeddings": tied,
+        "tie_embeddings": unembedding == "tied",
     }
-    config = tiny_config(model=model, heads={"count": heads, "layers_per_head": depth})
+    kind = "separate" if unembedding == "separate" else "shared"
+    config = tiny_config(model=model, heads={"count": heads, "layers_per_head": depth, "unembedding": kind})
     shapes = parameter_shapes(config, vocab_size)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     counts = parameter_counts(config, vocab_size)
     assert sum(sizes.values()) == counts.total
     assert sum(size for name, size in sizes.items() if name.startswith("trunk.")) == counts.trunk
     assert sum(size for name, size in sizes.items() if name.startswith(("heads.", "final_norm"))) == counts.heads
+    assert sum(size for name, size in sizes.items() if "embedding" in name) == counts.embeddings
+    # Every position multiplies each layer's matrices once and, whether they are one matrix or n, n unembeddings.
+    matrices = sum(
+        size for name, size in sizes.items() if name.startswith(("trunk.", "heads.")) and len(shapes[name]) == 2
+    )
+    matrices += heads * vocab_size * 4 * head_dim
+    attention = 12 * (trunk_layers + heads * depth) * 4 * head_dim * config.train.sequence_length
+    assert model_flops_per_token(config, vocab_size) == 6 * matrices + attention
 
 
 def seeded(seed: int, **sections: Any) -> Config:

@@ -49,6 +49,14 @@ def test_tied_embeddings_count_once_but_still_multiply() -> None:
     assert model_flops_per_token(tied, 101) == model_flops_per_token(small_config(), 101)
 
 
+def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> None:
+    sections = small_config().model_dump(mode="json")
+    separate = build_config(sections | {"heads": sections["heads"] | {"unembedding": "separate"}})
+    assert parameter_counts(separate, 101).embeddings == size((101, 48), *[(101, 48)] * 2)
+    assert parameter_counts(separate, 101).heads == parameter_counts(small_config(), 101).heads
+    assert model_flops_per_token(separate, 101) == model_flops_per_token(small_config(), 101)
+
+
 def test_a_7b_model() -> None:
     config = make_config(
         {"count": 4}, 4096, hidden_size=4096, trunk_layers=28, num_attention_heads=32, ffn_hidden_size=11008
