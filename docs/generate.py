@@ -1,7 +1,8 @@
 """Makes what the docs show from committed data: `python docs/generate.py` rewrites it, `--check` only compares.
 
 configuration.md comes from the configuration's own docstrings, the parity table of parallelism.md from
-data/parity.json, images/demo.png from data/demo-metrics.jsonl (drawn only without --check: pixels depend on fonts).
+data/parity.json, the tables of head-loss.md from data/head-loss-*.json. Pictures come from data too: images/demo.png
+from demo-metrics.jsonl, images/head-loss*.png from head-loss-*.json; only without --check, as pixels depend on fonts.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any, get_args
 from mtp_dist.config import Config, Section, SourceConfig
 
 DOCS = Path(__file__).parent
+HEAD_LOSS_IMAGES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 
@@ -94,17 +96,78 @@ def parity_table(records: list[dict[str, Any]]) -> str:
     return table([*header, "20-step curve, bf16"], rows)
 
 
+def head_loss_section(result: dict[str, Any]) -> str:
+    """The measurement in words, its table and its picture."""
+    machine, settings = result["machine"], result["settings"]
+    sizes = " ".join(f"--{name} {settings[name]}" for name in ("tokens", "hidden", "vocab", "tp", "dtype", "device"))
+    heads, modes = (",".join(map(str, settings[name])) for name in ("heads", "modes"))
+    number = machine["threads_per_rank"]
+    threads = f", {number} thread{'s' * (number > 1)} a rank" if settings["device"] == "cpu" else ""
+    header = ["n", "mode", "seconds", "x naive", "of the matmuls' rate", "peak MiB", "gradient error"]
+    if settings["tp"] > 1:
+        header += ["collectives", "their MiB"]
+    return "\n".join(
+        [
+            f"On {machine['device']}{threads}, PyTorch {machine['torch']}; medians of {settings['rounds']} rounds; the "
+            f"matmuls alone run at {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s:\n",
+            f"    mtp-dist bench head-loss {sizes} --heads {heads} \\\n        --modes {modes} --json\n",
+            table(header, [head_loss_row(row)[: len(header)] for row in result["rows"]]),
+            *([head_loss_image(settings)] if settings["tp"] == 1 else []),
+        ]
+    )
+
+
+def head_loss_row(row: dict[str, Any]) -> list[str]:
+    start = [str(row["heads"]), row["mode"]]
+    if row["peak_bytes"] is None:
+        return [*start, "out of memory", *[""] * 6]
+    return [
+        *start,
+        f"{row['seconds']:.3f}",
+        "" if row["seconds_relative_to_naive"] is None else f"{row['seconds_relative_to_naive']:.2f}",
+        f"{row['fraction_of_matmul_rate']:.0%}",
+        f"{row['peak_bytes'] / 2**20:,.1f}",
+        f"{row['gradient_error']:.1e}",
+        str(row["collectives"]),
+        f"{row['collective_bytes'] / 2**20:,.2f}",
+    ]
+
+
+def head_loss_image(settings: dict[str, Any]) -> str:
+    return (
+        "![Memory and time of the heads' loss against the number of heads]"
+        f"(images/{HEAD_LOSS_IMAGES[settings['device']]})\n"
+    )
+
+
+def head_loss_results() -> list[dict[str, Any]]:
+    """A CPU before a GPU, few ranks before many."""
+    results = [json.loads(path.read_text()) for path in (DOCS / "data").glob("head-loss-*.json")]
+    return sorted(results, key=lambda result: (result["settings"]["device"], result["settings"]["tp"]))
+
+
+def head_loss_sections() -> str:
+    results = head_loss_results()
+    sections = [head_loss_section(result) for result in results]
+    if all(result["settings"]["device"] == "cpu" for result in results):
+        sections.append("Nothing has been measured on a GPU yet.\n")
+    return "\n".join(sections)
+
+
 def with_tables(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
 
 
 def pages() -> dict[Path, str]:
     """What every generated page must contain."""
-    parallelism = DOCS / "parallelism.md"
-    tables = {"parity": parity_table(json.loads((DOCS / "data/parity.json").read_text()))}
+    tables = {
+        "parity": parity_table(json.loads((DOCS / "data/parity.json").read_text())),
+        "head-loss": head_loss_sections(),
+    }
+    with_generated_parts = (DOCS / "parallelism.md", DOCS / "head-loss.md")
     return {
         DOCS / "configuration.md": configuration_page(),
-        parallelism: with_tables(parallelism.read_text(), tables),
+        **{path: with_tables(path.read_text(), tables) for path in with_generated_parts},
     }
 
 
@@ -131,6 +194,35 @@ def draw_demo() -> None:
     figure.savefig(DOCS / "images/demo.png", dpi=110)
 
 
+def draw_head_loss(result: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = result["settings"]
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for mode in settings["modes"]:
+        rows = [row for row in result["rows"] if row["mode"] == mode and row["peak_bytes"] is not None]
+        heads = [row["heads"] for row in rows]
+        # Dashed: eager and recompute lie on one another in memory.
+        style = "s--" if mode == "recompute" else "o-"
+        memory.plot(heads, [row["peak_bytes"] / 2**20 for row in rows], style, label=mode)
+        time.plot(heads, [row["seconds"] for row in rows], style, label=mode)
+    for axes, label in ((memory, "peak memory (MiB)"), (time, "seconds a step")):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(settings["heads"], settings["heads"])
+        axes.set(xlabel="heads n", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    memory.legend()
+    figure.suptitle(
+        f"The heads' loss: {settings['tokens']} tokens, hidden size {settings['hidden']}, vocabulary "
+        f"{settings['vocab']:,}, {settings['dtype']}, {settings['device'].upper()}"
+    )
+    figure.savefig(DOCS / "images" / HEAD_LOSS_IMAGES[settings["device"]], dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where a page differs from what it is made of")
@@ -142,6 +234,9 @@ def main() -> None:
         for path, text in pages().items():
             path.write_text(text)
         draw_demo()
+        for result in head_loss_results():
+            if result["settings"]["tp"] == 1:
+                draw_head_loss(result)
 
 
 if __name__ == "__main__":
