@@ -1,8 +1,8 @@
 """Makes what the docs show from committed data: `python docs/generate.py` rewrites it, `--check` only compares.
 
 configuration.md comes from the configuration's own docstrings, the parity table of parallelism.md from
-data/parity.json, the tables of head-loss.md from data/head-loss-*.json. Pictures come from data too: images/demo.png
-from demo-metrics.jsonl, images/head-loss*.png from head-loss-*.json; only without --check, as pixels depend on fonts.
+data/parity.json, the tables of head-loss.md from data/head-loss-*.json, that of heads.md from data/heads/. Pictures
+come from data too, but only without --check, as pixels depend on fonts.
 """
 
 import argparse
@@ -37,6 +37,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         )
     if "SourceConfig" in text:
         return "list of sources"
+    if text.count("tuple[") > 1:
+        return "number >= 0 / list of [step, number]"
     if "tuple" in text:
         return "list of numbers"
     if "bool" in text:
@@ -67,7 +69,7 @@ def configuration_page() -> str:
         "command line:\n",
         "    deepspeed launchers/pretrain.py --config configs/demo.yaml train.steps=50 parallel.pipeline=1\n",
         "A wrong key or value ends with one sentence and exit status 2 before any rank does work. This page is made "
-        "from the docstrings in [config/sections.py](../mtp_dist/config/sections.py) by `python docs/generate.py`.\n",
+        "from the docstrings in [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
     ]
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -163,8 +165,9 @@ def pages() -> dict[Path, str]:
     tables = {
         "parity": parity_table(json.loads((DOCS / "data/parity.json").read_text())),
         "head-loss": head_loss_sections(),
+        "head-runs": head_runs_table(),
     }
-    with_generated_parts = (DOCS / "parallelism.md", DOCS / "head-loss.md")
+    with_generated_parts = (DOCS / "parallelism.md", DOCS / "head-loss.md", DOCS / "heads.md")
     return {
         DOCS / "configuration.md": configuration_page(),
         **{path: with_tables(path.read_text(), tables) for path in with_generated_parts},
@@ -223,6 +226,40 @@ def draw_head_loss(result: dict[str, Any]) -> None:
     figure.savefig(DOCS / "images" / HEAD_LOSS_IMAGES[settings["device"]], dpi=110)
 
 
+def head_runs() -> dict[str, list[dict[str, float]]]:
+    """The metrics of a short run of each kind of head, by its name."""
+    paths = sorted((DOCS / "data/heads").glob("*.jsonl"))
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+
+
+def head_runs_table() -> str:
+    """The last validation of each run."""
+    header = ["run", *(f"head {k}" for k in range(1, 5))]
+    rows = []
+    for name, records in head_runs().items():
+        last = [record for record in records if "validation/loss/head_1" in record][-1]
+        rows.append([f"`{name}`", *(f"{last[f'validation/loss/head_{k}']:.3f}" for k in range(1, 5))])
+    return table(header, rows)
+
+
+def draw_head_runs() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
+    for k, axes in enumerate(grid, 1):
+        for name, records in head_runs().items():
+            curve = [(r["step"], r[f"loss/head_{k}"]) for r in records if f"loss/head_{k}" in r]
+            axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.2)
+        axes.set(title=f"head {k}", xlabel="step")
+        axes.grid(alpha=0.3)
+    grid[0].set(ylabel="training loss (nats)", ylim=(1.5, 4))
+    grid[-1].legend(fontsize=7)
+    figure.savefig(DOCS / "images/head-runs.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail where a page differs from what it is made of")
@@ -234,6 +271,7 @@ def main() -> None:
         for path, text in pages().items():
             path.write_text(text)
         draw_demo()
+        draw_head_runs()
         for result in head_loss_results():
             if result["settings"]["tp"] == 1:
                 draw_head_loss(result)

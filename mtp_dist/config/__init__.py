@@ -4,7 +4,18 @@ Everything that can be checked without starting a process is checked here, so th
 rank does work.
 """
 
+from mtp_dist.config.base import ConfigError, Section
+from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.reading import build_config, load_config
-from mtp_dist.config.sections import Config, ConfigError, ModelConfig, Section, SourceConfig
+from mtp_dist.config.sections import Config, ModelConfig, SourceConfig
 
-__all__ = ["Config", "ConfigError", "ModelConfig", "Section", "SourceConfig", "build_config", "load_config"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "HeadsConfig",
+    "ModelConfig",
+    "Section",
+    "SourceConfig",
+    "build_config",
+    "load_config",
+]

@@ -9,7 +9,8 @@ from typing import Any
 import pydantic
 import yaml
 
-from mtp_dist.config.sections import Config, ConfigError, SourceConfig, contradictions
+from mtp_dist.config.base import ConfigError
+from mtp_dist.config.sections import Config, SourceConfig, contradictions
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -57,7 +58,7 @@ def _nearest_key(parts: Sequence[str]) -> str | None:
 
 def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """One sentence for each key that pydantic complains of; a key of several types has a complaint for each."""
-    union_members = ("literal", "tuple")
+    union_members = ("literal", "tuple", "constrained-")
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for error in errors:
         parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]

@@ -6,17 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-
-class ConfigError(ValueError):
-    """A mistake of the user; its message is one sentence that names the key and what to do."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from mtp_dist.config.base import ConfigError, Section
+from mtp_dist.config.heads import HeadsConfig, contradictions_of_heads
 
 
 class RunConfig(Section):
@@ -64,34 +57,6 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
-
-
-class HeadsConfig(Section):
-    count: PositiveInt = 4
-    """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
-    kind: Literal["parallel"] = "parallel"
-    """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output."""
-    layers_per_head: PositiveInt = 1
-    """Transformer layers of each head."""
-    unembedding: Literal["shared", "separate"] = "shared"
-    """`shared`: one unembedding serves all heads; `separate`: each has its own. One final norm serves all in any
-    case."""
-    loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
-    """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
-    z_loss: NonNegativeFloat = 0.0
-    """Weight, beside each cross-entropy, of the squared logarithm of the softmax's denominator (PaLM's 1e-4 keeps
-    logits from drifting); the reported losses are without it."""
-    loss_mode: Literal["eager", "recompute", "naive"] = "eager"
-    """`eager` runs each head forward and backward before the next one, so memory stays that of one head; `recompute`
-    does it in the backward pass, for one more forward pass of the heads and nothing kept until then; `naive` keeps the
-    logits of all heads until the backward pass: a reference."""
-    chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits are in memory at once in `eager` and `recompute`; when absent as many as fit into 64 MiB on
-    a CPU and 1 GiB on a GPU."""
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        return self.loss_weights if self.loss_weights is not None else (1.0,) * self.count
 
 
 class ParallelConfig(Section):
@@ -199,7 +164,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys added to the DeepSpeed configuration as they are; those that we derive cannot be set here."""
 
     @property
@@ -237,20 +202,6 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
     "data_types zero_optimization zero_allow_untested_optimizer pipeline steps_per_print optimizer scheduler".split()
 )
-
-
-def _contradictions_of_heads(model: ModelConfig, heads: HeadsConfig) -> Iterator[str]:
-    if model.tie_embeddings and heads.unembedding == "separate":
-        yield (
-            "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
-            "heads.unembedding = 'shared' or set model.tie_embeddings = false"
-        )
-    if heads.loss_mode == "naive" and heads.chunk_tokens:
-        yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
-    if len(heads.weights) != heads.count:
-        yield f"heads.loss_weights has {len(heads.weights)} numbers, heads.count is {heads.count}: give one per head"
-    if not any(heads.weights):
-        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
 
 
 def contradictions(config: Config) -> Iterator[str]:
@@ -305,7 +256,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
-    yield from _contradictions_of_heads(model, heads)
+    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):

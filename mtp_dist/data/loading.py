@@ -32,7 +32,7 @@ class ValidationSamples:
         return self._num_samples
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + n]."""
+        """Sample number `index`, [S + lookahead]."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         place = int(self._indices[index])
@@ -75,7 +75,7 @@ def _load_corpora(config: Config, tokenizer: ByteTokenizer) -> dict[str, _Corpus
         if identity not in read:
             documents = read_documents(source, key)
             try:
-                packed = PackedCorpus(pack(documents, tokenizer), config.train.sequence_length, config.heads.count)
+                packed = PackedCorpus(pack(documents, tokenizer), config.train.sequence_length, config.heads.lookahead)
             except ConfigError as error:
                 raise ConfigError(
                     f"{key}.path = {source.path!r} (split: {source.split}) is too small: {error}"

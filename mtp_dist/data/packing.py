@@ -1,6 +1,6 @@
 """Documents as one stream of tokens, and the stream as samples of fixed length.
 
-Shapes: S is `train.sequence_length`, n the number of prediction heads.
+Shapes: S is `train.sequence_length`, the lookahead is the last prediction distance of the heads: n by default.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ def unigram_entropy(tokens: NDArray[np.uint16], vocab_size: int) -> float:
 
 
 class PackedCorpus:
-    """Samples of S + n tokens that advance by S, so that head k = 1..n has the labels `sample[k : k + S]`.
+    """Samples of S + lookahead tokens that advance by S: a head at distance d has the labels `sample[d : d + S]`.
 
-    Over all samples the labels of head k are the tokens k .. k + len(self) * S - 1, each of them once. Fewer than S
-    tokens at the end of the stream are left out.
+    Over all samples these labels are the tokens d .. d + len(self) * S - 1, each of them once. Fewer than S tokens at
+    the end of the stream are left out.
     """
 
-    def __init__(self, tokens: NDArray[np.uint16], sequence_length: int, label_tokens: int) -> None:
-        """`label_tokens` is n. Raises ConfigError where the tokens do not fill one sample."""
-        needed = sequence_length + label_tokens
+    def __init__(self, tokens: NDArray[np.uint16], sequence_length: int, lookahead: int) -> None:
+        """Raises ConfigError where the tokens do not fill one sample."""
+        needed = sequence_length + lookahead
         if len(tokens) < needed:
             raise ConfigError(
-                f"{len(tokens)} tokens are fewer than one sample needs, train.sequence_length + heads.count = "
-                f"{sequence_length} + {label_tokens} = {needed}: add text or lower train.sequence_length"
+                f"{len(tokens)} tokens are fewer than one sample needs, train.sequence_length + tokens to look ahead = "
+                f"{sequence_length} + {lookahead} = {needed}: add text or lower train.sequence_length"
             )
         self.tokens = tokens
         self.sequence_length = sequence_length
-        self.label_tokens = label_tokens
+        self.lookahead = lookahead
 
     def __len__(self) -> int:
-        return (len(self.tokens) - self.label_tokens) // self.sequence_length
+        return (len(self.tokens) - self.lookahead) // self.sequence_length
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + n]."""
+        """Sample number `index`, [S + lookahead]."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = index * self.sequence_length
-        return self.tokens[start : start + self.sequence_length + self.label_tokens].astype(np.int64)
+        return self.tokens[start : start + self.sequence_length + self.lookahead].astype(np.int64)

@@ -17,7 +17,7 @@ def sample_continuation(
     generator = torch.Generator().manual_seed(seed)
     text = list(prompt)
     for _ in range(tokens):
-        logits = model(torch.tensor([text[-context:]]), heads=1)[0][0, -1]
+        logits = model.next_token_logits(torch.tensor([text[-context:]]))[0, -1]
         if not logits.isfinite().all():  # a run that diverged
             break
         probabilities = (logits / temperature).softmax(-1)

@@ -1,36 +1,77 @@
 """The loss of all heads for one micro-batch, from the trunk's output to a scalar."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum, squared_normalizer_sum
-from mtp_dist.loss.linear_cross_entropy import LossSums, Vocabulary
+from mtp_dist.loss.linear_cross_entropy import LossSums, SoftTargets, Vocabulary
+
+TOKEN_ORDER = 0
+"""Its place among the heads' sums."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What the loss asks of the heads, k = 1..n."""
+    """What the loss asks of the heads, k = 1..n.
 
+    Tensors `[S, B, D]` are `[S/TP, B, D]` under sequence parallelism, but for the hidden states that `logits` takes.
+    """
+
+    chains: Sequence[Sequence[int]]
+    """Heads in the order in which they run. The first of a chain reads z, each other one the state before its own."""
+    detached: Collection[int]
+    """Heads that hand no gradient to what they read."""
+    state: Callable[[int, Tensor], Tensor]
+    """(k, z or the state of the head before it `[S, B, D]`) -> the state of head k, shaped like it."""
     hidden: Callable[[int, Tensor], Tensor]
-    """(k, z `[S, B, D]`) -> the normalized hidden states of head k, shaped like z; both are `[S/TP, B, D]` under
-    sequence parallelism."""
+    """(k, its state) -> its normalized hidden states, shaped like it."""
     logits: Callable[[int, Tensor], Tensor]
     """(k, its hidden states) -> this rank's logits `[S, B, V/TP]`, -inf at padded entries."""
     weights: Sequence[Tensor]
-    """What `hidden` computes with and training changes."""
+    """What `state` and `hidden` compute with and training changes."""
     unembeddings: Sequence[Tensor]
     """This rank's rows `[V/TP, D]` for each head; n times the same tensor where it is shared."""
+    token_order: Tensor | None = None
+    """This rank's rows `[V/TP, D]` of the unembedding that predicts the tokens' order from head 1's hidden states."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the heads from head 2 on learn from head 1."""
+
+    weight: float
+    """Beside that of their own targets."""
+    top: int
+    """Most probable tokens of head 1 that they see."""
+    distances: Sequence[int]
+    """Positions ahead that heads 1..n predict."""
+
+
+@dataclass(frozen=True)
+class TokenOrder:
+    """What the further unembedding learns."""
+
+    scale: Tensor
+    """Scalar: its weight over the number of head 1's valid targets in the global batch, times what the engine averages
+    over."""
+    targets: SoftTargets
+    """Of the `S * B` positions."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a micro-batch: sum_k scales[k-1] * (cross-entropies of head k + z_loss * squared normalizers)."""
+    """The loss of a micro-batch: sum_k scales[k-1] * (cross-entropies of head k + z_loss * squared normalizers).
+
+    Further terms where there is `distillation` or `token_order`.
+    """
 
     targets: Tensor
     """`[n, B, S]`."""
+    active: int
+    """Heads 1..this run; the others have no loss."""
     scales: Tensor
     """`[n]`: head k's weight over the number of its valid targets in the global batch, times the micro-batches and
     data-parallel ranks that the engine averages over."""
@@ -39,36 +80,58 @@ class Objective:
     chunk_tokens: int | None = None
     """Tokens whose logits the sequential modes hold at once; from a memory budget when None."""
     sequence_parallel: bool = False
+    distillation: Distillation | None = None
+    token_order: TokenOrder | None = None
 
-    @property
-    def num_heads(self) -> int:
-        return len(self.targets)
+    def running(self, chain: Sequence[int]) -> list[int]:
+        """The active heads of a chain."""
+        return [head for head in chain if head <= self.active]
 
-    def loss(self, sums: Sequence[LossSums]) -> Tensor:
-        """The scalar, from what each head has summed."""
-        losses = torch.stack([head.cross_entropy for head in sums])
-        if self.z_loss:
-            losses = losses + self.z_loss * torch.stack([head.squared_normalizer for head in sums])
-        return (self.scales * losses).sum()
+    def loss(self, sums: Mapping[int, LossSums]) -> Tensor:
+        """The scalar, from what each active head has summed."""
+        soft_weight = self.distillation.weight if self.distillation else 0.0
+        terms = [
+            self.scales[head - 1]
+            * (
+                of_head.cross_entropy
+                + self.z_loss * of_head.squared_normalizer
+                + soft_weight * of_head.soft_cross_entropy
+            )
+            for head, of_head in sorted(sums.items())
+            if head != TOKEN_ORDER
+        ]
+        if self.token_order:
+            terms.append(self.token_order.scale * sums[TOKEN_ORDER].soft_cross_entropy)
+        return torch.stack(terms).sum()
 
 
 @dataclass
 class HeadSums:
-    """What the heads have summed over micro-batches, each `[n]`, fp64."""
+    """What the heads have summed over micro-batches, each `[n]` but the last, fp64."""
 
     losses: Tensor
     correct: Tensor
     targets: Tensor
+    distillation: Tensor
+    """Cross-entropies to head 1's distributions."""
+    token_order: Tensor
+    """Cross-entropies to the order of the upcoming tokens: a scalar."""
 
     @classmethod
     def zeros(cls, heads: int, device: torch.device) -> "HeadSums":
-        return cls(*(torch.zeros(heads, dtype=torch.float64, device=device) for _ in range(3)))
+        shapes = [(heads,)] * 4 + [()]
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
-    def record(self, objective: Objective, sums: Sequence[LossSums]) -> Tensor:
+    def record(self, objective: Objective, sums: Mapping[int, LossSums]) -> Tensor:
         """Add one micro-batch's losses, hits and valid targets; returns its loss."""
-        self.losses += torch.stack([head.cross_entropy.detach() for head in sums])
-        self.correct += torch.stack([head.correct for head in sums])
-        self.targets += (objective.targets != objective.vocabulary.ignore_index).sum((1, 2))
+        for head, of_head in sums.items():
+            if head == TOKEN_ORDER:
+                self.token_order += of_head.soft_cross_entropy
+                continue
+            self.distillation[head - 1] += of_head.soft_cross_entropy
+            self.losses[head - 1] += of_head.cross_entropy.detach()
+            self.correct[head - 1] += of_head.correct
+            self.targets[head - 1] += (objective.targets[head - 1] != objective.vocabulary.ignore_index).sum()
         return objective.loss(sums)
 
 
@@ -77,13 +140,19 @@ def naive_heads_loss(heads: Heads, trunk_output: Tensor, objective: Objective, s
 
     Adds the micro-batch's losses, hits and valid targets to `sums`.
     """
-    ignore_index = objective.vocabulary.ignore_index
-    head_sums = []
-    for distance, targets in enumerate(objective.targets, 1):
-        logits = heads.logits(distance, heads.hidden(distance, trunk_output))
-        targets = targets.T.contiguous()
-        # The cross-entropy comes last: it overwrites the logits.
-        correct = count_correct(logits, targets)
-        normalizer = squared_normalizer_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
-        head_sums.append(LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct))
+    head_sums = {}
+    for chain in heads.chains:
+        state = trunk_output
+        for head in objective.running(chain):
+            state = heads.state(head, state.detach() if head in heads.detached else state)
+            logits = heads.logits(head, heads.hidden(head, state))
+            head_sums[head] = _naive_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
     return sums.record(objective, head_sums)
+
+
+def _naive_sums(logits: Tensor, targets: Tensor, objective: Objective) -> LossSums:
+    ignore_index = objective.vocabulary.ignore_index
+    # The cross-entropy comes last: it overwrites the logits.
+    correct = count_correct(logits, targets)
+    normalizer = squared_normalizer_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
+    return LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct, logits.new_zeros(()))

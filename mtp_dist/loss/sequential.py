@@ -1,5 +1,6 @@
 """The loss of n heads one after the other, for the memory of one (Gloeckle et al. 2024, section 2)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import all_reduce
 
-from mtp_dist.loss.heads import Heads, HeadSums, Objective
+from mtp_dist.loss.distillation import Teacher
+from mtp_dist.loss.heads import TOKEN_ORDER, Heads, HeadSums, Objective
 from mtp_dist.loss.linear_cross_entropy import GradientRequest, LossSums, accumulation_dtype, linear_cross_entropy
 
 
@@ -62,25 +64,35 @@ class _SequentialLoss(torch.autograd.Function):
 
 
 def _trained_unembeddings(heads: Heads) -> list[Tensor]:
-    distinct = {id(weight): weight for weight in heads.unembeddings}
+    unembeddings = [*heads.unembeddings, *([] if heads.token_order is None else [heads.token_order])]
+    distinct = {id(weight): weight for weight in unembeddings}
     return [weight for weight in distinct.values() if weight.requires_grad]
 
 
-def _losses(heads: Heads, trunk_output: Tensor, objective: Objective) -> list[LossSums]:
+def _losses(heads: Heads, trunk_output: Tensor, objective: Objective) -> dict[int, LossSums]:
     """The heads' forward passes alone."""
+    losses, sums = _Losses(heads, objective), dict[int, LossSums]()
     with torch.no_grad():
-        return [
-            _head_sums(heads, objective, distance, _whole_sequence(heads.hidden(distance, trunk_output), objective))
-            for distance in range(1, objective.num_heads + 1)
-        ]
+        for chain in heads.chains:
+            state = trunk_output
+            for head in objective.running(chain):
+                state = heads.state(head, state)
+                hidden = _whole_sequence(heads.hidden(head, state), objective)
+                sums[head] = losses.of_head(head, hidden)
+                if head == 1 and objective.token_order:
+                    sums[TOKEN_ORDER] = losses.of_token_order(hidden)
+    return sums
 
 
-def _differentiate(heads: Heads, trunk_output: Tensor, objective: Objective) -> tuple["_HeadGradients", list[LossSums]]:
+def _differentiate(
+    heads: Heads, trunk_output: Tensor, objective: Objective
+) -> tuple["_HeadGradients", dict[int, LossSums]]:
     """Every head's forward and backward pass."""
     gradients = _HeadGradients(heads, trunk_output, objective)
-    sums = [gradients.add_head(distance, trunk_output) for distance in range(1, objective.num_heads + 1)]
-    gradients.of_trunk_output = gradients.of_trunk_output.to(trunk_output.dtype)
-    return gradients, sums
+    for chain in heads.chains:
+        gradients.add_chain(objective.running(chain), trunk_output)
+    gradients.finish(trunk_output.dtype)
+    return gradients, gradients.sums
 
 
 def _whole_sequence(hidden: Tensor, objective: Objective) -> Tensor:
@@ -103,17 +115,50 @@ def _summed_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
     return partial
 
 
-def _head_sums(
-    heads: Heads, objective: Objective, distance: int, hidden: Tensor, request: GradientRequest | None = None
-) -> LossSums:
-    return linear_cross_entropy(
-        hidden.flatten(0, 1),
-        heads.unembeddings[distance - 1],
-        objective.targets[distance - 1].T.flatten(),
-        objective.vocabulary,
-        objective.chunk_tokens,
-        request,
-    )
+class _Losses:
+    """The losses of one micro-batch from hidden states `[S, B, D]` of the whole sequence, head 1 before the others."""
+
+    def __init__(self, heads: Heads, objective: Objective) -> None:
+        self.heads = heads
+        self.objective = objective
+        self.teacher: Teacher | None = None
+
+    def of_head(self, head: int, hidden: Tensor, request: GradientRequest | None = None) -> LossSums:
+        objective, soft, look = self.objective, None, None
+        targets = objective.targets[head - 1].T.flatten()
+        if (distillation := objective.distillation) and head == 1:
+            length, batch, _ = hidden.shape
+            self.teacher = Teacher(length, batch, distillation.top, objective.vocabulary, hidden.device)
+            look = self.teacher.look
+        elif distillation:
+            assert self.teacher, "head 1 runs first"
+            valid = targets != objective.vocabulary.ignore_index
+            soft = self.teacher.soft_targets(distillation.distances[head - 1], valid)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.heads.unembeddings[head - 1],
+            targets,
+            objective.vocabulary,
+            objective.chunk_tokens,
+            request,
+            soft,
+            look,
+        )
+
+    def of_token_order(self, hidden: Tensor, request: GradientRequest | None = None) -> LossSums:
+        """From head 1's hidden states."""
+        objective = self.objective
+        assert objective.token_order and self.heads.token_order is not None
+        no_targets = torch.full_like(objective.targets[0].flatten(), objective.vocabulary.ignore_index)
+        return linear_cross_entropy(
+            hidden.flatten(0, 1),
+            self.heads.token_order,
+            no_targets,
+            objective.vocabulary,
+            objective.chunk_tokens,
+            request,
+            objective.token_order.targets,
+        )
 
 
 class _HeadGradients:
@@ -125,60 +170,102 @@ class _HeadGradients:
         self.of_trunk_output = _zeros_like(trunk_output)
         self.of_weights: list[Tensor | None] = [None] * len(heads.weights)
         self.of_unembeddings: dict[int, Tensor] = {}
+        self.losses = _Losses(heads, objective)
+        self.sums: dict[int, LossSums] = {}
 
-    def add_head(self, distance: int, trunk_output: Tensor) -> LossSums:
-        """The forward and backward pass of the head of that prediction distance."""
-        trunk_output = trunk_output.detach().requires_grad_()
+    def add_chain(self, chain: Sequence[int], trunk_output: Tensor) -> None:
+        """The forward and backward passes of heads of which each reads the one before it.
+
+        Each head's logits are gone before the next head runs. What the blocks of the chain keep for their backward
+        passes stays until the last one has run forward.
+        """
+        steps = []
+        before = trunk_output
+        for head in chain:
+            leaf = before.detach().requires_grad_()
+            with torch.enable_grad():
+                state = self.heads.state(head, leaf)
+            steps.append((head, leaf, state, self._of_state(head, state)))
+            before = state
+        of_next: Tensor | None = None
+        while steps:
+            head, leaf, state, of_state = steps.pop()
+            of_next = self._backward(state, leaf, of_state if of_next is None else of_state + of_next)
+            if head in self.heads.detached:
+                of_next = None
+        if of_next is not None:
+            self.of_trunk_output += of_next
+
+    def _of_state(self, head: int, state: Tensor) -> Tensor:
+        """The gradient of a head's state by its own loss."""
+        leaf = state.detach().requires_grad_()
         with torch.enable_grad():
-            hidden = self.heads.hidden(distance, trunk_output)
-        sums, of_hidden = self._loss_and_gradient(distance, hidden)
-        inputs = [trunk_output, *self.heads.weights]
-        of_trunk_output, *of_weights = torch.autograd.grad(hidden, inputs, of_hidden, allow_unused=True)
-        self.of_trunk_output += of_trunk_output
+            hidden = self.heads.hidden(head, leaf)
+        return self._backward(hidden, leaf, self._of_hidden(head, hidden))
+
+    def _backward(self, output: Tensor, leaf: Tensor, of_output: Tensor) -> Tensor:
+        """The gradient of `leaf` from that of `output`; adds those of the weights in between."""
+        of_leaf, *of_weights = torch.autograd.grad(output, [leaf, *self.heads.weights], of_output, allow_unused=True)
         for index, gradient in enumerate(of_weights):
             total = self.of_weights[index]
             if gradient is not None:
                 self.of_weights[index] = (
                     gradient if total is None else gradient.to(accumulation_dtype(total.dtype)) + total
                 )
-        return sums
+        return of_leaf
 
-    def _loss_and_gradient(self, distance: int, hidden: Tensor) -> tuple[LossSums, Tensor]:
-        """A head's sums and the gradient of its hidden states; adds that of its unembedding."""
-        whole = _whole_sequence(hidden, self.objective)
+    def _of_hidden(self, head: int, hidden: Tensor) -> Tensor:
+        """The gradient of a head's hidden states; adds that of its unembedding."""
+        objective, unembedding = self.objective, self.heads.unembeddings[head - 1]
+        whole = _whole_sequence(hidden, objective)
         partial = torch.empty_like(whole, memory_format=torch.contiguous_format)
-        request = GradientRequest(
-            scale=self.objective.scales[distance - 1],
+        soft_weight = objective.distillation.weight if objective.distillation and head > 1 else 0.0
+        request = self._request(objective.scales[head - 1], soft_weight, partial, unembedding)
+        self.sums[head] = self.losses.of_head(head, whole, request)
+        if sum(other is unembedding for other in self.heads.unembeddings) == 1:
+            self._finish_unembedding(unembedding)
+        if head == 1 and objective.token_order:
+            assert self.heads.token_order is not None
+            further = torch.empty_like(partial)
+            request = self._request(objective.token_order.scale, 1.0, further, self.heads.token_order)
+            self.sums[TOKEN_ORDER] = self.losses.of_token_order(whole, request)
+            partial += further
+        return _summed_over_vocabulary(partial, objective)
+
+    def _request(self, scale: Tensor, soft_weight: float, of_hidden: Tensor, unembedding: Tensor) -> GradientRequest:
+        if unembedding.requires_grad and id(unembedding) not in self.of_unembeddings:
+            self.of_unembeddings[id(unembedding)] = _zeros_like(unembedding)
+        return GradientRequest(
+            scale=scale,
             z_loss=self.objective.z_loss,
-            hidden=partial.flatten(0, 1),
-            weight=self._of_unembedding(distance),
+            soft_weight=soft_weight,
+            hidden=of_hidden.flatten(0, 1),
+            weight=self.of_unembeddings.get(id(unembedding)),
         )
-        sums = _head_sums(self.heads, self.objective, distance, whole, request)
-        self._finish_unembedding(distance)
-        return sums, _summed_over_vocabulary(partial, self.objective)
 
-    def _of_unembedding(self, distance: int) -> Tensor | None:
-        """Where the gradient of head `distance`'s unembedding is summed, or None where it is frozen."""
-        weight = self.heads.unembeddings[distance - 1]
-        if weight.requires_grad and id(weight) not in self.of_unembeddings:
-            self.of_unembeddings[id(weight)] = _zeros_like(weight)
-        return self.of_unembeddings.get(id(weight))
+    def finish(self, dtype: torch.dtype) -> None:
+        """After the last head: the sums need no more than their own precision, that of z being `dtype`."""
+        self.of_trunk_output = self.of_trunk_output.to(dtype)
+        for weight in _trained_unembeddings(self.heads):
+            self._finish_unembedding(weight)
 
-    def _finish_unembedding(self, distance: int) -> None:
-        """After the last head that uses it the sum needs no more than the weight's own precision."""
-        weight = self.heads.unembeddings[distance - 1]
-        if weight.requires_grad and all(later is not weight for later in self.heads.unembeddings[distance:]):
+    def _finish_unembedding(self, weight: Tensor) -> None:
+        if id(weight) in self.of_unembeddings:
             self.of_unembeddings[id(weight)] = self.of_unembeddings[id(weight)].to(weight.dtype)
 
-    def times(self, upstream: Tensor) -> list[Tensor | None]:
-        """The gradients of z, the weights and the trained unembeddings, one by one let go of."""
-        gradients: list[Tensor | None] = [self.of_trunk_output.mul_(upstream)]
+    def times(self, upstream: Tensor) -> list[Tensor]:
+        """The gradients of z, the weights and the trained unembeddings, one by one let go of.
+
+        0 where no active head uses a weight: engines reduce the gradients of all.
+        """
+        gradients = [self.of_trunk_output.mul_(upstream)]
         for weight in self.heads.weights:
             gradient = self.of_weights.pop(0)
             # Not in place: autograd may have handed out one tensor for several weights.
-            gradients.append(None if gradient is None else (gradient * upstream).to(weight.dtype))
+            gradients.append(torch.zeros_like(weight) if gradient is None else (gradient * upstream).to(weight.dtype))
         for weight in _trained_unembeddings(self.heads):
-            gradients.append(self.of_unembeddings.pop(id(weight)).mul_(upstream))
+            total = self.of_unembeddings.pop(id(weight), None)
+            gradients.append(torch.zeros_like(weight) if total is None else total.mul_(upstream))
         return gradients
 
 

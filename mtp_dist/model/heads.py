@@ -1,11 +1,24 @@
 """The prediction heads on the trunk's output (Gloeckle et al. 2024, section 2)."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor, nn
 
-from mtp_dist.config import Config
-from mtp_dist.model.layers import DecoderLayer, RMSNorm, transformer_config
+from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.model.blocks import LinearHead, ResidualHead, SequentialHead, TransformerHead
+from mtp_dist.model.layers import RMSNorm, transformer_config
+from mtp_dist.model.weights import head_key
+
+_HEADS: dict[str, Callable[[Config], nn.Module]] = {
+    "parallel": TransformerHead,
+    "causal": TransformerHead,
+    "anticausal": TransformerHead,
+    "linear": LinearHead,
+    "mlp": ResidualHead,
+    "sequential": SequentialHead,
+}
 
 
 class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
@@ -14,14 +27,14 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
     Under sequence parallelism it gathers its input `[S/TP, B, D]` over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
+    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int, tied: bool = False) -> None:
         super().__init__(
             config.model.hidden_size,
             padded_vocab_size,
             config=transformer_config(config),
             init_method=nn.init.zeros_,
             bias=False,
-            skip_weight_param_allocation=config.model.tie_embeddings,
+            skip_weight_param_allocation=tied,
         )
         first_entry = self.tp_group.rank() * self.output_size_per_partition
         entries = torch.arange(first_entry, first_entry + self.output_size_per_partition)
@@ -33,40 +46,65 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
         return logits.masked_fill(self.padding, float("-inf")) if self.has_padding else logits
 
 
-class PredictionHeads(nn.Module):
-    """n parallel heads: `layers_per_head` transformer layers each, then ONE final norm and the unembedding.
+def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:
+    """The heads in the order in which they must run. The first of a chain reads z, the next ones the one before."""
+    numbers = tuple(range(1, heads.count + 1))
+    if heads.kind == "anticausal":
+        return (numbers[::-1],)
+    return (numbers,) if heads.kind in ("causal", "sequential") else tuple((k,) for k in numbers)
 
-    All heads share the unembedding, or each has its own (`heads.unembedding`).
+
+def detached_heads(heads: HeadsConfig) -> frozenset[int]:
+    """Heads that hand no gradient to what they read."""
+    if not heads.detach:
+        return frozenset()
+    return frozenset([2]) if heads.kind in ("causal", "sequential") else frozenset(range(2, heads.count + 1))
+
+
+class PredictionHeads(nn.Module):
+    """n heads of one kind, then ONE final norm and the unembedding, shared or each head's own.
+
+    Each head has a state: what it makes of the state of the head before it in its chain, or of z. Its hidden states,
+    which the unembedding reads, are the normalized state.
     """
 
     global_prefix = ""
 
     def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__()
-        count, depth = config.heads.count, config.heads.layers_per_head
-        layer_numbers = range(config.model.trunk_layers + 1, config.model.trunk_layers + depth + 1)
-        self.heads = nn.ModuleDict(
-            {
-                str(k): nn.Sequential(*(DecoderLayer(config, number) for number in layer_numbers))
-                for k in range(1, count + 1)
-            }
-        )
+        self.kind = config.heads.kind
+        numbers = range(1, config.heads.count + 1)
+        self.keys = {head: head_key(config.heads, head) for head in numbers}
+        own = filter(None, dict.fromkeys(self.keys.values()))
+        self.heads = nn.ModuleDict({key: _HEADS[self.kind](config) for key in own})
         self.final_norm = RMSNorm(transformer_config(config), config.model.hidden_size, config.model.norm_eps)
         self.separate = config.heads.unembedding == "separate"
         if self.separate:
             self.unembeddings = nn.ModuleDict(
-                {str(k): Unembedding(config, vocab_size, padded_vocab_size) for k in range(1, count + 1)}
+                {str(k): Unembedding(config, vocab_size, padded_vocab_size) for k in numbers}
             )
         else:
-            self.unembedding = Unembedding(config, vocab_size, padded_vocab_size)
+            self.unembedding = Unembedding(config, vocab_size, padded_vocab_size, config.model.tie_embeddings)
+        if config.heads.token_order:
+            self.token_order = Unembedding(config, vocab_size, padded_vocab_size)
 
-    def hidden(self, distance: int, trunk_output: Tensor) -> Tensor:
-        """Normalized hidden states `[S, B, D]` of the head of that prediction distance (1..n), from z `[S, B, D]`."""
-        hidden: Tensor = self.final_norm(self.heads[str(distance)](trunk_output))
-        return hidden
+    def state(self, head: int, before: Tensor, embed: Callable[[int], Tensor]) -> Tensor:
+        """State `[S, B, D]` of head 1..n from the one before it. embed(j) embeds the token j positions ahead."""
+        key = self.keys[head]
+        if key is None or self.kind == "mlp":
+            return before
+        module = self.heads[key]
+        state: Tensor = module(before, embed(head - 1)) if self.kind == "sequential" else module(before)
+        return state
 
-    def unembedding_of(self, distance: int) -> Unembedding:
-        """What maps the hidden states of the head of that prediction distance to this rank's logits."""
-        module = self.unembeddings[str(distance)] if self.separate else self.unembedding
+    def hidden(self, head: int, state: Tensor) -> Tensor:
+        """What the unembedding reads, `[S, B, D]`, from the state of head 1..n."""
+        hidden: Tensor = self.final_norm(state)
+        key = self.keys[head]
+        return self.heads[key](hidden) if self.kind == "mlp" and key else hidden
+
+    def unembedding_of(self, head: int) -> Unembedding:
+        """What maps the hidden states of head 1..n to this rank's logits."""
+        module = self.unembeddings[str(head)] if self.separate else self.unembedding
         assert isinstance(module, Unembedding)
         return module

@@ -29,8 +29,12 @@ def _rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+TOKEN_ORDER = 0
+"""Its place among the heads' logits."""
+
+
 class ReferenceModel(nn.Module):
-    """Trunk and n parallel heads with the weights of `parameter_shapes`, whole, under their global names."""
+    """Trunk and n heads of any kind with the weights of `parameter_shapes`, whole, under their global names."""
 
     def __init__(self, config: Config, vocab_size: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """With the initial weights of `config.run.seed`, or with the given ones by global name."""
@@ -46,23 +50,76 @@ class ReferenceModel(nn.Module):
     def named_weights(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): weight for name, weight in self.weights.items()}
 
-    def forward(self, tokens: Tensor, heads: int | None = None) -> list[Tensor]:
-        """Tokens `[B, S]` -> logits `[B, S, V]` of heads 1..`heads` (of all when not given)."""
-        trunk_output = F.embedding(tokens, self.weight("embedding.weight"))
+    def forward(self, samples: Tensor, length: int | None = None) -> dict[int, Tensor]:
+        """Samples `[B, S + lookahead]` -> logits `[B, S, V]` by head; S is `length`, by default that of samples.
+
+        With token-order prediction its logits are those of TOKEN_ORDER. Only `sequential` heads read tokens beyond S.
+        """
+        states = self._states(self.trunk(samples[:, :length]), samples)
+        logits = {head: self._logits(head, state) for head, state in states.items()}
+        if self.config.heads.token_order:
+            logits[TOKEN_ORDER] = self._hidden(1, states[1]) @ self.weight("token_order.weight").T
+        return logits
+
+    def next_token_logits(self, tokens: Tensor) -> Tensor:
+        """Head 1's logits `[B, S, V]` for tokens `[B, S]`."""
+        heads = self.config.heads
+        last = heads.count if heads.kind == "anticausal" else 1
+        return self._logits(1, self._states(self.trunk(tokens), tokens, last)[1])
+
+    def trunk(self, tokens: Tensor) -> Tensor:
+        """Tokens `[B, S]` -> z `[B, S, D]`."""
+        hidden = F.embedding(tokens, self.weight("embedding.weight"))
         for index in range(self.config.model.trunk_layers):
-            trunk_output = self._layer(f"trunk.{index}", trunk_output)
-        return [self._head(k, trunk_output) for k in range(1, (heads or self.config.heads.count) + 1)]
+            hidden = self._layer(f"trunk.{index}", hidden)
+        return hidden
 
-    def _head(self, distance: int, trunk_output: Tensor) -> Tensor:
-        hidden = trunk_output
-        for depth in range(self.config.heads.layers_per_head):
-            hidden = self._layer(f"heads.{distance}.{depth}", hidden)
-        hidden = _rms_norm(hidden, self.weight("final_norm.weight"), self.config.model.norm_eps)
-        return hidden @ self.weight(self._unembedding(distance)).T
+    def _states(self, z: Tensor, samples: Tensor, last: int | None = None) -> dict[int, Tensor]:
+        """What heads 1..last make of z, by the formulas of docs/heads.md."""
+        heads, states = self.config.heads, dict[int, Tensor]()
+        numbers = range(1, (last or heads.count) + 1)
+        for k in reversed(numbers) if heads.kind == "anticausal" else numbers:
+            before = z
+            if heads.kind in ("causal", "sequential") and k > 1:
+                before = states[k - 1]
+            if heads.kind == "anticausal" and k < heads.count:
+                before = states[k + 1]
+            if heads.detach and k > 1 and (k == 2 or before is z):
+                before = before.detach()
+            states[k] = self._state(k, before, samples)
+        return states
 
-    def _unembedding(self, distance: int) -> str:
+    def _state(self, k: int, before: Tensor, samples: Tensor) -> Tensor:
+        heads, eps = self.config.heads, self.config.model.norm_eps
+        if heads.kind == "linear":
+            return before @ self.weight(f"heads.{k}.linear.weight").T
+        if heads.kind == "mlp" or (heads.kind == "sequential" and k == 1):
+            return before
+        name = f"heads.{k}"
+        if heads.kind == "sequential":
+            name = "heads.repeated" if heads.repeated else name
+            tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
+            embedded = F.embedding(tokens, self.weight("embedding.weight"))
+            normed = [_rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)]
+            normed += [_rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)]
+            before = torch.cat(normed, -1) @ self.weight(f"{name}.eh_proj.weight").T
+            name += ".layers"
+        for depth in range(heads.layers_per_head):
+            before = self._layer(f"{name}.{depth}", before)
+        return before
+
+    def _logits(self, k: int, state: Tensor) -> Tensor:
+        return self._hidden(k, state) @ self.weight(self._unembedding(k)).T
+
+    def _hidden(self, k: int, state: Tensor) -> Tensor:
+        hidden = _rms_norm(state, self.weight("final_norm.weight"), self.config.model.norm_eps)
+        if self.config.heads.kind == "mlp" and k > 1:
+            hidden = hidden + F.silu(hidden @ self.weight(f"heads.{k}.linear.weight").T)
+        return hidden
+
+    def _unembedding(self, k: int) -> str:
         if self.config.heads.unembedding == "separate":
-            return f"unembeddings.{distance}.weight"
+            return f"unembeddings.{k}.weight"
         return "embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight"
 
     def _layer(self, name: str, hidden: Tensor) -> Tensor:
@@ -88,17 +145,46 @@ class ReferenceModel(nn.Module):
         return context.transpose(1, 2).flatten(2) @ self.weight(f"{name}.self_attention.linear_proj.weight").T
 
 
-def reference_losses(model: ReferenceModel, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """L_k `[n]` of one global batch, and each head's part of what is minimized, `[n]`: with the z-loss, unweighted.
+def reference_losses(model: ReferenceModel, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L_k `[n]` of one global batch; each head's part of what is minimized, `[n]`, with the z-loss and the distillation
+    but unweighted; and what is minimized of the tokens' order, a scalar.
 
-    tokens `[B, S]`, targets `[n, B, S]` with IGNORE_INDEX where none counts. L_k is the sum of head k's cross-entropies
-    over its valid targets by their number, and 0 where it has none.
+    samples `[B, S + lookahead]`, targets `[n, B, S]` with IGNORE_INDEX where none counts. L_k is the sum of head k's
+    cross-entropies over its valid targets by their number, and 0 where it has none.
     """
+    heads = model.config.heads
     losses, objectives = [], []
-    for logits, target in zip(model(tokens), targets, strict=True):
-        valid = (target != IGNORE_INDEX).sum().clamp(min=1)
+    all_logits = model(samples, targets.shape[-1])
+    for k, target in enumerate(targets, 1):
+        logits, valid = all_logits[k], target != IGNORE_INDEX
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        squares = logits.logsumexp(-1).square().where(target != IGNORE_INDEX, 0.0).sum()
-        losses.append(total / valid)
-        objectives.append((total + model.config.heads.z_loss * squares) / valid)
-    return torch.stack(losses), torch.stack(objectives)
+        squares = logits.logsumexp(-1).square().where(valid, 0.0).sum()
+        taught = _distillation_sum(all_logits[1], logits, valid, heads.distances[k - 1], heads.distillation_top)
+        objective = total + heads.z_loss * squares + (heads.distillation * taught if k > 1 else 0.0)
+        losses.append(total / valid.sum().clamp(min=1))
+        objectives.append(objective / valid.sum().clamp(min=1))
+    order = targets.new_zeros((), dtype=losses[0].dtype)
+    if heads.token_order:
+        valid = targets[0] != IGNORE_INDEX
+        scores = _token_order_scores(samples, targets.shape[-1], all_logits[TOKEN_ORDER], heads.token_order_window)
+        cross_entropies = -(scores.softmax(-1) * all_logits[TOKEN_ORDER].log_softmax(-1)).sum(-1)
+        order = heads.token_order * cross_entropies.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+    return torch.stack(losses), torch.stack(objectives), order
+
+
+def _distillation_sum(teacher: Tensor, logits: Tensor, valid: Tensor, distance: int, top: int) -> Tensor:
+    """Cross-entropies to the teacher's `top` most probable tokens, where it speaks of the same token as the head."""
+    later = distance - 1
+    best, entries = teacher.detach()[:, later:].topk(min(top, teacher.shape[-1]), -1)
+    length = entries.shape[1]
+    log_probabilities = logits[:, :length].log_softmax(-1).gather(-1, entries)
+    return -(best.softmax(-1) * log_probabilities).sum(-1).where(valid[:, :length], 0.0).sum()
+
+
+def _token_order_scores(samples: Tensor, length: int, like: Tensor, window: int) -> Tensor:
+    """`[B, S, V]`: window - d for tokens whose next occurrence is d <= window ahead, -inf for the others."""
+    scores = torch.full_like(like, -torch.inf, requires_grad=False)
+    for distance in range(window, 0, -1):  # the nearest occurrence is written last
+        upcoming = samples[:, distance : distance + length].unsqueeze(-1)
+        scores = scores.scatter(-1, upcoming, float(window - distance))
+    return scores

@@ -1,5 +1,7 @@
 """Which tokens each head must predict."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,11 +9,10 @@ IGNORE_INDEX = -100
 """A target that does not count."""
 
 
-def head_targets(samples: Tensor, heads: int) -> Tensor:
-    """Targets `[n, B, S]` of samples `[B, S + n]`: head k's are `samples[:, k : k + S]`.
+def head_targets(samples: Tensor, distances: Sequence[int], length: int) -> Tensor:
+    """Targets `[n, B, S]` of samples `[B, S + lookahead]`: those of a head at distance d are `samples[:, d : d + S]`.
 
-    Position t of head k asks for token t + k (Gloeckle et al. 2024, equation 2), so every head has a real label at
-    every position.
+    S is `length`. Position t of head k asks for token t + d_k, with d_k = k in Gloeckle et al. 2024, equation 2, so
+    every head has a real label at every position.
     """
-    length = samples.shape[1] - heads
-    return torch.stack([samples[:, k : k + length] for k in range(1, heads + 1)])
+    return torch.stack([samples[:, distance : distance + length] for distance in distances])

@@ -1,6 +1,12 @@
 """The shared trunk: token embedding and `trunk_layers` transformer layers."""
 
+import torch.nn.functional as F
+from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import (
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
@@ -31,6 +37,19 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.lookup(tokens)
         return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+
+
+def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Tensor:
+    """What TokenEmbedding with that weight `[V/TP, D]` gives for tokens `[B, S]`."""
+    rows = tokens - get_tensor_model_parallel_group().rank() * len(weight)
+    elsewhere = (rows < 0) | (rows >= len(weight))
+    partial = F.embedding(rows.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+    partial = partial.transpose(0, 1).contiguous()
+    to_all = (
+        reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
+    )
+    hidden: Tensor = to_all(partial)
+    return hidden
 
 
 class TrunkLayer(DecoderLayer):

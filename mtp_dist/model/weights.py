@@ -6,13 +6,13 @@ it; tensor parallelism only decides which part of it a rank holds.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, HeadsConfig
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -40,15 +40,40 @@ def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ..
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
     for index in range(model.trunk_layers):
         shapes |= {f"trunk.{index}.{name}": shape for name, shape in layer.items()}
-    for distance in range(1, config.heads.count + 1):
-        for depth in range(config.heads.layers_per_head):
-            shapes |= {f"heads.{distance}.{depth}.{name}": shape for name, shape in layer.items()}
+    keys = (head_key(config.heads, head) for head in range(1, config.heads.count + 1))
+    for key in filter(None, dict.fromkeys(keys)):
+        shapes |= {f"heads.{key}.{name}": shape for name, shape in _head_shapes(config, layer).items()}
     shapes["final_norm.weight"] = (width,)
     if config.heads.unembedding == "separate":
         shapes |= {f"unembeddings.{k}.weight": (vocab_size, width) for k in range(1, config.heads.count + 1)}
     elif not model.tie_embeddings:
         shapes["unembedding.weight"] = (vocab_size, width)
+    if config.heads.token_order:
+        shapes["token_order.weight"] = (vocab_size, width)
     return shapes
+
+
+def head_key(heads: HeadsConfig, head: int) -> str | None:
+    """Name of the module that head 1..n has; None where it has none and reads the trunk as a plain model does."""
+    if head == 1 and heads.kind in ("mlp", "sequential"):
+        return None
+    return "repeated" if heads.repeated else str(head)
+
+
+def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of one head's own weights; layer: those of a transformer layer."""
+    width, kind = config.model.hidden_size, config.heads.kind
+    if kind in ("linear", "mlp"):
+        return {"linear.weight": (width, width)}
+    prefix = "layers." if kind == "sequential" else ""
+    layers = {
+        f"{prefix}{depth}.{name}": shape
+        for depth in range(config.heads.layers_per_head)
+        for name, shape in layer.items()
+    }
+    if kind != "sequential":
+        return layers
+    return {"hnorm.weight": (width,), "enorm.weight": (width,), "eh_proj.weight": (width, 2 * width)} | layers
 
 
 def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:

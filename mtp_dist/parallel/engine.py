@@ -9,14 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
+from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from mtp_dist.parallel.gradients import clip_by_global_norm
-from mtp_dist.parallel.pipeline import MultiTokenPipeline, quiet
+from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, quiet
 from mtp_dist.parallel.topology import Topology, data_group
-
-MicroBatch = tuple[Tensor, Tensor]
-"""Tokens `[B, S]` and targets `[n, B, S]`, int64, IGNORE_INDEX where a target does not count."""
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -40,7 +38,6 @@ class TrainingEngine:
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
-        self.weights = torch.tensor(config.heads.weights, dtype=torch.float64, device=topology.device)
 
     @property
     def optimizer_name(self) -> str:
@@ -48,7 +45,9 @@ class TrainingEngine:
         optimizer = type(self.pipeline.basic_optimizer)
         return f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}"
 
-    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float) -> tuple[Tensor, float]:
+    def train_step(
+        self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadWeights
+    ) -> tuple[Tensor, float]:
         """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data.
 
         Returns the per-head sums of the whole global batch (see `_global_sums`) and the gradient's global norm before
@@ -56,17 +55,18 @@ class TrainingEngine:
         """
         for group in self.pipeline.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._begin(batch, self.micro_batches)
+        self._begin(batch, self.micro_batches, weights)
         self.pipeline.train_batch(iter(batch))
         return self._global_sums(), float(self.pipeline.get_global_grad_norm())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_global_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
-        self._begin(batch, micro_batches)
+        heads = self.config.heads.count
+        self._begin(batch, micro_batches, HeadWeights((1.0,) * heads, heads))
         self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
         return self._global_sums()
 
-    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int) -> None:
+    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadWeights) -> None:
         """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
 
         DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
@@ -77,21 +77,27 @@ class TrainingEngine:
         counts = torch.as_tensor(valid, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(counts, group=data_group())
         averaged_over = micro_batches * self.topology.data
-        self.stage.heads.begin((self.weights * averaged_over / counts.clamp(min=1)).float())
+        per_target = averaged_over / counts.clamp(min=1)
+        scales = counts.new_tensor(weights.weights) * per_target
+        token_order_scale = self.config.heads.token_order * per_target[0]
+        self.stage.heads.begin(scales.float(), weights.active, token_order_scale.float())
 
     def _load(self, batch: MicroBatch) -> tuple[Tensor, tuple[()]]:
         """Called by DeepSpeed for each micro-batch on the first and the last stage."""
-        tokens, targets = batch
+        samples, targets = batch
         if self.topology.is_last_stage:
-            self.stage.heads.expect_targets(targets.to(self.topology.device))
-        return tokens, ()
+            self.stage.heads.expect((samples.to(self.topology.device), targets.to(self.topology.device)))
+        return samples[:, : self.config.train.sequence_length], ()
 
     def _global_sums(self) -> Tensor:
-        """`[3, n]`, fp64: each head's cross-entropies, correct predictions and valid targets of the global batch."""
-        sums = torch.zeros(3, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
+        """`[5, n]`, fp64: each head's cross-entropies, correct predictions, valid targets and cross-entropies to head 1
+        over the global batch; in head 1's place of the last row the cross-entropies to the tokens' order."""
+        sums = torch.zeros(5, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
         if self.topology.is_last_stage and self.topology.tensor_rank == 0:
             heads = self.stage.heads.sums
-            sums = torch.stack([heads.losses, heads.correct, heads.targets])
+            token_order = torch.zeros_like(heads.losses)
+            token_order[0] = heads.token_order
+            sums = torch.stack([heads.losses, heads.correct, heads.targets, heads.distillation, token_order])
         dist.all_reduce(sums)
         return sums.cpu()
 

@@ -1,7 +1,7 @@
 """Which trunk layers each pipeline stage holds. The embedding is on the first stage, all heads on the last."""
 
 from mtp_dist.config import Config
-from mtp_dist.planner.flops import layer_matrices
+from mtp_dist.planner.flops import head_matrices, layer_matrices
 
 
 def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
@@ -32,6 +32,4 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
 
 def _heads_cost(config: Config, vocab_size: int) -> float:
     """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
-    model = config.model
-    unembedding = vocab_size * model.hidden_size
-    return config.heads.count * (config.heads.layers_per_head + unembedding / layer_matrices(model))
+    return head_matrices(config, vocab_size) / layer_matrices(config.model)

@@ -11,12 +11,13 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
+from mtp_dist.loss.heads import Distillation, Heads, HeadSums, Objective, TokenOrder, naive_heads_loss
 from mtp_dist.loss.linear_cross_entropy import Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
-from mtp_dist.model.heads import PredictionHeads
+from mtp_dist.loss.token_order import token_order_targets
+from mtp_dist.model.heads import PredictionHeads, chains, detached_heads
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
+from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
 from mtp_dist.model.weights import (
     cut,
     initial_weight,
@@ -36,63 +37,103 @@ def quiet() -> Iterator[None]:
         yield
 
 
+MicroBatch = tuple[Tensor, Tensor]
+"""Samples `[B, S + lookahead]` and targets `[n, B, S]`, int64, IGNORE_INDEX where a target does not count."""
+
+
 class HeadsWithLoss(PredictionHeads):
     """The heads as the pipeline's last layer: z in, this micro-batch's share of the loss out.
 
     The loss is inside the layer because DeepSpeed's bf16 optimizer gives no update to a parameter that is used only
-    in `loss_fn`. The targets do not travel through the pipeline, whose receive buffers ignore dtype: the engine loads
-    each micro-batch on this stage too, and `expect_targets` queues its targets in the order of the forward passes.
+    in `loss_fn`. The tokens do not travel through the pipeline, whose receive buffers ignore dtype: the engine loads
+    each micro-batch on this stage too, and `expect` queues it in the order of the forward passes.
     """
 
     def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__(config, vocab_size, padded_vocab_size)
         self.config = config
         self.vocab_size = vocab_size
-        self.queue: deque[Tensor] = deque()
+        self.queue: deque[MicroBatch] = deque()
         self.scales = torch.zeros(config.heads.count)
+        self.active = config.heads.count
+        self.token_order_scale = torch.zeros(())
         self.sums = HeadSums.zeros(config.heads.count, self.scales.device)
 
-    def begin(self, scales: Tensor) -> None:
-        """Start a batch whose loss is sum_k scales[k-1] * (sum of head k's cross-entropies); scales `[n]`, fp32."""
+    def begin(self, scales: Tensor, active: int, token_order_scale: Tensor) -> None:
+        """Start a batch whose loss is sum_k scales[k-1] * (sum of head k's cross-entropies); scales `[n]`, fp32.
+
+        Heads 1..active run. token_order_scale, a scalar, is that of the tokens' order, where it is predicted.
+        """
         assert not self.queue, "targets of the last batch were never used"
-        self.scales = scales
+        self.scales, self.active, self.token_order_scale = scales, active, token_order_scale
         self.sums = HeadSums.zeros(len(scales), scales.device)
 
-    def expect_targets(self, targets: Tensor) -> None:
-        """Queue the targets `[n, B, S]` of one micro-batch."""
-        self.queue.append(targets)
+    def expect(self, batch: MicroBatch) -> None:
+        """Queue one micro-batch."""
+        self.queue.append(batch)
 
     def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """z `[S, B, D]`, or (z, tied weight `[V/TP, D]`), -> a scalar."""
-        trunk_output, tied_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
-        heads, objective = self._heads(tied_weight), self._objective(self.queue.popleft())
+        """z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), -> a scalar."""
+        trunk_output, embedding = inputs if isinstance(inputs, tuple) else (inputs, None)
+        samples, targets = self.queue.popleft()
+        heads, objective = self._heads(samples, embedding), self._objective(samples, targets)
         mode = self.config.heads.loss_mode
         if mode == "naive":
             return naive_heads_loss(heads, trunk_output, objective, self.sums)
         return sequential_heads_loss(mode, heads, trunk_output, objective, self.sums)
 
-    def _heads(self, tied_weight: Tensor | None) -> Heads:
-        modules = [self.unembedding_of(distance) for distance in range(1, self.config.heads.count + 1)]
+    def _heads(self, samples: Tensor, embedding: Tensor | None) -> Heads:
+        config = self.config
+        modules = [self.unembedding_of(head) for head in range(1, config.heads.count + 1)]
+        tied_weight = embedding if config.model.tie_embeddings else None
+        weights: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
+        if config.heads.kind == "sequential" and embedding is not None:
+            weights.append(embedding)
+
+        def embed(ahead: int) -> Tensor:
+            assert embedding is not None, "the kind that embeds tokens has the embedding on the last stage"
+            tokens = samples[:, ahead : ahead + config.train.sequence_length]
+            return embed_tokens(embedding, tokens, config.parallel.sequence)
+
         return Heads(
+            chains=chains(config.heads),
+            detached=detached_heads(config.heads),
+            state=lambda head, before: self.state(head, before, embed),
             hidden=self.hidden,
-            logits=lambda distance, hidden: modules[distance - 1](hidden, tied_weight),
-            weights=[w for part in (self.heads, self.final_norm) for w in part.parameters() if w.requires_grad],
+            logits=lambda head, hidden: modules[head - 1](hidden, tied_weight),
+            weights=[weight for weight in weights if weight.requires_grad],
             unembeddings=[module.weight if tied_weight is None else tied_weight for module in modules],
+            token_order=self.token_order.weight if config.heads.token_order else None,
         )
 
-    def _objective(self, targets: Tensor) -> Objective:
+    def _objective(self, samples: Tensor, targets: Tensor) -> Objective:
+        heads, length = self.config.heads, self.config.train.sequence_length
+        distillation, token_order = None, None
+        if heads.distillation:
+            distillation = Distillation(heads.distillation, heads.distillation_top, heads.distances)
+        if heads.token_order:
+            order = token_order_targets(samples, length, heads.token_order_window, targets[0] != IGNORE_INDEX)
+            token_order = TokenOrder(self.token_order_scale, order)
         return Objective(
             targets=targets,
+            active=self.active,
             scales=self.scales,
             vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tensor_group()),
             z_loss=self.config.heads.z_loss,
             chunk_tokens=self.config.heads.chunk_tokens,
             sequence_parallel=self.config.parallel.sequence,
+            distillation=distillation,
+            token_order=token_order,
         )
 
 
+def _heads_have_embedding(config: Config) -> bool:
+    """Whether the last stage holds the embedding too: to unembed with it, or to embed the tokens that heads read."""
+    return config.model.tie_embeddings or config.heads.kind == "sequential"
+
+
 def _with_weight(embedding: TokenEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The tied embedding's second place in the pipeline: hands its weight to the heads beside the hidden states."""
+    """The shared embedding's second place in the pipeline: hands its weight to the heads beside the hidden states."""
     return hidden, embedding.weight
 
 
@@ -131,7 +172,7 @@ def _layer_specs(config: Config, vocab_size: int) -> list[LayerSpec]:
     padded = padded_vocab_size(vocab_size, config.parallel.tensor)
     trunk = [LayerSpec(TrunkLayer, config, index) for index in range(config.model.trunk_layers)]
     heads = LayerSpec(HeadsWithLoss, config, vocab_size, padded)
-    if not config.model.tie_embeddings:
+    if not _heads_have_embedding(config):
         return [LayerSpec(TokenEmbedding, config, padded), *trunk, heads]
 
     def tied(**kwargs: object) -> TiedLayerSpec:
@@ -145,5 +186,5 @@ def _stage_bounds(config: Config, vocab_size: int) -> list[int]:
     bounds = [0]
     for layers in trunk_layers_per_stage(config, vocab_size):
         bounds.append(bounds[-1] + layers)
-    last_layers = 2 if config.model.tie_embeddings else 1
+    last_layers = 2 if _heads_have_embedding(config) else 1
     return [0, *(bound + 1 for bound in bounds[1:-1]), 1 + config.model.trunk_layers + last_layers]

@@ -32,24 +32,41 @@ def layer_matrices(model: ModelConfig) -> int:
     return query_key_value + hidden * hidden + 3 * hidden * model.ffn_size
 
 
-def _head_layers(config: Config) -> int:
-    return config.heads.count * config.heads.layers_per_head
-
-
 def _unembeddings(config: Config) -> int:
     """Matrices of unembeddings that are not the embedding's too."""
+    further = 1 if config.heads.token_order else 0
     if config.heads.unembedding == "separate":
-        return config.heads.count
-    return 0 if config.model.tie_embeddings else 1
+        return config.heads.count + further
+    return further + (0 if config.model.tie_embeddings else 1)
+
+
+def _extra_matrix(config: Config) -> int:
+    """Parameters of the matrix that a head's block has beside its transformer layers."""
+    squares = {"linear": 1, "mlp": 1, "sequential": 2}
+    return squares.get(config.heads.kind, 0) * config.model.hidden_size**2
+
+
+def _extra_parameters(config: Config) -> int:
+    """The same with the two norms that a `sequential` block has before its matrix."""
+    return _extra_matrix(config) + (2 * config.model.hidden_size if config.heads.kind == "sequential" else 0)
+
+
+def head_matrices(config: Config, vocab_size: int) -> int:
+    """Parameters of the matrices that multiply one position in all heads; a shared one counts for each that uses it."""
+    heads = config.heads
+    block = heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
+    unembeddings = heads.count + (1 if heads.token_order else 0)
+    return heads.blocks * block + unembeddings * vocab_size * config.model.hidden_size
 
 
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     """Parameters of the unsharded model with a vocabulary of `vocab_size` tokens, V."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
+    blocks = min(1, config.heads.blocks) if config.heads.repeated else config.heads.blocks
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
-        heads=_head_layers(config) * layer + model.hidden_size,
+        heads=blocks * (config.heads.block_layers * layer + _extra_parameters(config)) + model.hidden_size,
         embeddings=(1 + _unembeddings(config)) * vocab_size * model.hidden_size,
     )
 
@@ -64,8 +81,8 @@ def model_flops_per_token(config: Config, vocab_size: int) -> int:
     once for each head, the embedding's look-up not at all.
     """
     model = config.model
-    layers = model.trunk_layers + _head_layers(config)
-    matrices = layers * layer_matrices(model) + config.heads.count * vocab_size * model.hidden_size
+    layers = model.trunk_layers + config.heads.blocks * config.heads.block_layers
+    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, vocab_size)
     return 6 * matrices + 12 * layers * model.hidden_size * config.train.sequence_length
 
 

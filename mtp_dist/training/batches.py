@@ -10,14 +10,15 @@ from mtp_dist.config import Config
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.loading import ValidationSamples
 from mtp_dist.model.targets import IGNORE_INDEX, head_targets
-from mtp_dist.parallel.engine import MicroBatch
+from mtp_dist.parallel.pipeline import MicroBatch
 from mtp_dist.parallel.topology import Topology
 
 
-def micro_batches_of(samples: Tensor, heads: int, micro_batch_size: int) -> list[MicroBatch]:
-    """Samples `[B, S + n]`, B a multiple of the micro-batch size -> micro-batches in order."""
-    tokens, targets = samples[:, :-heads], head_targets(samples, heads)
-    return list(zip(tokens.split(micro_batch_size), targets.split(micro_batch_size, dim=1), strict=True))
+def micro_batches_of(config: Config, samples: Tensor) -> list[MicroBatch]:
+    """Samples `[B, S + lookahead]`, B a multiple of the micro-batch size -> micro-batches in order."""
+    targets = head_targets(samples, config.heads.distances, config.train.sequence_length)
+    size = config.train.micro_batch_size
+    return list(zip(samples.split(size), targets.split(size, dim=1), strict=True))
 
 
 class Batches:
@@ -50,10 +51,9 @@ class Batches:
         batch = self._micro_batches([samples[index % len(samples)] for index in indices])
         repeated = torch.tensor([index >= len(samples) for index in indices]).split(self.config.train.micro_batch_size)
         return [
-            (tokens, targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
-            for (tokens, targets), fill in zip(batch, repeated, strict=True)
+            (samples, targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
+            for (samples, targets), fill in zip(batch, repeated, strict=True)
         ], micro_batches
 
     def _micro_batches(self, samples: Sequence[np.ndarray]) -> list[MicroBatch]:
-        stacked = torch.from_numpy(np.stack(samples))
-        return micro_batches_of(stacked, self.config.heads.count, self.config.train.micro_batch_size)
+        return micro_batches_of(self.config, torch.from_numpy(np.stack(samples)))

@@ -67,6 +67,9 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 def _head_scalars(heads: HeadMetrics) -> dict[str, float]:
     scalars = {f"loss/head_{k}": loss for k, loss in enumerate(heads.losses, 1)}
     scalars["loss/total"] = heads.total
+    scalars |= {f"loss/distillation/head_{k}": loss for k, loss in enumerate(heads.distillation, 2)}
+    if heads.token_order is not None:
+        scalars["loss/token_order"] = heads.token_order
     return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.data.loading import Datasets
+from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.parallel.device import peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import largest_over_ranks
@@ -36,10 +37,11 @@ def fit(
         for step in range(1, config.train.steps + 1):
             started = time.perf_counter()
             rate = learning_rate(config, step)
-            sums, grad_norm = engine.train_step(batches.training(datasets.train, step), rate)
+            weights = head_weights(config, step)
+            sums, grad_norm = engine.train_step(batches.training(datasets.train, step), rate, weights)
             metrics = StepMetrics(
                 step=step,
-                heads=head_metrics(sums, config.heads.weights),
+                heads=head_metrics(config, sums, weights),
                 grad_norm=grad_norm,
                 learning_rate=rate,
                 tokens=config.train.global_batch_size * config.train.sequence_length,
@@ -50,7 +52,8 @@ def fit(
                 callback.on_step(metrics)
             if datasets.validation and _is_due(step, config.train.validate_every, config.train.steps):
                 micro_batches, number = batches.validation(datasets.validation.samples)
-                heads = head_metrics(engine.evaluate(micro_batches, number), config.heads.weights)
+                sums = engine.evaluate(micro_batches, number)
+                heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
                 for callback in callbacks:
                     callback.on_validation(step, heads)
             if _is_due(step, config.checkpoint.every, config.train.steps):
@@ -61,12 +64,18 @@ def _is_due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def head_metrics(sums: Tensor, weights: Sequence[float]) -> HeadMetrics:
-    """From `[3, n]`: the heads' summed cross-entropies, correct predictions and valid targets."""
-    losses, correct, targets = sums
-    losses = losses / targets.clamp(min=1)
+def head_metrics(config: Config, sums: Tensor, weights: HeadWeights) -> HeadMetrics:
+    """Of the active heads, from the engine's sums `[5, n]`."""
+    losses, correct, targets, distillation, token_order = sums[:, : weights.active]
+    losses, correct, distillation, token_order = (
+        of_heads / targets.clamp(min=1) for of_heads in (losses, correct, distillation, token_order)
+    )
+    objectives = losses + config.heads.distillation * distillation
+    total = sum(w * loss for w, loss in zip(weights.weights, objectives.tolist(), strict=False))
     return HeadMetrics(
         losses=tuple(losses.tolist()),
-        accuracies=tuple((correct / targets.clamp(min=1)).tolist()),
-        total=sum(weight * loss for weight, loss in zip(weights, losses.tolist(), strict=True)),
+        accuracies=tuple(correct.tolist()),
+        distillation=tuple(distillation.tolist()[1:]) if config.heads.distillation else (),
+        token_order=float(token_order[0]) if config.heads.token_order else None,
+        total=total + config.heads.token_order * float(token_order[0]),
     )

@@ -5,14 +5,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HeadMetrics:
-    """Per-head results over the valid targets of a global batch or a validation set, head 1 first."""
+    """Per-head results over the valid targets of a global batch or a validation set, head 1 first.
+
+    In a training step only those of the heads that the schedule lets learn.
+    """
 
     losses: tuple[float, ...]
     """Mean cross-entropy of each head, in nats; 0 for a head without a valid target."""
     accuracies: tuple[float, ...]
     """Share of the targets that are the head's most probable token."""
     total: float
-    """sum_k w_k * L_k, in nats."""
+    """What is minimized but for the z-loss: sum_k w_k * L_k and the auxiliary losses, in nats."""
+    distillation: tuple[float, ...] = ()
+    """Mean cross-entropy of heads 2, 3, .. to head 1's distribution, in nats; empty without distillation."""
+    token_order: float | None = None
+    """Mean cross-entropy to the order of the upcoming tokens, in nats; None where it is not predicted."""
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,37 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX, head_targets
-from mtp_dist.parallel.engine import MicroBatch
+from mtp_dist.parallel.pipeline import MicroBatch
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training.optimizer import parameter_groups
 
 
 def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Tokens `[B, S]` and targets `[n, B, S]` of a global batch; the share of masked targets grows from 0 to 0.9 over
-    its samples, so micro-batches and data-parallel ranks have unequal numbers of valid targets."""
+    """Samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
+
+    The share of masked targets grows from 0 to 0.9 over the samples, so micro-batches and data-parallel ranks have
+    unequal numbers of valid targets.
+    """
     generator = torch.Generator().manual_seed(config.run.seed)
-    heads, samples = config.heads.count, config.train.global_batch_size
-    shape = (samples, config.train.sequence_length + heads)
-    tokens = torch.randint(0, vocab_size, shape, generator=generator)
-    targets = head_targets(tokens, heads)
-    masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, samples)[:, None]
-    return tokens[:, :-heads], targets.masked_fill(masked, IGNORE_INDEX)
+    number = config.train.global_batch_size
+    shape = (number, config.train.sequence_length + config.heads.lookahead)
+    samples = torch.randint(0, vocab_size, shape, generator=generator)
+    targets = head_targets(samples, config.heads.distances, config.train.sequence_length)
+    masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, number)[:, None]
+    return samples, targets.masked_fill(masked, IGNORE_INDEX)
 
 
-def local_micro_batches(config: Config, topology: Topology, tokens: Tensor, targets: Tensor) -> list[MicroBatch]:
+def local_micro_batches(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> list[MicroBatch]:
     """This data-parallel rank's slice of a global batch, as micro-batches."""
     size = config.train.micro_batch_size
-    tokens, targets = (
-        tokens.chunk(topology.data)[topology.data_rank],
+    samples, targets = (
+        samples.chunk(topology.data)[topology.data_rank],
         targets.chunk(topology.data, 1)[topology.data_rank],
     )
-    return list(zip(tokens.split(size), targets.split(size, 1), strict=True))
+    return list(zip(samples.split(size), targets.split(size, 1), strict=True))
 
 
 class ReferenceTraining:
@@ -46,14 +50,21 @@ class ReferenceTraining:
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
-    def step(self, tokens: Tensor, targets: Tensor, learning_rate: float) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name."""
-        self.optimizer.zero_grad()
-        losses, objectives = reference_losses(self.model, tokens.to(self.device), targets.to(self.device))
-        (objectives * objectives.new_tensor(self.config.heads.weights)).sum().backward()
-        gradients = {
-            name: weight.grad.clone() for name, weight in self.model.named_weights().items() if weight.grad is not None
-        }
+    def step(
+        self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadWeights
+    ) -> tuple[Tensor, float, dict[str, Tensor]]:
+        """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name.
+
+        A head that is not active has loss 0.
+        """
+        self.optimizer.zero_grad(set_to_none=False)
+        losses, objectives, order = reference_losses(self.model, samples.to(self.device), targets.to(self.device))
+        active = torch.arange(len(losses), device=self.device) < weights.active
+        ((objectives * objectives.new_tensor(weights.weights))[active].sum() + order).backward()
+        gradients = {}
+        for name, weight in self.model.named_weights().items():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients[name] = weight.grad.clone()
         norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
         if self.config.train.grad_clip:
             scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
@@ -63,4 +74,4 @@ class ReferenceTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        return losses.detach(), norm, gradients
+        return losses.detach().where(active, 0.0), norm, gradients

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.loss.weights import head_weights
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
@@ -109,9 +110,10 @@ def names_over_ranks(tensors: Mapping[str, Tensor]) -> set[str]:
 
 def compare_with_reference(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
     """One step of the sharded model beside one of the reference, on the same random batch."""
-    tokens, targets = random_batch(config, vocab_size)
+    samples, targets = random_batch(config, vocab_size)
+    weights = head_weights(config, 1)
     reference = ReferenceTraining(config, vocab_size, topology.device)
-    losses, norm, truth = reference.step(tokens, targets, config.optimizer.lr)
+    losses, norm, truth = reference.step(samples, targets, config.optimizer.lr, weights)
 
     engine = TrainingEngine(
         config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
@@ -119,7 +121,7 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
     shapes = parameter_shapes(config, vocab_size)
     with first_gradients(engine, shapes) as gradients:
         sums, sharded_norm = engine.train_step(
-            local_micro_batches(config, topology, tokens, targets), config.optimizer.lr
+            local_micro_batches(config, topology, samples, targets), config.optimizer.lr, weights
         )
     updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))
     assert names_over_ranks(gradients) == names_over_ranks(updated) == shapes.keys(), "every weight is compared"

@@ -62,13 +62,14 @@ def global_batches(config: Config, steps: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def reference_run(config: Config, steps: int) -> Run:
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.training.optimizer import learning_rate
     from mtp_dist.training.reference import ReferenceTraining
 
     training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
     results = [
-        training.step(tokens, targets, learning_rate(config, step))
-        for step, (tokens, targets) in enumerate(global_batches(config, steps), 1)
+        training.step(samples, targets, learning_rate(config, step), head_weights(config, step))
+        for step, (samples, targets) in enumerate(global_batches(config, steps), 1)
     ]
     weights = {name: weight.detach() for name, weight in training.model.named_weights().items()}
     losses = torch.stack([losses for losses, _, _ in results])
@@ -77,6 +78,7 @@ def reference_run(config: Config, steps: int) -> Run:
 
 def sharded_run(config: Config, steps: int) -> Run | None:
     """On each rank of a test: the run, with this stage's gradients and weights; None on ranks that only repeat them."""
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
@@ -91,9 +93,9 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     shapes = parameter_shapes(config, VOCAB_SIZE)
     losses, norms = [], []
     with first_gradients(engine, shapes) as gradients:
-        for step, (tokens, targets) in enumerate(global_batches(config, steps), 1):
-            batch = local_micro_batches(config, topology, tokens, targets)
-            sums, norm = engine.train_step(batch, learning_rate(config, step))
+        for step, (samples, targets) in enumerate(global_batches(config, steps), 1):
+            batch = local_micro_batches(config, topology, samples, targets)
+            sums, norm = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
             losses.append(sums[0] / sums[2].clamp(min=1))
             norms.append(norm)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
@@ -117,6 +119,7 @@ def merge(stages: list[Run | None]) -> Run:
 
 def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """This rank's weights before and after a step in which one element of rank 0's gradient is NaN, and its norm."""
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.weights import named_weights
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
@@ -137,13 +140,14 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
 
     with before_update(engine.pipeline, break_gradient):
         batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
-        _, norm = engine.train_step(batch, 1e-3)
+        _, norm = engine.train_step(batch, 1e-3, head_weights(config, 1))
     return before, {name: weight.detach().clone() for name, weight in weights.items()}, norm
 
 
 def losses_of_evaluations(config: Config) -> list[Tensor]:
     """Per-head losses of one batch by an evaluation, by the first training step, and by evaluations after it of the
     batch once and twice over; each `[n]`."""
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
@@ -156,9 +160,9 @@ def losses_of_evaluations(config: Config) -> list[Tensor]:
     batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
     sums = [
         engine.evaluate(batch, len(batch)),
-        engine.train_step(batch, 1e-3)[0],
+        engine.train_step(batch, 1e-3, head_weights(config, 1))[0],
         engine.evaluate(batch, len(batch)),
         engine.evaluate(batch * 2, 2 * len(batch)),
-        engine.train_step(batch, 1e-3)[0],
+        engine.train_step(batch, 1e-3, head_weights(config, 1))[0],
     ]
-    return [losses / targets.clamp(min=1) for losses, _, targets in sums]
+    return [losses / targets.clamp(min=1) for losses, _, targets, *_ in sums]

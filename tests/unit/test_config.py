@@ -260,7 +260,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
     )
     assert config.optimizer.lr == 1e-3 and config.optimizer.eps == 5e-6
     assert config.train.steps == 8
-    assert config.heads.weights == (1.0, 0.5, 0.0, 0.2)
+    assert config.heads.loss_weights == (1.0, 0.5, 0.0, 0.2)
     assert config.run.name == "a=b"
     assert config.parallel.partition == (3, 1)
     assert config.checkpoint.every == 5, "a section that the file does not have"

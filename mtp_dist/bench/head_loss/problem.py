@@ -84,6 +84,9 @@ class Problem:
         def loss(inputs: Inputs, targets: Tensor) -> Tensor:
             count, _, tokens = targets.shape
             heads = Heads(
+                chains=[[head] for head in range(1, count + 1)],
+                detached=(),
+                state=lambda _, before: before,
                 hidden=inputs.hidden,
                 logits=lambda _, hidden: self.unembedding(hidden, None),
                 weights=inputs.norms,
@@ -91,6 +94,7 @@ class Problem:
             )
             objective = Objective(
                 targets=targets,
+                active=count,
                 scales=torch.full((count,), 1 / tokens, device=targets.device),
                 vocabulary=Vocabulary(self.vocab, IGNORE_INDEX, self.group),
             )

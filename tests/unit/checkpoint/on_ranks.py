@@ -11,6 +11,7 @@ STEP = 3
 def train_and_save(config: Config) -> dict[str, Tensor]:
     """One update, then a checkpoint. Returns this stage's whole fp32 weights."""
     from mtp_dist.checkpoint.weights import checkpoint_path, save_weights
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
@@ -22,7 +23,9 @@ def train_and_save(config: Config) -> dict[str, Tensor]:
     device = select_device(config)
     topology = initialize_topology(config, device)
     engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
-    engine.train_step(local_micro_batches(config, topology, *random_batch(config, VOCAB_SIZE)), 1e-3)
+    engine.train_step(
+        local_micro_batches(config, topology, *random_batch(config, VOCAB_SIZE)), 1e-3, head_weights(config, 1)
+    )
     shapes = parameter_shapes(config, VOCAB_SIZE)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
     # Twice: a second save of the same step replaces the first.

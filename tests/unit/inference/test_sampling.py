@@ -19,10 +19,9 @@ class WatchedModel(ReferenceModel):
         super().__init__(tiny_config(train={"sequence_length": 8}, model={"init_std": 0.3}), VOCAB_SIZE)
         self.seen: list[list[int]] = []
 
-    def forward(self, tokens: Tensor, heads: int | None = None) -> list[Tensor]:
-        assert heads == 1, "no other head is needed"
+    def next_token_logits(self, tokens: Tensor) -> Tensor:
         self.seen.append(tokens[0].tolist())
-        return super().forward(tokens, heads)
+        return super().next_token_logits(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_sees_the_last_tokens_only(model: WatchedModel) -> None:
 def test_cold_is_greedy(model: WatchedModel) -> None:
     text = list(PROMPT)
     for _ in range(10):
-        text.append(int(model(torch.tensor([text[-8:]]), heads=1)[0][0, -1].argmax()))
+        text.append(int(model.next_token_logits(torch.tensor([text[-8:]]))[0, -1].argmax()))
     assert sample_continuation(model, PROMPT, 10, 1e-6, 1) == text[5:]
     assert sample_continuation(model, PROMPT, 10, 5.0, 1) != text[5:]
 
@@ -62,7 +61,7 @@ def test_draws_from_head_1_at_that_temperature(model: WatchedModel) -> None:
     draws = [sample_continuation(model, PROMPT, 1, 2.0, seed)[0] for seed in range(1500)]
     shares = torch.bincount(torch.tensor(draws), minlength=VOCAB_SIZE) / len(draws)
     with torch.no_grad():
-        expected = (model(torch.tensor([PROMPT]), heads=1)[0][0, -1] / 2.0).softmax(-1)
+        expected = (model.next_token_logits(torch.tensor([PROMPT]))[0, -1] / 2.0).softmax(-1)
     assert float((shares - expected).abs().sum()) < 0.15
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the linear cross-entropy run on every rank."""
+"""What the tests of the linear cross-entropy run on every rank, and what fp64 says."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -26,12 +26,15 @@ class LinearCase:
     start: float = 0.0
     """What every entry of the weight's gradient holds before."""
     frozen: bool = False
+    soft: tuple[Tensor, Tensor] | None = None
+    """Entries and probabilities, `[T, N]` each."""
+    soft_weight: float = 0.0
 
 
 @dataclass
 class LinearAnswer:
     sums: Tensor
-    """Cross-entropy, squared normalizer, correct."""
+    """Cross-entropy, squared normalizer, correct, soft cross-entropy."""
     forward_sums: Tensor
     """Without gradients asked for."""
     hidden: Tensor
@@ -63,6 +66,38 @@ def shard_of(weight: Tensor, rank: int, ranks: int) -> Tensor:
     return F.pad(weight, (0, 0, 0, missing), value=64.0).chunk(ranks)[rank].contiguous()
 
 
+def truth_of(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums, and the gradients of hidden and weight, in fp64 by autograd."""
+    from mtp_dist.model.targets import IGNORE_INDEX
+
+    hidden, weight = (tensor.double().clone().requires_grad_() for tensor in (case.hidden, case.weight))
+    logits, valid = hidden @ weight.T, case.targets != IGNORE_INDEX
+    loss = F.cross_entropy(logits, case.targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    squares = logits.logsumexp(1).square()[valid].sum()
+    soft = logits.new_zeros(())
+    if case.soft:
+        soft = F.cross_entropy(logits, dense_of(*case.soft, len(weight)), reduction="sum")
+    (case.scale * (loss + case.z_loss * squares + case.soft_weight * soft)).backward()
+    beaten = logits[valid] < logits[valid].gather(1, case.targets[valid, None])
+    correct = (beaten.sum(1) == len(weight) - 1).sum().double()
+    assert hidden.grad is not None and weight.grad is not None
+    return torch.stack([loss.detach(), squares.detach(), correct, soft.detach()]), hidden.grad, weight.grad
+
+
+def dense_of(entries: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
+    """`[T, V]`, fp64; what points into padding must have probability 0."""
+    dense = torch.zeros(len(entries), 256, dtype=torch.float64).scatter_add_(1, entries, probabilities.double())
+    assert not dense[:, vocab_size:].any()
+    return dense[:, :vocab_size]
+
+
+def norm_error(value: Tensor, truth: Tensor) -> float:
+    """Relative, of the 2-norm; exact where the truth is 0."""
+    if not truth.any():
+        return float(value.double().abs().max())
+    return float((value.double() - truth).norm() / truth.norm())
+
+
 def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import initialize_topology, tensor_group
@@ -72,7 +107,13 @@ def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer
 
 
 def _answer(case: LinearCase, group: Any) -> LinearAnswer:
-    from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, accumulation_dtype, linear_cross_entropy
+    from mtp_dist.loss.linear_cross_entropy import (
+        GradientRequest,
+        SoftTargets,
+        Vocabulary,
+        accumulation_dtype,
+        linear_cross_entropy,
+    )
     from mtp_dist.model.targets import IGNORE_INDEX
 
     weight = shard_of(case.weight, group.rank(), group.size())
@@ -82,17 +123,19 @@ def _answer(case: LinearCase, group: Any) -> LinearAnswer:
         z_loss=case.z_loss,
         hidden=torch.full_like(case.hidden, float("nan")),
         weight=None if case.frozen else torch.full_like(weight, case.start, dtype=dtype),
+        soft_weight=case.soft_weight,
     )
     vocabulary = Vocabulary(len(case.weight), IGNORE_INDEX, group)
     arguments = case.hidden, weight, case.targets, vocabulary, case.chunk_tokens
+    soft = case.soft and SoftTargets(*case.soft)
     with Collectives() as both:
-        sums = linear_cross_entropy(*arguments, request)
+        sums = linear_cross_entropy(*arguments, request, soft)
     with Collectives() as forward:
-        forward_sums = linear_cross_entropy(*arguments)
+        forward_sums = linear_cross_entropy(*arguments, soft=soft)
     assert all(value.dtype == dtype for value in sums)
     return LinearAnswer(
-        torch.stack([*sums]),
-        torch.stack([*forward_sums]),
+        torch.stack(sums),
+        torch.stack(forward_sums),
         request.hidden,
         request.weight,
         [both.counts, forward.counts],

@@ -59,7 +59,7 @@ def hits_of_almost_ties(config: Config) -> float:
     logits = torch.zeros(4, 1, 8)
     logits[..., 5], logits[..., 2] = 1e-9, 5e-10
     sums = HeadSums.zeros(1, logits.device)
-    heads = Heads(lambda k, z: z, lambda k, hidden: hidden * 1.0, [], [])
-    objective = Objective(torch.full((1, 1, 4), 5), torch.ones(1), Vocabulary(8, IGNORE_INDEX, tensor_group()))
+    heads = Heads([[1]], (), lambda k, z: z, lambda k, state: state, lambda k, hidden: hidden * 1.0, [], [])
+    objective = Objective(torch.full((1, 1, 4), 5), 1, torch.ones(1), Vocabulary(8, IGNORE_INDEX, tensor_group()))
     naive_heads_loss(heads, logits, objective, sums)
     return float(sums.correct[0])

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mtp_dist.bench.measure import peak_bytes
 from mtp_dist.loss import linear_cross_entropy as module
@@ -21,7 +20,7 @@ from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, defa
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers
+from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers, norm_error, truth_of
 
 VOCAB_SIZE = 131
 """With 4 ranks the third has 3 real entries and the fourth none."""
@@ -110,26 +109,6 @@ def in_dtype(case: LinearCase, dtype: torch.dtype) -> LinearCase:
     return replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
 
 
-def truth_of(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums, and the gradients of hidden and weight, in fp64 by autograd."""
-    hidden, weight = (tensor.double().clone().requires_grad_() for tensor in (case.hidden, case.weight))
-    logits, valid = hidden @ weight.T, case.targets != IGNORE_INDEX
-    loss = F.cross_entropy(logits, case.targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    squares = logits.logsumexp(1).square()[valid].sum()
-    (case.scale * (loss + case.z_loss * squares)).backward()
-    beaten = logits[valid] < logits[valid].gather(1, case.targets[valid, None])
-    correct = (beaten.sum(1) == len(weight) - 1).sum()
-    assert hidden.grad is not None and weight.grad is not None
-    return torch.stack([loss.detach(), squares.detach(), correct.double()]), hidden.grad, weight.grad
-
-
-def norm_error(value: Tensor, truth: Tensor) -> float:
-    """Exact where the truth is 0."""
-    if not truth.any():
-        return float(value.double().abs().max())
-    return float((value.double() - truth).norm() / truth.norm())
-
-
 @functools.cache
 def _answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
     cases = real_cases()
@@ -151,6 +130,7 @@ def test_equals_autograd_in_fp64(ranks: Ranks, size: int, name: str) -> None:
     for value, truth in zip(found[0].sums[:2], sums[:2], strict=True):
         assert norm_error(value, truth) <= sum_bound
     assert found[0].sums[2] == sums[2], "hits"
+    assert found[0].sums[3] == 0, "no soft targets"
     hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
     assert norm_error(hidden, of_hidden) <= gradient_bound
     assert not hidden[case.targets == IGNORE_INDEX].any(), "masked"

@@ -17,9 +17,11 @@ from tests.unit.loss.toy_heads import (
     MICRO_BATCHES,
     ToyAnswer,
     ToyCase,
+    active_heads,
     backward_twice,
     gradient_dtypes,
     gradients_by_head,
+    runs_of_heads,
     sums_without_gradients,
     toy_answers,
     toy_truth,
@@ -44,11 +46,23 @@ CASES = {
     "frozen trunk": ToyCase(heads=2, frozen=("z",)),
     "bf16": ToyCase(dtype=torch.bfloat16),
     "separate in bf16": ToyCase(dtype=torch.bfloat16, separate=True, z_loss=1e-2),
+    "causal chain": ToyCase(chain="causal", separate=True, z_loss=1e-2),
+    "anticausal chain": ToyCase(chain="anticausal", batch_first=True),
+    "chain, head 2 detached": ToyCase(chain="causal", detached=(2,)),
+    "chain, frozen trunk": ToyCase(chain="causal", frozen=("z", "a")),
+    "chain in bf16": ToyCase(chain="causal", dtype=torch.bfloat16),
+    "heads 2 and 3 detached": ToyCase(detached=(2, 3)),
+    "2 of 3 active": ToyCase(active=2, separate=True),
+    "chain, 1 of 3 active": ToyCase(chain="causal", active=1),
+    "chain, 2 of 3 active, detached": ToyCase(chain="causal", active=2, detached=(2,), z_loss=1e-2),
 }
 BOUNDS = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (2e-3, 2e-2)}
 """Of losses and gradients against fp64, relative, of the 2-norm."""
-RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 or not name.startswith("frozen")]
-"""What is frozen is no matter of more ranks, which cost seconds."""
+FEW_RANKS = {
+    name for name, case in CASES.items() if case.frozen or case.chain != "none" or case.detached or case.active
+}
+"""What is no matter of more ranks, which cost seconds."""
+RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 or name not in FEW_RANKS]
 CHUNKS = -(-LENGTH * BATCH // 13)
 
 
@@ -80,11 +94,19 @@ def test_equals_all_heads_at_once(ranks: Ranks, layout: tuple[int, bool], name: 
         assert found.gradients.keys() == naive.gradients.keys()
         for weight, truth_or_none in naive.gradients.items():
             gradient = found.gradients[weight]
-            if gradient is None or truth_or_none is None:
+            if is_frozen(CASES[name], weight):
                 assert gradient is None and truth_or_none is None, weight
+                continue
+            assert gradient is not None, weight
+            if truth_or_none is None:
+                assert not gradient.any(), "no active head uses it"
                 continue
             assert gradient.dtype == truth_or_none.dtype
             assert norm_error(gradient, truth_or_none) <= (3e-2 if low else 2e-6), weight
+
+
+def is_frozen(case: ToyCase, weight: str) -> bool:
+    return weight.split(".")[0] in case.frozen
 
 
 def of_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> Tensor:
@@ -119,8 +141,10 @@ def test_equals_fp64_on_one_rank(ranks: Ranks, layout: tuple[int, bool], name: s
         assert answer.gradients.keys() == truth.gradients.keys()
     for weight, expected in truth.gradients.items():
         found = [gradient for answer in by_rank if (gradient := answer.gradients[weight]) is not None]
-        assert len(found) == (0 if expected is None else len(by_rank)), weight
-        if expected is not None:
+        assert len(found) == (0 if is_frozen(case, weight) else len(by_rank)), weight
+        if expected is None:
+            assert not any(gradient.any() for gradient in found), "no active head uses it"
+        else:
             for rank, gradient in enumerate(summed_where_partial(weight, found, layout[1])):
                 wanted = of_rank(weight, expected, rank, *layout)
                 assert norm_error(gradient, wanted) <= gradient_bound, (weight, rank)
@@ -142,7 +166,7 @@ def test_cases_say_something(ranks: Ranks) -> None:
     answers = _answers(ranks, 1, False)
     for name, frozen in {"shared": [], "frozen layers": ["a", "matrix.1"], "frozen trunk": ["z.0", "z.1"]}.items():
         gradients = answers[name][0]["eager"].gradients
-        assert {weight for weight in gradients if gradients[weight] is None} >= {"unused", *frozen}
+        assert {weight for weight in gradients if gradients[weight] is None} >= {*frozen}
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients.values()) >= 6
     assert len({float(answers[name][0]["eager"].losses[0]) for name in ("shared", "separate", Z_LOSS)}) == 3
     assert (answers["small vocabulary"][0]["eager"].sums[1] > 0).all(), "hits"
@@ -158,8 +182,8 @@ def once_a_pass(answer: ToyAnswer) -> Counter[str]:
 def test_hooks_after_the_accumulation_run_once_a_backward_pass(ranks: Ranks, mode: str) -> None:
     for case in ("shared", "separate", "frozen layers"):
         answer = _answers(ranks, 1, False)[case][0][mode]
-        # That of the unused weight runs although there is nothing to add: it is an input of the function too.
-        assert answer.hooks == once_a_pass(answer) + Counter({"unused": MICRO_BATCHES})
+        # That of the unused weight too, although there is nothing to add: it is an input of the function as well.
+        assert answer.hooks == once_a_pass(answer) and answer.hooks["unused"] == MICRO_BATCHES
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -175,6 +199,33 @@ def test_one_reduction_of_the_hidden_gradient_a_head(ranks: Ranks, layout: tuple
             times_heads = [Counter({name: heads * n for name, n in counts.items()}) for counts in (forward, both)]
             assert answers["eager"].collectives == [times_heads[1], Counter()]
             assert answers["recompute"].collectives == times_heads
+
+
+@pytest.mark.parametrize("name", ["2 of 3 active", "chain, 1 of 3 active", "causal chain", "anticausal chain"])
+def test_only_active_heads_run(ranks: Ranks, name: str) -> None:
+    case = CASES[name]
+    active = range(1, active_heads(case) + 1)
+    (runs,) = ranks.run(1, runs_of_heads, tiny_config(), case, MODES)
+    once = Counter({(what, head): 1 for what in ("state", "hidden") for head in active})
+    assert runs == {"eager": once, "recompute": once + once, "naive": once}
+    for mode in MODES:
+        answer = _answers(ranks, 1, False)[name][0][mode]
+        assert all(sums[: len(active)].any() and not sums[len(active) :].any() for sums in answer.sums[::2])
+        for head in range(len(active) + 1, case.heads + 1):
+            names = {f"matrix.{head}", f"norm.{head}", f"unembedding.{head}"} & answer.gradients.keys()
+            own = [answer.gradients[weight] for weight in names]
+            assert len(own) >= 2 and not any(gradient is not None and gradient.any() for gradient in own)
+
+
+def test_chains_and_detached_heads_change_the_gradients(ranks: Ranks) -> None:
+    of_z = {
+        name: _answers(ranks, 1, False)[name][0]["eager"].gradients["z.0"]
+        for name in ("shared", "chain, head 2 detached", "heads 2 and 3 detached", "chain, 1 of 3 active")
+    }
+    shared, chain, heads, one = of_z.values()
+    assert shared is not None and chain is not None and heads is not None and one is not None
+    assert torch.equal(chain, heads) and torch.equal(heads, one), "z hears of head 1 only"
+    assert norm_error(shared, one) > 0.1
 
 
 def test_only_sums_without_gradients(ranks: Ranks) -> None:

@@ -17,6 +17,10 @@ LOGITS_OF_A_HEAD = 4 * 64 * 4 * 4032
 WEIGHTS_DOMINATE = replace(LOGITS_DOMINATE, heads=6, chunk_tokens=4, length=8)
 FROZEN = replace(WEIGHTS_DOMINATE, frozen=("unembedding",))
 SEQUENTIAL = ["eager", "recompute"]
+CHAIN = replace(LOGITS_DOMINATE, width=4)
+CHAINS = ["causal", "anticausal"]
+KEPT_OF_A_BLOCK = 8 * 4 * CHAIN.length * CHAIN.batch * CHAIN.width
+"""Bytes of 8 tensors `[S, B, D]`: its state, the gradient of that, and what autograd saves of it."""
 DTYPES = [torch.float32, torch.bfloat16]
 FIRST_RUNS = [
     *(
@@ -24,6 +28,8 @@ FIRST_RUNS = [
         for n, s, mode in product((1, 8), (False, True), SEQUENTIAL)
     ),
     *((replace(LOGITS_DOMINATE, heads=8, separate=s), "naive") for s in (False, True)),
+    *((replace(CHAIN, heads=n, chain=c), m) for n, c, m in product((1, 8), CHAINS, SEQUENTIAL)),
+    *((replace(CHAIN, heads=8, chain=c), "naive") for c in CHAINS),
 ]
 LATER_RUNS = [
     *((replace(WEIGHTS_DOMINATE, separate=s, dtype=d), m) for s, d, m in product((False, True), DTYPES, SEQUENTIAL)),
@@ -47,6 +53,17 @@ def test_memory_is_that_of_one_head(ranks: Ranks, mode: str, separate: bool) -> 
     assert one < LOGITS_OF_A_HEAD / 2, "one chunk of 8, and little else"
     assert eight <= 1.02 * one
     assert found[replace(case, heads=8), "naive"][0] >= 8 * max(LOGITS_OF_A_HEAD, eight)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("mode", SEQUENTIAL)
+def test_chains_keep_their_blocks_and_no_logits(ranks: Ranks, mode: str, chain: str) -> None:
+    found, case = _peaks(ranks), replace(CHAIN, chain=chain)
+    one, eight = (found[replace(case, heads=heads), mode][0] for heads in (1, 8))
+    assert one < LOGITS_OF_A_HEAD / 2
+    assert one > 2 * 7 * KEPT_OF_A_BLOCK, "one more chunk of logits would be found"
+    assert eight <= 1.05 * one + 7 * KEPT_OF_A_BLOCK
+    assert found[replace(case, heads=8), "naive"][0] >= 8 * LOGITS_OF_A_HEAD
 
 
 def bytes_of_weights(case: ToyCase) -> tuple[int, int]:

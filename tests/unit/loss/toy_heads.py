@@ -4,7 +4,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -32,6 +32,11 @@ class ToyCase:
     batch_first: bool = False
     """Hidden states are found as `[B, S, D]` and transposed: not contiguous."""
     dtype: torch.dtype = torch.float32
+    chain: Literal["none", "causal", "anticausal"] = "none"
+    """Which head each one reads: the trunk, the one before, the one after."""
+    detached: tuple[int, ...] = ()
+    active: int | None = None
+    """Heads that run, the first ones; all by default."""
     length: int = LENGTH
     batch: int = BATCH
     width: int = WIDTH
@@ -87,17 +92,31 @@ def unembedding_of(case: ToyCase, distance: int) -> str:
     return f"unembedding.{distance if case.separate else 0}"
 
 
-def toy_hidden(case: ToyCase, weights: dict[str, Tensor], distance: int, z: Tensor) -> Tensor:
-    """Head `distance`'s hidden states, in the precision of weights and z."""
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps=1e-5)  # PyTorch's own eps depends on the precision
 
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (case.width,), weight, eps=1e-5)  # PyTorch's own eps depends on the precision
 
-    x = z.transpose(0, 1).contiguous() if case.batch_first else z
-    x = x + (weights["a"] + weights["b"])
-    x = x + torch.tanh(F.linear(norm(x, weights[f"norm.{distance}"]), weights[f"matrix.{distance}"]))
+def toy_state(weights: dict[str, Tensor], head: int, before: Tensor) -> Tensor:
+    """Head `head`'s state, in the precision of weights and the state before."""
+    x = before + (weights["a"] + weights["b"])
+    return x + torch.tanh(F.linear(norm(x, weights[f"norm.{head}"]), weights[f"matrix.{head}"]))
+
+
+def toy_hidden(case: ToyCase, weights: dict[str, Tensor], _: int, state: Tensor) -> Tensor:
+    """Any head's hidden states."""
+    x = state.transpose(0, 1).contiguous() if case.batch_first else state
     x = norm(x, weights["final_norm"])
     return x.transpose(0, 1) if case.batch_first else x
+
+
+def toy_chains(case: ToyCase) -> list[list[int]]:
+    numbers = list(range(1, case.heads + 1))
+    chains = {"none": [[k] for k in numbers], "causal": [numbers], "anticausal": [numbers[::-1]]}
+    return chains[case.chain]
+
+
+def active_heads(case: ToyCase) -> int:
+    return case.heads if case.active is None else case.active
 
 
 def toy_scales(case: ToyCase) -> Tensor:
@@ -121,7 +140,15 @@ def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: i
         return F.linear(x, rows).masked_fill(entries >= case.vocab_size, float("-inf"))
 
     trained = [w for name, w in weights.items() if not name.startswith("unembedding") and w.requires_grad]
-    return Heads(functools.partial(toy_hidden, case, weights), logits, trained, unembeddings)
+    return Heads(
+        chains=toy_chains(case),
+        detached=case.detached,
+        state=functools.partial(toy_state, weights),
+        hidden=functools.partial(toy_hidden, case, weights),
+        logits=logits,
+        weights=trained,
+        unembeddings=unembeddings,
+    )
 
 
 def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
@@ -131,7 +158,25 @@ def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
     from mtp_dist.parallel.topology import tensor_group
 
     vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tensor_group())
-    return Objective(targets, toy_scales(case), vocabulary, case.z_loss, case.chunk_tokens, config.parallel.sequence)
+    return Objective(
+        targets=targets,
+        active=active_heads(case),
+        scales=toy_scales(case),
+        vocabulary=vocabulary,
+        z_loss=case.z_loss,
+        chunk_tokens=case.chunk_tokens,
+        sequence_parallel=config.parallel.sequence,
+    )
+
+
+def _states(case: ToyCase, weights: dict[str, Tensor], z: Tensor) -> dict[int, Tensor]:
+    """By active head."""
+    states: dict[int, Tensor] = {}
+    for k in sorted(range(1, active_heads(case) + 1), reverse=case.chain == "anticausal"):
+        neighbour = {"none": 0, "causal": k - 1, "anticausal": k + 1}[case.chain]
+        before = states.get(neighbour, z)
+        states[k] = toy_state(weights, k, before.detach() if k in case.detached else before)
+    return states
 
 
 @functools.cache
@@ -147,8 +192,10 @@ def toy_truth(case: ToyCase) -> ToyAnswer:
         z, targets = micro_batch(case, index, 0, 1)
         z = z.detach().double().requires_grad_(z.requires_grad)
         loss = z.new_zeros(())
-        for k, scale in enumerate(toy_scales(case).double(), 1):
-            logits = F.linear(toy_hidden(case, exact, k, z), exact[unembedding_of(case, k)]).transpose(0, 1)
+        scales = toy_scales(case).double()
+        for k, state in _states(case, exact, z).items():
+            scale = scales[k - 1]
+            logits = F.linear(toy_hidden(case, exact, k, state), exact[unembedding_of(case, k)]).transpose(0, 1)
             valid = targets[k - 1] != IGNORE_INDEX
             logits, chosen = logits[valid], targets[k - 1][valid]
             losses = F.cross_entropy(logits, chosen, reduction="sum")
@@ -229,6 +276,31 @@ def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> l
     return answers
 
 
+def runs_of_heads(config: Config, case: ToyCase, modes: list[str]) -> dict[str, Counter[tuple[str, int]]]:
+    """How often each head's state and hidden states are computed in a forward and a backward pass, by mode."""
+    from mtp_dist.loss.heads import HeadSums
+
+    initialize(config)
+    runs: dict[str, Counter[tuple[str, int]]] = {}
+    for mode in modes:
+        heads, counts = toy_heads(case, toy_weights(case, 0, 1), config, 0), Counter[tuple[str, int]]()
+
+        def counting(name: str, function: Any, counts: Counter[tuple[str, int]] = counts) -> Any:
+            def count_and_call(head: int, tensor: Tensor) -> Tensor:
+                counts[name, head] += 1
+                result: Tensor = function(head, tensor)
+                return result
+
+            return count_and_call
+
+        heads = replace(heads, state=counting("state", heads.state), hidden=counting("hidden", heads.hidden))
+        z, targets = micro_batch(case, 0, 0, 1)
+        sums = HeadSums.zeros(case.heads, z.device)
+        loss_of(mode)(heads, z, toy_objective(case, targets, config), sums).backward()
+        runs[mode] = counts
+    return runs
+
+
 def backward_twice(config: Config, case: ToyCase, modes: list[str]) -> dict[str, str]:
     """Type and message of what a second backward pass through one loss raises, by mode."""
     initialize(config)
@@ -293,7 +365,7 @@ def _gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dty
     heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
     with mock.patch.object(sequential, "linear_cross_entropy", wraps=sequential.linear_cross_entropy) as kernel:
         loss_of("eager")(heads, z, toy_objective(case, targets, config), HeadSums.zeros(case.heads, z.device))
-    requests = [call.args[-1] for call in kernel.call_args_list]
+    requests = [call.args[5] for call in kernel.call_args_list]
     totals = [id(request.weight) for request in requests]
     return [(totals.index(id(request.weight)), request.weight.dtype) for request in requests]
 

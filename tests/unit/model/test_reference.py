@@ -102,7 +102,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def test_equals_llama_of_hugging_face(variant: str) -> None:
     config = tiny_config(**{name: dict(section) for name, section in VARIANTS[variant].items()})
     model, tokens = lively_model(config), tokens_of(2, 16)
-    for distance, logits in enumerate(model(tokens), 1):
+    for distance, logits in model(tokens).items():
         expected = llama_of(model, distance)(tokens).logits
         assert float(expected.std()) > 0.5, "logits that say something"
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -133,14 +133,14 @@ def test_a_later_token_changes_no_earlier_logits() -> None:
     model, tokens = lively_model(tiny_config()), tokens_of(2, 12)
     changed = tokens.clone()
     changed[:, 7] = (changed[:, 7] + 1) % VOCAB_SIZE
-    for before, after in zip(model(tokens), model(changed), strict=True):
+    for before, after in zip(model(tokens).values(), model(changed).values(), strict=True):
         assert torch.equal(before[:, :7], after[:, :7])
         assert (before[:, 7:] != after[:, 7:]).any(-1).all(), "and it does change all that follow"
 
 
 def test_each_head_trains_its_own_layers_and_what_is_shared() -> None:
     model, tokens = lively_model(tiny_config(heads={"count": 3, "layers_per_head": 2})), tokens_of(1, 8)
-    for distance, logits in enumerate(model(tokens), 1):
+    for distance, logits in model(tokens).items():
         gradients = torch.autograd.grad(
             logits.pow(2).sum(), list(model.parameters()), retain_graph=True, allow_unused=True
         )
@@ -154,10 +154,12 @@ def test_each_head_trains_its_own_layers_and_what_is_shared() -> None:
         }
 
 
-def test_fewer_heads_on_request() -> None:
-    model, tokens = lively_model(tiny_config()), tokens_of(1, 8)
-    every, first = model(tokens), model(tokens, heads=1)
-    assert len(every) == 4 and len(first) == 1 and torch.equal(every[0], first[0])
+@pytest.mark.parametrize("kind", ["parallel", "causal", "anticausal", "linear", "mlp", "sequential"])
+def test_next_token_logits_are_those_of_head_1(kind: str) -> None:
+    model, samples = lively_model(tiny_config(heads={"kind": kind})), tokens_of(1, 12)
+    every = model(samples, 8)
+    assert sorted(every) == [1, 2, 3, 4]
+    torch.testing.assert_close(model.next_token_logits(samples[:, :8]), every[1])
 
 
 def test_losses_are_means_over_the_valid_targets() -> None:
@@ -165,9 +167,9 @@ def test_losses_are_means_over_the_valid_targets() -> None:
     targets = torch.stack([tokens.roll(-k, 1) for k in range(1, 4)])
     targets[1, 0, 2:] = IGNORE_INDEX
     targets[2] = IGNORE_INDEX
-    losses, objectives = reference_losses(model, tokens, targets)
+    losses, objectives, _ = reference_losses(model, tokens, targets)
     logits = model(tokens)
-    expected = [F.cross_entropy(logits[k].flatten(0, 1), targets[k].flatten()) for k in range(2)]
+    expected = [F.cross_entropy(logits[k + 1].flatten(0, 1), targets[k].flatten()) for k in range(2)]
     torch.testing.assert_close(losses[:2], torch.stack(expected))
     assert losses[2] == 0 and torch.equal(losses, objectives), "no z-loss asked for"
     losses.sum().backward()
@@ -178,8 +180,8 @@ def test_the_z_loss_is_minimized_but_not_reported() -> None:
     model, tokens = lively_model(tiny_config(heads={"count": 2, "z_loss": 0.01})), tokens_of(2, 6)
     targets = torch.stack([tokens.roll(-k, 1) for k in (1, 2)])
     targets[1, 0, 2:] = IGNORE_INDEX
-    losses, objectives = reference_losses(model, tokens, targets)
-    for logits, target, loss, objective in zip(model(tokens), targets, losses, objectives, strict=True):
+    losses, objectives, _ = reference_losses(model, tokens, targets)
+    for logits, target, loss, objective in zip(model(tokens).values(), targets, losses, objectives, strict=True):
         normalizers = logits.logsumexp(-1)[target != IGNORE_INDEX]
         torch.testing.assert_close(objective, loss + 0.01 * normalizers.square().mean())
 

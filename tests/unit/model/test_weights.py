@@ -81,41 +81,72 @@ def test_padded_vocab_size(vocab_size: int, ranks: int) -> None:
     assert padded_vocab_size(padded, ranks) == padded
 
 
-@given(
-    heads=st.integers(1, 4),
-    depth=st.integers(1, 3),
-    trunk_layers=st.integers(1, 5),
-    head_dim=st.sampled_from([2, 4]),
-    groups=st.sampled_from([1, 2, None]),
-    ffn=st.sampled_from([None, 7, 64]),
-    unembedding=st.sampled_from(["shared", "tied", "separate"]),
-    vocab_size=st.integers(1, 999),
-)
-def test_as_many_parameters_as_the_planner_counts(
-    heads: int, depth: int, trunk_layers: int, head_dim: int, groups: int, ffn: int, unembedding: str, vocab_size: int
-) -> None:
+KINDS = ["parallel", "causal", "anticausal", "linear", "mlp", "sequential", "repeated"]
+SHAPES = {
+    "heads": st.integers(1, 4),
+    "depth": st.integers(1, 3),
+    "trunk_layers": st.integers(1, 5),
+    "head_dim": st.sampled_from([2, 4]),
+    "groups": st.sampled_from([1, 2, None]),
+    "ffn": st.sampled_from([None, 7, 64]),
+    "kind": st.sampled_from(KINDS),
+    "unembedding": st.sampled_from(["shared", "tied", "separate"]),
+    "token_order": st.booleans(),
+}
+
+
+def drawn_config(drawn: dict[str, Any]) -> Config:
     model = {
-        "hidden_size": 4 * head_dim,
-        "trunk_layers": trunk_layers,
-        "num_query_groups": groups,
-        "ffn_hidden_size": ffn,
-        "tie_embeddings": unembedding == "tied",
+        "hidden_size": 4 * drawn["head_dim"],
+        "trunk_layers": drawn["trunk_layers"],
+        "num_query_groups": drawn["groups"],
+        "ffn_hidden_size": drawn["ffn"],
+        "tie_embeddings": drawn["unembedding"] == "tied",
     }
-    kind = "separate" if unembedding == "separate" else "shared"
-    config = tiny_config(model=model, heads={"count": heads, "layers_per_head": depth, "unembedding": kind})
+    is_repeated = drawn["kind"] == "repeated"
+    heads = {
+        "count": drawn["heads"],
+        "kind": "sequential" if is_repeated else drawn["kind"],
+        "repeated": is_repeated,
+        "layers_per_head": 1 if drawn["kind"] in ("linear", "mlp") else drawn["depth"],
+        "unembedding": "separate" if drawn["unembedding"] == "separate" else "shared",
+        "token_order": 0.5 if drawn["token_order"] else 0.0,
+    }
+    return tiny_config(model=model, heads=heads)
+
+
+@given(drawn=st.fixed_dictionaries(SHAPES), vocab_size=st.integers(1, 999))
+def test_as_many_parameters_as_the_planner_counts(drawn: dict[str, Any], vocab_size: int) -> None:
+    config = drawn_config(drawn)
     shapes = parameter_shapes(config, vocab_size)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     counts = parameter_counts(config, vocab_size)
     assert sum(sizes.values()) == counts.total
     assert sum(size for name, size in sizes.items() if name.startswith("trunk.")) == counts.trunk
     assert sum(size for name, size in sizes.items() if name.startswith(("heads.", "final_norm"))) == counts.heads
-    assert sum(size for name, size in sizes.items() if "embedding" in name) == counts.embeddings
-    # Every position multiplies each layer's matrices once and, whether they are one matrix or n, n unembeddings.
-    matrices = sum(
-        size for name, size in sizes.items() if name.startswith(("trunk.", "heads.")) and len(shapes[name]) == 2
-    )
-    matrices += heads * vocab_size * 4 * head_dim
-    attention = 12 * (trunk_layers + heads * depth) * 4 * head_dim * config.train.sequence_length
+    embeddings = [size for name, size in sizes.items() if "embedding" in name or name.startswith("token_order")]
+    assert sum(embeddings) == counts.embeddings
+    assert set(embeddings) == {vocab_size * config.model.hidden_size}
+
+
+@given(drawn=st.fixed_dictionaries(SHAPES), vocab_size=st.integers(1, 999))
+def test_as_many_products_as_the_planner_counts(drawn: dict[str, Any], vocab_size: int) -> None:
+    """Every position multiplies each layer's matrices once, those of a repeated block once a head, and, whether they
+    are one matrix or n, n unembeddings."""
+    config = drawn_config(drawn)
+    shapes, width = parameter_shapes(config, vocab_size), config.model.hidden_size
+    own = {
+        head: f"heads.{'repeated' if drawn['kind'] == 'repeated' else head}." for head in range(1, drawn["heads"] + 1)
+    }
+    if drawn["kind"] in ("mlp", "sequential", "repeated"):
+        del own[1]
+    used = [name for name in shapes if name.startswith("trunk.")]
+    used += [name for prefix in own.values() for name in shapes if name.startswith(prefix)]
+    assert len(set(used)) == len([name for name in shapes if name.startswith(("trunk.", "heads."))])
+    matrices = sum(math.prod(shapes[name]) for name in used if len(shapes[name]) == 2)
+    matrices += (drawn["heads"] + drawn["token_order"]) * vocab_size * width
+    layers = sum(name.endswith("linear_qkv.weight") for name in used)
+    attention = 12 * layers * width * config.train.sequence_length
     assert model_flops_per_token(config, vocab_size) == 6 * matrices + attention
 
 

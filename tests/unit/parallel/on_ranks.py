@@ -25,6 +25,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
     """Sums and gradient norms of three steps, this stage's weights after them, and the sums of an evaluation."""
+    from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
@@ -42,7 +43,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     # One micro-batch of head 1 is empty too, although the head is not.
     targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
     batch = local_micro_batches(config, topology, tokens, targets)
-    sums, norms = zip(*(engine.train_step(batch, 1e-3) for _ in range(3)), strict=True)
+    sums, norms = zip(*(engine.train_step(batch, 1e-3, head_weights(config, 1)) for _ in range(3)), strict=True)
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
     evaluated = engine.evaluate(batch, len(batch))
     shapes = parameter_shapes(config, VOCAB_SIZE)

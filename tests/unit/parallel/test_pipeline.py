@@ -41,9 +41,10 @@ def test_head_without_a_valid_target(ranks: Ranks, tensor: int, pipeline: int, d
     by_rank = ranks.run(tensor * pipeline * data, train_with_a_silent_head, config)
     for sums, norms, weights, evaluated in by_rank:
         for of_step in (*sums, evaluated):
-            losses, correct, targets = of_step
+            losses, correct, targets, *auxiliary = of_step
             assert of_step.isfinite().all()
             assert losses[SILENT_HEAD - 1] == correct[SILENT_HEAD - 1] == targets[SILENT_HEAD - 1] == 0
+            assert not torch.stack(auxiliary).any(), "nothing of the kind is asked for"
             assert (losses[[0, 2]] > 0).all() and (targets[[0, 2]] > 0).all()
         assert all(0 < norm < float("inf") for norm in norms)
         losses = [(of_step[0] / of_step[2].clamp(min=1)).sum() for of_step in (*sums, evaluated)]

@@ -57,11 +57,41 @@ def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> No
     assert model_flops_per_token(separate, 101) == model_flops_per_token(small_config(), 101)
 
 
-def test_a_7b_model() -> None:
-    config = make_config(
-        {"count": 4}, 4096, hidden_size=4096, trunk_layers=28, num_attention_heads=32, ffn_hidden_size=11008
+def a_7b_model(trunk_layers: int, **heads: Any) -> Config:
+    return make_config(
+        heads, 4096, hidden_size=4096, trunk_layers=trunk_layers, num_attention_heads=32, ffn_hidden_size=11008
     )
-    assert parameter_counts(config, 32000).total == 6_738_415_616  # Llama 7B, which has the same 32 layers
+
+
+def test_a_7b_model() -> None:
+    config = a_7b_model(28, count=4)
+    counts = parameter_counts(config, 32000)
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert layer == 202_383_360
+    assert counts.trunk == 28 * layer == 5_666_734_080
+    assert counts.heads == 4 * layer + 4096 == 809_537_536, "and the final norm"
+    assert counts.embeddings == 2 * 32000 * 4096 == 262_144_000
+    assert counts.total == 6_738_415_616  # Llama 7B, which has the same 32 layers
+    assert counts.total == parameter_counts(a_7b_model(31, count=1), 32000).total, "31 layers and that of one head"
+
+
+def test_other_kinds_of_heads_on_a_7b_model() -> None:
+    layer, square = 202_383_360, 4096**2
+    of_heads = {
+        "causal": 4 * layer,
+        "anticausal": 4 * layer,
+        "linear": 4 * square,
+        "mlp": 3 * square,
+        "sequential": 3 * (layer + 2 * square + 2 * 4096),
+    }
+    for kind, parameters in of_heads.items():
+        counts = parameter_counts(a_7b_model(28, count=4, kind=kind), 32000)
+        assert counts.heads == parameters + 4096, kind
+        assert (counts.trunk, counts.embeddings) == (28 * layer, 262_144_000)
+    repeated = parameter_counts(a_7b_model(28, count=4, kind="sequential", repeated=True), 32000)
+    assert repeated.heads == layer + 2 * square + 2 * 4096 + 4096
+    further = parameter_counts(a_7b_model(28, count=4, unembedding="separate", token_order=1.0), 32000)
+    assert further.embeddings == (1 + 4 + 1) * 32000 * 4096
 
 
 def test_flops_of_every_matrix_product() -> None:

@@ -49,12 +49,12 @@ def numbers(tokens: torch.Tensor) -> list[int]:
 
 
 def test_micro_batches_keep_order_and_targets() -> None:
-    samples = torch.arange(4 * 7).view(4, 7)
-    batches = micro_batches_of(samples, HEADS, 2)
-    assert [tokens.tolist() for tokens, _ in batches] == [samples[:2, :5].tolist(), samples[2:, :5].tolist()]
-    assert [targets.shape for _, targets in batches] == [(2, 2, 5)] * 2
-    for tokens, targets in batches:
-        assert torch.equal(targets[0], tokens + 1) and torch.equal(targets[1], tokens + 2)
+    samples = torch.arange(4 * (LENGTH + HEADS)).view(4, LENGTH + HEADS)
+    batches = micro_batches_of(config_of(4, 2), samples)
+    assert [part.tolist() for part, _ in batches] == [samples[:2].tolist(), samples[2:].tolist()]
+    assert [targets.shape for _, targets in batches] == [(2, 2, LENGTH)] * 2
+    for part, targets in batches:
+        assert torch.equal(targets[0], part[:, :LENGTH] + 1) and torch.equal(targets[1], part[:, :LENGTH] + 2)
 
 
 @given(data=st.integers(1, 4), micro_batch=st.integers(1, 4), accumulation=st.integers(1, 4), step=st.integers(1, 5))
@@ -66,8 +66,8 @@ def test_training_reads_the_global_batch_in_order(data: int, micro_batch: int, a
         batch = Batches(config, topology_of(config, data, rank)).training(NumberedSamples(5 * size), step)
         assert len(batch) == config.micro_batches(data) == accumulation
         for tokens, targets in batch:
-            assert tokens.shape == (micro_batch, LENGTH) and targets.shape == (HEADS, micro_batch, LENGTH)
-            assert torch.equal(targets[1], tokens + 2) and not (targets == IGNORE_INDEX).any()
+            assert tokens.shape == (micro_batch, LENGTH + HEADS) and targets.shape == (HEADS, micro_batch, LENGTH)
+            assert torch.equal(targets[1], tokens[:, :LENGTH] + 2) and not (targets == IGNORE_INDEX).any()
             read += numbers(tokens)
     assert read == list(range((step - 1) * size, step * size)), "whatever the layout"
 
@@ -81,10 +81,10 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
         batch, announced = Batches(config, topology_of(config, data, rank)).validation(NumberedSamples(samples))
         lengths |= {len(batch), announced}
         for tokens, targets in batch:
-            assert tokens.shape == (micro_batch, LENGTH)
+            assert tokens.shape == (micro_batch, LENGTH + HEADS)
             valid = (targets != IGNORE_INDEX).all(0).all(-1)
             assert torch.equal(valid, (targets != IGNORE_INDEX).any(0).any(-1)), "a sample counts whole or not"
-            assert torch.equal(targets[0][valid], tokens[valid] + 1)
+            assert torch.equal(targets[0][valid], tokens[valid, :LENGTH] + 1)
             counted += numbers(tokens[valid])
     assert counted == list(range(samples))
     assert lengths == {-(-samples // (micro_batch * data))}, "every rank runs the same number of micro-batches"

@@ -147,12 +147,12 @@ def test_every_valid_configuration_stays_valid(
 def test_random_batch_is_masked_unevenly_and_shifted() -> None:
     config = tiny_config(train={"sequence_length": 64})
     tokens, targets = random_batch(config, 131)
-    assert tokens.shape == (8, 64) and targets.shape == (4, 8, 64)
+    assert tokens.shape == (8, 64 + 4) and targets.shape == (4, 8, 64)
     shares = (targets == IGNORE_INDEX).float().mean((0, 2))
     assert shares[0] == 0 and shares[-1] == pytest.approx(0.9, abs=0.07)
     for k in range(1, 5):
-        label, valid = targets[k - 1, :, :-k], targets[k - 1, :, :-k] != IGNORE_INDEX
-        assert torch.equal(label[valid], tokens[:, k:][valid])
+        valid = targets[k - 1] != IGNORE_INDEX
+        assert torch.equal(targets[k - 1][valid], tokens[:, k : k + 64][valid])
     again = random_batch(config, 131)
     assert torch.equal(again[0], tokens) and torch.equal(again[1], targets)
 

@@ -1,0 +1,176 @@
+"""The section of the prediction heads: what they are, what they predict and how their losses are weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+
+from mtp_dist.config.base import Section
+
+StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
+"""(step, value from that step on)."""
+
+
+class HeadsConfig(Section):
+    count: PositiveInt = 4
+    """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
+    kind: Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"] = "parallel"
+    """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output; `causal`: head k
+    reads head k - 1 instead, `anticausal`: head k + 1; `linear`: a matrix each; `mlp`: from head 2 on a residual block
+    each (Medusa); `sequential`: from head 2 on a transformer block each, which reads the head before it and the token
+    before its target (DeepSeek-V3)."""
+    layers_per_head: PositiveInt = 1
+    """Transformer layers of each head, or of each `sequential` block."""
+    repeated: bool = False
+    """One block serves all heads from head 2 on (`sequential` only)."""
+    prediction_distances: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] | None = None
+    """Positions ahead that heads 1..n predict, increasing from 1, such as [1, 3, 5, 7]; 1..n when absent."""
+    unembedding: Literal["shared", "separate"] = "shared"
+    """`shared`: one unembedding serves all heads; `separate`: each has its own. One final norm serves all in any
+    case."""
+    detach: bool = False
+    """The losses of heads 2..n train these heads only: no gradient of theirs reaches the trunk or head 1."""
+    loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
+    """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
+    auxiliary_weight: NonNegativeFloat | Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)] | None = (
+        None
+    )
+    """Instead of `loss_weights`: 1 for head 1, and this number in equal parts for the others (DeepSeek-V3's lambda/D).
+    A list such as [[1, 0.3], [10000, 0.1]] gives it from each of these steps on."""
+    loss_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of `loss_weights`: beta^(k-1) over the sum of these."""
+    schedule: Literal["constant", "forward", "reverse"] = "constant"
+    """Which heads learn, in n equal stages of `train.steps`: all; heads 1..s in stage s (`forward`); heads 1..n-s+1
+    (`reverse`). The others do not run; their gradient is 0."""
+    distillation: NonNegativeFloat = 0.0
+    """Weight, beside the cross-entropy of each head from head 2 on, of that to head 1's distribution for the same token
+    (MTP-D); nothing of it trains head 1's part."""
+    distillation_top: PositiveInt = 64
+    """Most probable tokens that head 1's distribution is cut to."""
+    token_order: NonNegativeFloat = 0.0
+    """Weight of token-order prediction: a further unembedding on head 1's hidden states ranks the upcoming tokens."""
+    token_order_window: PositiveInt = 32
+    """Positions ahead that it ranks; ranks count e times less from one to the next."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight, beside each cross-entropy, of the squared logarithm of the softmax's denominator (PaLM's 1e-4 keeps
+    logits from drifting); the reported losses are without it."""
+    loss_mode: Literal["eager", "recompute", "naive"] = "eager"
+    """`eager` runs each head forward and backward before the next one, so memory stays that of one head; `recompute`
+    does it in the backward pass, for one more forward pass of the heads and nothing kept until then; `naive` keeps the
+    logits of all heads until the backward pass: a reference."""
+    chunk_tokens: PositiveInt | None = None
+    """Tokens whose logits are in memory at once in `eager` and `recompute`; when absent as many as fit into 64 MiB on
+    a CPU and 1 GiB on a GPU."""
+
+    @property
+    def distances(self) -> tuple[int, ...]:
+        """Positions ahead that heads 1..n predict."""
+        return self.prediction_distances or tuple(range(1, self.count + 1))
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens after a sample's last position that are read as labels."""
+        return max(self.distances[-1], self.token_order_window if self.token_order else 0)
+
+    @property
+    def blocks(self) -> int:
+        """Heads that have a block between the trunk and the final norm, or after it."""
+        return self.count - 1 if self.kind in ("mlp", "sequential") else self.count
+
+    @property
+    def block_layers(self) -> int:
+        """Transformer layers of one block."""
+        return 0 if self.kind in ("linear", "mlp") else self.layers_per_head
+
+
+def contradictions_of_heads(heads: HeadsConfig, tie_embeddings: bool, steps: int) -> Iterator[str]:
+    """Yield one sentence for each pair of keys that cannot stand together."""
+    if tie_embeddings and heads.unembedding == "separate":
+        yield (
+            "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
+            "heads.unembedding = 'shared' or set model.tie_embeddings = false"
+        )
+    if heads.loss_mode == "naive" and heads.chunk_tokens:
+        yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
+    yield from _contradictions_of_kind(heads)
+    yield from _contradictions_of_auxiliary_losses(heads)
+    yield from _contradictions_of_distances(heads)
+    yield from _contradictions_of_weights(heads, steps)
+
+
+def _contradictions_of_kind(heads: HeadsConfig) -> Iterator[str]:
+    if heads.repeated and heads.kind != "sequential":
+        yield f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it"
+    if heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"):
+        yield (
+            f"heads.layers_per_head = {heads.layers_per_head} does not go with heads.kind = '{heads.kind}', which has "
+            "no transformer layers: remove it"
+        )
+    if heads.kind == "anticausal" and heads.detach:
+        yield (
+            "heads.detach = true does not go with heads.kind = 'anticausal': head 1 reaches the trunk through all "
+            "other heads, so their gradient cannot be stopped before it"
+        )
+    if heads.kind == "anticausal" and heads.schedule != "constant":
+        yield (
+            f"heads.schedule = '{heads.schedule}' does not go with heads.kind = 'anticausal': head 1 reads the trunk "
+            "through all other heads, so none of them can be left out"
+        )
+
+
+def _contradictions_of_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
+    if heads.distillation and heads.count == 1:
+        yield "heads.distillation teaches the heads from head 2 on, heads.count is 1: remove it"
+    if heads.distillation and heads.kind == "anticausal":
+        yield (
+            "heads.distillation does not go with heads.kind = 'anticausal': head 1, which teaches the others, is the "
+            "last to run"
+        )
+    used = {"distillation": heads.distillation, "token_order": heads.token_order}
+    for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
+        if heads.loss_mode == "naive":
+            yield f"heads.{key} does not go with heads.loss_mode = 'naive', which lacks it: use 'eager' or 'recompute'"
+
+
+def _contradictions_of_distances(heads: HeadsConfig) -> Iterator[str]:
+    distances = heads.distances
+    key = f"heads.prediction_distances = {list(distances)}"
+    if len(distances) != heads.count:
+        yield f"{key} has {len(distances)} numbers, heads.count is {heads.count}: give one per head"
+    if distances[0] != 1 or any(later <= earlier for earlier, later in pairwise(distances)):
+        yield f"{key} must increase from 1: head 1 predicts the next token"
+    elif heads.kind == "sequential" and distances != tuple(range(1, len(distances) + 1)):
+        yield (
+            f"{key} does not go with heads.kind = 'sequential', whose blocks read every token up to their target: "
+            "remove it"
+        )
+
+
+def _contradictions_of_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
+    given = [key for key in ("loss_weights", "auxiliary_weight", "loss_decay") if getattr(heads, key) is not None]
+    if len(given) > 1:
+        yield f"{' and '.join(f'heads.{key}' for key in given)} both say how the losses are weighed: keep one"
+    weights = heads.loss_weights
+    if weights is not None and len(weights) != heads.count:
+        yield f"heads.loss_weights has {len(weights)} numbers, heads.count is {heads.count}: give one per head"
+    if weights is not None and not any(weights):
+        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    if heads.auxiliary_weight is not None and heads.count == 1:
+        yield "heads.auxiliary_weight weighs the heads from head 2 on, heads.count is 1: remove it"
+    if heads.schedule != "constant" and weights and not weights[0]:
+        yield (
+            f"heads.schedule = '{heads.schedule}' has a stage with head 1 alone, whose heads.loss_weights is 0: give "
+            "it a weight above 0"
+        )
+    if isinstance(heads.auxiliary_weight, tuple):
+        starts = [step for step, _ in heads.auxiliary_weight]
+        if starts[0] != 1 or sorted(set(starts)) != starts:
+            yield f"heads.auxiliary_weight has the steps {starts}: they must increase from 1"
+    if heads.schedule != "constant" and steps < heads.count:
+        yield (
+            f"heads.schedule = '{heads.schedule}' has heads.count = {heads.count} stages, train.steps = {steps} are "
+            "fewer: train for longer or use fewer heads"
+        )

@@ -1,0 +1,60 @@
+"""The order of the upcoming tokens, against its definition written out."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mtp_dist.loss.token_order import token_order_targets
+from tests.unit.loss.linear_on_ranks import dense_of
+
+
+def probabilities_by_definition(sample: list[int], position: int, window: int, vocab_size: int) -> list[float]:
+    """Softmax over the vocabulary of window - distance to a token's next occurrence, -inf where that is further."""
+    scores = []
+    for token in range(vocab_size):
+        ahead = [d for d in range(1, window + 1) if sample[position + d] == token]
+        scores.append(window - ahead[0] if ahead else -math.inf)
+    total = sum(math.exp(score) for score in scores)
+    return [math.exp(score) / total for score in scores]
+
+
+def test_by_hand() -> None:
+    soft = token_order_targets(torch.tensor([[9, 5, 7, 5]]), 1, 3, torch.ones(1, 1, dtype=torch.bool))
+    assert soft.entries.tolist() == [[5, 7, 5]] and soft.entries.dtype == torch.int64
+    first = 1 / (1 + math.exp(-1))
+    torch.testing.assert_close(soft.probabilities, torch.tensor([[first, 1 - first, 0.0]]))
+
+
+@given(
+    vocab_size=st.integers(1, 6),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 5),
+    window=st.integers(1, 8),
+    further=st.integers(0, 3),
+    seed=st.integers(0, 999),
+)
+def test_equals_the_definition(vocab_size: int, batch: int, length: int, window: int, further: int, seed: int) -> None:
+    """`further`: tokens that only others read."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randint(0, vocab_size, (batch, length + window + further), generator=generator)
+    valid = torch.rand(batch, length, generator=generator) < 0.7
+    soft = token_order_targets(samples, length, window, valid)
+    assert soft.entries.shape == soft.probabilities.shape == (length * batch, window)
+    assert soft.probabilities.dtype == torch.float32
+    expected: list[Tensor] = []
+    for position in range(length):
+        for sample, is_valid in zip(samples.tolist(), valid[:, position].tolist(), strict=True):
+            truth = torch.tensor(probabilities_by_definition(sample, position, window, vocab_size))
+            expected.append(truth if is_valid else torch.zeros_like(truth))
+    found = dense_of(*soft, vocab_size)
+    torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=1e-12)
+
+
+def test_a_long_window_neither_overflows_nor_loses_mass() -> None:
+    samples = torch.arange(300)[None]
+    soft = token_order_targets(samples, 2, 200, torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(soft.probabilities.sum(1), torch.ones(2))
+    torch.testing.assert_close(soft.probabilities[0, :2], torch.tensor([1.0, math.exp(-1)]) * (1 - math.exp(-1)))
