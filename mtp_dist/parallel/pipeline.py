@@ -143,7 +143,8 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
         self.bounds = _stage_bounds(config, vocab_size)
         axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
-        with quiet():
+        # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
+        with quiet(), torch.no_grad():
             super().__init__(_layer_specs(config, vocab_size), topology=axes)
         tag_shards(self)
         self._initialize(config, vocab_size, topology)
