@@ -174,11 +174,18 @@ def pages() -> dict[Path, str]:
     }
 
 
-def draw_demo() -> None:
+def _pyplot() -> Any:
+    """Imported late: `--check` of the texts needs no matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_demo() -> None:
+    plt = _pyplot()
 
     lines = [json.loads(line) for line in (DOCS / "data/demo-metrics.jsonl").read_text().splitlines()]
     summary = json.loads((DOCS / "data/demo-summary.json").read_text())
@@ -198,10 +205,7 @@ def draw_demo() -> None:
 
 
 def draw_head_loss(result: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     settings = result["settings"]
     figure, (memory, time) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -243,10 +247,7 @@ def head_runs_table() -> str:
 
 
 def draw_head_runs() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = _pyplot()
 
     figure, grid = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained", sharey=True)
     for k, axes in enumerate(grid, 1):

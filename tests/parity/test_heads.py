@@ -4,16 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.comparison import (
-    Layout,
-    assert_equals_reference,
-    assert_equals_reference_in_bf16,
-    errors_of,
-    layout_config,
-    name_of,
-    reference_of,
-    run_sharded,
-)
+from tests.parity.comparison import Layout, assert_equals_reference, layout_config, name_of
 from tests.ranks import Ranks
 
 FEW = 3
@@ -33,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_kind(ranks: Ranks, layout: Layout, name: str) -> None:
     config = layout_config(layout, 4, heads=dict(KINDS[name]))
-    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+    assert_equals_reference(ranks, config, layout, FEW)
 
 
 SPECIAL: dict[str, tuple[Layout, dict[str, dict[str, Any]]]] = {
@@ -90,7 +81,7 @@ SPECIAL: dict[str, tuple[Layout, dict[str, dict[str, Any]]]] = {
 def test_together_with(ranks: Ranks, name: str) -> None:
     layout, sections = SPECIAL[name]
     config = layout_config(layout, 4, **{key: dict(section) for key, section in sections.items()})
-    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+    assert_equals_reference(ranks, config, layout, FEW)
 
 
 SCHEDULES = ["forward", "reverse"]
@@ -103,11 +94,11 @@ def test_schedule(ranks: Ranks, schedule: str, zero_stage: int, kind: str) -> No
     layout: Layout = (1, 2, 1, False)
     heads = {"kind": kind, "schedule": schedule, "count": 3}
     config = layout_config(layout, 4, zero_stage, heads=heads, train={"steps": 6})
-    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, 6), reference_of(config, 6)))
+    assert_equals_reference(ranks, config, layout, 6)
 
 
 @pytest.mark.parametrize("name", ["distillation", "token order", "sequential, tied", "causal, detached"])
 def test_in_bf16(ranks: Ranks, name: str) -> None:
     layout, sections = SPECIAL[name]
     config = layout_config(layout, 4, **sections, train={"precision": "bf16"})
-    assert_equals_reference_in_bf16(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+    assert_equals_reference(ranks, config, layout, FEW)

@@ -5,16 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.comparison import (
-    Layout,
-    assert_equals_reference,
-    assert_equals_reference_in_bf16,
-    errors_of,
-    layout_config,
-    name_of,
-    reference_of,
-    run_sharded,
-)
+from tests.parity.comparison import Layout, assert_equals_reference, layout_config, name_of, run_sharded
 from tests.ranks import Ranks
 
 FEW = 3
@@ -35,14 +26,14 @@ def config_of(layout: Layout, accumulation: int, zero_stage: int, **sections: An
 )
 def test_mode(ranks: Ranks, layout: Layout, accumulation: int, zero_stage: int, mode: str) -> None:
     config = config_of(layout, accumulation, zero_stage, heads={"loss_mode": mode})
-    assert_equals_reference(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+    assert_equals_reference(ranks, config, layout, FEW)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "naive"])
 @pytest.mark.parametrize("layout", [PIPELINE, DATA], ids=name_of)
 def test_mode_in_bf16(ranks: Ranks, layout: Layout, mode: str) -> None:
     config = config_of(layout, 4, 0, heads={"loss_mode": mode}, train={"precision": "bf16"})
-    assert_equals_reference_in_bf16(errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW)))
+    assert_equals_reference(ranks, config, layout, FEW)
 
 
 SEPARATE, Z_LOSS, BF16 = {"unembedding": "separate"}, {"z_loss": 1e-2}, {"precision": "bf16"}
@@ -88,8 +79,7 @@ SPECIAL: dict[str, tuple[Layout, int, int, dict[str, dict[str, Any]]]] = {
 def test_together_with(ranks: Ranks, name: str) -> None:
     layout, accumulation, zero_stage, sections = SPECIAL[name]
     config = config_of(layout, accumulation, zero_stage, **{key: dict(section) for key, section in sections.items()})
-    errors = errors_of(run_sharded(ranks, config, layout, FEW), reference_of(config, FEW))
-    (assert_equals_reference_in_bf16 if config.train.precision == "bf16" else assert_equals_reference)(errors)
+    assert_equals_reference(ranks, config, layout, FEW)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -91,13 +91,6 @@ def dense_of(entries: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
     return dense[:, :vocab_size]
 
 
-def norm_error(value: Tensor, truth: Tensor) -> float:
-    """Relative, of the 2-norm; exact where the truth is 0."""
-    if not truth.any():
-        return float(value.double().abs().max())
-    return float((value.double() - truth).norm() / truth.norm())
-
-
 def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import initialize_topology, tensor_group

@@ -1,14 +1,10 @@
-"""The chunked linear cross-entropy equals PyTorch's in fp64, its gradients included, over a whole and a cut vocabulary.
-
-The errors are relative, of the 2-norm.
-"""
+"""The chunked linear cross-entropy equals PyTorch's in fp64, gradients included, over a whole and a cut vocabulary."""
 
 import functools
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -18,20 +14,24 @@ from mtp_dist.bench.measure import peak_bytes
 from mtp_dist.loss import linear_cross_entropy as module
 from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, default_chunk_tokens, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers, norm_error, truth_of
+from tests.unit.loss.linear_comparison import (
+    ALONE,
+    BOUNDS,
+    SIZES,
+    TOKENS,
+    VOCAB_SIZE,
+    WIDTH,
+    answers_of,
+    assert_equals_fp64,
+    assert_one_collective_a_chunk,
+    in_dtype,
+    steep_logits,
+)
+from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, truth_of
 
-VOCAB_SIZE = 131
-"""With 4 ranks the third has 3 real entries and the fourth none."""
-TOKENS, WIDTH = 26, 16
-SIZES = [1, 2, 4]
-BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 5e-3)}
-"""Of the sums and of the gradients."""
 CONFIDENT_BOUNDS = {torch.float64: (1e-11, 1e-11), torch.float32: (5e-4, 1e-3), torch.bfloat16: (5e-4, 5e-3)}
 """Where the targets are all but certain: rounding p close to 1 leaves less of 1 - p."""
-ALONE = dist.ProcessGroup(0, 1)
-"""A group of one rank, of which nobody asks more than its rank and size."""
 
 
 def random_case() -> LinearCase:
@@ -43,10 +43,7 @@ def random_case() -> LinearCase:
 
 def steep_case() -> LinearCase:
     """Logits 10^4, -10^4 and 0, exact in fp32: the target is certain, impossible or one of many equal ones."""
-    hidden, weight = torch.zeros(6, WIDTH), torch.zeros(VOCAB_SIZE, WIDTH)
-    hidden[0, 0], hidden[1, 0], hidden[2, 1], hidden[3, 2], hidden[4, 3] = 100, -100, 100, 100, 1
-    weight[7, 0], weight[70, 0], weight[:, 1] = 100, -100, 100
-    weight[:, 2], weight[130, 2], weight[7, 3], weight[70, 3] = -100, 100, 10000, 9999
+    hidden, weight = steep_logits()
     return LinearCase(hidden, weight, torch.tensor([7, 7, 70, 130, 70, 0]))
 
 
@@ -105,42 +102,21 @@ def real_cases() -> dict[str, LinearCase]:
     return cases | {f"{name} in fp64": in_dtype(cases[name], torch.float64) for name in exact}
 
 
-def in_dtype(case: LinearCase, dtype: torch.dtype) -> LinearCase:
-    return replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
-
-
 @functools.cache
 def _answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
-    cases = real_cases()
-    config = tiny_config(parallel={"tensor": size}, model={"num_query_groups": 4})
-    by_rank = ranks.run(size, linear_answers, config, list(cases.values()))
-    return dict(zip(cases, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+    return answers_of(ranks, size, real_cases())
 
 
 @pytest.mark.parametrize("name", real_cases())
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_autograd_in_fp64(ranks: Ranks, size: int, name: str) -> None:
-    case, found = real_cases()[name], _answers(ranks, size)[name]
-    sums, of_hidden, of_weight = truth_of(case)
-    dtype = case.hidden.dtype
-    sum_bound, gradient_bound = (CONFIDENT_BOUNDS if "confident" in name else BOUNDS)[dtype]
-    for answer in found:
-        assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
-        assert torch.equal(answer.sums, answer.forward_sums), "with gradients or without"
-    for value, truth in zip(found[0].sums[:2], sums[:2], strict=True):
-        assert norm_error(value, truth) <= sum_bound
-    assert found[0].sums[2] == sums[2], "hits"
+    case = real_cases()[name]
+    bounds = (CONFIDENT_BOUNDS if "confident" in name else BOUNDS)[case.hidden.dtype]
+    found = _answers(ranks, size)[name]
+    assert_equals_fp64(case, found, bounds)
     assert found[0].sums[3] == 0, "no soft targets"
-    hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
-    assert norm_error(hidden, of_hidden) <= gradient_bound
-    assert not hidden[case.targets == IGNORE_INDEX].any(), "masked"
-    if case.frozen:
-        assert all(answer.weight is None for answer in found)
-        return
-    weight = torch.cat([answer.weight for answer in found if answer.weight is not None]) - case.start
-    assert weight.dtype == torch.promote_types(dtype, torch.float32)
-    assert norm_error(weight[:VOCAB_SIZE], of_weight) <= gradient_bound
-    assert torch.equal(weight[VOCAB_SIZE:], torch.zeros_like(weight[VOCAB_SIZE:])), "padding"
+    for answer in found:
+        assert not answer.hidden[case.targets == IGNORE_INDEX].any(), "masked"
 
 
 def test_cases_say_something() -> None:
@@ -160,11 +136,9 @@ def test_no_valid_target_gives_exactly_0(ranks: Ranks, size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_one_collective_a_chunk(ranks: Ranks, size: int) -> None:
-    answers, chunks = _answers(ranks, size), {"random": 1, "chunks of 3": 9, "one token a chunk": TOKENS}
-    for name, number in chunks.items():
-        expected = {"allgather_base": number} if size > 1 else {}
-        for answer in answers[name]:
-            assert answer.collectives == [expected, expected]
+    assert_one_collective_a_chunk(
+        _answers(ranks, size), {"random": 1, "chunks of 3": 9, "one token a chunk": TOKENS}, size
+    )
 
 
 @hypothesis_settings(max_examples=60)

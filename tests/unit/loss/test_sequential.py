@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.model.weights import padded_vocab_size
+from tests.errors import norm_error
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.loss.toy_heads import (
@@ -73,11 +74,6 @@ def _answers(ranks: Ranks, tensor: int, sequence: bool) -> dict[str, list[dict[s
     names = [name for layout, name in RUNS if layout == (tensor, sequence)]
     by_rank = ranks.run(tensor, toy_answers, config, [CASES[name] for name in names], MODES)
     return dict(zip(names, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
-
-
-def norm_error(value: Tensor, truth: Tensor) -> float:
-    """Relative, of the 2-norm; only 0 is near enough to 0."""
-    return float((value.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("mode", SEQUENTIAL)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -15,20 +14,26 @@ from torch import Tensor
 from mtp_dist.bench.measure import peak_bytes
 from mtp_dist.loss.linear_cross_entropy import GradientRequest, SoftTargets, Vocabulary, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers, norm_error, truth_of
+from tests.unit.loss.linear_comparison import (
+    ALONE,
+    BOUNDS,
+    SIZES,
+    TOKENS,
+    VOCAB_SIZE,
+    WIDTH,
+    answers_of,
+    assert_equals_fp64,
+    assert_one_collective_a_chunk,
+    in_dtype,
+    steep_logits,
+)
+from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, truth_of
 
-VOCAB_SIZE = 131
-"""With 4 ranks of 64 rows the third has 3 real entries and the fourth none."""
-TOKENS, WIDTH, ENTRIES = 26, 16, 5
-SIZES = [1, 2, 4]
-BOUNDS = {torch.float64: (1e-11, 1e-11), torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 5e-3)}
-"""Of the sums and of the gradients."""
+ENTRIES = 5
+SOFT_BOUNDS = BOUNDS | {torch.float64: (1e-11, 1e-11)}
 STEEP_BOUND = 1e-3
 """Of the gradient of hidden where weights of 10^4 multiply the rounding of the softmax."""
-ALONE = dist.ProcessGroup(0, 1)
-"""A group of one rank, of which nobody asks more than its rank and size."""
 
 
 def random_case() -> LinearCase:
@@ -44,10 +49,7 @@ def random_case() -> LinearCase:
 
 def steep_case() -> LinearCase:
     """Logits of 10^4, -10^4 and 0, exact in fp32, that the soft targets put first, last or among equal ones."""
-    hidden, weight = torch.zeros(6, WIDTH), torch.zeros(VOCAB_SIZE, WIDTH)
-    hidden[0, 0], hidden[1, 0], hidden[2, 1], hidden[3, 2], hidden[4, 3] = 100, -100, 100, 100, 1
-    weight[7, 0], weight[70, 0], weight[:, 1] = 100, -100, 100
-    weight[:, 2], weight[130, 2], weight[7, 3], weight[70, 3] = -100, 100, 10000, 9999
+    hidden, weight = steep_logits()
     entries = torch.tensor([[7, 70]] * 6)
     probabilities = torch.tensor([[0.75, 0.25]] * 6)
     return LinearCase(hidden, weight, torch.full((6,), IGNORE_INDEX), soft=(entries, probabilities), soft_weight=0.5)
@@ -70,10 +72,6 @@ def into_padding(case: LinearCase) -> LinearCase:
     entries[:, -2], entries[:, -1] = 191, 200
     probabilities[:, -2:] = 0.0
     return replace(case, soft=(entries, probabilities))
-
-
-def in_dtype(case: LinearCase, dtype: torch.dtype) -> LinearCase:
-    return replace(case, hidden=case.hidden.to(dtype), weight=case.weight.to(dtype))
 
 
 def real_cases() -> dict[str, LinearCase]:
@@ -117,33 +115,15 @@ def real_cases() -> dict[str, LinearCase]:
 
 @functools.cache
 def _answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
-    cases = real_cases()
-    config = tiny_config(parallel={"tensor": size}, model={"num_query_groups": 4})
-    by_rank = ranks.run(size, linear_answers, config, list(cases.values()))
-    return dict(zip(cases, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+    return answers_of(ranks, size, real_cases())
 
 
 @pytest.mark.parametrize("name", real_cases())
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_autograd_in_fp64(ranks: Ranks, size: int, name: str) -> None:
-    case, found = real_cases()[name], _answers(ranks, size)[name]
-    sums, of_hidden, of_weight = truth_of(case)
-    sum_bound, gradient_bound = BOUNDS[case.hidden.dtype]
-    for answer in found:
-        assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
-        assert torch.equal(answer.sums, answer.forward_sums), "with gradients or without"
-    for index in (0, 1, 3):
-        assert norm_error(found[0].sums[index], sums[index]) <= sum_bound
-    assert found[0].sums[2] == sums[2], "hits"
-    hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
-    assert norm_error(hidden, of_hidden) <= (STEEP_BOUND if name == "steep, small losses" else gradient_bound)
-    assert not hidden[~of_hidden.any(1)].any(), "rows with neither"
-    if case.frozen:
-        assert all(answer.weight is None for answer in found)
-        return
-    weight = torch.cat([answer.weight for answer in found if answer.weight is not None]) - case.start
-    assert norm_error(weight[:VOCAB_SIZE], of_weight) <= gradient_bound
-    assert not weight[VOCAB_SIZE:].any(), "padding"
+    case = real_cases()[name]
+    hidden_bound = STEEP_BOUND if name == "steep, small losses" else None
+    assert_equals_fp64(case, _answers(ranks, size)[name], SOFT_BOUNDS[case.hidden.dtype], hidden_bound)
 
 
 def test_cases_say_something() -> None:
@@ -163,11 +143,9 @@ def test_no_row_gives_exactly_0(ranks: Ranks, size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_one_collective_a_chunk(ranks: Ranks, size: int) -> None:
-    answers, chunks = _answers(ranks, size), {"soft alone": 1, "chunks of 3": 9, "one token a chunk": TOKENS}
-    for name, number in chunks.items():
-        expected = {"allgather_base": number} if size > 1 else {}
-        for answer in answers[name]:
-            assert answer.collectives == [expected, expected]
+    assert_one_collective_a_chunk(
+        _answers(ranks, size), {"soft alone": 1, "chunks of 3": 9, "one token a chunk": TOKENS}, size
+    )
 
 
 @hypothesis_settings(max_examples=60)
