@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mtp_dist.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
+    from mtp_dist.checkpoint.resume import ResumePoint
     from mtp_dist.data.tokenizer import ByteTokenizer
 
 SECONDS_FOR_RANK_0 = 10
@@ -68,18 +69,25 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def pretrain(config: Config) -> None:
-    """Train, validate, save and show the result."""
+    """Train from the start or from a checkpoint, validate, save and show the result."""
+    from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.data.loading import load_datasets
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
 
-    datasets = load_datasets(config)
     vocab_size = vocabulary_size(config)
+    resumed = find_resume_point(config, vocab_size)
+    if resumed and resumed.step >= config.train.steps:
+        _say_finished(config, resumed)
+        return
+    datasets = load_datasets(config)
     device = select_device(config)
     quieten_packages()
 
     # DeepSpeed and Megatron-core look at the device when they are imported.
-    from mtp_dist.checkpoint.weights import checkpoint_path, save_weights
+    from mtp_dist.checkpoint.files import checkpoint_path
+    from mtp_dist.checkpoint.load import check_ranks_agree, restore
+    from mtp_dist.checkpoint.save import save_checkpoint
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.loop import fit
@@ -88,19 +96,33 @@ def pretrain(config: Config) -> None:
 
     topology = initialize_topology(config, device)
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    if resumed:
+        restore(engine, resumed.folder)
+    updates_made = resumed.step if resumed else 0
+    check_ranks_agree(updates_made, topology)
     reporter = None
     if topology.rank == 0:
-        set_earlier_run_aside(config.output_dir)
-        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name)
+        if not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve():
+            set_earlier_run_aside(config)
+        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
 
     def save(step: int) -> None:
-        save_weights(config, vocab_size, engine.stage, topology, step)
+        save_checkpoint(config, vocab_size, engine, step)
 
-    fit(config, engine, datasets, [reporter] if reporter else [], save)
+    fit(config, engine, datasets, [reporter] if reporter else [], save, updates_made)
     close_topology()
     if reporter:
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
+
+
+def _say_finished(config: Config, resumed: "ResumePoint") -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"{resumed.folder} is at step {resumed.step} of {config.train.steps}: nothing is left to train.\n"
+            "Start anew with checkpoint.resume=none, or train on with a larger train.steps and "
+            "checkpoint.allow_changes=[train.steps]"
+        )
 
 
 def quieten_packages() -> None:
@@ -116,7 +138,7 @@ def quieten_packages() -> None:
 
 def _sample(config: Config, tokenizer: "ByteTokenizer", checkpoint: Path) -> str | None:
     """The prompt and a continuation of it by the model as it was saved."""
-    from mtp_dist.checkpoint.weights import load_weights
+    from mtp_dist.checkpoint.load import load_weights
     from mtp_dist.inference.sampling import sample_continuation
     from mtp_dist.model.reference import ReferenceModel
 

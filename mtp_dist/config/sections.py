@@ -140,6 +140,12 @@ class CheckpointConfig(Section):
     """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
     every: PositiveInt | None = None
     """Steps between two checkpoints; one at the end in any case."""
+    resume: Annotated[str, Field(min_length=1)] = "auto"
+    """Where to go on: `auto` from the newest checkpoint of `directory`, if there is one; `none` starts anew; or the
+    folder of a checkpoint, or of several, of which the newest is taken."""
+    allow_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Keys, such as [heads.count, train.steps], that may differ from those the checkpoint was trained with. Weights
+    that it lacks start anew, those that are no longer wanted are left out."""
 
 
 class LogConfig(Section):

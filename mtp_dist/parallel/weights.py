@@ -1,7 +1,9 @@
 """Whole weights and gradients from the parts that the ranks hold."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -38,7 +40,7 @@ def whole_tensors(
     group = tensor_group()
     for name, weight in named_weights(stage):
         part = local(weight).contiguous()
-        if getattr(weight, "ds_pipe_replicated", False):
+        if _is_copy(weight):
             continue
         if topology.tensor > 1 and is_cut(weight):
             parts = [torch.empty_like(part) for _ in range(topology.tensor)]
@@ -46,6 +48,25 @@ def whole_tensors(
         else:
             parts = [part]
         yield name, join(parts, weight, shapes[name]).cpu()
+
+
+def _is_copy(weight: nn.Parameter) -> bool:
+    """Whether this is a tied weight on a stage after its first."""
+    return getattr(weight, "ds_pipe_replicated", False)
+
+
+def owned_weights(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> set[str]:
+    """Global names of the weights that this rank answers for: each one in the model has one rank.
+
+    The tensor- and data-parallel ranks of a stage each get a run of its weights, of about the same size.
+    """
+    sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not _is_copy(weight)}
+    ranks = topology.tensor * topology.data
+    rank = topology.tensor_rank + topology.tensor * topology.data_rank
+    ends = accumulate(sizes.values())
+    total = sum(sizes.values())
+    middles = (end - size / 2 for end, size in zip(ends, sizes.values(), strict=True))
+    return {name for name, middle in zip(sizes, middles, strict=True) if int(ranks * middle / total) == rank}
 
 
 @contextmanager

@@ -141,11 +141,25 @@ def json_number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; infinity where the run was killed while it wrote the line."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class MetricsFile(Sink):
     """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, updates_made: int = 0) -> None:
+        """Keep the lines up to update `updates_made`; later ones are of steps that will be made again."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= updates_made]
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        unfinished.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -160,11 +174,12 @@ class MetricsFile(Sink):
 class TensorBoardWriter(Sink):
     """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, updates_made: int = 0) -> None:
+        """What was written of steps after `updates_made` is hidden: they will be made again."""
         # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(directory)
+        self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
         kinds = ("loss", "accuracy", "validation/loss", "validation/bits_per_byte", "validation/accuracy")
         charts = {f"{kind} of all heads": ["Multiline", [rf"^{kind}/head_\d+$"]] for kind in kinds}
         self._writer.add_custom_scalars({"Prediction heads": charts})

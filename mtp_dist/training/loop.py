@@ -24,17 +24,19 @@ def fit(
     datasets: Datasets,
     callbacks: Sequence[Callback],
     save: Callable[[int], None],
+    updates_made: int = 0,
 ) -> None:
-    """Train for `train.steps` updates, validating and saving on the way and at the end.
+    """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
-    save writes the checkpoint of a step; every rank calls it. callbacks are told of steps and validations.
+    updates_made are those of the checkpoint that the engine was restored from. save writes the checkpoint of a step;
+    every rank calls it. callbacks are told of steps and validations.
     """
     batches = Batches(config, engine.topology)
     with ExitStack() as ends:
         for callback in callbacks:
             ends.callback(callback.on_end)
             callback.on_start()
-        for step in range(1, config.train.steps + 1):
+        for step in range(updates_made + 1, config.train.steps + 1):
             started = time.perf_counter()
             rate = learning_rate(config, step)
             weights = head_weights(config, step)

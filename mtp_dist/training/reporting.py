@@ -1,9 +1,11 @@
 """What rank 0 shows and writes of a run, from its first step to the table at its end."""
 
 import sys
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.config import Config
 from mtp_dist.data.loading import ValidationSet
 from mtp_dist.parallel.device import device_name
@@ -18,29 +20,41 @@ from mtp_dist.training.summary import RunSummary, ValidationResult, print_summar
 WRITTEN_BY_A_RUN = ("metrics.jsonl", "tensorboard", "summary.json", "checkpoints")
 
 
-def set_earlier_run_aside(output_dir: Path) -> None:
-    """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that curves do not mix."""
-    left = [path for name in WRITTEN_BY_A_RUN if (path := output_dir / name).exists()]
+def set_earlier_run_aside(config: Config) -> None:
+    """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix."""
+    _set_aside(config.output_dir, [config.output_dir / name for name in WRITTEN_BY_A_RUN])
+    _set_aside(config.checkpoint_dir, sorted(config.checkpoint_dir.glob("step_*")))
+
+
+def _set_aside(folder: Path, paths: Sequence[Path]) -> None:
+    left = [path for path in paths if path.exists()]
     if not left:
         return
-    aside = next(path for number in count(1) if not (path := output_dir / f"earlier-{number}").exists())
+    aside = next(path for number in count(1) if not (path := folder / f"earlier-{number}").exists())
     aside.mkdir()
     for path in left:
         path.rename(aside / path.name)
-    print(f"{output_dir} has an earlier run: its files are now in {aside}")
+    print(f"{folder} has an earlier run: its files are now in {aside}")
 
 
 class RunReporter(Callback):
     """Progress on the terminal, `metrics.jsonl`, TensorBoard, and the result. For rank 0 only."""
 
     def __init__(
-        self, config: Config, vocab_size: int, validation: ValidationSet | None, topology: Topology, optimizer_name: str
+        self,
+        config: Config,
+        vocab_size: int,
+        validation: ValidationSet | None,
+        topology: Topology,
+        optimizer_name: str,
+        resumed: ResumePoint | None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.validation = validation
         self.topology = topology
         self.optimizer_name = optimizer_name
+        self.resumed = resumed
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
         self.last_validation: HeadMetrics | None = None
         self.tokens = 0
@@ -50,9 +64,10 @@ class RunReporter(Callback):
     def _build_logger(self) -> MetricsLogger:
         config = self.config
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl")]
+        made = self.resumed.step if self.resumed else 0
+        sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl", made)]
         if self.tensorboard_dir:
-            sinks.append(TensorBoardWriter(self.tensorboard_dir))
+            sinks.append(TensorBoardWriter(self.tensorboard_dir, made))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = Rates(
             flops_per_token=model_flops_per_token(config, self.vocab_size),
@@ -73,6 +88,8 @@ class RunReporter(Callback):
             f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, trunk layers of each "
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
+        if self.resumed:
+            print(f"goes on after step {self.resumed.step} from {self.resumed.folder}")
         sys.stdout.flush()
         self.logger.on_start()
 

@@ -25,7 +25,7 @@ def assert_ends_with_an_error(job: jobs.Job, seconds_to_start: float) -> None:
 
 
 def assert_checkpoints_are_whole(folder: Path) -> None:
-    from mtp_dist.checkpoint.weights import load_weights
+    from mtp_dist.checkpoint.load import load_weights
 
     names = [path.name for path in folder.iterdir()]
     finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]

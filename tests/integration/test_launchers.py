@@ -165,7 +165,7 @@ def test_summary(run: Run) -> None:
 
 
 def test_checkpoints_agree(runs: dict[str, Run]) -> None:
-    from mtp_dist.checkpoint.weights import load_weights
+    from mtp_dist.checkpoint.load import load_weights
 
     opened = {name: load_weights(run.checkpoint) for name, run in runs.items()}
     _, vocab_size, expected = opened["one process"]

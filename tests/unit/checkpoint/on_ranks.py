@@ -1,35 +1,62 @@
 """What the checkpoint tests run on every rank."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE
-
-STEP = 3
+from tests.parity.runs import VOCAB_SIZE, global_batches
 
 
-def train_and_save(config: Config) -> dict[str, Tensor]:
-    """One update, then a checkpoint. Returns this stage's whole fp32 weights."""
-    from mtp_dist.checkpoint.weights import checkpoint_path, save_weights
+@dataclass
+class Part:
+    """What one rank saw of a training."""
+
+    losses: list[Tensor]
+    """Per-head sums of each update `[5, n]`."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """This stage's whole fp32 weights after the last update."""
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_part(config: Config, updates_made: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
+    """Updates updates_made + 1 .. last, from a checkpoint if given; then a checkpoint."""
+    from mtp_dist.checkpoint.files import checkpoint_path
+    from mtp_dist.checkpoint.load import restore
+    from mtp_dist.checkpoint.save import save_checkpoint
     from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.parallel.weights import master_weight, whole_tensors
-    from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reference import local_micro_batches, random_batch
+    from mtp_dist.training.optimizer import build_optimizer, learning_rate
+    from mtp_dist.training.reference import local_micro_batches
 
     device = select_device(config)
     topology = initialize_topology(config, device)
     engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
-    engine.train_step(
-        local_micro_batches(config, topology, *random_batch(config, VOCAB_SIZE)), 1e-3, head_weights(config, 1)
-    )
+    if resume:
+        restore(engine, resume)
+    part = Part([])
+    for step, (samples, targets) in list(enumerate(global_batches(config, last), 1))[updates_made:]:
+        batch = local_micro_batches(config, topology, samples, targets)
+        sums, _ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
+        part.losses.append(sums)
     shapes = parameter_shapes(config, VOCAB_SIZE)
-    weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
-    # Twice: a second save of the same step replaces the first.
-    for _ in range(2):
-        save_weights(config, VOCAB_SIZE, engine.stage, topology, STEP)
-        assert checkpoint_path(config, STEP).is_dir(), "the checkpoint is there when any rank goes on"
-    return weights
+    ensure_state(engine.pipeline)
+    assert updates(engine.pipeline) == last
+    part.weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    for key in MOMENTS:
+        of_stage = whole_tensors(
+            engine.stage, shapes, topology, lambda weight, key=key: moment(engine.pipeline, key, weight)
+        )
+        part.moments |= {f"{key}.{name}": tensor.clone() for name, tensor in of_stage}
+    if save:
+        # Twice: a second save of the same step replaces the first.
+        for _ in range(2):
+            save_checkpoint(config, VOCAB_SIZE, engine, last)
+            assert checkpoint_path(config, last).is_dir(), "the checkpoint is there when any rank goes on"
+    return part

@@ -159,14 +159,19 @@ def test_the_heads_share_one_chart(tmp_path: Path) -> None:
     assert patterns["validation/bits_per_byte of all heads"] == [r"^validation/bits_per_byte/head_\d+$"]
 
 
-def test_each_line_is_there_at_once_and_a_restart_appends(tmp_path: Path) -> None:
+def test_each_line_is_there_at_once_and_a_restart_keeps_those_of_updates_made(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     killed = MetricsFile(path)  # never closed
-    killed.write(1, step_scalars(make_step(1), 200.0, RATES))
-    assert [line["step"] for line in read_lines(path)] == [1]
-    resumed = MetricsFile(path)
-    resumed.write(2, step_scalars(make_step(2), 200.0, RATES))
-    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    for step in (1, 2, 3):
+        killed.write(step, step_scalars(make_step(step), 200.0, RATES))
+        assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))
+    with path.open("a") as file:
+        file.write('{"step": 2, "loss/he')
+    resumed = MetricsFile(path, updates_made=2)
+    resumed.write(3, step_scalars(make_step(3), 100.0, RATES))
+    lines = read_lines(path)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["throughput/tokens_per_second"] for line in lines] == [200.0, 200.0, 100.0]
     killed.close()
     resumed.close()
 

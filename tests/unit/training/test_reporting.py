@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.training.reporting import set_earlier_run_aside
+from tests.parity.runs import tiny_config
 
 
 def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run in ("first", "second"):
         (tmp_path / "metrics.jsonl").write_text(run)
         (tmp_path / "checkpoints").mkdir()
-        set_earlier_run_aside(tmp_path)
+        set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
     assert (tmp_path / "earlier-1/metrics.jsonl").read_text() == "first"
     assert (tmp_path / "earlier-2/metrics.jsonl").read_text() == "second"
@@ -21,5 +22,14 @@ def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_folder_without_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    set_earlier_run_aside(tmp_path)
+    set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_checkpoints_elsewhere_are_set_aside_too(tmp_path: Path) -> None:
+    config = tiny_config(run={"output_dir": str(tmp_path / "out")}, checkpoint={"directory": str(tmp_path / "saved")})
+    (tmp_path / "saved" / "step_00000010").mkdir(parents=True)
+    (tmp_path / "saved" / "notes.txt").touch()
+    set_earlier_run_aside(config)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["earlier-1", "notes.txt"]
+    assert (tmp_path / "saved/earlier-1/step_00000010").is_dir()

@@ -9,14 +9,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mtp_dist.checkpoint.weights import INDEX, load_weights
+from mtp_dist.checkpoint.files import TensorReader, newest_checkpoint, read_description
+from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.config import ConfigError
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.weights import initial_weight, parameter_shapes
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
-from tests.unit.checkpoint.on_ranks import STEP, train_and_save
+from tests.unit.checkpoint.on_ranks import train_part
 
+STEP = 1
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, dict[str, Any]]]] = {
     "2 x 2 x 1": ((2, 2, 1), {}),
     "2 x 2 x 1 tied": ((2, 2, 1), {"model": {"tie_embeddings": True}, "parallel": {"partition": [3, 1]}}),
@@ -30,13 +32,17 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     sections = {name: dict(section) for name, section in sections.items()}
     sections["parallel"] = {"tensor": tensor, "pipeline": pipeline} | sections.get("parallel", {})
     config = tiny_config(checkpoint={"directory": str(tmp_path / "deep" / "down")}, **sections)
-    by_rank = ranks.run(tensor * pipeline * data, train_and_save, config)
-    saved = {name: weight for stage in by_rank for name, weight in stage.items()}
+    parts = ranks.run(tensor * pipeline * data, train_part, config, 0, STEP)
+    saved = {name: weight for part in parts for name, weight in part.weights.items()}
+    moments = {name: moment for part in parts for name, moment in part.moments.items()}
 
     folder = tmp_path / "deep" / "down" / f"step_{STEP:08d}"
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing unfinished is left"
+    assert newest_checkpoint(folder.parent) == folder
     loaded_config, vocab_size, weights = load_weights(folder)
     assert loaded_config == config and vocab_size == VOCAB_SIZE
+    description = read_description(folder)
+    assert (description.step, description.optimizer_updates) == (STEP, STEP)
     shapes = parameter_shapes(config, VOCAB_SIZE)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "no padded vocabulary"
     assert ("unembedding.weight" in weights) != config.model.tie_embeddings
@@ -45,26 +51,29 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
         assert torch.equal(weight, saved[name]), name
         assert not torch.equal(weight, initial_weight(config, name, shapes[name])), "and it was trained"
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values()), "not rounded"
+    reader = TensorReader(folder, "optimizer")
+    assert reader.homes.keys() == moments.keys() == {f"{key}.{n}" for key in ("exp_avg", "exp_avg_sq") for n in shapes}
+    assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in moments.items())
 
     model = ReferenceModel(loaded_config, vocab_size, weights)
     logits = model(torch.arange(8)[None])
     assert len(logits) == 4 and all(of_head.isfinite().all() for of_head in logits.values())
-    check_index(folder, shapes, pipeline)
+    for kind, number in {"model": 4, "optimizer": 8}.items():
+        check_index(folder, kind, number * sum(math.prod(shape) for shape in shapes.values()))
+    assert len(list(folder.glob("model-*.safetensors"))) == tensor * pipeline * data, "every rank writes its share"
 
 
-def check_index(folder: Path, shapes: dict[str, tuple[int, ...]], stages: int) -> None:
+def check_index(folder: Path, kind: str, total_size: int) -> None:
     """As Hugging Face's tools read it."""
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert files == [f"model-{stage:05d}-of-{stages:05d}.safetensors" for stage in range(1, stages + 1)]
-    index = json.loads((folder / INDEX).read_text())
-    assert list(index["weight_map"]) == list(shapes)
-    for file_name in files:
-        with safe_open(folder / file_name, "pt") as file:
-            assert {name for name, home in index["weight_map"].items() if home == file_name} == set(file.keys())
-    assert index["metadata"]["total_size"] == sum(4 * math.prod(shape) for shape in shapes.values())
+    index = json.loads((folder / f"{kind}.safetensors.index.json").read_text())
+    for path in folder.glob(f"{kind}-*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {name for name, home in index["weight_map"].items() if home == path.name} == set(file.keys())
+    assert index["metadata"]["total_size"] == total_size
 
 
 def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
     with pytest.raises(ConfigError) as error:
         load_weights(tmp_path / "missing")
     assert str(error.value).startswith(f"{tmp_path / 'missing'} is not a whole checkpoint: ")
@@ -77,13 +86,15 @@ def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["a file", "other model", "no index of weights", "not json", "missing part"])
 def test_what_is_almost_a_checkpoint(tmp_path: Path, broken: str) -> None:
-    description = {"step": 1, "vocab_size": VOCAB_SIZE, "config": tiny_config().model_dump(mode="json")}
+    config = tiny_config().model_dump(mode="json")
+    description = {"step": 1, "vocab_size": VOCAB_SIZE, "optimizer_updates": 1, "config": config}
     index: dict[str, Any] = {"weight_map": {"embedding.weight": "model-00001-of-00001.safetensors"}}
     if broken == "other model":
         description = {"architectures": ["LlamaForCausalLM"]}
     if broken == "no index of weights":
         index = {}
     (tmp_path / "config.json").write_text("{" if broken == "not json" else json.dumps(description))
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ConfigError):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError) as error:
         load_weights(tmp_path / "config.json" if broken == "a file" else tmp_path)
+    assert str(tmp_path) in str(error.value)

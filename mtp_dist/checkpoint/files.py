@@ -1,0 +1,132 @@
+"""What a checkpoint consists of: a folder `step_00000010` of whole tensors by global name, so any layout opens it.
+
+`model-*.safetensors` have the fp32 weights and `optimizer-*.safetensors` Adam's moments, one file of either for each
+rank that wrote; an index beside them says which tensor is in which file, as Hugging Face does it. `config.json` says
+the rest.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mtp_dist.config import Config, ConfigError, build_config
+
+MODEL, OPTIMIZER = "model", "optimizer"
+DESCRIPTION = "config.json"
+
+
+def checkpoint_path(config: Config, step: int) -> Path:
+    return config.checkpoint_dir / f"step_{step:08d}"
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint of the last step in a folder of checkpoints. Unfinished ones have another name."""
+    steps = {int(match[1]): path for path in directory.glob("step_*") if (match := _STEP.fullmatch(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+_STEP = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `config.json` says."""
+
+    step: int
+    """Updates made."""
+    vocab_size: int
+    optimizer_updates: int
+    """Those that Adam's bias correction counts: without steps dropped for a gradient that was not finite."""
+    config: Config
+
+    def write(self, folder: Path) -> None:
+        values = self.__dict__ | {"config": self.config.model_dump(mode="json")}
+        write_durably(folder / DESCRIPTION, json.dumps(values, indent=2))
+
+
+def read_description(folder: Path) -> Description:
+    """Raises ConfigError where it is missing or damaged."""
+    try:
+        values = json.loads((folder / DESCRIPTION).read_text())
+        numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
+        return Description(**numbers, config=build_config(values["config"]))
+    except OSError as error:
+        raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
+    except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
+        raise ConfigError(f"{folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+
+
+def tensor_file(kind: str, rank: int, ranks: int) -> str:
+    return f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+
+
+def _index_file(kind: str) -> str:
+    return f"{kind}.safetensors.index.json"
+
+
+def write_index(folder: Path, kind: str) -> set[str]:
+    """Say which of the files that are there has which tensor. Returns the tensors' names."""
+    homes: dict[str, str] = {}
+    size = 0
+    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118, not a dict
+                assert name not in homes, "every tensor is saved once"
+                homes[name] = path.name
+                size += 4 * math.prod(file.get_slice(name).get_shape())
+    index = {"metadata": {"total_size": size}, "weight_map": homes}
+    write_durably(folder / _index_file(kind), json.dumps(index, indent=2))
+    return set(homes)
+
+
+class TensorReader:
+    """The tensors of one kind in a checkpoint, read one by one."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        """Raises ConfigError where the index is missing or damaged."""
+        self.folder = folder
+        with self._errors_explained():
+            index: dict[str, Any] = json.loads((folder / _index_file(kind)).read_text())
+            self.homes: dict[str, str] = dict(index["weight_map"])
+
+    def read(self, name: str) -> Tensor:
+        """fp32, on the CPU. Raises ConfigError where its file is missing or damaged."""
+        with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} is not a whole checkpoint: {error.filename or error} cannot be read"
+            ) from None
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+
+
+def write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Have the operating system write a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

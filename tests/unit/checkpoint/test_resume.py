@@ -1,0 +1,107 @@
+"""Which checkpoint a run goes on from, and which changes of the configuration it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_dist.checkpoint.files import Description
+from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point
+from mtp_dist.config import Config, ConfigError
+from tests.parity.runs import VOCAB_SIZE, tiny_config
+
+
+def save_description(directory: Path, config: Config, step: int) -> Path:
+    folder = directory / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    Description(step, VOCAB_SIZE, step, config).write(folder)
+    return folder
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    for step in (9, 10, 100):
+        save_description(tmp_path / "run", tiny_config(), step)
+    (tmp_path / "run" / "step_00000200.unfinished").mkdir()
+    (tmp_path / "run" / "step_of_mine").mkdir()
+    (tmp_path / "run" / "earlier-1").mkdir()
+    return tmp_path / "run"
+
+
+def config_in(directory: Path, resume: str = "auto", allow_changes: list[str] | None = None, **sections: Any) -> Config:
+    checkpoint = {"directory": str(directory), "resume": resume, "allow_changes": allow_changes or []}
+    return tiny_config(checkpoint=checkpoint, **sections)
+
+
+def test_where_to_go_on(directory: Path, tmp_path: Path) -> None:
+    newest = ResumePoint(directory / "step_00000100", 100)
+    assert find_resume_point(config_in(directory), VOCAB_SIZE) == newest
+    assert find_resume_point(config_in(directory, "none"), VOCAB_SIZE) is None
+    assert find_resume_point(config_in(tmp_path / "empty"), VOCAB_SIZE) is None
+    assert find_resume_point(config_in(tmp_path / "empty", str(directory)), VOCAB_SIZE) == newest
+    one = directory / "step_00000010"
+    assert find_resume_point(config_in(directory, str(one)), VOCAB_SIZE) == ResumePoint(one, 10)
+    with pytest.raises(ConfigError, match=r"^checkpoint.resume = '.*' has no checkpoint: "):
+        find_resume_point(config_in(directory, str(tmp_path / "empty")), VOCAB_SIZE)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "heads.kind": {"heads": {"kind": "causal"}},
+    "heads.count": {"heads": {"count": 2}},
+    "heads.schedule": {"heads": {"schedule": "forward"}},
+    "heads.prediction_distances": {"heads": {"prediction_distances": [1, 2, 3, 5]}},
+    "heads.loss_weights": {"heads": {"loss_weights": [1, 0.5, 0.5, 0.5]}},
+    "heads.detach": {"heads": {"detach": True}},
+    "optimizer.lr": {"optimizer": {"lr": 2e-3}},
+    "train.steps": {"train": {"steps": 40}},
+    "train.global_batch_size": {"train": {"global_batch_size": 16}},
+    "train.sequence_length": {"train": {"sequence_length": 32}},
+    "train.precision": {"train": {"precision": "bf16"}},
+    "run.seed": {"run": {"seed": 7}},
+    "data.train": {"data": {"train": [{"path": "elsewhere"}]}},
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_another_training_is_refused_unless_allowed(directory: Path, key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        find_resume_point(config_in(directory, **REFUSED[key]), VOCAB_SIZE)
+    [sentence] = str(error.value).splitlines()
+    assert sentence.startswith(f"{key} is ") and f"{directory / 'step_00000100'} was trained with" in sentence
+    assert sentence.endswith(f"checkpoint.allow_changes=[{key}]")
+    assert find_resume_point(config_in(directory, "none", **REFUSED[key]), VOCAB_SIZE) is None
+    assert find_resume_point(config_in(directory, allow_changes=[key], **REFUSED[key]), VOCAB_SIZE)
+
+
+def test_every_difference_is_named_with_both_values(directory: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        find_resume_point(config_in(directory, heads={"kind": "causal", "count": 2}), VOCAB_SIZE)
+    assert sorted(line.split(":")[0] for line in str(error.value).splitlines()) == [
+        f"heads.count is 2, {directory / 'step_00000100'} was trained with 4",
+        f"heads.kind is 'causal', {directory / 'step_00000100'} was trained with 'parallel'",
+    ]
+
+
+@pytest.mark.parametrize("allowed", [[], ["model.ffn_hidden_size"]])
+def test_another_trunk_is_refused_in_any_case(directory: Path, allowed: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.ffn_hidden_size is 64, "):
+        find_resume_point(config_in(directory, model={"ffn_hidden_size": 64}), VOCAB_SIZE)
+    with pytest.raises(ConfigError, match="vocabulary of 131 tokens, this run one of 257"):
+        find_resume_point(config_in(directory), 257)
+
+
+def test_keys_that_may_change_are_known(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.allow_changes names heads\.kinds, which is not a key"):
+        find_resume_point(config_in(directory, allow_changes=["heads.kinds"]), VOCAB_SIZE)
+
+
+def test_layout_and_reports_may_change(directory: Path) -> None:
+    config = config_in(
+        directory,
+        run={"name": "other", "output_dir": "elsewhere"},
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True, "zero_stage": 1},
+        heads={"loss_mode": "recompute", "chunk_tokens": 3},
+        train={"micro_batch_size": 1, "activation_checkpointing": "full", "validate_every": 3},
+        log={"every": 1},
+    )
+    assert find_resume_point(config, VOCAB_SIZE)
