@@ -32,7 +32,8 @@ class HeadsConfig(Section):
     """`shared`: one unembedding serves all heads; `separate`: each has its own. One final norm serves all in any
     case."""
     detach: bool = False
-    """The losses of heads 2..n train these heads only: no gradient of theirs reaches the trunk or head 1."""
+    """The losses of heads 2..n train these heads and what all heads share: the final norm, the unembedding, and the
+    embedding where heads read it. No gradient of theirs reaches the trunk's layers or those of head 1."""
     loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
     """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
     auxiliary_weight: NonNegativeFloat | Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)] | None = (
@@ -41,7 +42,7 @@ class HeadsConfig(Section):
     """Instead of `loss_weights`: 1 for head 1, and this number in equal parts for the others (DeepSeek-V3's lambda/D).
     A list such as [[1, 0.3], [10000, 0.1]] gives it from each of these steps on."""
     loss_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Instead of `loss_weights`: beta^(k-1) over the sum of these."""
+    """Instead of `loss_weights`: beta^(k-1) over the sum of these, k the head's number whatever its distance."""
     schedule: Literal["constant", "forward", "reverse"] = "constant"
     """Which heads learn, in n equal stages of `train.steps`: all; heads 1..s in stage s (`forward`); heads 1..n-s+1
     (`reverse`). The others do not run; their gradient is 0."""
@@ -58,9 +59,10 @@ class HeadsConfig(Section):
     """Weight, beside each cross-entropy, of the squared logarithm of the softmax's denominator (PaLM's 1e-4 keeps
     logits from drifting); the reported losses are without it."""
     loss_mode: Literal["eager", "recompute", "naive"] = "eager"
-    """`eager` runs each head forward and backward before the next one, so memory stays that of one head; `recompute`
-    does it in the backward pass, for one more forward pass of the heads and nothing kept until then; `naive` keeps the
-    logits of all heads until the backward pass: a reference."""
+    """`eager` runs each head forward and backward before the next one, so memory stays that of one head (chained kinds
+    keep their blocks' activations, not their logits); `recompute` does it in the backward pass, for one more forward
+    pass of the heads and nothing kept until then; `naive` keeps the logits of all heads until the backward pass: a
+    reference."""
     chunk_tokens: PositiveInt | None = None
     """Tokens whose logits are in memory at once in `eager` and `recompute`; when absent as many as fit into 64 MiB on
     a CPU and 1 GiB on a GPU."""
@@ -78,7 +80,11 @@ class HeadsConfig(Section):
     @property
     def blocks(self) -> int:
         """Heads that have a block between the trunk and the final norm, or after it."""
-        return self.count - 1 if self.kind in ("mlp", "sequential") else self.count
+        return self.active_blocks(self.count)
+
+    def active_blocks(self, active: int) -> int:
+        """Those of heads 1..active."""
+        return active - 1 if self.kind in ("mlp", "sequential") else active
 
     @property
     def block_layers(self) -> int:
@@ -86,7 +92,9 @@ class HeadsConfig(Section):
         return 0 if self.kind in ("linear", "mlp") else self.layers_per_head
 
 
-def contradictions_of_heads(heads: HeadsConfig, tie_embeddings: bool, steps: int) -> Iterator[str]:
+def contradictions_of_heads(
+    heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int
+) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
     if tie_embeddings and heads.unembedding == "separate":
         yield (
@@ -97,7 +105,7 @@ def contradictions_of_heads(heads: HeadsConfig, tie_embeddings: bool, steps: int
         yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
     yield from _contradictions_of_kind(heads)
     yield from _contradictions_of_auxiliary_losses(heads)
-    yield from _contradictions_of_distances(heads)
+    yield from _contradictions_of_distances(heads, sequence_length)
     yield from _contradictions_of_weights(heads, steps)
 
 
@@ -129,19 +137,43 @@ def _contradictions_of_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             "heads.distillation does not go with heads.kind = 'anticausal': head 1, which teaches the others, is the "
             "last to run"
         )
+    if heads.distillation and heads.count > 1:
+        yield from _contradictions_of_teacher(heads)
+    if heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation:
+        yield "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key"
+    if heads.token_order_window != HeadsConfig().token_order_window and not heads.token_order:
+        yield "heads.token_order_window has no effect without heads.token_order: give it a weight or remove the key"
     used = {"distillation": heads.distillation, "token_order": heads.token_order}
     for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
         if heads.loss_mode == "naive":
             yield f"heads.{key} does not go with heads.loss_mode = 'naive', which lacks it: use 'eager' or 'recompute'"
 
 
-def _contradictions_of_distances(heads: HeadsConfig) -> Iterator[str]:
+def _contradictions_of_teacher(heads: HeadsConfig) -> Iterator[str]:
+    if heads.loss_weights and not heads.loss_weights[0]:
+        yield (
+            "heads.distillation teaches from head 1, whose heads.loss_weights is 0 so that it never learns: give it a "
+            "weight above 0"
+        )
+    if heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])):
+        yield (
+            "heads.distillation is part of the losses of heads 2..n, whose weights are all 0: give one of them a "
+            "weight above 0 or remove heads.distillation"
+        )
+
+
+def _contradictions_of_distances(heads: HeadsConfig, sequence_length: int) -> Iterator[str]:
     distances = heads.distances
     key = f"heads.prediction_distances = {list(distances)}"
     if len(distances) != heads.count:
         yield f"{key} has {len(distances)} numbers, heads.count is {heads.count}: give one per head"
     if distances[0] != 1 or any(later <= earlier for earlier, later in pairwise(distances)):
         yield f"{key} must increase from 1: head 1 predicts the next token"
+    elif heads.prediction_distances and distances[-1] > sequence_length:
+        yield (
+            f"the last of heads.prediction_distances, {distances[-1]}, looks further ahead than a sample is long, "
+            f"train.sequence_length = {sequence_length}: lower it or train on longer samples"
+        )
     elif heads.kind == "sequential" and distances != tuple(range(1, len(distances) + 1)):
         yield (
             f"{key} does not go with heads.kind = 'sequential', whose blocks read every token up to their target: "
@@ -152,12 +184,17 @@ def _contradictions_of_distances(heads: HeadsConfig) -> Iterator[str]:
 def _contradictions_of_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     given = [key for key in ("loss_weights", "auxiliary_weight", "loss_decay") if getattr(heads, key) is not None]
     if len(given) > 1:
-        yield f"{' and '.join(f'heads.{key}' for key in given)} both say how the losses are weighed: keep one"
+        yield f"{' and '.join(f'heads.{key}' for key in given)} each say how the losses are weighed: keep one"
     weights = heads.loss_weights
     if weights is not None and len(weights) != heads.count:
         yield f"heads.loss_weights has {len(weights)} numbers, heads.count is {heads.count}: give one per head"
-    if weights is not None and not any(weights):
+    if weights is not None and not any(weights) and not heads.token_order:
         yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
+    if weights and not weights[0] and any(weights) and heads.detach:
+        yield (
+            "heads.detach = true leaves the trunk to head 1 alone, whose heads.loss_weights is 0: nothing would train "
+            "the trunk, give it a weight above 0"
+        )
     if heads.auxiliary_weight is not None and heads.count == 1:
         yield "heads.auxiliary_weight weighs the heads from head 2 on, heads.count is 1: remove it"
     if heads.schedule != "constant" and weights and not weights[0]:

@@ -27,7 +27,8 @@ class ModelConfig(Section):
     hidden_size: PositiveInt
     """Width D of the trunk."""
     trunk_layers: PositiveInt
-    """Transformer layers of the trunk. A parameter-matched comparison keeps `trunk_layers + heads.count` constant."""
+    """Transformer layers of the trunk. A parameter-matched comparison of models with heads of one layer
+    keeps `trunk_layers + heads.count` constant."""
     num_attention_heads: PositiveInt
     """Query heads of each attention layer."""
     num_query_groups: PositiveInt | None = None
@@ -262,7 +263,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
-    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps)
+    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):

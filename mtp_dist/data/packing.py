@@ -41,7 +41,8 @@ class PackedCorpus:
         if len(tokens) < needed:
             raise ConfigError(
                 f"{len(tokens)} tokens are fewer than one sample needs, train.sequence_length + tokens to look ahead = "
-                f"{sequence_length} + {lookahead} = {needed}: add text or lower train.sequence_length"
+                f"{sequence_length} + {lookahead} = {needed}: add text, lower train.sequence_length, or look less far "
+                "ahead with heads.prediction_distances or heads.token_order_window"
             )
         self.tokens = tokens
         self.sequence_length = sequence_length

@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
-from mtp_dist.model.layers import DecoderLayer, RMSNorm, transformer_config
+from mtp_dist.model.layers import DecoderLayer, RMSNorm, recompute, transformer_config
 
 
 class ReplicatedLinear(nn.Module):
@@ -54,7 +54,10 @@ class ResidualHead(LinearHead):
 
 
 class SequentialHead(nn.Module):
-    """TRM(M [RMSNorm(h); RMSNorm(Emb(x))]) (DeepSeek-V3, arXiv:2412.19437, equations 21 and 22)."""
+    """TRM(M [RMSNorm(Emb(x)); RMSNorm(h)]) (DeepSeek-V3, arXiv:2412.19437, equations 21 and 22).
+
+    The paper writes h first; the columns of `eh_proj` are in the order of its released weights and of Megatron-core.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -63,9 +66,15 @@ class SequentialHead(nn.Module):
         self.enorm = RMSNorm(shared, width, config.model.norm_eps)
         self.eh_proj = ReplicatedLinear(config, 2 * width, width)
         self.layers = TransformerHead(config)
+        self.activation_checkpointing = config.train.activation_checkpointing
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """hidden of the head before and embedded tokens, both `[S, B, D]` -> `[S, B, D]`."""
-        joined = torch.cat([self.hnorm(hidden), self.enorm(embedded)], -1)
-        output: Tensor = self.layers(self.eh_proj(joined))
+        whole = self.activation_checkpointing == "full" and torch.is_grad_enabled()
+        joined = recompute(self._join, hidden, embedded) if whole else self._join(hidden, embedded)
+        output: Tensor = self.layers(joined)
         return output
+
+    def _join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        joined: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))
+        return joined

@@ -79,8 +79,8 @@ def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[s
 def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
     """The whole initial weight of that global name, fp32 on the CPU: a function of the seed and the name only.
 
-    Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth), depth
-    being the layers between a token and its logits (as in GPT-2).
+    Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
+    GPT-2, depth being the trunk's layers and those of one head, also where heads are chained.
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)

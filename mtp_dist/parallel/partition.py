@@ -32,4 +32,4 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
 
 def _heads_cost(config: Config, vocab_size: int) -> float:
     """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
-    return head_matrices(config, vocab_size) / layer_matrices(config.model)
+    return head_matrices(config, vocab_size, config.heads.count) / layer_matrices(config.model)

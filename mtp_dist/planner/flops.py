@@ -51,12 +51,12 @@ def _extra_parameters(config: Config) -> int:
     return _extra_matrix(config) + (2 * config.model.hidden_size if config.heads.kind == "sequential" else 0)
 
 
-def head_matrices(config: Config, vocab_size: int) -> int:
-    """Parameters of the matrices that multiply one position in all heads; a shared one counts for each that uses it."""
+def head_matrices(config: Config, vocab_size: int, active: int) -> int:
+    """Parameters of the matrices that multiply one position in heads 1..active; a shared one counts for each user."""
     heads = config.heads
     block = heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
-    unembeddings = heads.count + (1 if heads.token_order else 0)
-    return heads.blocks * block + unembeddings * vocab_size * config.model.hidden_size
+    unembeddings = active + (1 if heads.token_order else 0)
+    return heads.active_blocks(active) * block + unembeddings * vocab_size * config.model.hidden_size
 
 
 def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
@@ -71,8 +71,8 @@ def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
     )
 
 
-def model_flops_per_token(config: Config, vocab_size: int) -> int:
-    """FLOPs of the matrix products, forward and backward, for one trained position.
+def model_flops_per_token(config: Config, vocab_size: int, active: int) -> int:
+    """FLOPs of the matrix products, forward and backward, for one trained position while heads 1..active run.
 
     The convention of PaLM (arXiv:2204.02311, appendix B): 6 for each parameter of a matrix that multiplies the
     position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
@@ -81,8 +81,8 @@ def model_flops_per_token(config: Config, vocab_size: int) -> int:
     once for each head, the embedding's look-up not at all.
     """
     model = config.model
-    layers = model.trunk_layers + config.heads.blocks * config.heads.block_layers
-    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, vocab_size)
+    layers = model.trunk_layers + config.heads.active_blocks(active) * config.heads.block_layers
+    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, vocab_size, active)
     return 6 * matrices + 12 * layers * model.hidden_size * config.train.sequence_length
 
 

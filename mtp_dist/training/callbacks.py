@@ -51,8 +51,8 @@ class Sink:
 class Rates:
     """What turns tokens and nats into the units of the logs."""
 
-    flops_per_token: int
-    """Model FLOPs of one trained position, forward and backward."""
+    flops_per_token: Sequence[int]
+    """Model FLOPs of one trained position, forward and backward, while 1, 2, ... n heads run."""
     peak_flops: float | None
     """FLOP/s of all devices of the run together at best; None where unknown."""
     bytes_per_token: float
@@ -73,15 +73,16 @@ def _head_scalars(heads: HeadMetrics) -> dict[str, float]:
     return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}
 
 
-def step_scalars(metrics: StepMetrics, tokens_per_second: float, rates: Rates) -> dict[str, float]:
+def step_scalars(
+    metrics: StepMetrics, tokens_per_second: float, flops_per_second: float, peak_flops: float | None
+) -> dict[str, float]:
     """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
-    flops_per_second = tokens_per_second * rates.flops_per_token
     return _head_scalars(metrics.heads) | {
         "train/grad_norm": metrics.grad_norm,
         "train/learning_rate": metrics.learning_rate,
         "throughput/tokens_per_second": tokens_per_second,
         "throughput/model_flops_per_second": flops_per_second,
-        "throughput/mfu": flops_per_second / rates.peak_flops if rates.peak_flops else 0.0,
+        "throughput/mfu": flops_per_second / peak_flops if peak_flops else 0.0,
         "memory/peak_bytes": float(metrics.peak_memory),
     }
 
@@ -108,6 +109,7 @@ class MetricsLogger(Callback):
         self._log_every = log_every
         self._first = True
         self._tokens = 0
+        self._flops = 0
         self._seconds = 0.0
 
     def on_start(self) -> None:
@@ -117,12 +119,14 @@ class MetricsLogger(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._tokens += metrics.tokens
+        self._flops += metrics.tokens * self._rates.flops_per_token[len(metrics.heads.losses) - 1]
         self._seconds += metrics.seconds
         for sink in self._sinks:
             sink.advance(metrics.step)
         if self._first or metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
-            self._write(metrics.step, step_scalars(metrics, self._tokens / self._seconds, self._rates))
-            self._first, self._tokens, self._seconds = False, 0, 0.0
+            rates = self._tokens / self._seconds, self._flops / self._seconds, self._rates.peak_flops
+            self._write(metrics.step, step_scalars(metrics, *rates))
+            self._first, self._tokens, self._flops, self._seconds = False, 0, 0, 0.0
 
     def on_validation(self, step: int, heads: HeadMetrics) -> None:
         self._write(step, validation_scalars(heads, self._rates))

@@ -70,7 +70,9 @@ class RunReporter(Callback):
             sinks.append(TensorBoardWriter(self.tensorboard_dir, made))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = Rates(
-            flops_per_token=model_flops_per_token(config, self.vocab_size),
+            flops_per_token=[
+                model_flops_per_token(config, self.vocab_size, active) for active in range(1, config.heads.count + 1)
+            ],
             peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token=self.validation.bytes_per_token if self.validation else 1.0,
         )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.loss.weights import head_weights
+from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
@@ -111,7 +111,7 @@ def names_over_ranks(tensors: Mapping[str, Tensor]) -> set[str]:
 def compare_with_reference(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
     """One step of the sharded model beside one of the reference, on the same random batch."""
     samples, targets = random_batch(config, vocab_size)
-    weights = head_weights(config, 1)
+    weights = HeadWeights(head_weights(config, 1).weights, config.heads.count)
     reference = ReferenceTraining(config, vocab_size, topology.device)
     losses, norm, truth = reference.step(samples, targets, config.optimizer.lr, weights)
 

@@ -92,16 +92,47 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"loss_weights": [1, 1, 1, 1], "auxiliary_weight": 0.3},
-        "heads.loss_weights and heads.auxiliary_weight both say how the losses are weighed: keep one",
+        "heads.loss_weights and heads.auxiliary_weight each say how the losses are weighed: keep one",
     ),
     (
         {"auxiliary_weight": 0, "loss_decay": 0.3},
-        "heads.auxiliary_weight and heads.loss_decay both say how the losses are weighed: keep one",
+        "heads.auxiliary_weight and heads.loss_decay each say how the losses are weighed: keep one",
     ),
     ({"loss_weights": [1, 2]}, "heads.loss_weights has 2 numbers, heads.count is 4: give one per head"),
     (
         {"loss_weights": [0, 0, 0, 0]},
         "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0",
+    ),
+    (
+        {"loss_weights": [0, 1, 1, 1], "detach": True},
+        "heads.detach = true leaves the trunk to head 1 alone, whose heads.loss_weights is 0: nothing would train the "
+        "trunk, give it a weight above 0",
+    ),
+    (
+        {"loss_weights": [0, 1, 1, 1], "distillation": 0.5},
+        "heads.distillation teaches from head 1, whose heads.loss_weights is 0 so that it never learns: give it a "
+        "weight above 0",
+    ),
+    *(
+        (
+            {**weights, "distillation": 0.5},
+            "heads.distillation is part of the losses of heads 2..n, whose weights are all 0: give one of them a "
+            "weight above 0 or remove heads.distillation",
+        )
+        for weights in ({"loss_weights": [1, 0, 0, 0]}, {"auxiliary_weight": 0})
+    ),
+    (
+        {"distillation_top": 5},
+        "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key",
+    ),
+    (
+        {"token_order_window": 5},
+        "heads.token_order_window has no effect without heads.token_order: give it a weight or remove the key",
+    ),
+    (
+        {"prediction_distances": [1, 2, 3, 17]},
+        "the last of heads.prediction_distances, 17, looks further ahead than a sample is long, "
+        "train.sequence_length = 16: lower it or train on longer samples",
     ),
     ({"auxiliary_weight": [[2, 0.3]]}, "heads.auxiliary_weight has the steps [2]: they must increase from 1"),
     (
@@ -195,6 +226,7 @@ GOOD: list[dict[str, Any]] = [
     {"auxiliary_weight": [[1, 0.3], [10, 0]], "token_order": 0.5, "token_order_window": 8, "kind": "anticausal"},
     {"loss_decay": 0.6, "distillation": 1, "distillation_top": 7, "token_order": 1, "z_loss": 1e-4, "detach": True},
     {"count": 1, "prediction_distances": [1], "schedule": "forward"},
+    {"loss_weights": [0, 0, 0, 0], "token_order": 1},
 ]
 
 

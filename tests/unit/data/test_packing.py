@@ -49,7 +49,7 @@ def test_a_sample_is_a_copy() -> None:
 
 
 def test_too_few_tokens_tell_how_many_are_needed() -> None:
-    with pytest.raises(ConfigError, match=r"11 tokens are fewer than .* 8 \+ 4 = 12: add text or lower"):
+    with pytest.raises(ConfigError, match=r"11 tokens are fewer than .* 8 \+ 4 = 12: add text, lower"):
         PackedCorpus(np.zeros(11, dtype=np.uint16), 8, 4)
     assert len(PackedCorpus(np.zeros(12, dtype=np.uint16), 8, 4)) == 1
 

@@ -147,7 +147,7 @@ def test_as_many_products_as_the_planner_counts(drawn: dict[str, Any], vocab_siz
     matrices += (drawn["heads"] + drawn["token_order"]) * vocab_size * width
     layers = sum(name.endswith("linear_qkv.weight") for name in used)
     attention = 12 * layers * width * config.train.sequence_length
-    assert model_flops_per_token(config, vocab_size) == 6 * matrices + attention
+    assert model_flops_per_token(config, vocab_size, config.heads.count) == 6 * matrices + attention
 
 
 def seeded(seed: int, **sections: Any) -> Config:

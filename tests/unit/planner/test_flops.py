@@ -46,7 +46,9 @@ def test_counts_equal_the_shapes() -> None:
 def test_tied_embeddings_count_once_but_still_multiply() -> None:
     tied = small_config(tie_embeddings=True)
     assert parameter_counts(tied, 101).embeddings == 101 * 48
-    assert model_flops_per_token(tied, 101) == model_flops_per_token(small_config(), 101)
+    assert model_flops_per_token(tied, 101, tied.heads.count) == model_flops_per_token(
+        small_config(), 101, small_config().heads.count
+    )
 
 
 def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> None:
@@ -54,7 +56,9 @@ def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> No
     separate = build_config(sections | {"heads": sections["heads"] | {"unembedding": "separate"}})
     assert parameter_counts(separate, 101).embeddings == size((101, 48), *[(101, 48)] * 2)
     assert parameter_counts(separate, 101).heads == parameter_counts(small_config(), 101).heads
-    assert model_flops_per_token(separate, 101) == model_flops_per_token(small_config(), 101)
+    assert model_flops_per_token(separate, 101, separate.heads.count) == model_flops_per_token(
+        small_config(), 101, small_config().heads.count
+    )
 
 
 def a_7b_model(trunk_layers: int, **heads: Any) -> Config:
@@ -99,7 +103,14 @@ def test_flops_of_every_matrix_product() -> None:
     layers, query_channels, keys = 3 + 2 * 2, 48, 10
     scores, values = 2 * query_channels * keys, 2 * keys * query_channels
     forward = layers * (2 * size(*LAYER_MATRICES) + scores + values) + 2 * (2 * 48 * 101)
-    assert model_flops_per_token(small_config(), 101) == 3 * forward
+    assert model_flops_per_token(small_config(), 101, small_config().heads.count) == 3 * forward
+
+
+@pytest.mark.parametrize("kind", ["parallel", "linear", "mlp", "sequential"])
+def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind: str) -> None:
+    for active in (1, 2, 3):
+        fewer = model_flops_per_token(a_7b_model(8, count=active, kind=kind), 32000, active)
+        assert model_flops_per_token(a_7b_model(8, count=4, kind=kind), 32000, active) == fewer
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mtp_dist.training.callbacks import (
 )
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
-RATES = Rates(flops_per_token=1_000, peak_flops=1e6, bytes_per_token=2.0)
+RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token=2.0)
 HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
 
 STEP_NAMES = {
@@ -103,9 +103,19 @@ def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
     assert training[8]["throughput/tokens_per_second"] == 200 / 4
 
 
+def test_heads_that_do_not_run_cost_no_flops() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=3)
+    one = HeadMetrics(losses=(1.0,), accuracies=(0.5,), total=1.0)
+    for step, heads in enumerate([HEADS, HEADS, one, one], 1):
+        logger.on_step(make_step(step, 40, 1.0, heads))
+    flops = [scalars["throughput/model_flops_per_second"] for _, scalars in sink.records]
+    assert flops == [40_000, (40_000 + 20_000) / 2, 20_000]
+
+
 def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], Rates(1_000, None, 2.0), total_steps=2, log_every=1)
+    logger = MetricsLogger([sink], Rates([500, 1_000], None, 2.0), total_steps=2, log_every=1)
     logger.on_start()
     for step in (1, 2):
         logger.on_step(make_step(step))
@@ -163,12 +173,12 @@ def test_each_line_is_there_at_once_and_a_restart_keeps_those_of_updates_made(tm
     path = tmp_path / "metrics.jsonl"
     killed = MetricsFile(path)  # never closed
     for step in (1, 2, 3):
-        killed.write(step, step_scalars(make_step(step), 200.0, RATES))
+        killed.write(step, step_scalars(make_step(step), 200.0, 2e5, 1e6))
         assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))
     with path.open("a") as file:
         file.write('{"step": 2, "loss/he')
     resumed = MetricsFile(path, updates_made=2)
-    resumed.write(3, step_scalars(make_step(3), 100.0, RATES))
+    resumed.write(3, step_scalars(make_step(3), 100.0, 1e5, 1e6))
     lines = read_lines(path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["throughput/tokens_per_second"] for line in lines] == [200.0, 200.0, 100.0]

@@ -11,9 +11,9 @@ from mtp_dist.training.callbacks import Rates, step_scalars, validation_scalars
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 
-RATES = Rates(flops_per_token=1_000, peak_flops=None, bytes_per_token=1.0)
+RATES = Rates(flops_per_token=[500, 1_000], peak_flops=None, bytes_per_token=1.0)
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
-SCALARS = step_scalars(StepMetrics(20, HEADS, 0.75, 3e-4, 100, 1.0, 1), 12345.6, RATES)
+SCALARS = step_scalars(StepMetrics(20, HEADS, 0.75, 3e-4, 100, 1.0, 1), 12345.6, 1.2e7, None)
 
 
 @pytest.fixture
