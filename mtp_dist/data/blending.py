@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.packing import PackedCorpus
+from mtp_dist.data.shuffling import ROUNDS, Shuffle
 
 
 class BlendedSamples:
@@ -24,39 +25,60 @@ class BlendedSamples:
         self.shares = np.array(weights, dtype=np.float64) / sum(weights)
         self.seed = seed
         self.num_samples = num_samples
-        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        self._orders: dict[int, tuple[int, Shuffle]] = {}
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + n]."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
-        source, occurrence = self.locate(index)
-        epoch, position = divmod(occurrence, len(self.corpora[source]))
-        return self.corpora[source][int(self._order(source, epoch)[position])]
+        """Sample number `index`, [S + lookahead]."""
+        return self.read(index, 1)[0]
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """The source of sample `index`, and how many earlier samples come from that source.
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        """Samples number first .. first + count - 1, [count, S + lookahead]."""
+        if not 0 <= first <= first + count <= self.num_samples:
+            raise IndexError(f"samples {first} to {first + count - 1} of {self.num_samples}")
+        samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
+        for sample, source, occurrence in zip(samples, *self.locate(first, count), strict=True):
+            epoch, position = divmod(int(occurrence), len(self.corpora[source]))
+            sample[:] = self.corpora[source].tokens_of(self._order(source, epoch)[position])
+        return samples
+
+    def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source of each of these samples, and how many earlier samples come from that source, [count] each."""
+        skipped, sources = self._merge(first, count)
+        occurrences = np.empty_like(sources)
+        for source, number in enumerate(skipped):
+            from_it = sources == source
+            occurrences[from_it] = number + np.arange(from_it.sum())
+        window = slice(first - int(skipped.sum()), None)
+        return sources[window], occurrences[window]
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How many times each corpus has been read after the first `num_samples` samples."""
+        skipped, sources = self._merge(num_samples, 0)
+        read = skipped + np.bincount(sources, minlength=len(self.corpora))
+        return [float(number / len(corpus)) for number, corpus in zip(read, self.corpora, strict=True)]
+
+    def _merge(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many samples of each source come before some sample at or before `first`, and the sources from there to
+        sample first + count - 1.
 
         Occurrence k of a source with share w stands at (k + 1/2) / w, and the samples are all occurrences in the order
         of these places (the first source where they tie). `floor(w * x + 1/2)` occurrences lie up to x, over all m
-        sources x - m/2 to x + m/2 of them: so start 2 m before `index` and sort the few that follow.
+        sources x - m/2 to x + m/2 of them: so start 2 m before `first` and sort the few that follow.
         """
-        num_sources = len(self.shares)
-        skipped = np.floor(self.shares * max(0, index - 2 * num_sources) + 0.5).astype(np.int64)
-        occurrences = skipped[:, None] + np.arange(3 * num_sources + 1)
+        sources = len(self.shares)
+        skipped = np.floor(self.shares * max(0, first - 2 * sources) + 0.5).astype(np.int64)
+        occurrences = skipped[:, None] + np.arange(count + 3 * sources + 1)
         places = (occurrences + 0.5) / self.shares[:, None]
-        chosen = np.argsort(places, axis=None, kind="stable")[index - skipped.sum()]
-        return int(chosen) // occurrences.shape[1], int(occurrences.flat[chosen])
+        order = np.argsort(places, axis=None, kind="stable")[: first + count - skipped.sum()]
+        return skipped, order // occurrences.shape[1]
 
-    def _order(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """The permutation of a source's samples in one epoch; the last one of each source is kept.
-
-        It sorts raw random bits because NumPy keeps those the same in every version, unlike `Generator.permutation`.
-        """
+    def _order(self, source: int, epoch: int) -> Shuffle:
+        """Of a source's samples in one epoch; the last one of each source is kept."""
         if self._orders.get(source, (None,))[0] != epoch:
-            bits = np.random.PCG64([self.seed, source, epoch]).random_raw(len(self.corpora[source]))
-            self._orders[source] = (epoch, np.argsort(bits, kind="stable"))
+            # Raw bits, because NumPy keeps those the same in every version.
+            keys = np.random.PCG64([self.seed, source, epoch]).random_raw(ROUNDS)
+            self._orders[source] = (epoch, Shuffle(len(self.corpora[source]), keys.tolist()))
         return self._orders[source][1]

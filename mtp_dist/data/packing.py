@@ -6,6 +6,7 @@ Shapes: S is `train.sequence_length`, the lookahead is the last prediction dista
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,9 +52,18 @@ class PackedCorpus:
     def __len__(self) -> int:
         return (len(self.tokens) - self.lookahead) // self.sequence_length
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + lookahead]."""
+    @property
+    def sample_length(self) -> int:
+        """S + lookahead."""
+        return self.sequence_length + self.lookahead
+
+    def tokens_of(self, index: int) -> NDArray[Any]:
+        """Sample number `index`, [S + lookahead], in the corpus's own type."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = index * self.sequence_length
-        return self.tokens[start : start + self.sequence_length + self.lookahead].astype(np.int64)
+        return self.tokens[start : start + self.sample_length]
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """The same as int64."""
+        return self.tokens_of(index).astype(np.int64)
