@@ -1,5 +1,6 @@
 """Drawings that are made of no data: `python docs/drawings.py` draws them again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -7,65 +8,154 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 IMAGES = Path(__file__).parent / "images"
-BLOCK, PLAIN, OUTPUT = "#cfe2f3", "#eeeeee", "#d9ead3"
-KINDS = {
-    "parallel": "T{k}",
-    "causal": "T{k}",
-    "anticausal": "T{k}",
-    "linear": "W{k}",
-    "mlp": "y+SiLU(W{k} y)",
-    "sequential": "T{k}, M{k}",
-}
+SHARED, OWN, TENSOR = "#dcdcdc", "#b9d7f2", "#fff2c4"
+LINE = "#222222"
+
+# Lengths are in units of the distance between two heads.
+WIDTH, HEIGHT = 12.8, 13.5
+INCHES = 9.2 / WIDTH
+BOX_HEIGHT = 0.52
+COLUMNS = (0.55, 1.55, 2.55)
+"""Of the heads, in a narrow panel."""
+
+Point = tuple[float, float]
 
 
-def box(axes: Axes, x: float, y: float, text: str, color: str, width: float = 0.8) -> None:
-    style = {"boxstyle": "round,pad=0.02", "linewidth": 0.8, "edgecolor": "#555555", "facecolor": color}
-    axes.add_patch(matplotlib.patches.FancyBboxPatch((x - width / 2, y - 0.22), width, 0.44, **style))
-    axes.text(x, y, text, ha="center", va="center", fontsize=7)
-
-
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 0.9, "color": "#333333"})
-
-
-def draw_kind(axes: Axes, kind: str, heads: int = 3) -> None:
-    """Trunk at the bottom, blocks above, then norm and unembedding, the predicted token on top."""
-    box(axes, (heads + 1) / 2, 0, "trunk: z", PLAIN, heads)
-    before_norm = kind != "mlp"
-    for k in range(1, heads + 1):
-        y_block, y_norm = (1.2, 2.2) if before_norm else (2.2, 1.2)
-        has_block = k > 1 or kind not in ("mlp", "sequential")
-        box(axes, k, y_norm, "N", PLAIN)
-        if has_block:
-            box(axes, k, y_block, KINDS[kind].format(k=k), BLOCK, 0.85 if kind == "mlp" else 0.8)
-        box(axes, k, 3.2, "U", PLAIN)
-        axes.text(k, 3.85, f"x[t+{k}]", ha="center", va="center", fontsize=8)
-        arrow(axes, (k, 3.42), (k, 3.72))
-        lower, upper = (y_block, y_norm) if before_norm else (y_norm, y_block)
-        if has_block:
-            arrow(axes, (k, 1.42), (k, 1.98))
-        arrow(axes, (k, (upper if has_block or before_norm else lower) + 0.22), (k, 2.98))
-        reads_trunk = {"causal": k == 1, "anticausal": k == heads, "sequential": k == 1}.get(kind, True)
-        if reads_trunk:
-            arrow(axes, (k, 0.22), (k, (1.2 if has_block or not before_norm else 2.2) - 0.22))
-        if kind == "causal" and k > 1:
-            arrow(axes, (k - 0.6, 1.2), (k - 0.4, 1.2))
-        if kind == "anticausal" and k < heads:
-            arrow(axes, (k + 0.6, 1.2), (k + 0.4, 1.2))
-        if kind == "sequential" and k > 1:
-            arrow(axes, (k - 0.98, 0.75) if k == 2 else (k - 0.6, 1.2), (k - 0.41, 1.1 if k == 2 else 1.2))
-            axes.text(k, 0.5, f"E x[t+{k - 1}]", ha="center", va="center", fontsize=7)
-            arrow(axes, (k, 0.62), (k, 0.97))
-    axes.set(xlim=(0.4, heads + 0.6), ylim=(-0.35, 4.1), title=kind)
+def panel(figure: Figure, corner: Point, size: Point, kind: str, comment: str) -> Axes:
+    """Axes in these units with their lower left corner at `corner`, the kind and a comment on top."""
+    (x, y), (width, height) = corner, size
+    axes = figure.add_axes((x / WIDTH, y / HEIGHT, width / WIDTH, height / HEIGHT))
+    axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
+    axes.text(width / 2, height - 0.3, kind, ha="center", va="center", fontsize=12, fontweight="bold")
+    axes.text(width / 2, height - 0.7, comment, ha="center", va="center", fontsize=9)
+    return axes
+
+
+def box(axes: Axes, middle: Point, text: str, color: str, width: float = 0.66, height: float = BOX_HEIGHT) -> None:
+    corner = middle[0] - width / 2, middle[1] - height / 2
+    style = "round,pad=0,rounding_size=0.08"
+    axes.add_patch(
+        FancyBboxPatch(corner, width, height, boxstyle=style, linewidth=0.8, edgecolor="#444444", facecolor=color)
+    )
+    axes.text(*middle, text, ha="center", va="center", fontsize=9.5, linespacing=1.1)
+
+
+def bar(axes: Axes, columns: Sequence[float], y: float, text: str, color: str = SHARED) -> None:
+    """One box below or above several columns."""
+    box(axes, ((columns[0] + columns[-1]) / 2, y), text, color, columns[-1] - columns[0] + 1)
+
+
+def arrow(axes: Axes, *points: Point) -> None:
+    """Along straight lines from point to point, its head at the last one."""
+    axes.plot(*zip(*points[:-1], strict=True), color=LINE, linewidth=1)
+    style = {"arrowstyle": "-|>", "linewidth": 1, "color": LINE, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
+    axes.annotate("", points[-1], points[-2], arrowprops=style)
+
+
+def rise(axes: Axes, x: float, lower: float, upper: float) -> None:
+    """An arrow from the box at height `lower` up to the one at height `upper`."""
+    arrow(axes, (x, lower + BOX_HEIGHT / 2), (x, upper - BOX_HEIGHT / 2))
+
+
+def predictions(axes: Axes, columns: Sequence[float], y: float) -> None:
+    """What each head predicts, above the unembedding at height y."""
+    for k, x in enumerate(columns, 1):
+        arrow(axes, (x, y + BOX_HEIGHT / 2), (x, y + 0.6))
+        axes.text(x, y + 0.8, f"$x_{{t+{k}}}$", ha="center", va="center", fontsize=12)
+        axes.text(x, y + 1.17, f"head {k}", ha="center", va="center", fontsize=9)
+
+
+def draw_blocks(axes: Axes, kind: str, block: str) -> None:
+    """A kind whose blocks stand between z and the final norm."""
+    readers = {"causal": COLUMNS[:1], "anticausal": COLUMNS[-1:]}.get(kind, COLUMNS)
+    bar(axes, readers, 0.4, "$z$", TENSOR)
+    bar(axes, COLUMNS, 2.3, "norm $N$")
+    bar(axes, COLUMNS, 3.2, "unembedding $U$")
+    predictions(axes, COLUMNS, 3.2)
+    for k, x in enumerate(COLUMNS, 1):
+        box(axes, (x, 1.35), f"${block}_{k}$", OWN)
+        rise(axes, x, 1.35, 2.3)
+        rise(axes, x, 2.3, 3.2)
+    for x in readers:
+        rise(axes, x, 0.4, 1.35)
+    for x in COLUMNS[:-1]:
+        ends = (x + 0.33, 1.35), (x + 0.67, 1.35)
+        if kind in ("causal", "anticausal"):
+            arrow(axes, *(ends if kind == "causal" else ends[::-1]))
+
+
+def draw_mlp(axes: Axes) -> None:
+    columns = (0.55, 1.75, 2.95)
+    bar(axes, columns, 0.4, "$z$", TENSOR)
+    bar(axes, columns, 1.25, "norm $N$:  $y = N(z)$")
+    bar(axes, columns, 3.2, "unembedding $U$")
+    predictions(axes, columns, 3.2)
+    for k, x in enumerate(columns, 1):
+        rise(axes, x, 0.4, 1.25)
+        rise(axes, x, 1.25, 3.2 if k == 1 else 2.2)
+        if k > 1:
+            box(axes, (x, 2.25), f"$y\\,+$\n$\\mathrm{{SiLU}}(W_{k}y)$", OWN, 1, 0.66)
+            arrow(axes, (x, 2.58), (x, 3.2 - BOX_HEIGHT / 2))
+
+
+def draw_sequential(axes: Axes) -> None:
+    """From left to right: head 1, the blocks of heads 2 and 3, each with hidden states (h) left of the token (e)."""
+    columns, hnorms, apart = (0.6, 3.0, 6.3), (2.25, 5.55), 1.5
+    bar(axes, (columns[0], hnorms[0]), 0.9, "$z$", TENSOR)
+    bar(axes, (hnorms[0] + apart, hnorms[1] + apart), 0.9, "the trunk's embedding $E$")
+    bar(axes, columns, 4.65, "norm $N$")
+    bar(axes, columns, 5.5, "unembedding $U$")
+    predictions(axes, columns, 5.5)
+    rise(axes, columns[0], 0.9, 4.65)
+    rise(axes, hnorms[0], 0.9, 1.8)
+    for x in columns:
+        rise(axes, x, 4.65, 5.5)
+    for k, left in enumerate(hnorms, 2):
+        middle, right = left + apart / 2, left + apart
+        axes.text(right, 0.24, f"token $x_{{t+{k - 1}}}$", ha="center", va="center", fontsize=11)
+        arrow(axes, (right, 0.4), (right, 0.9 - BOX_HEIGHT / 2))
+        rise(axes, right, 0.9, 1.8)
+        for x, name in ((left, f"hnorm$_{k}$"), (right, f"enorm$_{k}$")):
+            box(axes, (x, 1.8), name, OWN, 1.15)
+            rise(axes, x, 1.8, 2.65)
+        box(axes, (middle, 2.65), f"$M_{k}$ [enorm; hnorm]", OWN, apart + 1.15)
+        rise(axes, middle, 2.65, 3.5)
+        box(axes, (middle, 3.5), f"$T_{k}$", OWN)
+        rise(axes, middle, 3.5, 4.65)
+    state, gap = (columns[1], 4.05), (columns[1] + columns[2]) / 2
+    axes.plot(*state, "o", color=LINE, markersize=4)
+    arrow(axes, state, (gap, state[1]), (gap, 1.8), (hnorms[1] - 0.575, 1.8))
+
+
+def draw_legend(figure: Figure, corner: Point) -> None:
+    axes = panel(figure, corner, (4, 2.3), "", "")
+    axes.add_patch(Rectangle((0.02, 0.05), 3.7, 2.1, linewidth=0.6, edgecolor="#999999", facecolor="none"))
+    meanings = ((TENSOR, "output of the trunk"), (SHARED, "weights that all heads share"), (OWN, "weights of one head"))
+    for row, (color, meaning) in enumerate(meanings):
+        box(axes, (0.45, 1.85 - 0.5 * row), "", color, 0.5, 0.34)
+        axes.text(0.85, 1.85 - 0.5 * row, meaning, va="center", fontsize=9)
+    axes.text(0.2, 0.33, "$T$: transformer layers   $W, M$: matrices", va="center", fontsize=9)
 
 
 def main() -> None:
-    figure, grid = plt.subplots(2, 3, figsize=(9, 6), layout="constrained")
-    for axes, kind in zip(grid.flat, KINDS, strict=True):
-        draw_kind(axes, kind)
+    figure = plt.figure(figsize=(WIDTH * INCHES, HEIGHT * INCHES))
+    kinds = (
+        ("parallel", "T", "every head reads $z$"),
+        ("causal", "T", "head $k$ reads head $k-1$"),
+        ("anticausal", "T", "head $k$ reads head $k+1$"),
+        ("linear", "W", "one matrix a head"),
+    )
+    for place, (kind, block, comment) in enumerate(kinds):
+        draw_blocks(panel(figure, (0.1 + 3.2 * place, 8.05), (3.1, 5.45), kind, comment), kind, block)
+    draw_mlp(panel(figure, (0.1, 2.45), (3.5, 5.5), "mlp", "head 1 has no block"))
+    comment = "from head 2 on, each head also reads the token before its target"
+    draw_sequential(panel(figure, (4.6, 0), (8.1, 7.95), "sequential", comment))
+    draw_legend(figure, (0.1, 0))
     figure.savefig(IMAGES / "heads.png", dpi=110)
 
 

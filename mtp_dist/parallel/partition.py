@@ -1,4 +1,4 @@
-"""Which trunk layers each pipeline stage holds. The embedding is on the first stage, all heads on the last."""
+"""Which trunk layers each pipeline stage holds. The embedding is before the first ones, all heads after the last."""
 
 from mtp_dist.config import Config
 from mtp_dist.planner.flops import head_matrices, layer_matrices
@@ -8,7 +8,7 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
     """Number of trunk layers of each stage, first stage first.
 
     `balanced` makes the slowest stage as fast as possible: one trunk layer costs 1, the last stage also pays for the
-    layers of the heads and for one unembedding per head, whose cost relative to a layer is that of their matmuls.
+    heads and for one unembedding per head, whose cost relative to a layer is that of their matmuls.
     """
     stages, layers = config.parallel.pipeline, config.model.trunk_layers
     if config.parallel.partition == "uniform":
