@@ -146,5 +146,7 @@ def _sample(config: Config, tokenizer: "ByteTokenizer", checkpoint: Path) -> str
         return None
     prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
     model = ReferenceModel(*load_weights(checkpoint))
-    tokens = sample_continuation(model, prompt, config.log.sample_tokens, temperature=0.7, seed=config.run.seed)
+    tokens = sample_continuation(
+        model, prompt, config.log.sample_tokens, 0.7, config.run.seed, tokenizer.end_of_document
+    )
     return tokenizer.decode(prompt + tokens)

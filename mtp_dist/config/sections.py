@@ -94,6 +94,12 @@ class DataConfig(Section):
     """Sources of the validation samples; no validation when empty."""
     tokenizer: Literal["bytes"] = "bytes"
     """`bytes`: one token a byte and an end-of-document token."""
+    loss_across_documents: bool = True
+    """`false`: a head's target counts only where it lies in the same document as the token at its position. A document
+    ends with its end-of-document token. Token-order prediction ranks no tokens beyond it then."""
+    attention_across_documents: bool = True
+    """`false`: a position attends only to its own document, in the trunk and the heads. On a GPU that excludes the
+    flash kernel."""
 
 
 class TrainConfig(Section):

@@ -23,8 +23,9 @@ def sequential_heads_loss(
     """The loss, a scalar. Adds the micro-batch's losses, hits and valid targets to `sums`.
 
     Each chain of heads, one head where they are independent, runs from the trunk's output z to the gradient of z before
-    the next one starts. `eager` does that in the forward pass and keeps the gradients for the backward pass. `recompute` adds up the losses in the forward pass,
-    keeps nothing but z, and starts anew in the backward pass: one more forward pass of the heads.
+    the next one starts. `eager` does that in the forward pass and keeps the gradients for the backward pass.
+    `recompute` adds up the losses in the forward pass, keeps nothing but z, and starts anew in the backward pass: one
+    more forward pass of the heads.
     """
     if not torch.is_grad_enabled():
         return sums.record(objective, _losses(heads, trunk_output, objective))

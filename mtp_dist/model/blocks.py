@@ -26,12 +26,20 @@ class ReplicatedLinear(nn.Module):
         return F.linear(hidden, weight)
 
 
-class TransformerHead(nn.Sequential):
-    """`layers_per_head` transformer layers: hidden `[S, B, D]` -> same (Gloeckle et al. 2024, section 2)."""
+class TransformerHead(nn.ModuleList):
+    """`layers_per_head` transformer layers: hidden `[S, B, D]` -> same (Gloeckle et al. 2024, section 2).
+
+    attention_bias: see CausalAttention.
+    """
 
     def __init__(self, config: Config) -> None:
         first = config.model.trunk_layers + 1
-        super().__init__(*(DecoderLayer(config, first + depth) for depth in range(config.heads.layers_per_head)))
+        super().__init__(DecoderLayer(config, first + depth) for depth in range(config.heads.layers_per_head))
+
+    def forward(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
+        for layer in self:
+            hidden = layer(hidden, attention_bias)
+        return hidden
 
 
 class LinearHead(nn.Module):
@@ -68,11 +76,11 @@ class SequentialHead(nn.Module):
         self.layers = TransformerHead(config)
         self.activation_checkpointing = config.train.activation_checkpointing
 
-    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor, attention_bias: Tensor | None) -> Tensor:
         """hidden of the head before and embedded tokens, both `[S, B, D]` -> `[S, B, D]`."""
         whole = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         joined = recompute(self._join, hidden, embedded) if whole else self._join(hidden, embedded)
-        output: Tensor = self.layers(joined)
+        output: Tensor = self.layers(joined, attention_bias)
         return output
 
     def _join(self, hidden: Tensor, embedded: Tensor) -> Tensor:

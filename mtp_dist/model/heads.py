@@ -88,13 +88,22 @@ class PredictionHeads(nn.Module):
         if config.heads.token_order:
             self.token_order = Unembedding(config, vocab_size, padded_vocab_size)
 
-    def state(self, head: int, before: Tensor, embed: Callable[[int], Tensor]) -> Tensor:
-        """State `[S, B, D]` of head 1..n from the one before it. embed(j) embeds the token j positions ahead."""
+    def state(self, head: int, before: Tensor, embed: Callable[[int], Tensor], attention_bias: Tensor | None) -> Tensor:
+        """State `[S, B, D]` of head 1..n from the one before it. embed(j) embeds the token j positions ahead.
+
+        attention_bias: see CausalAttention.
+        """
         key = self.keys[head]
         if key is None or self.kind == "mlp":
             return before
         module = self.heads[key]
-        state: Tensor = module(before, embed(head - 1)) if self.kind == "sequential" else module(before)
+        state: Tensor
+        if self.kind == "linear":
+            state = module(before)
+        elif self.kind == "sequential":
+            state = module(before, embed(head - 1), attention_bias)
+        else:
+            state = module(before, attention_bias)
         return state
 
     def hidden(self, head: int, state: Tensor) -> Tensor:

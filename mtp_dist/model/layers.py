@@ -51,10 +51,20 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """query `[S, B, heads, head_dim]`, key and value `[S, B, groups, head_dim]` -> `[S, B, heads * head_dim]`."""
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, attention_bias: Tensor | None, **__: Any
+    ) -> Tensor:
+        """query `[S, B, heads, head_dim]`, key and value `[S, B, groups, head_dim]` -> `[S, B, heads * head_dim]`.
+
+        attention_bias: as of `document_attention_bias`; where it is None, a position sees itself and all before it.
+        """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        if attention_bias is None:
+            context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        else:
+            # With grouped queries and a bias PyTorch may fall back, on GPUs, to a kernel that keeps all S x S scores.
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_bias)
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -106,7 +116,8 @@ def transformer_config(config: Config) -> TransformerConfig:
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """One pre-norm causal transformer layer: hidden `[S, B, D]` (`[S/TP, B, D]` under sequence parallelism) -> same.
 
-    Recomputes nothing, its MLP or all of itself in the backward pass (`train.activation_checkpointing`).
+    Recomputes nothing, its MLP or all of itself in the backward pass (`train.activation_checkpointing`). The attention
+    bias is an argument, so that a recomputation sees the same one; it is that of the whole sequence in any case.
     """
 
     def __init__(self, config: Config, layer_number: int) -> None:
@@ -120,13 +131,14 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         self.sequence_length = config.train.sequence_length
         self.activation_checkpointing = config.train.activation_checkpointing
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
         if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            return recompute(self._layer, hidden)
-        return self._layer(hidden)
+            return recompute(self._layer, hidden, attention_bias)
+        return self._layer(hidden, attention_bias)
 
-    def _layer(self, hidden: Tensor) -> Tensor:
-        output, _ = super().forward(hidden, rotary_pos_emb=self.rotary.get_emb(self.sequence_length))
+    def _layer(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
+        rotary = self.rotary.get_emb(self.sequence_length)
+        output, _ = super().forward(hidden, rotary_pos_emb=rotary, attention_bias=attention_bias)
         return output
 
     def _forward_mlp(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

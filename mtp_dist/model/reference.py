@@ -50,12 +50,14 @@ class ReferenceModel(nn.Module):
     def named_weights(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): weight for name, weight in self.weights.items()}
 
-    def forward(self, samples: Tensor, length: int | None = None) -> dict[int, Tensor]:
+    def forward(self, samples: Tensor, length: int | None = None, documents: Tensor | None = None) -> dict[int, Tensor]:
         """Samples `[B, S + lookahead]` -> logits `[B, S, V]` by head; S is `length`, by default that of samples.
 
         With token-order prediction its logits are those of TOKEN_ORDER. Only `sequential` heads read tokens beyond S.
+        Where `documents`, shaped like samples, are given, positions attend only to their own.
         """
-        states = self._states(self.trunk(samples[:, :length]), samples)
+        unseen = _unseen(samples[:, :length], None if documents is None else documents[:, :length])
+        states = self._states(self.trunk(samples[:, :length], unseen), samples, unseen)
         logits = {head: self._logits(head, state) for head, state in states.items()}
         if self.config.heads.token_order:
             logits[TOKEN_ORDER] = self._hidden(1, states[1]) @ self.weight("token_order.weight").T
@@ -65,16 +67,17 @@ class ReferenceModel(nn.Module):
         """Head 1's logits `[B, S, V]` for tokens `[B, S]`."""
         heads = self.config.heads
         last = heads.count if heads.kind == "anticausal" else 1
-        return self._logits(1, self._states(self.trunk(tokens), tokens, last)[1])
+        unseen = _unseen(tokens)
+        return self._logits(1, self._states(self.trunk(tokens, unseen), tokens, unseen, last)[1])
 
-    def trunk(self, tokens: Tensor) -> Tensor:
+    def trunk(self, tokens: Tensor, unseen: Tensor) -> Tensor:
         """Tokens `[B, S]` -> z `[B, S, D]`."""
         hidden = F.embedding(tokens, self.weight("embedding.weight"))
         for index in range(self.config.model.trunk_layers):
-            hidden = self._layer(f"trunk.{index}", hidden)
+            hidden = self._layer(f"trunk.{index}", hidden, unseen)
         return hidden
 
-    def _states(self, z: Tensor, samples: Tensor, last: int | None = None) -> dict[int, Tensor]:
+    def _states(self, z: Tensor, samples: Tensor, unseen: Tensor, last: int | None = None) -> dict[int, Tensor]:
         """What heads 1..last make of z, by the formulas of docs/heads.md."""
         heads, states = self.config.heads, dict[int, Tensor]()
         numbers = range(1, (last or heads.count) + 1)
@@ -86,10 +89,10 @@ class ReferenceModel(nn.Module):
                 before = states[k + 1]
             if heads.detach and k > 1 and (k == 2 or before is z):
                 before = before.detach()
-            states[k] = self._state(k, before, samples)
+            states[k] = self._state(k, before, samples, unseen)
         return states
 
-    def _state(self, k: int, before: Tensor, samples: Tensor) -> Tensor:
+    def _state(self, k: int, before: Tensor, samples: Tensor, unseen: Tensor) -> Tensor:
         heads, eps = self.config.heads, self.config.model.norm_eps
         if heads.kind == "linear":
             return before @ self.weight(f"heads.{k}.linear.weight").T
@@ -105,7 +108,7 @@ class ReferenceModel(nn.Module):
             before = torch.cat(normed, -1) @ self.weight(f"{name}.eh_proj.weight").T
             name += ".layers"
         for depth in range(heads.layers_per_head):
-            before = self._layer(f"{name}.{depth}", before)
+            before = self._layer(f"{name}.{depth}", before, unseen)
         return before
 
     def _logits(self, k: int, state: Tensor) -> Tensor:
@@ -122,14 +125,15 @@ class ReferenceModel(nn.Module):
             return f"unembeddings.{k}.weight"
         return "embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight"
 
-    def _layer(self, name: str, hidden: Tensor) -> Tensor:
+    def _layer(self, name: str, hidden: Tensor, unseen: Tensor) -> Tensor:
         eps = self.config.model.norm_eps
-        hidden = hidden + self._attention(name, _rms_norm(hidden, self.weight(f"{name}.input_layernorm.weight"), eps))
+        normed = _rms_norm(hidden, self.weight(f"{name}.input_layernorm.weight"), eps)
+        hidden = hidden + self._attention(name, normed, unseen)
         normed = _rms_norm(hidden, self.weight(f"{name}.pre_mlp_layernorm.weight"), eps)
         gate, linear = (normed @ self.weight(f"{name}.mlp.linear_fc1.weight").T).chunk(2, -1)
         return hidden + (F.silu(gate) * linear) @ self.weight(f"{name}.mlp.linear_fc2.weight").T
 
-    def _attention(self, name: str, hidden: Tensor) -> Tensor:
+    def _attention(self, name: str, hidden: Tensor, unseen: Tensor) -> Tensor:
         model = self.config.model
         batch, length, _ = hidden.shape
         queries = model.num_attention_heads // model.query_groups
@@ -140,21 +144,33 @@ class ReferenceModel(nn.Module):
         key = _rotate(key.squeeze(3).transpose(1, 2), model.rope_theta).repeat_interleave(queries, 1)
         value = value.squeeze(3).transpose(1, 2).repeat_interleave(queries, 1)
         scores = query @ key.transpose(-1, -2) * model.head_dim**-0.5
-        future = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
-        context = scores.masked_fill(future, float("-inf")).softmax(-1) @ value
+        context = scores.masked_fill(unseen, float("-inf")).softmax(-1) @ value
         return context.transpose(1, 2).flatten(2) @ self.weight(f"{name}.self_attention.linear_proj.weight").T
 
 
-def reference_losses(model: ReferenceModel, samples: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unseen(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Which positions do not see which, `[S, S]` or `[B, 1, S, S]`: the later ones and, where given, other documents.
+
+    No position starts anew with a document: rotary embeddings see only how far two positions lie apart.
+    """
+    length = tokens.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+    return later if documents is None else later | (documents[:, None, :, None] != documents[:, None, None, :])
+
+
+def reference_losses(
+    model: ReferenceModel, samples: Tensor, targets: Tensor, documents: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """L_k `[n]` of one global batch; each head's part of what is minimized, `[n]`, with the z-loss and the distillation
     but unweighted; and what is minimized of the tokens' order, a scalar.
 
     samples `[B, S + lookahead]`, targets `[n, B, S]` with IGNORE_INDEX where none counts. L_k is the sum of head k's
-    cross-entropies over its valid targets by their number, and 0 where it has none.
+    cross-entropies over its valid targets by their number, and 0 where it has none. documents, shaped like samples:
+    which one each token lies in, for a configuration that stops at them.
     """
-    heads = model.config.heads
+    heads, data = model.config.heads, model.config.data
     losses, objectives = [], []
-    all_logits = model(samples, targets.shape[-1])
+    all_logits = model(samples, targets.shape[-1], None if data.attention_across_documents else documents)
     for k, target in enumerate(targets, 1):
         logits, valid = all_logits[k], target != IGNORE_INDEX
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -166,9 +182,11 @@ def reference_losses(model: ReferenceModel, samples: Tensor, targets: Tensor) ->
     order = targets.new_zeros((), dtype=losses[0].dtype)
     if heads.token_order:
         valid = targets[0] != IGNORE_INDEX
-        scores = _token_order_scores(samples, targets.shape[-1], all_logits[TOKEN_ORDER], heads.token_order_window)
-        cross_entropies = -(scores.softmax(-1) * all_logits[TOKEN_ORDER].log_softmax(-1)).sum(-1)
-        order = heads.token_order * cross_entropies.where(valid, 0.0).sum() / valid.sum().clamp(min=1)
+        ranked = None if data.loss_across_documents else documents
+        scores = _token_order_scores(samples, all_logits[TOKEN_ORDER], heads.token_order_window, ranked)
+        probabilities = scores.softmax(-1).where(valid.unsqueeze(-1), 0.0)  # NaN where nothing is ranked
+        cross_entropies = -(probabilities * all_logits[TOKEN_ORDER].log_softmax(-1)).sum(-1)
+        order = heads.token_order * cross_entropies.sum() / valid.sum().clamp(min=1)
     return torch.stack(losses), torch.stack(objectives), order
 
 
@@ -181,10 +199,19 @@ def _distillation_sum(teacher: Tensor, logits: Tensor, valid: Tensor, distance: 
     return -(best.softmax(-1) * log_probabilities).sum(-1).where(valid[:, :length], 0.0).sum()
 
 
-def _token_order_scores(samples: Tensor, length: int, like: Tensor, window: int) -> Tensor:
-    """`[B, S, V]`: window - d for tokens whose next occurrence is d <= window ahead, -inf for the others."""
+def _token_order_scores(samples: Tensor, like: Tensor, window: int, documents: Tensor | None) -> Tensor:
+    """`[B, S, V]`, like `like`: window - d for tokens whose next occurrence is d <= window ahead, -inf for the others.
+
+    Where `documents` are given, occurrences in another one are none.
+    """
     scores = torch.full_like(like, -torch.inf, requires_grad=False)
+    length = like.shape[1]
     for distance in range(window, 0, -1):  # the nearest occurrence is written last
-        upcoming = samples[:, distance : distance + length].unsqueeze(-1)
-        scores = scores.scatter(-1, upcoming, float(window - distance))
+        ahead = slice(distance, distance + length)
+        upcoming = samples[:, ahead].unsqueeze(-1)
+        score = torch.full_like(scores[..., :1], window - distance)
+        if documents is not None:
+            elsewhere = (documents[:, ahead] != documents[:, :length]).unsqueeze(-1)
+            score = score.where(~elsewhere, scores.gather(-1, upcoming))
+        scores = scores.scatter(-1, upcoming, score)
     return scores

@@ -71,9 +71,10 @@ class TrainingEngine:
 
         DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
         """
+        self.stage.expect(batch)
         if not self.topology.is_last_stage:
             return
-        valid = sum((targets != IGNORE_INDEX).sum((1, 2)) for _, targets in batch)
+        valid = sum((micro_batch.targets != IGNORE_INDEX).sum((1, 2)) for micro_batch in batch)
         counts = torch.as_tensor(valid, dtype=torch.float64, device=self.topology.device)
         dist.all_reduce(counts, group=data_group())
         averaged_over = micro_batches * self.topology.data
@@ -83,11 +84,8 @@ class TrainingEngine:
         self.stage.heads.begin(scales.float(), weights.active, token_order_scale.float())
 
     def _load(self, batch: MicroBatch) -> tuple[Tensor, tuple[()]]:
-        """Called by DeepSpeed for each micro-batch on the first and the last stage."""
-        samples, targets = batch
-        if self.topology.is_last_stage:
-            self.stage.heads.expect((samples.to(self.topology.device), targets.to(self.topology.device)))
-        return samples[:, : self.config.train.sequence_length], ()
+        """What the first stage embeds; DeepSpeed asks for it on the first and the last stage."""
+        return batch.samples[:, : self.config.train.sequence_length], ()
 
     def _global_sums(self) -> Tensor:
         """`[5, n]`, fp64: each head's cross-entropies, correct predictions, valid targets and cross-entropies to head 1

@@ -3,7 +3,8 @@
 import contextlib
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -16,7 +17,7 @@ from mtp_dist.loss.linear_cross_entropy import Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import PredictionHeads, chains, detached_heads
-from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
 from mtp_dist.model.weights import (
     cut,
@@ -37,23 +38,28 @@ def quiet() -> Iterator[None]:
         yield
 
 
-MicroBatch = tuple[Tensor, Tensor]
-"""Samples `[B, S + lookahead]` and targets `[n, B, S]`, int64, IGNORE_INDEX where a target does not count."""
+class MicroBatch(NamedTuple):
+    """What one forward pass reads, int64."""
+
+    samples: Tensor
+    """`[B, S + lookahead]`."""
+    targets: Tensor
+    """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
+    documents: Tensor
+    """Which document of its sample each token lies in, `[B, S + lookahead]`."""
 
 
 class HeadsWithLoss(PredictionHeads):
     """The heads as the pipeline's last layer: z in, this micro-batch's share of the loss out.
 
     The loss is inside the layer because DeepSpeed's bf16 optimizer gives no update to a parameter that is used only
-    in `loss_fn`. The tokens do not travel through the pipeline, whose receive buffers ignore dtype: the engine loads
-    each micro-batch on this stage too, and `expect` queues it in the order of the forward passes.
+    in `loss_fn`.
     """
 
     def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
         super().__init__(config, vocab_size, padded_vocab_size)
         self.config = config
         self.vocab_size = vocab_size
-        self.queue: deque[MicroBatch] = deque()
         self.scales = torch.zeros(config.heads.count)
         self.active = config.heads.count
         self.token_order_scale = torch.zeros(())
@@ -64,25 +70,22 @@ class HeadsWithLoss(PredictionHeads):
 
         Heads 1..active run. token_order_scale, a scalar, is that of the tokens' order, where it is predicted.
         """
-        assert not self.queue, "targets of the last batch were never used"
         self.scales, self.active, self.token_order_scale = scales, active, token_order_scale
         self.sums = HeadSums.zeros(len(scales), scales.device)
 
-    def expect(self, batch: MicroBatch) -> None:
-        """Queue one micro-batch."""
-        self.queue.append(batch)
-
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), -> a scalar."""
+    def forward(
+        self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention_bias: Tensor | None
+    ) -> Tensor:
+        """z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), -> a scalar. attention_bias: all layers'."""
         trunk_output, embedding = inputs if isinstance(inputs, tuple) else (inputs, None)
-        samples, targets = self.queue.popleft()
-        heads, objective = self._heads(samples, embedding), self._objective(samples, targets)
+        micro_batch = MicroBatch(*(tensor.to(trunk_output.device) for tensor in micro_batch))
+        heads, objective = self._heads(micro_batch.samples, embedding, attention_bias), self._objective(micro_batch)
         mode = self.config.heads.loss_mode
         if mode == "naive":
             return naive_heads_loss(heads, trunk_output, objective, self.sums)
         return sequential_heads_loss(mode, heads, trunk_output, objective, self.sums)
 
-    def _heads(self, samples: Tensor, embedding: Tensor | None) -> Heads:
+    def _heads(self, samples: Tensor, embedding: Tensor | None, attention_bias: Tensor | None) -> Heads:
         config = self.config
         modules = [self.unembedding_of(head) for head in range(1, config.heads.count + 1)]
         tied_weight = embedding if config.model.tie_embeddings else None
@@ -98,7 +101,7 @@ class HeadsWithLoss(PredictionHeads):
         return Heads(
             chains=chains(config.heads),
             detached=detached_heads(config.heads),
-            state=lambda head, before: self.state(head, before, embed),
+            state=lambda head, before: self.state(head, before, embed, attention_bias),
             hidden=self.hidden,
             logits=lambda head, hidden: modules[head - 1](hidden, tied_weight),
             weights=[weight for weight in weights if weight.requires_grad],
@@ -106,13 +109,16 @@ class HeadsWithLoss(PredictionHeads):
             token_order=self.token_order.weight if config.heads.token_order else None,
         )
 
-    def _objective(self, samples: Tensor, targets: Tensor) -> Objective:
+    def _objective(self, micro_batch: MicroBatch) -> Objective:
+        samples, targets, documents = micro_batch
         heads, length = self.config.heads, self.config.train.sequence_length
         distillation, token_order = None, None
         if heads.distillation:
             distillation = Distillation(heads.distillation, heads.distillation_top, heads.distances)
         if heads.token_order:
-            order = token_order_targets(samples, length, heads.token_order_window, targets[0] != IGNORE_INDEX)
+            valid = targets[0] != IGNORE_INDEX
+            ranked = None if self.config.data.loss_across_documents else documents
+            order = token_order_targets(samples, length, heads.token_order_window, valid, ranked)
             token_order = TokenOrder(self.token_order_scale, order)
         return Objective(
             targets=targets,
@@ -141,6 +147,9 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     """The layers of this rank's stage, with the initial weights of their global names."""
 
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+        self.config = config
+        self.device = topology.device
+        self.queue: deque[MicroBatch] = deque()
         self.bounds = _stage_bounds(config, vocab_size)
         axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
         # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
@@ -160,6 +169,33 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         for name, weight in named_weights(self):
             whole = initial_weight(config, name, shapes[name])
             weight.copy_(cut(whole, weight, topology.tensor_rank, topology.tensor))
+
+    def expect(self, batch: Sequence[MicroBatch]) -> None:
+        """Queue the micro-batches of a batch in the order of the forward passes."""
+        assert not self.queue, "micro-batches of the last batch were never used"
+        self.queue.extend(batch)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Tokens `[B, S]` on the first stage, hidden `[S, B, D]` on the others -> hidden; a scalar on the last one.
+
+        Override of DeepSpeed's, whose layers see nothing but the output of the layer before. What else they need of
+        the micro-batch does not travel through the pipeline, whose receive buffers ignore dtype: it waits in a queue.
+        """
+        micro_batch = self.queue.popleft() if self.queue else None
+        bias = None
+        if not self.config.data.attention_across_documents:
+            assert micro_batch, "every stage reads the documents"
+            documents = micro_batch.documents[:, : self.config.train.sequence_length]
+            bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
+        output = inputs
+        for layer in self.forward_funcs:
+            if isinstance(layer, TrunkLayer):
+                output = layer(output, bias)
+            elif isinstance(layer, HeadsWithLoss):
+                output = layer(output, micro_batch, bias)
+            else:
+                output = layer(output)
+        return output
 
     @property
     def heads(self) -> HeadsWithLoss:

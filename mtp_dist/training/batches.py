@@ -9,25 +9,33 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.loading import ValidationSamples
-from mtp_dist.model.targets import IGNORE_INDEX, head_targets
+from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
 from mtp_dist.parallel.pipeline import MicroBatch
 from mtp_dist.parallel.topology import Topology
 
 
-def micro_batches_of(config: Config, samples: Tensor) -> list[MicroBatch]:
+def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:
     """Samples `[B, S + lookahead]`, B a multiple of the micro-batch size -> micro-batches in order."""
-    targets = head_targets(samples, config.heads.distances, config.train.sequence_length)
+    documents = document_ids(samples, end_of_document)
+    counted = None if config.data.loss_across_documents else documents
+    targets = head_targets(samples, config.heads.distances, config.train.sequence_length, counted)
     size = config.train.micro_batch_size
-    return list(zip(samples.split(size), targets.split(size, dim=1), strict=True))
+    parts = zip(samples.split(size), targets.split(size, dim=1), documents.split(size), strict=True)
+    return [MicroBatch(*part) for part in parts]
 
 
 class Batches:
-    """The micro-batches of this rank. Stages that are neither first nor last read nothing."""
+    """The micro-batches of this rank.
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    Stages that are neither first nor last read nothing, unless their attention must know where documents end.
+    """
+
+    def __init__(self, config: Config, topology: Topology, end_of_document: int) -> None:
         self.config = config
         self.topology = topology
-        self.reads = topology.is_first_stage or topology.is_last_stage
+        self.end_of_document = end_of_document
+        middle = not (topology.is_first_stage or topology.is_last_stage)
+        self.reads = not middle or not config.data.attention_across_documents
 
     def training(self, samples: BlendedSamples, step: int) -> list[MicroBatch]:
         """Of update number `step`, counted from 1; data-parallel rank r takes the r-th slice of the global batch."""
@@ -51,9 +59,9 @@ class Batches:
         batch = self._micro_batches([samples[index % len(samples)] for index in indices])
         repeated = torch.tensor([index >= len(samples) for index in indices]).split(self.config.train.micro_batch_size)
         return [
-            (samples, targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
-            for (samples, targets), fill in zip(batch, repeated, strict=True)
+            micro_batch._replace(targets=micro_batch.targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
+            for micro_batch, fill in zip(batch, repeated, strict=True)
         ], micro_batches
 
     def _micro_batches(self, samples: Sequence[np.ndarray]) -> list[MicroBatch]:
-        return micro_batches_of(self.config, torch.from_numpy(np.stack(samples)))
+        return micro_batches_of(self.config, torch.from_numpy(np.stack(samples)), self.end_of_document)

@@ -31,7 +31,7 @@ def fit(
     updates_made are those of the checkpoint that the engine was restored from. save writes the checkpoint of a step;
     every rank calls it. callbacks are told of steps and validations.
     """
-    batches = Batches(config, engine.topology)
+    batches = Batches(config, engine.topology, datasets.tokenizer.end_of_document)
     with ExitStack() as ends:
         for callback in callbacks:
             ends.callback(callback.on_end)

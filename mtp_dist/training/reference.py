@@ -8,23 +8,30 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.reference import ReferenceModel, reference_losses
-from mtp_dist.model.targets import IGNORE_INDEX, head_targets
+from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
 from mtp_dist.parallel.pipeline import MicroBatch
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training.optimizer import parameter_groups
+
+END_OF_DOCUMENT = 0
+"""Token that ends the documents of random batches."""
 
 
 def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
 
     The share of masked targets grows from 0 to 0.9 over the samples, so micro-batches and data-parallel ranks have
-    unequal numbers of valid targets.
+    unequal numbers of valid targets. Where documents matter their number in a sample shrinks instead.
     """
     generator = torch.Generator().manual_seed(config.run.seed)
     number = config.train.global_batch_size
     shape = (number, config.train.sequence_length + config.heads.lookahead)
     samples = torch.randint(0, vocab_size, shape, generator=generator)
-    targets = head_targets(samples, config.heads.distances, config.train.sequence_length)
+    if not (config.data.loss_across_documents and config.data.attention_across_documents):
+        ends = torch.rand(shape, generator=generator) < torch.linspace(0.3, 0, number)[:, None]
+        samples = samples.masked_fill(ends, END_OF_DOCUMENT)
+    documents = None if config.data.loss_across_documents else document_ids(samples, END_OF_DOCUMENT)
+    targets = head_targets(samples, config.heads.distances, config.train.sequence_length, documents)
     masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, number)[:, None]
     return samples, targets.masked_fill(masked, IGNORE_INDEX)
 
@@ -36,7 +43,9 @@ def local_micro_batches(config: Config, topology: Topology, samples: Tensor, tar
         samples.chunk(topology.data)[topology.data_rank],
         targets.chunk(topology.data, 1)[topology.data_rank],
     )
-    return list(zip(samples.split(size), targets.split(size, 1), strict=True))
+    documents = document_ids(samples, END_OF_DOCUMENT)
+    parts = zip(samples.split(size), targets.split(size, 1), documents.split(size), strict=True)
+    return [MicroBatch(*part) for part in parts]
 
 
 class ReferenceTraining:
@@ -58,7 +67,8 @@ class ReferenceTraining:
         A head that is not active has loss 0.
         """
         self.optimizer.zero_grad(set_to_none=False)
-        losses, objectives, order = reference_losses(self.model, samples.to(self.device), targets.to(self.device))
+        batch = (samples, targets, document_ids(samples, END_OF_DOCUMENT))
+        losses, objectives, order = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
         active = torch.arange(len(losses), device=self.device) < weights.active
         ((objectives * objectives.new_tensor(weights.weights))[active].sum() + order).backward()
         gradients = {}

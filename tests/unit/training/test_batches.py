@@ -14,6 +14,7 @@ from mtp_dist.training.batches import Batches, micro_batches_of
 from tests.parity.runs import tiny_config
 
 HEADS, LENGTH = 2, 5
+END_OF_DOCUMENT = 103
 
 
 class NumberedSamples:
@@ -31,11 +32,12 @@ class NumberedSamples:
         return index * 100 + np.arange(LENGTH + HEADS)
 
 
-def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: int = 1) -> Config:
+def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: int = 1, **data: bool) -> Config:
     return tiny_config(
         train={"global_batch_size": global_batch, "micro_batch_size": micro_batch, "sequence_length": LENGTH},
         heads={"count": HEADS},
         parallel={"tensor": tensor, "pipeline": pipeline},
+        data=data,
     )
 
 
@@ -44,16 +46,20 @@ def topology_of(config: Config, data: int, data_rank: int, pipeline_rank: int = 
     return Topology(tensor, pipeline, data, tensor_rank, pipeline_rank, data_rank, torch.device("cpu"))
 
 
+def batches_of(config: Config, data: int, data_rank: int, pipeline_rank: int = 0, tensor_rank: int = 0) -> Batches:
+    return Batches(config, topology_of(config, data, data_rank, pipeline_rank, tensor_rank), END_OF_DOCUMENT)
+
+
 def numbers(tokens: torch.Tensor) -> list[int]:
     return (tokens[:, 0] // 100).tolist()
 
 
 def test_micro_batches_keep_order_and_targets() -> None:
     samples = torch.arange(4 * (LENGTH + HEADS)).view(4, LENGTH + HEADS)
-    batches = micro_batches_of(config_of(4, 2), samples)
-    assert [part.tolist() for part, _ in batches] == [samples[:2].tolist(), samples[2:].tolist()]
-    assert [targets.shape for _, targets in batches] == [(2, 2, LENGTH)] * 2
-    for part, targets in batches:
+    batches = micro_batches_of(config_of(4, 2), samples, END_OF_DOCUMENT)
+    assert [part.tolist() for part, _, _ in batches] == [samples[:2].tolist(), samples[2:].tolist()]
+    assert [targets.shape for _, targets, _ in batches] == [(2, 2, LENGTH)] * 2
+    for part, targets, _ in batches:
         assert torch.equal(targets[0], part[:, :LENGTH] + 1) and torch.equal(targets[1], part[:, :LENGTH] + 2)
 
 
@@ -63,9 +69,9 @@ def test_training_reads_the_global_batch_in_order(data: int, micro_batch: int, a
     config = config_of(size, micro_batch)
     read: list[int] = []
     for rank in range(data):
-        batch = Batches(config, topology_of(config, data, rank)).training(NumberedSamples(5 * size), step)
+        batch = batches_of(config, data, rank).training(NumberedSamples(5 * size), step)
         assert len(batch) == config.micro_batches(data) == accumulation
-        for tokens, targets in batch:
+        for tokens, targets, _ in batch:
             assert tokens.shape == (micro_batch, LENGTH + HEADS) and targets.shape == (HEADS, micro_batch, LENGTH)
             assert torch.equal(targets[1], tokens[:, :LENGTH] + 2) and not (targets == IGNORE_INDEX).any()
             read += numbers(tokens)
@@ -78,9 +84,9 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
     counted: list[int] = []
     lengths = set()
     for rank in range(data):
-        batch, announced = Batches(config, topology_of(config, data, rank)).validation(NumberedSamples(samples))
+        batch, announced = batches_of(config, data, rank).validation(NumberedSamples(samples))
         lengths |= {len(batch), announced}
-        for tokens, targets in batch:
+        for tokens, targets, _ in batch:
             assert tokens.shape == (micro_batch, LENGTH + HEADS)
             valid = (targets != IGNORE_INDEX).all(0).all(-1)
             assert torch.equal(valid, (targets != IGNORE_INDEX).any(0).any(-1)), "a sample counts whole or not"
@@ -90,10 +96,12 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
     assert lengths == {-(-samples // (micro_batch * data))}, "every rank runs the same number of micro-batches"
 
 
-@pytest.mark.parametrize(("pipeline_rank", "reads"), [(0, True), (1, False), (2, False), (3, True)])
-def test_only_first_and_last_stage_read(pipeline_rank: int, reads: bool) -> None:
-    config = config_of(4, 2, pipeline=4)
-    batches = Batches(config, topology_of(config, 1, 0, pipeline_rank))
+@pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
+@pytest.mark.parametrize("pipeline_rank", range(4))
+def test_middle_stages_read_for_their_attention_only(pipeline_rank: int, data: dict[str, bool]) -> None:
+    config = config_of(4, 2, pipeline=4, **data)
+    reads = pipeline_rank in (0, 3) or "attention_across_documents" in data
+    batches = batches_of(config, 1, 0, pipeline_rank)
     training, (validation, announced) = batches.training(NumberedSamples(8), 1), batches.validation(NumberedSamples(7))
     assert announced == 4
     assert (len(training), len(validation)) == ((2, 4) if reads else (0, 0))
@@ -101,7 +109,25 @@ def test_only_first_and_last_stage_read(pipeline_rank: int, reads: bool) -> None
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2)
-    first, second = (
-        Batches(config, topology_of(config, 1, 0, tensor_rank=rank)).training(NumberedSamples(8), 2) for rank in (0, 1)
-    )
+    first, second = (batches_of(config, 1, 0, tensor_rank=rank).training(NumberedSamples(8), 2) for rank in (0, 1))
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
+    batches = batches_of(config_of(4, 2, loss_across_documents=across), 1, 0)
+    micro_batch, *others = batches.training(NumberedSamples(4), 1)
+    assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
+    next_tokens, second_next = micro_batch.targets[:, 1]
+    if across:
+        assert next_tokens.tolist() == [101, 102, 103, 104, 105] and second_next.tolist() == [102, 103, 104, 105, 106]
+    else:
+        assert next_tokens.tolist() == [101, 102, 103, IGNORE_INDEX, 105]
+        assert second_next.tolist() == [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]
+    assert not any(part.documents.any() or (part.targets == IGNORE_INDEX).any() for part in others)
+
+
+def test_a_validation_masks_for_both_reasons() -> None:
+    batches = batches_of(config_of(4, 4, loss_across_documents=False), 1, 0)
+    (micro_batch,), _ = batches.validation(NumberedSamples(2))
+    assert (micro_batch.targets != IGNORE_INDEX).sum((0, 2)).tolist() == [10, 7, 0, 0]
