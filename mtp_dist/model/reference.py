@@ -5,6 +5,7 @@ cannot hide here. It is also the model that small checkpoints are sampled with.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -158,27 +159,40 @@ def _unseen(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
     return later if documents is None else later | (documents[:, None, :, None] != documents[:, None, None, :])
 
 
+class ReferenceLosses(NamedTuple):
+    """Of one global batch: sums over the valid targets by their number, 0 where a head has none."""
+
+    losses: Tensor
+    """`[n]`: L_k."""
+    distillation: Tensor
+    """`[n]`: cross-entropies to head 1's distribution; 0 for head 1 itself."""
+    objectives: Tensor
+    """`[n]`: each head's part of what is minimized, with the z-loss and the distillation, before its weight w_k."""
+    token_order: Tensor
+    """Cross-entropy to the order of the upcoming tokens, a scalar, before its weight."""
+
+
 def reference_losses(
     model: ReferenceModel, samples: Tensor, targets: Tensor, documents: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """L_k `[n]` of one global batch; each head's part of what is minimized, `[n]`, with the z-loss and the distillation
-    but unweighted; and what is minimized of the tokens' order, a scalar.
+) -> ReferenceLosses:
+    """samples `[B, S + lookahead]`, targets `[n, B, S]` with IGNORE_INDEX where none counts.
 
-    samples `[B, S + lookahead]`, targets `[n, B, S]` with IGNORE_INDEX where none counts. L_k is the sum of head k's
-    cross-entropies over its valid targets by their number, and 0 where it has none. documents, shaped like samples:
-    which one each token lies in, for a configuration that stops at them.
+    documents, shaped like samples: which one each token lies in, for a configuration that stops at them.
     """
     heads, data = model.config.heads, model.config.data
-    losses, objectives = [], []
+    losses, distillation, objectives = [], [], []
     all_logits = model(samples, targets.shape[-1], None if data.attention_across_documents else documents)
     for k, target in enumerate(targets, 1):
         logits, valid = all_logits[k], target != IGNORE_INDEX
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         squares = logits.logsumexp(-1).square().where(valid, 0.0).sum()
-        taught = _distillation_sum(all_logits[1], logits, valid, heads.distances[k - 1], heads.distillation_top)
-        objective = total + heads.z_loss * squares + (heads.distillation * taught if k > 1 else 0.0)
-        losses.append(total / valid.sum().clamp(min=1))
-        objectives.append(objective / valid.sum().clamp(min=1))
+        taught = torch.zeros_like(total)
+        if heads.distillation and k > 1:
+            taught = _distillation_sum(all_logits[1], logits, valid, heads.distances[k - 1], heads.distillation_top)
+        targets_of_head = valid.sum().clamp(min=1)
+        losses.append(total / targets_of_head)
+        distillation.append(taught / targets_of_head)
+        objectives.append((total + heads.z_loss * squares + heads.distillation * taught) / targets_of_head)
     order = targets.new_zeros((), dtype=losses[0].dtype)
     if heads.token_order:
         valid = targets[0] != IGNORE_INDEX
@@ -186,8 +200,8 @@ def reference_losses(
         scores = _token_order_scores(samples, all_logits[TOKEN_ORDER], heads.token_order_window, ranked)
         probabilities = scores.softmax(-1).where(valid.unsqueeze(-1), 0.0)  # NaN where nothing is ranked
         cross_entropies = -(probabilities * all_logits[TOKEN_ORDER].log_softmax(-1)).sum(-1)
-        order = heads.token_order * cross_entropies.sum() / valid.sum().clamp(min=1)
-    return torch.stack(losses), torch.stack(objectives), order
+        order = cross_entropies.sum() / valid.sum().clamp(min=1)
+    return ReferenceLosses(torch.stack(losses), torch.stack(distillation), torch.stack(objectives), order)
 
 
 def _distillation_sum(teacher: Tensor, logits: Tensor, valid: Tensor, distance: int, top: int) -> Tensor:

@@ -48,6 +48,13 @@ def local_micro_batches(config: Config, topology: Topology, samples: Tensor, tar
     return [MicroBatch(*part) for part in parts]
 
 
+def mean_losses(sums: Tensor) -> Tensor:
+    """`[3, n]` from the engine's sums `[5, n]`: per target the cross-entropies, those to head 1, and, in head 1's place
+    of the last row, those to the tokens' order."""
+    losses, _, targets, distillation, token_order = sums
+    return torch.stack([losses, distillation, token_order]) / targets.clamp(min=1)
+
+
 class ReferenceTraining:
     """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
 
@@ -62,15 +69,16 @@ class ReferenceTraining:
     def step(
         self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadWeights
     ) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """Losses `[n]` and gradient norm before the update, and the gradients before clipping by global name.
+        """Losses `[3, n]` and gradient norm before the update, and the gradients before clipping by global name.
 
-        A head that is not active has loss 0.
+        The rows are those of `mean_losses`; a head that is not active has loss 0.
         """
         self.optimizer.zero_grad(set_to_none=False)
         batch = (samples, targets, document_ids(samples, END_OF_DOCUMENT))
-        losses, objectives, order = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
-        active = torch.arange(len(losses), device=self.device) < weights.active
-        ((objectives * objectives.new_tensor(weights.weights))[active].sum() + order).backward()
+        results = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
+        active = torch.arange(len(results.losses), device=self.device) < weights.active
+        of_heads = (results.objectives * results.objectives.new_tensor(weights.weights))[active].sum()
+        (of_heads + self.config.heads.token_order * results.token_order).backward()
         gradients = {}
         for name, weight in self.model.named_weights().items():
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -84,4 +92,6 @@ class ReferenceTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        return losses.detach().where(active, 0.0), norm, gradients
+        token_order = torch.zeros_like(results.losses).index_fill(0, torch.zeros(1, dtype=torch.long), 1.0)
+        rows = [results.losses.where(active, 0.0), results.distillation.where(active, 0.0)]
+        return torch.stack([*rows, token_order * results.token_order]).detach(), norm, gradients

@@ -16,7 +16,7 @@ from mtp_dist.parallel.topology import Topology
 from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.optimizer import build_optimizer
-from mtp_dist.training.reference import ReferenceTraining, local_micro_batches, random_batch
+from mtp_dist.training.reference import ReferenceTraining, local_micro_batches, mean_losses, random_batch
 
 PARAMETER_LIMIT = 20_000_000
 """A larger model is checked at reduced widths: the reference runs whole, in fp64, on every rank."""
@@ -126,9 +126,11 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
     updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))
     assert names_over_ranks(gradients) == names_over_ranks(updated) == shapes.keys(), "every weight is compared"
     expected = reference.model.named_weights()
-    sharded_losses = sums[0] / sums[2].clamp(min=1)
+    kinds = ("head", "distillation of head", "token order of head")
+    names = [f"{kind} {k}" for kind in kinds for k in range(1, config.heads.count + 1)]
+    compared = zip(names, mean_losses(sums).flatten(), losses.flatten(), strict=True)
     errors = {
-        "losses": {f"head {k}": relative_error(sharded_losses[k - 1], loss) for k, loss in enumerate(losses, 1)},
+        "losses": {name: relative_error(value, loss) for name, value, loss in compared},
         "gradient norm": {"all parameters": relative_error(*torch.tensor([sharded_norm, norm], dtype=torch.float64))},
         "gradients": {name: relative_error(value, truth[name]) for name, value in gradients.items()},
         "updated weights": {name: relative_error(value, expected[name].detach()) for name, value in updated.items()},

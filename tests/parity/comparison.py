@@ -51,6 +51,7 @@ def errors_of(run: Run, truth: Run) -> dict[str, float]:
     return {
         "losses": largest_error(run.losses[0], truth.losses[0]),
         "gradient norm": largest_error(run.norms[0], truth.norms[0]),
+        "norm curve": largest_error(run.norms, truth.norms),
         "gradients": max(norm_error(run.gradients[name], truth.gradients[name]) for name in truth.gradients),
         "loss curve": largest_error(run.losses, truth.losses),
         "weights": max(norm_error(run.weights[name], truth.weights[name]) for name in truth.weights),
@@ -58,8 +59,15 @@ def errors_of(run: Run, truth: Run) -> dict[str, float]:
 
 
 BOUNDS = {
-    "fp32": {"losses": 1e-5, "gradient norm": 1e-5, "gradients": 1e-4, "loss curve": 1e-4, "weights": 1e-3},
-    "bf16": {"gradient norm": 2e-3, "gradients": 0.1, "loss curve": 1e-2},
+    "fp32": {
+        "losses": 1e-5,
+        "gradient norm": 1e-5,
+        "gradients": 1e-4,
+        "loss curve": 1e-4,
+        "norm curve": 1e-3,
+        "weights": 1e-3,
+    },
+    "bf16": {"gradient norm": 2e-3, "gradients": 0.1, "loss curve": 1e-2, "norm curve": 5e-2},
 }
 
 

@@ -44,7 +44,7 @@ class Run:
     """What a training of some steps left, in fp64 or fp32."""
 
     losses: Tensor
-    """`[steps, n]`, before each update."""
+    """`[steps, 3, n]`, before each update: see `mean_losses`."""
     norms: Tensor
     """`[steps]`, before clipping."""
     gradients: dict[str, Tensor]
@@ -85,7 +85,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
-    from mtp_dist.training.reference import local_micro_batches
+    from mtp_dist.training.reference import local_micro_batches, mean_losses
 
     device = select_device(config)
     topology = initialize_topology(config, device)
@@ -96,7 +96,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
         for step, (samples, targets) in enumerate(global_batches(config, steps), 1):
             batch = local_micro_batches(config, topology, samples, targets)
             sums, norm = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
-            losses.append(sums[0] / sums[2].clamp(min=1))
+            losses.append(mean_losses(sums))
             norms.append(norm)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
     if topology.tensor_rank or topology.data_rank:
@@ -145,14 +145,14 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
 
 
 def losses_of_evaluations(config: Config) -> list[Tensor]:
-    """Per-head losses of one batch by an evaluation, by the first training step, and by evaluations after it of the
-    batch once and twice over; each `[n]`."""
+    """Losses of one batch by an evaluation, by the first training step, and by evaluations after it of the batch once
+    and twice over; each `[3, n]`, see `mean_losses`."""
     from mtp_dist.loss.weights import head_weights
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reference import local_micro_batches
+    from mtp_dist.training.reference import local_micro_batches, mean_losses
 
     device = select_device(config)
     topology = initialize_topology(config, device)
@@ -165,4 +165,4 @@ def losses_of_evaluations(config: Config) -> list[Tensor]:
         engine.evaluate(batch * 2, 2 * len(batch)),
         engine.train_step(batch, 1e-3, head_weights(config, 1))[0],
     ]
-    return [losses / targets.clamp(min=1) for losses, _, targets, *_ in sums]
+    return [mean_losses(of_batch) for of_batch in sums]

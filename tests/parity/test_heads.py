@@ -69,6 +69,15 @@ SPECIAL: dict[str, tuple[Layout, dict[str, dict[str, Any]]]] = {
             }
         },
     ),
+    "distillation with weights": (
+        (1, 2, 2, False),
+        {"heads": {"distillation": 0.5, "distillation_top": 5, "loss_weights": [1, 0.3, 0.5, 0]}},
+    ),
+    "distillation and order, data-parallel": (
+        (1, 1, 2, False),
+        {"heads": {"kind": "sequential", "distillation": 0.5, "token_order": 0.7, "token_order_window": 8}},
+    ),
+    "sequential, data-parallel": ((1, 2, 2, False), {"heads": {"kind": "sequential"}, "parallel": {"zero_stage": 1}}),
     "token order": ((2, 2, 1, False), {"heads": {"token_order": 0.7, "token_order_window": 8}}),
     "token order in chunks": (
         (2, 1, 1, True),
@@ -91,7 +100,7 @@ SCHEDULES = ["forward", "reverse"]
 @pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule(ranks: Ranks, schedule: str, zero_stage: int, kind: str) -> None:
-    layout: Layout = (1, 2, 1, False)
+    layout: Layout = (1, 2, 1, False) if zero_stage else (2, 1, 1, True)
     heads = {"kind": kind, "schedule": schedule, "count": 3}
     config = layout_config(layout, 4, zero_stage, heads=heads, train={"steps": 6})
     assert_equals_reference(ranks, config, layout, 6)

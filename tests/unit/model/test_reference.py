@@ -112,7 +112,7 @@ def test_gradient_equals_llamas() -> None:
     model, tokens = lively_model(tiny_config(heads={"count": 1})), tokens_of(2, 16)
     llama = llama_of(model, 1)
     targets = tokens.roll(-1, 1)
-    reference_losses(model, tokens, targets[None])[1].sum().backward()
+    reference_losses(model, tokens, targets[None]).objectives.sum().backward()
     F.cross_entropy(llama(tokens).logits.flatten(0, 1), targets.flatten()).backward()
     ours = model.named_weights()
     theirs = dict(llama.named_parameters())
@@ -167,7 +167,7 @@ def test_losses_are_means_over_the_valid_targets() -> None:
     targets = torch.stack([tokens.roll(-k, 1) for k in range(1, 4)])
     targets[1, 0, 2:] = IGNORE_INDEX
     targets[2] = IGNORE_INDEX
-    losses, objectives, _ = reference_losses(model, tokens, targets)
+    losses, _, objectives, _ = reference_losses(model, tokens, targets)
     logits = model(tokens)
     expected = [F.cross_entropy(logits[k + 1].flatten(0, 1), targets[k].flatten()) for k in range(2)]
     torch.testing.assert_close(losses[:2], torch.stack(expected))
@@ -180,7 +180,7 @@ def test_the_z_loss_is_minimized_but_not_reported() -> None:
     model, tokens = lively_model(tiny_config(heads={"count": 2, "z_loss": 0.01})), tokens_of(2, 6)
     targets = torch.stack([tokens.roll(-k, 1) for k in (1, 2)])
     targets[1, 0, 2:] = IGNORE_INDEX
-    losses, objectives, _ = reference_losses(model, tokens, targets)
+    losses, _, objectives, _ = reference_losses(model, tokens, targets)
     for logits, target, loss, objective in zip(model(tokens).values(), targets, losses, objectives, strict=True):
         normalizers = logits.logsumexp(-1)[target != IGNORE_INDEX]
         torch.testing.assert_close(objective, loss + 0.01 * normalizers.square().mean())
