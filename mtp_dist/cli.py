@@ -2,14 +2,18 @@
 
 import json
 import os
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from mtp_dist.config import ConfigError, load_config
+from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.pretrain import check_before_start, quieten_packages, stop
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -64,6 +68,88 @@ def selfcheck(
     raise typer.Exit(0 if passed else 1)
 
 
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...")],
+    to: Annotated[str, typer.Option(help="path of the corpus without .bin, .idx and .json")],
+    tokenizer: Annotated[str, typer.Option(help="as in data.tokenizer")],
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as there are cores")] = None,
+    field: Annotated[str, typer.Option(help="of JSONL, Parquet and datasets: which one is the text")] = "text",
+    glob: Annotated[str | None, typer.Option(help="which files of a folder, such as '**/*.py'")] = None,
+    split: Annotated[str | None, typer.Option(help="of a dataset; of files: all, train or validation")] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="read a dataset while it downloads")] = False,
+    invalid_utf8: Annotated[InvalidUtf8, typer.Option(help="what to do about it")] = "error",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of sentences")] = False,
+) -> None:
+    """Make text a corpus of tokens on disk, in Megatron-core's format.
+
+    INPUT is a folder (with --glob), a text or code file, .jsonl or .jsonl.gz, .parquet, python-stdlib, or a Hugging
+    Face dataset. What was killed goes on with the same command.
+    """
+    from mtp_dist.data.inputs import InputOptions
+    from mtp_dist.data.preparation import Request
+    from mtp_dist.data.preparation import prepare as make
+    from mtp_dist.data.progress import PreparationProgress, describe
+
+    options = InputOptions(field=field, glob=glob, split=split, streaming=streaming)
+    request = Request(
+        tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers or len(os.sched_getaffinity(0))
+    )
+    try:
+        with PreparationProgress(Console(stderr=True)) as progress:
+            prepared = make(request, progress)
+    except ConfigError as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from the finished parts", file=sys.stderr, flush=True)
+        raise typer.Exit(130) from None
+    print(json.dumps(prepared.as_json()) if as_json else describe(request.prefix, prepared), flush=True)
+
+
+@app.command()
+def inspect(
+    corpus: Annotated[str, typer.Argument(metavar="DATA", help="a prepared corpus: its path without .bin")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="where the corpus does not name it: as in data.tokenizer")
+    ] = None,
+    heads: Annotated[int, typer.Option(min=1, help="prediction heads whose targets are shown")] = 4,
+    samples: Annotated[int, typer.Option(min=0, help="samples shown")] = 1,
+    positions: Annotated[int, typer.Option(min=1, help="positions of each that are shown")] = 12,
+    frequent: Annotated[int, typer.Option(min=0, help="most frequent tokens shown")] = 10,
+    verify: Annotated[bool, typer.Option("--verify", help="compare the tokens with their checksum")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
+) -> None:
+    """Show what is in a corpus, and what each head is asked for."""
+    from mtp_dist.data.corpus import open_corpus, prefix_of
+    from mtp_dist.data.inspection import inspect_corpus, print_report
+    from mtp_dist.data.tokenizer import build_tokenizer
+
+    try:
+        opened = open_corpus(prefix_of(corpus) or corpus, "DATA")
+        named = tokenizer or (opened.description.tokenizer.name if opened.description else None)
+        if named is None:
+            raise ConfigError(f"DATA = '{corpus}' does not name its tokenizer: give it with --tokenizer")
+        if verify:
+            opened.verify()
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("tokens", total=len(opened.tokens))
+            report = inspect_corpus(
+                opened,
+                build_tokenizer(named, "--tokenizer"),
+                heads,
+                positions,
+                samples,
+                frequent,
+                watch=lambda done: progress.update(task, completed=done),
+            )
+    except ConfigError as error:
+        stop(error)
+    if as_json:
+        print(json.dumps(asdict(report)), flush=True)
+    else:
+        print_report(report, Console(width=None if os.isatty(1) else 120))
+
+
 @bench.command("head-loss")
 def head_loss(
     tokens: Annotated[int | None, typer.Option(help="of one micro-batch; 2048 on a CPU, 8192 on a GPU")] = None,
@@ -95,6 +181,38 @@ def head_loss(
         print(json.dumps(result), flush=True)
     else:
         Console(width=None if os.isatty(1) else 120).print(table(result))
+
+
+@bench.command("data")
+def data(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER")],
+    glob: Annotated[str, typer.Option(help="which of its files")] = "**/*.py",
+    tokenizer: Annotated[
+        list[str] | None, typer.Option(help="may be repeated; bytes, and one trained on the files, when absent")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as there are cores")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="of which the medians are shown")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """How fast text becomes a corpus, beside the tokenizer alone, and a corpus training samples."""
+    from mtp_dist.bench.data.loading import measure_loader
+    from mtp_dist.bench.data.preparation import TRAINED, measure_preparation
+    from mtp_dist.bench.data.report import tables
+    from mtp_dist.bench.measure import processor_name, usable_cores
+
+    processes = workers or usable_cores()
+    try:
+        preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
+    except ConfigError as error:
+        stop(error)
+    machine = {"processor": processor_name(), "cores": usable_cores()}
+    quieten_packages()
+    loader = measure_loader(rounds)
+    result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
+        Console(width=None if os.isatty(1) else 120).print(*tables(result), sep="\n")
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from mtp_dist.checkpoint.resume import ResumePoint
-    from mtp_dist.data.tokenizer import ByteTokenizer
+    from mtp_dist.data.tokenizer import Tokenizer
 
 SECONDS_FOR_RANK_0 = 10
 
@@ -47,7 +47,7 @@ def stop(error: ConfigError) -> NoReturn:
 
 def check_before_start(config: Config, needs_data: bool = True) -> None:
     """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
-    from mtp_dist.data.sources import check_sources
+    from mtp_dist.data.loading import check_sources
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
 
@@ -98,6 +98,7 @@ def pretrain(config: Config) -> None:
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     if resumed:
         restore(engine, resumed.folder)
+        datasets.train.restore(resumed.samples)
     updates_made = resumed.step if resumed else 0
     check_ranks_agree(updates_made, topology)
     reporter = None
@@ -106,8 +107,8 @@ def pretrain(config: Config) -> None:
             set_earlier_run_aside(config)
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
 
-    def save(step: int) -> None:
-        save_checkpoint(config, vocab_size, engine, step)
+    def save(step: int, samples: Any) -> None:
+        save_checkpoint(config, vocab_size, engine, step, samples)
 
     fit(config, engine, datasets, [reporter] if reporter else [], save, updates_made)
     close_topology()
@@ -136,7 +137,7 @@ def quieten_packages() -> None:
         warnings.filterwarnings("ignore", message=known)
 
 
-def _sample(config: Config, tokenizer: "ByteTokenizer", checkpoint: Path) -> str | None:
+def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | None:
     """The prompt and a continuation of it by the model as it was saved."""
     from mtp_dist.checkpoint.load import load_weights
     from mtp_dist.inference.sampling import sample_continuation

@@ -47,6 +47,8 @@ class Description:
     optimizer_updates: int
     """Those that Adam's bias correction counts: without steps dropped for a gradient that was not finite."""
     config: Config
+    samples: Any = None
+    """State of the training samples, as JSON; nothing where the step says it all."""
 
     def write(self, folder: Path) -> None:
         values = self.__dict__ | {"config": self.config.model_dump(mode="json")}
@@ -58,7 +60,7 @@ def read_description(folder: Path) -> Description:
     try:
         values = json.loads((folder / DESCRIPTION).read_text())
         numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
-        return Description(**numbers, config=build_config(values["config"]))
+        return Description(**numbers, config=build_config(values["config"]), samples=values["samples"])
     except OSError as error:
         raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError

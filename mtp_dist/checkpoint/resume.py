@@ -23,6 +23,8 @@ class ResumePoint:
     folder: Path
     step: int
     """Updates made."""
+    samples: Any = None
+    """State of the training samples."""
 
 
 def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
@@ -41,7 +43,7 @@ def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
         )
     if wrong := list(_differences(saved.config, config, folder)):
         raise ConfigError("\n".join(wrong))
-    return ResumePoint(folder, saved.step)
+    return ResumePoint(folder, saved.step, saved.samples)
 
 
 def _find(config: Config) -> Path | None:

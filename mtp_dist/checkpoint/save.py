@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,11 @@ from mtp_dist.parallel.weights import master_weight, owned_weights, whole_tensor
 Tensors = dict[str, Tensor]
 
 
-def save_checkpoint(config: Config, vocab_size: int, engine: TrainingEngine, step: int) -> None:
-    """Write weights, moments and configuration after update `step`; every rank calls it.
+def save_checkpoint(config: Config, vocab_size: int, engine: TrainingEngine, step: int, samples: Any = None) -> None:
+    """Write weights, moments, configuration and the samples' state after update `step`; every rank calls it.
 
-    Nothing half-written has the final name. Raises ConfigError, on every rank, where one of them could not write.
+    samples counts on rank 0 only. Nothing half-written has the final name. Raises ConfigError, on every rank, where one
+    of them could not write.
     """
     topology = engine.topology
     final = checkpoint_path(config, step)
@@ -33,7 +35,7 @@ def save_checkpoint(config: Config, vocab_size: int, engine: TrainingEngine, ste
     _together(topology, unfinished, lambda: _make_empty(unfinished) if topology.rank == 0 else None)
     shares = _share_of_this_rank(engine, parameter_shapes(config, vocab_size))
     _together(topology, unfinished, lambda: _write(unfinished, shares, topology))
-    description = Description(step, vocab_size, updates(engine.pipeline), config)
+    description = Description(step, vocab_size, updates(engine.pipeline), config, samples)
     _together(topology, unfinished, lambda: _finish(unfinished, final, description) if topology.rank == 0 else None)
 
 

@@ -79,10 +79,22 @@ class ParallelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: str
-    """A folder of Python files, a file of any kind, or `python-stdlib`: the standard library of this Python."""
-    split: Literal["all", "train", "validation"] = "all"
-    """Which files: about one in twenty, chosen by a hash of its relative path, belongs to `validation`."""
+    path: Annotated[str, Field(min_length=1)]
+    """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
+    tokenized at each start: a folder, a file, JSONL (`.jsonl`, `.jsonl.gz`), Parquet, the name of a Hugging Face
+    dataset, or `python-stdlib`, the standard library of this Python."""
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """In logs; several validation sets need one each."""
+    split: str | None = None
+    """Part of the source: of files `train` or `validation`, to which about one in twenty belongs by a hash of its
+    relative path; of a Hugging Face dataset one of its splits, `train` when absent."""
+    glob: str = "**/*.py"
+    """Which files of a folder."""
+    field: str = "text"
+    """Which field of JSONL, Parquet and datasets is the document."""
+    stream: bool = False
+    """Train on the documents in their order while they are read, without tokenizing all of them first: for datasets
+    that are too large for memory and are not worth preparing."""
     weight: PositiveFloat = 1.0
     """Share of the training samples drawn from this source, relative to the other weights; validation ignores it."""
 
@@ -91,9 +103,10 @@ class DataConfig(Section):
     train: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
     """Sources of the training samples."""
     validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
-    """Sources of the validation samples; no validation when empty."""
-    tokenizer: Literal["bytes"] = "bytes"
-    """`bytes`: one token a byte and an end-of-document token."""
+    """Validation sets, each with losses of its own; no validation when empty."""
+    tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
+    """`bytes`: one token a byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
+    folder with one, or a name in the Hugging Face cache of this machine."""
     loss_across_documents: bool = True
     """`false`: a head's target counts only where it lies in the same document as the token at its position. A document
     ends with its end-of-document token. Token-order prediction ranks no tokens beyond it then."""
@@ -120,7 +133,7 @@ class TrainConfig(Section):
     validate_every: PositiveInt | None = None
     """Steps between two validations; one at the end in any case."""
     validation_samples: PositiveInt = 128
-    """Samples of a validation, spaced evenly over the validation sources; all there are where they have fewer."""
+    """Samples of each validation set, spaced evenly over it; all there are where it has fewer."""
 
 
 class OptimizerConfig(Section):
@@ -269,8 +282,20 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
+    yield from _contradictions_of_sources(config.data)
     yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:
+    if len({source.stream for source in data.train}) > 1:
+        yield (
+            "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
+            "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`"
+        )
+    names = [source.name for source in data.validation]
+    if len(names) > 1 and (None in names or len(set(names)) < len(names)):
+        yield f"data.validation has {len(names)} sets with the names {names}: give each a `name` of its own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,41 +12,16 @@ from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.shuffling import ROUNDS, Shuffle
 
 
-class BlendedSamples:
-    """Samples 0 .. num_samples - 1, where number i = step * global batch size + position in the batch.
+class Blend:
+    """Which source each sample comes from, so that any run of samples has the sources in proportion."""
 
-    A sample depends on the corpora, the weights, the seed and i: not on the layout, on what was read before, or on
-    num_samples, so that a run can go on at another layout or be prolonged.
-    """
-
-    def __init__(self, corpora: Sequence[PackedCorpus], weights: Sequence[float], seed: int, num_samples: int) -> None:
-        """`weights` are positive, one for each corpus, and need not sum to 1."""
-        assert len(corpora) == len(weights) > 0 and min(weights) > 0
-        self.corpora = tuple(corpora)
+    def __init__(self, weights: Sequence[float]) -> None:
+        """`weights` are positive and need not sum to 1."""
+        assert min(weights) > 0
         self.shares = np.array(weights, dtype=np.float64) / sum(weights)
-        self.seed = seed
-        self.num_samples = num_samples
-        self._orders: dict[int, tuple[int, Shuffle]] = {}
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + lookahead]."""
-        return self.read(index, 1)[0]
-
-    def read(self, first: int, count: int) -> NDArray[np.int64]:
-        """Samples number first .. first + count - 1, [count, S + lookahead]."""
-        if not 0 <= first <= first + count <= self.num_samples:
-            raise IndexError(f"samples {first} to {first + count - 1} of {self.num_samples}")
-        samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
-        for sample, source, occurrence in zip(samples, *self.locate(first, count), strict=True):
-            epoch, position = divmod(int(occurrence), len(self.corpora[source]))
-            sample[:] = self.corpora[source].tokens_of(self._order(source, epoch)[position])
-        return samples
 
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each of these samples, and how many earlier samples come from that source, [count] each."""
+        """Of samples first .. first + count - 1: the source, and how many earlier samples come from it; [count]."""
         skipped, sources = self._merge(first, count)
         occurrences = np.empty_like(sources)
         for source, number in enumerate(skipped):
@@ -54,11 +30,11 @@ class BlendedSamples:
         window = slice(first - int(skipped.sum()), None)
         return sources[window], occurrences[window]
 
-    def epochs(self, num_samples: int) -> list[float]:
-        """How many times each corpus has been read after the first `num_samples` samples."""
+    def counts(self, num_samples: int) -> NDArray[np.int64]:
+        """How many of the first `num_samples` samples come from each source."""
         skipped, sources = self._merge(num_samples, 0)
-        read = skipped + np.bincount(sources, minlength=len(self.corpora))
-        return [float(number / len(corpus)) for number, corpus in zip(read, self.corpora, strict=True)]
+        counts: NDArray[np.int64] = skipped + np.bincount(sources, minlength=len(self.shares))
+        return counts
 
     def _merge(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many samples of each source come before some sample at or before `first`, and the sources from there to
@@ -74,6 +50,40 @@ class BlendedSamples:
         places = (occurrences + 0.5) / self.shares[:, None]
         order = np.argsort(places, axis=None, kind="stable")[: first + count - skipped.sum()]
         return skipped, order // occurrences.shape[1]
+
+
+class BlendedSamples:
+    """Sample i = (step - 1) * global batch size + position in the batch, of corpora that can be read anywhere.
+
+    A sample depends on the corpora, the weights, the seed and i: not on the layout, on what was read before, or on how
+    long the run is, so that it can go on at another layout or be prolonged.
+    """
+
+    def __init__(self, corpora: Sequence[PackedCorpus], weights: Sequence[float], seed: int) -> None:
+        assert len(corpora) == len(weights) > 0
+        self.corpora = tuple(corpora)
+        self.blend = Blend(weights)
+        self.seed = seed
+        self._orders: dict[int, tuple[int, Shuffle]] = {}
+
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        """Samples number first .. first + count - 1, [count, S + lookahead]."""
+        samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
+        for sample, source, occurrence in zip(samples, *self.blend.locate(first, count), strict=True):
+            epoch, position = divmod(int(occurrence), len(self.corpora[source]))
+            sample[:] = self.corpora[source].tokens_of(self._order(source, epoch)[position])
+        return samples
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How many times each corpus has been read after the first `num_samples` samples."""
+        counts = self.blend.counts(num_samples)
+        return [float(count / len(corpus)) for count, corpus in zip(counts, self.corpora, strict=True)]
+
+    def state(self) -> None:
+        """Nothing: a sample's number says which it is."""
+
+    def restore(self, state: Any) -> None:
+        assert state is None
 
     def _order(self, source: int, epoch: int) -> Shuffle:
         """Of a source's samples in one epoch; the last one of each source is kept."""

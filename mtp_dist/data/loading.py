@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config, ConfigError, SourceConfig
 from mtp_dist.data.blending import BlendedSamples
-from mtp_dist.data.packing import PackedCorpus, pack, unigram_entropy
-from mtp_dist.data.sources import configured_sources, read_documents
-from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
+from mtp_dist.data.corpus import check_ids, check_tokenizer, open_corpus, prefix_of
+from mtp_dist.data.inputs import Input, InputOptions, open_inputs
+from mtp_dist.data.packing import PackedCorpus, unigram_entropy
+from mtp_dist.data.streaming import StreamedSamples, TokenStream
+from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_size
+
+READ_AT_ONCE_BYTES = 16 << 20
+
+
+class TrainingSamples(Protocol):
+    """The samples of a run by their numbers: number (step - 1) * global batch size + position in the batch."""
+
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        """Samples number first .. first + count - 1, [count, S + lookahead]."""
+
+    def epochs(self, num_samples: int) -> list[float]:
+        """How many times each source has been read after the first `num_samples` samples."""
+
+    def state(self) -> Any:
+        """As JSON, what a run needs beside the number of the next sample to go on from here."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from a state."""
 
 
 class ValidationSamples:
-    """Up to num_samples samples spaced evenly over the corpora laid end to end: the same in every run.
+    """Up to num_samples samples of a corpus, spaced evenly: the same in every run."""
 
-    Fewer where the corpora have fewer. A corpus has as many samples as its length gives it; weights do not count.
-    """
-
-    def __init__(self, corpora: Sequence[PackedCorpus], num_samples: int) -> None:
-        self.corpora = tuple(corpora)
-        self._ends = np.cumsum([len(corpus) for corpus in corpora])
-        total = int(self._ends[-1])
-        self._num_samples = min(num_samples, total)
-        self._indices = np.arange(self._num_samples) * total // self._num_samples
+    def __init__(self, corpus: PackedCorpus, num_samples: int) -> None:
+        self.corpus = corpus
+        self._num_samples = min(num_samples, len(corpus))
 
     def __len__(self) -> int:
         return self._num_samples
@@ -35,83 +51,149 @@ class ValidationSamples:
         """Sample number `index`, [S + lookahead]."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
-        place = int(self._indices[index])
-        corpus = int(np.searchsorted(self._ends, place, side="right"))
-        return self.corpora[corpus][place - int(self._ends[corpus]) + len(self.corpora[corpus])]
+        return self.corpus[index * len(self.corpus) // self._num_samples]
 
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What a validation reads, and two figures of the whole validation corpora to judge its losses by."""
+    """What a validation reads, and two figures of its samples to judge its losses by."""
 
+    name: str | None
     samples: ValidationSamples
     unigram_entropy: float
     """Nats per token; a model above it has not learned to use the context."""
     bytes_per_token: float
-    """Bytes of the documents / tokens, end-of-document included: bits per byte = nats / ln 2 / bytes_per_token."""
+    """Bytes of text / tokens, end-of-document included: bits per byte = nats / ln 2 / bytes_per_token."""
 
 
 @dataclass(frozen=True)
 class Datasets:
-    tokenizer: ByteTokenizer
-    train: BlendedSamples
-    """Sample step * train.global_batch_size + position, for every step of the run."""
-    validation: ValidationSet | None
-    """None where `data.validation` is empty."""
+    tokenizer: Tokenizer
+    train: TrainingSamples
+    train_names: tuple[str, ...]
+    """Of the training sources: their names, or their numbers."""
+    validation: tuple[ValidationSet, ...]
+
+    def epochs(self, num_samples: int) -> dict[str, float]:
+        """By source, how many times it has been read after the first `num_samples` samples."""
+        return dict(zip(self.train_names, self.train.epochs(num_samples), strict=True))
+
+
+def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
+    """Every source with its key, such as `data.train.0`; the training sources first."""
+    for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for index, source in enumerate(sources):
+            yield f"data.{section}.{index}", source
+
+
+def check_sources(config: Config) -> None:
+    """Raise ConfigError where a source is missing or cannot be opened; reads none of them."""
+    for key, source in configured_sources(config):
+        if prefix := prefix_of(source.path):
+            open_corpus(prefix, f"{key}.path")
+        elif not source.stream:
+            _open_input(source, key)
+
+
+def load_datasets(config: Config) -> Datasets:
+    """Open prepared corpora, and read, tokenize and pack other sources.
+
+    Raises ConfigError, naming the key, where a source is missing, unreadable, empty or shorter than one sample.
+    """
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    corpora = _Corpora(config, tokenizer)
+    validation = [
+        _validation_set(source, corpora.open(source, f"data.validation.{index}"), config, tokenizer)
+        for index, source in enumerate(config.data.validation)
+    ]
+    return Datasets(
+        tokenizer=tokenizer,
+        train=_training_samples(config, corpora, tokenizer),
+        train_names=tuple(source.name or str(index) for index, source in enumerate(config.data.train)),
+        validation=tuple(validation),
+    )
+
+
+def _training_samples(config: Config, corpora: _Corpora, tokenizer: Tokenizer) -> TrainingSamples:
+    sources = {f"data.train.{index}": source for index, source in enumerate(config.data.train)}
+    weights = [source.weight for source in sources.values()]
+    if config.data.train[0].stream:
+        streams = [TokenStream(source.path, _options(source, key), tokenizer) for key, source in sources.items()]
+        return StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)
+    packed = [corpora.open(source, key).packed for key, source in sources.items()]
+    return BlendedSamples(packed, weights, config.run.seed)
 
 
 @dataclass(frozen=True)
 class _Corpus:
     packed: PackedCorpus
-    num_bytes: int
+    bytes_per_token: float | None
+    """None where nobody has counted the bytes."""
 
 
-def _load_corpora(config: Config, tokenizer: ByteTokenizer) -> dict[str, _Corpus]:
-    """The corpus of every source by its key, such as `data.train.0`; what several keys name is read once."""
-    read: dict[tuple[str, str], _Corpus] = {}
-    by_key: dict[str, _Corpus] = {}
-    for key, source in configured_sources(config):
-        identity = (source.path, source.split)
-        if identity not in read:
-            documents = read_documents(source, key)
+class _Corpora:
+    """Opens sources; what several keys name is read once."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._opened: dict[SourceConfig, _Corpus] = {}
+
+    def open(self, source: SourceConfig, key: str) -> _Corpus:
+        """Raises ConfigError, naming `key`."""
+        same = source.model_copy(update={"name": None, "weight": 1.0})
+        if same not in self._opened:
+            prefix = prefix_of(source.path)
+            tokens, num_bytes = self._prepared(prefix, key) if prefix else self._read(source, key)
             try:
-                packed = PackedCorpus(pack(documents, tokenizer), config.train.sequence_length, config.heads.lookahead)
+                packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
             except ConfigError as error:
-                raise ConfigError(
-                    f"{key}.path = {source.path!r} (split: {source.split}) is too small: {error}"
-                ) from None
-            read[identity] = _Corpus(packed, sum(len(document) for document in documents))
-        by_key[key] = read[identity]
-    return by_key
+                raise ConfigError(f"{key}.path = '{source.path}' is too small: {error}") from None
+            self._opened[same] = _Corpus(packed, None if num_bytes is None else num_bytes / len(tokens))
+        return self._opened[same]
+
+    def _prepared(self, prefix: Path, key: str) -> tuple[NDArray[Any], int | None]:
+        corpus = open_corpus(prefix, f"{key}.path")
+        check_tokenizer(corpus, self.tokenizer)
+        check_ids(corpus, vocabulary_size(self.config))
+        return corpus.tokens, corpus.num_bytes
+
+    def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int]:
+        """Tokens and bytes of the text, all in memory."""
+        named = f"{key}.path = '{source.path}'"
+        enough = None
+        if source.stream:  # only for validation: as many tokens as will be read
+            train = self.config.train
+            enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
+        parts, num_bytes, num_tokens = [], 0, 0
+        try:
+            for unit in _open_input(source, key).units(READ_AT_ONCE_BYTES):
+                documents = list(unit.documents())
+                parts.append(self.tokenizer.encode_documents(documents)[0])
+                num_bytes += sum(map(len, documents))
+                num_tokens += len(parts[-1])
+                if enough is not None and num_tokens >= enough:
+                    break
+        except OSError as error:
+            raise ConfigError(f"{named}: cannot read {error.filename} ({error.strerror})") from None
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(error).startswith(key) else f"{named}: {error}") from None
+        if not num_tokens:
+            raise ConfigError(f"{named} has no document with text: give another source")
+        return np.concatenate(parts), num_bytes
 
 
-def _validation_set(corpora: Sequence[_Corpus], num_samples: int, vocab_size: int) -> ValidationSet:
-    tokens = np.concatenate([corpus.packed.tokens for corpus in corpora])
-    return ValidationSet(
-        samples=ValidationSamples([corpus.packed for corpus in corpora], num_samples),
-        unigram_entropy=unigram_entropy(tokens, vocab_size),
-        bytes_per_token=sum(corpus.num_bytes for corpus in corpora) / len(tokens),
-    )
+def _options(source: SourceConfig, key: str) -> InputOptions:
+    glob = source.glob if Path(source.path).is_dir() else None
+    return InputOptions(source.field, glob, source.split, source.stream, key)
 
 
-def load_datasets(config: Config) -> Datasets:
-    """Read, tokenize and pack every source.
+def _open_input(source: SourceConfig, key: str) -> Input:
+    return open_inputs([source.path], _options(source, key))[0]
 
-    Raises ConfigError, naming the key, where a source is missing, unreadable, empty or shorter than one sample.
-    """
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    by_key = _load_corpora(config, tokenizer)
-    train = [corpus.packed for key, corpus in by_key.items() if key.startswith("data.train.")]
-    validation = [corpus for key, corpus in by_key.items() if key.startswith("data.validation.")]
-    return Datasets(
-        tokenizer=tokenizer,
-        train=BlendedSamples(
-            corpora=train,
-            weights=[source.weight for source in config.data.train],
-            seed=config.run.seed,
-            num_samples=config.train.steps * config.train.global_batch_size,
-        ),
-        validation=(
-            _validation_set(validation, config.train.validation_samples, tokenizer.vocab_size) if validation else None
-        ),
-    )
+
+def _validation_set(source: SourceConfig, corpus: _Corpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:
+    samples = ValidationSamples(corpus.packed, config.train.validation_samples)
+    tokens = np.concatenate([samples[index] for index in range(len(samples))])
+    bytes_per_token = corpus.bytes_per_token or len(tokenizer.decode(tokens).encode()) / len(tokens)
+    return ValidationSet(source.name, samples, unigram_entropy(tokens, tokenizer.vocab_size), bytes_per_token)

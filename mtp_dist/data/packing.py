@@ -5,24 +5,15 @@ Shapes: S is `train.sequence_length`, the lookahead is the last prediction dista
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.tokenizer import ByteTokenizer
 
 
-def pack(documents: Iterable[bytes], tokenizer: ByteTokenizer) -> NDArray[np.uint16]:
-    """The tokens of all documents in their order, an end-of-document token after each."""
-    end = np.array([tokenizer.end_of_document], dtype=np.uint16)
-    parts = [part for document in documents for part in (tokenizer.encode(document), end)]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint16)
-
-
-def unigram_entropy(tokens: NDArray[np.uint16], vocab_size: int) -> float:
+def unigram_entropy(tokens: NDArray[Any], vocab_size: int) -> float:
     """Entropy of the tokens' frequencies in nats: the loss of the best model that ignores the context."""
     counts = np.bincount(tokens, minlength=vocab_size)
     probabilities = counts[counts > 0] / len(tokens)
@@ -36,7 +27,7 @@ class PackedCorpus:
     the end of the stream are left out.
     """
 
-    def __init__(self, tokens: NDArray[np.uint16], sequence_length: int, lookahead: int) -> None:
+    def __init__(self, tokens: NDArray[Any], sequence_length: int, lookahead: int) -> None:
         """Raises ConfigError where the tokens do not fill one sample."""
         needed = sequence_length + lookahead
         if len(tokens) < needed:

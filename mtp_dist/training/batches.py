@@ -1,14 +1,16 @@
 """Which samples each data-parallel rank reads, as micro-batches."""
 
-from collections.abc import Sequence
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.data.blending import BlendedSamples
-from mtp_dist.data.loading import ValidationSamples
+from mtp_dist.data.loading import Datasets, ValidationSamples
 from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
 from mtp_dist.parallel.pipeline import MicroBatch
 from mtp_dist.parallel.topology import Topology
@@ -24,26 +26,49 @@ def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> l
     return [MicroBatch(*part) for part in parts]
 
 
+STEPS_AHEAD = 2
+"""Batches that are read before they are needed."""
+
+
 class Batches:
-    """The micro-batches of this rank.
+    """The micro-batches of this rank; those of the next steps are read in the background.
 
     Stages that are neither first nor last read nothing, unless their attention must know where documents end.
     """
 
-    def __init__(self, config: Config, topology: Topology, end_of_document: int) -> None:
+    def __init__(self, config: Config, topology: Topology, datasets: Datasets, updates_made: int = 0) -> None:
+        """The first step will be `updates_made` + 1."""
         self.config = config
         self.topology = topology
-        self.end_of_document = end_of_document
+        self.datasets = datasets
         middle = not (topology.is_first_stage or topology.is_last_stage)
         self.reads = not middle or not config.data.attention_across_documents
+        self.state: Any = None
+        """What a run needs to go on after the last step that was asked for: see `TrainingSamples`."""
+        # One thread: streams are read in the order of the steps.
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._ahead: deque[Future[tuple[list[MicroBatch], Any]]] = deque()
+        self._next = updates_made + 1
 
-    def training(self, samples: BlendedSamples, step: int) -> list[MicroBatch]:
-        """Of update number `step`, counted from 1; data-parallel rank r takes the r-th slice of the global batch."""
+    def training(self) -> list[MicroBatch]:
+        """Of the next update; data-parallel rank r takes the r-th slice of the global batch."""
         if not self.reads:
             return []
+        while len(self._ahead) <= STEPS_AHEAD and self._next <= self.config.train.steps:
+            self._ahead.append(self._reader.submit(self._read, self._next))
+            self._next += 1
+        batch, self.state = self._ahead.popleft().result()
+        return batch
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read(self, step: int) -> tuple[list[MicroBatch], Any]:
+        """The batch of update number `step`, counted from 1, and the samples' state after it."""
         share = self.config.train.global_batch_size // self.topology.data
         first = (step - 1) * self.config.train.global_batch_size + self.topology.data_rank * share
-        return self._micro_batches([samples[index] for index in range(first, first + share)])
+        samples = self.datasets.train
+        return self._micro_batches(samples.read(first, share)), samples.state()
 
     def validation(self, samples: ValidationSamples) -> tuple[list[MicroBatch], int]:
         """Of a validation, and their number, the same on every rank.
@@ -56,12 +81,12 @@ class Batches:
             return [], micro_batches
         first = self.topology.data_rank * micro_batches * self.config.train.micro_batch_size
         indices = range(first, first + micro_batches * self.config.train.micro_batch_size)
-        batch = self._micro_batches([samples[index % len(samples)] for index in indices])
+        batch = self._micro_batches(np.stack([samples[index % len(samples)] for index in indices]))
         repeated = torch.tensor([index >= len(samples) for index in indices]).split(self.config.train.micro_batch_size)
         return [
             micro_batch._replace(targets=micro_batch.targets.masked_fill(fill[None, :, None], IGNORE_INDEX))
             for micro_batch, fill in zip(batch, repeated, strict=True)
         ], micro_batches
 
-    def _micro_batches(self, samples: Sequence[np.ndarray]) -> list[MicroBatch]:
-        return micro_batches_of(self.config, torch.from_numpy(np.stack(samples)), self.end_of_document)
+    def _micro_batches(self, samples: NDArray[np.int64]) -> list[MicroBatch]:
+        return micro_batches_of(self.config, torch.from_numpy(samples), self.datasets.tokenizer.end_of_document)

@@ -24,8 +24,8 @@ class Callback:
     def on_step(self, metrics: StepMetrics) -> None:
         """After each optimizer update."""
 
-    def on_validation(self, step: int, heads: HeadMetrics) -> None:
-        """After each validation; `step` updates were made before it."""
+    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
+        """After each validation on the set of that name; `step` updates were made before it."""
 
     def on_end(self) -> None:
         """After the last step, and when the loop ends by an exception."""
@@ -55,8 +55,8 @@ class Rates:
     """Model FLOPs of one trained position, forward and backward, while 1, 2, ... n heads run."""
     peak_flops: float | None
     """FLOP/s of all devices of the run together at best; None where unknown."""
-    bytes_per_token: float
-    """Mean length of a validation token, in bytes of text."""
+    bytes_per_token: Mapping[str | None, float]
+    """Mean length of a token in bytes of text, by validation set."""
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
@@ -84,14 +84,21 @@ def step_scalars(
         "throughput/model_flops_per_second": flops_per_second,
         "throughput/mfu": flops_per_second / peak_flops if peak_flops else 0.0,
         "memory/peak_bytes": float(metrics.peak_memory),
+        **{f"data/epochs/{name}": epochs for name, epochs in metrics.epochs.items()},
     }
 
 
-def validation_scalars(heads: HeadMetrics, rates: Rates) -> dict[str, float]:
+def validation_prefix(name: str | None) -> str:
+    """What the scalars of a validation set begin with; the only set of a run may have no name."""
+    return f"validation/{name}" if name else "validation"
+
+
+def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: float) -> dict[str, float]:
     """The scalars of a validation: losses in nats per token, and in bits per byte of text."""
-    scalars = {f"validation/{name}": value for name, value in _head_scalars(heads).items()}
+    prefix = validation_prefix(name)
+    scalars = {f"{prefix}/{scalar}": value for scalar, value in _head_scalars(heads).items()}
     for k, loss in enumerate(heads.losses, 1):
-        scalars[f"validation/bits_per_byte/head_{k}"] = bits_per_byte(loss, rates.bytes_per_token)
+        scalars[f"{prefix}/bits_per_byte/head_{k}"] = bits_per_byte(loss, bytes_per_token)
     return scalars
 
 
@@ -128,8 +135,8 @@ class MetricsLogger(Callback):
             self._write(metrics.step, step_scalars(metrics, *rates))
             self._first, self._tokens, self._flops, self._seconds = False, 0, 0, 0.0
 
-    def on_validation(self, step: int, heads: HeadMetrics) -> None:
-        self._write(step, validation_scalars(heads, self._rates))
+    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
+        self._write(step, validation_scalars(heads, name, self._rates.bytes_per_token[name]))
 
     def on_end(self) -> None:
         for sink in self._sinks:
@@ -178,13 +185,15 @@ class MetricsFile(Sink):
 class TensorBoardWriter(Sink):
     """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
 
-    def __init__(self, directory: Path, updates_made: int = 0) -> None:
+    def __init__(self, directory: Path, validation_sets: Sequence[str | None], updates_made: int = 0) -> None:
         """What was written of steps after `updates_made` is hidden: they will be made again."""
         # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
-        kinds = ("loss", "accuracy", "validation/loss", "validation/bits_per_byte", "validation/accuracy")
+        kinds = ["loss", "accuracy"]
+        for name in validation_sets:
+            kinds += [f"{validation_prefix(name)}/{kind}" for kind in ("loss", "bits_per_byte", "accuracy")]
         charts = {f"{kind} of all heads": ["Multiline", [rf"^{kind}/head_\d+$"]] for kind in kinds}
         self._writer.add_custom_scalars({"Prediction heads": charts})
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import Tensor
 
@@ -23,16 +24,17 @@ def fit(
     engine: TrainingEngine,
     datasets: Datasets,
     callbacks: Sequence[Callback],
-    save: Callable[[int], None],
+    save: Callable[[int, Any], None],
     updates_made: int = 0,
 ) -> None:
     """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
-    updates_made are those of the checkpoint that the engine was restored from. save writes the checkpoint of a step;
-    every rank calls it. callbacks are told of steps and validations.
+    updates_made are those of the checkpoint that the engine was restored from. save writes the checkpoint of a step,
+    with the state of the training samples; every rank calls it. callbacks are told of steps and validations.
     """
-    batches = Batches(config, engine.topology, datasets.tokenizer.end_of_document)
+    batches = Batches(config, engine.topology, datasets, updates_made)
     with ExitStack() as ends:
+        ends.callback(batches.close)
         for callback in callbacks:
             ends.callback(callback.on_end)
             callback.on_start()
@@ -40,7 +42,7 @@ def fit(
             started = time.perf_counter()
             rate = learning_rate(config, step)
             weights = head_weights(config, step)
-            sums, grad_norm = engine.train_step(batches.training(datasets.train, step), rate, weights)
+            sums, grad_norm = engine.train_step(batches.training(), rate, weights)
             metrics = StepMetrics(
                 step=step,
                 heads=head_metrics(config, sums, weights),
@@ -48,18 +50,19 @@ def fit(
                 learning_rate=rate,
                 tokens=config.train.global_batch_size * config.train.sequence_length,
                 seconds=time.perf_counter() - started,
+                epochs=datasets.epochs(step * config.train.global_batch_size),
                 peak_memory=int(largest_over_ranks(peak_memory(engine.topology.device), engine.topology)),
             )
             for callback in callbacks:
                 callback.on_step(metrics)
-            if datasets.validation and _is_due(step, config.train.validate_every, config.train.steps):
-                micro_batches, number = batches.validation(datasets.validation.samples)
-                sums = engine.evaluate(micro_batches, number)
-                heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
-                for callback in callbacks:
-                    callback.on_validation(step, heads)
+            if _is_due(step, config.train.validate_every, config.train.steps):
+                for validation in datasets.validation:
+                    sums = engine.evaluate(*batches.validation(validation.samples))
+                    heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
+                    for callback in callbacks:
+                        callback.on_validation(step, validation.name, heads)
             if _is_due(step, config.checkpoint.every, config.train.steps):
-                save(step)
+                save(step, batches.state)
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

@@ -1,5 +1,6 @@
 """What one training step and one validation report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -36,5 +37,7 @@ class StepMetrics:
     """Trained positions of the step: global batch size * sequence length."""
     seconds: float
     """Wall time of the step."""
+    epochs: Mapping[str, float]
+    """By training source: how many times it has been read so far."""
     peak_memory: int
     """Largest memory of one rank so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""

@@ -29,12 +29,13 @@ def _describe_step(scalars: Scalars) -> str:
 
 
 def _describe_validation(step: int, scalars: Scalars) -> str:
+    prefix = next(name for name in scalars if name.endswith("/loss/total")).removesuffix("/loss/total")
     return " | ".join(
         (
-            f"validation at step {step}",
-            f"head losses {_numbers(scalars, 'validation/loss')}",
-            f"bits per byte {_numbers(scalars, 'validation/bits_per_byte')}",
-            f"accuracies {_numbers(scalars, 'validation/accuracy')}",
+            f"{prefix.replace('/', ' on ')} at step {step}",
+            f"head losses {_numbers(scalars, f'{prefix}/loss')}",
+            f"bits per byte {_numbers(scalars, f'{prefix}/bits_per_byte')}",
+            f"accuracies {_numbers(scalars, f'{prefix}/accuracy')}",
         )
     )
 

@@ -44,7 +44,7 @@ class RunReporter(Callback):
         self,
         config: Config,
         vocab_size: int,
-        validation: ValidationSet | None,
+        validation: Sequence[ValidationSet],
         topology: Topology,
         optimizer_name: str,
         resumed: ResumePoint | None,
@@ -56,7 +56,7 @@ class RunReporter(Callback):
         self.optimizer_name = optimizer_name
         self.resumed = resumed
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
-        self.last_validation: HeadMetrics | None = None
+        self.last_validation: dict[str | None, HeadMetrics] = {}
         self.tokens = 0
         self.seconds = 0.0
         self.logger = self._build_logger()
@@ -67,14 +67,14 @@ class RunReporter(Callback):
         made = self.resumed.step if self.resumed else 0
         sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl", made)]
         if self.tensorboard_dir:
-            sinks.append(TensorBoardWriter(self.tensorboard_dir, made))
+            sinks.append(TensorBoardWriter(self.tensorboard_dir, [of_set.name for of_set in self.validation], made))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = Rates(
             flops_per_token=[
                 model_flops_per_token(config, self.vocab_size, active) for active in range(1, config.heads.count + 1)
             ],
             peak_flops=peak and peak * self.topology.world_size,
-            bytes_per_token=self.validation.bytes_per_token if self.validation else 1.0,
+            bytes_per_token={of_set.name: of_set.bytes_per_token for of_set in self.validation},
         )
         return MetricsLogger(sinks, rates, total_steps=config.train.steps, log_every=config.log.every)
 
@@ -100,26 +100,27 @@ class RunReporter(Callback):
         self.seconds += metrics.seconds
         self.logger.on_step(metrics)
 
-    def on_validation(self, step: int, heads: HeadMetrics) -> None:
-        self.last_validation = heads
-        self.logger.on_validation(step, heads)
+    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
+        self.last_validation[name] = heads
+        self.logger.on_validation(step, name, heads)
 
     def on_end(self) -> None:
         self.logger.on_end()
 
     def show_result(self, checkpoint: Path, sample: str | None) -> None:
         """Write `summary.json` and show the table at the end of a run."""
-        result = None
-        if self.validation and self.last_validation:
-            result = ValidationResult(
-                self.last_validation, self.validation.unigram_entropy, self.validation.bytes_per_token
+        results = [
+            ValidationResult(
+                of_set.name, self.last_validation[of_set.name], of_set.unigram_entropy, of_set.bytes_per_token
             )
+            for of_set in self.validation
+        ]
         summary = RunSummary(
             name=self.config.run.name,
             steps=self.config.train.steps,
             tokens_per_second=self.tokens / self.seconds,
             output_dir=self.config.output_dir,
-            validation=result,
+            validation=results,
             sample=sample,
             tensorboard_dir=self.tensorboard_dir,
             checkpoint=checkpoint,

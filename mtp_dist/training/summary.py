@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from mtp_dist.training.metrics import HeadMetrics
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """The last validation of a run."""
+    """The last validation of a run on one set."""
 
+    name: str | None
     heads: HeadMetrics
     unigram_entropy: float
     """Entropy of the validation corpus's token frequencies, in nats: the loss of a head that learnt only these."""
@@ -36,8 +38,8 @@ class RunSummary:
     tokens_per_second: float
     """Trained positions per second over the whole run, all ranks together."""
     output_dir: Path
-    validation: ValidationResult | None = None
-    """None where the run has no validation sources."""
+    validation: Sequence[ValidationResult] = ()
+    """One for each validation set."""
     sample: str | None = None
     """Text that the trained model wrote."""
     tensorboard_dir: Path | None = None
@@ -45,7 +47,7 @@ class RunSummary:
 
 
 def _head_table(validation: ValidationResult) -> Table:
-    table = Table(title="Validation")
+    table = Table(title=f"Validation on {validation.name}" if validation.name else "Validation")
     for column in ("head", "loss (nats)", "bits per byte", "below unigram", "accuracy"):
         table.add_column(column, justify="right")
     heads, unigram, length = validation.heads, validation.unigram_entropy, validation.bytes_per_token
@@ -65,8 +67,8 @@ def _printable(text: str) -> Text:
 def print_summary(summary: RunSummary, console: Console | None = None) -> None:
     """Show the result of a run on `console`, standard output when absent."""
     console = console or Console()
-    if summary.validation:
-        console.print(_head_table(summary.validation))
+    for validation in summary.validation:
+        console.print(_head_table(validation))
     if summary.sample is not None:
         console.print(Panel(_printable(summary.sample), title="Sample"))
     facts = {"Steps": f"{summary.steps:,}", "Tokens per second": f"{summary.tokens_per_second:,.0f}"}
@@ -84,6 +86,7 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
 def _validation_record(validation: ValidationResult) -> dict[str, Any]:
     heads, unigram, length = validation.heads, validation.unigram_entropy, validation.bytes_per_token
     return {
+        "name": validation.name,
         "total": json_number(heads.total),
         "heads": [
             {
@@ -109,7 +112,7 @@ def write_summary(summary: RunSummary) -> Path:
         "name": summary.name,
         "steps": summary.steps,
         "tokens_per_second": summary.tokens_per_second,
-        "validation": _validation_record(summary.validation) if summary.validation else None,
+        "validation": [_validation_record(validation) for validation in summary.validation],
         "sample": summary.sample,
         "output_dir": str(summary.output_dir),
         "tensorboard_dir": str(summary.tensorboard_dir) if summary.tensorboard_dir else None,

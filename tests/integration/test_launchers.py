@@ -79,6 +79,7 @@ STEP_SCALARS = {
     "throughput/model_flops_per_second",
     "throughput/mfu",
     "memory/peak_bytes",
+    "data/epochs/0",
 }
 VALIDATION_SCALARS = {
     *of_heads("validation/loss"),
@@ -157,8 +158,9 @@ def test_summary(run: Run) -> None:
     assert summary["tokens_per_second"] > 0
     assert summary["checkpoint"] == str(run.checkpoint)
     assert summary["tensorboard_dir"] == str(run.folder / "tensorboard")
-    assert summary["validation"]["total"] == last["validation/loss/total"]
-    for k, head in enumerate(summary["validation"]["heads"], 1):
+    [validation] = summary["validation"]
+    assert validation["total"] == last["validation/loss/total"]
+    for k, head in enumerate(validation["heads"], 1):
         assert head["head"] == k
         for name in ("loss", "accuracy", "bits_per_byte"):
             assert head[name] == last[f"validation/{name}/head_{k}"]

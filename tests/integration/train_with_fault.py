@@ -7,16 +7,16 @@ from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.pretrain import main
 
 FIRST_SAMPLE_OF_STEP_2 = 8
-read_sample = BlendedSamples.__getitem__
+read_samples = BlendedSamples.read
 
 
-def read_or_raise(self, index):
-    if os.environ["RANK"] == os.environ["FAULTY_RANK"] and index >= FIRST_SAMPLE_OF_STEP_2:
+def read_or_raise(self, first, count):
+    if os.environ["RANK"] == os.environ["FAULTY_RANK"] and first >= FIRST_SAMPLE_OF_STEP_2:
         Path("raised").touch()
         raise RuntimeError("this sample cannot be read")
-    return read_sample(self, index)
+    return read_samples(self, first, count)
 
 
 if __name__ == "__main__":
-    BlendedSamples.__getitem__ = read_or_raise
+    BlendedSamples.read = read_or_raise
     main()

@@ -1,17 +1,24 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from mtp_dist.config import Config, ConfigError, SourceConfig, build_config
+from mtp_dist.config import Config, ConfigError, build_config
 from mtp_dist.data import loading
+from mtp_dist.data.blending import BlendedSamples
+from mtp_dist.data.inputs import Input, InputOptions
 from mtp_dist.data.loading import ValidationSamples, load_datasets
 from mtp_dist.data.packing import PackedCorpus
-from mtp_dist.data.sources import read_documents
+from mtp_dist.data.preparation import Request, prepare
+from mtp_dist.data.progress import PreparationProgress
+from mtp_dist.data.streaming import StreamedSamples
 
 
 def config(train: list[dict[str, Any]], validation: list[dict[str, Any]], **train_keys: int) -> Config:
@@ -30,65 +37,132 @@ def write(path: Path, text: str) -> dict[str, Any]:
     return {"path": str(path)}
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 150))
-def test_validation_samples_are_distinct_ordered_and_spread(sizes: list[int], wanted: int) -> None:
-    starts = np.cumsum([0, *sizes])
-    corpora = [
-        PackedCorpus(np.arange(start, start + size + 1, dtype=np.uint16), 1, 1)
-        for start, size in zip(starts, sizes, strict=False)
-    ]
-    samples = ValidationSamples(corpora, wanted)
+@given(st.integers(1, 120), st.integers(1, 150))
+def test_validation_samples_are_distinct_ordered_and_spread(size: int, wanted: int) -> None:
+    samples = ValidationSamples(PackedCorpus(np.arange(size + 1, dtype=np.uint16), 1, 1), wanted)
     places = [int(samples[i][0]) for i in range(len(samples))]
-    assert len(places) == min(wanted, sum(sizes))
-    gaps = np.diff([*places, sum(sizes)])
+    assert len(places) == min(wanted, size)
+    gaps = np.diff([*places, size])
     assert places[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
     for index in (-1, len(samples)):
         with pytest.raises(IndexError):
             samples[index]
 
 
-def test_a_run_gets_samples_for_all_its_steps_and_figures_of_its_validation(tmp_path: Path) -> None:
+def test_a_run_gets_samples_and_figures_of_its_validation(tmp_path: Path) -> None:
     train, validation = write(tmp_path / "t.txt", "abc" * 50), write(tmp_path / "v.txt", "ab" * 20)
     datasets = load_datasets(config([train], [validation], validation_samples=3))
-    assert len(datasets.train) == 20
-    assert datasets.train[19].shape == (10,)
-    assert datasets.validation is not None
-    assert len(datasets.validation.samples) == 3
-    assert datasets.validation.bytes_per_token == 40 / 41
-    shares = np.array([20, 20, 1]) / 41
-    assert datasets.validation.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
+    assert datasets.train.read(19, 1).shape == (1, 10)
+    assert datasets.train_names == ("0",) and datasets.epochs(36) == {"0": 2.0}, "of 18 samples"
+    (found,) = datasets.validation
+    assert (found.name, len(found.samples)) == (None, 3)
+    assert found.bytes_per_token == 40 / 41
+    assert found.unigram_entropy == pytest.approx(math.log(2)), "of the samples, which hold no end of a document"
 
 
-def test_figures_cover_every_validation_source(tmp_path: Path) -> None:
-    sources = [write(tmp_path / "a.txt", "a" * 15), write(tmp_path / "b.txt", "b" * 15)]
-    validation = load_datasets(config(sources, sources)).validation
-    assert validation is not None
-    assert validation.bytes_per_token == 30 / 32
-    assert math.log(2) < validation.unigram_entropy < math.log(3)
-    assert {int(validation.samples[i][0]) for i in range(len(validation.samples))} == {ord("a"), ord("b")}
+def test_validation_sets_have_names_and_figures_of_their_own(tmp_path: Path) -> None:
+    sources = [write(tmp_path / "a.txt", "a" * 15), write(tmp_path / "b.txt", "bc" * 15)]
+    named = [source | {"name": name} for source, name in zip(sources, ("one", "two"), strict=True)]
+    one, two = load_datasets(config(sources, named)).validation
+    assert (one.name, two.name) == ("one", "two")
+    assert (one.bytes_per_token, two.bytes_per_token) == (15 / 16, 30 / 31)
+    assert one.unigram_entropy == 0 and two.unigram_entropy == pytest.approx(math.log(2), rel=0.01)
+    for names in ([None, None], ["x", "x"], ["x", None]):
+        wrong = [source | {"name": name} for source, name in zip(sources, names, strict=True)]
+        with pytest.raises(ConfigError, match=r"^data\.validation has 2 sets with the names .* give each a `name`"):
+            config(sources, wrong)
 
 
 def test_weights_reach_the_blend(tmp_path: Path) -> None:
     sources = [write(tmp_path / "a.txt", "a" * 30), write(tmp_path / "b.txt", "b" * 30) | {"weight": 3.0}]
     train = load_datasets(config(sources, [])).train
-    assert sum(ord("b") in train[i] for i in range(20)) == 15
+    assert sum(ord("b") in sample for sample in train.read(0, 20)) == 15
 
 
 def test_no_validation_source_means_no_validation(tmp_path: Path) -> None:
-    assert load_datasets(config([write(tmp_path / "t.txt", "x" * 99)], [])).validation is None
+    assert load_datasets(config([write(tmp_path / "t.txt", "x" * 99)], [])).validation == ()
 
 
 def test_a_source_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[str] = []
+    opened: list[list[str]] = []
+    really_open = loading.open_inputs
 
-    def counting(source: SourceConfig, key: str) -> list[bytes]:
-        read.append(key)
-        return read_documents(source, key)
+    def counting(names: list[str], options: InputOptions) -> list[Input]:
+        opened.append(names)
+        return really_open(names, options)
 
-    monkeypatch.setattr(loading, "read_documents", counting)
+    monkeypatch.setattr(loading, "open_inputs", counting)
     source = write(tmp_path / "t.txt", "x" * 99)
-    load_datasets(config([source, source], [source]))
-    assert read == ["data.train.0"]
+    load_datasets(config([source, source | {"weight": 2.0}], [source | {"name": "same"}]))
+    assert opened == [[source["path"]]]
+
+
+def prepared(folder: Path, documents: list[bytes], tokenizer: str = "bytes") -> Path:
+    lines = "".join(json.dumps({"text": document.decode()}) + "\n" for document in documents)
+    (folder / "documents.jsonl").write_text(lines)
+    request = Request((str(folder / "documents.jsonl"),), folder / "corpus", tokenizer)
+    prepare(request, PreparationProgress(Console(quiet=True)))
+    return folder / "corpus"
+
+
+def test_a_prepared_corpus_is_the_same_as_its_documents(tmp_path: Path) -> None:
+    documents = [b"abc" * 20, b"defg" * 15, b"h" * 33]
+    prefix = prepared(tmp_path, documents)
+    sources = [{"path": str(prefix)}, {"path": f"{prefix}.bin"}, {"path": str(tmp_path / "documents.jsonl")}]
+    from_corpus, from_bin, from_text = (load_datasets(config([source], [source])) for source in sources)
+    for other in (from_bin, from_text):
+        assert np.array_equal(from_corpus.train.read(0, 20), other.train.read(0, 20))
+        assert from_corpus.validation[0].bytes_per_token == other.validation[0].bytes_per_token == 153 / 156
+    assert isinstance(from_corpus.train, BlendedSamples)
+    assert isinstance(from_corpus.train.corpora[0].tokens, np.memmap), "it stays on disk"
+
+
+def test_a_corpus_of_megatrons_own_builder_is_read_unchanged(tmp_path: Path) -> None:
+    """Without our JSON; int32 tokens; documents of several sequences."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    documents = [np.array([*b"abcdef" * 9, 256]), np.array([*b"xyz" * 20, 256])]
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [10, len(document) - 10])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    source = {"path": str(tmp_path / "theirs")}
+    datasets = load_datasets(config([source], [source], validation_samples=99))
+    stream = np.concatenate(documents)
+    (validation,) = datasets.validation
+    for index in range(len(validation.samples)):
+        assert np.array_equal(validation.samples[index], stream[index * 8 : index * 8 + 10])
+    assert 0.97 < validation.bytes_per_token < 1, "decoded, because nobody has counted them"
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    prefix = prepared(tmp_path, [b"abc" * 50])
+    description = json.loads(prefix.with_suffix(".json").read_text())
+    description["tokenizer"] |= {"name": "other", "sha256": "0" * 64}
+    prefix.with_suffix(".json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match=r"^data\.train\.0\.path = .*corpus' was prepared with the tokenizer 'other'"):
+        load_datasets(config([{"path": str(prefix)}], []))
+
+
+def test_a_corpus_with_ids_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    prefix = prepared(tmp_path, [b"abc" * 50])
+    prefix.with_suffix(".json").unlink()
+    tokens = np.memmap(prefix.with_suffix(".bin"), mode="r+", dtype=np.uint16)
+    tokens[77] = 300
+    tokens.flush()
+    with pytest.raises(ConfigError, match=r"token 77 of .*corpus\.bin has the id 300, the vocabulary has 257"):
+        load_datasets(config([{"path": str(prefix)}], []))
+
+
+def test_streams_train_and_validate(tmp_path: Path) -> None:
+    prepared(tmp_path, [b"abc" * 20, b"defg" * 15, b"h" * 33])
+    source = {"path": str(tmp_path / "documents.jsonl"), "stream": True}
+    datasets = load_datasets(config([source], [source], validation_samples=2))
+    assert isinstance(datasets.train, StreamedSamples)
+    assert bytes(datasets.train.read(0, 1)[0].tolist()) == b"abcabcabca"
+    assert len(datasets.validation[0].samples) == 2
+    with pytest.raises(ConfigError, match=r"^data\.train has sources with and without `stream`"):
+        config([source, source | {"stream": False}], [])
 
 
 def test_a_source_that_is_too_small_is_named(tmp_path: Path) -> None:

@@ -6,17 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.packing import PackedCorpus, pack, unigram_entropy
-from mtp_dist.data.tokenizer import ByteTokenizer
+from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 
 lengths = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 200))
-
-
-@given(st.lists(st.binary(), max_size=10))
-def test_every_document_is_followed_by_an_end_token(documents: list[bytes]) -> None:
-    tokens = pack(documents, ByteTokenizer())
-    assert tokens.dtype == np.uint16
-    assert tokens.tolist() == [token for document in documents for token in [*document, 256]]
 
 
 @given(lengths)

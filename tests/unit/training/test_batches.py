@@ -1,5 +1,8 @@
 """Which samples every rank reads."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config
+from mtp_dist.data.loading import Datasets
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training.batches import Batches, micro_batches_of
@@ -31,6 +35,13 @@ class NumberedSamples:
             raise IndexError(index)
         return index * 100 + np.arange(LENGTH + HEADS)
 
+    def read(self, first: int, count: int) -> NDArray[np.int64]:
+        self.last = first + count
+        return np.stack([self[index] for index in range(first, first + count)])
+
+    def state(self) -> dict[str, int]:
+        return {"read": self.last}
+
 
 def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: int = 1, **data: bool) -> Config:
     return tiny_config(
@@ -46,8 +57,18 @@ def topology_of(config: Config, data: int, data_rank: int, pipeline_rank: int = 
     return Topology(tensor, pipeline, data, tensor_rank, pipeline_rank, data_rank, torch.device("cpu"))
 
 
-def batches_of(config: Config, data: int, data_rank: int, pipeline_rank: int = 0, tensor_rank: int = 0) -> Batches:
-    return Batches(config, topology_of(config, data, data_rank, pipeline_rank, tensor_rank), END_OF_DOCUMENT)
+def batches_of(
+    config: Config,
+    data: int,
+    data_rank: int,
+    pipeline_rank: int = 0,
+    tensor_rank: int = 0,
+    updates_made: int = 0,
+    samples: int = 10**6,
+) -> Batches:
+    tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
+    datasets = cast(Datasets, SimpleNamespace(train=NumberedSamples(samples), tokenizer=tokenizer))
+    return Batches(config, topology_of(config, data, data_rank, pipeline_rank, tensor_rank), datasets, updates_made)
 
 
 def numbers(tokens: torch.Tensor) -> list[int]:
@@ -69,7 +90,9 @@ def test_training_reads_the_global_batch_in_order(data: int, micro_batch: int, a
     config = config_of(size, micro_batch)
     read: list[int] = []
     for rank in range(data):
-        batch = batches_of(config, data, rank).training(NumberedSamples(5 * size), step)
+        batches = batches_of(config, data, rank, updates_made=step - 1)
+        batch = batches.training()
+        batches.close()
         assert len(batch) == config.micro_batches(data) == accumulation
         for tokens, targets, _ in batch:
             assert tokens.shape == (micro_batch, LENGTH + HEADS) and targets.shape == (HEADS, micro_batch, LENGTH)
@@ -102,21 +125,42 @@ def test_middle_stages_read_for_their_attention_only(pipeline_rank: int, data: d
     config = config_of(4, 2, pipeline=4, **data)
     reads = pipeline_rank in (0, 3) or "attention_across_documents" in data
     batches = batches_of(config, 1, 0, pipeline_rank)
-    training, (validation, announced) = batches.training(NumberedSamples(8), 1), batches.validation(NumberedSamples(7))
+    training, (validation, announced) = batches.training(), batches.validation(NumberedSamples(7))
     assert announced == 4
     assert (len(training), len(validation)) == ((2, 4) if reads else (0, 0))
 
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2)
-    first, second = (batches_of(config, 1, 0, tensor_rank=rank).training(NumberedSamples(8), 2) for rank in (0, 1))
+    first, second = (batches_of(config, 1, 0, tensor_rank=rank, updates_made=1).training() for rank in (0, 1))
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+
+
+def test_a_step_has_the_state_after_it_however_far_ahead_is_read() -> None:
+    batches = batches_of(config_of(4, 2), 2, 0)
+    for step in range(1, 6):
+        first = numbers(batches.training()[0].samples)[0]
+        assert (first, batches.state) == ((step - 1) * 4, {"read": (step - 1) * 4 + 2})
+    batches.close()
+
+
+def test_nothing_is_read_beyond_the_last_step_and_errors_come_with_their_step() -> None:
+    batches = batches_of(config_of(4, 2), 1, 0, updates_made=tiny_config().train.steps - 2)
+    assert len(batches.training()) == len(batches.training()) == 2
+    with pytest.raises(IndexError):
+        batches.training()
+    short = batches_of(config_of(4, 2), 1, 0, samples=9)
+    assert len(short.training()) == len(short.training()) == 2
+    with pytest.raises(IndexError, match="9"):
+        short.training()
+    for of_run in (batches, short):
+        of_run.close()
 
 
 @pytest.mark.parametrize("across", [True, False])
 def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
     batches = batches_of(config_of(4, 2, loss_across_documents=across), 1, 0)
-    micro_batch, *others = batches.training(NumberedSamples(4), 1)
+    micro_batch, *others = batches.training()
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
     next_tokens, second_next = micro_batch.targets[:, 1]
     if across:

@@ -21,7 +21,7 @@ from mtp_dist.training.callbacks import (
 )
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
-RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token=2.0)
+RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})
 HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
 
 STEP_NAMES = {
@@ -36,6 +36,7 @@ STEP_NAMES = {
     "throughput/model_flops_per_second",
     "throughput/mfu",
     "memory/peak_bytes",
+    "data/epochs/web",
 }
 VALIDATION_NAMES = {
     "validation/loss/head_1",
@@ -49,7 +50,7 @@ VALIDATION_NAMES = {
 
 
 def make_step(step: int, tokens: int = 100, seconds: float = 0.5, heads: HeadMetrics = HEADS) -> StepMetrics:
-    return StepMetrics(step, heads, 0.7, 3e-4, tokens, seconds, 123_456_789)
+    return StepMetrics(step, heads, 0.7, 3e-4, tokens, seconds, {"web": step / 8}, 123_456_789)
 
 
 class Recorder(Sink):
@@ -92,7 +93,7 @@ def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
     logger = MetricsLogger([sink], RATES, total_steps=8, log_every=4)
     for step, (tokens, seconds) in enumerate([(10, 9.0), (100, 1.0), (200, 4.0), (300, 5.0), (80, 1.0)], 1):
         logger.on_step(make_step(step, tokens, seconds))
-    logger.on_validation(5, HEADS)
+    logger.on_validation(5, None, HEADS)
     for step in (6, 7, 8):
         logger.on_step(make_step(step, 40, 1.0))
     training = {step: scalars for step, scalars in sink.records if "loss/total" in scalars}
@@ -101,6 +102,17 @@ def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
     assert training[4]["throughput/model_flops_per_second"] == 60_000
     assert training[4]["throughput/mfu"] == 0.06
     assert training[8]["throughput/tokens_per_second"] == 200 / 4
+
+
+def test_validation_sets_have_scalars_and_lengths_of_their_own() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=3)
+    for name in (None, "web"):
+        logger.on_validation(4, name, HEADS)
+    (_, unnamed), (_, web) = sink.records
+    assert set(unnamed) == VALIDATION_NAMES
+    assert set(web) == {name.replace("validation/", "validation/web/") for name in VALIDATION_NAMES}
+    assert web["validation/web/bits_per_byte/head_2"] == unnamed["validation/bits_per_byte/head_2"] / 2
 
 
 def test_heads_that_do_not_run_cost_no_flops() -> None:
@@ -115,7 +127,7 @@ def test_heads_that_do_not_run_cost_no_flops() -> None:
 
 def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], Rates([500, 1_000], None, 2.0), total_steps=2, log_every=1)
+    logger = MetricsLogger([sink], Rates([500, 1_000], None, {}), total_steps=2, log_every=1)
     logger.on_start()
     for step in (1, 2):
         logger.on_step(make_step(step))
@@ -134,12 +146,12 @@ def test_bits_per_byte() -> None:
 
 def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
     path, directory = tmp_path / "new" / "metrics.jsonl", tmp_path / "new" / "tensorboard"
-    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory)], RATES, total_steps=4, log_every=2)
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory, [None])], RATES, total_steps=4, log_every=2)
     logger.on_start()
     for step in range(1, 5):
         heads = HeadMetrics((1 / step, 2 / step), (step / 7, step / 9), 3 / step)
         logger.on_step(make_step(step, seconds=0.3 * step, heads=heads))
-    logger.on_validation(4, HEADS)
+    logger.on_validation(4, None, HEADS)
     logger.on_end()
 
     *training, validation = read_lines(path)
@@ -158,7 +170,7 @@ def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
 
 
 def test_the_heads_share_one_chart(tmp_path: Path) -> None:
-    TensorBoardWriter(tmp_path).close()
+    TensorBoardWriter(tmp_path, [None, "web"]).close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     encoded = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]

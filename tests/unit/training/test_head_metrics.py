@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.loss.weights import HeadWeights
-from mtp_dist.training.callbacks import Rates, validation_scalars
+from mtp_dist.training.callbacks import validation_scalars
 from mtp_dist.training.loop import head_metrics
 from mtp_dist.training.metrics import HeadMetrics
 from tests.parity.runs import tiny_config
@@ -53,15 +53,14 @@ def test_token_order() -> None:
 
 
 def test_scalars_leave_out_what_there_is_not() -> None:
-    rates = Rates(1, None, 2.0)
-    few = validation_scalars(HeadMetrics((2.0,), (0.25,), 2.0), rates)
+    few = validation_scalars(HeadMetrics((2.0,), (0.25,), 2.0), None, 2.0)
     assert {name.removeprefix("validation/") for name in few} == {
         "loss/head_1",
         "loss/total",
         "accuracy/head_1",
         "bits_per_byte/head_1",
     }
-    many = validation_scalars(HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), 4.0), rates)
+    many = validation_scalars(HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), 4.0), None, 2.0)
     assert {name: many[f"validation/loss/{name}"] for name in ("head_3", "total", "token_order")} == {
         "head_3": 5.0,
         "total": 9.0,

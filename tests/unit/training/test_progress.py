@@ -7,13 +7,12 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.training import progress
-from mtp_dist.training.callbacks import Rates, step_scalars, validation_scalars
+from mtp_dist.training.callbacks import step_scalars, validation_scalars
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 
-RATES = Rates(flops_per_token=[500, 1_000], peak_flops=None, bytes_per_token=1.0)
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
-SCALARS = step_scalars(StepMetrics(20, HEADS, 0.75, 3e-4, 100, 1.0, 1), 12345.6, 1.2e7, None)
+SCALARS = step_scalars(StepMetrics(20, HEADS, 0.75, 3e-4, 100, 1.0, {}, 1), 12345.6, 1.2e7, None)
 
 
 @pytest.fixture
@@ -32,9 +31,11 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
         if step in (1, 20):
             bar.write(step, SCALARS)
         clock[0] += 60.0 if step == 19 else 0.0
-    bar.write(20, validation_scalars(HEADS, RATES))
+    bar.write(20, validation_scalars(HEADS, None, 1.0))
+    bar.write(20, validation_scalars(HEADS, "web", 1.0))
     bar.close()
-    note, first, second, validation = output.getvalue().splitlines()
+    note, first, second, validation, on_web = output.getvalue().splitlines()
+    assert on_web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
     assert note == "a [note]"
     assert first.startswith("step 1/120 | head losses 2.2500 3.5000 4.1250 | ") and first.endswith("| ? left")
     described = "head losses 2.2500 3.5000 4.1250 | total 9.8750 | lr 3.00e-04 | grad norm 0.75 | 12,346 tokens/s"
@@ -54,7 +55,7 @@ def test_a_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch
         bar.advance(step)
         clock[0] += 2.0
     bar.write(30, SCALARS)
-    bar.write(30, validation_scalars(HEADS, RATES))
+    bar.write(30, validation_scalars(HEADS, None, 1.0))
     bar.close()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
     assert "30/50" in plain and "0:00:40 left" in plain

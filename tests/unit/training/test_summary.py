@@ -18,7 +18,7 @@ SUMMARY = RunSummary(
     steps=1200,
     tokens_per_second=12345.6,
     output_dir=Path("runs/demo"),
-    validation=ValidationResult(HEADS, unigram_entropy=3.0, bytes_per_token=2.0),
+    validation=[ValidationResult(None, HEADS, unigram_entropy=3.0, bytes_per_token=2.0)],
     sample="def f(x):\n\treturn [x]\x1b[31m\x07",
     tensorboard_dir=Path("runs/my demo/tensorboard"),
     checkpoint=Path("runs/demo/checkpoints/step_1200"),
@@ -60,7 +60,7 @@ def test_the_file_holds_all_numbers_in_full_precision(tmp_path: Path) -> None:
     assert path == tmp_path / "run" / "summary.json"
     record = json.loads(path.read_text())
     assert (record["name"], record["steps"], record["tokens_per_second"]) == ("demo", 1200, 12345.6)
-    validation = record["validation"]
+    [validation] = record["validation"]
     assert [head["head"] for head in validation["heads"]] == [1, 2]
     assert [head["loss"] for head in validation["heads"]] == [1.5, 2.25]
     assert [head["accuracy"] for head in validation["heads"]] == [0.5, 0.25]
@@ -74,7 +74,8 @@ def test_the_file_holds_all_numbers_in_full_precision(tmp_path: Path) -> None:
 
 def test_absent_and_diverged_values_are_null(tmp_path: Path) -> None:
     bare = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path)).read_text())
-    assert bare["validation"] is bare["checkpoint"] is bare["tensorboard_dir"] is bare["sample"] is None
-    diverged = ValidationResult(HeadMetrics((math.nan,), (0.0,), math.nan), 3.0, 1.0)
-    record = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path, diverged)).read_text())
-    assert record["validation"]["heads"][0]["loss"] is record["validation"]["total"] is None
+    assert bare["validation"] == [] and bare["checkpoint"] is bare["tensorboard_dir"] is bare["sample"] is None
+    diverged = ValidationResult("web", HeadMetrics((math.nan,), (0.0,), math.nan), 3.0, 1.0)
+    record = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path, [diverged])).read_text())
+    assert record["validation"][0]["heads"][0]["loss"] is record["validation"][0]["total"] is None
+    assert record["validation"][0]["name"] == "web"

@@ -1,0 +1,1 @@
+"""`mtp-dist bench data`: how fast text becomes a corpus."""

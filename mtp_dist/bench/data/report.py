@@ -1,0 +1,25 @@
+"""The result for a terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Preparation: a row for each tokenizer. Loader: one for each sequence length."""
+    workers, processor = result["workers"], result["machine"]["processor"]
+    preparation = Table(
+        *("tokenizer", "MB of text", "prepare MB/s", "tokenizer alone MB/s", "ratio"),
+        title=f"prepare: {workers} workers on {processor}",
+    )
+    for row in result["preparation"]:
+        rates = [f"{row[name]:.1f}" for name in ("megabytes", "prepare_megabytes_per_second")]
+        preparation.add_row(row["tokenizer"], *rates, f"{row['bare_megabytes_per_second']:.1f}", f"{row['ratio']:.2f}")
+    loader = Table(
+        *("sequence length", "samples: million tokens/s", "with the targets of 4 heads"),
+        title="loader: one process, corpus in the page cache",
+    )
+    for row in result["loader"]:
+        names = ("samples_tokens_per_second", "samples_and_targets_tokens_per_second")
+        loader.add_row(str(row["sequence_length"]), *(f"{row[name] / 1e6:.0f}" for name in names))
+    return [preparation, loader]

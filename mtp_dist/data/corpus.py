@@ -1,0 +1,202 @@
+"""A prepared corpus: PREFIX.bin and PREFIX.idx in Megatron-core's format, and PREFIX.json, which tells of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
+
+from mtp_dist.config import ConfigError, Section
+from mtp_dist.data.documents import InvalidUtf8
+from mtp_dist.data.indexed import Index, beside, read_index
+from mtp_dist.data.tokenizer import Tokenizer
+
+HASH_BLOCK_BYTES = 1 << 22
+SCAN_BLOCK_TOKENS = 1 << 24
+
+
+class TokenizerDescription(Section):
+    name: str
+    sha256: str
+    """The tokenizer's fingerprint."""
+    vocab_size: PositiveInt
+    end_of_document: NonNegativeInt
+
+
+class SourceDescription(Section):
+    """What `mtp-dist prepare` was given."""
+
+    inputs: tuple[str, ...]
+    field: str
+    glob: str | None
+    split: str | None
+    invalid_utf8: InvalidUtf8
+
+
+class CorpusDescription(Section):
+    """PREFIX.json."""
+
+    format: Literal[1] = 1
+    tokenizer: TokenizerDescription
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    """End-of-document tokens included."""
+    bytes: NonNegativeInt
+    """Of the documents' text."""
+    empty_documents: NonNegativeInt
+    """Left out, because they have no tokens."""
+    replaced_documents: NonNegativeInt
+    """Documents of which invalid UTF-8 was replaced by U+FFFD."""
+    skipped_documents: NonNegativeInt
+    """Left out for invalid UTF-8."""
+    source: SourceDescription
+    sha256: str
+    """Of PREFIX.bin."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus that was opened; its tokens stay on disk."""
+
+    prefix: Path
+    key: str
+    """Where it was named, such as `data.train.0.path`."""
+    tokens: NDArray[Any]
+    """All tokens, memory-mapped."""
+    index: Index
+    description: CorpusDescription | None
+    """None where there is no PREFIX.json, as beside what Megatron-LM's own tools have made."""
+
+    @property
+    def documents(self) -> int:
+        return len(self.index.boundaries) - 1
+
+    @cached_property
+    def document_lengths(self) -> NDArray[Any]:
+        """Tokens of each document; memory-mapped where every document is one sequence, as in what we prepare."""
+        lengths, boundaries = self.index.lengths, self.index.boundaries
+        if len(lengths) == self.documents:
+            return lengths
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        return np.diff(ends[boundaries])
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Of the text, where it is known."""
+        return self.description.bytes if self.description else None
+
+    def verify(self) -> None:
+        """Read all of PREFIX.bin. Raises ConfigError where it is not what was written, or nobody knows what was."""
+        file = beside(self.prefix, ".bin")
+        if self.description is None:
+            raise ConfigError(f"{_named(self)}: no {self.prefix.name}.json says what {file} should hold")
+        found = sha256_of(file)
+        if found != self.description.sha256:
+            raise ConfigError(
+                f"{_named(self)}: {file} has the SHA-256 {found}, it was written with {self.description.sha256}: it "
+                "has changed since, copy or prepare it anew"
+            )
+
+
+def _named(corpus: Corpus) -> str:
+    return f"{corpus.key} = '{corpus.prefix}'"
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def prefix_of(path: str | Path) -> Path | None:
+    """The prefix of a corpus that is named by it or by its .bin or .idx file; None where the path is none of these."""
+    path = Path(path)
+    if path.suffix in (".bin", ".idx"):
+        return path.with_suffix("")
+    return path if any(beside(path, suffix).exists() for suffix in (".bin", ".idx")) else None
+
+
+def open_corpus(prefix: str | Path, key: str) -> Corpus:
+    """Open and check a corpus without reading its tokens. Raises ConfigError, which begins with `key`."""
+    prefix = Path(prefix)
+    try:
+        for suffix in (".bin", ".idx"):
+            if not beside(prefix, suffix).exists():
+                raise ConfigError(f"{beside(prefix, suffix)} is missing: give the path of a corpus without .bin")
+        index = read_index(beside(prefix, ".idx"))
+        return Corpus(prefix, key, _map_tokens(prefix, index), index, _read_description(prefix, index))
+    except ConfigError as error:
+        raise ConfigError(f"{key} = '{prefix}': {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{key} = '{prefix}': cannot read {error.filename} ({error.strerror})") from None
+
+
+def _map_tokens(prefix: Path, index: Index) -> NDArray[Any]:
+    file = beside(prefix, ".bin")
+    expected = index.tokens * index.dtype.itemsize
+    if (size := file.stat().st_size) != expected:
+        raise ConfigError(
+            f"{file} has {size} bytes, its index {beside(prefix, '.idx')} speaks of {index.tokens} tokens of "
+            f"{index.dtype.itemsize} bytes = {expected}: it was cut off or is another corpus's, copy or prepare it anew"
+        )
+    if not size:
+        return np.empty(0, dtype=index.dtype)
+    return np.memmap(file, mode="r", dtype=index.dtype)
+
+
+def _read_description(prefix: Path, index: Index) -> CorpusDescription | None:
+    file = beside(prefix, ".json")
+    if not file.exists():
+        return None
+    try:
+        description = CorpusDescription.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "all of it"
+        raise ConfigError(f"{file} does not describe a corpus: {where}: {first['msg']}; prepare it anew") from None
+    documents = len(index.boundaries) - 1
+    if (description.tokens, description.documents) != (index.tokens, documents):
+        raise ConfigError(
+            f"{file} speaks of {description.tokens} tokens in {description.documents} documents, the index "
+            f"{beside(prefix, '.idx')} of {index.tokens} in {documents}: one of them is another corpus's"
+        )
+    return description
+
+
+def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where the corpus was prepared with another tokenizer; without a description nobody knows."""
+    if corpus.description is None or corpus.description.tokenizer.sha256 == tokenizer.fingerprint:
+        return
+    theirs = corpus.description.tokenizer
+    raise ConfigError(
+        f"{_named(corpus)} was prepared with the tokenizer {theirs.name!r} (SHA-256 {theirs.sha256[:12]}...), which is "
+        f"not {tokenizer.name!r} ({tokenizer.fingerprint[:12]}...): use that one, or prepare the corpus anew"
+    )
+
+
+def check_ids(corpus: Corpus, vocab_size: int) -> None:
+    """Raise ConfigError for an id that the vocabulary lacks.
+
+    All tokens are read, but where the description tells that they come from a tokenizer with no more ids.
+    """
+    if corpus.description and corpus.description.tokenizer.vocab_size <= vocab_size:
+        return
+    for start in range(0, len(corpus.tokens), SCAN_BLOCK_TOKENS):
+        block = corpus.tokens[start : start + SCAN_BLOCK_TOKENS]
+        # As unsigned numbers the negative ones are the largest, so one pass finds both kinds.
+        unsigned = block.view(f"u{block.itemsize}")
+        if int(unsigned.max()) >= vocab_size:
+            place = int(np.argmax(unsigned >= vocab_size))
+            raise ConfigError(
+                f"{_named(corpus)}: token {start + place} of {beside(corpus.prefix, '.bin')} has the id "
+                f"{int(block[place])}, the vocabulary has {vocab_size} (0 to {vocab_size - 1}): use the tokenizer "
+                "that it was prepared with"
+            )

@@ -1,0 +1,330 @@
+"""From what the user names to work units: always the same units for the same files and options."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, cast
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.documents import (
+    LineList,
+    LineRange,
+    RowGroups,
+    RowList,
+    WholeFiles,
+    WorkUnit,
+    bytes_of_text,
+    missing_field,
+    row_place,
+)
+from mtp_dist.data.stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
+
+UNIT_BYTES = 8 << 20
+"""Text of one work unit, about: some seconds of work, and what a killed worker has to do again."""
+ROWS_AT_ONCE = 256
+
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED_JSON_LINES = (".jsonl.gz", ".ndjson.gz", ".json.gz")
+DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""Of the Hugging Face hub; anything else that does not exist is a wrong path, which need not be looked for there."""
+UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z")
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    field: str = "text"
+    """Of each record of JSONL, Parquet and datasets."""
+    glob: str | None = None
+    """Which files of a folder."""
+    split: str | None = None
+    """Of a dataset, `train` when absent; of a folder or python-stdlib `all`, `train` or `validation`."""
+    streaming: bool = False
+    """Read a dataset while it is being downloaded."""
+    key: str | None = None
+    """Of the source in the configuration, such as `data.train.0`; None on the command line."""
+
+    def named(self, name: str | Path) -> str:
+        """How errors speak of an input."""
+        return f"{self.key}.path = '{name}'" if self.key else f"INPUT '{name}'"
+
+    def option(self, option: str) -> str:
+        """How errors speak of an option."""
+        return f"{self.key}.{option}" if self.key else f"--{option}"
+
+
+class Input(ABC):
+    total: int | None
+    """Sum of the units' sizes, None where nobody knows it before the end."""
+
+    @abstractmethod
+    def identity(self) -> list[Any]:
+        """What must be the same when a killed `prepare` goes on, as JSON: the name first in each item."""
+
+    @abstractmethod
+    def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
+        """The work units in their order. Raises ConfigError or OSError where an input cannot be read."""
+
+
+def open_inputs(names: Sequence[str], options: InputOptions) -> list[Input]:
+    """Raises ConfigError for an input that is missing, unreadable, or needs another option."""
+    if options.glob is not None and not any(Path(name).is_dir() for name in names):
+        raise ConfigError(f"{options.option('glob')} {options.glob!r} chooses files of a folder: leave it out")
+    return [_open_input(name, options) for name in names]
+
+
+def _open_input(name: str, options: InputOptions) -> Input:
+    path = Path(name)
+    if name == PYTHON_STDLIB:
+        return FilesInput(stdlib_files(_hashed_split(options)), options.field)
+    if path.is_dir() and not _is_saved_dataset(path):
+        return FilesInput(_files_of_folder(path, options), options.field)
+    if path.exists() and not path.is_dir():
+        if options.split:
+            raise ConfigError(
+                f"{options.option('split')} = '{options.split}' chooses a part of a dataset or folder, '{name}' is one "
+                "file: leave it out"
+            )
+        return FilesInput([path], options.field)
+    if not (path.is_dir() or DATASET_NAME.fullmatch(name)):
+        raise ConfigError(
+            f"{options.named(name)} does not exist: give a folder, a file, '{PYTHON_STDLIB}', or the name of a Hugging "
+            "Face dataset"
+        )
+    return DatasetInput(name, options)
+
+
+def _hashed_split(options: InputOptions) -> Split:
+    split = options.split or "all"
+    if split not in ("all", "train", "validation"):
+        raise ConfigError(f"{options.option('split')} = '{split}' is not known for files: use 'train' or 'validation'")
+    return cast(Split, split)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    """By `save_to_disk` of the datasets library."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _files_of_folder(folder: Path, options: InputOptions) -> list[Path]:
+    """Sorted by POSIX relative path."""
+    if options.glob is None:
+        raise ConfigError(
+            f"{options.named(folder)} is a folder: say which of its files with {options.option('glob')}, such as "
+            "'**/*.py'"
+        )
+    try:
+        files = [file for file in folder.glob(options.glob) if file.is_file()]
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"{options.option('glob')} {options.glob!r} is no pattern for files of a folder ({error})"
+        ) from None
+    split = _hashed_split(options)
+    relative = {file.relative_to(folder).as_posix(): file for file in files}
+    chosen = [
+        file
+        for name, file in sorted(relative.items())
+        if split == "all" or in_validation_split(name) == (split == "validation")
+    ]
+    if not chosen:
+        raise ConfigError(
+            f"{options.named(folder)} has no file for {options.option('glob')} {options.glob!r} and "
+            f"{options.option('split')} '{split}': give others"
+        )
+    return chosen
+
+
+class FilesInput(Input):
+    """Files on a disk, told apart by the ends of their names; what is not JSONL or Parquet is one document a file."""
+
+    def __init__(self, files: Sequence[Path], field: str) -> None:
+        self.files = list(files)
+        self._field = field
+        self._stats = []
+        for file in self.files:
+            if file.name.endswith(UNREADABLE) and not file.name.endswith(COMPRESSED_JSON_LINES):
+                raise ConfigError(f"{file} is compressed: decompress it (only JSONL may be compressed, by gzip)")
+            self._stats.append(file.stat())
+        self.total = sum(stat.st_size for stat in self._stats)
+
+    def identity(self) -> list[Any]:
+        return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, self._stats, strict=True)]
+
+    def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
+        whole: list[Path] = []
+        whole_size = 0
+        for file, stat in zip(self.files, self._stats, strict=True):
+            if (of_records := self._units_of_records(file, stat.st_size, unit_bytes)) is None:
+                whole.append(file)
+                whole_size += stat.st_size
+            if whole and (of_records or whole_size >= unit_bytes):
+                yield WholeFiles(tuple(whole), size=whole_size)
+                whole, whole_size = [], 0
+            yield from of_records or ()
+        if whole:
+            yield WholeFiles(tuple(whole), size=whole_size)
+
+    def _units_of_records(self, file: Path, size: int, unit_bytes: int) -> Iterator[WorkUnit] | None:
+        """None where the file is one document."""
+        if file.name.endswith(JSON_LINES):
+            return _line_ranges(file, size, self._field, unit_bytes)
+        if file.name.endswith(COMPRESSED_JSON_LINES):
+            return _line_lists(file, self._field, unit_bytes)
+        if file.name.endswith(".parquet"):
+            return _row_groups(file, size, self._field, unit_bytes)
+        return None
+
+
+def _line_ranges(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+    for start in range(0, size, unit_bytes):
+        end = min(size, start + unit_bytes)
+        yield LineRange(file, start, end, field, size=end - start)
+
+
+def _line_lists(file: Path, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+    with file.open("rb") as compressed, gzip.open(compressed) as stream:
+        lines_before = position = 0
+        while lines := _read_lines(file, cast(IO[bytes], stream), unit_bytes):
+            yield LineList(file, lines_before, tuple(lines), field, size=compressed.tell() - position)
+            position = compressed.tell()
+            lines_before += len(lines)
+
+
+def _read_lines(file: Path, stream: IO[bytes], num_bytes: int) -> list[bytes]:
+    try:
+        return stream.readlines(num_bytes)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ConfigError(f"{file} is no whole gzip file ({error}): give it anew") from None
+
+
+def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(file)
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{file} is no whole Parquet file ({error}): give it anew") from None
+    schema = metadata.schema.to_arrow_schema()
+    if field not in schema.names:
+        raise missing_field(str(file), field, schema.names)
+    kind = schema.field(field).type
+    if not any(is_text(kind) for is_text in _text_types()):
+        raise ConfigError(f"{file}: the field {field!r} is not text but {kind}: choose another field")
+    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
+    groups: list[int] = []
+    text_bytes = rows = rows_before = 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        text_bytes += metadata.row_group(group).column(column).total_uncompressed_size
+        rows += metadata.row_group(group).num_rows
+        if text_bytes >= unit_bytes or group == metadata.num_row_groups - 1:
+            yield RowGroups(file, tuple(groups), rows_before, field, size=size * rows // max(1, metadata.num_rows))
+            rows_before += rows
+            groups, text_bytes, rows = [], 0, 0
+
+
+def _text_types() -> list[Any]:
+    from pyarrow import types
+
+    return [types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary]
+
+
+class DatasetInput(Input):
+    """A dataset of the Hugging Face library, by its name or the folder it was saved to."""
+
+    def __init__(self, name: str, options: InputOptions) -> None:
+        """Raises ConfigError where it cannot be loaded."""
+        self._name = name
+        self._named = options.named(name)
+        self._field = options.field
+        self._split = options.split or "train"
+        self.dataset = load_dataset(name, options)
+        self.total = None if options.streaming else len(self.dataset)
+        columns = self.dataset.column_names
+        if columns is not None and options.field not in columns:
+            raise missing_field(self._named, options.field, columns)
+
+    def identity(self) -> list[Any]:
+        return [[self._name, self._split, getattr(self.dataset, "_fingerprint", None)]]
+
+    def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
+        texts: list[bytes] = []
+        text_bytes = rows_before = 0
+        for text in self._texts():
+            texts.append(text)
+            text_bytes += len(text)
+            if text_bytes >= unit_bytes:
+                yield RowList(self._name, rows_before, tuple(texts), size=len(texts))
+                rows_before += len(texts)
+                texts, text_bytes = [], 0
+        if texts:
+            yield RowList(self._name, rows_before, tuple(texts), size=len(texts))
+
+    def _texts(self) -> Iterator[bytes]:
+        row = 0
+        for batch in self.dataset.iter(ROWS_AT_ONCE):
+            if self._field not in batch:
+                raise missing_field(self._named, self._field, batch)
+            for text in batch[self._field]:
+                yield bytes_of_text(text, self._field, partial(row_place, self._name, row))
+                row += 1
+
+
+def open_stream(name: str, options: InputOptions) -> tuple[Any, str]:
+    """An input as an iterable dataset, whose position can be saved, and the field that has the text.
+
+    Raises ConfigError like `open_inputs`.
+    """
+    import datasets
+
+    source = _open_input(name, replace(options, streaming=True))
+    if isinstance(source, DatasetInput):
+        return source.dataset, options.field
+    assert isinstance(source, FilesInput)
+    formats = {_format_of(file) for file in source.files}
+    if len(formats) > 1:
+        raise ConfigError(f"{options.named(name)} has files of the formats {' and '.join(sorted(formats))}: stream one")
+    (of_all,) = formats
+    settings = {"sample_by": "document", "encoding_errors": "replace"} if of_all == "text" else {}
+    files = [str(file) for file in source.files]
+    streamed = datasets.load_dataset(of_all, data_files=files, split="train", streaming=True, **settings)
+    return streamed, "text" if of_all == "text" else options.field
+
+
+def _format_of(file: Path) -> str:
+    """Name of the datasets library's reader."""
+    if file.name.endswith((*JSON_LINES, *COMPRESSED_JSON_LINES)):
+        return "json"
+    return "parquet" if file.name.endswith(".parquet") else "text"
+
+
+def load_dataset(name: str, options: InputOptions) -> Any:
+    """By its name, or the folder that `save_to_disk` made. Raises ConfigError."""
+    import datasets
+
+    split, streaming = options.split or "train", options.streaming
+
+    if Path(name).is_dir():
+        loaded = datasets.load_from_disk(name)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ConfigError(
+                    f"{options.named(name)} has no split {split!r}, it has {', '.join(loaded)}: choose with "
+                    f"{options.option('split')}"
+                )
+            loaded = loaded[split]
+        return loaded.to_iterable_dataset() if streaming else loaded
+    try:
+        return datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # whatever the dataset's own code and the network raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{options.named(name)} is no file or folder here, and the datasets library cannot load it: {reason}"
+        ) from None

@@ -1,0 +1,269 @@
+"""`mtp-dist prepare`: from text to a prepared corpus, with several processes and in spite of whatever kills them.
+
+Everything is written below PREFIX.unfinished first: plan.json says what is being made, each work unit becomes a part
+(see `parts`), and the parts are joined in their order while they come in. The same command goes on after a kill, and
+the result does not depend on that or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.corpus import HASH_BLOCK_BYTES, CorpusDescription, SourceDescription, TokenizerDescription
+from mtp_dist.data.documents import InvalidUtf8, WorkUnit
+from mtp_dist.data.indexed import beside
+from mtp_dist.data.inputs import UNIT_BYTES, Input, InputOptions, open_inputs
+from mtp_dist.data.parts import PartSummary, PartWriter, speaking_of, sync, write_whole
+from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
+
+PLAN = "plan.json"
+
+
+class Progress(Protocol):
+    """Whoever watches."""
+
+    def start(self, total: int | None) -> None:
+        """`total` is the sum of the sizes of all work units, None where it is not known."""
+
+    def advance(self, size: int, part: PartSummary) -> None:
+        """One more part is in its place; `size` is its work unit's."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for."""
+
+    inputs: tuple[str, ...]
+    prefix: Path
+    tokenizer: str
+    options: InputOptions = field(default_factory=InputOptions)
+    invalid_utf8: InvalidUtf8 = "error"
+    workers: int = 1
+    unit_bytes: int = UNIT_BYTES
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts are until the corpus is whole."""
+        return beside(self.prefix, ".unfinished")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus that is whole."""
+
+    description: CorpusDescription
+    first_empty: str | None = None
+    """The place of the first document that was left out because it has no tokens."""
+    first_invalid: str | None = None
+    """The place of the first document with invalid UTF-8."""
+
+    def as_json(self) -> dict[str, Any]:
+        return self.description.model_dump() | {"first_empty": self.first_empty, "first_invalid": self.first_invalid}
+
+
+def prepare(request: Request, progress: Progress) -> Prepared:
+    """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
+    tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
+    inputs = open_inputs(request.inputs, request.options)
+    with _own_folder(request):
+        _check_plan(request, _plan(request, tokenizer, inputs))
+        finished = beside(request.prefix, ".json")
+        if finished.exists():  # killed when only the folder was left to remove
+            prepared = Prepared(CorpusDescription.model_validate_json(finished.read_bytes()))
+        else:
+            prepared = _make(request, tokenizer, inputs, progress)
+        with speaking_of(request.folder, "remove"):
+            _remove(request.folder)
+    return prepared
+
+
+@contextmanager
+def _own_folder(request: Request) -> Iterator[None]:
+    """Make PREFIX.unfinished and keep other processes out of it."""
+    with speaking_of(request.folder, "make"):
+        request.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(request.folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ConfigError(f"another process prepares '{request.prefix}': wait for it, or name another --to") from None
+    finally:
+        os.close(descriptor)
+
+
+def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> dict[str, Any]:
+    """Everything that the bytes of the parts depend on, as JSON."""
+    plan = {
+        "tokenizer": [tokenizer.name, tokenizer.fingerprint],
+        "options": asdict(request.options),
+        "invalid UTF-8": request.invalid_utf8,
+        "unit bytes": request.unit_bytes,
+        "inputs": list(request.inputs),
+        "files and datasets": [item for source in inputs for item in source.identity()],
+    }
+    return cast(dict[str, Any], json.loads(json.dumps(plan)))
+
+
+def _check_plan(request: Request, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that the parts which are there follow the same one."""
+    file = request.folder / PLAN
+    if not file.exists():
+        for suffix in (".bin", ".idx", ".json"):
+            if (there := beside(request.prefix, suffix)).exists():
+                with suppress(OSError):
+                    request.folder.rmdir()
+                raise ConfigError(f"{there} exists: delete it, or name another --to")
+        with speaking_of(file, "write"):
+            write_whole(file, json.dumps(plan))
+        return
+    begun = json.loads(file.read_text())
+    for name, ours in plan.items():
+        if begun.get(name) != ours:
+            raise ConfigError(
+                f"'{request.folder}' was begun with other {name} ({_difference(begun.get(name), ours)}): give the "
+                "same, or delete that folder to begin anew"
+            )
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    """The first item that differs, for a person."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        name = next(name for name in ours if theirs.get(name) != ours[name])
+        return f"{name}: {theirs.get(name)!r}, now {ours[name]!r}"
+    if isinstance(theirs, list) and isinstance(ours, list):
+        pairs = zip_longest(theirs, ours)
+        first, second = next((first, second) for first, second in pairs if first != second)
+        if isinstance(first, list) and isinstance(second, list) and first[0] == second[0]:
+            return f"{first[0]} has changed"
+        theirs, ours = first, second
+    return f"{theirs!r}, now {ours!r}"
+
+
+def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
+    """Make the parts, join them, and give the result its name."""
+    # For the workers, while this process imports them as well.
+    import_once("mtp_dist.data.building", "mtp_dist.data.parts")
+    writer = PartWriter(request.folder, tokenizer, request.invalid_utf8)
+    with speaking_of(request.folder, "write in"):
+        joined = _Joined(request.folder / "joined", tokenizer)
+    sizes = [source.total for source in inputs]
+    progress.start(None if None in sizes else sum(size or 0 for size in sizes))
+    first_empty = first_invalid = None
+    with closing(_parts(request, writer, inputs)) as parts:
+        for (number, unit), part in parts:
+            with speaking_of(joined.bin, "write"):
+                joined.add(writer.prefix(number), part)
+            if first_empty is None and part.first_empty is not None:
+                first_empty = unit.place(part.first_empty)
+            if first_invalid is None and part.first_invalid is not None:
+                first_invalid = unit.place(part.first_invalid)
+            progress.advance(unit.size, part)
+    if not joined.total.documents:
+        raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs")
+    description = joined.describe(request)
+    with speaking_of(joined.bin, "write"):
+        joined.finish(request.prefix, description)
+    return Prepared(description, first_empty, first_invalid)
+
+
+def _parts(
+    request: Request, writer: PartWriter, inputs: Sequence[Input]
+) -> Generator[tuple[tuple[int, WorkUnit], PartSummary], None, None]:
+    units = enumerate(unit for source in inputs for unit in _units(source, request))
+    try:
+        yield from map_in_order(writer, units, request.workers)
+    except WorkerDiedError as death:
+        number, unit = cast(tuple[int, WorkUnit], death.task)
+        status = death.exit_code or 0
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        raise ConfigError(
+            f"a worker process {how} while it made {writer.prefix(number)} of {unit.place(0)}: where memory ran out, "
+            "use fewer --workers; the same command goes on from the finished parts"
+        ) from None
+
+
+def _units(source: Input, request: Request) -> Iterator[WorkUnit]:
+    with speaking_of(request.prefix, "read"):
+        yield from source.units(request.unit_bytes)
+
+
+class _Joined:
+    """The parts one after the other."""
+
+    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+        from mtp_dist.data.building import new_builder
+
+        gc.freeze()  # add_index collects garbage, which is slow among all the objects that Megatron-core's import made
+        self.total = PartSummary()
+        self._prefix = prefix
+        self._tokenizer = tokenizer
+        self._digest = hashlib.sha256()
+        self.bin = beside(prefix, ".bin")
+        self._builder = new_builder(self.bin, tokenizer.vocab_size)
+
+    def add(self, part: Path, summary: PartSummary) -> None:
+        self._builder.add_index(str(part))
+        with beside(part, ".bin").open("rb") as stream:
+            while block := stream.read(HASH_BLOCK_BYTES):
+                self._digest.update(block)
+        for name in ("documents", "tokens", "bytes", "empty", "replaced", "skipped"):
+            setattr(self.total, name, getattr(self.total, name) + getattr(summary, name))
+
+    def describe(self, request: Request) -> CorpusDescription:
+        options, tokenizer, total = request.options, self._tokenizer, self.total
+        return CorpusDescription(
+            tokenizer=TokenizerDescription(
+                name=tokenizer.name,
+                sha256=tokenizer.fingerprint,
+                vocab_size=tokenizer.vocab_size,
+                end_of_document=tokenizer.end_of_document,
+            ),
+            documents=total.documents,
+            tokens=total.tokens,
+            bytes=total.bytes,
+            empty_documents=total.empty,
+            replaced_documents=total.replaced,
+            skipped_documents=total.skipped,
+            source=SourceDescription(
+                inputs=request.inputs,
+                field=options.field,
+                glob=options.glob,
+                split=options.split,
+                invalid_utf8=request.invalid_utf8,
+            ),
+            sha256=self._digest.hexdigest(),
+        )
+
+    def finish(self, prefix: Path, description: CorpusDescription) -> None:
+        """Give it its name; whoever finds PREFIX.json finds all of it."""
+        self._builder.finalize(str(beside(self._prefix, ".idx")))
+        for suffix in (".bin", ".idx"):
+            sync(beside(self._prefix, suffix))
+            beside(self._prefix, suffix).rename(beside(prefix, suffix))
+        text = beside(self._prefix, ".json")
+        write_whole(text, description.model_dump_json(indent=2) + "\n")
+        sync(prefix.absolute().parent)
+        text.rename(beside(prefix, ".json"))
+        sync(prefix.absolute().parent)
+
+
+def _remove(folder: Path) -> None:
+    """The plan goes last: a folder without one is taken for a new one."""
+    for file in folder.iterdir():
+        if file.name != PLAN:
+            file.unlink()
+    (folder / PLAN).unlink()
+    folder.rmdir()

@@ -1,0 +1,140 @@
+"""A function in several processes, its results in the order of its tasks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+from mtp_dist.config import ConfigError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+TASKS_AHEAD = 8
+"""Tasks of each worker that may be done before the one whose turn it is: room for one that takes long."""
+
+
+class WorkerDiedError(Exception):
+    """A worker process has ended by itself or was killed."""
+
+    def __init__(self, task: object, exit_code: int | None) -> None:
+        super().__init__(f"a worker ended with status {exit_code}")
+        self.task = task
+        self.exit_code = exit_code
+
+
+class _Worker(Generic[Task, Result]):
+    """One process, and the task that it works on."""
+
+    def __init__(self, function: Callable[[Task], Result], context: Any) -> None:
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(function, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.number: int | None = None
+
+    def give(self, number: int, task: Task) -> None:
+        self.number = number
+        self.connection.send(task)
+
+    def take(self, task: object) -> tuple[int, Result]:
+        """The number and the result of the task that it has done. Raises what the function raised."""
+        try:
+            succeeded, outcome = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            raise WorkerDiedError(task, self.process.exitcode) from None
+        if not succeeded:
+            raise outcome
+        assert self.number is not None
+        number, self.number = self.number, None
+        return number, outcome
+
+
+def _work(function: Callable[[Any], object], connection: Connection) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent is the one to act on it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            task = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        try:
+            outcome: object = function(task)
+        except ConfigError as error:
+            connection.send((False, error))
+        except Exception:
+            connection.send((False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+        else:
+            connection.send((True, outcome))
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot stop its workers, and what they still wrote would get in the way of its successor.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def import_once(*modules: str) -> None:
+    """Begin to import modules for all workers that will be started, without waiting for it."""
+    forkserver.set_forkserver_preload(["__main__", *modules])
+    forkserver.ensure_running()
+
+
+def map_in_order(
+    function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
+) -> Iterator[tuple[Task, Result]]:
+    """Each task with its result. `function` is pickled once a worker.
+
+    Raises what the function raises, first come first, and WorkerDiedError. The workers end with the iteration.
+    """
+    context = multiprocessing.get_context("forkserver")
+    workers: list[_Worker[Task, Result]] = [_Worker(function, context) for _ in range(num_workers)]
+    try:
+        yield from _run(workers, enumerate(tasks), TASKS_AHEAD * num_workers)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.connection.close()
+
+
+def _run(
+    workers: list[_Worker[Task, Result]], numbered: Iterator[tuple[int, Task]], window: int
+) -> Iterator[tuple[Task, Result]]:
+    tasks: dict[int, Task] = {}
+    results: dict[int, Result] = {}
+    turn = 0
+
+    def feed() -> None:
+        idle = [worker for worker in workers if worker.number is None]
+        while idle and len(tasks) < window and (following := next(numbered, None)):
+            number, task = following
+            tasks[number] = task
+            idle.pop().give(number, task)
+
+    while True:
+        feed()
+        busy = {worker.connection: worker for worker in workers if worker.number is not None}
+        if not busy:
+            return
+        for ready in wait(list(busy)):
+            worker = busy[ready]
+            assert worker.number is not None
+            number, result = worker.take(tasks[worker.number])
+            results[number] = result
+        feed()  # whoever takes the results may take its time
+        while turn in results:
+            yield tasks.pop(turn), results.pop(turn)
+            turn += 1

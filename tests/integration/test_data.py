@@ -1,0 +1,96 @@
+"""The real programs from text to a trained model: prepared corpora, several validation sets, streams, kills."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from tests.integration import jobs
+
+MTP_DIST = [sys.executable, "-m", "mtp_dist.cli"]
+
+
+def train_tokenizer(texts: list[str], file: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(file))
+
+
+def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
+    """Two prepared corpora blended, two validation sets, attention and losses within documents."""
+    for name in ("one", "two"):
+        jobs.write_corpus(tmp_path / name, functions=60 if name == "one" else 200)
+    texts = [file.read_text() for file in tmp_path.glob("*/*.py")]
+    tokenizer = tmp_path / "tokenizer.json"
+    train_tokenizer(texts, tokenizer)
+    for name in ("one", "two"):
+        arguments = [str(tmp_path / name), "--glob", "*.py", "--to", str(tmp_path / f"{name}_corpus")]
+        result = jobs.run([*MTP_DIST, "prepare", *arguments, "--tokenizer", str(tokenizer), "--workers", "1", "--json"])
+        assert result.status == 0, result.output
+        said = json.loads(result.stdout)
+        assert said["bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.py"))
+        assert said["tokens"] < said["bytes"] / 1.5
+
+    shown = jobs.run([*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"])
+    report = json.loads(shown.stdout)
+    sample = report["samples"][0]
+    assert report["documents"] == 3 and sample["tokens"][2:] == sample["targets"][1][:-2]
+
+    data: dict[str, Any] = {
+        "tokenizer": str(tokenizer),
+        "train": [{"path": str(tmp_path / f"{name}_corpus"), "name": name, "weight": 3.0} for name in ("one", "two")],
+        "validation": [{"path": str(tmp_path / f"{name}_corpus"), "name": name} for name in ("one", "two")],
+        "loss_across_documents": False,
+        "attention_across_documents": False,
+    }
+    config = jobs.write_config(tmp_path, data=data)
+    result = jobs.run(jobs.torchrun(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"))
+    assert result.status == 0, result.output
+    assert "Validation on one" in result.stdout and "Validation on two" in result.stdout
+    lines = jobs.metrics(tmp_path / "out")
+    last = {name: value for line in lines for name, value in line.items()}
+    for name in ("one", "two"):
+        nats, bits = (last[f"validation/{name}/{kind}/head_1"] for kind in ("loss", "bits_per_byte"))
+        assert 1 < nats / bits < 6, "several bytes a token"
+        assert last[f"data/epochs/{name}"] > 0
+    assert last["data/epochs/one"] > last["data/epochs/two"], "the smaller corpus is read more often"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [validation["name"] for validation in summary["validation"]] == ["one", "two"]
+
+
+def learned(folder: Path) -> list[list[float]]:
+    lines = [line for line in jobs.metrics(folder) if "train/grad_norm" in line]
+    return [[line["train/grad_norm"], *(line[f"loss/head_{k}"] for k in range(1, 5))] for line in lines]
+
+
+def test_a_killed_stream_goes_on_where_it_was_at_another_degree(tmp_path: Path) -> None:
+    documents = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" * (i % 5) for i in range(200)]
+    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    (tmp_path / "documents.jsonl").write_text(lines)
+    source = {"path": str(tmp_path / "documents.jsonl"), "stream": True}
+    config = jobs.write_config(tmp_path, data={"train": [source], "validation": []}, checkpoint={"every": 2})
+
+    def arguments(output: str) -> list[str]:
+        options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]
+        return [jobs.PRETRAIN, "--config", str(config), *options]
+
+    assert jobs.run(jobs.plain(*arguments("whole"))).status == 0
+    with jobs.started(jobs.torchrun(*arguments("killed")), tmp_path) as job:  # two data-parallel ranks
+        job.wait_until((tmp_path / "killed" / "checkpoints" / "step_00000002").exists)
+        job.rank(1).kill()
+        assert job.wait() != 0
+    result = jobs.run(jobs.plain(*arguments("killed")))
+    assert result.status == 0 and "goes on after step" in result.output, result.output
+    whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "killed")
+    assert len(whole) == len(killed) == 10
+    for expected, found in zip(whole, killed, strict=True):
+        assert all(abs(a - b) <= 1e-4 * a for a, b in zip(expected, found, strict=True))
+    assert max(losses[1] for losses in whole) - min(losses[1] for losses in whole) > 0.05, "batches tell steps apart"

@@ -1,0 +1,76 @@
+"""What the tests of `prepare` share; processes import it by its name."""
+
+import hashlib
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from mtp_dist.data.corpus import Corpus, open_corpus
+from mtp_dist.data.inputs import InputOptions
+from mtp_dist.data.parts import PartSummary
+from mtp_dist.data.preparation import Prepared, Request, prepare
+from mtp_dist.data.workers import import_once
+
+SMALL_UNIT = 2000
+
+
+class Recorder:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.total: int | None = -1
+        self.parts: list[tuple[int, PartSummary]] = []
+
+    def start(self, total: int | None) -> None:
+        self.total = total
+
+    def advance(self, size: int, part: PartSummary) -> None:
+        self.parts.append((size, part))
+
+
+def request(
+    inputs: Path | str | Sequence[Path | str],
+    prefix: Path,
+    tokenizer: Path | str = "bytes",
+    workers: int = 1,
+    unit_bytes: int = SMALL_UNIT,
+    invalid_utf8: str = "error",
+    **options: object,
+) -> Request:
+    names = [inputs] if isinstance(inputs, Path | str) else inputs
+    chosen = InputOptions(**options)  # type: ignore[arg-type]
+    return Request(tuple(map(str, names)), prefix, str(tokenizer), chosen, invalid_utf8, workers, unit_bytes)  # type: ignore[arg-type]
+
+
+def made(asked: Request) -> Prepared:
+    return prepare(asked, Recorder())
+
+
+def start(asked: Request) -> BaseProcess:
+    """`prepare` in a process of its own, to be killed; it may have workers."""
+    import_once("mtp_dist.data.building", "mtp_dist.data.parts")
+    process = multiprocessing.get_context("forkserver").Process(target=made, args=(asked,))
+    process.start()
+    return process
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    """The tokens of each document, without its end."""
+    corpus: Corpus = open_corpus(prefix, "test")
+    documents, start = [], 0
+    for length in corpus.document_lengths:
+        documents.append(corpus.tokens[start : start + length - 1].tolist())
+        start += length
+    return documents
+
+
+def texts_of(prefix: Path) -> list[bytes]:
+    """The documents of a corpus of bytes."""
+    return [bytes(document) for document in documents_of(prefix)]
+
+
+def digests(prefix: Path) -> dict[str, str]:
+    """SHA-256 of everything that begins with the prefix."""
+    files = [file for file in sorted(prefix.parent.glob(prefix.name + ".*")) if file.is_file()]
+    return {file.name[len(prefix.name) :]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

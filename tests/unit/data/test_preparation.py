@@ -1,0 +1,295 @@
+"""The prepared corpus is the same bytes whatever happens on the way, and what goes wrong is said in one sentence."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import psutil
+import pytest
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data import parts
+from mtp_dist.data.inputs import InputOptions, open_inputs
+from mtp_dist.data.preparation import Request, prepare
+from mtp_dist.data.tokenizer import build_tokenizer
+from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder of 60 files of 0.1 to 3 kB, every tenth one empty."""
+    numbers = random.Random(0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(60):
+        lines = numbers.randrange(5, 120) if index % 10 else 0
+        text = "".join(f"x{numbers.randrange(1000)} = {numbers.randrange(1000)}  # é\n" for _ in range(lines))
+        (folder / f"{index:02d}.py").write_text(text)
+    return folder
+
+
+def json_lines(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json", "tokenizer.model"])
+def test_the_result_does_not_depend_on_the_number_of_workers(
+    corpus: Path, tmp_path: Path, trained_tokenizers: Path, tokenizer: str
+) -> None:
+    name = tokenizer if tokenizer == "bytes" else str(trained_tokenizers / tokenizer)
+    for workers in (1, 2):
+        prepared = made(request(corpus, tmp_path / str(workers), name, workers=workers, glob="*.py"))
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    assert set(digests(tmp_path / "1")) == {".bin", ".idx", ".json"}
+
+    texts = [file.read_bytes() for file in sorted(corpus.iterdir())]
+    built = build_tokenizer(name)
+    assert documents_of(tmp_path / "1") == [built.encode(text).tolist() for text in texts if text]
+    description = prepared.description
+    assert description.documents == 54 and description.bytes == sum(map(len, texts))
+    assert description.tokenizer.sha256 == built.fingerprint
+    assert description.empty_documents == 6 and prepared.first_empty == str(corpus / "00.py")
+
+
+def test_the_size_of_the_work_units_does_not_show_either(corpus: Path, tmp_path: Path) -> None:
+    for unit_bytes in (1, 10**6):
+        made(request(corpus, tmp_path / str(unit_bytes), unit_bytes=unit_bytes, workers=2, glob="*.py"))
+    assert digests(tmp_path / "1") == digests(tmp_path / "1000000")
+
+
+def test_a_vocabulary_beyond_two_bytes_is_written_in_four(tmp_path: Path, trained_tokenizers: Path) -> None:
+    content = json.loads((trained_tokenizers / "tokenizer.json").read_text())
+    many = {"id": 70_000, "content": "<far>", "special": False, "single_word": False}
+    many |= {"lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] += [many | {"id": 303 + i, "content": f"<{i}>"} for i in range(70_000 - 303)] + [many]
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    made(request(json_lines(tmp_path / "a.jsonl", ["a<far>", "b"]), tmp_path / "a", tmp_path / "large.json"))
+    assert documents_of(tmp_path / "a")[0][1] == 70_000
+
+
+def killed_and_finished(asked: Request, kills: int, seconds: float) -> int:
+    """Kill `prepare` at random moments, then let it finish. How many kills found it with finished parts."""
+    moments = random.Random(1)
+    in_the_middle = 0
+    for _ in range(kills):
+        process = start(asked)
+        finished = set(asked.folder.glob("part-*.json"))
+        deadline = time.monotonic() + 60
+        while process.is_alive() and set(asked.folder.glob("part-*.json")) == finished and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.random() * seconds)
+        process.kill()
+        process.join()
+        in_the_middle += bool(list(asked.folder.glob("part-*.json")))
+        names = set(digests(asked.prefix))
+        assert ".json" not in names or names == {".bin", ".idx", ".json"}
+    if asked.folder.exists():
+        made(asked)
+    return in_the_middle
+
+
+def test_kills_at_random_moments_leave_no_trace(corpus: Path, tmp_path: Path) -> None:
+    made(request(corpus, tmp_path / "whole", glob="*.py"))
+    asked = request(corpus, tmp_path / "killed", workers=2, glob="*.py")
+    assert killed_and_finished(asked, kills=3, seconds=0.05) >= 2
+    assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
+
+
+def test_finished_parts_are_not_made_again_also_of_a_stream(tmp_path: Path) -> None:
+    texts = [f"text {i} " * 30 for i in range(60)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "set")
+    asked = request(tmp_path / "set", tmp_path / "a", streaming=True)
+
+    class Interrupting(Recorder):
+        def advance(self, size: int, part: parts.PartSummary) -> None:
+            super().advance(size, part)
+            if len(self.parts) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(asked, Interrupting())
+    assert not list(tmp_path.glob("a.[bij]*"))
+    recorder = Recorder()
+    prepare(asked, recorder)
+    reused = [part.reused for _, part in recorder.parts]
+    assert reused[:3] == [True] * 3 and not reused[-1] and len(reused) > 6
+    assert texts_of(tmp_path / "a") == [text.encode() for text in texts]
+    assert recorder.total is None
+
+
+def message(asked: Request) -> str:
+    """Nothing has the final name after a failure."""
+    before = digests(asked.prefix)
+    with pytest.raises(ConfigError) as error:
+        made(asked)
+    assert "\n" not in str(error.value)
+    assert digests(asked.prefix) == before
+    return str(error.value)
+
+
+def test_an_unfinished_folder_of_something_else_is_not_gone_on_with(corpus: Path, tmp_path: Path) -> None:
+    bad = json_lines(tmp_path / "a.jsonl", ["good"] * 300)
+    bad.write_text(bad.read_text() + "bad\n")
+    asked = request([corpus, bad], tmp_path / "a", glob="*.py")
+    assert f"{bad}, line 301 is not JSON" in message(asked)
+    begun = set(asked.folder.glob("part-*.json"))
+    assert begun
+
+    other_pattern = message(request([corpus, bad], tmp_path / "a", glob="*1.py"))
+    assert f"'{asked.folder}' was begun with other options (glob: '*.py', now '*1.py')" in other_pattern
+    assert "delete that folder" in other_pattern
+    assert "other inputs" in message(request([corpus], tmp_path / "a", glob="*.py"))
+    assert "other invalid UTF-8" in message(request([corpus, bad], tmp_path / "a", glob="*.py", invalid_utf8="skip"))
+    json_lines(bad, ["good"])
+    assert f"other files and datasets ({bad} has changed)" in message(asked)
+    assert set(asked.folder.glob("part-*.json")) == begun
+    shutil.rmtree(asked.folder)
+    made(asked)
+
+
+def test_a_corpus_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    asked = request(json_lines(tmp_path / "a.jsonl", ["a"]), tmp_path / "a.corpus")
+    made(asked)
+    assert f"{tmp_path / 'a.corpus.bin'} exists: delete it, or name another" in message(asked)
+    assert not asked.folder.exists()
+
+
+def test_a_kill_between_the_last_rename_and_the_cleaning_up_is_mended(tmp_path: Path) -> None:
+    asked = request(json_lines(tmp_path / "a.jsonl", ["a"]), tmp_path / "a")
+    whole = request(tmp_path / "a.jsonl", tmp_path / "whole")
+    made(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mtp_dist.data.preparation._remove", lambda folder: None)
+        made(asked)
+    made(asked)
+    assert not asked.folder.exists()
+    assert texts_of(tmp_path / "a") == [b"a"]
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    asked = request(json_lines(tmp_path / "a.jsonl", ["a"]), tmp_path / "a")
+
+    class Nosy(Recorder):
+        def advance(self, size: int, part: parts.PartSummary) -> None:
+            with pytest.raises(ConfigError, match="another process prepares"):
+                made(asked)
+
+    prepare(asked, Nosy())
+    assert texts_of(tmp_path / "a") == [b"a"]
+
+
+def test_invalid_utf8_is_refused_replaced_or_skipped(tmp_path: Path, trained_tokenizers: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, content in (("a", b"x = 1"), ("b", b"y = \xff2"), ("c", b"z = 3")):
+        (folder / f"{name}.py").write_bytes(content)
+    json_model = trained_tokenizers / "tokenizer.json"
+    tokenizer = build_tokenizer(str(json_model))
+    said = message(request(folder, tmp_path / "e", json_model, glob="*"))
+    assert f"{folder / 'b.py'}: invalid UTF-8 at byte 4" in said and "--invalid-utf8 replace or skip" in said
+
+    read = {}
+    for choice in ("replace", "skip"):
+        asked = request(folder, tmp_path / choice, json_model, invalid_utf8=choice, glob="*", unit_bytes=10**6)
+        prepared = made(asked)
+        assert prepared.first_invalid == str(folder / "b.py")
+        read[choice] = [tokenizer.decode(ids) for ids in documents_of(asked.prefix)]
+        counts = (prepared.description.replaced_documents, prepared.description.skipped_documents)
+        assert counts == ((1, 0) if choice == "replace" else (0, 1))
+    assert read == {"replace": ["x = 1", "y = \ufffd2", "z = 3"], "skip": ["x = 1", "z = 3"]}
+    made(request(folder, tmp_path / "bytes", glob="*"))
+    assert texts_of(tmp_path / "bytes")[1] == b"y = \xff2"
+
+
+def test_places_are_right_behind_skipped_documents(tmp_path: Path, trained_tokenizers: Path) -> None:
+    lines = [b'{"text": "\xff"}', b'{"text": "a"}', b"", b'{"text": "b"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    model = trained_tokenizers / "tokenizer.model"
+    prepared = made(request(tmp_path / "a.jsonl", tmp_path / "a", model, invalid_utf8="skip", unit_bytes=10**6))
+    assert prepared.first_invalid == f"{tmp_path / 'a.jsonl'}, line 1"
+    assert prepared.first_empty == f"{tmp_path / 'a.jsonl'}, line 3"
+
+
+def test_inputs_without_any_text_make_no_corpus(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    assert "no document has any text" in message(request(tmp_path / "empty.txt", tmp_path / "a"))
+
+
+def test_a_worker_that_dies_is_told_and_its_part_made_again(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "00.py").unlink()
+    os.mkfifo(corpus / "pipe")  # reading it takes until somebody writes
+    (corpus / "00.py").symlink_to(corpus / "pipe")
+    asked = request([json_lines(tmp_path / "a.jsonl", ["a"]), corpus / "00.py"], tmp_path / "a")
+
+    def kill_the_worker() -> None:
+        while not list(asked.folder.glob("part-000000.json")):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        for process in psutil.process_iter():
+            try:
+                if any(str(asked.folder) in file.path for file in process.open_files()) and process.pid != os.getpid():
+                    process.send_signal(signal.SIGKILL)
+            except psutil.Error:
+                continue
+
+    killer = threading.Thread(target=kill_the_worker)
+    killer.start()
+    said = message(asked)
+    killer.join()
+    assert f"a worker process was killed by signal 9 while it made {asked.folder}/part-000001 of" in said
+    assert str(corpus / "00.py") in said and "the same command goes on" in said
+    assert len(list(asked.folder.glob("part-*.json"))) == 1
+
+
+@pytest.mark.parametrize("limit", [100, 12_000])
+def test_a_disk_that_fills_up_is_told_and_does_not_cost_the_finished_parts(
+    corpus: Path, tmp_path: Path, limit: int
+) -> None:
+    """The largest size of a file stands in for the disk's: 100 bytes stop the plan, 12 kB the joined corpus."""
+    asked = request(corpus, tmp_path / "a", glob="*.py")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        said = message(asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"cannot write {asked.folder}" in said and "(File too large): once it can, the same command goes on" in said
+    made(asked)
+    assert texts_of(tmp_path / "a") == [text for file in sorted(corpus.iterdir()) if (text := file.read_bytes())]
+
+
+def test_a_worker_that_cannot_write_names_its_part_and_leaves_nothing_of_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parts, "sync", full)
+    folder = tmp_path / "a.unfinished"
+    folder.mkdir()
+    writer = parts.PartWriter(folder, build_tokenizer("bytes"), "error")
+    source = open_inputs([str(corpus)], InputOptions(glob="*.py"))[0]
+    with pytest.raises(ConfigError, match=r"cannot write .*/part-000003 \(No space left on device\): once it can"):
+        writer((3, next(source.units(2000))))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    text = json_lines(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ConfigError, match=r"cannot make .*file/a\.unfinished \(Not a directory\)"):
+        made(request(text, tmp_path / "file" / "a"))
+
+
+def test_an_input_that_vanishes_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mtp_dist.data.preparation._plan", lambda *_: shutil.rmtree(corpus))
+    assert f"cannot read {corpus / '00.py'} (No such file" in message(request(corpus, tmp_path / "a", glob="*.py"))

@@ -1,0 +1,117 @@
+"""Samples of a stream are those of its documents packed whole, wherever it was stopped and at any layout."""
+
+import gzip
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.inputs import InputOptions
+from mtp_dist.data.streaming import StreamedSamples, TokenStream
+from mtp_dist.data.tokenizer import ByteTokenizer
+
+LENGTH, LOOKAHEAD = 7, 3
+OPTIONS = InputOptions(key="data.train.0")
+
+
+def documents_of(seed: int, count: int = 40) -> list[str]:
+    random = Random(seed)
+    return ["abcdefghij"[: random.randrange(0, 11)] * random.randrange(1, 4) for _ in range(count)]
+
+
+def write_jsonl(path: Path, documents: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": document, "id": 7}) + "\n" for document in documents))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("stream") / "documents.jsonl", documents_of(1))
+
+
+def stream_of(path: str, **options: Any) -> TokenStream:
+    return TokenStream(path, InputOptions(key="data.train.0", **options), ByteTokenizer())
+
+
+def samples_of(*paths: str, weights: tuple[float, ...] = (1.0,)) -> StreamedSamples:
+    return StreamedSamples([stream_of(path) for path in paths], weights, LENGTH, LOOKAHEAD)
+
+
+def packed(documents: list[str], passes: int) -> np.ndarray:
+    """All whole samples of the documents, several times over."""
+    tokens = [token for text in documents if text for token in (*text.encode(), 256)] * passes
+    count = (len(tokens) - LOOKAHEAD) // LENGTH
+    return np.stack([tokens[i * LENGTH : i * LENGTH + LENGTH + LOOKAHEAD] for i in range(count)])
+
+
+def test_samples_are_the_documents_in_their_order_over_and_over(path: str) -> None:
+    expected = packed(documents_of(1), 3)
+    samples = samples_of(path)
+    assert np.array_equal(samples.read(0, len(expected)), expected)
+    assert samples.epochs(0) == [2.0], "the third pass has not been read to its end"
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
+def test_goes_on_from_any_state(path: str, reads: list[int], data: st.DataObject) -> None:
+    """As if killed after each read, the state going through JSON."""
+    expected = packed(documents_of(1), 12)
+    samples, first = samples_of(path), 0
+    for count in reads:
+        skipped = data.draw(st.integers(0, 9))  # samples of other ranks
+        assert np.array_equal(samples.read(first + skipped, count), expected[first + skipped :][:count])
+        first += skipped + count
+        state = json.loads(json.dumps(samples.state()))
+        samples = samples_of(path)
+        samples.restore(state)
+
+
+def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{seed}.jsonl", documents_of(seed)) for seed in (1, 2)]
+    samples = samples_of(*paths, weights=(3.0, 1.0))
+    read = samples.read(0, 40)
+    sources, occurrences = samples.blend.locate(0, 40)
+    expected = [packed(documents_of(seed), 4) for seed in (1, 2)]
+    assert all(np.array_equal(read[i], expected[sources[i]][occurrences[i]]) for i in range(40))
+    state = samples.state()
+    other = samples_of(*paths, weights=(3.0, 1.0))
+    other.restore(state)
+    assert np.array_equal(other.read(40, 20), samples.read(40, 20))
+
+
+def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    documents = [text for text in documents_of(3) if text]
+    (tmp_path / "code").mkdir()
+    for number, text in enumerate(documents):
+        (tmp_path / "code" / f"{number:03}.py").write_text(text)
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"content": text}) + "\n" for text in documents)
+    pyarrow.parquet.write_table(pyarrow.table({"content": documents}), tmp_path / "d.parquet")
+    streams = [
+        stream_of(str(tmp_path / "code"), glob="*.py"),
+        stream_of(str(tmp_path / "d.jsonl.gz"), field="content"),
+        stream_of(str(tmp_path / "d.parquet"), field="content"),
+    ]
+    expected = packed(documents, 2)
+    for stream in streams:
+        assert np.array_equal(StreamedSamples([stream], [1.0], LENGTH, LOOKAHEAD).read(0, len(expected)), expected)
+
+
+def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*empty\.jsonl' has no document with text"):
+        samples_of(empty).read(0, 1)
+    full = write_jsonl(tmp_path / "full.jsonl", ["x" * 99])
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .* has no field 'body', it has 'text', 'id'"):
+        stream_of(full, field="body").take(4, 2)
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
+        stream_of(str(tmp_path / "missing.jsonl"))
