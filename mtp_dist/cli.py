@@ -76,6 +76,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as there are cores")] = None,
     field: Annotated[str, typer.Option(help="of JSONL, Parquet and datasets: which one is the text")] = "text",
     glob: Annotated[str | None, typer.Option(help="which files of a folder, such as '**/*.py'")] = None,
+    subset: Annotated[str | None, typer.Option(help="of a dataset that has several")] = None,
     split: Annotated[str | None, typer.Option(help="of a dataset; of files: all, train or validation")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="read a dataset while it downloads")] = False,
     invalid_utf8: Annotated[InvalidUtf8, typer.Option(help="what to do about it")] = "error",
@@ -91,7 +92,7 @@ def prepare(
     from mtp_dist.data.preparation import prepare as make
     from mtp_dist.data.progress import PreparationProgress, describe
 
-    options = InputOptions(field=field, glob=glob, split=split, streaming=streaming)
+    options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
     request = Request(
         tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers or len(os.sched_getaffinity(0))
     )

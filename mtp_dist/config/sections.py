@@ -85,6 +85,8 @@ class SourceConfig(Section):
     dataset, or `python-stdlib`, the standard library of this Python."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """In logs; several validation sets need one each."""
+    subset: str | None = None
+    """Of a Hugging Face dataset that has several."""
     split: str | None = None
     """Part of the source: of files `train` or `validation`, to which about one in twenty belongs by a hash of its
     relative path; of a Hugging Face dataset one of its splits, `train` when absent."""

@@ -35,6 +35,7 @@ class SourceDescription(Section):
     inputs: tuple[str, ...]
     field: str
     glob: str | None
+    subset: str | None
     split: str | None
     invalid_utf8: InvalidUtf8
 

@@ -43,6 +43,8 @@ class InputOptions:
     """Of each record of JSONL, Parquet and datasets."""
     glob: str | None = None
     """Which files of a folder."""
+    subset: str | None = None
+    """Of a dataset that has several."""
     split: str | None = None
     """Of a dataset, `train` when absent; of a folder or python-stdlib `all`, `train` or `validation`."""
     streaming: bool = False
@@ -244,6 +246,7 @@ class DatasetInput(Input):
         self._name = name
         self._named = options.named(name)
         self._field = options.field
+        self._subset = options.subset
         self._split = options.split or "train"
         self.dataset = load_dataset(name, options)
         self.total = None if options.streaming else len(self.dataset)
@@ -252,7 +255,7 @@ class DatasetInput(Input):
             raise missing_field(self._named, options.field, columns)
 
     def identity(self) -> list[Any]:
-        return [[self._name, self._split, getattr(self.dataset, "_fingerprint", None)]]
+        return [[self._name, self._subset, self._split, getattr(self.dataset, "_fingerprint", None)]]
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         texts: list[bytes] = []
@@ -322,7 +325,7 @@ def load_dataset(name: str, options: InputOptions) -> Any:
             loaded = loaded[split]
         return loaded.to_iterable_dataset() if streaming else loaded
     try:
-        return datasets.load_dataset(name, split=split, streaming=streaming)
+        return datasets.load_dataset(name, options.subset, split=split, streaming=streaming)
     except Exception as error:  # whatever the dataset's own code and the network raise
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(

@@ -185,7 +185,7 @@ class _Corpora:
 
 def _options(source: SourceConfig, key: str) -> InputOptions:
     glob = source.glob if Path(source.path).is_dir() else None
-    return InputOptions(source.field, glob, source.split, source.stream, key)
+    return InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
 
 
 def _open_input(source: SourceConfig, key: str) -> Input:

@@ -241,6 +241,7 @@ class _Joined:
                 inputs=request.inputs,
                 field=options.field,
                 glob=options.glob,
+                subset=options.subset,
                 split=options.split,
                 invalid_utf8=request.invalid_utf8,
             ),

@@ -83,18 +83,6 @@ def test_a_dataset_can_be_streamed(tmp_path: Path) -> None:
     assert open_inputs([str(path)], InputOptions(streaming=True))[0].total is None
 
 
-def test_a_dataset_is_loaded_by_its_folder_of_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
-        calls.append((name, split, streaming))
-        return datasets.Dataset.from_dict({"text": TEXTS})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert documents(units("someone/some-data", split="test")) == TEXTS
-    assert calls == [("someone/some-data", "test", False)]
-
-
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 200), st.booleans())
 def test_lines_are_read_once_wherever_the_file_is_cut(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], unit_bytes: int, ends_with_newline: bool
@@ -167,6 +155,18 @@ def test_a_field_that_is_missing_or_no_text_is_named_beside_those_there_are(tmp_
     missing = message(path, field="content")
     assert f"{path}" in missing and "has no field 'content', it has " in missing and "'text'" in missing
     assert "'id' is not text but " in message(path, field="id")
+
+
+def test_subset_and_split_reach_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def load(*names: object, **options: object) -> datasets.Dataset:
+        asked.append((*names, options))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert documents(units("some/web", subset="en", split="test")) == TEXTS
+    assert asked == [("some/web", "en", {"split": "test", "streaming": False})]
 
 
 def test_a_dataset_names_the_splits_it_has(tmp_path: Path) -> None:
