@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +14,9 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from mtp_dist.config import ConfigError, Section
 from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.data.indexed import Index, beside, read_index
+from mtp_dist.data.parts import sha256_of
 from mtp_dist.data.tokenizer import Tokenizer
 
-HASH_BLOCK_BYTES = 1 << 22
 SCAN_BLOCK_TOKENS = 1 << 24
 
 
@@ -107,14 +106,6 @@ class Corpus:
 
 def _named(corpus: Corpus) -> str:
     return f"{corpus.key} = '{corpus.prefix}'"
-
-
-def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def prefix_of(path: str | Path) -> Path | None:

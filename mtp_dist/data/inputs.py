@@ -128,7 +128,8 @@ def _files_of_folder(folder: Path, options: InputOptions) -> list[Path]:
             f"{options.option('glob')} {options.glob!r} is no pattern for files of a folder ({error})"
         ) from None
     split = _hashed_split(options)
-    relative = {file.relative_to(folder).as_posix(): file for file in files}
+    # What relative_to takes ten times as long for.
+    relative = {file.as_posix().removeprefix(f"{folder.as_posix()}/"): file for file in files}
     chosen = [
         file
         for name, file in sorted(relative.items())

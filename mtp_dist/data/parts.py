@@ -1,7 +1,8 @@
-"""Parts of a corpus: each is one work unit's documents in Megatron-core's format, written by one process."""
+"""Parts of a corpus: each has one work unit's tokens, written by one process."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -9,13 +10,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from mtp_dist.config import ConfigError
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.indexed import beside
 from mtp_dist.data.tokenizer import Tokenizer
 
+HASH_BLOCK_BYTES = 1 << 22
 BATCH_BYTES = 1 << 20
 """Text that a tokenizer gets at once: what it returns takes some hundred bytes of memory a token."""
+
+
+PART_SUFFIXES = (".bin", ".lengths")
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass
@@ -31,6 +46,8 @@ class PartSummary:
     replaced: int = 0
     skipped: int = 0
     first_invalid: int | None = None
+    sha256: str = ""
+    """Of the tokens."""
     reused: bool = False
     """Finished by an earlier start of the same command."""
 
@@ -67,7 +84,8 @@ def write_whole(file: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class PartWriter:
-    """Makes a numbered work unit a part: part-000012.bin, .idx and, last of all, .json with the summary."""
+    """Makes a numbered work unit a part: part-000012.bin with the tokens, .lengths with the number of each document
+    (int32) and, last of all, .json with the summary."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -77,51 +95,54 @@ class PartWriter:
         return self.folder / f"part-{number:06d}"
 
     def __call__(self, task: tuple[int, WorkUnit]) -> PartSummary:
-        """A part that is finished already is left as it is. Raises ConfigError."""
+        """A part that is finished already and whole is left as it is. Raises ConfigError."""
         number, unit = task
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes take all cores
         prefix = self.prefix(number)
         summary_file = beside(prefix, ".json")
         with speaking_of(self.folder, "write in"):
             if summary_file.exists():
-                return replace(PartSummary(**json.loads(summary_file.read_text())), reused=True)
+                summary = PartSummary(**json.loads(summary_file.read_text()))
+                # Nothing of a part is synced to the disk: a machine that lost its power may have lost some of it.
+                if sha256_of(beside(prefix, ".bin")) == summary.sha256:
+                    return replace(summary, reused=True)
         temporary = beside(prefix, f".{os.getpid()}")
         try:
             summary = self._write(unit, temporary)
             with speaking_of(prefix, "write"):
-                for suffix in (".bin", ".idx"):
-                    sync(beside(temporary, suffix))
+                for suffix in PART_SUFFIXES:
                     beside(temporary, suffix).rename(beside(prefix, suffix))
                 write_whole(summary_file, json.dumps(asdict(summary)))
-                sync(self.folder)
         except BaseException:
-            for suffix in (".bin", ".idx"):
+            for suffix in PART_SUFFIXES:
+                beside(prefix, suffix).unlink(missing_ok=True)
                 beside(temporary, suffix).unlink(missing_ok=True)
             raise
         return summary
 
     def _write(self, unit: WorkUnit, prefix: Path) -> PartSummary:
-        from mtp_dist.data.building import new_builder
-
         with speaking_of(prefix, "write"):
-            builder = new_builder(beside(prefix, ".bin"), self.tokenizer.vocab_size)
-        summary = PartSummary()
-        for batch in self._batches(unit, summary):
-            tokens, lengths = self.tokenizer.encode_documents([document for _, document in batch])
-            kept = [length for length in lengths if length]
-            summary.documents += len(kept)
-            summary.tokens += len(tokens)
-            summary.bytes += sum(len(document) for (_, document), length in zip(batch, lengths, strict=True) if length)
-            if len(kept) < len(lengths):
-                summary.empty += len(lengths) - len(kept)
-                if summary.first_empty is None:
-                    summary.first_empty = batch[lengths.index(0)][0]
-            with speaking_of(prefix, "write"):
-                builder.add_document(tokens, kept)
-        # add_document took each batch for one document.
-        builder.document_indices = list(range(len(builder.sequence_lengths) + 1))
+            stream = beside(prefix, ".bin").open("wb")
+        summary, digest, all_lengths = PartSummary(), hashlib.sha256(), []
+        with stream:
+            for batch in self._batches(unit, summary):
+                tokens, lengths = self.tokenizer.encode_documents([document for _, document in batch])
+                kept = [length for length in lengths if length]
+                all_lengths += kept
+                summary.documents += len(kept)
+                summary.tokens += len(tokens)
+                texts = zip(batch, lengths, strict=True)
+                summary.bytes += sum(len(document) for (_, document), length in texts if length)
+                if len(kept) < len(lengths):
+                    summary.empty += len(lengths) - len(kept)
+                    if summary.first_empty is None:
+                        summary.first_empty = batch[lengths.index(0)][0]
+                digest.update(tokens.data)
+                with speaking_of(prefix, "write"):
+                    stream.write(tokens.data)
         with speaking_of(prefix, "write"):
-            builder.finalize(str(beside(prefix, ".idx")))
+            np.array(all_lengths, dtype=np.int32).tofile(beside(prefix, ".lengths"))
+        summary.sha256 = digest.hexdigest()
         return summary
 
     def _batches(self, unit: WorkUnit, summary: PartSummary) -> Iterator[list[tuple[int, bytes]]]:

@@ -8,25 +8,32 @@ the result does not depend on that or on the number of processes.
 from __future__ import annotations
 
 import fcntl
-import gc
 import hashlib
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol, cast
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.corpus import HASH_BLOCK_BYTES, CorpusDescription, SourceDescription, TokenizerDescription
+from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.indexed import beside
 from mtp_dist.data.inputs import UNIT_BYTES, Input, InputOptions, open_inputs
 from mtp_dist.data.parts import PartSummary, PartWriter, speaking_of, sync, write_whole
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 PLAN = "plan.json"
 
@@ -154,8 +161,7 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
     """Make the parts, join them, and give the result its name."""
-    # For the workers, while this process imports them as well.
-    import_once("mtp_dist.data.building", "mtp_dist.data.parts")
+    import_once("mtp_dist.data.parts")
     writer = PartWriter(request.folder, tokenizer, request.invalid_utf8)
     with speaking_of(request.folder, "write in"):
         joined = _Joined(request.folder / "joined", tokenizer)
@@ -204,21 +210,28 @@ class _Joined:
     """The parts one after the other."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        from mtp_dist.data.building import new_builder
-
-        gc.freeze()  # add_index collects garbage, which is slow among all the objects that Megatron-core's import made
         self.total = PartSummary()
         self._prefix = prefix
         self._tokenizer = tokenizer
         self._digest = hashlib.sha256()
         self.bin = beside(prefix, ".bin")
-        self._builder = new_builder(self.bin, tokenizer.vocab_size)
+        # Its import takes seconds, in which the workers are already at work.
+        self._importing = Thread(target=import_module, args=("mtp_dist.data.building",))
+        self._importing.start()
+
+    @cached_property
+    def _builder(self) -> IndexedDatasetBuilder:
+        self._importing.join()
+        from mtp_dist.data.building import new_builder
+
+        return new_builder(self.bin, self._tokenizer.vocab_size)
 
     def add(self, part: Path, summary: PartSummary) -> None:
-        self._builder.add_index(str(part))
-        with beside(part, ".bin").open("rb") as stream:
-            while block := stream.read(HASH_BLOCK_BYTES):
-                self._digest.update(block)
+        tokens = np.fromfile(beside(part, ".bin"), dtype=np.uint8).data
+        self._digest.update(tokens)
+        # Megatron-core's add_document, whose three copies of the tokens would take longer than all the rest.
+        self._builder.data_file.write(tokens)
+        self._builder.sequence_lengths.extend(np.fromfile(beside(part, ".lengths"), dtype=np.int32).tolist())
         for name in ("documents", "tokens", "bytes", "empty", "replaced", "skipped"):
             setattr(self.total, name, getattr(self.total, name) + getattr(summary, name))
 
@@ -250,6 +263,7 @@ class _Joined:
 
     def finish(self, prefix: Path, description: CorpusDescription) -> None:
         """Give it its name; whoever finds PREFIX.json finds all of it."""
+        self._builder.document_indices = list(range(len(self._builder.sequence_lengths) + 1))
         self._builder.finalize(str(beside(self._prefix, ".idx")))
         for suffix in (".bin", ".idx"):
             sync(beside(self._prefix, suffix))

@@ -110,7 +110,7 @@ def _too_short(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fill", "reason"),
-    [(_without_python, "no .py file"), (_empty_files, "only empty files"), (_too_short, "too small")],
+    [(_without_python, "has no file for"), (_empty_files, "has no document with text"), (_too_short, "too small")],
 )
 @pytest.mark.parametrize("key", ["train", "validation"])
 def test_corpus_without_a_sample(

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtp_dist.config import build_config
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.packing import PackedCorpus
-from mtp_dist.training.batches import micro_batches_of
+from mtp_dist.model.targets import document_ids, head_targets
 
 CORPUS_TOKENS = 100_000_000
 SEQUENCE_LENGTHS = (512, 2048, 8192)
@@ -36,25 +35,16 @@ def measure_loader(rounds: int, corpus_tokens: int = CORPUS_TOKENS, seconds: flo
 
 def _row(tokens: np.ndarray[Any, Any], length: int, rounds: int, seconds: float) -> dict[str, Any]:
     batch = max(1, BATCH_TOKENS // length)
-    config = build_config(
-        {
-            "model": {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1},
-            "heads": {"count": HEADS},
-            "data": {"train": [{"path": "tokens"}]},
-            "train": {"steps": 1, "global_batch_size": batch, "micro_batch_size": batch, "sequence_length": length},
-        }
-    )
-    halves = np.split(tokens, [len(tokens) // 2])
-    corpora = [PackedCorpus(half, length, config.heads.lookahead) for half in halves]
+    corpora = [PackedCorpus(half, length, HEADS) for half in np.split(tokens, [len(tokens) // 2])]
     rates: dict[str, list[float]] = {"samples": [], "samples_and_targets": []}
     for seed in range(rounds):
         samples = BlendedSamples(corpora, SOURCES, seed)
         for name, of_round in rates.items():
             start, read = time.perf_counter(), 0
             while (spent := time.perf_counter() - start) < seconds:
-                read_batch = samples.read(read, batch)
+                read_batch = torch.from_numpy(samples.read(read, batch))
                 if name == "samples_and_targets":
-                    micro_batches_of(config, torch.from_numpy(read_batch), end_of_document=0)
+                    head_targets(read_batch, range(1, HEADS + 1), length, document_ids(read_batch, 0))
                 read += batch
             of_round.append(read * length / spent)
     return {"sequence_length": length, "batch": batch} | {

@@ -49,7 +49,7 @@ def made(asked: Request) -> Prepared:
 
 def start(asked: Request) -> BaseProcess:
     """`prepare` in a process of its own, to be killed; it may have workers."""
-    import_once("mtp_dist.data.building", "mtp_dist.data.parts")
+    import_once("mtp_dist.data.parts")
     process = multiprocessing.get_context("forkserver").Process(target=made, args=(asked,))
     process.start()
     return process

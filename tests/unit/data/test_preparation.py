@@ -270,10 +270,10 @@ def test_a_disk_that_fills_up_is_told_and_does_not_cost_the_finished_parts(
 def test_a_worker_that_cannot_write_names_its_part_and_leaves_nothing_of_it(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parts, "sync", full)
+    monkeypatch.setattr(parts, "write_whole", full)
     folder = tmp_path / "a.unfinished"
     folder.mkdir()
     writer = parts.PartWriter(folder, build_tokenizer("bytes"), "error")
