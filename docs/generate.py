@@ -156,6 +156,39 @@ def head_loss_sections() -> str:
     return "\n".join(sections)
 
 
+def data_speed_section(result: dict[str, Any]) -> str:
+    """What `mtp-dist bench data` measured."""
+    machine = result["machine"]
+    preparation = [
+        [
+            row["tokenizer"],
+            f"{row['megabytes']:,.0f}",
+            f"{row['tokens'] / 1e6:,.0f}",
+            f"{row['prepare_megabytes_per_second']:.1f}",
+            f"{row['bare_megabytes_per_second']:,.1f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in result["preparation"]
+    ]
+    loader = [
+        [
+            f"{row['sequence_length']:,}",
+            f"{row['samples_tokens_per_second'] / 1e6:.0f}",
+            f"{row['samples_and_targets_tokens_per_second'] / 1e6:.0f}",
+        ]
+        for row in result["loader"]
+    ]
+    header = ["tokenizer", "MB of text", "million tokens", "`prepare` MB/s", "tokenizer alone MB/s", "ratio"]
+    return "\n".join(
+        [
+            f"On {machine['processor']}, {result['workers']} workers on {machine['cores']} cores:\n",
+            table(header, preparation),
+            "The loader, one process, corpus in the page cache, million tokens a second:\n",
+            table(["sequence length", "samples", "with documents and the targets of 4 heads"], loader),
+        ]
+    )
+
+
 def with_tables(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
 
@@ -166,8 +199,9 @@ def pages() -> dict[Path, str]:
         "parity": parity_table(json.loads((DOCS / "data/parity.json").read_text())),
         "head-loss": head_loss_sections(),
         "head-runs": head_runs_table(),
+        "data-speed": data_speed_section(json.loads((DOCS / "data/data-speed.json").read_text())),
     }
-    with_generated_parts = (DOCS / "parallelism.md", DOCS / "head-loss.md", DOCS / "heads.md")
+    with_generated_parts = [DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data")]
     return {
         DOCS / "configuration.md": configuration_page(),
         **{path: with_tables(path.read_text(), tables) for path in with_generated_parts},

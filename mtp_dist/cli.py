@@ -132,11 +132,12 @@ def inspect(
             raise ConfigError(f"DATA = '{corpus}' does not name its tokenizer: give it with --tokenizer")
         if verify:
             opened.verify()
+        tokenizer_of_corpus = build_tokenizer(named, "--tokenizer" if tokenizer else f"the tokenizer of {corpus}")
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("tokens", total=len(opened.tokens))
             report = inspect_corpus(
                 opened,
-                build_tokenizer(named, "--tokenizer"),
+                tokenizer_of_corpus,
                 heads,
                 positions,
                 samples,

@@ -81,6 +81,8 @@ def pretrain(config: Config) -> None:
         _say_finished(config, resumed)
         return
     datasets = load_datasets(config)
+    may_change = "data.train" in config.checkpoint.allow_changes
+    samples_read = datasets.restore(resumed.samples, may_change) if resumed else 0
     device = select_device(config)
     quieten_packages()
 
@@ -98,7 +100,6 @@ def pretrain(config: Config) -> None:
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     if resumed:
         restore(engine, resumed.folder)
-        datasets.train.restore(resumed.samples)
     updates_made = resumed.step if resumed else 0
     check_ranks_agree(updates_made, topology)
     reporter = None
@@ -110,7 +111,7 @@ def pretrain(config: Config) -> None:
     def save(step: int, samples: Any) -> None:
         save_checkpoint(config, vocab_size, engine, step, samples)
 
-    fit(config, engine, datasets, [reporter] if reporter else [], save, updates_made)
+    fit(config, engine, datasets, [reporter] if reporter else [], save, updates_made, samples_read)
     close_topology()
     if reporter:
         checkpoint = checkpoint_path(config, config.train.steps)

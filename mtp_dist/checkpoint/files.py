@@ -48,7 +48,7 @@ class Description:
     """Those that Adam's bias correction counts: without steps dropped for a gradient that was not finite."""
     config: Config
     samples: Any = None
-    """State of the training samples, as JSON; nothing where the step says it all."""
+    """State of the training samples, as JSON."""
 
     def write(self, folder: Path) -> None:
         values = self.__dict__ | {"config": self.config.model_dump(mode="json")}

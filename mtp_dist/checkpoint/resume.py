@@ -84,4 +84,7 @@ def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
 
 def _keys(config: Config) -> dict[str, Any]:
     sections = config.model_dump(mode="json").items()
-    return {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+    keys = {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
+    # A name is for the logs.
+    keys["data.train"] = [source | {"name": None} for source in keys["data.train"]]
+    return keys

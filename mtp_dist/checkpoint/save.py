@@ -87,6 +87,10 @@ def _finish(unfinished: Path, final: Path, description: Description) -> None:
     assert write_index(unfinished, OPTIMIZER) == {f"{key}.{name}" for key in MOMENTS for name in shapes}
     description.write(unfinished)
     sync(unfinished)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # renamed before it is deleted: half of it must not have the name of a whole one
+        final.rename(replaced)
     unfinished.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     sync(final.parent)

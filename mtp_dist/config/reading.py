@@ -73,6 +73,7 @@ _MESSAGES = {
     "tuple_type": "should be a list",
     "model_type": "should have keys of its own",
     "too_short": "is too short",
+    "string_too_short": "is empty",
     "too_long": "is too long",
     "invalid_key": "should be text",
     "string_pattern_mismatch": "should be a plain name, without '/' and not starting with a dot",

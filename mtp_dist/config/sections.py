@@ -298,6 +298,9 @@ def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:
             "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
             "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`"
         )
+    named = [source.name for source in data.train if source.name]
+    if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
+        yield f"data.train has sources with the names {named}: give each a `name` of its own that is no number"
     names = [source.name for source in data.validation]
     if len(names) > 1 and (None in names or len(set(names)) < len(names)):
         yield f"data.validation has {len(names)} sets with the names {names}: give each a `name` of its own"

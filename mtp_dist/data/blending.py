@@ -82,8 +82,8 @@ class BlendedSamples:
     def state(self) -> None:
         """Nothing: a sample's number says which it is."""
 
-    def restore(self, state: Any) -> None:
-        assert state is None
+    def restore(self, state: Any, samples_read: int) -> None:
+        """Nothing either."""
 
     def _order(self, source: int, epoch: int) -> Shuffle:
         """Of a source's samples in one epoch; the last one of each source is kept."""

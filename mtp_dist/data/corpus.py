@@ -109,9 +109,9 @@ def _named(corpus: Corpus) -> str:
 
 
 def prefix_of(path: str | Path) -> Path | None:
-    """The prefix of a corpus that is named by it or by its .bin or .idx file; None where the path is none of these."""
+    """The prefix of a corpus that is named by it or by one of its files; None where the path is none of these."""
     path = Path(path)
-    if path.suffix in (".bin", ".idx"):
+    if path.suffix in (".bin", ".idx") or (path.suffix == ".json" and path.with_suffix(".idx").exists()):
         return path.with_suffix("")
     return path if any(beside(path, suffix).exists() for suffix in (".bin", ".idx")) else None
 
@@ -122,7 +122,7 @@ def open_corpus(prefix: str | Path, key: str) -> Corpus:
     try:
         for suffix in (".bin", ".idx"):
             if not beside(prefix, suffix).exists():
-                raise ConfigError(f"{beside(prefix, suffix)} is missing: give the path of a corpus without .bin")
+                raise ConfigError(f"{beside(prefix, suffix)} is missing: give another path, or copy the corpus anew")
         index = read_index(beside(prefix, ".idx"))
         return Corpus(prefix, key, _map_tokens(prefix, index), index, _read_description(prefix, index))
     except ConfigError as error:

@@ -32,7 +32,12 @@ class WorkUnit(ABC):
 
     @abstractmethod
     def place(self, index: int) -> str:
-        """Where document number `index` comes from."""
+        """Where document number `index` comes from; may have to read the file up to there."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """The file or dataset, the first one where there are several."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class WholeFiles(WorkUnit):
     """Files of text or code, each of them one document."""
 
     files: tuple[Path, ...]
+
+    @property
+    def source(self) -> str:
+        return str(self.files[0])
 
     def documents(self) -> Iterator[bytes]:
         for file in self.files:
@@ -57,6 +66,10 @@ class LineRange(WorkUnit):
     start: int
     end: int
     field: str
+
+    @property
+    def source(self) -> str:
+        return str(self.file)
 
     def documents(self) -> Iterator[bytes]:
         with self.file.open("rb") as stream:
@@ -97,6 +110,10 @@ class LineList(WorkUnit):
     lines: tuple[bytes, ...]
     field: str
 
+    @property
+    def source(self) -> str:
+        return str(self.file)
+
     def documents(self) -> Iterator[bytes]:
         for index, line in enumerate(self.lines):
             yield document_of_line(line, self.field, partial(self.place, index))
@@ -113,6 +130,10 @@ class RowGroups(WorkUnit):
     groups: tuple[int, ...]
     rows_before: int
     field: str
+
+    @property
+    def source(self) -> str:
+        return str(self.file)
 
     def documents(self) -> Iterator[bytes]:
         import pyarrow
@@ -134,6 +155,10 @@ class RowList(WorkUnit):
     dataset: str
     rows_before: int
     texts: tuple[bytes, ...]
+
+    @property
+    def source(self) -> str:
+        return self.dataset
 
     def documents(self) -> Iterator[bytes]:
         yield from self.texts

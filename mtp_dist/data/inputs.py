@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import re
 import zlib
 from abc import ABC, abstractmethod
@@ -70,8 +72,19 @@ class Input(ABC):
         """What must be the same when a killed `prepare` goes on, as JSON: the name first in each item."""
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of what tells these documents from others without reading them."""
+
+    @abstractmethod
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         """The work units in their order. Raises ConfigError or OSError where an input cannot be read."""
+
+    @abstractmethod
+    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
+        """The documents from that position on, all of them from None, each with its own position, as JSON.
+
+        Raises ConfigError where the input cannot be read.
+        """
 
 
 def open_inputs(names: Sequence[str], options: InputOptions) -> list[Input]:
@@ -94,7 +107,8 @@ def _open_input(name: str, options: InputOptions) -> Input:
                 "file: leave it out"
             )
         return FilesInput([path], options.field)
-    if not (path.is_dir() or DATASET_NAME.fullmatch(name)):
+    in_a_folder_here = path.parent != Path() and path.parent.is_dir()
+    if not path.is_dir() and (in_a_folder_here or not DATASET_NAME.fullmatch(name)):
         raise ConfigError(
             f"{options.named(name)} does not exist: give a folder, a file, '{PYTHON_STDLIB}', or the name of a Hugging "
             "Face dataset"
@@ -158,6 +172,22 @@ class FilesInput(Input):
 
     def identity(self) -> list[Any]:
         return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, self._stats, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Of names and sizes, not of folders and times: it is the same on every machine."""
+        return _sha256([[file.name, stat.st_size] for file, stat in zip(self.files, self._stats, strict=True)])
+
+    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
+        start = tuple(position or (0, 0))
+        for number, unit in enumerate(self.units(UNIT_BYTES)):
+            if number < start[0]:
+                continue
+            try:
+                for index, document in enumerate(unit.documents()):
+                    if (number, index) >= start:
+                        yield [number, index], document
+            except OSError as error:
+                raise ConfigError(f"cannot read {error.filename or unit.source} ({error.strerror or error})") from None
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         whole: list[Path] = []
@@ -245,6 +275,7 @@ class DatasetInput(Input):
     def __init__(self, name: str, options: InputOptions) -> None:
         """Raises ConfigError where it cannot be loaded."""
         self._name = name
+        self._options = options
         self._named = options.named(name)
         self._field = options.field
         self._subset = options.subset
@@ -257,6 +288,26 @@ class DatasetInput(Input):
 
     def identity(self) -> list[Any]:
         return [[self._name, self._subset, self._split, getattr(self.dataset, "_fingerprint", None)]]
+
+    def fingerprint(self) -> str:
+        return _sha256(self.identity())
+
+    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
+        dataset = load_dataset(self._name, replace(self._options, streaming=True))
+        if position is not None:
+            dataset.load_state_dict(position)
+        rows = iter(dataset)
+        while True:
+            before = dataset.state_dict()
+            try:
+                row = next(rows, None)
+            except Exception as error:  # whatever the dataset's own code, its files and the network raise
+                raise ConfigError(f"{self._named}: the datasets library cannot read on: {_first_line(error)}") from None
+            if row is None:
+                return
+            if self._field not in row:
+                raise missing_field(self._named, self._field, row)
+            yield before, bytes_of_text(row[self._field], self._field, lambda: self._named)
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         texts: list[bytes] = []
@@ -281,34 +332,6 @@ class DatasetInput(Input):
                 row += 1
 
 
-def open_stream(name: str, options: InputOptions) -> tuple[Any, str]:
-    """An input as an iterable dataset, whose position can be saved, and the field that has the text.
-
-    Raises ConfigError like `open_inputs`.
-    """
-    import datasets
-
-    source = _open_input(name, replace(options, streaming=True))
-    if isinstance(source, DatasetInput):
-        return source.dataset, options.field
-    assert isinstance(source, FilesInput)
-    formats = {_format_of(file) for file in source.files}
-    if len(formats) > 1:
-        raise ConfigError(f"{options.named(name)} has files of the formats {' and '.join(sorted(formats))}: stream one")
-    (of_all,) = formats
-    settings = {"sample_by": "document", "encoding_errors": "replace"} if of_all == "text" else {}
-    files = [str(file) for file in source.files]
-    streamed = datasets.load_dataset(of_all, data_files=files, split="train", streaming=True, **settings)
-    return streamed, "text" if of_all == "text" else options.field
-
-
-def _format_of(file: Path) -> str:
-    """Name of the datasets library's reader."""
-    if file.name.endswith((*JSON_LINES, *COMPRESSED_JSON_LINES)):
-        return "json"
-    return "parquet" if file.name.endswith(".parquet") else "text"
-
-
 def load_dataset(name: str, options: InputOptions) -> Any:
     """By its name, or the folder that `save_to_disk` made. Raises ConfigError."""
     import datasets
@@ -316,7 +339,10 @@ def load_dataset(name: str, options: InputOptions) -> Any:
     split, streaming = options.split or "train", options.streaming
 
     if Path(name).is_dir():
-        loaded = datasets.load_from_disk(name)
+        try:
+            loaded = datasets.load_from_disk(name)
+        except Exception as error:  # a damaged one raises whatever its parts do
+            raise ConfigError(f"{options.named(name)} is no whole dataset: {_first_line(error)}") from None
         if isinstance(loaded, datasets.DatasetDict):
             if split not in loaded:
                 raise ConfigError(
@@ -328,7 +354,15 @@ def load_dataset(name: str, options: InputOptions) -> Any:
     try:
         return datasets.load_dataset(name, options.subset, split=split, streaming=streaming)
     except Exception as error:  # whatever the dataset's own code and the network raise
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{options.named(name)} is no file or folder here, and the datasets library cannot load it: {reason}"
+            f"{options.named(name)} is no file or folder here, and the datasets library cannot load it: "
+            f"{_first_line(error)}"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer
+from mtp_dist.data.packing import entropy_of
 from mtp_dist.data.tokenizer import Tokenizer
 
 
@@ -81,7 +82,6 @@ def inspect_corpus(
         raise ConfigError(f"{corpus.key} = '{corpus.prefix}' has no tokens: prepare it anew")
     counts = _count(corpus.tokens, tokenizer.vocab_size, watch)
     order = np.argsort(-counts, kind="stable")[:num_frequent]
-    probabilities = counts[counts > 0] / counts.sum()
     return CorpusReport(
         prefix=str(corpus.prefix),
         tokenizer=tokenizer.name,
@@ -91,7 +91,7 @@ def inspect_corpus(
         lengths=_lengths(corpus.document_lengths),
         distinct_tokens=int((counts > 0).sum()),
         vocab_size=tokenizer.vocab_size,
-        unigram_entropy=float(-(probabilities * np.log(probabilities)).sum()),
+        unigram_entropy=entropy_of(counts),
         frequent=[TokenCount(int(i), token_text(tokenizer, int(i)), int(counts[i])) for i in order if counts[i]],
         samples=[
             sample

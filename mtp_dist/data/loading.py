@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +15,11 @@ from numpy.typing import NDArray
 from mtp_dist.config import Config, ConfigError, SourceConfig
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.corpus import check_ids, check_tokenizer, open_corpus, prefix_of
+from mtp_dist.data.documents import WorkUnit
 from mtp_dist.data.inputs import Input, InputOptions, open_inputs
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_size
+from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 
 READ_AT_ONCE_BYTES = 16 << 20
 
@@ -33,8 +36,8 @@ class TrainingSamples(Protocol):
     def state(self) -> Any:
         """As JSON, what a run needs beside the number of the next sample to go on from here."""
 
-    def restore(self, state: Any) -> None:
-        """Go on from a state."""
+    def restore(self, state: Any, samples_read: int) -> None:
+        """Go on after so many samples, from a state if there is one of the same sources."""
 
 
 class ValidationSamples:
@@ -72,11 +75,33 @@ class Datasets:
     train: TrainingSamples
     train_names: tuple[str, ...]
     """Of the training sources: their names, or their numbers."""
+    fingerprints: tuple[str, ...]
+    """Of the training sources: what tells their data from other data."""
     validation: tuple[ValidationSet, ...]
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """By source, how many times it has been read after the first `num_samples` samples."""
         return dict(zip(self.train_names, self.train.epochs(num_samples), strict=True))
+
+    def state(self, samples_read: int, of_train: Any) -> dict[str, Any]:
+        """As JSON, for a checkpoint; of_train is the state of `train`."""
+        return {"read": samples_read, "fingerprints": list(self.fingerprints), "train": of_train}
+
+    def restore(self, state: dict[str, Any], may_change: bool) -> int:
+        """Go on from a state. Returns the number of samples read before.
+
+        Raises ConfigError where the sources have other data than they had, unless they `may_change`.
+        """
+        same = state["fingerprints"] == list(self.fingerprints)
+        if not same and not may_change:
+            pairs = zip_longest(state["fingerprints"], self.fingerprints)
+            number = next(number for number, (before, now) in enumerate(pairs) if before != now)
+            raise ConfigError(
+                f"data.train.{number} has other data than the run was trained on so far: give it the same, start anew "
+                "with checkpoint.resume=none, or go on with the new data with checkpoint.allow_changes=[data.train]"
+            )
+        self.train.restore(state["train"] if same else None, state["read"])
+        return int(state["read"])
 
 
 def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
@@ -91,7 +116,7 @@ def check_sources(config: Config) -> None:
     for key, source in configured_sources(config):
         if prefix := prefix_of(source.path):
             open_corpus(prefix, f"{key}.path")
-        elif not source.stream:
+        else:
             _open_input(source, key)
 
 
@@ -106,22 +131,32 @@ def load_datasets(config: Config) -> Datasets:
         _validation_set(source, corpora.open(source, f"data.validation.{index}"), config, tokenizer)
         for index, source in enumerate(config.data.validation)
     ]
+    train, fingerprints = _training_samples(config, corpora, tokenizer)
     return Datasets(
         tokenizer=tokenizer,
-        train=_training_samples(config, corpora, tokenizer),
+        train=train,
+        fingerprints=fingerprints,
         train_names=tuple(source.name or str(index) for index, source in enumerate(config.data.train)),
         validation=tuple(validation),
     )
 
 
-def _training_samples(config: Config, corpora: _Corpora, tokenizer: Tokenizer) -> TrainingSamples:
+def _training_samples(
+    config: Config, corpora: _Corpora, tokenizer: Tokenizer
+) -> tuple[TrainingSamples, tuple[str, ...]]:
+    """The samples, and each source's fingerprint."""
     sources = {f"data.train.{index}": source for index, source in enumerate(config.data.train)}
     weights = [source.weight for source in sources.values()]
     if config.data.train[0].stream:
-        streams = [TokenStream(source.path, _options(source, key), tokenizer) for key, source in sources.items()]
-        return StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)
-    packed = [corpora.open(source, key).packed for key, source in sources.items()]
-    return BlendedSamples(packed, weights, config.run.seed)
+        inputs = {key: _open_input(source, key) for key, source in sources.items()}
+        streams = [
+            TokenStream(of_key, tokenizer, f"{key}.path = '{sources[key].path}'") for key, of_key in inputs.items()
+        ]
+        samples = StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)
+        return samples, tuple(of_key.fingerprint() for of_key in inputs.values())
+    opened = [corpora.open(source, key) for key, source in sources.items()]
+    blended = BlendedSamples([corpus.packed for corpus in opened], weights, config.run.seed)
+    return blended, tuple(corpus.fingerprint for corpus in opened)
 
 
 @dataclass(frozen=True)
@@ -129,6 +164,7 @@ class _Corpus:
     packed: PackedCorpus
     bytes_per_token: float | None
     """None where nobody has counted the bytes."""
+    fingerprint: str
 
 
 class _Corpora:
@@ -137,6 +173,7 @@ class _Corpora:
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
         self._opened: dict[SourceConfig, _Corpus] = {}
 
     def open(self, source: SourceConfig, key: str) -> _Corpus:
@@ -144,22 +181,30 @@ class _Corpora:
         same = source.model_copy(update={"name": None, "weight": 1.0})
         if same not in self._opened:
             prefix = prefix_of(source.path)
-            tokens, num_bytes = self._prepared(prefix, key) if prefix else self._read(source, key)
+            tokens, num_bytes, fingerprint = self._prepared(prefix, source, key) if prefix else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
             except ConfigError as error:
                 raise ConfigError(f"{key}.path = '{source.path}' is too small: {error}") from None
-            self._opened[same] = _Corpus(packed, None if num_bytes is None else num_bytes / len(tokens))
+            bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
+            self._opened[same] = _Corpus(packed, bytes_per_token, fingerprint)
         return self._opened[same]
 
-    def _prepared(self, prefix: Path, key: str) -> tuple[NDArray[Any], int | None]:
+    def _prepared(self, prefix: Path, source: SourceConfig, key: str) -> tuple[NDArray[Any], int | None, str]:
+        for option in ("split", "subset", "stream"):
+            if getattr(source, option):
+                raise ConfigError(
+                    f"{key}.{option} chooses what is read of a source, '{source.path}' is prepared already: leave it "
+                    "out, or prepare what you want"
+                )
         corpus = open_corpus(prefix, f"{key}.path")
         check_tokenizer(corpus, self.tokenizer)
-        check_ids(corpus, vocabulary_size(self.config))
-        return corpus.tokens, corpus.num_bytes
+        check_ids(corpus, self.vocab_size)
+        counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
+        return corpus.tokens, corpus.num_bytes, corpus.description.sha256 if corpus.description else counts
 
-    def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int]:
-        """Tokens and bytes of the text, all in memory."""
+    def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:
+        """Tokens and bytes of the text, all in memory, and their fingerprint."""
         named = f"{key}.path = '{source.path}'"
         enough = None
         if source.stream:  # only for validation: as many tokens as will be read
@@ -169,7 +214,7 @@ class _Corpora:
         try:
             for unit in _open_input(source, key).units(READ_AT_ONCE_BYTES):
                 documents = list(unit.documents())
-                parts.append(self.tokenizer.encode_documents(documents)[0])
+                parts.append(self._encode(documents, unit))
                 num_bytes += sum(map(len, documents))
                 num_tokens += len(parts[-1])
                 if enough is not None and num_tokens >= enough:
@@ -180,7 +225,19 @@ class _Corpora:
             raise ConfigError(str(error) if str(error).startswith(key) else f"{named}: {error}") from None
         if not num_tokens:
             raise ConfigError(f"{named} has no document with text: give another source")
-        return np.concatenate(parts), num_bytes
+        tokens = np.concatenate(parts)
+        return tokens, num_bytes, hashlib.sha256(tokens.data).hexdigest()
+
+    def _encode(self, documents: list[bytes], unit: WorkUnit) -> NDArray[Any]:
+        try:
+            return self.tokenizer.encode_documents(documents)[0]
+        except ConfigError:
+            for number, document in enumerate(documents):  # which of them
+                try:
+                    self.tokenizer.encode_documents([document])
+                except ConfigError as error:
+                    raise ConfigError(f"{unit.place(number)}: {error}") from None
+            raise
 
 
 def _options(source: SourceConfig, key: str) -> InputOptions:
@@ -195,5 +252,6 @@ def _open_input(source: SourceConfig, key: str) -> Input:
 def _validation_set(source: SourceConfig, corpus: _Corpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     samples = ValidationSamples(corpus.packed, config.train.validation_samples)
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
-    bytes_per_token = corpus.bytes_per_token or len(tokenizer.decode(tokens).encode()) / len(tokens)
+    # At least a byte in all: special tokens alone have no text.
+    bytes_per_token = corpus.bytes_per_token or max(1, len(tokenizer.decode(tokens).encode())) / len(tokens)
     return ValidationSet(source.name, samples, unigram_entropy(tokens, tokenizer.vocab_size), bytes_per_token)

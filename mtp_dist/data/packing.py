@@ -15,8 +15,12 @@ from mtp_dist.config import ConfigError
 
 def unigram_entropy(tokens: NDArray[Any], vocab_size: int) -> float:
     """Entropy of the tokens' frequencies in nats: the loss of the best model that ignores the context."""
-    counts = np.bincount(tokens, minlength=vocab_size)
-    probabilities = counts[counts > 0] / len(tokens)
+    return entropy_of(np.bincount(tokens, minlength=vocab_size))
+
+
+def entropy_of(counts: NDArray[np.int64]) -> float:
+    """The same from how often each token occurs."""
+    probabilities = counts[counts > 0] / counts.sum()
     return float(-(probabilities * np.log(probabilities)).sum())
 
 

@@ -25,11 +25,26 @@ BATCH_BYTES = 1 << 20
 PART_SUFFIXES = (".bin", ".lengths")
 
 
-def sha256_of(file: Path) -> str:
+def _finished_part(prefix: Path) -> PartSummary | None:
+    """None where anything of it is missing or damaged.
+
+    Nothing of a part is synced to the disk: a machine that lost its power may have lost some of it.
+    """
+    try:
+        summary = PartSummary(**json.loads(beside(prefix, ".json").read_text()))
+        whole = sha256_of(*(beside(prefix, suffix) for suffix in PART_SUFFIXES)) == summary.sha256
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return summary if whole else None
+
+
+def sha256_of(*files: Path) -> str:
+    """Of the files' contents one after the other."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            digest.update(block)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(HASH_BLOCK_BYTES):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -47,7 +62,7 @@ class PartSummary:
     skipped: int = 0
     first_invalid: int | None = None
     sha256: str = ""
-    """Of the tokens."""
+    """Of the tokens and of the documents' lengths."""
     reused: bool = False
     """Finished by an earlier start of the same command."""
 
@@ -101,11 +116,9 @@ class PartWriter:
         prefix = self.prefix(number)
         summary_file = beside(prefix, ".json")
         with speaking_of(self.folder, "write in"):
-            if summary_file.exists():
-                summary = PartSummary(**json.loads(summary_file.read_text()))
-                # Nothing of a part is synced to the disk: a machine that lost its power may have lost some of it.
-                if sha256_of(beside(prefix, ".bin")) == summary.sha256:
-                    return replace(summary, reused=True)
+            if (finished := _finished_part(prefix)) is not None:
+                return replace(finished, reused=True)
+            summary_file.unlink(missing_ok=True)
         temporary = beside(prefix, f".{os.getpid()}")
         try:
             summary = self._write(unit, temporary)
@@ -124,7 +137,7 @@ class PartWriter:
         with speaking_of(prefix, "write"):
             stream = beside(prefix, ".bin").open("wb")
         summary, digest, all_lengths = PartSummary(), hashlib.sha256(), []
-        with stream:
+        with speaking_of(prefix, "write"), stream:
             for batch in self._batches(unit, summary):
                 tokens, lengths = self.tokenizer.encode_documents([document for _, document in batch])
                 kept = [length for length in lengths if length]
@@ -138,10 +151,11 @@ class PartWriter:
                     if summary.first_empty is None:
                         summary.first_empty = batch[lengths.index(0)][0]
                 digest.update(tokens.data)
-                with speaking_of(prefix, "write"):
-                    stream.write(tokens.data)
+                stream.write(tokens.data)
+        packed_lengths = np.array(all_lengths, dtype=np.int32)
+        digest.update(packed_lengths.data)
         with speaking_of(prefix, "write"):
-            np.array(all_lengths, dtype=np.int32).tofile(beside(prefix, ".lengths"))
+            packed_lengths.tofile(beside(prefix, ".lengths"))
         summary.sha256 = digest.hexdigest()
         return summary
 
@@ -181,5 +195,5 @@ class PartWriter:
 
 
 def _read(unit: WorkUnit) -> Iterator[bytes]:
-    with speaking_of(Path(unit.place(0)), "read"):
+    with speaking_of(Path(unit.source), "read"):
         yield from unit.documents()

@@ -82,6 +82,8 @@ class Prepared:
 
 def prepare(request: Request, progress: Progress) -> Prepared:
     """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
+    if not request.prefix.name:
+        raise ConfigError(f"--to '{request.prefix}' is no path of a file: give the corpus a name, such as corpora/web")
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
     with _own_folder(request):
@@ -136,7 +138,14 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
         with speaking_of(file, "write"):
             write_whole(file, json.dumps(plan))
         return
-    begun = json.loads(file.read_text())
+    try:
+        begun = json.loads(file.read_text())
+    except ValueError:
+        raise ConfigError(f"{file} is damaged: delete '{request.folder}' to begin anew") from None
+    if begun != plan and not list(request.folder.glob("part-*.json")):
+        with speaking_of(file, "write"):
+            write_whole(file, json.dumps(plan))
+        return
     for name, ours in plan.items():
         if begun.get(name) != ours:
             raise ConfigError(
@@ -168,7 +177,7 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
     sizes = [source.total for source in inputs]
     progress.start(None if None in sizes else sum(size or 0 for size in sizes))
     first_empty = first_invalid = None
-    with closing(_parts(request, writer, inputs)) as parts:
+    with closing(joined), closing(_parts(request, writer, inputs)) as parts:
         for (number, unit), part in parts:
             with speaking_of(joined.bin, "write"):
                 joined.add(writer.prefix(number), part)
@@ -219,6 +228,10 @@ class _Joined:
         self._importing = Thread(target=import_module, args=("mtp_dist.data.building",))
         self._importing.start()
 
+    def close(self) -> None:
+        """Wait for the import, which a process that ends in the middle of it complains of."""
+        self._importing.join()
+
     @cached_property
     def _builder(self) -> IndexedDatasetBuilder:
         self._importing.join()
@@ -263,6 +276,7 @@ class _Joined:
 
     def finish(self, prefix: Path, description: CorpusDescription) -> None:
         """Give it its name; whoever finds PREFIX.json finds all of it."""
+        assert sum(self._builder.sequence_lengths) == self.total.tokens, "all parts are whole"
         self._builder.document_indices = list(range(len(self._builder.sequence_lengths) + 1))
         self._builder.finalize(str(beside(self._prefix, ".idx")))
         for suffix in (".bin", ".idx"):

@@ -1,81 +1,102 @@
-"""Training samples of datasets that are read while they come in, without being prepared."""
+"""Training samples of documents that are tokenized while they are read."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.blending import Blend
-from mtp_dist.data.documents import bytes_of_text, missing_field
-from mtp_dist.data.inputs import InputOptions, open_stream
+from mtp_dist.data.inputs import Input
 from mtp_dist.data.tokenizer import Tokenizer
 
 State = dict[str, Any]
 """JSON."""
 
 
-class TokenStream:
-    """The tokens of a dataset's documents, an end-of-document token after each, over and over."""
+class _Document(NamedTuple):
+    tokens: NDArray[Any]
+    """With the end-of-document token."""
+    position: Any
+    """In the input."""
+    passes: int
+    """Times that the whole input was read before."""
 
-    def __init__(self, path: str, options: InputOptions, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError where the source cannot be opened."""
-        self.passes = 0
-        """Times that the whole dataset has been read."""
-        self._path = path
-        self._options = options
+
+class TokenStream:
+    """The tokens of an input's documents, an end-of-document token after each, over and over."""
+
+    def __init__(self, source: Input, tokenizer: Tokenizer, named: str) -> None:
+        """`named` is how errors begin, such as `data.train.0.path = 'web'`."""
+        self._source = source
         self._tokenizer = tokenizer
-        self._has_text = False
-        self._waiting: NDArray[Any] = np.empty(0, dtype=tokenizer.dtype)
-        """Tokens that no sample has had yet."""
-        self._start_pass()
+        self._named = named
+        self._begin({"passes": 0, "position": None, "offset": 0})
+
+    @property
+    def passes(self) -> int:
+        """Times that the whole input has been read."""
+        return self._waiting[0].passes if self._waiting else self._start["passes"]
 
     def take(self, length: int, advance: int) -> NDArray[np.int64]:
-        """The next `length` tokens; the one after that begins `advance` tokens later. Raises ConfigError."""
-        parts, waiting = [self._waiting], len(self._waiting)
-        while waiting < length:
-            parts.append(next(self._documents))
-            waiting += len(parts[-1])
-        tokens = np.concatenate(parts)
-        self._waiting = tokens[advance:]
-        return tokens[:length].astype(np.int64)
+        """The next `length` tokens; those after them begin `advance` < `length` tokens later. Raises ConfigError."""
+        while self._available < length:
+            document = next(self._documents)
+            self._waiting.append(document)
+            self._available += len(document.tokens)
+        taken = np.empty(length, dtype=np.int64)
+        filled, start = 0, self._offset
+        for tokens, _, _ in self._waiting:
+            part = tokens[start : start + length - filled]
+            taken[filled : filled + len(part)] = part
+            filled, start = filled + len(part), 0
+            if filled == length:
+                break
+        self._offset += advance
+        self._available -= advance
+        while self._offset >= len(self._waiting[0].tokens):
+            self._offset -= len(self._waiting.popleft().tokens)
+        return taken
 
     def state(self) -> State:
-        """Where it is."""
-        return {"passes": self.passes, "position": self._dataset.state_dict(), "waiting": self._waiting.tolist()}
+        """Where it is: the first document that samples are still to come from, and how many of its tokens are used."""
+        if not self._waiting:
+            return self._start
+        first = self._waiting[0]
+        return {"passes": first.passes, "position": first.position, "offset": self._offset}
 
     def restore(self, state: State) -> None:
-        """Go on from there. Raises ConfigError where the dataset cannot."""
-        self._start_pass()
-        self.passes, self._has_text = state["passes"], True
-        self._waiting = np.array(state["waiting"], dtype=self._tokenizer.dtype)
-        self._dataset.load_state_dict(state["position"])
+        """Go on from there."""
+        self._begin(state)
 
-    def _start_pass(self) -> None:
-        self._dataset, self._field = open_stream(self._path, self._options)
-        self._documents = self._tokens_of_documents()
+    def _begin(self, state: State) -> None:
+        self._start = state
+        self._offset: int = state["offset"]
+        self._available = -self._offset
+        self._waiting: deque[_Document] = deque()
+        self._documents = self._read(state["passes"], state["position"])
 
-    def _tokens_of_documents(self) -> Iterator[NDArray[Any]]:
+    def _read(self, passes: int, position: Any) -> Iterator[_Document]:
+        has_text = position is not None
         while True:
-            for row in self._dataset:
-                tokens, _ = self._tokenizer.encode_documents([self._text_of(row)])
-                if len(tokens):
-                    self._has_text = True
-                    yield tokens
-            if not self._has_text:
-                raise ConfigError(f"{self._options.named(self._path)} has no document with text: give another source")
-            self.passes += 1
-            self._dataset, self._field = open_stream(self._path, self._options)
-
-    def _text_of(self, row: dict[str, Any]) -> bytes:
-        """Invalid UTF-8 is replaced: a run of months must not end for one document."""
-        named = self._options.named(self._path)
-        if self._field not in row:
-            raise missing_field(named, self._field, row)
-        return bytes_of_text(row[self._field], self._field, lambda: named).decode(errors="replace").encode()
+            try:
+                for place, document in self._source.documents(position):
+                    if not self._tokenizer.takes_any_bytes:
+                        # Invalid UTF-8 is replaced: a run of months must not end for one document.
+                        document = document.decode(errors="replace").encode()
+                    tokens, _ = self._tokenizer.encode_documents([document])
+                    if len(tokens):
+                        has_text = True
+                        yield _Document(tokens, place, passes)
+            except ConfigError as error:
+                raise ConfigError(f"{self._named}: {error}") from None
+            if not has_text:
+                raise ConfigError(f"{self._named} has no document with text: give another source")
+            passes, position = passes + 1, None
 
 
 class StreamedSamples:
@@ -98,21 +119,25 @@ class StreamedSamples:
         """Samples number first .. first + count - 1, [count, S + lookahead]; `first` never goes back."""
         assert first >= self._next, "a stream has no way back"
         sources, _ = self.blend.locate(self._next, first + count - self._next)
-        length = self.sequence_length + self.lookahead
-        read = [self.streams[source].take(length, self.sequence_length) for source in sources]
+        samples = np.empty((count, self.sequence_length + self.lookahead), dtype=np.int64)
+        for number, source in enumerate(sources, self._next - first):
+            sample = self.streams[source].take(samples.shape[1], self.sequence_length)
+            if number >= 0:  # the others are those of other ranks
+                samples[number] = sample
         self._next = first + count
-        return np.stack(read[len(read) - count :])
+        return samples
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How many times each source has been read whole so far; how long the pass under way is nobody knows."""
+        """How many times each source has been read whole, as far as this process has read ahead."""
         return [float(stream.passes) for stream in self.streams]
 
     def state(self) -> State:
         """Where it is."""
         return {"next": self._next, "streams": [stream.state() for stream in self.streams]}
 
-    def restore(self, state: State) -> None:
-        """Go on from there; at another layout too, as long as no rank has to go back."""
-        self._next = state["next"]
-        for stream, of_stream in zip(self.streams, state["streams"], strict=True):
-            stream.restore(of_stream)
+    def restore(self, state: State | None, samples_read: int) -> None:
+        """Go on from a state, at any layout at which no rank has to go back; without one begin the sources anew."""
+        self._next = state["next"] if state else samples_read
+        if state:
+            for stream, of_stream in zip(self.streams, state["streams"], strict=True):
+                stream.restore(of_stream)

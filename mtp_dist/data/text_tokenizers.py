@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._set_up()  # which the library's pickle forgets in part
 
     def _find_end(self, folder: Path, named: str) -> int:
-        candidates = [*_configured_end(folder, named), *END_TOKENS]
-        for token in candidates:
+        for token in _configured_end(folder, named):
+            if self.library.token_to_id(token) is None:
+                raise ConfigError(f"{named} has no token {token!r}, which the files beside it name as its eos_token")
+        for token in [*_configured_end(folder, named), *END_TOKENS]:
             if (found := self.library.token_to_id(token)) is not None:
                 return found
         raise ConfigError(
@@ -104,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return self.library.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the parts of its JSON that matter, so that the file's name and layout do not count."""
         parts = json.loads(self.library.to_str())
@@ -120,8 +123,11 @@ def _configured_end(folder: Path, named: str) -> Iterable[str]:
                 token = json.loads(file.read_text()).get("eos_token")
             except (ValueError, AttributeError) as error:
                 raise ConfigError(f"{named}: {file} is not a JSON object ({error}): mend or remove it") from None
-            if token:
-                yield token["content"] if isinstance(token, dict) else token
+            content = token.get("content") if isinstance(token, dict) else token
+            if content is not None and not isinstance(content, str):
+                raise ConfigError(f"{named}: {file} names an eos_token that is no text: mend it")
+            if content:
+                yield content
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -160,6 +166,6 @@ class SentencePieceTokenizer(Tokenizer):
         array = np.asarray(ids, dtype=np.int64)
         return self._processor.decode(array[array < self.vocab_size].tolist())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(self._model + f" {self.end_of_document}".encode()).hexdigest()

@@ -18,7 +18,7 @@ from mtp_dist.config import ConfigError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TASKS_AHEAD = 8
+TASKS_AHEAD = 2
 """Tasks of each worker that may be done before the one whose turn it is: room for one that takes long."""
 
 
@@ -43,7 +43,11 @@ class _Worker(Generic[Task, Result]):
 
     def give(self, number: int, task: Task) -> None:
         self.number = number
-        self.connection.send(task)
+        try:
+            self.connection.send(task)
+        except (BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            raise WorkerDiedError(task, self.process.exitcode) from None
 
     def take(self, task: object) -> tuple[int, Result]:
         """The number and the result of the task that it has done. Raises what the function raised."""

@@ -36,39 +36,49 @@ class Batches:
     Stages that are neither first nor last read nothing, unless their attention must know where documents end.
     """
 
-    def __init__(self, config: Config, topology: Topology, datasets: Datasets, updates_made: int = 0) -> None:
-        """The first step will be `updates_made` + 1."""
+    def __init__(
+        self, config: Config, topology: Topology, datasets: Datasets, updates_made: int = 0, samples_read: int = 0
+    ) -> None:
+        """The first step will be `updates_made` + 1 and begin with sample number `samples_read`."""
         self.config = config
         self.topology = topology
         self.datasets = datasets
         middle = not (topology.is_first_stage or topology.is_last_stage)
         self.reads = not middle or not config.data.attention_across_documents
-        self.state: Any = None
-        """What a run needs to go on after the last step that was asked for: see `TrainingSamples`."""
+        self.samples_read = samples_read
+        """Of all ranks, up to the last step that was asked for."""
+        self._state_of_train: Any = None
         # One thread: streams are read in the order of the steps.
         self._reader = ThreadPoolExecutor(1, "batches")
         self._ahead: deque[Future[tuple[list[MicroBatch], Any]]] = deque()
-        self._next = updates_made + 1
+        self._steps_left = config.train.steps - updates_made
+        self._next = samples_read
 
     def training(self) -> list[MicroBatch]:
         """Of the next update; data-parallel rank r takes the r-th slice of the global batch."""
+        self.samples_read += self.config.train.global_batch_size
         if not self.reads:
             return []
-        while len(self._ahead) <= STEPS_AHEAD and self._next <= self.config.train.steps:
+        while len(self._ahead) <= STEPS_AHEAD and self._steps_left:
             self._ahead.append(self._reader.submit(self._read, self._next))
-            self._next += 1
-        batch, self.state = self._ahead.popleft().result()
+            self._next += self.config.train.global_batch_size
+            self._steps_left -= 1
+        batch, self._state_of_train = self._ahead.popleft().result()
         return batch
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, what a run needs to go on after the last step that was asked for. Only of ranks that read."""
+        return self.datasets.state(self.samples_read, self._state_of_train)
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 
-    def _read(self, step: int) -> tuple[list[MicroBatch], Any]:
-        """The batch of update number `step`, counted from 1, and the samples' state after it."""
+    def _read(self, first: int) -> tuple[list[MicroBatch], Any]:
+        """This rank's part of the global batch that begins with sample `first`, and the samples' state after it."""
         share = self.config.train.global_batch_size // self.topology.data
-        first = (step - 1) * self.config.train.global_batch_size + self.topology.data_rank * share
         samples = self.datasets.train
-        return self._micro_batches(samples.read(first, share)), samples.state()
+        batch = self._micro_batches(samples.read(first + self.topology.data_rank * share, share))
+        return batch, samples.state()
 
     def validation(self, samples: ValidationSamples) -> tuple[list[MicroBatch], int]:
         """Of a validation, and their number, the same on every rank.

@@ -26,13 +26,15 @@ def fit(
     callbacks: Sequence[Callback],
     save: Callable[[int, Any], None],
     updates_made: int = 0,
+    samples_read: int = 0,
 ) -> None:
     """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
-    updates_made are those of the checkpoint that the engine was restored from. save writes the checkpoint of a step,
-    with the state of the training samples; every rank calls it. callbacks are told of steps and validations.
+    updates_made and samples_read are those of the checkpoint that the engine was restored from. save writes the
+    checkpoint of a step, with the state of the training samples; every rank calls it. callbacks are told of steps and
+    validations.
     """
-    batches = Batches(config, engine.topology, datasets, updates_made)
+    batches = Batches(config, engine.topology, datasets, updates_made, samples_read)
     with ExitStack() as ends:
         ends.callback(batches.close)
         for callback in callbacks:
@@ -50,7 +52,7 @@ def fit(
                 learning_rate=rate,
                 tokens=config.train.global_batch_size * config.train.sequence_length,
                 seconds=time.perf_counter() - started,
-                epochs=datasets.epochs(step * config.train.global_batch_size),
+                epochs=datasets.epochs(batches.samples_read),
                 peak_memory=int(largest_over_ranks(peak_memory(engine.topology.device), engine.topology)),
             )
             for callback in callbacks:
@@ -62,7 +64,7 @@ def fit(
                     for callback in callbacks:
                         callback.on_validation(step, validation.name, heads)
             if _is_due(step, config.checkpoint.every, config.train.steps):
-                save(step, batches.state)
+                save(step, batches.state())
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

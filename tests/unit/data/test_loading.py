@@ -67,6 +67,10 @@ def test_validation_sets_have_names_and_figures_of_their_own(tmp_path: Path) -> 
     assert (one.name, two.name) == ("one", "two")
     assert (one.bytes_per_token, two.bytes_per_token) == (15 / 16, 30 / 31)
     assert one.unigram_entropy == 0 and two.unigram_entropy == pytest.approx(math.log(2), rel=0.01)
+    for names in (["x", "x"], ["1", "x"]):
+        wrong = [source | {"name": name} for source, name in zip(sources, names, strict=True)]
+        with pytest.raises(ConfigError, match=r"^data\.train has sources with the names "):
+            config(wrong, [])
     for names in ([None, None], ["x", "x"], ["x", None]):
         wrong = [source | {"name": name} for source, name in zip(sources, names, strict=True)]
         with pytest.raises(ConfigError, match=r"^data\.validation has 2 sets with the names .* give each a `name`"):
@@ -152,6 +156,29 @@ def test_a_corpus_with_ids_beyond_the_vocabulary_is_refused(tmp_path: Path) -> N
     tokens.flush()
     with pytest.raises(ConfigError, match=r"token 77 of .*corpus\.bin has the id 300, the vocabulary has 257"):
         load_datasets(config([{"path": str(prefix)}], []))
+
+
+def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / name, name * 99) for name in ("a.txt", "bb.txt"))
+    for stream in (False, True):
+        before, after = (load_datasets(config([source | {"stream": stream}], [])) for source in (first, second))
+        before.train.read(0, 4)
+        state = json.loads(json.dumps(before.state(4, before.train.state())))
+        assert load_datasets(config([first | {"stream": stream}], [])).restore(state, may_change=False) == 4
+        with pytest.raises(ConfigError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
+            after.restore(state, may_change=False)
+        assert after.restore(state, may_change=True) == 4
+        assert after.train.read(4, 1).shape == (1, 10)
+    more = load_datasets(config([first | {"stream": True}, second | {"stream": True}], []))
+    with pytest.raises(ConfigError, match=r"^data\.train\.1 has other data"):
+        more.restore(state, may_change=False)
+
+
+@pytest.mark.parametrize(("option", "value"), [("split", "train"), ("subset", "en"), ("stream", True)])
+def test_what_is_prepared_cannot_be_chosen_from(tmp_path: Path, option: str, value: object) -> None:
+    prefix = prepared(tmp_path, [b"abc" * 50])
+    with pytest.raises(ConfigError, match=rf"^data\.validation\.0\.{option} chooses what is read of a source"):
+        load_datasets(config([{"path": str(prefix)}], [{"path": str(prefix), option: value}]))
 
 
 def test_streams_train_and_validate(tmp_path: Path) -> None:

@@ -283,6 +283,44 @@ def test_a_worker_that_cannot_write_names_its_part_and_leaves_nothing_of_it(
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", ["empty lengths", "no lengths", "no tokens", "cut summary", "cut plan"])
+def test_a_damaged_part_is_made_again(corpus: Path, tmp_path: Path, damage: str) -> None:
+    """As after a power failure: what was written last may be missing or empty."""
+    made(request(corpus, tmp_path / "whole", glob="*.py"))
+    asked = request(corpus, tmp_path / "a", glob="*.py")
+    process = start(asked)
+    while not list(asked.folder.glob("part-000001.json")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    part = asked.folder / "part-000001"
+    for suffix in ("lengths", "bin"):
+        if damage.startswith("no") and suffix[:3] in damage.replace("tokens", "bin"):
+            part.with_suffix(f".{suffix}").unlink()
+    if damage == "empty lengths":
+        part.with_suffix(".lengths").write_bytes(b"")
+    if damage == "cut summary":
+        part.with_suffix(".json").write_text('{"docu')
+    if damage == "cut plan":
+        (asked.folder / "plan.json").write_text("{")
+        assert "plan.json is damaged: delete" in message(asked)
+        return
+    made(asked)
+    assert digests(tmp_path / "a")[".bin"] == digests(tmp_path / "whole")[".bin"]
+    assert digests(tmp_path / "a")[".idx"] == digests(tmp_path / "whole")[".idx"]
+
+
+def test_a_mistake_that_is_mended_does_not_need_a_new_folder(tmp_path: Path) -> None:
+    text = json_lines(tmp_path / "a.jsonl", ["a", "b"])
+    text.write_text(text.read_text() + "{")
+    asked = request(text, tmp_path / "c")
+    assert "line 3 is not JSON" in message(asked)
+    json_lines(text, ["a", "b", "c"])
+    made(asked)
+    assert texts_of(tmp_path / "c") == [b"a", b"b", b"c"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     text = json_lines(tmp_path / "a.jsonl", ["a"])

@@ -6,18 +6,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.inputs import InputOptions
+from mtp_dist.data.inputs import InputOptions, open_inputs
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import ByteTokenizer
 
 LENGTH, LOOKAHEAD = 7, 3
-OPTIONS = InputOptions(key="data.train.0")
 
 
 def documents_of(seed: int, count: int = 40) -> list[str]:
@@ -36,7 +36,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stream_of(path: str, **options: Any) -> TokenStream:
-    return TokenStream(path, InputOptions(key="data.train.0", **options), ByteTokenizer())
+    source = open_inputs([path], InputOptions(key="data.train.0", streaming=True, **options))[0]
+    return TokenStream(source, ByteTokenizer(), f"data.train.0.path = '{path}'")
 
 
 def samples_of(*paths: str, weights: tuple[float, ...] = (1.0,)) -> StreamedSamples:
@@ -69,7 +70,7 @@ def test_goes_on_from_any_state(path: str, reads: list[int], data: st.DataObject
         first += skipped + count
         state = json.loads(json.dumps(samples.state()))
         samples = samples_of(path)
-        samples.restore(state)
+        samples.restore(state, first)
 
 
 def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
     assert all(np.array_equal(read[i], expected[sources[i]][occurrences[i]]) for i in range(40))
     state = samples.state()
     other = samples_of(*paths, weights=(3.0, 1.0))
-    other.restore(state)
+    other.restore(state, 40)
     assert np.array_equal(other.read(40, 20), samples.read(40, 20))
 
 
@@ -96,14 +97,23 @@ def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"content": text}) + "\n" for text in documents)
     pyarrow.parquet.write_table(pyarrow.table({"content": documents}), tmp_path / "d.parquet")
+    datasets.Dataset.from_dict({"content": documents}).save_to_disk(tmp_path / "saved", num_shards=3)
     streams = [
+        stream_of(str(tmp_path / "saved"), field="content"),
         stream_of(str(tmp_path / "code"), glob="*.py"),
         stream_of(str(tmp_path / "d.jsonl.gz"), field="content"),
         stream_of(str(tmp_path / "d.parquet"), field="content"),
     ]
-    expected = packed(documents, 2)
+    expected = packed(documents, 3)
     for stream in streams:
-        assert np.array_equal(StreamedSamples([stream], [1.0], LENGTH, LOOKAHEAD).read(0, len(expected)), expected)
+        first = StreamedSamples([stream], [1.0], LENGTH, LOOKAHEAD)
+        assert np.array_equal(first.read(0, 100), expected[:100])
+        state = json.loads(json.dumps(first.state()))
+        rest = first.read(100, len(expected) - 100)
+        assert np.array_equal(rest, expected[100:])
+        first.restore(state, 100)
+        assert np.array_equal(first.read(100, len(expected) - 100), rest)
+        assert len(json.dumps(state)) < 2000, "a position, no text"
 
 
 def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
@@ -111,7 +121,10 @@ def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*empty\.jsonl' has no document with text"):
         samples_of(empty).read(0, 1)
     full = write_jsonl(tmp_path / "full.jsonl", ["x" * 99])
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .* has no field 'body', it has 'text', 'id'"):
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .*, line 1 has no field 'body', it has 'text'"):
         stream_of(full, field="body").take(4, 2)
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
+    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .*bad\.jsonl, line 2 is not JSON"):
+        stream_of(str(tmp_path / "bad.jsonl")).take(9, 2)
     with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
         stream_of(str(tmp_path / "missing.jsonl"))

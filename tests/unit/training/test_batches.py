@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config
-from mtp_dist.data.loading import Datasets
+from mtp_dist.data.loading import Datasets, TrainingSamples
+from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training.batches import Batches, micro_batches_of
@@ -67,8 +68,9 @@ def batches_of(
     samples: int = 10**6,
 ) -> Batches:
     tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
-    datasets = cast(Datasets, SimpleNamespace(train=NumberedSamples(samples), tokenizer=tokenizer))
-    return Batches(config, topology_of(config, data, data_rank, pipeline_rank, tensor_rank), datasets, updates_made)
+    datasets = Datasets(cast(Tokenizer, tokenizer), cast(TrainingSamples, NumberedSamples(samples)), ("a",), ("f",), ())
+    topology = topology_of(config, data, data_rank, pipeline_rank, tensor_rank)
+    return Batches(config, topology, datasets, updates_made, updates_made * config.train.global_batch_size)
 
 
 def numbers(tokens: torch.Tensor) -> list[int]:
@@ -140,7 +142,8 @@ def test_a_step_has_the_state_after_it_however_far_ahead_is_read() -> None:
     batches = batches_of(config_of(4, 2), 2, 0)
     for step in range(1, 6):
         first = numbers(batches.training()[0].samples)[0]
-        assert (first, batches.state) == ((step - 1) * 4, {"read": (step - 1) * 4 + 2})
+        assert first == (step - 1) * 4
+        assert batches.state() == {"read": step * 4, "fingerprints": ["f"], "train": {"read": (step - 1) * 4 + 2}}
     batches.close()
 
 
