@@ -152,6 +152,66 @@ def inspect(
         print_report(report, Console(width=None if os.isatty(1) else 120))
 
 
+def _weights_progress() -> Progress:
+    """A bar for people; a file or a pipe gets none, not even its empty line."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[str, typer.Option(help="its folder, or one of several, of which the newest is taken")],
+    to: Annotated[str, typer.Option(help="the new folder")],
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; as in train.precision when absent")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a sentence")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder: trunk and head 1 as a Llama, the other heads beside it."""
+    quieten_packages()
+    from mtp_dist.convert.to_huggingface import export_checkpoint
+
+    try:
+        with _weights_progress() as progress:
+            task = progress.add_task("weights")
+            exported = export_checkpoint(
+                Path(checkpoint).expanduser(),
+                Path(to).expanduser(),
+                dtype,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except ConfigError as error:
+        stop(error)
+    print(json.dumps(asdict(exported)) if as_json else exported.describe(), flush=True)
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[str, typer.Option("--from", help="Hugging Face folder with a Llama, or with an export of ours")],
+    to: Annotated[str, typer.Option(help="the new checkpoint folder, for checkpoint.resume")],
+    config: Annotated[str | None, typer.Option(help="YAML file of the run that will train it")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="instead of heads.count")] = None,
+    copy_heads: Annotated[bool, typer.Option("--copy-heads", help="new heads start as copies of head 1")] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+) -> None:
+    """Make a Hugging Face folder a checkpoint to train from, whose head 1 computes what that model computes.
+
+    The layers that head 1 has of its own are the last ones of that model. The other heads are those of an export of
+    ours, or new.
+    """
+    quieten_packages()
+    from mtp_dist.convert.from_huggingface import describe, import_llama
+    from mtp_dist.convert.import_config import ImportRequest
+
+    source_folder, target = Path(source).expanduser(), Path(to).expanduser()
+    request = ImportRequest(source_folder, target, config, overrides or [], heads, copy_heads)
+    try:
+        with _weights_progress() as progress:
+            task = progress.add_task("weights")
+            imported = import_llama(request, lambda done, total: progress.update(task, completed=done, total=total))
+    except ConfigError as error:
+        stop(error)
+    print(describe(imported, target), flush=True)
+
+
 @bench.command("head-loss")
 def head_loss(
     tokens: Annotated[int | None, typer.Option(help="of one micro-batch; 2048 on a CPU, 8192 on a GPU")] = None,

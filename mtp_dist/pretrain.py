@@ -82,7 +82,8 @@ def pretrain(config: Config) -> None:
         return
     datasets = load_datasets(config)
     may_change = "data.train" in config.checkpoint.allow_changes
-    samples_read = datasets.restore(resumed.samples, may_change) if resumed else 0
+    # A checkpoint of step 0 is an imported model's, which no samples were read for.
+    samples_read = datasets.restore(resumed.samples, may_change) if resumed and resumed.step else 0
     device = select_device(config)
     quieten_packages()
 

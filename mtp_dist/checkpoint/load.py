@@ -23,10 +23,11 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
 def restore(engine: TrainingEngine, folder: Path) -> None:
     """Give this rank its part of a checkpoint's weights and moments.
 
-    A weight that the checkpoint lacks, such as a new head's, keeps its initial value. Raises ConfigError where the
-    checkpoint is damaged.
+    A weight that the checkpoint lacks, such as a new head's, keeps its initial value. Before the first update, as in an
+    imported checkpoint, there are no moments: they start from 0. Raises ConfigError where the checkpoint is damaged.
     """
-    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER)
+    updates_made = read_description(folder).optimizer_updates
+    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates_made else None
     topology = engine.topology
     ensure_state(engine.pipeline)
     for name, weight in named_weights(engine.stage):
@@ -38,8 +39,9 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
 
         set_master_weight(weight, part(model.read(name)))
         for key in MOMENTS:
-            set_moment(engine.pipeline, key, weight, part(optimizer.read(f"{key}.{name}")))
-    set_updates(engine.pipeline, read_description(folder).optimizer_updates)
+            if optimizer:
+                set_moment(engine.pipeline, key, weight, part(optimizer.read(f"{key}.{name}")))
+    set_updates(engine.pipeline, updates_made)
 
 
 def check_ranks_agree(updates_made: int, topology: Topology) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import DESCRIPTION, newest_checkpoint, read_description
+from mtp_dist.checkpoint.files import DESCRIPTION, Description, newest_checkpoint, read_description
 from mtp_dist.config import Config, ConfigError
 
 FREE = frozenset(
@@ -16,6 +16,13 @@ FREE = frozenset(
 )
 """Keys that change what a run says or how fast it is, not what it learns."""
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
+FIXED_BEFORE_TRAINING = frozenset(
+    """
+    heads.kind heads.count heads.layers_per_head heads.repeated heads.prediction_distances heads.unembedding
+    data.tokenizer
+    """.split()
+)
+"""Keys outside `model` that say what the weights of a model are that no step has trained, as imported ones."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
             f"{folder} has a vocabulary of {saved.vocab_size} tokens, this run one of {vocab_size}: use the same "
             "data.tokenizer and model.vocab_size, or start anew with checkpoint.resume=none"
         )
-    if wrong := list(_differences(saved.config, config, folder)):
+    if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))
     return ResumePoint(folder, saved.step, saved.samples)
 
@@ -52,8 +59,7 @@ def _find(config: Config) -> Path | None:
         return None
     if wanted == "auto":
         return newest_checkpoint(config.checkpoint_dir)
-    path = Path(wanted).expanduser()
-    folder = path if (path / DESCRIPTION).exists() else newest_checkpoint(path)
+    folder = checkpoint_in(Path(wanted).expanduser())
     if folder is None:
         raise ConfigError(
             f"checkpoint.resume = '{wanted}' has no checkpoint: give 'auto', 'none', a folder such as "
@@ -62,15 +68,22 @@ def _find(config: Config) -> Path | None:
     return folder
 
 
-def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
+def checkpoint_in(path: Path) -> Path | None:
+    """The folder itself, or the newest checkpoint in it."""
+    return path if (path / DESCRIPTION).exists() else newest_checkpoint(path)
+
+
+def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[str]:
     """One sentence for each key that would make another model or another training of it."""
-    before, now = _keys(saved), _keys(wanted)
+    before, now = _keys(saved.config), _keys(wanted)
     allowed = wanted.checkpoint.allow_changes
     for key in allowed:
         if key not in now or key.startswith("model."):
             yield f"checkpoint.allow_changes names {key}, which is not a key that may change from one start to the next"
     for key, value in now.items():
         if before.get(key) == value or key in FREE or key in allowed or key.split(".")[0] in FREE_SECTIONS:
+            continue
+        if not saved.step and not key.startswith("model.") and key not in FIXED_BEFORE_TRAINING:
             continue
         difference = f"{key} is {value!r}, {folder} was trained with {before.get(key)!r}: "
         if key.startswith("model."):

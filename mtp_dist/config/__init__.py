@@ -6,7 +6,7 @@ rank does work.
 
 from mtp_dist.config.base import ConfigError, Section
 from mtp_dist.config.heads import HeadsConfig
-from mtp_dist.config.reading import build_config, load_config
+from mtp_dist.config.reading import build_config, load_config, override_values, read_values
 from mtp_dist.config.sections import Config, ModelConfig, SourceConfig
 
 __all__ = [
@@ -18,4 +18,6 @@ __all__ = [
     "SourceConfig",
     "build_config",
     "load_config",
+    "override_values",
+    "read_values",
 ]

@@ -116,6 +116,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError naming the key, its value and what is allowed.
     """
+    values = read_values(path)
+    override_values(values, overrides)
+    return build_config(values)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The unchecked sections of a YAML file. Raises ConfigError where it has none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -127,15 +134,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a mapping of sections such as `model:` and `train:`")
+    return values
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Replace what overrides such as `train.steps=100` name. Raises ConfigError where one has another form."""
     for override in overrides:
         key, separator, value = override.partition("=")
         parts = key.split(".")
         if not separator or not all(parts) or len(parts) < 2:
             raise ConfigError(f"the override '{override}' is not of the form section.key=value")
-        section = values
+        section: Any = values
         for part in parts[:-1]:
             section = _subsection(section, part)
         if not isinstance(section, dict):
             raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: give it as a whole")
         section[parts[-1]] = _read_yaml(value, f"the value of the override '{override}'")
-    return build_config(values)

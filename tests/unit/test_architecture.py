@@ -25,7 +25,7 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "data": {"config"},
     "parallel": {"model", "loss", "planner"},
     "checkpoint": {"parallel"},
-    "convert": {"checkpoint", "model"},
+    "convert": {"checkpoint", "model", "data"},
     "training": {"checkpoint", "parallel", "data", "loss"},
     "inference": {"convert", "model"},
     "evaluation": {"inference"},

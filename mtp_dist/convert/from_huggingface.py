@@ -1,0 +1,79 @@
+"""Import: a Llama becomes a checkpoint without a step, whose head 1 computes what the Llama computes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from mtp_dist.checkpoint.files import Description
+from mtp_dist.config import Config, ConfigError
+from mtp_dist.convert.files import Watch, new_folder, write_weights
+from mtp_dist.convert.import_config import ImportRequest, import_config
+from mtp_dist.convert.llama import fuse, llama_weights, part_shapes
+from mtp_dist.convert.llama_folder import LlamaFolder
+from mtp_dist.convert.new_heads import NewHeads
+from mtp_dist.convert.saved_heads import SavedHeads
+from mtp_dist.convert.tokenizer_files import copy_tokenizer, find_tokenizer
+from mtp_dist.model.weights import parameter_shapes
+
+RUN = "run.yaml"
+"""The configuration beside the weights, to start a training with."""
+
+
+def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None) -> Config:
+    """Write the new checkpoint folder `request.target`. Returns its configuration.
+
+    Head 1's own layers, where it has any, are the last ones of the Llama. Raises ConfigError where the folder has no
+    Llama, or one that is no model of ours, and where the new one exists or cannot be written.
+    """
+    llama, saved = LlamaFolder(request.source), SavedHeads(request.source)
+    config = import_config(request, llama, saved)
+    saved.check_fits(config.heads)
+    in_llama = llama_weights(config)
+    llama.check_names([name for parts in in_llama.values() for name in parts])
+    shapes = parameter_shapes(config, llama.vocab_size)
+
+    def checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tensor.shape != shape:
+            raise ConfigError(
+                f"--from = '{request.source}' has {name} as {list(tensor.shape)}, its config.json says {list(shape)}"
+            )
+        return tensor
+
+    def from_llama(name: str) -> Tensor:
+        theirs = [
+            checked(part, llama.read(part), shape)
+            for part, shape in zip(in_llama[name], part_shapes(name, shapes[name], config.model), strict=True)
+        ]
+        return fuse(name, theirs, config.model)
+
+    new = NewHeads(config, llama.vocab_size, request.copy_heads, from_llama)
+
+    def tensors_of(name: str) -> Mapping[str, Tensor]:
+        if name in in_llama:
+            return {name: from_llama(name)}
+        if name in saved.names:
+            return {name: checked(name, saved.read(name), shapes[name])}
+        return {name: new.weight(name)}
+
+    with new_folder(request.target) as folder:
+        tokenizer = find_tokenizer(request.source)
+        if tokenizer and config.data.tokenizer == str(request.target):
+            copy_tokenizer(tokenizer, folder)
+        write_weights(folder, shapes, torch.float32.itemsize, tensors_of, watch)
+        Description(0, llama.vocab_size, 0, config).write(folder)
+        values = config.model_dump(mode="json", exclude_defaults=True)
+        (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return config
+
+
+def describe(config: Config, folder: Path) -> str:
+    """What was made, and how to train from it."""
+    model, heads = config.model, config.heads
+    return (
+        f"{folder}: {model.trunk_layers} trunk layers, {heads.count} {heads.kind} heads, at step 0\n"
+        f"Train from it: deepspeed launchers/pretrain.py --config {folder / RUN} checkpoint.resume={folder} "
+        "run.name=... data.train=... train.steps=..."
+    )

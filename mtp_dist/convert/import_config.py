@@ -1,0 +1,85 @@
+"""The configuration that an imported model gets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.config import Config, ConfigError, build_config, override_values, read_values
+from mtp_dist.convert.llama import layers_after_trunk
+from mtp_dist.convert.llama_folder import LlamaFolder
+from mtp_dist.convert.saved_heads import SavedHeads
+from mtp_dist.convert.tokenizer_files import find_tokenizer
+from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What the user asks for."""
+
+    source: Path
+    target: Path
+    config: str | None = None
+    """A YAML file."""
+    overrides: Sequence[str] = ()
+    heads: int | None = None
+    """Instead of `heads.count`."""
+    copy_heads: bool = False
+
+
+def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> Config:
+    """The user's, or that of the export, with the model of the Llama. Raises ConfigError where these disagree.
+
+    Of the sections that say how to train only what a Config needs is there by default: it is for the training to say.
+    """
+    values = _start(request, llama, saved)
+    override_values(values, request.overrides)
+    for name in ("model", "heads", "data"):
+        values[name] = values.get(name) or {}
+    if request.heads:
+        values["heads"]["count"] = request.heads
+    _set_tokenizer(values["data"], request, llama, saved)
+    asked = values["model"]
+    # Head 1's layers are not known before the heads are checked, and the layout is not to be checked before them.
+    values["model"] = asked | llama.model | {"trunk_layers": llama.layers}
+    heads = build_config({name: section for name, section in values.items() if name != "parallel"}).heads
+    layers = llama.layers - len(layers_after_trunk(heads))
+    if layers < 1:
+        raise ConfigError(
+            f"--from = '{request.source}' has {llama.layers} layers, of which head 1 of kind '{heads.kind}' needs "
+            f"{llama.layers - layers} after the trunk: use another heads.kind or fewer layers"
+        )
+    model = llama.model | {"trunk_layers": layers}
+    for key, value in asked.items():
+        if value != model.get(key, value):
+            raise ConfigError(f"model.{key} = {value!r} is {model[key]!r} in --from = '{request.source}': leave it out")
+    values["model"] = asked | model
+    return build_config(values)
+
+
+def _start(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> dict[str, Any]:
+    if request.config:
+        return read_values(request.config)
+    if saved.config:
+        values = saved.config.model_dump(mode="json")
+        values["model"] = {"init_std": saved.config.model.init_std}
+        del values["data"]["tokenizer"]  # its path may be one of another machine
+        return values
+    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": llama.positions}
+    return {"data": {"train": [{"path": "python-stdlib"}]}, "train": train}
+
+
+def _set_tokenizer(data: dict[str, Any], request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> None:
+    """The one that the user names, else the folder's, which the new folder gets a copy of."""
+    source, name = request.source, data.get("tokenizer")
+    if name is None and saved.config and saved.config.data.tokenizer == ByteTokenizer.name:
+        name = ByteTokenizer.name
+    if name is None and find_tokenizer(source) is None:
+        raise ConfigError(f"--from = '{source}' has no tokenizer: name the one it was trained with as data.tokenizer=")
+    needed = build_tokenizer(name or str(source)).vocab_size
+    if needed > llama.vocab_size:
+        raise ConfigError(
+            f"--from = '{source}' has a vocabulary of {llama.vocab_size} tokens, data.tokenizer = "
+            f"'{name or source}' one of {needed}: name the tokenizer that the model was trained with"
+        )
+    data["tokenizer"] = name or str(request.target)

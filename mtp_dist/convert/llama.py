@@ -1,0 +1,76 @@
+"""How the trunk with head 1 is a Llama: which weights of ours are which of its weights.
+
+Both turn channel i of an attention head with channel i + C/2 (rotary embeddings), so that no rows need swapping for it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config, HeadsConfig, ModelConfig
+
+QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
+LAYER: dict[str, tuple[str, ...]] = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    QKV: ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    GATE_AND_UP: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
+}
+"""Of one layer: our weight, and the Llama's weights that it consists of."""
+
+
+def layers_after_trunk(heads: HeadsConfig) -> list[str]:
+    """Global names of the layers that head 1 runs after the trunk, in their order."""
+    numbers: Sequence[int] = ()
+    if heads.kind in ("parallel", "causal"):
+        numbers = (1,)
+    elif heads.kind == "anticausal":
+        numbers = range(heads.count, 0, -1)
+    return [f"heads.{head}.{depth}" for head in numbers for depth in range(heads.layers_per_head)]
+
+
+def llama_layers(config: Config) -> list[str]:
+    """Global names of the layers of trunk and head 1, in their order."""
+    return [f"trunk.{index}" for index in range(config.model.trunk_layers)] + layers_after_trunk(config.heads)
+
+
+def llama_weights(config: Config) -> dict[str, tuple[str, ...]]:
+    """The Llama's weights that each weight of trunk and head 1 consists of, by its global name, in forward order."""
+    names: dict[str, tuple[str, ...]] = {"embedding.weight": ("model.embed_tokens.weight",)}
+    for index, layer in enumerate(llama_layers(config)):
+        names |= {
+            f"{layer}.{ours}": tuple(f"model.layers.{index}.{theirs}" for theirs in parts)
+            for ours, parts in LAYER.items()
+        }
+    names["final_norm.weight"] = ("model.norm.weight",)
+    if not config.model.tie_embeddings:
+        separate = config.heads.unembedding == "separate"
+        names["unembeddings.1.weight" if separate else "unembedding.weight"] = ("lm_head.weight",)
+    return names
+
+
+def split(name: str, whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+    """The Llama's weights that our weight of that global name consists of."""
+    if name.endswith(GATE_AND_UP):
+        return whole.chunk(2)
+    if not name.endswith(QKV):
+        return [whole]
+    queries = model.num_attention_heads // model.query_groups
+    groups = whole.view(model.query_groups, queries + 2, model.head_dim, -1)
+    return [part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1)]
+
+
+def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    """Our weight of that global name from the Llama's weights: undoes `split`."""
+    if name.endswith(QKV):
+        groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
+        return torch.cat(groups, 1).flatten(0, 2)
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def part_shapes(name: str, shape: tuple[int, ...], model: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of the Llama's weights that our weight of that global name and shape consists of."""
+    return [tuple(part.shape) for part in split(name, torch.empty(shape, device="meta"), model)]

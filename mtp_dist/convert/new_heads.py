@@ -1,0 +1,45 @@
+"""What the weights of heads start from that an imported Llama does not have."""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config, ConfigError
+from mtp_dist.convert.llama import llama_layers, llama_weights
+from mtp_dist.model.weights import initial_weight, parameter_shapes
+
+_IN_A_LAYER = re.compile(r"heads\.\w+\.(?:layers\.)?(\d+)\.(.+)")
+
+
+class NewHeads:
+    """New weights by global name: initial ones, or copies of what head 1 has."""
+
+    def __init__(self, config: Config, vocab_size: int, copy: bool, read: Callable[[str], Tensor]) -> None:
+        """read: gives a weight of trunk or head 1. Raises ConfigError where there is nothing to copy."""
+        self.config, self.copy, self.read = config, copy, read
+        self.shapes = parameter_shapes(config, vocab_size)
+        new = self.shapes.keys() - llama_weights(config).keys()
+        if copy and not any(self._model_of(name) for name in new):
+            raise ConfigError(
+                f"--copy-heads has nothing to copy: heads.kind = '{config.heads.kind}' with heads.count = "
+                f"{config.heads.count} has no head with layers that a Llama has: leave it out"
+            )
+
+    def weight(self, name: str) -> Tensor:
+        if name == "heads.1.linear.weight":  # head 1 must compute what the Llama computes
+            return torch.eye(self.config.model.hidden_size)
+        if self.copy and (model := self._model_of(name)):
+            return self.read(model)
+        return initial_weight(self.config, name, self.shapes[name])
+
+    def _model_of(self, name: str) -> str | None:
+        """The weight that a copy copies: of the last layers, which are head 1's where it has any."""
+        if name.startswith("unembeddings."):
+            return "unembeddings.1.weight"
+        match = _IN_A_LAYER.fullmatch(name)
+        if match is None:
+            return None
+        depth, part = int(match[1]), match[2]
+        return f"{llama_layers(self.config)[depth - self.config.heads.layers_per_head]}.{part}"

@@ -1,0 +1,46 @@
+"""The heads that an export of ours has beside its Llama."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mtp_dist.config import Config, ConfigError, HeadsConfig, build_config
+
+HEADS, HEADS_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
+
+
+class SavedHeads:
+    """None where the folder is not an export of ours."""
+
+    config: Config | None = None
+    names: frozenset[str] = frozenset()
+
+    def __init__(self, source: Path) -> None:
+        """Raises ConfigError where its files are damaged."""
+        self.file = source / HEADS
+        try:
+            if (source / HEADS_CONFIG).exists():
+                self.config = build_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8"))["config"])
+            if self.config and self.file.exists():
+                with safe_open(self.file, "pt") as file:
+                    self.names = frozenset(file.keys())
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:  # a ConfigError is a ValueError
+            raise ConfigError(f"--from = '{source}' is a damaged export: {HEADS_CONFIG} or {HEADS}: {error}") from None
+
+    def check_fits(self, heads: HeadsConfig) -> None:
+        """Raise ConfigError where these are not heads of that kind."""
+        for key in ("kind", "layers_per_head", "repeated", "unembedding") if self.names and self.config else ():
+            ours, wanted = getattr(self.config.heads, key), getattr(heads, key)  # type: ignore[union-attr]
+            if ours != wanted:
+                raise ConfigError(
+                    f"heads.{key} is {wanted!r}, the heads in {self.file} have {ours!r}: keep it, or delete this file "
+                    "to start with new heads"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """In fp32."""
+        with safe_open(self.file, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor.float()

@@ -1,0 +1,129 @@
+"""Export: trunk and head 1 as a Llama that any program opens, the other heads in a file beside it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_dist.checkpoint.files import MODEL, TensorReader, read_description
+from mtp_dist.checkpoint.resume import checkpoint_in
+from mtp_dist.config import Config, ConfigError
+from mtp_dist.convert.card import model_card
+from mtp_dist.convert.files import Watch, new_folder, write_weights
+from mtp_dist.convert.llama import llama_layers, llama_weights, split
+from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
+from mtp_dist.convert.tokenizer_files import write_tokenizer
+from mtp_dist.model.weights import parameter_shapes
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Exported:
+    folder: str
+    step: int
+    dtype: str
+    layers: int
+    """Of the Llama."""
+    parameters: int
+    """Of the Llama."""
+    head_weights: list[str]
+    """Global names of what is in mtp_heads.safetensors."""
+
+    def describe(self) -> str:
+        beside = f", {len(self.head_weights)} more weights in {HEADS}" if self.head_weights else ""
+        return (
+            f"{self.folder}: step {self.step} as a Llama of {self.layers} layers and {self.parameters / 1e6:.2f} M "
+            f"parameters in {self.dtype}{beside}"
+        )
+
+
+def export_checkpoint(
+    checkpoint: Path, target: Path, dtype: str | None, watch: Watch = lambda done, total: None
+) -> Exported:
+    """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
+
+    dtype: that of the training when None. Raises ConfigError where there is no checkpoint or no Llama computes its head
+    1, and where the folder exists or cannot be written.
+    """
+    if dtype and dtype not in DTYPES:
+        raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
+    source = checkpoint_in(checkpoint)
+    if source is None:
+        raise ConfigError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
+    description, reader = read_description(source), TensorReader(source, MODEL)
+    config = description.config
+    if config.heads.kind == "linear":
+        raise ConfigError(
+            f"{source} has heads.kind = 'linear': its head 1 multiplies the trunk's output by a matrix before the "
+            "final norm, where a Llama has none; models with heads of the other kinds can be exported"
+        )
+    dtype = dtype or config.train.precision
+    shapes = parameter_shapes(config, description.vocab_size)
+    in_llama = llama_weights(config)
+    others = [name for name in shapes if name not in in_llama]
+
+    def converted(name: str) -> Tensor:
+        return reader.read(name).to(DTYPES[dtype])
+
+    def tensors_of(name: str) -> Mapping[str, Tensor]:
+        return dict(zip(in_llama[name], split(name, converted(name), config.model), strict=True))
+
+    with new_folder(target) as folder:
+        end_token, end = write_tokenizer(config.data.tokenizer, folder)
+        _write_json(folder / "config.json", llama_config(config, description.vocab_size, end, dtype))
+        _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
+        write_weights(folder, {name: shapes[name] for name in in_llama}, DTYPES[dtype].itemsize, tensors_of, watch)
+        if others:
+            save_file({name: converted(name) for name in others}, folder / HEADS)
+        ours = {
+            "step": description.step,
+            "vocab_size": description.vocab_size,
+            "config": config.model_dump(mode="json"),
+        }
+        _write_json(folder / HEADS_CONFIG, ours)
+        card = model_card(target.name, source, description, dtype, end_token, others)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    parameters = sum(torch.Size(shapes[name]).numel() for name in in_llama)
+    return Exported(str(target), description.step, dtype, len(llama_layers(config)), parameters, others)
+
+
+_TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def llama_config(config: Config, vocab_size: int, end_of_document: int, dtype: str) -> dict[str, Any]:
+    """What `config.json` says, to transformers of any version: those before 5 read rope_theta, later ones the other."""
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": len(llama_layers(config)),
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.train.sequence_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": model.init_std,
+        # Documents follow one another in training, so the end of one is what stands before the next.
+        "bos_token_id": end_of_document,
+        "eos_token_id": end_of_document,
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

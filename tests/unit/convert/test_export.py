@@ -1,0 +1,181 @@
+"""An export is a folder that transformers opens as it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from mtp_dist.config import ConfigError
+from mtp_dist.convert import files
+from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.model.reference import ReferenceModel
+from mtp_dist.model.weights import parameter_shapes
+from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
+from tests.parity.runs import tiny_config
+from tests.ranks import Ranks
+from tests.unit.checkpoint.on_ranks import train_part
+from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_same_logits, open_checkpoint, write_checkpoint
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "one head": {"heads": {"count": 1}},
+    "four heads": {},
+    "tied": {"model": {"tie_embeddings": True}},
+    "no grouped queries": {"model": {"num_query_groups": 4}},
+    "one key for all": {"model": {"num_query_groups": 1}},
+    "theta and epsilon": {"model": {"rope_theta": 500.0, "norm_eps": 1e-2}},
+    "causal, two layers": {"heads": {"kind": "causal", "layers_per_head": 2}},
+    "anticausal, two layers": {"heads": {"kind": "anticausal", "layers_per_head": 2, "count": 3}},
+    "sequential": {"heads": {"kind": "sequential"}},
+    "mlp": {"heads": {"kind": "mlp"}},
+    "separate unembeddings": {"heads": {"unembedding": "separate", "token_order": 0.1}},
+}
+
+
+def opened(folder: Path) -> LlamaForCausalLM:
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, LlamaForCausalLM)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_llama_computes_what_head_1_computes(tmp_path: Path, case: str) -> None:
+    model = write_checkpoint(tmp_path / "c", **{name: dict(section) for name, section in CASES[case].items()})
+    exported = export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    llama = opened(tmp_path / "out")
+    check_same_logits(model, llama)
+    assert llama.dtype == torch.float32, "the precision of the training"
+    assert exported.parameters == sum(weight.numel() for weight in llama.parameters())
+    assert exported.layers == len(llama.model.layers)
+    check_the_rest_is_beside(tmp_path / "out", model)
+
+
+def check_the_rest_is_beside(folder: Path, model: ReferenceModel) -> None:
+    """No weight is lost, and none is there twice."""
+    in_llama = sum(weight.numel() for weight in opened(folder).parameters())
+    ours, beside = model.named_weights(), {}
+    if (folder / "mtp_heads.safetensors").exists():
+        with safe_open(folder / "mtp_heads.safetensors", "pt") as file:
+            beside = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        assert beside
+    assert all(torch.equal(weight, ours[name]) for name, weight in beside.items())
+    assert in_llama + sum(w.numel() for w in beside.values()) == sum(w.numel() for w in ours.values())
+
+
+def test_what_ranks_saved_is_exported(ranks: Ranks, tmp_path: Path) -> None:
+    for count, tied in ((1, False), (4, False), (4, True)):
+        runs = tmp_path / f"{count} {tied}"
+        config = tiny_config(
+            model={"tie_embeddings": tied, "vocab_size": PARITY_VOCAB_SIZE, "init_std": 0.2},
+            heads={"count": count},
+            parallel={"tensor": 2, "pipeline": 2},
+            checkpoint={"directory": str(runs)},
+            data={"tokenizer": str(small_tokenizer(tmp_path))},
+        )
+        ranks.run(4, train_part, config, 0, 1)
+        export_checkpoint(runs, runs / "out", None)
+        check_same_logits(open_checkpoint(runs / "step_00000001"), opened(runs / "out"))
+
+
+def small_tokenizer(folder: Path) -> Path:
+    """A tokenizer.json of 131 tokens at most."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    library = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_greedy_continuation_is_the_same(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "c")
+    export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer("def ", return_tensors="pt")
+    generated = opened(tmp_path / "out").generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    text = list(b"def ")
+    for _ in range(12):
+        text.append(int(model.next_token_logits(torch.tensor([text]))[0, -1].argmax()))
+    assert generated == text
+
+
+def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "FILE_BYTES", 40_000)
+    model = write_checkpoint(tmp_path / "c")
+    seen: list[tuple[int, int]] = []
+    export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda done, total: seen.append((done, total)))
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(path.stat().st_size < 42_000 for path in shards)
+    check_same_logits(model, opened(tmp_path / "out"))
+    assert seen[-1] == (len(seen), len(seen)), "who watches hears of every weight"
+
+
+def test_bf16_rounds_once(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "c")
+    assert export_checkpoint(tmp_path / "c", tmp_path / "out", "bf16").dtype == "bf16"
+    with safe_open(tmp_path / "out" / "model-00001-of-00001.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("lm_head.weight"), model.weight("unembedding.weight").bfloat16())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    llama = opened(tmp_path / "out")
+    assert index["metadata"]["total_size"] == 2 * sum(weight.numel() for weight in llama.parameters())
+
+
+def test_older_programs_read_the_same_configuration(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", model={"rope_theta": 500.0})
+    export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500.0
+    assert (values["vocab_size"], values["max_position_embeddings"]) == (VOCAB_SIZE, 16)
+    assert values["eos_token_id"] == values["bos_token_id"] == 256
+
+
+def test_our_configuration_and_the_losses_are_told(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{STEP:08d}"
+    write_checkpoint(checkpoint)
+    heads = [{"head": k, "loss": 1.0 + k, "bits_per_byte": 2.0 + k, "accuracy": None} for k in range(1, 5)]
+    summary = {"steps": STEP, "checkpoint": str(checkpoint), "validation": [{"name": "books", "heads": heads}]}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    export_checkpoint(checkpoint.parent, tmp_path / "out", None)
+    told = json.loads((tmp_path / "out" / "mtp_config.json").read_text())
+    assert (told["step"], told["vocab_size"]) == (STEP, VOCAB_SIZE)
+    assert told["config"]["heads"]["count"] == 4
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| books | 2 | 3.0000 | 4.0000 |  |\n" in card
+    assert "`heads.2`, `heads.3`, `heads.4`" in card and "{" not in card.split("```json")[0]
+    summary["steps"] = STEP + 1
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    export_checkpoint(checkpoint.parent, tmp_path / "other", None)
+    assert "Validation" not in (tmp_path / "other" / "README.md").read_text(), "those of another step"
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", heads={"kind": "linear"})
+    with pytest.raises(ConfigError, match=r"heads\.kind = 'linear': its head 1 multiplies the trunk's output"):
+        export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    with pytest.raises(ConfigError, match=r"^--checkpoint = '.*missing' has no checkpoint"):
+        export_checkpoint(tmp_path / "missing", tmp_path / "out", None)
+    with pytest.raises(ConfigError, match=r"^--dtype = 'fp16' is not one of bf16, fp32$"):
+        export_checkpoint(tmp_path / "c", tmp_path / "out", "fp16")
+    write_checkpoint(tmp_path / "d")
+    for there in (tmp_path, tmp_path / "c" / "config.json"):
+        with pytest.raises(ConfigError, match=r"^--to = '.*' exists: "):
+            export_checkpoint(tmp_path / "d", there, None)
+    with pytest.raises(ConfigError, match=r"^cannot write --to = '.*': Not a directory"):
+        export_checkpoint(tmp_path / "d", tmp_path / "c" / "config.json" / "out", None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"], "nothing unfinished is left"
+
+
+def test_nothing_is_left_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "c")
+    shard = next((tmp_path / "c").glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="is not a checkpoint of ours, or a damaged one"):
+        export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert parameter_shapes(model.config, VOCAB_SIZE).keys() == model.named_weights().keys()
