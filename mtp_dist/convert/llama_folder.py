@@ -51,14 +51,14 @@ class LlamaFolder:
 
     def _read_values(self) -> dict[str, Any]:
         """What config.json says, with its defaults."""
-        values = {key: value for key, value in self._read_json("config.json").items() if value is not None}
+        raw = self._read_json("config.json")
+        values = {key: value for key, value in raw.items() if value is not None}
         architectures = values.get("architectures") or [values.get("model_type", "no architecture")]
         if architectures[0] not in DEFAULTS:
             biased = ", whose attention has biases" if str(architectures[0]).startswith("Qwen2") else ""
             raise ConfigError(
                 f"--from = '{self.path}' has a {architectures[0]}{biased}: only {' and '.join(DEFAULTS)} map to ours"
             )
-        raw = self._read_json("config.json")
         defaults = {key: value for key, value in DEFAULTS[architectures[0]].items() if key not in raw}
         if missing := [key for key in REQUIRED if not isinstance(values.get(key), int)]:
             raise ConfigError(f"--from = '{self.path}': config.json lacks {', '.join(missing)}")

@@ -31,8 +31,10 @@ class SavedHeads:
 
     def check_fits(self, heads: HeadsConfig) -> None:
         """Raise ConfigError where these are not heads of that kind."""
-        for key in ("kind", "layers_per_head", "repeated", "unembedding") if self.names and self.config else ():
-            ours, wanted = getattr(self.config.heads, key), getattr(heads, key)  # type: ignore[union-attr]
+        if self.config is None or not self.names:
+            return
+        for key in ("kind", "layers_per_head", "repeated", "unembedding"):
+            ours, wanted = getattr(self.config.heads, key), getattr(heads, key)
             if ours != wanted:
                 raise ConfigError(
                     f"heads.{key} is {wanted!r}, the heads in {self.file} have {ours!r}: keep it, or delete this file "

@@ -42,7 +42,7 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
 def _end_and_class(tokenizer: OurTokenizer, file: Path) -> tuple[str, dict[str, Any]]:
     """The token that ends a document, and what tokenizer_config.json needs where there is none yet."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        end = tokenizer.library.id_to_token(tokenizer.end_of_document)
+        end = tokenizer.backend.id_to_token(tokenizer.end_of_document)
         assert end is not None, "found by its text"
         return end, {"tokenizer_class": "PreTrainedTokenizerFast"}
     end = SentencePieceProcessor(model_file=str(file)).id_to_piece(tokenizer.end_of_document)

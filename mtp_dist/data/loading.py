@@ -117,7 +117,7 @@ def check_sources(config: Config) -> None:
         if prefix := prefix_of(source.path):
             open_corpus(prefix, f"{key}.path")
         else:
-            _open_input(source, key)
+            _input_of(source, key)
 
 
 def load_datasets(config: Config) -> Datasets:
@@ -148,7 +148,7 @@ def _training_samples(
     sources = {f"data.train.{index}": source for index, source in enumerate(config.data.train)}
     weights = [source.weight for source in sources.values()]
     if config.data.train[0].stream:
-        inputs = {key: _open_input(source, key) for key, source in sources.items()}
+        inputs = {key: _input_of(source, key) for key, source in sources.items()}
         streams = [
             TokenStream(of_key, tokenizer, f"{key}.path = '{sources[key].path}'") for key, of_key in inputs.items()
         ]
@@ -160,7 +160,7 @@ def _training_samples(
 
 
 @dataclass(frozen=True)
-class _Corpus:
+class _Opened:
     packed: PackedCorpus
     bytes_per_token: float | None
     """None where nobody has counted the bytes."""
@@ -174,9 +174,9 @@ class _Corpora:
         self.config = config
         self.tokenizer = tokenizer
         self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
-        self._opened: dict[SourceConfig, _Corpus] = {}
+        self._opened: dict[SourceConfig, _Opened] = {}
 
-    def open(self, source: SourceConfig, key: str) -> _Corpus:
+    def open(self, source: SourceConfig, key: str) -> _Opened:
         """Raises ConfigError, naming `key`."""
         same = source.model_copy(update={"name": None, "weight": 1.0})
         if same not in self._opened:
@@ -187,7 +187,7 @@ class _Corpora:
             except ConfigError as error:
                 raise ConfigError(f"{key}.path = '{source.path}' is too small: {error}") from None
             bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
-            self._opened[same] = _Corpus(packed, bytes_per_token, fingerprint)
+            self._opened[same] = _Opened(packed, bytes_per_token, fingerprint)
         return self._opened[same]
 
     def _prepared(self, prefix: Path, source: SourceConfig, key: str) -> tuple[NDArray[Any], int | None, str]:
@@ -212,7 +212,7 @@ class _Corpora:
             enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
         parts, num_bytes, num_tokens = [], 0, 0
         try:
-            for unit in _open_input(source, key).units(READ_AT_ONCE_BYTES):
+            for unit in _input_of(source, key).units(READ_AT_ONCE_BYTES):
                 documents = list(unit.documents())
                 parts.append(self._encode(documents, unit))
                 num_bytes += sum(map(len, documents))
@@ -245,11 +245,11 @@ def _options(source: SourceConfig, key: str) -> InputOptions:
     return InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
 
 
-def _open_input(source: SourceConfig, key: str) -> Input:
+def _input_of(source: SourceConfig, key: str) -> Input:
     return open_inputs([source.path], _options(source, key))[0]
 
 
-def _validation_set(source: SourceConfig, corpus: _Corpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:
+def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     samples = ValidationSamples(corpus.packed, config.train.validation_samples)
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
     # At least a byte in all: special tokens alone have no text.

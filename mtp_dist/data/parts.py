@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from mtp_dist.config import ConfigError
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.indexed import beside
 from mtp_dist.data.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
 
 HASH_BLOCK_BYTES = 1 << 22
 BATCH_BYTES = 1 << 20
@@ -97,6 +100,20 @@ def write_whole(file: Path, text: str) -> None:
     temporary.rename(file)
 
 
+def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in their order, in lists of about BATCH_BYTES."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += bytes_of(item)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 @dataclass(frozen=True)
 class PartWriter:
     """Makes a numbered work unit a part: part-000012.bin with the tokens, .lengths with the number of each document
@@ -161,18 +178,11 @@ class PartWriter:
 
     def _batches(self, unit: WorkUnit, summary: PartSummary) -> Iterator[list[tuple[int, bytes]]]:
         """The documents that the tokenizer can read, with their numbers, about BATCH_BYTES at once."""
-        batch: list[tuple[int, bytes]] = []
-        size = 0
-        for number, document in enumerate(_read(unit)):
-            text = document if self.tokenizer.takes_any_bytes else self._valid(unit, number, document, summary)
-            if text is not None:
-                batch.append((number, text))
-                size += len(text)
-            if size >= BATCH_BYTES:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+        texts = (
+            (number, document if self.tokenizer.takes_any_bytes else self._valid(unit, number, document, summary))
+            for number, document in enumerate(_read(unit))
+        )
+        return in_batches(((number, text) for number, text in texts if text is not None), lambda item: len(item[1]))
 
     def _valid(self, unit: WorkUnit, number: int, document: bytes, summary: PartSummary) -> bytes | None:
         """The document as valid UTF-8, or None where it is to be skipped. Raises ConfigError."""

@@ -70,19 +70,19 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, name: str, file: Path, named: str) -> None:
         """Raises ConfigError, which begins with `named`."""
         try:
-            self.library = tokenizers.Tokenizer.from_file(str(file))
+            self.backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise ConfigError(f"{named}: {file} is no tokenizer that can be read ({error}): give another") from None
         self._set_up()
         self.name = name
-        self.vocab_size = max(self.library.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_document = self._find_end(file.parent, named)
 
     def _set_up(self) -> None:
-        self.library.no_truncation()
-        self.library.no_padding()
+        self.backend.no_truncation()
+        self.backend.no_padding()
         # A document that spells a special token out, such as a tokenizer's own source, must not be cut in two by it.
-        self.library.encode_special_tokens = True
+        self.backend.encode_special_tokens = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -90,10 +90,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _find_end(self, folder: Path, named: str) -> int:
         for token in _configured_end(folder, named):
-            if self.library.token_to_id(token) is None:
+            if self.backend.token_to_id(token) is None:
                 raise ConfigError(f"{named} has no token {token!r}, which the files beside it name as its eos_token")
         for token in [*_configured_end(folder, named), *END_TOKENS]:
-            if (found := self.library.token_to_id(token)) is not None:
+            if (found := self.backend.token_to_id(token)) is not None:
                 return found
         raise ConfigError(
             f"{named} has no end-of-text token: add an eos_token to {folder / 'tokenizer_config.json'}; without one "
@@ -101,16 +101,16 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
-        encodings = self.library.encode_batch_fast(decode_utf8(documents), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(decode_utf8(documents), add_special_tokens=False)
         return [np.fromiter(encoding.ids, self.dtype, len(encoding)) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        return self.library.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+        return self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the parts of its JSON that matter, so that the file's name and layout do not count."""
-        parts = json.loads(self.library.to_str())
+        parts = json.loads(self.backend.to_str())
         used = [parts[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
         return hashlib.sha256(json.dumps([*used, self.end_of_document], sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.config import ConfigError
 from mtp_dist.data.documents import WorkUnit
 from mtp_dist.data.inputs import UNIT_BYTES, InputOptions, open_inputs
-from mtp_dist.data.parts import BATCH_BYTES, PartSummary
+from mtp_dist.data.parts import PartSummary, in_batches
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
@@ -41,26 +41,16 @@ class _BareTokenizer:
     def __call__(self, unit: WorkUnit) -> float:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         seconds = 0.0
-        for batch in _batches(unit.documents()):
+        for batch in in_batches(unit.documents(), len):
             if isinstance(self.tokenizer, HuggingFaceTokenizer):
                 texts = [document.decode(errors="replace") for document in batch]
                 start = time.perf_counter()
-                self.tokenizer.library.encode_batch_fast(texts, add_special_tokens=False)
+                self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
             else:
                 start = time.perf_counter()
                 self.tokenizer.encode_batch(batch)
             seconds += time.perf_counter() - start
         return seconds
-
-
-def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    for document in documents:
-        batch.append(document)
-        if sum(map(len, batch)) >= BATCH_BYTES:
-            yield batch
-            batch = []
-    yield batch
 
 
 class _Quiet:
