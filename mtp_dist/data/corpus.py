@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,6 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from mtp_dist.config import ConfigError, Section
 from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.data.indexed import Index, beside, read_index
-from mtp_dist.data.parts import sha256_of
 from mtp_dist.data.tokenizer import Tokenizer
 
 SCAN_BLOCK_TOKENS = 1 << 24
@@ -96,7 +96,8 @@ class Corpus:
         file = beside(self.prefix, ".bin")
         if self.description is None:
             raise ConfigError(f"{_named(self)}: no {self.prefix.name}.json says what {file} should hold")
-        found = sha256_of(file)
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != self.description.sha256:
             raise ConfigError(
                 f"{_named(self)}: {file} has the SHA-256 {found}, it was written with {self.description.sha256}: it "

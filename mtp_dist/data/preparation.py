@@ -1,39 +1,32 @@
 """`mtp-dist prepare`: from text to a prepared corpus, with several processes and in spite of whatever kills them.
 
-Everything is written below PREFIX.unfinished first: plan.json says what is being made, each work unit becomes a part
-(see `parts`), and the parts are joined in their order while they come in. The same command goes on after a kill, and
-the result does not depend on that or on the number of processes.
+Everything is written below PREFIX.unfinished first: plan.json says what is being made, and the work units are added to
+the corpus in their order while the processes deliver them. The same command goes on after a kill, and the result does
+not depend on that or on the number of processes.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
-from threading import Thread
-from typing import TYPE_CHECKING, Any, Protocol, cast
-
-import numpy as np
+from typing import Any, Protocol, cast
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
+from mtp_dist.data.disk import speaking_of, write_whole
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
+from mtp_dist.data.encoding import UnitEncoder, UnitSummary
 from mtp_dist.data.indexed import beside
 from mtp_dist.data.inputs import UNIT_BYTES, Input, InputOptions, open_inputs
-from mtp_dist.data.parts import PartSummary, PartWriter, speaking_of, sync, write_whole
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.unfinished import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 PLAN = "plan.json"
 
@@ -44,8 +37,8 @@ class Progress(Protocol):
     def start(self, total: int | None) -> None:
         """`total` is the sum of the sizes of all work units, None where it is not known."""
 
-    def advance(self, size: int, part: PartSummary) -> None:
-        """One more part is in its place; `size` is its work unit's."""
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
+        """One more work unit of this size is in the corpus; reused where an earlier start put it there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Request:
 
     @property
     def folder(self) -> Path:
-        """Where the parts are until the corpus is whole."""
+        """Where the corpus is until it is whole."""
         return beside(self.prefix, ".unfinished")
 
 
@@ -84,6 +77,7 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
     if not request.prefix.name:
         raise ConfigError(f"--to '{request.prefix}' is no path of a file: give the corpus a name, such as corpora/web")
+    import_once("mtp_dist.data.encoding")  # while the inputs are looked for
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
     with _own_folder(request):
@@ -114,7 +108,7 @@ def _own_folder(request: Request) -> Iterator[None]:
 
 
 def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> dict[str, Any]:
-    """Everything that the bytes of the parts depend on, as JSON."""
+    """Everything that the bytes of the corpus depend on, as JSON."""
     plan = {
         "tokenizer": [tokenizer.name, tokenizer.fingerprint],
         "options": asdict(request.options),
@@ -127,7 +121,7 @@ def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> di
 
 
 def _check_plan(request: Request, plan: dict[str, Any]) -> None:
-    """Write the plan, or see that the parts which are there follow the same one."""
+    """Write the plan, or see that what is there follows the same one."""
     file = request.folder / PLAN
     if not file.exists():
         for suffix in (".bin", ".idx", ".json"):
@@ -142,7 +136,7 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
         begun = json.loads(file.read_text())
     except ValueError:
         raise ConfigError(f"{file} is damaged: delete '{request.folder}' to begin anew") from None
-    if begun != plan and not list(request.folder.glob("part-*.json")):
+    if begun != plan and not _has_units(request.folder):
         with speaking_of(file, "write"):
             write_whole(file, json.dumps(plan))
         return
@@ -152,6 +146,11 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
                 f"'{request.folder}' was begun with other {name} ({_difference(begun.get(name), ours)}): give the "
                 "same, or delete that folder to begin anew"
             )
+
+
+def _has_units(folder: Path) -> bool:
+    journal = folder / JOURNAL
+    return journal.exists() and journal.stat().st_size > 0
 
 
 def _difference(theirs: Any, ours: Any) -> str:
@@ -169,44 +168,46 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
-    """Make the parts, join them, and give the result its name."""
-    import_once("mtp_dist.data.parts")
-    writer = PartWriter(request.folder, tokenizer, request.invalid_utf8)
-    with speaking_of(request.folder, "write in"):
-        joined = _Joined(request.folder / "joined", tokenizer)
+    """Encode the units, add each to the corpus in its turn, and give the result its name."""
+    with speaking_of(request.folder, "read"):
+        corpus = UnfinishedCorpus(request.folder, request.prefix, tokenizer.dtype)
     sizes = [source.total for source in inputs]
     progress.start(None if None in sizes else sum(size or 0 for size in sizes))
     first_empty = first_invalid = None
-    with closing(joined), closing(_parts(request, writer, inputs)) as parts:
-        for (number, unit), part in parts:
-            with speaking_of(joined.bin, "write"):
-                joined.add(writer.prefix(number), part)
-            if first_empty is None and part.first_empty is not None:
-                first_empty = unit.place(part.first_empty)
-            if first_invalid is None and part.first_invalid is not None:
-                first_invalid = unit.place(part.first_invalid)
-            progress.advance(unit.size, part)
-    if not joined.total.documents:
-        raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs")
-    description = joined.describe(request)
-    with speaking_of(joined.bin, "write"):
-        joined.finish(request.prefix, description)
+    encoder = UnitEncoder(tokenizer, request.invalid_utf8)
+    with closing(corpus), closing(_added(request, corpus, encoder, inputs)) as units:
+        for unit, summary, reused in units:
+            if first_empty is None and summary.first_empty is not None:
+                first_empty = unit.place(summary.first_empty)
+            if first_invalid is None and summary.first_invalid is not None:
+                first_invalid = unit.place(summary.first_invalid)
+            progress.advance(unit.size, summary, reused)
+        if not corpus.total.documents:
+            raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs")
+        description = _describe(request, tokenizer, corpus)
+        with speaking_of(request.folder, "write in"):
+            corpus.finish(description.model_dump_json(indent=2) + "\n")
     return Prepared(description, first_empty, first_invalid)
 
 
-def _parts(
-    request: Request, writer: PartWriter, inputs: Sequence[Input]
-) -> Generator[tuple[tuple[int, WorkUnit], PartSummary], None, None]:
-    units = enumerate(unit for source in inputs for unit in _units(source, request))
+def _added(
+    request: Request, corpus: UnfinishedCorpus, encoder: UnitEncoder, inputs: Sequence[Input]
+) -> Generator[tuple[WorkUnit, UnitSummary, bool]]:
+    """The units that are in the corpus, and whether they were there already."""
+    units = (unit for source in inputs for unit in _units(source, request))
+    for summary, unit in zip(corpus.recovered, units, strict=False):
+        yield unit, summary, True
     try:
-        yield from map_in_order(writer, units, request.workers)
+        for unit, encoded in map_in_order(encoder, units, request.workers):
+            with speaking_of(request.folder / TOKENS, "write"):
+                corpus.add(encoded)
+            yield unit, encoded.summary, False
     except WorkerDiedError as death:
-        number, unit = cast(tuple[int, WorkUnit], death.task)
         status = death.exit_code or 0
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         raise ConfigError(
-            f"a worker process {how} while it made {writer.prefix(number)} of {unit.place(0)}: where memory ran out, "
-            "use fewer --workers; the same command goes on from the finished parts"
+            f"a worker process {how} while it read {cast(WorkUnit, death.task).place(0)} and what follows: where "
+            "memory ran out, use fewer --workers; the same command goes on from what is done"
         ) from None
 
 
@@ -215,78 +216,31 @@ def _units(source: Input, request: Request) -> Iterator[WorkUnit]:
         yield from source.units(request.unit_bytes)
 
 
-class _Joined:
-    """The parts one after the other."""
-
-    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
-        self.total = PartSummary()
-        self._prefix = prefix
-        self._tokenizer = tokenizer
-        self._digest = hashlib.sha256()
-        self.bin = beside(prefix, ".bin")
-        # Its import takes seconds, in which the workers are already at work.
-        self._importing = Thread(target=import_module, args=("mtp_dist.data.building",))
-        self._importing.start()
-
-    def close(self) -> None:
-        """Wait for the import, which a process that ends in the middle of it complains of."""
-        self._importing.join()
-
-    @cached_property
-    def _builder(self) -> IndexedDatasetBuilder:
-        self._importing.join()
-        from mtp_dist.data.building import new_builder
-
-        return new_builder(self.bin, self._tokenizer.vocab_size)
-
-    def add(self, part: Path, summary: PartSummary) -> None:
-        tokens = np.fromfile(beside(part, ".bin"), dtype=np.uint8).data
-        self._digest.update(tokens)
-        # Megatron-core's add_document, whose three copies of the tokens would take longer than all the rest.
-        self._builder.data_file.write(tokens)
-        self._builder.sequence_lengths.extend(np.fromfile(beside(part, ".lengths"), dtype=np.int32).tolist())
-        for name in ("documents", "tokens", "bytes", "empty", "replaced", "skipped"):
-            setattr(self.total, name, getattr(self.total, name) + getattr(summary, name))
-
-    def describe(self, request: Request) -> CorpusDescription:
-        options, tokenizer, total = request.options, self._tokenizer, self.total
-        return CorpusDescription(
-            tokenizer=TokenizerDescription(
-                name=tokenizer.name,
-                sha256=tokenizer.fingerprint,
-                vocab_size=tokenizer.vocab_size,
-                end_of_document=tokenizer.end_of_document,
-            ),
-            documents=total.documents,
-            tokens=total.tokens,
-            bytes=total.bytes,
-            empty_documents=total.empty,
-            replaced_documents=total.replaced,
-            skipped_documents=total.skipped,
-            source=SourceDescription(
-                inputs=request.inputs,
-                field=options.field,
-                glob=options.glob,
-                subset=options.subset,
-                split=options.split,
-                invalid_utf8=request.invalid_utf8,
-            ),
-            sha256=self._digest.hexdigest(),
-        )
-
-    def finish(self, prefix: Path, description: CorpusDescription) -> None:
-        """Give it its name; whoever finds PREFIX.json finds all of it."""
-        assert sum(self._builder.sequence_lengths) == self.total.tokens, "all parts are whole"
-        self._builder.document_indices = list(range(len(self._builder.sequence_lengths) + 1))
-        self._builder.finalize(str(beside(self._prefix, ".idx")))
-        for suffix in (".bin", ".idx"):
-            sync(beside(self._prefix, suffix))
-            beside(self._prefix, suffix).rename(beside(prefix, suffix))
-        text = beside(self._prefix, ".json")
-        write_whole(text, description.model_dump_json(indent=2) + "\n")
-        sync(prefix.absolute().parent)
-        text.rename(beside(prefix, ".json"))
-        sync(prefix.absolute().parent)
+def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) -> CorpusDescription:
+    options, total = request.options, corpus.total
+    return CorpusDescription(
+        tokenizer=TokenizerDescription(
+            name=tokenizer.name,
+            sha256=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document=tokenizer.end_of_document,
+        ),
+        documents=total.documents,
+        tokens=total.tokens,
+        bytes=total.bytes,
+        empty_documents=total.empty,
+        replaced_documents=total.replaced,
+        skipped_documents=total.skipped,
+        source=SourceDescription(
+            inputs=request.inputs,
+            field=options.field,
+            glob=options.glob,
+            subset=options.subset,
+            split=options.split,
+            invalid_utf8=request.invalid_utf8,
+        ),
+        sha256=corpus.sha256,
+    )
 
 
 def _remove(folder: Path) -> None:

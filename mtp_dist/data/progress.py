@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from mtp_dist.data.parts import PartSummary
+from mtp_dist.data.encoding import UnitSummary
 from mtp_dist.data.preparation import Prepared
 
 SECONDS_BETWEEN_LINES = 10
@@ -32,12 +32,12 @@ class PreparationProgress:
             self._task = self._bar.add_task("starting the workers", total=total)
             self._bar.start()
 
-    def advance(self, size: int, part: PartSummary) -> None:
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
         self._done += size
-        if not part.reused:
+        if not reused:
             self._new += size
-            self._tokens += part.tokens
-            self._bytes += part.bytes
+            self._tokens += summary.tokens
+            self._bytes += summary.bytes
         if self._console.is_interactive:
             self._bar.update(self._task, completed=self._done, description=self._describe())
         elif monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:

@@ -45,8 +45,12 @@ class MicroBatch(NamedTuple):
     """`[B, S + lookahead]`."""
     targets: Tensor
     """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
-    documents: Tensor
-    """Which document of its sample each token lies in, `[B, S + lookahead]`."""
+    documents: Tensor | None
+    """Which document of its sample each token lies in, `[B, S + lookahead]`; None where nobody asks."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return MicroBatch(self.samples.to(device), self.targets.to(device), documents)
 
 
 class HeadsWithLoss(PredictionHeads):
@@ -78,7 +82,7 @@ class HeadsWithLoss(PredictionHeads):
     ) -> Tensor:
         """z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), -> a scalar. attention_bias: all layers'."""
         trunk_output, embedding = inputs if isinstance(inputs, tuple) else (inputs, None)
-        micro_batch = MicroBatch(*(tensor.to(trunk_output.device) for tensor in micro_batch))
+        micro_batch = micro_batch.to(trunk_output.device)
         heads, objective = self._heads(micro_batch.samples, embedding, attention_bias), self._objective(micro_batch)
         mode = self.config.heads.loss_mode
         if mode == "naive":
@@ -184,7 +188,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         micro_batch = self.queue.popleft() if self.queue else None
         bias = None
         if not self.config.data.attention_across_documents:
-            assert micro_batch, "every stage reads the documents"
+            assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
             documents = micro_batch.documents[:, : self.config.train.sequence_length]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
         output = inputs

@@ -2,6 +2,7 @@
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from mtp_dist.parallel.topology import Topology
 
 def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:
     """Samples `[B, S + lookahead]`, B a multiple of the micro-batch size -> micro-batches in order."""
-    documents = document_ids(samples, end_of_document)
+    apart = not (config.data.loss_across_documents and config.data.attention_across_documents)
+    documents = document_ids(samples, end_of_document) if apart else None
     counted = None if config.data.loss_across_documents else documents
     targets = head_targets(samples, config.heads.distances, config.train.sequence_length, counted)
     size = config.train.micro_batch_size
-    parts = zip(samples.split(size), targets.split(size, dim=1), documents.split(size), strict=True)
+    starts = range(0, len(samples), size)
+    of_each = documents.split(size) if documents is not None else repeat(None, len(starts))
+    parts = zip(samples.split(size), targets.split(size, dim=1), of_each, strict=True)
     return [MicroBatch(*part) for part in parts]
 
 

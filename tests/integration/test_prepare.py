@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mtp_dist.data.corpus import open_corpus
+from mtp_dist.data.unfinished import JOURNAL
 from tests.integration import jobs
 
 PREPARE = [sys.executable, "-m", "mtp_dist.cli", "prepare"]
@@ -16,7 +17,8 @@ def test_a_killed_command_goes_on_when_it_is_given_again(tmp_path: Path) -> None
     prefix = tmp_path / "corpus"
     command = [*PREPARE, str(tmp_path / "a.jsonl"), "--to", str(prefix), "--tokenizer", "bytes", "--field", "code"]
     with jobs.started([*command, "--workers", "2"], tmp_path) as job:
-        job.wait_until(lambda: any(tmp_path.glob("corpus.unfinished/part-*.json")))
+        journal = tmp_path / "corpus.unfinished" / JOURNAL
+        job.wait_until(lambda: journal.exists() and journal.stat().st_size > 0)
         job.kill()
     assert not prefix.with_suffix(".json").exists()
 

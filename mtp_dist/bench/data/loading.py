@@ -1,4 +1,7 @@
-"""How fast samples and the heads' targets come out of a corpus on disk that is in the page cache."""
+"""How fast samples and the heads' targets come out of a corpus on disk that is in the page cache.
+
+A run makes the targets as well, and masks them by document where a key of `data` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -36,15 +39,16 @@ def measure_loader(rounds: int, corpus_tokens: int = CORPUS_TOKENS, seconds: flo
 def _row(tokens: np.ndarray[Any, Any], length: int, rounds: int, seconds: float) -> dict[str, Any]:
     batch = max(1, BATCH_TOKENS // length)
     corpora = [PackedCorpus(half, length, HEADS) for half in np.split(tokens, [len(tokens) // 2])]
-    rates: dict[str, list[float]] = {"samples": [], "samples_and_targets": []}
+    rates: dict[str, list[float]] = {name: [] for name in ("samples", "with_targets", "with_document_masks")}
     for seed in range(rounds):
         samples = BlendedSamples(corpora, SOURCES, seed)
         for name, of_round in rates.items():
             start, read = time.perf_counter(), 0
             while (spent := time.perf_counter() - start) < seconds:
                 read_batch = torch.from_numpy(samples.read(read, batch))
-                if name == "samples_and_targets":
-                    head_targets(read_batch, range(1, HEADS + 1), length, document_ids(read_batch, 0))
+                if name != "samples":
+                    documents = document_ids(read_batch, 0) if name == "with_document_masks" else None
+                    head_targets(read_batch, range(1, HEADS + 1), length, documents)
                 read += batch
             of_round.append(read * length / spent)
     return {"sequence_length": length, "batch": batch} | {

@@ -16,8 +16,8 @@ import torch
 from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.config import ConfigError
 from mtp_dist.data.documents import WorkUnit
+from mtp_dist.data.encoding import UnitSummary, in_batches
 from mtp_dist.data.inputs import UNIT_BYTES, InputOptions, open_inputs
-from mtp_dist.data.parts import PartSummary, in_batches
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
@@ -56,7 +56,7 @@ class _BareTokenizer:
 class _Quiet:
     def start(self, total: int | None) -> None: ...
 
-    def advance(self, size: int, part: PartSummary) -> None: ...
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None: ...
 
 
 def measure_preparation(

@@ -16,10 +16,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
         rates = [f"{row[name]:.1f}" for name in ("megabytes", "prepare_megabytes_per_second")]
         preparation.add_row(row["tokenizer"], *rates, f"{row['bare_megabytes_per_second']:.1f}", f"{row['ratio']:.2f}")
     loader = Table(
-        *("sequence length", "samples: million tokens/s", "with the targets of 4 heads"),
+        *("sequence length", "samples: million tokens/s", "with the targets of 4 heads", "masked by document"),
         title="loader: one process, corpus in the page cache",
     )
     for row in result["loader"]:
-        names = ("samples_tokens_per_second", "samples_and_targets_tokens_per_second")
-        loader.add_row(str(row["sequence_length"]), *(f"{row[name] / 1e6:.0f}" for name in names))
+        names = ("samples", "with_targets", "with_document_masks")
+        rates = [f"{row[f'{name}_tokens_per_second'] / 1e6:.0f}" for name in names]
+        loader.add_row(str(row["sequence_length"]), *rates)
     return [preparation, loader]

@@ -18,6 +18,6 @@ def test_prepare_is_measured_beside_its_tokenizer(tmp_path: Path) -> None:
         assert all(len(seconds) == 2 for seconds in row["seconds_by_round"].values())
     loader = measure_loader(rounds=1, corpus_tokens=50_000, seconds=0.05)
     assert [row["sequence_length"] for row in loader] == list(SEQUENCE_LENGTHS)
-    assert all(row["samples_tokens_per_second"] > 0 < row["samples_and_targets_tokens_per_second"] for row in loader)
+    assert all(row["samples_tokens_per_second"] > 0 < row["with_targets_tokens_per_second"] for row in loader)
     result = {"machine": {"processor": "x", "cores": 2}, "workers": 1, "preparation": rows, "loader": loader}
     assert [table.row_count for table in tables(result)] == [2, 3]

@@ -7,9 +7,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mtp_dist.data.corpus import Corpus, open_corpus
+from mtp_dist.data.encoding import UnitSummary
 from mtp_dist.data.inputs import InputOptions
-from mtp_dist.data.parts import PartSummary
 from mtp_dist.data.preparation import Prepared, Request, prepare
+from mtp_dist.data.unfinished import JOURNAL
 from mtp_dist.data.workers import import_once
 
 SMALL_UNIT = 2000
@@ -20,13 +21,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.total: int | None = -1
-        self.parts: list[tuple[int, PartSummary]] = []
+        self.reused: list[bool] = []
+        """Of each work unit."""
 
     def start(self, total: int | None) -> None:
         self.total = total
 
-    def advance(self, size: int, part: PartSummary) -> None:
-        self.parts.append((size, part))
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
+        self.reused.append(reused)
 
 
 def request(
@@ -49,10 +51,16 @@ def made(asked: Request) -> Prepared:
 
 def start(asked: Request) -> BaseProcess:
     """`prepare` in a process of its own, to be killed; it may have workers."""
-    import_once("mtp_dist.data.parts")
+    import_once("mtp_dist.data.encoding")
     process = multiprocessing.get_context("forkserver").Process(target=made, args=(asked,))
     process.start()
     return process
+
+
+def units_in(asked: Request) -> int:
+    """How many work units have been added to the unfinished corpus."""
+    journal = asked.folder / JOURNAL
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def documents_of(prefix: Path) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """The prepared corpus is the same bytes whatever happens on the way, and what goes wrong is said in one sentence."""
 
-import errno
 import json
 import os
 import random
@@ -16,11 +15,11 @@ import psutil
 import pytest
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data import parts
-from mtp_dist.data.inputs import InputOptions, open_inputs
-from mtp_dist.data.preparation import Request, prepare
+from mtp_dist.data.encoding import UnitSummary
+from mtp_dist.data.preparation import PLAN, Request, prepare
 from mtp_dist.data.tokenizer import build_tokenizer
-from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of
+from mtp_dist.data.unfinished import JOURNAL, LENGTHS, TOKENS
+from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of, units_in
 
 
 @pytest.fixture
@@ -77,19 +76,19 @@ def test_a_vocabulary_beyond_two_bytes_is_written_in_four(tmp_path: Path, traine
 
 
 def killed_and_finished(asked: Request, kills: int, seconds: float) -> int:
-    """Kill `prepare` at random moments, then let it finish. How many kills found it with finished parts."""
+    """Kill `prepare` at random moments, then let it finish. How many kills found it with units done."""
     moments = random.Random(1)
     in_the_middle = 0
     for _ in range(kills):
         process = start(asked)
-        finished = set(asked.folder.glob("part-*.json"))
+        before = units_in(asked)
         deadline = time.monotonic() + 60
-        while process.is_alive() and set(asked.folder.glob("part-*.json")) == finished and time.monotonic() < deadline:
+        while process.is_alive() and units_in(asked) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(moments.random() * seconds)
         process.kill()
         process.join()
-        in_the_middle += bool(list(asked.folder.glob("part-*.json")))
+        in_the_middle += units_in(asked) > 0
         names = set(digests(asked.prefix))
         assert ".json" not in names or names == {".bin", ".idx", ".json"}
     if asked.folder.exists():
@@ -104,15 +103,15 @@ def test_kills_at_random_moments_leave_no_trace(corpus: Path, tmp_path: Path) ->
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
-def test_finished_parts_are_not_made_again_also_of_a_stream(tmp_path: Path) -> None:
+def test_units_that_are_done_are_not_encoded_again_also_of_a_stream(tmp_path: Path) -> None:
     texts = [f"text {i} " * 30 for i in range(60)]
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "set")
     asked = request(tmp_path / "set", tmp_path / "a", streaming=True)
 
     class Interrupting(Recorder):
-        def advance(self, size: int, part: parts.PartSummary) -> None:
-            super().advance(size, part)
-            if len(self.parts) == 3:
+        def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
+            super().advance(size, summary, reused)
+            if len(self.reused) == 3:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -120,8 +119,7 @@ def test_finished_parts_are_not_made_again_also_of_a_stream(tmp_path: Path) -> N
     assert not list(tmp_path.glob("a.[bij]*"))
     recorder = Recorder()
     prepare(asked, recorder)
-    reused = [part.reused for _, part in recorder.parts]
-    assert reused[:3] == [True] * 3 and not reused[-1] and len(reused) > 6
+    assert recorder.reused[:4] == [True] * 3 + [False] and len(recorder.reused) > 6
     assert texts_of(tmp_path / "a") == [text.encode() for text in texts]
     assert recorder.total is None
 
@@ -141,7 +139,7 @@ def test_an_unfinished_folder_of_something_else_is_not_gone_on_with(corpus: Path
     bad.write_text(bad.read_text() + "bad\n")
     asked = request([corpus, bad], tmp_path / "a", glob="*.py")
     assert f"{bad}, line 301 is not JSON" in message(asked)
-    begun = set(asked.folder.glob("part-*.json"))
+    begun = units_in(asked)
     assert begun
 
     other_pattern = message(request([corpus, bad], tmp_path / "a", glob="*1.py"))
@@ -151,7 +149,7 @@ def test_an_unfinished_folder_of_something_else_is_not_gone_on_with(corpus: Path
     assert "other invalid UTF-8" in message(request([corpus, bad], tmp_path / "a", glob="*.py", invalid_utf8="skip"))
     json_lines(bad, ["good"])
     assert f"other files and datasets ({bad} has changed)" in message(asked)
-    assert set(asked.folder.glob("part-*.json")) == begun
+    assert units_in(asked) == begun
     shutil.rmtree(asked.folder)
     made(asked)
 
@@ -179,7 +177,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     asked = request(json_lines(tmp_path / "a.jsonl", ["a"]), tmp_path / "a")
 
     class Nosy(Recorder):
-        def advance(self, size: int, part: parts.PartSummary) -> None:
+        def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
             with pytest.raises(ConfigError, match="another process prepares"):
                 made(asked)
 
@@ -224,37 +222,32 @@ def test_inputs_without_any_text_make_no_corpus(tmp_path: Path) -> None:
     assert "no document has any text" in message(request(tmp_path / "empty.txt", tmp_path / "a"))
 
 
-def test_a_worker_that_dies_is_told_and_its_part_made_again(corpus: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_told_and_its_unit_read_again(corpus: Path, tmp_path: Path) -> None:
     (corpus / "00.py").unlink()
     os.mkfifo(corpus / "pipe")  # reading it takes until somebody writes
     (corpus / "00.py").symlink_to(corpus / "pipe")
     asked = request([json_lines(tmp_path / "a.jsonl", ["a"]), corpus / "00.py"], tmp_path / "a")
 
     def kill_the_worker() -> None:
-        while not list(asked.folder.glob("part-000000.json")):
+        while not units_in(asked):
             time.sleep(0.01)
         time.sleep(0.3)
-        for process in psutil.process_iter():
-            try:
-                if any(str(asked.folder) in file.path for file in process.open_files()) and process.pid != os.getpid():
-                    process.send_signal(signal.SIGKILL)
-            except psutil.Error:
-                continue
+        for server in psutil.Process().children():
+            for worker in server.children():
+                worker.send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill_the_worker)
     killer.start()
     said = message(asked)
     killer.join()
-    assert f"a worker process was killed by signal 9 while it made {asked.folder}/part-000001 of" in said
-    assert str(corpus / "00.py") in said and "the same command goes on" in said
-    assert len(list(asked.folder.glob("part-*.json"))) == 1
+    assert f"a worker process was killed by signal 9 while it read {corpus / '00.py'}" in said
+    assert "the same command goes on" in said
+    assert units_in(asked) == 1
 
 
 @pytest.mark.parametrize("limit", [100, 12_000])
-def test_a_disk_that_fills_up_is_told_and_does_not_cost_the_finished_parts(
-    corpus: Path, tmp_path: Path, limit: int
-) -> None:
-    """The largest size of a file stands in for the disk's: 100 bytes stop the plan, 12 kB the joined corpus."""
+def test_a_disk_that_fills_up_is_told_and_does_not_cost_what_is_done(corpus: Path, tmp_path: Path, limit: int) -> None:
+    """The largest size of a file stands in for the disk's: 100 bytes stop the plan, 12 kB the tokens."""
     asked = request(corpus, tmp_path / "a", glob="*.py")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -267,45 +260,65 @@ def test_a_disk_that_fills_up_is_told_and_does_not_cost_the_finished_parts(
     assert texts_of(tmp_path / "a") == [text for file in sorted(corpus.iterdir()) if (text := file.read_bytes())]
 
 
-def test_a_worker_that_cannot_write_names_its_part_and_leaves_nothing_of_it(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(parts, "write_whole", full)
-    folder = tmp_path / "a.unfinished"
-    folder.mkdir()
-    writer = parts.PartWriter(folder, build_tokenizer("bytes"), "error")
-    source = open_inputs([str(corpus)], InputOptions(glob="*.py"))[0]
-    with pytest.raises(ConfigError, match=r"cannot write .*/part-000003 \(No space left on device\): once it can"):
-        writer((3, next(source.units(2000))))
-    assert list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("damage", ["empty lengths", "no lengths", "no tokens", "cut summary", "cut plan"])
-def test_a_damaged_part_is_made_again(corpus: Path, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["cut lengths", "no lengths", "no tokens", "a token", "cut journal", "a count", "plan"]
+)
+def test_what_was_damaged_is_made_again(corpus: Path, tmp_path: Path, damage: str) -> None:
     """As after a power failure: what was written last may be missing or empty."""
     made(request(corpus, tmp_path / "whole", glob="*.py"))
     asked = request(corpus, tmp_path / "a", glob="*.py")
     process = start(asked)
-    while not list(asked.folder.glob("part-000001.json")):
+    while units_in(asked) < 3:
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    part = asked.folder / "part-000001"
-    if damage in ("no lengths", "no tokens"):
-        part.with_suffix({"no lengths": ".lengths", "no tokens": ".bin"}[damage]).unlink()
-    if damage == "empty lengths":
-        part.with_suffix(".lengths").write_bytes(b"")
-    if damage == "cut summary":
-        part.with_suffix(".json").write_text('{"docu')
-    if damage == "cut plan":
-        (asked.folder / "plan.json").write_text("{")
+    done = units_in(asked)
+    files = {name: asked.folder / name for name in (TOKENS, LENGTHS, JOURNAL, PLAN)}
+    expected = 0
+    if damage.startswith("no "):
+        files[f"{damage[3:]}.bin"].unlink()
+    if damage == "cut lengths":
+        expected = done - 1
+        files[LENGTHS].write_bytes(files[LENGTHS].read_bytes()[:-1])
+    if damage == "a token":
+        files[TOKENS].write_bytes(b"?" + files[TOKENS].read_bytes()[1:])
+    if damage == "cut journal":
+        expected = done - 1
+        files[JOURNAL].write_bytes(files[JOURNAL].read_bytes()[:-20])
+    if damage == "a count":
+        files[JOURNAL].write_text(files[JOURNAL].read_text().replace('"documents": ', '"documents": 1', 1))
+    if damage == "plan":
+        files[PLAN].write_text("{")
         assert "plan.json is damaged: delete" in message(asked)
         return
-    made(asked)
+    recorder = Recorder()
+    prepare(asked, recorder)
+    assert sum(recorder.reused) == expected
+    assert digests(tmp_path / "a")[".bin"] == digests(tmp_path / "whole")[".bin"]
+    assert digests(tmp_path / "a")[".idx"] == digests(tmp_path / "whole")[".idx"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_kill_between_the_names_of_a_whole_corpus_does_not_cost_it(tmp_path: Path, renames: int) -> None:
+    made(request(json_lines(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "whole"))
+    asked = request(tmp_path / "a.jsonl", tmp_path / "a")
+    rename, left = Path.rename, renames
+
+    def killed(self: Path, target: Path) -> None:
+        nonlocal left
+        if target.parent == tmp_path:
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+        rename(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        made(asked)
+    recorder = Recorder()
+    prepare(asked, recorder)
+    assert recorder.reused == [True]
     assert digests(tmp_path / "a")[".bin"] == digests(tmp_path / "whole")[".bin"]
     assert digests(tmp_path / "a")[".idx"] == digests(tmp_path / "whole")[".idx"]
 

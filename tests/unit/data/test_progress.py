@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.data import progress
-from mtp_dist.data.parts import PartSummary
+from mtp_dist.data.encoding import UnitSummary
 from mtp_dist.data.progress import PreparationProgress, describe
 from tests.unit.data.preparing import made, request
 
@@ -18,11 +18,11 @@ def test_lines_tell_share_rates_and_time_left(monkeypatch: pytest.MonkeyPatch) -
     output = io.StringIO()
     with PreparationProgress(Console(file=output)) as shown:
         shown.start(1000)
-        shown.advance(500, PartSummary(tokens=10**9, bytes=10**9, reused=True))
+        shown.advance(500, UnitSummary(tokens=10**9, bytes=10**9), True)
         now[0] += 20
-        shown.advance(100, PartSummary(tokens=4_000_000, bytes=10_000_000))
+        shown.advance(100, UnitSummary(tokens=4_000_000, bytes=10_000_000), False)
         now[0] += 1
-        shown.advance(100, PartSummary())
+        shown.advance(100, UnitSummary(), False)
     lines = output.getvalue().splitlines()
     assert lines == ["60 % | 4,000,000 tokens | 200,000 tokens/s | 0.5 MB/s | 0:01:20 left"]
 

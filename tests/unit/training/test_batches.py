@@ -133,7 +133,7 @@ def test_middle_stages_read_for_their_attention_only(pipeline_rank: int, data: d
 
 
 def test_tensor_ranks_read_the_same() -> None:
-    config = config_of(4, 2, tensor=2)
+    config = config_of(4, 2, tensor=2, attention_across_documents=False)
     first, second = (batches_of(config, 1, 0, tensor_rank=rank, updates_made=1).training() for rank in (0, 1))
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
 
@@ -162,8 +162,8 @@ def test_nothing_is_read_beyond_the_last_step_and_errors_come_with_their_step() 
 
 @pytest.mark.parametrize("across", [True, False])
 def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
-    batches = batches_of(config_of(4, 2, loss_across_documents=across), 1, 0)
-    micro_batch, *others = batches.training()
+    keys = {"loss_across_documents": across, "attention_across_documents": False}
+    micro_batch, *others = batches_of(config_of(4, 2, **keys), 1, 0).training()
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
     next_tokens, second_next = micro_batch.targets[:, 1]
     if across:
@@ -172,6 +172,10 @@ def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
         assert next_tokens.tolist() == [101, 102, 103, IGNORE_INDEX, 105]
         assert second_next.tolist() == [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]
     assert not any(part.documents.any() or (part.targets == IGNORE_INDEX).any() for part in others)
+
+
+def test_documents_that_nobody_asks_for_are_not_counted() -> None:
+    assert [part.documents for part in batches_of(config_of(4, 2), 1, 0).training()] == [None, None]
 
 
 def test_a_validation_masks_for_both_reasons() -> None:

@@ -1,0 +1,41 @@
+"""Writing so that a kill or a power failure leaves nothing half-done under a final name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.indexed import beside
+
+
+@contextmanager
+def speaking_of(path: Path, doing: str) -> Iterator[None]:
+    """Turn what the operating system says into a sentence about the file, `path` where it names none."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename or path
+        raise ConfigError(
+            f"cannot {doing} {named} ({error.strerror or error}): once it can, the same command goes on from what is "
+            "done"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Have the file, or the folder's list of names, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = beside(file, f".{os.getpid()}")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.rename(file)
