@@ -6,30 +6,22 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_dist.config import Config
-from tests.errors import largest_error, norm_error
-from tests.parity.comparison import Layout, layout_config, name_of
+from tests.parity.comparison import Layout, name_of
+from tests.parity.resuming import (
+    ALL,
+    BOTH,
+    DATA,
+    END,
+    LAYOUTS,
+    MIDDLE,
+    ONE,
+    PIPELINE,
+    at,
+    errors_elsewhere,
+    run,
+    save_in_the_middle,
+)
 from tests.ranks import Ranks
-from tests.unit.checkpoint.on_ranks import Part, train_part
-
-MIDDLE, END = 3, 6
-ONE, TENSOR, PIPELINE = (1, 1, 1, False), (2, 1, 1, True), (1, 2, 1, False)
-BOTH, DATA, ALL = (2, 2, 1, False), (1, 1, 2, False), (2, 1, 2, False)
-LAYOUTS: list[Layout] = [ONE, TENSOR, PIPELINE, BOTH, DATA, ALL]
-
-
-def run(ranks: Ranks, config: Config, layout: Layout, *arguments: Any) -> Part:
-    """What all stages have together."""
-    tensor, pipeline, data, _ = layout
-    parts = ranks.run(tensor * pipeline * data, train_part, config, *arguments)
-    weights = {name: weight for part in parts for name, weight in part.weights.items()}
-    return Part(parts[0].losses, weights, {name: moment for part in parts for name, moment in part.moments.items()})
-
-
-def at(layout: Layout, directory: Path, **sections: Any) -> Config:
-    zero_stage = sections.pop("zero_stage", 0)
-    return layout_config(layout, 2, zero_stage, checkpoint={"directory": str(directory)}, **sections)
-
 
 SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "one process": (ONE, {}),
@@ -55,19 +47,14 @@ def test_same_layout_is_the_same_to_the_last_bit(ranks: Ranks, tmp_path: Path, n
         assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
 @pytest.mark.parametrize(
     ("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=lambda layout: name_of(layout)
 )
-def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout, zero_stage: int) -> None:
-    whole = run(ranks, at(before, tmp_path, zero_stage=zero_stage), before, 0, END, None, False)
-    run(ranks, at(before, tmp_path, zero_stage=zero_stage), before, 0, MIDDLE)
-    config = at(after, tmp_path, zero_stage=1 - zero_stage)
-    rest = run(ranks, config, after, MIDDLE, END, tmp_path / f"step_{MIDDLE:08d}")
-    # Without the last row, which these heads do not have.
-    losses, expected = (torch.stack(part.losses[-END + MIDDLE :])[:, 0] for part in (rest, whole))
-    assert largest_error(losses, expected) <= 1e-5
-    assert max(norm_error(weight, whole.weights[name]) for name, weight in rest.weights.items()) <= 1e-4
+def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout) -> None:
+    zero_stage = LAYOUTS.index(before) % 2
+    whole = save_in_the_middle(ranks, before, tmp_path, zero_stage)
+    errors = errors_elsewhere(ranks, after, tmp_path, 1 - zero_stage, whole)
+    assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 
 def test_heads_are_added_to_a_trained_trunk(ranks: Ranks, tmp_path: Path) -> None:
