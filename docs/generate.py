@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from mtp_dist.config import Config, Section, SourceConfig
+from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
 
 DOCS = Path(__file__).parent
 HEAD_LOSS_IMAGES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
@@ -37,6 +37,8 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         )
     if "SourceConfig" in text:
         return "list of sources"
+    if "RopeScalingConfig" in text:
+        return "keys below"
     if text.count("tuple[") > 1:
         return "number >= 0 / list of [step, number]"
     if "tuple" in text:
@@ -76,6 +78,8 @@ def configuration_page() -> str:
             parts += [f"## {name}\n", table(header, field_rows(field.annotation))]
         else:
             parts += [f"## {name}\n", f"{field.description}\n"]
+        if name == "model":
+            parts += ["`rope_scaling`, by the names of Hugging Face:\n", table(header, field_rows(RopeScalingConfig))]
         if name == "data":
             parts += ["A source:\n", table(header, field_rows(SourceConfig))]
     return "\n".join(parts)

@@ -7,6 +7,7 @@ rank does work.
 from mtp_dist.config.base import ConfigError, Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.reading import build_config, load_config, override_values, read_values
+from mtp_dist.config.rotary import RopeScalingConfig
 from mtp_dist.config.sections import Config, ModelConfig, SourceConfig
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "ConfigError",
     "HeadsConfig",
     "ModelConfig",
+    "RopeScalingConfig",
     "Section",
     "SourceConfig",
     "build_config",

@@ -10,6 +10,7 @@ import pydantic
 import yaml
 
 from mtp_dist.config.base import ConfigError
+from mtp_dist.config.rotary import RopeScalingConfig
 from mtp_dist.config.sections import Config, SourceConfig, contradictions
 
 
@@ -47,8 +48,9 @@ def _all_keys() -> list[str]:
 def _nearest_key(parts: Sequence[str]) -> str | None:
     """The known key most like a wrong one: of the same section, else of any."""
     *section, name = parts
-    if len(section) > 1:  # an item of a list of sources
-        known = [".".join([*section, key]) for key in SourceConfig.model_fields]
+    if len(section) > 1:  # a section in a section, or an item of a list of sources
+        nested = RopeScalingConfig if section[-1] == "rope_scaling" else SourceConfig
+        known = [".".join([*section, key]) for key in nested.model_fields]
     else:
         known = _all_keys() if section else list(Config.model_fields)
     by_name = {key.rsplit(".", 1)[-1]: key for key in known}

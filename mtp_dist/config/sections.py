@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from mtp_dist.config.base import ConfigError, Section
 from mtp_dist.config.heads import HeadsConfig, contradictions_of_heads
+from mtp_dist.config.rotary import RopeScalingConfig, contradictions_of_rope_scaling
 
 
 class RunConfig(Section):
@@ -39,6 +40,8 @@ class ModelConfig(Section):
     """Tokens of the vocabulary before padding; the tokenizer's when absent."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding's wavelengths."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Longer wavelengths, for texts longer than those of an earlier training; none when absent."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = False
@@ -246,11 +249,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from indivisible(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
     )
-    if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
-        yield (
-            f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
-            "even number of channels in an attention head"
-        )
+    yield from _contradictions_of_rotary_embeddings(model)
     for key, value in (
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.query_groups),
@@ -290,6 +289,16 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
+    if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
+            "even number of channels in an attention head"
+        )
+    if model.rope_scaling:
+        yield from contradictions_of_rope_scaling(model.rope_scaling)
 
 
 def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Writing a folder of weights: whole or not at all, one file's weights in memory at a time."""
+"""Writing a folder of weights: whole or not at all, one tensor in memory at a time."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, sync, tensor_file
@@ -16,9 +16,11 @@ from mtp_dist.config import ConfigError
 
 FILE_BYTES = 2 * 2**30
 """Largest file of weights, if no single weight is larger."""
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""In safetensors."""
 
 Watch = Callable[[int, int], None]
-"""Called with the number of weights written and of all."""
+"""Called before each tensor with its number, from 1, and that of all."""
 
 
 @contextmanager
@@ -38,42 +40,64 @@ def new_folder(target: Path) -> Iterator[Path]:
             sync(path)
         unfinished.rename(target)
         sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot write --to = '{target}': {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot write --to = '{target}': {error.strerror or error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_weights(
-    folder: Path,
-    shapes: Mapping[str, Sequence[int]],
-    bytes_each: int,
-    tensors_of: Callable[[str], Mapping[str, Tensor]],
-    watch: Watch,
-) -> None:
-    """Write what `tensors_of` makes of each weight into model-00001-of-00003.safetensors and so on, and their index.
+def watched(tensors: Iterator[Tensor], total: int, watch: Watch) -> Iterator[Tensor]:
+    for number in range(1, total + 1):
+        watch(number, total)
+        yield next(tensors)
 
-    shapes: those of all weights by name; bytes_each: of one of their numbers.
+
+def write_weights(
+    folder: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterator[Tensor]
+) -> None:
+    """Write the next tensors into model-00001-of-00003.safetensors and so on, and their index.
+
+    shapes: by name, in the order of the tensors.
     """
-    sizes = {name: bytes_each * math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     files = _files(sizes)
-    written = 0
     homes: dict[str, str] = {}
     for number, names in enumerate(files):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors |= {key: tensor.contiguous() for key, tensor in tensors_of(name).items()}
-            written += 1
-            watch(written, len(sizes))
         file = tensor_file(MODEL, number, len(files))
-        save_file(tensors, folder / file, {"format": "pt"})
-        homes |= dict.fromkeys(tensors, file)
+        write_tensors(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
+        homes |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes}
     (folder / f"{MODEL}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def write_tensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterator[Tensor]
+) -> None:
+    """Write a safetensors file of the next tensors, each as soon as it is there.
+
+    The library's own writer takes all of a file's tensors at once. The format is that of
+    https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            _append(file, next(tensors), name, shape, dtype)
+
+
+def _append(file: BinaryIO, tensor: Tensor, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    assert tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype, f"{name} is what the header says"
+    file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
 def _files(sizes: Mapping[str, int]) -> list[list[str]]:
-    """The names of the weights of each file."""
+    """The names of each file, in their order; huggingface_hub's split takes those larger than a file out of it."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -1,6 +1,5 @@
 """Import: a Llama becomes a checkpoint without a step, whose head 1 computes what the Llama computes."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,9 +8,9 @@ from torch import Tensor
 
 from mtp_dist.checkpoint.files import Description
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.convert.files import Watch, new_folder, write_weights
+from mtp_dist.convert.files import Watch, new_folder, watched, write_weights
 from mtp_dist.convert.import_config import ImportRequest, import_config
-from mtp_dist.convert.llama import fuse, llama_weights, part_shapes
+from mtp_dist.convert.llama import fuse, llama_shapes, llama_weights
 from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.new_heads import NewHeads
 from mtp_dist.convert.saved_heads import SavedHeads
@@ -32,7 +31,8 @@ def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None
     config = import_config(request, llama, saved)
     saved.check_fits(config.heads)
     in_llama = llama_weights(config)
-    llama.check_names([name for parts in in_llama.values() for name in parts])
+    of_llama = llama_shapes(config, llama.vocab_size)
+    llama.check_names(list(of_llama))
     shapes = parameter_shapes(config, llama.vocab_size)
 
     def checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -43,26 +43,23 @@ def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None
         return tensor
 
     def from_llama(name: str) -> Tensor:
-        theirs = [
-            checked(part, llama.read(part), shape)
-            for part, shape in zip(in_llama[name], part_shapes(name, shapes[name], config.model), strict=True)
-        ]
+        theirs = [checked(part, llama.read(part), of_llama[part]) for part in in_llama[name]]
         return fuse(name, theirs, config.model)
 
     new = NewHeads(config, llama.vocab_size, request.copy_heads, from_llama)
 
-    def tensors_of(name: str) -> Mapping[str, Tensor]:
+    def tensor_of(name: str) -> Tensor:
         if name in in_llama:
-            return {name: from_llama(name)}
+            return from_llama(name)
         if name in saved.names:
-            return {name: checked(name, saved.read(name), shapes[name])}
-        return {name: new.weight(name)}
+            return checked(name, saved.read(name), shapes[name])
+        return new.weight(name)
 
     with new_folder(request.target) as folder:
         tokenizer = find_tokenizer(request.source)
         if tokenizer and config.data.tokenizer == str(request.target):
             copy_tokenizer(tokenizer, folder)
-        write_weights(folder, shapes, torch.float32.itemsize, tensors_of, watch)
+        write_weights(folder, shapes, torch.float32, watched(map(tensor_of, shapes), len(shapes), watch))
         Description(0, llama.vocab_size, 0, config).write(folder)
         values = config.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
+from mtp_dist.model.weights import parameter_shapes
 
 QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 LAYER: dict[str, tuple[str, ...]] = {
@@ -71,6 +72,11 @@ def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-def part_shapes(name: str, shape: tuple[int, ...], model: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of the Llama's weights that our weight of that global name and shape consists of."""
-    return [tuple(part.shape) for part in split(name, torch.empty(shape, device="meta"), model)]
+def llama_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the Llama's weights by name, in forward order."""
+    shapes = parameter_shapes(config, vocab_size)
+    return {
+        part: tuple(tensor.shape)
+        for name, parts in llama_weights(config).items()
+        for part, tensor in zip(parts, split(name, torch.empty(shapes[name], device="meta"), config.model), strict=True)
+    }

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.config import ConfigError
+from mtp_dist.convert.rope import rope_from_llama
 
 REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,7 @@ class LlamaFolder:
             raise ConfigError(f"--from = '{path}' is not a folder: give one with config.json and model.safetensors")
         self.values = self._read_values()
         self._check_parts()
+        self.rope = rope_from_llama(self.values, path)
         self.homes = self._find_weights()
 
     def _read_json(self, name: str) -> dict[str, Any]:
@@ -76,18 +78,12 @@ class LlamaFolder:
             "head_dim": values.get("head_dim", head_dim) != head_dim
             and f"ours is hidden_size / num_attention_heads = {head_dim:g}",
             "quantization_config": "quantization_config" in values and "only weights in floating point can be imported",
-            "rope_scaling": self._rope.get("rope_type", self._rope.get("type", "default")) != "default"
-            and "our rotary embeddings are not scaled",
+            "partial_rotary_factor": values.get("partial_rotary_factor", 1) != 1
+            and "our rotary embeddings turn all channels",
         }
         for key, why in faults.items():
             if why:
-                value = self._rope if key == "rope_scaling" else values[key]
-                raise ConfigError(f"--from = '{self.path}' has {key} = {value!r} in config.json: {why}")
-
-    @property
-    def _rope(self) -> dict[str, Any]:
-        """Of the rotary embeddings, as transformers 5 or earlier versions write it."""
-        return self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+                raise ConfigError(f"--from = '{self.path}' has {key} = {values[key]!r} in config.json: {why}")
 
     @property
     def layers(self) -> int:
@@ -112,7 +108,7 @@ class LlamaFolder:
             "num_query_groups": values.get("num_key_value_heads", values["num_attention_heads"]),
             "ffn_hidden_size": values["intermediate_size"],
             "vocab_size": values["vocab_size"],
-            "rope_theta": float(self._rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+            **self.rope,
             "norm_eps": float(values["rms_norm_eps"]),
             "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
         }

@@ -1,21 +1,22 @@
 """Export: trunk and head 1 as a Llama that any program opens, the other heads in a file beside it."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, TensorReader, read_description
 from mtp_dist.checkpoint.resume import checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.card import model_card
-from mtp_dist.convert.files import Watch, new_folder, write_weights
-from mtp_dist.convert.llama import llama_layers, llama_weights, split
+from mtp_dist.convert.files import Watch, new_folder, watched, write_tensors, write_weights
+from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
+from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.model.weights import parameter_shapes
@@ -66,38 +67,42 @@ def export_checkpoint(
     dtype = dtype or config.train.precision
     shapes = parameter_shapes(config, description.vocab_size)
     in_llama = llama_weights(config)
-    others = [name for name in shapes if name not in in_llama]
+    of_llama = llama_shapes(config, description.vocab_size)
+    others = {name: shape for name, shape in shapes.items() if name not in in_llama}
 
     def converted(name: str) -> Tensor:
         return reader.read(name).to(DTYPES[dtype])
 
-    def tensors_of(name: str) -> Mapping[str, Tensor]:
-        return dict(zip(in_llama[name], split(name, converted(name), config.model), strict=True))
+    def all_tensors() -> Iterator[Tensor]:
+        for name in in_llama:
+            yield from split(name, converted(name), config.model)
+        yield from map(converted, others)
 
     with new_folder(target) as folder:
         end_token, end = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "config.json", llama_config(config, description.vocab_size, end, dtype))
         _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
-        write_weights(folder, {name: shapes[name] for name in in_llama}, DTYPES[dtype].itemsize, tensors_of, watch)
+        tensors = watched(all_tensors(), len(of_llama) + len(others), watch)
+        write_weights(folder, of_llama, DTYPES[dtype], tensors)
         if others:
-            save_file({name: converted(name) for name in others}, folder / HEADS)
+            write_tensors(folder / HEADS, others, DTYPES[dtype], tensors)
         ours = {
             "step": description.step,
             "vocab_size": description.vocab_size,
             "config": config.model_dump(mode="json"),
         }
         _write_json(folder / HEADS_CONFIG, ours)
-        card = model_card(target.name, source, description, dtype, end_token, others)
+        card = model_card(target.name, source, description, dtype, end_token, list(others))
         (folder / "README.md").write_text(card, encoding="utf-8")
-    parameters = sum(torch.Size(shapes[name]).numel() for name in in_llama)
-    return Exported(str(target), description.step, dtype, len(llama_layers(config)), parameters, others)
+    parameters = sum(map(math.prod, of_llama.values()))
+    return Exported(str(target), description.step, dtype, len(llama_layers(config)), parameters, list(others))
 
 
 _TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def llama_config(config: Config, vocab_size: int, end_of_document: int, dtype: str) -> dict[str, Any]:
-    """What `config.json` says, to transformers of any version: those before 5 read rope_theta, later ones the other."""
+    """What `config.json` says, to transformers of any version."""
     model = config.model
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -112,8 +117,7 @@ def llama_config(config: Config, vocab_size: int, end_of_document: int, dtype: s
         "hidden_act": "silu",
         "max_position_embeddings": config.train.sequence_length,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        **rope_to_llama(model),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
+from mtp_dist.model.rotary import rotary_frequencies
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.model.weights import initial_weight, parameter_shapes
 
@@ -20,11 +21,10 @@ def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def _rotate(x: Tensor, theta: float) -> Tensor:
+def _rotate(x: Tensor, frequencies: Tensor) -> Tensor:
     """Rotary position embedding of `[B, heads, S, head_dim]`: channel i turns with channel i + head_dim/2."""
-    length, dim = x.shape[-2:]
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim)
-    angles = torch.outer(torch.arange(length, device=x.device, dtype=torch.float32), frequencies)
+    positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies.to(x.device))
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -41,6 +41,7 @@ class ReferenceModel(nn.Module):
         """With the initial weights of `config.run.seed`, or with the given ones by global name."""
         super().__init__()
         self.config = config
+        self.rotary_frequencies = rotary_frequencies(config.model)  # no buffer: fp32 whatever the weights become
         shapes = parameter_shapes(config, vocab_size)
         given = weights or {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
         self.weights = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(given[name]) for name in shapes})
@@ -141,8 +142,8 @@ class ReferenceModel(nn.Module):
         fused = hidden @ self.weight(f"{name}.self_attention.linear_qkv.weight").T
         fused = fused.view(batch, length, model.query_groups, queries + 2, model.head_dim)
         query, key, value = fused.split([queries, 1, 1], 3)
-        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), model.rope_theta)
-        key = _rotate(key.squeeze(3).transpose(1, 2), model.rope_theta).repeat_interleave(queries, 1)
+        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), self.rotary_frequencies)
+        key = _rotate(key.squeeze(3).transpose(1, 2), self.rotary_frequencies).repeat_interleave(queries, 1)
         value = value.squeeze(3).transpose(1, 2).repeat_interleave(queries, 1)
         scores = query @ key.transpose(-1, -2) * model.head_dim**-0.5
         context = scores.masked_fill(unseen, float("-inf")).softmax(-1) @ value

@@ -14,6 +14,7 @@ from mtp_dist.config import load_config
 from mtp_dist.data.loading import load_datasets
 from mtp_dist.model.reference import ReferenceModel
 from tests.integration import jobs
+from tests.parity.runs import LLAMA3_ROPE
 from tests.unit.convert.folders import write_llama
 
 COMMAND = [sys.executable, "-m", "mtp_dist.cli"]
@@ -44,7 +45,7 @@ def first_losses(folder: Path, name: str, *overrides: str, processes: int) -> di
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_a_training_starts_where_the_imported_model_is(tmp_path: Path, axis: str) -> None:
     jobs.write_corpus(tmp_path / "corpus")
-    llama = write_llama(tmp_path / "hf").eval()
+    llama = write_llama(tmp_path / "hf", rope_parameters=LLAMA3_ROPE | {"rope_theta": 500.0}).eval()
     said = mtp_dist("import", "--from", tmp_path / "hf", "--to", tmp_path / "c", "--heads", "2")
     assert said.stdout.startswith(f"{tmp_path / 'c'}: 2 trunk layers, 2 parallel heads, at step 0\n")
     first = first_losses(tmp_path, axis, f"parallel.{axis}=2", "parallel.zero_stage=1", processes=2)

@@ -11,6 +11,16 @@ from mtp_dist.config import Config, build_config
 VOCAB_SIZE = 131
 """Odd on purpose: every tensor-parallel degree needs padding."""
 
+LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 0.125,
+    "high_freq_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+"""With the tiny model's wavelengths, 6, 63, 628 and 6283 positions, the first stays and the second is between."""
+
 
 def tiny_config(**sections: dict[str, Any]) -> Config:
     """A model with everything that can go wrong in it, small enough for dozens of runs."""

@@ -17,7 +17,7 @@ from tests.parity.comparison import (
     reference_of,
     run_sharded,
 )
-from tests.parity.runs import VOCAB_SIZE, losses_of_evaluations, run_with_broken_gradient
+from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, losses_of_evaluations, run_with_broken_gradient
 from tests.ranks import Ranks
 
 STEPS = 20
@@ -137,6 +137,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "two layers a head": {"heads": {"count": 2, "layers_per_head": 2}},
     "unequal loss weights": {"heads": {"count": 3, "loss_weights": [1.0, 0.3, 0.0]}},
     "no grouped queries": {"model": {"num_query_groups": 4}},
+    "linear rope scaling": {"model": {"rope_scaling": LINEAR_ROPE, "init_std": 0.2}},
+    "llama3 rope scaling": {"model": {"rope_scaling": LLAMA3_ROPE, "init_std": 0.2}},
     "explicit partition": {"parallel": {"partition": [3, 1]}},
     "uniform partition": {"parallel": {"partition": "uniform"}},
     "heads alone on the last stage": {"parallel": {"partition": [4, 0]}},

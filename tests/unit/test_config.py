@@ -71,6 +71,9 @@ WRONG_KEYS = {
     "train.stps=3": "train.stps is not a known key: did you mean train.steps?",
     "train.seed=3": "train.seed is not a known key: did you mean run.seed?",
     "chekpoint.every=3": "chekpoint is not a known key: did you mean checkpoint?",
+    "model.rope_scaling={rope_type: linear, factr: 2, factor: 2}": (
+        "model.rope_scaling.factr is not a known key: did you mean model.rope_scaling.factor?"
+    ),
     "qqqq.every=3": "qqqq is not a known key",
 }
 WRONG_VALUES = {
@@ -88,6 +91,13 @@ WRONG_VALUES = {
     "train.activation_checkpointing=some": (
         "train.activation_checkpointing = 'some' is wrong: it should be 'none', 'selective' or 'full'"
     ),
+    "model.rope_scaling=llama3": "model.rope_scaling = 'llama3' is wrong: it should have keys of its own",
+    "model.rope_scaling={rope_type: yarn, factor: 2}": (
+        "model.rope_scaling.rope_type = 'yarn' is wrong: it should be 'linear' or 'llama3'"
+    ),
+    "model.rope_scaling={rope_type: linear, factor: 0.5}": (
+        "model.rope_scaling.factor = 0.5 is wrong: it should be greater than or equal to 1"
+    ),
     "heads.loss_weights=[1, x, 1, 1]": "heads.loss_weights.1 = 'x' is wrong: it should be a valid number",
     "heads.z_loss=-1e-4": "heads.z_loss = -0.0001 is wrong: it should be greater than or equal to 0",
     "heads.chunk_tokens=0": "heads.chunk_tokens = 0 is wrong: it should be greater than 0",
@@ -102,6 +112,10 @@ def test_one_sentence_for_one_mistake(base: Path, override: str) -> None:
 
 
 # The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 2 stages, sequences of 256.
+LLAMA3_SCALING = (
+    "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
+    "original_max_position_embeddings: 8192}"
+)
 CONTRADICTIONS = {
     ("model.hidden_size=130",): (
         "model.hidden_size = 130 is not divisible by model.num_attention_heads = 4: change one of the two"
@@ -109,6 +123,19 @@ CONTRADICTIONS = {
     ("model.hidden_size=132",): (
         "model.hidden_size / model.num_attention_heads = 33 is odd: rotary embeddings need an even number of channels "
         "in an attention head"
+    ),
+    ("model.rope_scaling={rope_type: linear, factor: 2}",): None,
+    ("model.rope_scaling={rope_type: linear, factor: 2, high_freq_factor: 4.0}",): (
+        "model.rope_scaling.high_freq_factor = 4.0 has no effect with model.rope_scaling.rope_type = 'linear': remove "
+        "it or use 'llama3'"
+    ),
+    (LLAMA3_SCALING,): None,
+    (LLAMA3_SCALING, "model.rope_scaling.original_max_position_embeddings=null"): (
+        "model.rope_scaling.original_max_position_embeddings is missing: model.rope_scaling.rope_type = 'llama3' needs "
+        "it"
+    ),
+    (LLAMA3_SCALING, "model.rope_scaling.low_freq_factor=4"): (
+        "model.rope_scaling.low_freq_factor = 4.0 must lie below model.rope_scaling.high_freq_factor = 4.0"
     ),
     ("model.num_query_groups=3",): (
         "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3: change one of the two"

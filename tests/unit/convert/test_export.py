@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mtp_dist.config import ConfigError
 from mtp_dist.convert import files
+from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.model.reference import ReferenceModel
+from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.training.reference import mean_losses
+from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, global_batches, tiny_config
 from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.checkpoint.on_ranks import train_part
 from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_same_logits, open_checkpoint, write_checkpoint
@@ -27,6 +30,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "no grouped queries": {"model": {"num_query_groups": 4}},
     "one key for all": {"model": {"num_query_groups": 1}},
     "theta and epsilon": {"model": {"rope_theta": 500.0, "norm_eps": 1e-2}},
+    "linear rope scaling": {"model": {"rope_scaling": LINEAR_ROPE, "rope_theta": 500.0}},
+    "llama3 rope scaling": {"model": {"rope_scaling": LLAMA3_ROPE}},
     "causal, two layers": {"heads": {"kind": "causal", "layers_per_head": 2}},
     "anticausal, two layers": {"heads": {"kind": "anticausal", "layers_per_head": 2, "count": 3}},
     "sequential": {"heads": {"kind": "sequential"}},
@@ -66,19 +71,43 @@ def check_the_rest_is_beside(folder: Path, model: ReferenceModel) -> None:
     assert in_llama + sum(w.numel() for w in beside.values()) == sum(w.numel() for w in ours.values())
 
 
-def test_what_ranks_saved_is_exported(ranks: Ranks, tmp_path: Path) -> None:
-    for count, tied in ((1, False), (4, False), (4, True)):
-        runs = tmp_path / f"{count} {tied}"
-        config = tiny_config(
-            model={"tie_embeddings": tied, "vocab_size": PARITY_VOCAB_SIZE, "init_std": 0.2},
-            heads={"count": count},
-            parallel={"tensor": 2, "pipeline": 2},
-            checkpoint={"directory": str(runs)},
-            data={"tokenizer": str(small_tokenizer(tmp_path))},
-        )
-        ranks.run(4, train_part, config, 0, 1)
-        export_checkpoint(runs, runs / "out", None)
-        check_same_logits(open_checkpoint(runs / "step_00000001"), opened(runs / "out"))
+RANKS_CASES: list[tuple[int, bool, dict[str, Any] | None]] = [
+    (1, False, None),
+    (1, True, LLAMA3_ROPE),
+    (4, False, LINEAR_ROPE),
+    (4, True, None),
+]
+"""Heads, whether embeddings are tied, and the scaling of the rotary ones."""
+
+
+@pytest.mark.parametrize(("count", "tied", "scaling"), RANKS_CASES)
+def test_what_ranks_saved_goes_to_a_llama_and_back(
+    ranks: Ranks, tmp_path: Path, count: int, tied: bool, scaling: dict[str, Any] | None
+) -> None:
+    config = tiny_config(
+        model={"tie_embeddings": tied, "vocab_size": PARITY_VOCAB_SIZE, "init_std": 0.2, "rope_scaling": scaling},
+        heads={"count": count},
+        parallel={"tensor": 2, "pipeline": 2},
+        checkpoint={"directory": str(tmp_path / "runs")},
+        data={"tokenizer": str(small_tokenizer(tmp_path))},
+    )
+    ranks.run(4, train_part, config, 0, 1)
+    model = open_checkpoint(tmp_path / "runs" / "step_00000001")
+    export_checkpoint(tmp_path / "runs", tmp_path / "hf", None)
+    check_same_logits(model, opened(tmp_path / "hf"))
+
+    imported = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "back"))
+    before, after = model.named_weights(), open_checkpoint(tmp_path / "back").named_weights()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert imported.model.rope_scaling == config.model.rope_scaling
+
+    other_layout = tiny_config(
+        **imported.model_dump(include={"model", "heads", "data", "optimizer"}), parallel={"pipeline": 2}
+    )
+    samples, targets = global_batches(other_layout, 1)[0]
+    expected = reference_losses(model, samples, targets).losses
+    for part in ranks.run(2, train_part, other_layout, 0, 1, tmp_path / "back", False):
+        torch.testing.assert_close(mean_losses(part.losses[0])[0].float(), expected, rtol=1e-5, atol=1e-6)
 
 
 def small_tokenizer(folder: Path) -> Path:
@@ -104,13 +133,14 @@ def test_greedy_continuation_is_the_same(tmp_path: Path) -> None:
 
 
 def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FILE_BYTES", 40_000)
+    monkeypatch.setattr(files, "FILE_BYTES", 20_000)
     model = write_checkpoint(tmp_path / "c")
     seen: list[tuple[int, int]] = []
     export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda done, total: seen.append((done, total)))
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert all(path.stat().st_size < 42_000 for path in shards)
+    sizes = [path.stat().st_size for path in shards]
+    assert [size > 22_000 for size in sizes] == [True, *[False] * (len(sizes) - 2), True], "embedding and unembedding"
     check_same_logits(model, opened(tmp_path / "out"))
     assert seen[-1] == (len(seen), len(seen)), "who watches hears of every weight"
 
@@ -126,11 +156,18 @@ def test_bf16_rounds_once(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == 2 * sum(weight.numel() for weight in llama.parameters())
 
 
-def test_older_programs_read_the_same_configuration(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "c", model={"rope_theta": 500.0})
+@pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE])
+def test_older_programs_read_the_same_configuration(tmp_path: Path, scaling: dict[str, Any] | None) -> None:
+    model = write_checkpoint(tmp_path / "c", model={"rope_theta": 500.0, "rope_scaling": scaling})
     export_checkpoint(tmp_path / "c", tmp_path / "out", None)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500.0
+    assert values["rope_scaling"] == scaling, "the keys before transformers 5"
+    for theirs in ({"rope_theta", "rope_scaling"}, {"rope_parameters"}):
+        others = {"rope_theta", "rope_scaling", "rope_parameters"} - theirs
+        alone = {key: value for key, value in values.items() if key not in others}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(alone))
+        check_same_logits(model, opened(tmp_path / "out"))
     assert (values["vocab_size"], values["max_position_embeddings"]) == (VOCAB_SIZE, 16)
     assert values["eos_token_id"] == values["bos_token_id"] == 256
 

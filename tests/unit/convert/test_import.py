@@ -20,6 +20,7 @@ from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.model.weights import initial_weight
+from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
     VOCAB_SIZE,
     check_same_logits,
@@ -36,6 +37,8 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "one key for all": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "theta and epsilon": {"rope_parameters": ROPE_500, "rms_norm_eps": 1e-2},
+    "linear rope scaling": {"rope_parameters": ROPE_500 | LINEAR_ROPE},
+    "llama3 rope scaling": {"rope_parameters": ROPE_500 | LLAMA3_ROPE},
 }
 KINDS: dict[str, tuple[list[str], int]] = {
     "parallel": ([], 2),
@@ -64,6 +67,14 @@ def test_head_1_computes_what_the_llama_computes(tmp_path: Path, case: str) -> N
     check_same_logits(model, llama)
     assert (model.config.heads.count, model.config.model.trunk_layers) == (3, 2)
     assert model.config.model.tie_embeddings == (case == "tied")
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_rope_scaling_as_before_transformers_5(tmp_path: Path, key: str) -> None:
+    llama = write_llama(tmp_path / "hf", rope_parameters=ROPE_500 | LINEAR_ROPE)
+    scaling = {key: "linear", "factor": 4}
+    change_config(rope_parameters=None, rope_theta=500, rope_scaling=scaling)(tmp_path / "hf")
+    check_same_logits(open_checkpoint(import_from(tmp_path)), llama)
 
 
 def test_bf16_and_several_files(tmp_path: Path) -> None:
@@ -107,12 +118,13 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "anticausal": {"heads": {"kind": "anticausal"}},
     "repeated": {"heads": {"kind": "sequential", "repeated": True}},
     "separate": {"heads": {"kind": "mlp", "unembedding": "separate", "token_order": 0.1}},
+    "rope scaling": {"model": {"rope_scaling": LLAMA3_ROPE}},
 }
 
 
 @pytest.mark.parametrize("case", EXPORTS)
 def test_our_export_comes_back_bit_for_bit(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FILE_BYTES", 40_000)
+    monkeypatch.setattr(files, "FILE_BYTES", 20_000)
     model = write_checkpoint(tmp_path / "before", **{name: dict(section) for name, section in EXPORTS[case].items()})
     export_checkpoint(tmp_path / "before", tmp_path / "hf", "fp32")
     config, vocab_size, weights = load_weights(import_from(tmp_path))
@@ -120,6 +132,7 @@ def test_our_export_comes_back_bit_for_bit(tmp_path: Path, case: str, monkeypatc
     assert weights.keys() == before.keys() and vocab_size == VOCAB_SIZE
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
     assert config.heads == model.config.heads and config.data == model.config.data
+    assert config.model.rope_scaling == model.config.model.rope_scaling
     description = read_description(tmp_path / "c")
     assert (description.step, description.optimizer_updates, description.samples) == (0, 0, None)
 
@@ -136,6 +149,9 @@ def test_more_heads_than_were_exported(tmp_path: Path) -> None:
         import_llama(ImportRequest(tmp_path / "hf", tmp_path / "d", overrides=["heads.kind=causal"]))
 
 
+SCALED = "model.rope_scaling={rope_type: linear, factor: 2}"
+
+
 def test_the_folder_trains_as_it_is(tmp_path: Path) -> None:
     """With the tokenizer in it, by its own configuration, whatever that training is."""
     write_llama(tmp_path / "hf")
@@ -144,7 +160,7 @@ def test_the_folder_trains_as_it_is(tmp_path: Path) -> None:
     assert config.data.tokenizer == str(folder) and config.train.sequence_length == 64
     found = find_resume_point(config, VOCAB_SIZE)
     assert found is not None and (found.folder, found.step) == (folder, 0)
-    for override in ("heads.kind=causal", "data.tokenizer=bytes", "model.rope_theta=7.0"):
+    for override in ("heads.kind=causal", "data.tokenizer=bytes", "model.rope_theta=7.0", SCALED):
         changed = load_config(folder / "run.yaml", [f"checkpoint.resume={folder}", override])
         with pytest.raises(ConfigError, match=f"^{override.split('=')[0]} is "):
             find_resume_point(changed, VOCAB_SIZE)
@@ -199,7 +215,6 @@ def without_tokenizer(folder: Path) -> None:
 
 
 BIAS = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}
-LLAMA_3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
 MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read: No such file"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
@@ -221,7 +236,24 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
         "has head_dim = 16 in config.json: ours is hidden_size / num_attention_h",
     ),
     "quantized": (change_config(quantization_config={"bits": 4}), "has quantization_config = "),
-    "rope scaling": (change_config(rope_parameters=LLAMA_3), "has rope_scaling = {'rope_type': 'llama3'"),
+    "yarn": (
+        change_config(rope_parameters={"rope_type": "yarn", "factor": 8.0}),
+        "has rope_scaling = {'rope_type': 'yarn', .*: only the types default, linear, llama3 map to ours",
+    ),
+    "dynamic": (change_config(rope_scaling={"type": "dynamic", "factor": 8.0}), "only the types default, linear, lla"),
+    "half of a scaling": (
+        change_config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        "has rope_scaling = .*: it lacks high_freq_factor$",
+    ),
+    "rotary embedding by layer": (
+        change_config(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0}}),
+        "has rope_scaling = .*: ours have no full_attention$",
+    ),
+    "no scaling at all": (
+        change_config(rope_scaling="linear"),
+        "has rope_scaling = 'linear' .*it is not a JSON object",
+    ),
+    "partly rotary": (change_config(partial_rotary_factor=0.5), "has partial_rotary_factor = 0.5 in config.json: our"),
     "missing weight": (
         change_weights(lambda tensors: tensors.pop("model.norm.weight")),
         "lacks 1 weights, the first is model.norm.weight",

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtp_dist.config import Config
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
+from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 
 VOCAB_SIZE = 37
 
@@ -35,6 +35,7 @@ def llama_of(model: ReferenceModel, distance: int) -> LlamaForCausalLM:
     """Hugging Face's Llama with trunk and that head's layers as one stack."""
     config = model.config
     depth, shape = config.heads.layers_per_head, config.model
+    scaling = shape.rope_scaling.model_dump(exclude_none=True) if shape.rope_scaling else {}
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB_SIZE,
@@ -44,7 +45,7 @@ def llama_of(model: ReferenceModel, distance: int) -> LlamaForCausalLM:
             num_attention_heads=shape.num_attention_heads,
             num_key_value_heads=shape.query_groups,
             rms_norm_eps=shape.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta} | scaling,
             tie_word_embeddings=shape.tie_embeddings,
             attn_implementation="eager",
         )
@@ -95,13 +96,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tied": {"model": {"tie_embeddings": True}},
     "two layers a head": {"heads": {"layers_per_head": 2}},
     "other theta and epsilon": {"model": {"rope_theta": 500.0, "norm_eps": 1e-2}},
+    "linear rope scaling": {"model": {"rope_scaling": LINEAR_ROPE}},
+    "llama3 rope scaling": {"model": {"rope_scaling": LLAMA3_ROPE}},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_llama_of_hugging_face(variant: str) -> None:
     config = tiny_config(**{name: dict(section) for name, section in VARIANTS[variant].items()})
-    model, tokens = lively_model(config), tokens_of(2, 16)
+    model, tokens = lively_model(config), tokens_of(2, 40)
     for distance, logits in model(tokens).items():
         expected = llama_of(model, distance)(tokens).logits
         assert float(expected.std()) > 0.5, "logits that say something"

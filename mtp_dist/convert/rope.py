@@ -1,0 +1,42 @@
+"""Rotary embeddings in a config.json: `rope_theta` and `rope_scaling`, or `rope_parameters` since transformers 5."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.config import ConfigError, ModelConfig
+
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+"""What each type that maps to ours consists of."""
+
+
+def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """Our keys of the section `model`. Raises ConfigError where ours cannot turn like that."""
+    written = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the order of transformers 5
+    where = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
+    if not isinstance(written, dict):
+        raise ConfigError(f"{where}it is not a JSON object")
+    kind = str(written.get("rope_type", written.get("type", "default")))
+    if kind not in KEYS:
+        raise ConfigError(f"{where}only the types {', '.join(KEYS)} map to ours")
+    if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", *LLAMA3}):
+        raise ConfigError(f"{where}ours have no {', '.join(unknown)}")
+    known = {"original_max_position_embeddings": values["max_position_embeddings"]} | written
+    if missing := [key for key in KEYS[kind] if key not in known]:
+        raise ConfigError(f"{where}it lacks {', '.join(missing)}")
+    scaling = {"rope_type": kind} | {key: known[key] for key in KEYS[kind]}
+    return {
+        "rope_theta": float(written.get("rope_theta", values.get("rope_theta", 10000.0))),
+        "rope_scaling": scaling if KEYS[kind] else None,
+    }
+
+
+def rope_to_llama(model: ModelConfig) -> dict[str, Any]:
+    """The keys of config.json."""
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}
+    return {
+        "rope_theta": model.rope_theta,
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": model.rope_theta},
+    }
