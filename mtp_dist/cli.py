@@ -107,9 +107,48 @@ def prepare(
     print(json.dumps(prepared.as_json()) if as_json else describe(request.prefix, prepared), flush=True)
 
 
+def _bar() -> Progress:
+    """For people; a file or a pipe gets none, not even its empty line."""
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _show_checkpoints(folder: Path, as_json: bool) -> bool:
+    """Whether the folder is a checkpoint or has some, which are shown then."""
+    from mtp_dist.checkpoint import inspection
+    from mtp_dist.checkpoint.folders import is_checkpoint
+
+    console = Console(width=None if os.isatty(1) else 120)
+    if not is_checkpoint(folder):
+        lines = inspection.list_checkpoints(folder)
+        if as_json and lines:
+            print(json.dumps([asdict(line) for line in lines]), flush=True)
+        elif lines:
+            inspection.print_list(lines, console)
+        if damage := [line.damage for line in lines if line.damage]:
+            stop(ConfigError("\n".join(damage)))
+        return bool(lines)
+    try:
+        with _bar() as progress:
+            task = progress.add_task("reading")
+            report = inspection.inspect_checkpoint(
+                folder, lambda done, total: progress.update(task, completed=done, total=total)
+            )
+    except ConfigError as error:
+        stop(error)
+    if as_json:
+        print(json.dumps(asdict(report)), flush=True)
+    else:
+        inspection.print_checkpoint(report, console)
+    return True
+
+
 @app.command()
 def inspect(
-    corpus: Annotated[str, typer.Argument(metavar="DATA", help="a prepared corpus: its path without .bin")],
+    corpus: Annotated[
+        str,
+        typer.Argument(metavar="DATA", help="a prepared corpus: its path without .bin; or a checkpoint, or several"),
+    ],
     tokenizer: Annotated[
         str | None, typer.Option(help="where the corpus does not name it: as in data.tokenizer")
     ] = None,
@@ -120,11 +159,17 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="compare the tokens with their checksum")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
 ) -> None:
-    """Show what is in a corpus, and what each head is asked for."""
+    """Show what is in a corpus, and what each head is asked for; or what is in a checkpoint, and whether it is whole.
+
+    A folder of checkpoints is listed. The options but --json are for a corpus. Exit status 2 where something is
+    damaged.
+    """
     from mtp_dist.data.corpus import open_corpus, prefix_of
     from mtp_dist.data.inspection import inspect_corpus, print_report
     from mtp_dist.data.tokenizer import build_tokenizer
 
+    if Path(corpus).is_dir() and _show_checkpoints(Path(corpus), as_json):
+        return
     try:
         opened = open_corpus(prefix_of(corpus) or corpus, "DATA")
         named = tokenizer or (opened.description.tokenizer.name if opened.description else None)
@@ -152,12 +197,6 @@ def inspect(
         print_report(report, Console(width=None if os.isatty(1) else 120))
 
 
-def _weights_progress() -> Progress:
-    """A bar for people; a file or a pipe gets none, not even its empty line."""
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
 @app.command("export")
 def export_command(
     checkpoint: Annotated[str, typer.Option(help="its folder, or one of several, of which the newest is taken")],
@@ -170,7 +209,7 @@ def export_command(
     from mtp_dist.convert.to_huggingface import export_checkpoint
 
     try:
-        with _weights_progress() as progress:
+        with _bar() as progress:
             task = progress.add_task("weights")
             exported = export_checkpoint(
                 Path(checkpoint).expanduser(),
@@ -204,7 +243,7 @@ def import_command(
     source_folder, target = Path(source).expanduser(), Path(to).expanduser()
     request = ImportRequest(source_folder, target, config, overrides or [], heads, copy_heads)
     try:
-        with _weights_progress() as progress:
+        with _bar() as progress:
             task = progress.add_task("weights")
             imported = import_llama(request, lambda done, total: progress.update(task, completed=done, total=total))
     except ConfigError as error:
@@ -242,6 +281,45 @@ def head_loss(
     if as_json:
         print(json.dumps(result), flush=True)
     else:
+        Console(width=None if os.isatty(1) else 120).print(table(result))
+
+
+@bench.command("checkpoint")
+def checkpoint(
+    config: Annotated[str, typer.Option(help="YAML file of the run whose model and layout are taken")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
+    to: Annotated[str, typer.Option(help="a new folder on the disk to measure")] = "bench-checkpoint",
+    rounds: Annotated[int, typer.Option(min=1, help="of which the medians are shown")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """How fast checkpoints are saved and loaded, and how long training waits, beside torch.save of the same bytes.
+
+    Start it like training: under torchrun or deepspeed with all ranks. It needs no data.
+    """
+    folder = Path(to).expanduser()
+    try:
+        settings = load_config(config, overrides or [])
+        check_before_start(settings, needs_data=False)
+        if folder.exists():
+            raise ConfigError(f"--to = '{to}' exists: name a new folder")
+    except ConfigError as error:
+        stop(error)
+    quieten_packages()
+    from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
+    from mtp_dist.bench.checkpoint.report import table
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.topology import close_topology, initialize_topology
+
+    topology = initialize_topology(settings, select_device(settings))
+    try:
+        result = measure_checkpoints(settings, vocabulary_size(settings), topology, folder, rounds, print)
+    except ConfigError as error:
+        stop(error)
+    close_topology()
+    if topology.rank == 0 and as_json:
+        print(json.dumps(result), flush=True)
+    elif topology.rank == 0:
         Console(width=None if os.isatty(1) else 120).print(table(result))
 
 

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
 
@@ -81,38 +81,37 @@ def pretrain(config: Config) -> None:
         _say_finished(config, resumed)
         return
     datasets = load_datasets(config)
-    may_change = "data.train" in config.checkpoint.allow_changes
-    # A checkpoint of step 0 is an imported model's, which no samples were read for.
-    samples_read = datasets.restore(resumed.samples, may_change) if resumed and resumed.step else 0
     device = select_device(config)
     quieten_packages()
 
     # DeepSpeed and Megatron-core look at the device when they are imported.
-    from mtp_dist.checkpoint.files import checkpoint_path
-    from mtp_dist.checkpoint.load import check_ranks_agree, restore
-    from mtp_dist.checkpoint.save import save_checkpoint
+    from mtp_dist.checkpoint.folders import checkpoint_path
+    from mtp_dist.checkpoint.load import agree_on_resume_point, restore
+    from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import close_topology, initialize_topology
+    from mtp_dist.parallel.topology import close_topology, initialize_topology, new_control_group
     from mtp_dist.training.loop import fit
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
 
     topology = initialize_topology(config, device)
+    control_group = new_control_group()
+    resumed = agree_on_resume_point(resumed, config, vocab_size, topology, control_group)
+    may_change = "data.train" in config.checkpoint.allow_changes
+    # A checkpoint of step 0 is an imported model's, which no samples were read for.
+    samples_read = datasets.restore(resumed.samples, may_change) if resumed and resumed.step else 0
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     if resumed:
         restore(engine, resumed.folder)
-    updates_made = resumed.step if resumed else 0
-    check_ranks_agree(updates_made, topology)
     reporter = None
     if topology.rank == 0:
         if not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve():
             set_earlier_run_aside(config)
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
 
-    def save(step: int, samples: Any) -> None:
-        save_checkpoint(config, vocab_size, engine, step, samples)
-
-    fit(config, engine, datasets, [reporter] if reporter else [], save, updates_made, samples_read)
+    saver = CheckpointSaver(config, vocab_size, engine, control_group, reporter.note if reporter else print)
+    updates_made = resumed.step if resumed else 0
+    fit(config, engine, datasets, [reporter] if reporter else [], saver.save, updates_made, samples_read)
     close_topology()
     if reporter:
         checkpoint = checkpoint_path(config, config.train.steps)

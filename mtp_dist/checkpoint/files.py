@@ -2,16 +2,17 @@
 
 `model-*.safetensors` have the fp32 weights and `optimizer-*.safetensors` Adam's moments, one file of either for each
 rank that wrote; an index beside them says which tensor is in which file, as Hugging Face does it. `config.json` says
-the rest.
+the rest. `manifest.json` tells whether all of it is still what was written.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,26 @@ MODEL, OPTIMIZER = "model", "optimizer"
 DESCRIPTION = "config.json"
 
 
-def checkpoint_path(config: Config, step: int) -> Path:
-    return config.checkpoint_dir / f"step_{step:08d}"
+@dataclass(frozen=True)
+class SavedLayout:
+    """Degrees of the run that saved."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    world_size: int
+    zero_stage: int
+    """The one that DeepSpeed ran with: in bf16 at least 1."""
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint of the last step in a folder of checkpoints. Unfinished ones have another name."""
-    steps = {int(match[1]): path for path in directory.glob("step_*") if (match := _STEP.fullmatch(path.name))}
-    return steps[max(steps)] if steps else None
-
-
-_STEP = re.compile(r"step_(\d{8,})")
+def installed_versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for package in ("mtp-dist", "torch", "deepspeed", "megatron-core"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 @dataclass(frozen=True)
@@ -49,18 +59,34 @@ class Description:
     config: Config
     samples: Any = None
     """State of the training samples, as JSON."""
+    losses: Sequence[float | None] = ()
+    """Of heads 1, 2, .. in the step, in nats; None for one that was not finite. Empty in an imported checkpoint."""
+    layout: SavedLayout | None = None
+    """None in an imported checkpoint."""
+    versions: dict[str, str | None] = field(default_factory=installed_versions)
+    """Of the packages that wrote it; None for one that was not installed."""
 
     def write(self, folder: Path) -> None:
-        values = self.__dict__ | {"config": self.config.model_dump(mode="json")}
+        values = self.__dict__ | {
+            "config": self.config.model_dump(mode="json"),
+            "layout": asdict(self.layout) if self.layout else None,
+        }
         write_durably(folder / DESCRIPTION, json.dumps(values, indent=2))
 
 
 def read_description(folder: Path) -> Description:
-    """Raises ConfigError where it is missing or damaged."""
+    """Raises ConfigError where it is missing or is not one of this version."""
     try:
         values = json.loads((folder / DESCRIPTION).read_text())
         numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
-        return Description(**numbers, config=build_config(values["config"]), samples=values["samples"])
+        return Description(
+            **numbers,
+            config=build_config(values["config"]),
+            samples=values["samples"],
+            losses=tuple(values["losses"]),
+            layout=SavedLayout(**values["layout"]) if values["layout"] else None,
+            versions=values["versions"],
+        )
     except OSError as error:
         raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
@@ -73,6 +99,15 @@ def tensor_file(kind: str, rank: int, ranks: int) -> str:
 
 def _index_file(kind: str) -> str:
     return f"{kind}.safetensors.index.json"
+
+
+_TENSORS_OR_INDEX = re.compile(rf"({MODEL}|{OPTIMIZER})[-.].*safetensors")
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files that belong to a checkpoint, without its manifest; other files may lie beside them."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(name for name in names if name == DESCRIPTION or _TENSORS_OR_INDEX.match(name))
 
 
 def write_index(folder: Path, kind: str) -> set[str]:
@@ -105,6 +140,14 @@ class TensorReader:
         with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, without reading them. Raises ConfigError where a file is missing or damaged."""
+        found: dict[str, tuple[int, ...]] = {}
+        for home in dict.fromkeys(self.homes.values()):
+            with self._errors_explained(), safe_open(self.folder / home, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: found[name] for name in self.homes}
 
     @contextmanager
     def _errors_explained(self) -> Iterator[None]:

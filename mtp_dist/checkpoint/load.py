@@ -3,18 +3,25 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, TensorReader, read_description
+from mtp_dist.checkpoint.manifest import DamagedError, check_content, check_fully, read_manifest, tensor_files
+from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.model.weights import cut, named_weights
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, set_master_weight, set_moment, set_updates
-from mtp_dist.parallel.topology import Topology, largest_over_ranks
+from mtp_dist.parallel.topology import Topology, gather_over_ranks
 
 
 def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
-    """Configuration, vocabulary size and whole fp32 weights by global name. Raises ConfigError where there are none."""
+    """Configuration, vocabulary size and whole fp32 weights by global name.
+
+    Raises ConfigError where there are none, or others than were saved.
+    """
+    check_fully(folder)
     description, reader = read_description(folder), TensorReader(folder, MODEL)
     return description.config, description.vocab_size, {name: reader.read(name) for name in reader.homes}
 
@@ -44,10 +51,36 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     set_updates(engine.pipeline, updates_made)
 
 
-def check_ranks_agree(updates_made: int, topology: Topology) -> None:
-    """Raises ConfigError where ranks would go on after different steps, as where each sees another disk."""
-    if largest_over_ranks(updates_made, topology) != -largest_over_ranks(-updates_made, topology):
-        raise ConfigError(
-            f"rank {topology.rank} would go on after step {updates_made}, another rank after another one: "
-            "checkpoint.directory must be the same folder on all of them"
-        )
+def agree_on_resume_point(
+    point: ResumePoint | None, config: Config, vocab_size: int, topology: Topology, control_group: dist.ProcessGroup
+) -> ResumePoint | None:
+    """`point`, or the newest one before it, whose tensors are what was written: each rank reads its share of them.
+
+    The same on every rank. Raises ConfigError where all are damaged, or where the ranks see different checkpoints.
+    """
+    while True:
+        starts = gather_over_ranks(point.folder.name if point else "the beginning", control_group)
+        if len(set(starts)) > 1:
+            raise ConfigError(
+                f"rank 0 would start from {starts[0]}, another rank from "
+                f"{next(start for start in starts if start != starts[0])}: checkpoint.directory must be the same "
+                "folder on all of them"
+            )
+        if point is None:
+            return None
+        found = gather_over_ranks(_damage_in_share(point.folder, topology), control_group)
+        damage = next(filter(None, found), None)
+        if damage is None:
+            return point
+        point = older_resume_point(point, damage, config, vocab_size)
+
+
+def _damage_in_share(folder: Path, topology: Topology) -> str | None:
+    """What is wrong with the tensor files that this rank answers for."""
+    try:
+        records = read_manifest(folder)
+        for name in tensor_files(records)[topology.rank :: topology.world_size]:
+            check_content(folder, name, records[name])
+    except DamagedError as error:
+        return str(error)
+    return None

@@ -1,11 +1,15 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import DESCRIPTION, Description, newest_checkpoint, read_description
+from mtp_dist.checkpoint.files import Description, read_description
+from mtp_dist.checkpoint.folders import candidates, is_checkpoint
+from mtp_dist.checkpoint.manifest import DamagedError, check_fully, check_quickly
 from mtp_dist.config import Config, ConfigError
 
 FREE = frozenset(
@@ -32,16 +36,27 @@ class ResumePoint:
     """Updates made."""
     samples: Any = None
     """State of the training samples."""
+    older: tuple[Path, ...] = ()
+    """What to start from instead where this one turns out to be damaged, best first."""
 
 
 def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
-    """What `checkpoint.resume` asks for; None where the run starts anew.
+    """What `checkpoint.resume` asks for; None where the run starts anew. Tensors are not read: see load.py.
 
-    Raises ConfigError where there is no such checkpoint, or where the run would be another one than the one saved.
+    Raises ConfigError where there is no such checkpoint, where all are damaged, or where the run would be another one
+    than the one saved.
     """
-    folder = _find(config)
-    if folder is None:
-        return None
+    folders = _wanted(config)
+    return _resume_point(folders, None, config, vocab_size) if folders else None
+
+
+def older_resume_point(point: ResumePoint, damage: str, config: Config, vocab_size: int) -> ResumePoint:
+    """The next best where `point` is damaged. Raises ConfigError as `find_resume_point` does."""
+    return _resume_point(point.older, damage, config, vocab_size)
+
+
+def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, vocab_size: int) -> ResumePoint:
+    folder = first_whole(folders, check_quickly, damage)
     saved = read_description(folder)
     if saved.vocab_size != vocab_size:
         raise ConfigError(
@@ -50,27 +65,58 @@ def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
         )
     if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))
-    return ResumePoint(folder, saved.step, saved.samples)
+    return ResumePoint(folder, saved.step, saved.samples, tuple(folders[folders.index(folder) + 1 :]))
 
 
-def _find(config: Config) -> Path | None:
+def first_whole(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:
+    """The first checkpoint that passes the check; the damage of those before it is told.
+
+    damage: that of one before all of these. Raises ConfigError where none passes.
+    """
+    for folder in folders:
+        if damage:
+            _warn(f"{damage}: trying {folder}")
+        try:
+            check(folder)
+            return folder
+        except DamagedError as error:
+            damage = str(error)
+    raise ConfigError(f"{damage}; there is no older one to use instead: restore it, or name another checkpoint")
+
+
+def _warn(text: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _wanted(config: Config) -> list[Path]:
+    """Where `checkpoint.resume` would start, best first."""
     wanted = config.checkpoint.resume
     if wanted == "none":
-        return None
+        return []
     if wanted == "auto":
-        return newest_checkpoint(config.checkpoint_dir)
-    folder = checkpoint_in(Path(wanted).expanduser())
-    if folder is None:
+        return candidates(config.checkpoint_dir, _warn)
+    folders = checkpoints_in(Path(wanted).expanduser())
+    if not folders:
         raise ConfigError(
             f"checkpoint.resume = '{wanted}' has no checkpoint: give 'auto', 'none', a folder such as "
             "step_00000010, or a folder of these"
         )
-    return folder
+    return folders
 
 
-def checkpoint_in(path: Path) -> Path | None:
-    """The folder itself, or the newest checkpoint in it."""
-    return path if (path / DESCRIPTION).exists() else newest_checkpoint(path)
+def checkpoints_in(path: Path) -> list[Path]:
+    """The folder itself, or the checkpoints in it, best first."""
+    return [path] if is_checkpoint(path) else candidates(path, _warn)
+
+
+def whole_checkpoint_in(path: Path) -> Path | None:
+    """The folder itself, or the best whole checkpoint in it; all of it was read. None where there is none.
+
+    Raises ConfigError where all are damaged.
+    """
+    folders = checkpoints_in(path)
+    return first_whole(folders, check_fully) if folders else None
 
 
 def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[str]:

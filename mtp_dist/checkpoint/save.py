@@ -1,19 +1,21 @@
-"""Saving: every rank writes its share of the whole tensors, each of them once."""
+"""What a rank writes of a checkpoint: its share of the whole tensors, each tensor once, and on rank 0 the rest."""
 
-import shutil
-from collections.abc import Callable
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, checkpoint_path, sync, tensor_file, write_index
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout, sync, tensor_file, write_index
+from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
+from mtp_dist.config import Config
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates
@@ -23,39 +25,39 @@ from mtp_dist.parallel.weights import master_weight, owned_weights, whole_tensor
 Tensors = dict[str, Tensor]
 
 
-def save_checkpoint(config: Config, vocab_size: int, engine: TrainingEngine, step: int, samples: Any = None) -> None:
-    """Write weights, moments, configuration and the samples' state after update `step`; every rank calls it.
+@dataclass(frozen=True)
+class Snapshot:
+    """All that this rank writes, in memory of its own: training may go on."""
 
-    samples counts on rank 0 only. Nothing half-written has the final name. Raises ConfigError, on every rank, where one
-    of them could not write.
-    """
+    description: Description
+    """What it says of the samples counts on rank 0 only."""
+    tensors: dict[str, Tensors]
+    """By kind of file."""
+
+
+def take_snapshot(
+    config: Config, vocab_size: int, engine: TrainingEngine, step: int, losses: Sequence[float], samples: Any
+) -> Snapshot:
+    """Of the state after update `step`. A collective over all ranks."""
     topology = engine.topology
-    final = checkpoint_path(config, step)
-    unfinished = final.with_name(f"{final.name}.unfinished")
-    _together(topology, unfinished, lambda: _make_empty(unfinished) if topology.rank == 0 else None)
-    shares = _share_of_this_rank(engine, parameter_shapes(config, vocab_size))
-    _together(topology, unfinished, lambda: _write(unfinished, shares, topology))
-    description = Description(step, vocab_size, updates(engine.pipeline), config, samples)
-    _together(topology, unfinished, lambda: _finish(unfinished, final, description) if topology.rank == 0 else None)
-
-
-def _together(topology: Topology, folder: Path, write: Callable[[], None]) -> None:
-    """Write, then wait for all ranks. Where one fails all raise: else they would wait for it for ever."""
-    wrong = None
-    try:
-        write()
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        wrong = f"cannot write into checkpoint.directory: {getattr(error, 'filename', None) or folder}: {why}"
-    failed = torch.tensor(float(wrong is not None), device=topology.device)
-    dist.all_reduce(failed)
-    if failed:
-        raise ConfigError(wrong or f"another rank could not write into checkpoint.directory: {folder}")
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    layout = SavedLayout(
+        tensor=topology.tensor,
+        pipeline=topology.pipeline,
+        data=topology.data,
+        world_size=topology.world_size,
+        zero_stage=engine.pipeline.zero_optimization_stage(),
+    )
+    tensors = _share_of_this_rank(engine, parameter_shapes(config, vocab_size))
+    description = Description(
+        step=step,
+        vocab_size=vocab_size,
+        optimizer_updates=updates(engine.pipeline),
+        config=config,
+        samples=samples,
+        losses=[loss if isfinite(loss) else None for loss in losses],
+        layout=layout,
+    )
+    return Snapshot(description, tensors)
 
 
 def _share_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensors]:
@@ -63,34 +65,57 @@ def _share_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...
     stage, topology = engine.stage, engine.topology
     ensure_state(engine.pipeline)
     owned = owned_weights(stage, shapes, topology)
-    weights = {n: w.contiguous() for n, w in whole_tensors(stage, shapes, topology, master_weight) if n in owned}
+    weights = dict(whole_tensors(stage, shapes, topology, master_weight, owned))
     moments: Tensors = {}
     for key in MOMENTS:
-        gathered = whole_tensors(stage, shapes, topology, partial(moment, engine.pipeline, key))
-        moments |= {f"{key}.{name}": tensor.contiguous() for name, tensor in gathered if name in owned}
+        gathered = whole_tensors(stage, shapes, topology, partial(moment, engine.pipeline, key), owned)
+        moments |= {f"{key}.{name}": tensor for name, tensor in gathered}
     return {MODEL: weights, OPTIMIZER: moments}
 
 
-def _write(folder: Path, shares: dict[str, Tensors], topology: Topology) -> None:
+def write_share(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, FileRecord]:
+    """Write this rank's files, and read them back. Raises OSError."""
     if not folder.is_dir():
         raise OSError(None, f"rank 0 made this folder, rank {topology.rank} does not see it: it must be shared", folder)
-    for kind, tensors in shares.items():
-        if tensors:
-            path = folder / tensor_file(kind, topology.rank, topology.world_size)
-            save_file(tensors, path)
-            sync(path)
+    records = {}
+    for kind, of_kind in tensors.items():
+        if of_kind:
+            name = tensor_file(kind, topology.rank, topology.world_size)
+            records[name] = _write_tensors(folder / name, of_kind)
+    sync(folder)
+    return records
 
 
-def _finish(unfinished: Path, final: Path, description: Description) -> None:
+def _write_tensors(path: Path, tensors: Tensors) -> FileRecord:
+    try:
+        save_file(tensors, path)
+        sync(path)
+        _forget_cached(path)
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                # As integers: NaN equals itself.
+                if not torch.equal(file.get_tensor(name).view(torch.int32), tensor.view(torch.int32)):
+                    raise OSError(None, f"{name} reads back as something else than was written")
+        return record_of(path)
+    except (OSError, SafetensorError) as error:
+        # Not all of them name the file, and some a temporary one.
+        raise OSError(None, getattr(error, "strerror", None) or str(error), path) from None
+
+
+def _forget_cached(path: Path) -> None:
+    """What is read next comes from the disk, not from memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def write_rest(folder: Path, description: Description, tensor_files: Mapping[str, FileRecord]) -> None:
+    """What rank 0 writes when the files of all ranks are there. Raises OSError."""
     shapes = parameter_shapes(description.config, description.vocab_size)
-    assert write_index(unfinished, MODEL) == shapes.keys(), "every weight is saved"
-    assert write_index(unfinished, OPTIMIZER) == {f"{key}.{name}" for key in MOMENTS for name in shapes}
-    description.write(unfinished)
-    sync(unfinished)
-    replaced = final.with_name(f"{final.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():  # renamed before it is deleted: half of it must not have the name of a whole one
-        final.rename(replaced)
-    unfinished.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    sync(final.parent)
+    assert write_index(folder, MODEL) == shapes.keys(), "every weight is saved"
+    assert write_index(folder, OPTIMIZER) == {f"{key}.{name}" for key in MOMENTS for name in shapes}
+    description.write(folder)
+    write_manifest(folder, tensor_files)
+    sync(folder)

@@ -165,9 +165,14 @@ class CheckpointConfig(Section):
     """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
     every: PositiveInt | None = None
     """Steps between two checkpoints; one at the end in any case."""
+    keep_last: PositiveInt | None = None
+    """Checkpoints that are kept, the newest ones; older ones are deleted when a newer one has been written and read
+    back. All are kept when absent."""
+    keep_every: PositiveInt | None = None
+    """Those of steps that are a multiple of it are kept in any case; only with `keep_last`."""
     resume: Annotated[str, Field(min_length=1)] = "auto"
     """Where to go on: `auto` from the newest checkpoint of `directory`, if there is one; `none` starts anew; or the
-    folder of a checkpoint, or of several, of which the newest is taken."""
+    folder of a checkpoint, or of several, of which the newest is taken. Of several, damaged ones are passed over."""
     allow_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Keys, such as [heads.count, train.steps], that may differ from those the checkpoint was trained with. Weights
     that it lacks start anew, those that are no longer wanted are left out."""
@@ -283,6 +288,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
+    yield from _contradictions_of_retention(config.checkpoint)
     yield from _contradictions_of_sources(config.data)
     yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
@@ -299,6 +305,14 @@ def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
         )
     if model.rope_scaling:
         yield from contradictions_of_rope_scaling(model.rope_scaling)
+
+
+def _contradictions_of_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield (
+            f"checkpoint.keep_every = {checkpoint.keep_every} needs checkpoint.keep_last: without that every "
+            "checkpoint is kept"
+        )
 
 
 def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ import yaml
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import Description
+from mtp_dist.checkpoint.manifest import write_manifest
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.files import Watch, new_folder, watched, write_weights
 from mtp_dist.convert.import_config import ImportRequest, import_config
@@ -61,6 +62,7 @@ def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None
             copy_tokenizer(tokenizer, folder)
         write_weights(folder, shapes, torch.float32, watched(map(tensor_of, shapes), len(shapes), watch))
         Description(0, llama.vocab_size, 0, config).write(folder)
+        write_manifest(folder)
         values = config.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, TensorReader, read_description
-from mtp_dist.checkpoint.resume import checkpoint_in
+from mtp_dist.checkpoint.resume import whole_checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.files import Watch, new_folder, watched, write_tensors, write_weights
@@ -54,7 +54,7 @@ def export_checkpoint(
     """
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
-    source = checkpoint_in(checkpoint)
+    source = whole_checkpoint_in(checkpoint)
     if source is None:
         raise ConfigError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
     description, reader = read_description(source), TensorReader(source, MODEL)

@@ -7,6 +7,7 @@ and the stages, which talk least, lie furthest apart. Megatron-core's groups and
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mtp_dist.config import Config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,19 @@ def tensor_group() -> dist.ProcessGroup:
 
 def data_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
+
+
+def new_control_group() -> dist.ProcessGroup:
+    """All ranks once more, over gloo: for words instead of tensors, also while another thread trains."""
+    # A rank that has written its files waits for the slowest one.
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def gather_over_ranks(value: T, group: dist.ProcessGroup) -> list[T]:
+    """The values of all ranks, by rank, on every rank. Its arguments must survive pickling."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def close_topology() -> None:

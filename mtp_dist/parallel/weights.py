@@ -1,7 +1,7 @@
 """Whole weights and gradients from the parts that the ranks hold."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -31,11 +31,12 @@ def whole_tensors(
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
     local: Callable[[nn.Parameter], Tensor],
+    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield this stage's tensors one by one by global name, on the CPU, on every rank of the stage.
+    """Yield this stage's tensors one by one by global name, copied to the CPU; every rank of the stage takes part.
 
-    local gives this rank's part for one of its weights: its value, its gradient or a moment. A tied weight comes from
-    its first stage only.
+    local gives this rank's part for one of its weights: its value, its gradient or a moment. names: those that this
+    rank wants, all when None. A tied weight comes from its first stage only.
     """
     group = tensor_group()
     for name, weight in named_weights(stage):
@@ -47,7 +48,9 @@ def whole_tensors(
             dist.all_gather(parts, part, group=group)
         else:
             parts = [part]
-        yield name, join(parts, weight, shapes[name]).cpu()
+        if names is None or name in names:
+            whole = join(parts, weight, shapes[name])
+            yield name, whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _is_copy(weight: nn.Parameter) -> bool:
@@ -76,9 +79,7 @@ def first_gradients(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) 
 
     def look() -> None:
         if not gradients:
-            # Cloned: where nothing is cut the whole tensor is the gradient itself, which clipping scales in place.
-            local = whole_tensors(engine.stage, shapes, engine.topology, lambda w: reduced_gradient(w).clone())
-            gradients.update(local)
+            gradients.update(whole_tensors(engine.stage, shapes, engine.topology, reduced_gradient))
 
     with before_update(engine.pipeline, look):
         yield gradients

@@ -121,8 +121,7 @@ class MetricsLogger(Callback):
 
     def on_start(self) -> None:
         if self._rates.peak_flops is None:
-            for sink in self._sinks:
-                sink.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
+            self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._tokens += metrics.tokens
@@ -137,6 +136,10 @@ class MetricsLogger(Callback):
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         self._write(step, validation_scalars(heads, name, self._rates.bytes_per_token[name]))
+
+    def note(self, text: str) -> None:
+        for sink in self._sinks:
+            sink.note(text)
 
     def on_end(self) -> None:
         for sink in self._sinks:

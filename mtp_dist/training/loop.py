@@ -24,15 +24,14 @@ def fit(
     engine: TrainingEngine,
     datasets: Datasets,
     callbacks: Sequence[Callback],
-    save: Callable[[int, Any], None],
+    save: Callable[[int, Sequence[float], Any], None],
     updates_made: int = 0,
     samples_read: int = 0,
 ) -> None:
     """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
-    updates_made and samples_read are those of the checkpoint that the engine was restored from. save writes the
-    checkpoint of a step, with the state of the training samples; every rank calls it. callbacks are told of steps and
-    validations.
+    updates_made and samples_read are those of the checkpoint that the engine was restored from. save is given the
+    step, its losses and the state of the training samples, on every rank. callbacks are told of steps and validations.
     """
     batches = Batches(config, engine.topology, datasets, updates_made, samples_read)
     with ExitStack() as ends:
@@ -64,7 +63,7 @@ def fit(
                     for callback in callbacks:
                         callback.on_validation(step, validation.name, heads)
             if _is_due(step, config.checkpoint.every, config.train.steps):
-                save(step, batches.state())
+                save(step, metrics.heads.losses, batches.state())
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
+from mtp_dist.checkpoint.folders import LATEST
 from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.config import Config
 from mtp_dist.data.loading import ValidationSet
@@ -23,7 +24,7 @@ WRITTEN_BY_A_RUN = ("metrics.jsonl", "tensorboard", "summary.json", "checkpoints
 def set_earlier_run_aside(config: Config) -> None:
     """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix."""
     _set_aside(config.output_dir, [config.output_dir / name for name in WRITTEN_BY_A_RUN])
-    _set_aside(config.checkpoint_dir, sorted(config.checkpoint_dir.glob("step_*")))
+    _set_aside(config.checkpoint_dir, [*sorted(config.checkpoint_dir.glob("step_*")), config.checkpoint_dir / LATEST])
 
 
 def _set_aside(folder: Path, paths: Sequence[Path]) -> None:
@@ -106,6 +107,10 @@ class RunReporter(Callback):
 
     def on_end(self) -> None:
         self.logger.on_end()
+
+    def note(self, text: str) -> None:
+        """Say it on the terminal and in TensorBoard; another thread may call it."""
+        self.logger.note(text)
 
     def show_result(self, checkpoint: Path, sample: str | None) -> None:
         """Write `summary.json` and show the table at the end of a run."""

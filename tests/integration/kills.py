@@ -43,7 +43,7 @@ class Counts:
 def serve(rank: int, port: int, log: Path, arguments: Sequence[str]) -> None:
     """One rank's life."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -120,8 +120,7 @@ def kill_one(processes: Sequence[BaseProcess], numbers: random.Random) -> bool:
 
 def count_kills(folder: Path, kills: int, seed: int) -> Counts:
     """Train in `folder` until so many kills have been survived. Raises AssertionError where one was not."""
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    multiprocessing.set_forkserver_preload(["tests.integration.kills", "mtp_dist.parallel.engine"])
+    multiprocessing.set_forkserver_preload(["mtp_dist.training.loop", "mtp_dist.training.reporting"])
     config = jobs.write_config(folder)
     whole = Training(config, folder / "whole")
     whole.end(whole.start())
@@ -152,6 +151,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     with tempfile.TemporaryDirectory() as scratch:
         result = count_kills(Path(scratch), options.kills, options.seed)
     print(json.dumps(asdict(result) | {"ranks": RANKS, "steps": STEPS}))

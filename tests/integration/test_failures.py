@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration import jobs
 
 FAULTY_PROGRAM = str(Path(__file__).with_name("train_with_fault.py"))
+FULL_DISK_PROGRAM = str(Path(__file__).with_name("train_on_a_full_disk.py"))
 SECONDS_TO_END = 20
 
 Launch = Callable[..., list[str]]
@@ -29,7 +31,9 @@ def assert_checkpoints_are_whole(folder: Path) -> None:
 
     names = [path.name for path in folder.iterdir()]
     finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]
-    assert finished and len(names) - len(finished) <= 1, names
+    unfinished = [name for name in names if name.endswith(".unfinished")]
+    assert finished and len(unfinished) <= 1 and {*names} == {*finished, *unfinished, "latest"}, names
+    assert (folder / "latest").read_text().strip() in finished
     expected = load_weights(folder / finished[0])[2]
     for name in finished:
         weights = load_weights(folder / name)[2]
@@ -59,3 +63,26 @@ def test_a_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> Non
         assert_ends_with_an_error(job, seconds)
     assert not (tmp_path / "out" / "summary.json").exists()
     assert_checkpoints_are_whole(tmp_path / "out" / "checkpoints")
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Training goes on without the checkpoints in between; without the last one the run has failed."""
+    config = jobs.write_config(tmp_path, checkpoint={"every": 2}, log={"tensorboard": True})
+    result = jobs.run(jobs.plain(FULL_DISK_PROGRAM, "--config", str(config)))
+    assert result.status == 2, result.output
+    checkpoints = tmp_path / "out" / "checkpoints"
+    for step in (2, 4, 5):
+        file = checkpoints / f"step_{step:08d}.unfinished" / "model-00001-of-00001.safetensors"
+        wrong = f"cannot write into checkpoint.directory: {file}: "
+        assert result.stdout.count(f"checkpoint of step {step}: {wrong}") == 1
+        assert result.stdout.count(f"checkpoint of step {step} is NOT saved: {wrong}") == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {wrong}") and "File too large" in error
+    assert "Traceback" not in result.output
+    assert list(checkpoints.iterdir()) == [], "nothing takes the room that the logs need"
+    assert max(line["step"] for line in jobs.metrics(tmp_path / "out")) == 5
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    notes = [note.tensor_proto.string_val[0].decode() for note in events.Tensors("note/text_summary")]
+    assert sum("is NOT saved" in note for note in notes) == 3
+    assert not (tmp_path / "out" / "summary.json").exists()

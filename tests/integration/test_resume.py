@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtp_dist.checkpoint.folders import candidates, latest_name
+from mtp_dist.checkpoint.manifest import check_fully
 from tests.integration import jobs
+from tests.unit.checkpoint.folders import flip
 
 STEPS = 12
 MEASURED = ("throughput/", "memory/")
-ARGUMENTS = [f"train.steps={STEPS}", "checkpoint.every=3", "parallel.pipeline=2"]
+ARGUMENTS = [f"train.steps={STEPS}", "checkpoint.every=2", "parallel.pipeline=2"]
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
@@ -41,18 +44,27 @@ def test_goes_on_as_if_nothing_had_happened(config: Path, folder: Path) -> None:
     whole, out = folder / "whole", folder / "out"
     assert jobs.run(command(config, whole)).status == 0
     with jobs.started(command(config, out), folder) as job:
-        job.wait_until((out / "checkpoints" / "step_00000003").exists)
+        job.wait_until(lambda: latest_name(out / "checkpoints") == "step_00000004")
         job.rank(1).kill()
         assert job.wait() != 0
+    # What the killed run saved last has been damaged since.
+    checkpoints = out / "checkpoints"
+    damaged, older = candidates(checkpoints, print)[:2]
+    flip(damaged / "optimizer-00002-of-00002.safetensors", -1)
     result = jobs.run(command(config, out))
     assert result.status == 0, result.output
-    assert "goes on after step " in result.output
+    assert f"goes on after step {int(older.name[5:])} from {older}" in result.output
+    [warning] = [line for line in result.output.splitlines() if line.endswith(f": trying {older}")]
+    assert warning.startswith(f"warning: {damaged} is ")
+    assert "optimizer-00002-of-00002.safetensors has the SHA-256 " in warning
     assert learned(out) == learned(whole)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/head_1")] == list(range(1, STEPS + 1))
-    names = sorted(path.name for path in (out / "checkpoints").iterdir())
-    assert names == [f"step_{step:08d}" for step in range(3, STEPS + 1, 3)]
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["latest", *(f"step_{step:08d}" for step in range(2, STEPS + 1, 2))]
+    for folder_of_step in candidates(checkpoints, print):
+        check_fully(folder_of_step)
 
     again = jobs.run(command(config, out))
     assert again.status == 0 and f"is at step {STEPS} of {STEPS}: nothing is left to train" in again.output

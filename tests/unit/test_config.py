@@ -137,6 +137,10 @@ CONTRADICTIONS = {
     (LLAMA3_SCALING, "model.rope_scaling.low_freq_factor=4"): (
         "model.rope_scaling.low_freq_factor = 4.0 must lie below model.rope_scaling.high_freq_factor = 4.0"
     ),
+    ("checkpoint.keep_last=2", "checkpoint.keep_every=100"): None,
+    ("checkpoint.keep_every=100",): (
+        "checkpoint.keep_every = 100 needs checkpoint.keep_last: without that every checkpoint is kept"
+    ),
     ("model.num_query_groups=3",): (
         "model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3: change one of the two"
     ),

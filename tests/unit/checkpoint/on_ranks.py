@@ -8,6 +8,9 @@ from torch import Tensor
 from mtp_dist.config import Config
 from tests.parity.runs import VOCAB_SIZE, global_batches
 
+LOSSES = (4.5, None, 5.5, 6.5)
+"""What every checkpoint is told; the second is not finite."""
+
 
 @dataclass
 class Part:
@@ -22,15 +25,15 @@ class Part:
 
 def train_part(config: Config, updates_made: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
     """Updates updates_made + 1 .. last, from a checkpoint if given; then a checkpoint."""
-    from mtp_dist.checkpoint.files import checkpoint_path
+    from mtp_dist.checkpoint.folders import checkpoint_path
     from mtp_dist.checkpoint.load import restore
-    from mtp_dist.checkpoint.save import save_checkpoint
+    from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.loss.weights import head_weights
     from mtp_dist.model.weights import parameter_shapes
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates
-    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.topology import initialize_topology, new_control_group
     from mtp_dist.parallel.weights import master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
     from mtp_dist.training.reference import local_micro_batches
@@ -56,7 +59,9 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
         part.moments |= {f"{key}.{name}": tensor.clone() for name, tensor in of_stage}
     if save:
         # Twice: a second save of the same step replaces the first.
+        saver = CheckpointSaver(config, VOCAB_SIZE, engine, new_control_group(), print)
         for _ in range(2):
-            save_checkpoint(config, VOCAB_SIZE, engine, last)
+            saver.save(last, [float("nan") if loss is None else loss for loss in LOSSES])
+            saver.wait()
             assert checkpoint_path(config, last).is_dir(), "the checkpoint is there when any rank goes on"
     return part

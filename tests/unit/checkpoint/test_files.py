@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from mtp_dist.checkpoint.files import TensorReader, newest_checkpoint, read_description
+from mtp_dist.checkpoint.files import SavedLayout, TensorReader, read_description
 from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.manifest import record_of, write_manifest
+from mtp_dist.checkpoint.save import write_share
 from mtp_dist.config import ConfigError
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.weights import initial_weight, parameter_shapes
+from mtp_dist.parallel.topology import Topology
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
-from tests.unit.checkpoint.on_ranks import train_part
+from tests.unit.checkpoint.folders import flip
+from tests.unit.checkpoint.on_ranks import LOSSES, train_part
 
 STEP = 1
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, dict[str, Any]]]] = {
@@ -37,12 +42,17 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     moments = {name: moment for part in parts for name, moment in part.moments.items()}
 
     folder = tmp_path / "deep" / "down" / f"step_{STEP:08d}"
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing unfinished is left"
-    assert newest_checkpoint(folder.parent) == folder
+    left = sorted(path.name for path in folder.parent.iterdir())
+    assert left == ["latest", folder.name], "nothing unfinished is left"
+    assert (folder.parent / "latest").read_text() == f"{folder.name}\n"
     loaded_config, vocab_size, weights = load_weights(folder)
     assert loaded_config == config and vocab_size == VOCAB_SIZE
     description = read_description(folder)
     assert (description.step, description.optimizer_updates) == (STEP, STEP)
+    zero_stage = int(config.train.precision == "bf16")
+    assert description.layout == SavedLayout(tensor, pipeline, data, tensor * pipeline * data, zero_stage)
+    assert description.losses == LOSSES
+    assert description.versions["torch"] == torch.__version__ and description.versions["deepspeed"]
     shapes = parameter_shapes(config, VOCAB_SIZE)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "no padded vocabulary"
     assert ("unembedding.weight" in weights) != config.model.tie_embeddings
@@ -73,11 +83,10 @@ def check_index(folder: Path, kind: str, total_size: int) -> None:
 
 
 def test_folders_without_a_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "missing") is None
     with pytest.raises(ConfigError) as error:
         load_weights(tmp_path / "missing")
-    assert str(error.value).startswith(f"{tmp_path / 'missing'} is not a whole checkpoint: ")
-    assert "config.json cannot be read" in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'missing'} is not a checkpoint of ours")
+    assert "manifest.json cannot be read (No such file or directory)" in str(error.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError) as error:
         load_weights(tmp_path)
@@ -95,6 +104,23 @@ def test_what_is_almost_a_checkpoint(tmp_path: Path, broken: str) -> None:
         index = {}
     (tmp_path / "config.json").write_text("{" if broken == "not json" else json.dumps(description))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_manifest(tmp_path)
     with pytest.raises(ConfigError) as error:
         load_weights(tmp_path / "config.json" if broken == "a file" else tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topology = Topology(1, 1, 1, 0, 0, 0, torch.device("cpu"))
+    tensors = {"model": {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(3)}}
+    [(name, record)] = write_share(tmp_path, tensors, topology).items()
+    assert name == "model-00001-of-00001.safetensors" and record == record_of(tmp_path / name)
+
+    def write_one_bit_wrong(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        flip(path, -1)
+
+    monkeypatch.setattr("mtp_dist.checkpoint.save.save_file", write_one_bit_wrong)
+    with pytest.raises(OSError, match="b reads back as something else than was written") as error:
+        write_share(tmp_path, tensors, topology)
+    assert error.value.filename == tmp_path / name

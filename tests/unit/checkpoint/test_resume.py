@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.files import Description
-from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point
+from mtp_dist.checkpoint.manifest import write_manifest
+from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point, whole_checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, tiny_config
+from tests.unit.checkpoint.folders import flip
 
 
 def save_description(directory: Path, config: Config, step: int) -> Path:
     folder = directory / f"step_{step:08d}"
     folder.mkdir(parents=True)
     Description(step, VOCAB_SIZE, step, config).write(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -34,7 +37,8 @@ def config_in(directory: Path, resume: str = "auto", allow_changes: list[str] | 
 
 
 def test_where_to_go_on(directory: Path, tmp_path: Path) -> None:
-    newest = ResumePoint(directory / "step_00000100", 100)
+    older = (directory / "step_00000010", directory / "step_00000009")
+    newest = ResumePoint(directory / "step_00000100", 100, older=older)
     assert find_resume_point(config_in(directory), VOCAB_SIZE) == newest
     assert find_resume_point(config_in(directory, "none"), VOCAB_SIZE) is None
     assert find_resume_point(config_in(tmp_path / "empty"), VOCAB_SIZE) is None
@@ -43,6 +47,34 @@ def test_where_to_go_on(directory: Path, tmp_path: Path) -> None:
     assert find_resume_point(config_in(directory, str(one)), VOCAB_SIZE) == ResumePoint(one, 10)
     with pytest.raises(ConfigError, match=r"^checkpoint.resume = '.*' has no checkpoint: "):
         find_resume_point(config_in(directory, str(tmp_path / "empty")), VOCAB_SIZE)
+
+
+def test_a_damaged_one_is_passed_over_and_told(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest, older, oldest = (directory / f"step_{step:08d}" for step in (100, 10, 9))
+    flip(newest / "config.json", 50)
+    point = find_resume_point(config_in(directory), VOCAB_SIZE)
+    assert point == ResumePoint(older, 10, older=(oldest,))
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {newest} is not a checkpoint of ours, or a damaged one: config.json has the ")
+    assert warning.endswith(f": trying {older}")
+    assert whole_checkpoint_in(directory) == older and "config.json" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"config\.json has the SHA-256 .*; there is no older one to use instead"):
+        find_resume_point(config_in(directory, str(newest)), VOCAB_SIZE)
+
+    assert older_resume_point(point, "its tensors are wrong", config_in(directory), VOCAB_SIZE).folder == oldest
+    assert capsys.readouterr().err == f"warning: its tensors are wrong: trying {oldest}\n"
+    (older / "config.json").unlink()
+    (oldest / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match=r"manifest\.json cannot be read .*; there is no older one"):
+        find_resume_point(config_in(directory), VOCAB_SIZE)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    with pytest.raises(ConfigError, match=r"step_00000010 is .* config\.json is missing"):
+        find_resume_point(config_in(directory, str(older)), VOCAB_SIZE)
+
+
+def test_another_training_is_no_damage(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^heads\.kind is 'causal', .*step_00000100 was trained with"):
+        find_resume_point(config_in(directory, heads={"kind": "causal"}), VOCAB_SIZE)
 
 
 REFUSED: dict[str, dict[str, Any]] = {

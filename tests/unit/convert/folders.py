@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_dist.checkpoint.files import MODEL, Description, tensor_file, write_index
 from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.manifest import write_manifest
 from mtp_dist.config import Config
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.weights import parameter_shapes
@@ -34,6 +35,7 @@ def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dic
     save_file(weights, folder / tensor_file(MODEL, 0, 1))
     write_index(folder, MODEL)
     Description(STEP, vocab_size, STEP, config).write(folder)
+    write_manifest(folder)
     return ReferenceModel(config, vocab_size, weights)
 
 

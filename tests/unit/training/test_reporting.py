@@ -30,6 +30,8 @@ def test_checkpoints_elsewhere_are_set_aside_too(tmp_path: Path) -> None:
     config = tiny_config(run={"output_dir": str(tmp_path / "out")}, checkpoint={"directory": str(tmp_path / "saved")})
     (tmp_path / "saved" / "step_00000010").mkdir(parents=True)
     (tmp_path / "saved" / "notes.txt").touch()
+    (tmp_path / "saved" / "latest").touch()
     set_earlier_run_aside(config)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["earlier-1", "notes.txt"]
-    assert (tmp_path / "saved/earlier-1/step_00000010").is_dir()
+    aside = tmp_path / "saved/earlier-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000010"]

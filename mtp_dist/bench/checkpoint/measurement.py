@@ -1,0 +1,118 @@
+"""How long saving and loading take, and how long training waits for it, beside `torch.save` of the same bytes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
+from mtp_dist.checkpoint.folders import checkpoint_path
+from mtp_dist.checkpoint.load import restore
+from mtp_dist.checkpoint.save import take_snapshot
+from mtp_dist.checkpoint.saver import CheckpointSaver
+from mtp_dist.config import Config
+from mtp_dist.loss.weights import head_weights
+from mtp_dist.parallel.device import device_name
+from mtp_dist.parallel.engine import TrainingEngine
+from mtp_dist.parallel.topology import Topology, new_control_group
+from mtp_dist.training.optimizer import build_optimizer, learning_rate
+from mtp_dist.training.reference import local_micro_batches, random_batch
+
+STEP = 1
+
+
+@dataclass
+class _Subject:
+    """A model after one update, and the two ways to save it."""
+
+    config: Config
+    vocab_size: int
+    engine: TrainingEngine
+    saver: CheckpointSaver
+    plain_file: Path
+    """Of this rank, by torch.save."""
+
+    def save(self) -> None:
+        self.saver.save(STEP)
+
+    def save_and_wait(self) -> None:
+        self.save()
+        self.saver.wait()
+
+    def save_plainly(self) -> None:
+        """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
+        tensors = take_snapshot(self.config, self.vocab_size, self.engine, STEP, (), None).tensors
+        with self.plain_file.open("wb") as stream:
+            torch.save(tensors, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def load(self) -> None:
+        restore(self.engine, checkpoint_path(self.config, STEP))
+
+    def load_plainly(self) -> None:
+        torch.load(self.plain_file, weights_only=True)
+
+
+def measure_checkpoints(
+    config: Config, vocab_size: int, topology: Topology, folder: Path, rounds: int, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Medians over the rounds of each way's seconds, on every rank. folder: on the disk to measure, emptied at the end.
+
+    Raises ConfigError where the folder cannot be written.
+    """
+    # Not its last step: a run waits for that one.
+    changed = {
+        "checkpoint": config.checkpoint.model_copy(update={"directory": str(folder)}),
+        "train": config.train.model_copy(update={"steps": STEP + 1}),
+    }
+    config = config.model_copy(update=changed)
+    subject = _subject(config, vocab_size, topology, folder, report)
+    seconds = paired_seconds(
+        {
+            "stall": subject.save,
+            "save": subject.save_and_wait,
+            "torch.save": subject.save_plainly,
+        },
+        rounds,
+        topology.device,
+        lambda _: subject.saver.wait(),
+    )
+    loads: dict[str, Step] = {"load": subject.load, "torch.load": subject.load_plainly}
+    seconds |= paired_seconds(loads, rounds, topology.device)
+    saved = sum(path.stat().st_size for path in checkpoint_path(config, STEP).glob("*.safetensors"))
+    dist.barrier()
+    if topology.rank == 0:
+        shutil.rmtree(folder)
+    pairs = zip(seconds["stall"], seconds["save"], strict=True)
+    return {
+        "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
+        "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        "megabytes": saved / 1e6,
+        "seconds": {name: statistics.median(of_name) for name, of_name in seconds.items()},
+        "stall_share": statistics.median(stall / whole for stall, whole in pairs),
+        "seconds_by_round": seconds,
+    }
+
+
+def _subject(
+    config: Config, vocab_size: int, topology: Topology, folder: Path, report: Callable[[str], None]
+) -> _Subject:
+    device = topology.device
+    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
+    engine.train_step(batch, learning_rate(config, STEP), head_weights(config, STEP))
+    saver = CheckpointSaver(config, vocab_size, engine, new_control_group(), report)
+    subject = _Subject(config, vocab_size, engine, saver, folder / f"torch-{topology.rank}.pt")
+    # Once to warm up; it also makes the folder.
+    for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):
+        way()
+    return subject

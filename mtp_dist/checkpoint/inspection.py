@@ -1,0 +1,167 @@
+"""`mtp-dist inspect` of a checkpoint, or of a folder of them."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, TensorReader, read_description
+from mtp_dist.checkpoint.folders import finished_checkpoints, latest_name
+from mtp_dist.checkpoint.manifest import FileRecord, Watch, check_fully, check_quickly
+from mtp_dist.config import ConfigError
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Weights of one shape that differ in the number of their layer or head only."""
+
+    name: str
+    """With `*` for that number."""
+    count: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    folder: str
+    run: str
+    step: int
+    optimizer_updates: int
+    vocab_size: int
+    layout: SavedLayout | None
+    losses: Sequence[float | None]
+    """Of heads 1, 2, .. in that step, in nats."""
+    versions: dict[str, str | None]
+    parameters: dict[str, int]
+    """By part of the model."""
+    weights: list[TensorGroup]
+    bytes: dict[str, int]
+    """On disk, by kind of file."""
+    files: int
+
+
+def inspect_checkpoint(folder: Path, watch: Watch) -> CheckpointReport:
+    """Reads all of it, a block at a time. Raises ConfigError where it is not what was written."""
+    records = check_fully(folder, watch)
+    description = read_description(folder)
+    shapes = TensorReader(folder, MODEL).shapes()
+    parameters: Counter[str] = Counter()
+    for name, shape in shapes.items():
+        parameters[part_of(name)] += prod(shape)
+    groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), shape) for name, shape in shapes.items())
+    return CheckpointReport(
+        folder=str(folder),
+        run=description.config.run.name,
+        step=description.step,
+        optimizer_updates=description.optimizer_updates,
+        vocab_size=description.vocab_size,
+        layout=description.layout,
+        losses=description.losses,
+        versions=description.versions,
+        parameters=dict(parameters),
+        weights=[TensorGroup(name, count, shape) for (name, shape), count in groups.items()],
+        bytes=_bytes_by_kind(records),
+        files=len(records),
+    )
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a weight is in."""
+    first, second, *_ = name.split(".")
+    if first == "heads":
+        return "all heads, repeated" if second == "repeated" else f"head {second}"
+    return first if first in ("trunk", "final_norm") else "embeddings"
+
+
+def _bytes_by_kind(records: dict[str, FileRecord]) -> dict[str, int]:
+    sizes = dict.fromkeys(("weights", "optimizer", "descriptions"), 0)
+    for name, record in records.items():
+        kind = "descriptions" if name.endswith(".json") else "optimizer" if name.startswith(OPTIMIZER) else "weights"
+        sizes[kind] += record.bytes
+    return sizes
+
+
+@dataclass(frozen=True)
+class CheckpointLine:
+    """One of several checkpoints."""
+
+    folder: str
+    step: int
+    latest: bool
+    """Whether `latest` names it."""
+    bytes: int | None = None
+    layout: SavedLayout | None = None
+    losses: Sequence[float | None] = ()
+    damage: str | None = None
+    """What names, sizes and the JSON files tell; the tensors are not read."""
+
+
+def list_checkpoints(directory: Path) -> list[CheckpointLine]:
+    """Those in a folder, the highest step first."""
+    latest = latest_name(directory)
+    lines = []
+    for step, folder in finished_checkpoints(directory).items():
+        try:
+            size = sum(record.bytes for record in check_quickly(folder).values())
+            saved = read_description(folder)
+            line = CheckpointLine(str(folder), step, folder.name == latest, size, saved.layout, saved.losses)
+        except ConfigError as error:
+            line = CheckpointLine(str(folder), step, folder.name == latest, damage=str(error))
+        lines.append(line)
+    return lines
+
+
+def _layout(layout: SavedLayout | None) -> str:
+    if layout is None:
+        return "imported"
+    return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, ZeRO {layout.zero_stage}"
+
+
+def _losses(losses: Sequence[float | None]) -> str:
+    return " ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def print_list(lines: Sequence[CheckpointLine], console: Console) -> None:
+    table = Table("step", "", "size", "saved at", "losses of heads 1, 2, ...", "names, sizes, JSON files")
+    for line in lines:
+        size = "" if line.bytes is None else _size(line.bytes)
+        saved_at = "" if line.damage else _layout(line.layout)
+        verdict = "DAMAGED" if line.damage else "as written"
+        table.add_row(f"{line.step:,}", "latest" * line.latest, size, saved_at, _losses(line.losses), verdict)
+    console.print(table)
+
+
+def print_checkpoint(report: CheckpointReport, console: Console) -> None:
+    layout, total = report.layout, sum(report.parameters.values())
+    processes = f", {layout.world_size} processes" if layout else ""
+    facts = {
+        "Run": report.run,
+        "Step": f"{report.step:,}, {report.optimizer_updates:,} updates of Adam",
+        "Saved at": f"{_layout(layout)}{processes}",
+        "Losses": f"{_losses(report.losses)} nats, heads 1, 2, ..." if report.losses else "none",
+        "Vocabulary": f"{report.vocab_size:,} tokens",
+        "Versions": ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items()),
+        "On disk": ", ".join(f"{kind} {_size(size)}" for kind, size in report.bytes.items()),
+        "Integrity": f"all {report.files} files are what was written",
+    }
+    for label, value in facts.items():
+        console.print(Text(f"{label + ':':<12}{value}"), soft_wrap=True)
+    table = Table("part", "parameters", "share", title=f"{total / 1e6:,.2f} M parameters")
+    for part, number in report.parameters.items():
+        table.add_row(part, f"{number:,}", f"{number / total:.1%}")
+    console.print(table)
+    table = Table("weight", "number", "shape", "parameters", title="Weights, fp32")
+    for group in report.weights:
+        shape = " x ".join(map(str, group.shape))
+        table.add_row(Text(group.name), f"{group.count}", shape, f"{group.count * prod(group.shape):,}")
+    console.print(table)

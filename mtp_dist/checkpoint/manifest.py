@@ -1,0 +1,123 @@
+"""`manifest.json`: each file of a checkpoint with its size and SHA-256, so that damage is found before it is loaded."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mtp_dist.checkpoint.files import files_of, write_durably
+from mtp_dist.config import ConfigError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+BLOCK_BYTES = 1 << 20
+
+Watch = Callable[[int, int], None]
+"""Called with the number of bytes read and of all."""
+
+
+class DamagedError(ConfigError):
+    """A checkpoint is not, or no longer, what was written."""
+
+    def __init__(self, folder: Path, what: str) -> None:
+        super().__init__(f"{folder} is not a checkpoint of ours, or a damaged one: {what}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+def record_of(path: Path, watch: Callable[[int], None] = lambda read: None) -> FileRecord:
+    """Of what is on the disk; `watch` is told the size of each block read."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            watch(len(block))
+    return FileRecord(size, digest.hexdigest())
+
+
+def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
+    """Of all files in the folder; those that are not known are read."""
+    records = dict(known or {})
+    records |= {name: record_of(folder / name) for name in files_of(folder) if name not in records}
+    files = {name: asdict(record) for name, record in sorted(records.items())}
+    write_durably(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """By name of file. Raises DamagedError where it is missing or is none."""
+    try:
+        values = json.loads((folder / MANIFEST).read_bytes())
+        if values.keys() != {"format", "files"} or values["format"] != FORMAT:
+            raise ValueError(f"it has not the keys of format {FORMAT}")
+        return {name: FileRecord(**record) for name, record in values["files"].items()}
+    except OSError as error:
+        raise DamagedError(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DamagedError(folder, f"{MANIFEST} is no manifest ({error})") from None
+
+
+def check_quickly(folder: Path) -> dict[str, FileRecord]:
+    """Compare all names and sizes and the content of the JSON files with the manifest, and return the manifest.
+
+    Raises DamagedError for the first difference.
+    """
+    records = read_manifest(folder)
+    present = set(files_of(folder))
+    for name in sorted(records.keys() | present):
+        if name not in present:
+            raise DamagedError(folder, f"{name} is missing")
+        if name not in records:
+            raise DamagedError(folder, f"{name} is not in {MANIFEST}")
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedError(folder, f"{name} cannot be read ({error.strerror})") from None
+        if size != records[name].bytes:
+            raise DamagedError(folder, f"{name} has {size} bytes, it was written with {records[name].bytes}")
+        if name.endswith(".json"):
+            check_content(folder, name, records[name])
+    return records
+
+
+def check_content(
+    folder: Path, name: str, written: FileRecord, watch: Callable[[int], None] = lambda read: None
+) -> None:
+    """Read a file and compare it with its record. Raises DamagedError."""
+    try:
+        found = record_of(folder / name, watch)
+    except OSError as error:
+        raise DamagedError(folder, f"{name} cannot be read ({error.strerror})") from None
+    if found != written:
+        raise DamagedError(
+            folder, f"{name} has the SHA-256 {found.sha256[:12]}..., it was written with {written.sha256[:12]}..."
+        )
+
+
+def tensor_files(records: Mapping[str, FileRecord]) -> list[str]:
+    """The files that `check_quickly` does not read."""
+    return [name for name in sorted(records) if not name.endswith(".json")]
+
+
+def check_fully(folder: Path, watch: Watch = lambda done, total: None) -> dict[str, FileRecord]:
+    """Compare everything with the manifest, in this process, and return the manifest.
+
+    Raises DamagedError for the first difference.
+    """
+    records = check_quickly(folder)
+    names = tensor_files(records)
+    total, done = sum(records[name].bytes for name in names), 0
+
+    def count(read: int) -> None:
+        nonlocal done
+        done += read
+        watch(done, total)
+
+    for name in names:
+        check_content(folder, name, records[name], count)
+    return records

@@ -1,0 +1,144 @@
+"""Saving while training goes on."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from time import sleep
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, remove_surplus, with_ending
+from mtp_dist.checkpoint.save import Snapshot, take_snapshot, write_rest, write_share
+from mtp_dist.config import Config, ConfigError
+from mtp_dist.parallel.engine import TrainingEngine
+from mtp_dist.parallel.topology import gather_over_ranks
+
+PAUSES = (2.0, 10.0, 60.0)
+"""Seconds before the second, third, .. time that a checkpoint is tried to be written."""
+
+T = TypeVar("T")
+
+
+class _NotWrittenError(Exception):
+    """A rank could not write; every rank raises it."""
+
+
+class CheckpointSaver:
+    """Copies what is to be saved to host memory, which training waits for, and writes it in a thread of each rank.
+
+    The threads agree on each part of the work through a process group of their own. What cannot be written is told
+    through `report`, on rank 0, and tried again.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        engine: TrainingEngine,
+        control_group: dist.ProcessGroup,
+        report: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.engine = engine
+        self._group = control_group
+        self._report = report
+        self._thread: Thread | None = None
+        self._not_saved: str | None = None
+        self._bug: BaseException | None = None
+
+    def save(self, step: int, losses: Sequence[float] = (), samples: Any = None) -> None:
+        """Save the state after update `step`, of whose training batch the losses are; every rank calls it.
+
+        Waits for the save before, and for this one where it is the run's last. samples counts on rank 0 only. Raises
+        ConfigError, on every rank, where the last one cannot be written.
+        """
+        self._join()
+        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, step, losses, samples)
+        # A daemon: a run that fails must end although other ranks no longer answer.
+        self._thread = Thread(target=self._run, args=(snapshot,), daemon=True)
+        self._thread.start()
+        if step == self.config.train.steps:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the checkpoint is there. Raises ConfigError, on every rank, where it could not be written."""
+        self._join()
+        if self._not_saved:
+            raise ConfigError(self._not_saved)
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._bug:
+            raise self._bug
+
+    def _run(self, snapshot: Snapshot) -> None:
+        try:
+            self._not_saved = self._write_or_try_again(snapshot)
+        except BaseException as error:
+            self._bug = error
+            raise
+
+    def _write_or_try_again(self, snapshot: Snapshot) -> str | None:
+        """Returns why there is no checkpoint in the end."""
+        final = checkpoint_path(self.config, snapshot.description.step)
+        unfinished = with_ending(final, UNFINISHED)
+        what = f"checkpoint of step {snapshot.description.step}"
+        for pause in (*PAUSES, None):
+            try:
+                self._write(snapshot, unfinished, final)
+                return None
+            except _NotWrittenError as error:
+                wrong = str(error)
+            if self.engine.topology.rank == 0:  # on a full disk the logs need the room
+                shutil.rmtree(unfinished, ignore_errors=True)
+            if pause is not None:
+                self._say(f"{what}: {wrong}; trying again in {pause:g} s")
+                sleep(pause)
+        self._say(f"{what} is NOT saved: {wrong}")
+        return wrong
+
+    def _write(self, snapshot: Snapshot, unfinished: Path, final: Path) -> None:
+        topology = self.engine.topology
+        self._on_rank_0(lambda: make_room(unfinished), unfinished)
+        written = self._on_all_ranks(lambda: write_share(unfinished, snapshot.tensors, topology), unfinished)
+        tensor_files = {name: record for of_rank in written if of_rank for name, record in of_rank.items()}
+
+        def finish() -> None:
+            write_rest(unfinished, snapshot.description, tensor_files)
+            publish(unfinished, final)
+
+        self._on_rank_0(finish, unfinished)
+        if topology.rank == 0:
+            self._remove_surplus(snapshot.description.step)
+
+    def _remove_surplus(self, step: int) -> None:
+        settings = self.config.checkpoint
+        try:
+            remove_surplus(self.config.checkpoint_dir, step, settings.keep_last, settings.keep_every)
+        except OSError as error:
+            self._say(f"cannot delete an old checkpoint: {error.filename}: {error.strerror}")
+
+    def _on_rank_0(self, action: Callable[[], None], folder: Path) -> None:
+        self._on_all_ranks(action if self.engine.topology.rank == 0 else lambda: None, folder)
+
+    def _on_all_ranks(self, action: Callable[[], T], folder: Path) -> list[T | None]:
+        """What it returns on each rank. Where one cannot write all raise: else they would wait for it for ever."""
+        wrong = result = None
+        try:
+            result = action()
+        except OSError as error:
+            wrong = f"cannot write into checkpoint.directory: {error.filename or folder}: {error.strerror or error}"
+        answers = gather_over_ranks((wrong, result), self._group)
+        for rank, (of_rank, _) in enumerate(answers):
+            if of_rank:
+                raise _NotWrittenError(of_rank if rank == 0 else f"rank {rank} {of_rank}")
+        return [result for _, result in answers]
+
+    def _say(self, text: str) -> None:
+        if self.engine.topology.rank == 0:
+            self._report(text)

@@ -1,0 +1,71 @@
+"""Small whole checkpoints, without a training."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout
+from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, with_ending
+from mtp_dist.checkpoint.save import write_rest, write_share
+from mtp_dist.config import Config
+from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.parallel.optimizer_state import MOMENTS
+from mtp_dist.parallel.topology import Topology
+from tests.parity.runs import VOCAB_SIZE, tiny_config
+
+
+def config_in(directory: Path, **checkpoint: object) -> Config:
+    return tiny_config(checkpoint={"directory": str(directory)} | checkpoint)
+
+
+def write_unfinished(config: Config, step: int) -> Path:
+    """All files of a checkpoint of that step, by two ranks."""
+    unfinished = with_ending(checkpoint_path(config, step), UNFINISHED)
+    make_room(unfinished)
+    shapes = parameter_shapes(config, VOCAB_SIZE)
+    records = {}
+    for rank in range(2):
+        topology = Topology(2, 1, 1, rank, 0, 0, torch.device("cpu"))
+        weights = {name: torch.full(shape, step + 0.5) for name, shape in list(shapes.items())[rank::2]}
+        moments = {f"{key}.{name}": weight.clone() for key in MOMENTS for name, weight in weights.items()}
+        records |= write_share(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
+    layout = SavedLayout(tensor=2, pipeline=1, data=1, world_size=2, zero_stage=0)
+    description = Description(step, VOCAB_SIZE, step, config, losses=(3.5, None), layout=layout)
+    write_rest(unfinished, description, records)
+    return unfinished
+
+
+def write_checkpoint(directory: Path, step: int) -> Path:
+    config = config_in(directory)
+    final = checkpoint_path(config, step)
+    publish(write_unfinished(config, step), final)
+    return final
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one byte."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def damages(path: Path) -> dict[str, object]:
+    """Ways to damage a file, by name."""
+    size = path.stat().st_size
+    return {
+        "first byte": lambda: flip(path, 0),
+        "middle byte": lambda: flip(path, size // 2),
+        "last byte": lambda: flip(path, size - 1),
+        "cut off": lambda: path.write_bytes(path.read_bytes()[:-1]),
+        "longer": lambda: path.write_bytes(path.read_bytes() + b"x"),
+        "empty": lambda: path.write_bytes(b""),
+        "gone": path.unlink,
+        "a folder": lambda: (path.unlink(), path.mkdir()),
+    }
+
+
+def copied(folder: Path, to: Path) -> Path:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+    return to

@@ -1,0 +1,90 @@
+"""Whatever happens to a file of a checkpoint is seen before it is loaded."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.manifest import (
+    MANIFEST,
+    DamagedError,
+    check_fully,
+    check_quickly,
+    read_manifest,
+    record_of,
+    tensor_files,
+)
+from tests.unit.checkpoint.folders import copied, damages, flip, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("manifest"), 10)
+
+
+def test_lists_every_file_of_a_checkpoint(whole: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    records = check_fully(whole, lambda done, total: seen.append((done, total)))
+    assert records.keys() == {path.name for path in whole.iterdir()} - {MANIFEST}
+    assert sorted(records) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "optimizer-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+        "optimizer.safetensors.index.json",
+    ]
+    assert all(record_of(whole / name) == record for name, record in records.items())
+    of_tensors = sum(records[name].bytes for name in tensor_files(records))
+    assert seen[-1] == (of_tensors, of_tensors) and len(tensor_files(records)) == 4
+
+
+def test_every_damage_of_every_file_is_found(whole: Path, tmp_path: Path) -> None:
+    for name in (path.name for path in whole.iterdir()):
+        for damage in damages(whole / name):
+            folder = copied(whole, tmp_path / "damaged")
+            damages(folder / name)[damage]()
+            with pytest.raises(DamagedError) as error:
+                check_fully(folder)
+            sentence = str(error.value)
+            assert sentence.startswith(f"{folder} is not a checkpoint of ours, or a damaged one: "), (name, damage)
+            # A manifest that is still one speaks of another file, or of a file's other name.
+            assert name in sentence or name == MANIFEST, (name, damage, sentence)
+            with pytest.raises(DamagedError):
+                load_weights(folder)
+            if "byte" not in damage or (name.endswith(".json") and name != MANIFEST):
+                with pytest.raises(DamagedError):
+                    check_quickly(folder)
+
+
+def test_no_byte_of_the_manifest_may_change(whole: Path, tmp_path: Path) -> None:
+    expected = read_manifest(whole)
+    folder = copied(whole, tmp_path / "damaged")
+    for position in range((whole / MANIFEST).stat().st_size):
+        flip(folder / MANIFEST, position)
+        with contextlib.suppress(DamagedError):
+            assert read_manifest(folder) != expected, position
+        flip(folder / MANIFEST, position)
+    assert check_fully(folder) == expected
+
+
+def test_manifest_and_folder_name_the_same_files(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path / "changed")
+    for name in ("notes.txt", "tokenizer.json", "run.yaml", ".hidden"):
+        (folder / name).touch()
+    assert check_fully(folder) == read_manifest(whole), "what is no part of a checkpoint may lie beside it"
+    values = json.loads((folder / MANIFEST).read_text())
+    further = values | {"files": values["files"] | {"model-00003-of-00003.safetensors": {"bytes": 0, "sha256": ""}}}
+    (folder / MANIFEST).write_text(json.dumps(further))
+    with pytest.raises(DamagedError, match=r"model-00003-of-00003\.safetensors is missing"):
+        check_quickly(folder)
+    del values["files"]["config.json"]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(DamagedError, match=r"config\.json is not in manifest\.json"):
+        check_quickly(folder)
+    (folder / MANIFEST).write_text(json.dumps(values | {"format": 2}))
+    with pytest.raises(DamagedError, match="it has not the keys of format 1"):
+        check_quickly(folder)
