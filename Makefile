@@ -20,10 +20,10 @@ RUN := PATH="$(VENV)/bin:$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 stop = { echo 'error: $(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test test-slurm check format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 	@echo
 	@echo 'Variables: PYTHON (3.11 or newer), VENV, GPUS (0 installs the CPU build of PyTorch), TORCH, EXTRAS,'
 	@echo '           PIP_TORCH_ARGS (more arguments for the pip that installs PyTorch, see CONTRIBUTING.md)'
@@ -38,10 +38,21 @@ demo: $(STAMP) ## Train a small model on two processes and show the result
 test: $(STAMP) ## Run all tests
 	$(RUN) $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-check: $(STAMP) ## Lint, check the format and the types
+test-slurm: $(STAMP) ## Install SLURM where it is missing (Debian, as root) and run the tests that need it
+	@missing=$$(for daemon in slurmctld slurmd munged; do \
+		PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v $$daemon >/dev/null || echo $$daemon; done); \
+	[ -z "$$missing" ] || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; } || \
+		$(call stop,these daemons of SLURM and munge are missing and only root on a Debian installs them here: '$$missing'); \
+	[ -z "$$missing" ] || { apt-get update && DEBIAN_FRONTEND=noninteractive \
+		apt-get install --yes --no-install-recommends slurm-wlm munge; }
+	$(RUN) $(VENV)/bin/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint Python, shell scripts and the Dockerfile, check the format and the types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/shellcheck .ci/run launchers/*.sh launchers/slurm/*.sbatch
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(STAMP) ## Format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff format .

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.training.stopping import REQUEUE, StopSignals
 
 if TYPE_CHECKING:
     from mtp_dist.checkpoint.resume import ResumePoint
@@ -19,7 +20,10 @@ SECONDS_FOR_RANK_0 = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the command line says. A mistake of the user ends with one message on rank 0 and exit status 2."""
+    """Train as the command line says. A mistake of the user ends with one message on rank 0 and exit status 2.
+
+    Once it trains, SIGTERM and SIGUSR1 end it after the current step with a checkpoint and exit status REQUEUE.
+    """
     parser = argparse.ArgumentParser(description="Pretrain a multi-token prediction model.")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
@@ -28,9 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = load_config(options.config, options.overrides)
         check_before_start(config)
-        pretrain(config)
+        finished = pretrain(config)
     except ConfigError as error:
         stop(error)
+    if not finished:
+        sys.exit(REQUEUE)
 
 
 def stop(error: ConfigError) -> NoReturn:
@@ -68,8 +74,11 @@ def check_folder(key: str, folder: Path) -> None:
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
-def pretrain(config: Config) -> None:
-    """Train from the start or from a checkpoint, validate, save and show the result."""
+def pretrain(config: Config) -> bool:
+    """Train from the start or from a checkpoint, validate, save and show the result.
+
+    False where a signal stopped it before the last step.
+    """
     from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.data.loading import load_datasets
     from mtp_dist.data.tokenizer import vocabulary_size
@@ -79,7 +88,7 @@ def pretrain(config: Config) -> None:
     resumed = find_resume_point(config, vocab_size)
     if resumed and resumed.step >= config.train.steps:
         _say_finished(config, resumed)
-        return
+        return True
     datasets = load_datasets(config)
     device = select_device(config)
     quieten_packages()
@@ -111,11 +120,14 @@ def pretrain(config: Config) -> None:
 
     saver = CheckpointSaver(config, vocab_size, engine, control_group, reporter.note if reporter else print)
     updates_made = resumed.step if resumed else 0
-    fit(config, engine, datasets, [reporter] if reporter else [], saver.save, updates_made, samples_read)
+    callbacks = [reporter] if reporter else []
+    with StopSignals() as stop_signals:
+        finished = fit(config, engine, datasets, callbacks, saver.save, stop_signals, updates_made, samples_read)
     close_topology()
-    if reporter:
+    if reporter and finished:
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
+    return finished
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

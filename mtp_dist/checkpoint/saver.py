@@ -49,7 +49,7 @@ class CheckpointSaver:
         self._not_saved: str | None = None
         self._bug: BaseException | None = None
 
-    def save(self, step: int, losses: Sequence[float] = (), samples: Any = None) -> None:
+    def save(self, step: int, losses: Sequence[float] = (), samples: Any = None, last: bool = False) -> None:
         """Save the state after update `step`, of whose training batch the losses are; every rank calls it.
 
         Waits for the save before, and for this one where it is the run's last. samples counts on rank 0 only. Raises
@@ -60,7 +60,7 @@ class CheckpointSaver:
         # A daemon: a run that fails must end although other ranks no longer answer.
         self._thread = Thread(target=self._run, args=(snapshot,), daemon=True)
         self._thread.start()
-        if step == self.config.train.steps:
+        if last:
             self.wait()
 
     def wait(self) -> None:

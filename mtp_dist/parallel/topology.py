@@ -5,6 +5,7 @@ and the stages, which talk least, lie furthest apart. Megatron-core's groups and
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -109,8 +110,9 @@ def close_topology() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def largest_over_ranks(value: float, topology: Topology) -> float:
-    """The largest of all ranks' values, on every rank."""
-    largest = torch.tensor(value, dtype=torch.float64, device=topology.device)
+def largest_over_ranks(values: Sequence[float], topology: Topology) -> list[float]:
+    """The largest of all ranks' values, of each, on every rank."""
+    largest = torch.tensor(values, dtype=torch.float64, device=topology.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
+    numbers: list[float] = largest.tolist()
+    return numbers

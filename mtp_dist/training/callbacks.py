@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
@@ -26,6 +27,9 @@ class Callback:
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         """After each validation on the set of that name; `step` updates were made before it."""
+
+    def on_stop(self, step: int, signal: int) -> None:
+        """After the step that a signal makes the run's last for now, before its validation and its save."""
 
     def on_end(self) -> None:
         """After the last step, and when the loop ends by an exception."""
@@ -140,6 +144,12 @@ class MetricsLogger(Callback):
     def note(self, text: str) -> None:
         for sink in self._sinks:
             sink.note(text)
+
+    def on_stop(self, step: int, signal: int) -> None:
+        self.note(
+            f"{Signals(signal).name}: stops after step {step} of {self._total_steps} with a checkpoint; the same "
+            "command goes on from there"
+        )
 
     def on_end(self) -> None:
         for sink in self._sinks:

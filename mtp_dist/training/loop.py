@@ -17,6 +17,7 @@ from mtp_dist.training.batches import Batches
 from mtp_dist.training.callbacks import Callback
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.optimizer import learning_rate
+from mtp_dist.training.stopping import StopSignals
 
 
 def fit(
@@ -24,14 +25,17 @@ def fit(
     engine: TrainingEngine,
     datasets: Datasets,
     callbacks: Sequence[Callback],
-    save: Callable[[int, Sequence[float], Any], None],
+    save: Callable[[int, Sequence[float], Any, bool], None],
+    stop_signals: StopSignals,
     updates_made: int = 0,
     samples_read: int = 0,
-) -> None:
+) -> bool:
     """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
     updates_made and samples_read are those of the checkpoint that the engine was restored from. save is given the
-    step, its losses and the state of the training samples, on every rank. callbacks are told of steps and validations.
+    step, its losses, the state of the training samples and whether it is the last time, on every rank. callbacks are
+    told of steps and validations.
+    False where a signal to any rank stopped all of them, after the same step and a save, before the last.
     """
     batches = Batches(config, engine.topology, datasets, updates_made, samples_read)
     with ExitStack() as ends:
@@ -44,6 +48,9 @@ def fit(
             rate = learning_rate(config, step)
             weights = head_weights(config, step)
             sums, grad_norm = engine.train_step(batches.training(), rate, weights)
+            of_this_rank = peak_memory(engine.topology.device), stop_signals.received
+            peak, signal = largest_over_ranks(of_this_rank, engine.topology)
+            stopping = signal > 0 and step < config.train.steps
             metrics = StepMetrics(
                 step=step,
                 heads=head_metrics(config, sums, weights),
@@ -52,18 +59,23 @@ def fit(
                 tokens=config.train.global_batch_size * config.train.sequence_length,
                 seconds=time.perf_counter() - started,
                 epochs=datasets.epochs(batches.samples_read),
-                peak_memory=int(largest_over_ranks(peak_memory(engine.topology.device), engine.topology)),
+                peak_memory=int(peak),
             )
             for callback in callbacks:
                 callback.on_step(metrics)
+                if stopping:
+                    callback.on_stop(step, int(signal))
             if _is_due(step, config.train.validate_every, config.train.steps):
                 for validation in datasets.validation:
                     sums = engine.evaluate(*batches.validation(validation.samples))
                     heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
                     for callback in callbacks:
                         callback.on_validation(step, validation.name, heads)
-            if _is_due(step, config.checkpoint.every, config.train.steps):
-                save(step, metrics.heads.losses, batches.state())
+            if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
+                save(step, metrics.heads.losses, batches.state(), stopping or step == config.train.steps)
+            if stopping:
+                return False
+    return True
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

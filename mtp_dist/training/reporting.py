@@ -105,6 +105,9 @@ class RunReporter(Callback):
         self.last_validation[name] = heads
         self.logger.on_validation(step, name, heads)
 
+    def on_stop(self, step: int, signal: int) -> None:
+        self.logger.on_stop(step, signal)
+
     def on_end(self) -> None:
         self.logger.on_end()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,23 @@ def test_a_repeated_run_is_the_same_to_the_last_bit(runs: dict[str, Run], config
         {name: line[name] for name in line.keys() & DETERMINISTIC} for line in expected
     ]
     assert all("train/grad_norm" in line or "validation/loss/head_1" in line for line in lines)
+
+
+def test_torchrun_on_two_nodes_and_in_a_folder_with_a_space(config: Path, folder: Path, runs: dict[str, Run]) -> None:
+    """Both nodes are this machine."""
+    checkout = folder / "a checkout"
+    checkout.mkdir()
+    (checkout / "launchers").symlink_to(jobs.ROOT / "launchers")
+    out = folder / "two nodes"
+    variables = ["env", "NODES=2", "RANKS_PER_NODE=1", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={jobs.free_port()}"]
+    script = [str(checkout / "launchers" / "torchrun.sh"), "--config", str(config), f"run.output_dir={out}"]
+    with ExitStack() as ends:
+        nodes = [
+            ends.enter_context(jobs.started([*variables, f"NODE_RANK={rank}", *script, *COMMANDS[REPEATED][1]], folder))
+            for rank in range(2)
+        ]
+        assert [node.wait() for node in nodes] == [0, 0], [node.output for node in nodes]
+    lines, expected = jobs.metrics(out), jobs.metrics(runs[REPEATED].folder)
+    assert [{name: line[name] for name in line.keys() & DETERMINISTIC} for line in lines] == [
+        {name: line[name] for name in line.keys() & DETERMINISTIC} for line in expected
+    ]

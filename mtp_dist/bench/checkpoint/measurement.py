@@ -69,12 +69,8 @@ def measure_checkpoints(
 
     Raises ConfigError where the folder cannot be written.
     """
-    # Not its last step: a run waits for that one.
-    changed = {
-        "checkpoint": config.checkpoint.model_copy(update={"directory": str(folder)}),
-        "train": config.train.model_copy(update={"steps": STEP + 1}),
-    }
-    config = config.model_copy(update=changed)
+    to_folder = config.checkpoint.model_copy(update={"directory": str(folder)})
+    config = config.model_copy(update={"checkpoint": to_folder})
     subject = _subject(config, vocab_size, topology, folder, report)
     seconds = paired_seconds(
         {

@@ -136,7 +136,7 @@ def _save_while_training(training: Training, directory: Path, seen: Seen) -> Non
         timer.join()
     saver.wait()
     training.step(3)
-    saver.save(training.config.train.steps)
+    saver.save(training.config.train.steps, last=True)
     last = directory / "async" / f"step_{training.config.train.steps:08d}"
     seen.finished_before["the run's last save ended"] = last.exists()
 

@@ -1,0 +1,56 @@
+"""A training on every rank, in which signals reach some of them."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.config import load_config
+from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.metrics import StepMetrics
+from mtp_dist.training.stopping import StopSignals
+
+
+class Events(Callback):
+    """Notes what happens on a rank, and lets a signal reach it during the step `signalled_in`."""
+
+    def __init__(self, signals: StopSignals, signalled_in: int | None) -> None:
+        self.signals = signals
+        self.signalled_in = signalled_in
+        self.events: list[str] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.events.append(f"step {metrics.step}")
+        if metrics.step + 1 == self.signalled_in:
+            self.signals.received = signal.SIGUSR1
+
+    def on_stop(self, step: int, number: int) -> None:
+        self.events.append(f"stop {step} by {signal.Signals(number).name}")
+
+    def on_validation(self, step: int, *_: Any) -> None:
+        self.events.append(f"validation {step}")
+
+
+def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
+    """Whether the training came to its end, and the events."""
+    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.training.loop import fit
+    from mtp_dist.training.optimizer import build_optimizer
+
+    config = load_config(path)
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    vocab_size = vocabulary_size(config)
+    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    signals = StopSignals()
+    callback = Events(signals, signalled_in[int(os.environ["RANK"])])
+
+    def save(step: int, *_: Any) -> None:
+        callback.events.append(f"save {step}")
+
+    finished = fit(config, engine, load_datasets(config), [callback], save, signals)
+    return finished, ", ".join(callback.events)
