@@ -1,11 +1,12 @@
 """Makes what the docs show from committed data: `python docs/generate.py` rewrites it, `--check` only compares.
 
 configuration.md comes from the configuration's own docstrings, the parity table of parallelism.md from
-data/parity.json, the tables of head-loss.md from data/head-loss-*.json, that of heads.md from data/heads/. Pictures
-come from data too, but only without --check, as pixels depend on fonts.
+data/parity.json, those of head-loss.md from data/head-loss-*.json, and so on. Pictures come from data too, but only
+without --check, as pixels depend on fonts.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -194,6 +195,52 @@ def data_speed_section(result: dict[str, Any]) -> str:
     )
 
 
+def resume_matrix(rows: list[dict[str, Any]]) -> str:
+    """Worst error of the losses for each pair of layouts."""
+    layouts = list(dict.fromkeys(row["before"] for row in rows))
+    worst = {
+        pair: max(row["losses"] for row in rows if (row["before"], row["after"]) == pair)
+        for pair in itertools.product(layouts, layouts)
+    }
+    lines = [[before, *(f"{worst[before, after]:.1e}" for after in layouts)] for before in layouts]
+    return table(["saved at \\ opened at", *layouts], lines)
+
+
+def kills_sentence(counts: dict[str, int]) -> str:
+    return (
+        f"{counts['kills']} kills, {counts['during_a_save']} of them while a checkpoint was unfinished, over "
+        f"{counts['starts']} starts and {counts['finished_runs']} runs of {counts['steps']} steps on {counts['ranks']} "
+        "ranks: every start found a valid checkpoint or began anew, and every run ended with the metrics, the weights "
+        "and the moments of the run that nobody killed, to the last bit.\n"
+    )
+
+
+CHECKPOINT_WAYS = {
+    "stall": "training waits",
+    "save": "`save`: gathered, written, synced, read back, hashed",
+    "torch.save": "`torch.save`: gathered, written, synced",
+    "load": "loaded into the engine",
+    "torch.load": "`torch.load` into memory",
+}
+
+
+def checkpoint_speed(results: list[dict[str, Any]]) -> str:
+    sections = []
+    for result in results:
+        layout, machine = result["layout"], result["machine"]
+        rows = [
+            [label, f"{result['seconds'][way]:.2f}", f"{result['megabytes'] / result['seconds'][way]:,.0f}"]
+            for way, label in CHECKPOINT_WAYS.items()
+        ]
+        degrees = f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
+        sections.append(
+            f"{degrees}, {result['megabytes']:,.0f} MB on {machine['processor']}, {machine['cores']} cores; training "
+            f"waits {result['stall_share']:.0%} of a save:\n"
+        )
+        sections.append(table(["", "seconds", "MB/s"], rows))
+    return "\n".join(sections)
+
+
 def with_tables(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
 
@@ -205,8 +252,15 @@ def pages() -> dict[Path, str]:
         "head-loss": head_loss_sections(),
         "head-runs": head_runs_table(),
         "data-speed": data_speed_section(json.loads((DOCS / "data/data-speed.json").read_text())),
+        "resume-matrix": resume_matrix(json.loads((DOCS / "data/resume-matrix.json").read_text())),
+        "kills": kills_sentence(json.loads((DOCS / "data/kills.json").read_text())),
+        "checkpoint-speed": checkpoint_speed(
+            [json.loads(path.read_text()) for path in sorted((DOCS / "data").glob("checkpoint-*.json"))]
+        ),
     }
-    with_generated_parts = [DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data")]
+    with_generated_parts = [
+        DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data", "checkpoints")
+    ]
     return {
         DOCS / "configuration.md": configuration_page(),
         **{path: with_tables(path.read_text(), tables) for path in with_generated_parts},

@@ -251,6 +251,24 @@ def import_command(
     print(describe(imported, target), flush=True)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs, such as runs/demo")],
+    to: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where to write; a folder `report` in the first run's")
+    ] = None,
+) -> None:
+    """Write one HTML page with the curves, events and configuration of a run, or of several beside one another."""
+    from mtp_dist.report.page import write_report
+
+    folders = [Path(run).expanduser() for run in runs]
+    try:
+        page = write_report(folders, Path(to).expanduser() if to else folders[0] / "report")
+    except ConfigError as error:
+        stop(error)
+    print(page, flush=True)
+
+
 @bench.command("head-loss")
 def head_loss(
     tokens: Annotated[int | None, typer.Option(help="of one micro-batch; 2048 on a CPU, 8192 on a GPU")] = None,

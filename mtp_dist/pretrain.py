@@ -118,7 +118,8 @@ def pretrain(config: Config) -> bool:
             set_earlier_run_aside(config)
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
 
-    saver = CheckpointSaver(config, vocab_size, engine, control_group, reporter.note if reporter else print)
+    heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
+    saver = CheckpointSaver(config, vocab_size, engine, control_group, *heard)
     updates_made = resumed.step if resumed else 0
     callbacks = [reporter] if reporter else []
     with StopSignals() as stop_signals:

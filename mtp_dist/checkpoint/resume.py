@@ -14,8 +14,8 @@ from mtp_dist.config import Config, ConfigError
 
 FREE = frozenset(
     """
-    run.name run.output_dir run.device heads.loss_mode heads.chunk_tokens data.validation train.micro_batch_size
-    train.activation_checkpointing train.validate_every train.validation_samples
+    run.name run.output_dir run.device run.step_timeout heads.loss_mode heads.chunk_tokens data.validation
+    train.micro_batch_size train.activation_checkpointing train.validate_every train.validation_samples
     """.split()
 )
 """Keys that change what a run says or how fast it is, not what it learns."""

@@ -29,7 +29,7 @@ class CheckpointSaver:
     """Copies what is to be saved to host memory, which training waits for, and writes it in a thread of each rank.
 
     The threads agree on each part of the work through a process group of their own. What cannot be written is told
-    through `report`, on rank 0, and tried again.
+    through `report`, on rank 0, and tried again; `on_saved` is called there with the step of each that is written.
     """
 
     def __init__(
@@ -39,12 +39,14 @@ class CheckpointSaver:
         engine: TrainingEngine,
         control_group: dist.ProcessGroup,
         report: Callable[[str], None],
+        on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.engine = engine
         self._group = control_group
         self._report = report
+        self._on_saved = on_saved
         self._thread: Thread | None = None
         self._not_saved: str | None = None
         self._bug: BaseException | None = None
@@ -91,6 +93,8 @@ class CheckpointSaver:
         for pause in (*PAUSES, None):
             try:
                 self._write(snapshot, unfinished, final)
+                if self.engine.topology.rank == 0:
+                    self._on_saved(snapshot.description.step)
                 return None
             except _NotWrittenError as error:
                 wrong = str(error)

@@ -22,6 +22,9 @@ class RunConfig(Section):
     """Seed of the initial weights and of the order of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
+    step_timeout: PositiveFloat | None = 1800.0
+    """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python stacks
+    and the run ends with status 70. `null`: no limit."""
 
 
 class ModelConfig(Section):

@@ -18,6 +18,7 @@ from mtp_dist.training.callbacks import Callback
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.optimizer import learning_rate
 from mtp_dist.training.stopping import StopSignals
+from mtp_dist.training.watchdog import Watchdog
 
 
 def fit(
@@ -40,10 +41,12 @@ def fit(
     batches = Batches(config, engine.topology, datasets, updates_made, samples_read)
     with ExitStack() as ends:
         ends.callback(batches.close)
+        watchdog = ends.enter_context(Watchdog(config.run.step_timeout, engine.topology.rank))
         for callback in callbacks:
             ends.callback(callback.on_end)
             callback.on_start()
         for step in range(updates_made + 1, config.train.steps + 1):
+            watchdog.expect(f"step {step}")
             started = time.perf_counter()
             rate = learning_rate(config, step)
             weights = head_weights(config, step)
@@ -67,11 +70,13 @@ def fit(
                     callback.on_stop(step, int(signal))
             if _is_due(step, config.train.validate_every, config.train.steps):
                 for validation in datasets.validation:
+                    watchdog.expect(f"the validation after step {step}")
                     sums = engine.evaluate(*batches.validation(validation.samples))
                     heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
                     for callback in callbacks:
                         callback.on_validation(step, validation.name, heads)
             if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
+                watchdog.expect(f"the save after step {step}, or the one before")
                 save(step, metrics.heads.losses, batches.state(), stopping or step == config.train.steps)
             if stopping:
                 return False

@@ -1,10 +1,15 @@
 """What rank 0 shows and writes of a run, from its first step to the table at its end."""
 
+import json
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
+from signal import Signals
 
+from mtp_dist.checkpoint.files import installed_versions
 from mtp_dist.checkpoint.folders import LATEST
 from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.config import Config
@@ -14,11 +19,13 @@ from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
+from mtp_dist.training.events import EventLog
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
-WRITTEN_BY_A_RUN = ("metrics.jsonl", "tensorboard", "summary.json", "checkpoints")
+EVENTS, RUN = "events.jsonl", "run.json"
+WRITTEN_BY_A_RUN = ("metrics.jsonl", EVENTS, RUN, "tensorboard", "summary.json", "checkpoints")
 
 
 def set_earlier_run_aside(config: Config) -> None:
@@ -61,6 +68,7 @@ class RunReporter(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self.logger = self._build_logger()
+        self.events = EventLog(config.output_dir / EVENTS, resumed.step if resumed else 0)
 
     def _build_logger(self) -> MetricsLogger:
         config = self.config
@@ -91,14 +99,31 @@ class RunReporter(Callback):
             f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, trunk layers of each "
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
+        begins = f"goes on after step {self.resumed.step} from {self.resumed.folder}" if self.resumed else "begins"
         if self.resumed:
-            print(f"goes on after step {self.resumed.step} from {self.resumed.folder}")
+            print(begins)
         sys.stdout.flush()
+        self._describe_run(asdict(counts))
+        self.events.record("start", f"{begins}, {topology.world_size} ranks")
         self.logger.on_start()
+
+    def _describe_run(self, parameters: dict[str, int]) -> None:
+        topology = self.topology
+        description = {
+            "config": self.config.model_dump(mode="json"),
+            "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+            "device": device_name(topology.device),
+            "parameters": parameters,
+            "versions": installed_versions(),
+        }
+        (self.config.output_dir / RUN).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.tokens += metrics.tokens
         self.seconds += metrics.seconds
+        self.events.step = metrics.step
+        if not math.isfinite(metrics.grad_norm):
+            self.events.record("skip", f"step {metrics.step} changed no weight: its gradient is not finite")
         self.logger.on_step(metrics)
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
@@ -106,13 +131,19 @@ class RunReporter(Callback):
         self.logger.on_validation(step, name, heads)
 
     def on_stop(self, step: int, signal: int) -> None:
+        self.events.record("stop", f"{Signals(signal).name} after step {step}")
         self.logger.on_stop(step, signal)
+
+    def on_saved(self, step: int) -> None:
+        """A checkpoint is written; another thread may call it."""
+        self.events.record("checkpoint", f"of step {step}")
 
     def on_end(self) -> None:
         self.logger.on_end()
 
     def note(self, text: str) -> None:
-        """Say it on the terminal and in TensorBoard; another thread may call it."""
+        """Say it on the terminal, in TensorBoard and in the events; another thread may call it."""
+        self.events.record("note", text)
         self.logger.note(text)
 
     def show_result(self, checkpoint: Path, sample: str | None) -> None:

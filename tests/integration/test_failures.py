@@ -86,3 +86,15 @@ def test_a_full_disk(tmp_path: Path) -> None:
     notes = [note.tensor_proto.string_val[0].decode() for note in events.Tensors("note/text_summary")]
     assert sum("is NOT saved" in note for note in notes) == 3
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_rank_that_hangs(tmp_path: Path) -> None:
+    """The rank that waits for it says where, and the launcher ends what is left."""
+    config = jobs.write_config(tmp_path, run={"step_timeout": 8}, train={"steps": 100_000})
+    with jobs.started(jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 3)
+        job.rank(1).suspend()
+        assert job.wait() != 0
+        assert job.processes() == []
+        assert re.search(r"error: rank 0: step \d+ takes longer than run.step_timeout = 8 s; all threads:", job.output)
+        assert "in train_step" in job.output and "in fit" in job.output

@@ -32,7 +32,8 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "analysis": {"inference"},
     "bench": {"evaluation", "analysis", "training"},
     "pretrain": {"evaluation", "analysis", "training"},
-    "cli": {"evaluation", "analysis", "training", "bench", "pretrain"},
+    "report": {"config"},
+    "cli": {"evaluation", "analysis", "training", "bench", "pretrain", "report"},
 }
 ROOMS = frozenset(DIRECTLY_BELOW)
 

@@ -1,0 +1,1 @@
+"""`mtp-dist report`: the curves and events of runs on one page."""

@@ -1,0 +1,53 @@
+"""Ending a run that hangs, with the stacks that tell where."""
+
+import faulthandler
+import os
+import sys
+import threading
+from time import monotonic
+from typing import Self
+
+HUNG = 70
+"""Exit status. EX_SOFTWARE of sysexits.h."""
+GRACE_SECONDS = 10.0
+"""Given to this class's own thread, which runs only while no other keeps Python's lock."""
+
+
+class Watchdog:
+    """Inside a `with`, ends the process where a part of the run takes longer than `seconds`; None never does.
+
+    It prints the Python stacks of all threads first. Each rank has its own, so that all that wait for a rank that hangs
+    tell where, and so does that rank unless it is stopped altogether.
+    """
+
+    def __init__(self, seconds: float | None, rank: int) -> None:
+        self._seconds = seconds
+        self._rank = rank
+        self._left = threading.Event()
+        self._part = ""
+        self._began = monotonic()
+
+    def __enter__(self) -> Self:
+        self.expect("the start")
+        if self._seconds is not None:
+            threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def expect(self, part: str) -> None:
+        """From now on it is this that takes its time."""
+        self._part, self._began = part, monotonic()
+        if self._seconds is not None:
+            faulthandler.dump_traceback_later(self._seconds + GRACE_SECONDS, exit=True)
+
+    def _watch(self, seconds: float) -> None:
+        while (left := self._began + seconds - monotonic()) > 0:
+            if self._left.wait(left):
+                return
+        what = f"rank {self._rank}: {self._part} takes longer than run.step_timeout = {seconds:g} s"
+        print(f"error: {what}; all threads:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback()
+        os._exit(HUNG)
