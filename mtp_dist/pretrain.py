@@ -98,14 +98,14 @@ def pretrain(config: Config) -> bool:
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import close_topology, initialize_topology, new_control_group
+    from mtp_dist.parallel.topology import close_topology, initialize_topology, new_cpu_groups
     from mtp_dist.training.loop import fit
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
 
     topology = initialize_topology(config, device)
-    control_group = new_control_group()
-    resumed = agree_on_resume_point(resumed, config, vocab_size, topology, control_group)
+    cpu_groups = new_cpu_groups(topology)
+    resumed = agree_on_resume_point(resumed, config, vocab_size, topology, cpu_groups.all)
     may_change = "data.train" in config.checkpoint.allow_changes
     # A checkpoint of step 0 is an imported model's, which no samples were read for.
     samples_read = datasets.restore(resumed.samples, may_change) if resumed and resumed.step else 0
@@ -119,7 +119,7 @@ def pretrain(config: Config) -> bool:
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
 
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
-    saver = CheckpointSaver(config, vocab_size, engine, control_group, *heard)
+    saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
     updates_made = resumed.step if resumed else 0
     callbacks = [reporter] if reporter else []
     with StopSignals() as stop_signals:

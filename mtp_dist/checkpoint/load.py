@@ -52,14 +52,14 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
 
 
 def agree_on_resume_point(
-    point: ResumePoint | None, config: Config, vocab_size: int, topology: Topology, control_group: dist.ProcessGroup
+    point: ResumePoint | None, config: Config, vocab_size: int, topology: Topology, cpu_group: dist.ProcessGroup
 ) -> ResumePoint | None:
     """`point`, or the newest one before it, whose tensors are what was written: each rank reads its share of them.
 
     The same on every rank. Raises ConfigError where all are damaged, or where the ranks see different checkpoints.
     """
     while True:
-        starts = gather_over_ranks(point.folder.name if point else "the beginning", control_group)
+        starts = gather_over_ranks(point.folder.name if point else "the beginning", cpu_group)
         if len(set(starts)) > 1:
             raise ConfigError(
                 f"rank 0 would start from {starts[0]}, another rank from "
@@ -68,7 +68,7 @@ def agree_on_resume_point(
             )
         if point is None:
             return None
-        found = gather_over_ranks(_damage_in_share(point.folder, topology), control_group)
+        found = gather_over_ranks(_damage_in_share(point.folder, topology), cpu_group)
         damage = next(filter(None, found), None)
         if damage is None:
             return point

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,19 +21,20 @@ from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates
 from mtp_dist.parallel.topology import Topology
-from mtp_dist.parallel.weights import master_weight, owned_weights, whole_tensors
+from mtp_dist.parallel.weights import LocalPart, joined_parts, local_parts, master_weight
 
 Tensors = dict[str, Tensor]
+Parts = dict[str, LocalPart]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that this rank writes, in memory of its own: training may go on."""
+    """What is to be saved, in host memory of its own: training may go on."""
 
     description: Description
     """What it says of the samples counts on rank 0 only."""
-    tensors: dict[str, Tensors]
-    """By kind of file."""
+    parts: dict[str, Parts]
+    """This rank's contribution, by kind of file."""
 
 
 def take_snapshot(
@@ -47,7 +49,7 @@ def take_snapshot(
         world_size=topology.world_size,
         zero_stage=engine.pipeline.zero_optimization_stage(),
     )
-    tensors = _share_of_this_rank(engine, parameter_shapes(config, vocab_size))
+    parts = _parts_of_this_rank(engine, parameter_shapes(config, vocab_size))
     description = Description(
         step=step,
         vocab_size=vocab_size,
@@ -57,20 +59,26 @@ def take_snapshot(
         losses=[loss if isfinite(loss) else None for loss in losses],
         layout=layout,
     )
-    return Snapshot(description, tensors)
+    return Snapshot(description, parts)
 
 
-def _share_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensors]:
-    """By kind of file. The ranks of a stage divide its tensors among them; all of them take part in gathering each."""
+def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Parts]:
+    """By kind of file."""
     stage, topology = engine.stage, engine.topology
     ensure_state(engine.pipeline)
-    owned = owned_weights(stage, shapes, topology)
-    weights = dict(whole_tensors(stage, shapes, topology, master_weight, owned))
-    moments: Tensors = {}
+    parts: dict[str, Parts] = {MODEL: local_parts(stage, shapes, topology, master_weight), OPTIMIZER: {}}
     for key in MOMENTS:
-        gathered = whole_tensors(stage, shapes, topology, partial(moment, engine.pipeline, key), owned)
-        moments |= {f"{key}.{name}": tensor for name, tensor in gathered}
-    return {MODEL: weights, OPTIMIZER: moments}
+        of_moment = local_parts(stage, shapes, topology, partial(moment, engine.pipeline, key))
+        parts[OPTIMIZER] |= {f"{key}.{name}": part for name, part in of_moment.items()}
+    return parts
+
+
+def whole_share(snapshot: Snapshot, topology: Topology, tensor_group: dist.ProcessGroup) -> dict[str, Tensors]:
+    """The whole tensors that this rank writes, by kind of file; the snapshot's parts become these.
+
+    A collective over `tensor_group`, a tensor-parallel group for the CPU.
+    """
+    return {kind: joined_parts(parts, topology, tensor_group) for kind, parts in snapshot.parts.items()}
 
 
 def write_share(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, FileRecord]:

@@ -7,13 +7,12 @@ from threading import Thread
 from time import sleep
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
+from mtp_dist.checkpoint.files import Description
 from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, remove_surplus, with_ending
-from mtp_dist.checkpoint.save import Snapshot, take_snapshot, write_rest, write_share
+from mtp_dist.checkpoint.save import Snapshot, Tensors, take_snapshot, whole_share, write_rest, write_share
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import gather_over_ranks
+from mtp_dist.parallel.topology import CpuGroups, gather_over_ranks
 
 PAUSES = (2.0, 10.0, 60.0)
 """Seconds before the second, third, .. time that a checkpoint is tried to be written."""
@@ -28,8 +27,9 @@ class _NotWrittenError(Exception):
 class CheckpointSaver:
     """Copies what is to be saved to host memory, which training waits for, and writes it in a thread of each rank.
 
-    The threads agree on each part of the work through a process group of their own. What cannot be written is told
-    through `report`, on rank 0, and tried again; `on_saved` is called there with the step of each that is written.
+    The threads gather whole tensors and agree on each part of the work through process groups of their own. What cannot
+    be written is told through `report`, on rank 0, and tried again; `on_saved` is called there with the step of each
+    that is written.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class CheckpointSaver:
         config: Config,
         vocab_size: int,
         engine: TrainingEngine,
-        control_group: dist.ProcessGroup,
+        groups: CpuGroups,
         report: Callable[[str], None],
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.engine = engine
-        self._group = control_group
+        self._groups = groups
         self._report = report
         self._on_saved = on_saved
         self._thread: Thread | None = None
@@ -90,9 +90,10 @@ class CheckpointSaver:
         final = checkpoint_path(self.config, snapshot.description.step)
         unfinished = with_ending(final, UNFINISHED)
         what = f"checkpoint of step {snapshot.description.step}"
+        tensors = whole_share(snapshot, self.engine.topology, self._groups.tensor)
         for pause in (*PAUSES, None):
             try:
-                self._write(snapshot, unfinished, final)
+                self._write(snapshot.description, tensors, unfinished, final)
                 if self.engine.topology.rank == 0:
                     self._on_saved(snapshot.description.step)
                 return None
@@ -106,19 +107,19 @@ class CheckpointSaver:
         self._say(f"{what} is NOT saved: {wrong}")
         return wrong
 
-    def _write(self, snapshot: Snapshot, unfinished: Path, final: Path) -> None:
+    def _write(self, description: Description, tensors: dict[str, Tensors], unfinished: Path, final: Path) -> None:
         topology = self.engine.topology
         self._on_rank_0(lambda: make_room(unfinished), unfinished)
-        written = self._on_all_ranks(lambda: write_share(unfinished, snapshot.tensors, topology), unfinished)
+        written = self._on_all_ranks(lambda: write_share(unfinished, tensors, topology), unfinished)
         tensor_files = {name: record for of_rank in written if of_rank for name, record in of_rank.items()}
 
         def finish() -> None:
-            write_rest(unfinished, snapshot.description, tensor_files)
+            write_rest(unfinished, description, tensor_files)
             publish(unfinished, final)
 
         self._on_rank_0(finish, unfinished)
         if topology.rank == 0:
-            self._remove_surplus(snapshot.description.step)
+            self._remove_surplus(description.step)
 
     def _remove_surplus(self, step: int) -> None:
         settings = self.config.checkpoint
@@ -137,7 +138,7 @@ class CheckpointSaver:
             result = action()
         except OSError as error:
             wrong = f"cannot write into checkpoint.directory: {error.filename or folder}: {error.strerror or error}"
-        answers = gather_over_ranks((wrong, result), self._group)
+        answers = gather_over_ranks((wrong, result), self._groups.all)
         for rank, (of_rank, _) in enumerate(answers):
             if of_rank:
                 raise _NotWrittenError(of_rank if rank == 0 else f"rank {rank} {of_rank}")

@@ -91,10 +91,20 @@ def data_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
 
-def new_control_group() -> dist.ProcessGroup:
-    """All ranks once more, over gloo: for words instead of tensors, also while another thread trains."""
+@dataclass(frozen=True)
+class CpuGroups:
+    """Ranks once more, over gloo: for what is in host memory, also while another thread trains."""
+
+    all: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    """This rank's tensor-parallel group."""
+
+
+def new_cpu_groups(topology: Topology) -> CpuGroups:
     # A rank that has written its files waits for the slowest one.
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    patience = timedelta(days=1)
+    tensor, _ = dist.new_subgroups(topology.tensor, timeout=patience, backend="gloo")
+    return CpuGroups(dist.new_group(backend="gloo", timeout=patience), tensor)
 
 
 def gather_over_ranks(value: T, group: dist.ProcessGroup) -> list[T]:

@@ -1,8 +1,9 @@
 """Whole weights and gradients from the parts that the ranks hold."""
 
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -31,12 +32,11 @@ def whole_tensors(
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
     local: Callable[[nn.Parameter], Tensor],
-    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield this stage's tensors one by one by global name, copied to the CPU; every rank of the stage takes part.
+    """Yield this stage's tensors one by one by global name, copied to the CPU, on every rank of the stage.
 
-    local gives this rank's part for one of its weights: its value, its gradient or a moment. names: those that this
-    rank wants, all when None. A tied weight comes from its first stage only.
+    local gives this rank's part for one of its weights: its value, its gradient or a moment. A tied weight comes from
+    its first stage only.
     """
     group = tensor_group()
     for name, weight in named_weights(stage):
@@ -48,9 +48,11 @@ def whole_tensors(
             dist.all_gather(parts, part, group=group)
         else:
             parts = [part]
-        if names is None or name in names:
-            whole = join(parts, weight, shapes[name])
-            yield name, whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        yield name, _copied(join(parts, weight, shapes[name]))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _is_copy(weight: nn.Parameter) -> bool:
@@ -58,18 +60,68 @@ def _is_copy(weight: nn.Parameter) -> bool:
     return getattr(weight, "ds_pipe_replicated", False)
 
 
-def owned_weights(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> set[str]:
-    """Global names of the weights that this rank answers for: each one in the model has one rank.
+def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> dict[str, tuple[int, int]]:
+    """The (data-parallel, tensor-parallel) rank that answers for each weight of the stage, by global name.
 
-    The tensor- and data-parallel ranks of a stage each get a run of its weights, of about the same size.
+    The ranks of a stage each get a run of its weights, of about the same size.
     """
     sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not _is_copy(weight)}
-    ranks = topology.tensor * topology.data
-    rank = topology.tensor_rank + topology.tensor * topology.data_rank
-    ends = accumulate(sizes.values())
-    total = sum(sizes.values())
-    middles = (end - size / 2 for end, size in zip(ends, sizes.values(), strict=True))
-    return {name for name, middle in zip(sizes, middles, strict=True) if int(ranks * middle / total) == rank}
+    ranks, total = topology.tensor * topology.data, sum(sizes.values())
+    middles = (end - size / 2 for end, size in zip(accumulate(sizes.values()), sizes.values(), strict=True))
+    return {
+        name: divmod(int(ranks * middle / total), topology.tensor) for name, middle in zip(sizes, middles, strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class LocalPart:
+    """A copy in host memory of what this rank has of a tensor."""
+
+    values: Tensor
+    weight: nn.Parameter
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    owner: int
+    """The tensor-parallel rank that is to have the whole."""
+
+
+@torch.no_grad()
+def local_parts(
+    stage: nn.Module,
+    shapes: dict[str, tuple[int, ...]],
+    topology: Topology,
+    local: Callable[[nn.Parameter], Tensor],
+) -> dict[str, LocalPart]:
+    """This rank's contribution to its stage's tensors, by global name. `local` is that of `whole_tensors`."""
+    owners = _owners(stage, shapes, topology)
+    parts: dict[str, LocalPart] = {}
+    for name, weight in named_weights(stage):
+        values = local(weight)  # of every weight: it may be a collective
+        if _is_copy(weight) or owners[name][0] != topology.data_rank:
+            continue
+        owner = owners[name][1]
+        if is_cut(weight) or owner == topology.tensor_rank:
+            parts[name] = LocalPart(_copied(values), weight, shapes[name], owner)
+    return parts
+
+
+@torch.no_grad()
+def joined_parts(parts: dict[str, LocalPart], topology: Topology, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The whole tensors that this rank answers for. Empties `parts`, so that memory holds each tensor once.
+
+    A collective over `group`, the ranks of the tensor-parallel group, of a backend for the CPU.
+    """
+    wholes: dict[str, Tensor] = {}
+    for name in list(parts):
+        part = parts.pop(name)
+        of_all = [part.values]
+        if topology.tensor > 1 and is_cut(part.weight):
+            mine = part.owner == topology.tensor_rank
+            of_all = [torch.empty_like(part.values) for _ in range(topology.tensor)] if mine else []
+            dist.gather(part.values, of_all or None, group=group, group_dst=part.owner)
+        if of_all:
+            wholes[name] = join(of_all, part.weight, part.shape).contiguous()
+    return wholes
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def _rate(runs: Sequence[RunFiles], scalar: str, label: str, factor: float) -> b
         _plot(axes, run, scalar, run.name, factor)
         _mark_restarts(axes, run)
     axes.set(xlabel="step", ylabel=label)
+    axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     if len(runs) > 1:
         axes.legend(fontsize=8)

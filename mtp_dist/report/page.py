@@ -22,7 +22,7 @@ img {{ max-width: 100%; display: block; margin: .5rem 0 }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #eee; vertical-align: top }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow: auto }} .of-two {{ display: flex; flex-wrap: wrap; gap: 1rem }}
-.of-two img {{ width: 36rem }} .skip, .stop {{ color: #a33 }}
+.of-two img {{ width: calc(50% - .5rem) }} .skip, .stop {{ color: #a33 }}
 </style></head><body>
 {body}
 </body></html>

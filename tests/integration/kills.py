@@ -34,7 +34,7 @@ KEYS = ("checkpoint.every=2", "checkpoint.keep_last=2", "parallel.pipeline=2", "
 class Counts:
     kills: int = 0
     during_a_save: int = 0
-    """Kills that found an unfinished checkpoint."""
+    """Kills that found a checkpoint unfinished that this start had begun."""
     starts: int = 0
     finished_runs: int = 0
     """Each equal to the run that nobody killed, to the last bit."""
@@ -59,9 +59,11 @@ class Training:
         self.output_dir = output_dir
         self.checkpoints = output_dir / "checkpoints"
         self.log = output_dir.with_suffix(".log")
+        self.started = 0.0
         self._arguments = ["--config", str(config), f"run.output_dir={output_dir}", f"train.steps={STEPS}", *KEYS]
 
     def start(self) -> list[BaseProcess]:
+        self.started = time.time()
         context = multiprocessing.get_context("forkserver")
         port = jobs.free_port()
         processes: list[BaseProcess] = [
@@ -72,7 +74,10 @@ class Training:
         return processes
 
     def is_saving(self) -> bool:
-        return any(self.checkpoints.glob("*.unfinished"))
+        """Since its last start: a kill leaves what it found."""
+        with suppress(FileNotFoundError):
+            return any(path.stat().st_mtime > self.started for path in self.checkpoints.glob("*.unfinished"))
+        return False
 
     def end(self, processes: Sequence[BaseProcess]) -> None:
         """Wait for a life that nobody ends. Raises where it fails."""

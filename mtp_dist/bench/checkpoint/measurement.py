@@ -16,13 +16,13 @@ import torch.distributed as dist
 from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
 from mtp_dist.checkpoint.folders import checkpoint_path
 from mtp_dist.checkpoint.load import restore
-from mtp_dist.checkpoint.save import take_snapshot
+from mtp_dist.checkpoint.save import take_snapshot, whole_share
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import head_weights
 from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import Topology, new_control_group
+from mtp_dist.parallel.topology import CpuGroups, Topology, new_cpu_groups
 from mtp_dist.training.optimizer import build_optimizer, learning_rate
 from mtp_dist.training.reference import local_micro_batches, random_batch
 
@@ -36,6 +36,7 @@ class _Subject:
     config: Config
     vocab_size: int
     engine: TrainingEngine
+    groups: CpuGroups
     saver: CheckpointSaver
     plain_file: Path
     """Of this rank, by torch.save."""
@@ -49,7 +50,8 @@ class _Subject:
 
     def save_plainly(self) -> None:
         """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
-        tensors = take_snapshot(self.config, self.vocab_size, self.engine, STEP, (), None).tensors
+        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, STEP, (), None)
+        tensors = whole_share(snapshot, self.engine.topology, self.groups.tensor)
         with self.plain_file.open("wb") as stream:
             torch.save(tensors, stream)
             stream.flush()
@@ -106,8 +108,9 @@ def _subject(
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
     engine.train_step(batch, learning_rate(config, STEP), head_weights(config, STEP))
-    saver = CheckpointSaver(config, vocab_size, engine, new_control_group(), report)
-    subject = _Subject(config, vocab_size, engine, saver, folder / f"torch-{topology.rank}.pt")
+    groups = new_cpu_groups(topology)
+    saver = CheckpointSaver(config, vocab_size, engine, groups, report)
+    subject = _Subject(config, vocab_size, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
     # Once to warm up; it also makes the folder.
     for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):
         way()

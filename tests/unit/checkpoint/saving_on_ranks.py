@@ -40,7 +40,7 @@ class Training:
     def __init__(self, config: Config) -> None:
         from mtp_dist.parallel.device import select_device
         from mtp_dist.parallel.engine import TrainingEngine
-        from mtp_dist.parallel.topology import initialize_topology, new_control_group
+        from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
         from mtp_dist.training.optimizer import build_optimizer
 
         device = select_device(config)
@@ -49,7 +49,7 @@ class Training:
         self.engine = TrainingEngine(
             config, VOCAB_SIZE, self.topology, lambda weights: build_optimizer(config, weights, device)
         )
-        self.group = new_control_group()
+        self.groups = new_cpu_groups(self.topology)
         self.reports: list[str] = []
 
     def step(self, step: int) -> None:
@@ -65,7 +65,7 @@ class Training:
 
         checkpoint = self.config.checkpoint.model_copy(update={"directory": str(directory), "keep_last": keep_last})
         config = self.config.model_copy(update={"checkpoint": checkpoint})
-        return CheckpointSaver(config, VOCAB_SIZE, self.engine, self.group, self.reports.append)
+        return CheckpointSaver(config, VOCAB_SIZE, self.engine, self.groups, self.reports.append)
 
 
 @contextlib.contextmanager
@@ -188,9 +188,10 @@ def start_from_damaged(config: Config, directory: Path) -> Seen:
     from mtp_dist.checkpoint.load import agree_on_resume_point
     from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, new_control_group
+    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
 
-    topology, group, seen = initialize_topology(config, select_device(config)), new_control_group(), Seen()
+    topology, seen = initialize_topology(config, select_device(config)), Seen()
+    group = new_cpu_groups(topology).all
 
     def start(name: str) -> None:
         dist.barrier()
