@@ -7,7 +7,6 @@ the rest. `manifest.json` tells whether all of it is still what was written.
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.disk import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
 DESCRIPTION = "config.json"
@@ -159,19 +159,3 @@ class TensorReader:
             ) from None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
-
-
-def write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of files, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mtp_dist.checkpoint.files import DESCRIPTION, sync, write_durably
+from mtp_dist.checkpoint.files import DESCRIPTION
 from mtp_dist.checkpoint.manifest import MANIFEST
 from mtp_dist.config import Config, ConfigError
+from mtp_dist.disk import sync, write_durably
 
 LATEST = "latest"
 UNFINISHED, REPLACED, DELETED = ".unfinished", ".replaced", ".deleted"

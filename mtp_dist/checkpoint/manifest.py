@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mtp_dist.checkpoint.files import files_of, write_durably
+from mtp_dist.checkpoint.files import files_of
 from mtp_dist.config import ConfigError
+from mtp_dist.disk import write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = 1

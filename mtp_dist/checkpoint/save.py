@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout, sync, tensor_file, write_index
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout, tensor_file, write_index
 from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
 from mtp_dist.config import Config
+from mtp_dist.disk import sync
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.indexed import beside
+from mtp_dist.disk import write_durably
 
 
 @contextmanager
@@ -24,18 +25,8 @@ def speaking_of(path: Path, doing: str) -> Iterator[None]:
         ) from None
 
 
-def sync(path: Path) -> None:
-    """Have the file, or the folder's list of names, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_whole(file: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
     temporary = beside(file, f".{os.getpid()}")
-    temporary.write_text(text)
-    sync(temporary)
+    write_durably(temporary, text)
     temporary.rename(file)

@@ -11,9 +11,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.disk import sync, write_whole
+from mtp_dist.data.disk import write_whole
 from mtp_dist.data.encoding import EncodedUnit, UnitSummary
 from mtp_dist.data.indexed import beside
+from mtp_dist.disk import sync
 
 TOKENS, LENGTHS, JOURNAL = "tokens.bin", "lengths.bin", "units.jsonl"
 INDEX, DESCRIPTION = "index.idx", "description.json"
