@@ -69,15 +69,9 @@ class BlendedSamples:
     def read(self, first: int, count: int) -> NDArray[np.int64]:
         """Samples number first .. first + count - 1, [count, S + lookahead]."""
         samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
-        sources, occurrences = self.blend.locate(first, count)
-        for source in np.unique(sources):
-            corpus, rows = self.corpora[source], np.flatnonzero(sources == source)
-            epochs, positions = np.divmod(occurrences[rows], len(corpus))
-            for epoch in np.unique(epochs):
-                chosen = epochs == epoch
-                places = self._order(int(source), int(epoch))[positions[chosen]]
-                for row, place in zip(rows[chosen], places, strict=True):
-                    samples[row] = corpus.tokens_of(place)
+        for sample, source, occurrence in zip(samples, *self.blend.locate(first, count), strict=True):
+            epoch, position = divmod(int(occurrence), len(self.corpora[source]))
+            sample[:] = self.corpora[source].tokens_of(self._order(source, epoch)[position])
         return samples
 
     def epochs(self, num_samples: int) -> list[float]:

@@ -2,12 +2,8 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 ROUNDS = 6
-_FIRST_FACTOR, _SECOND_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)
-_HALF_A_WORD = np.uint64(32)
+_WORD = 2**64 - 1
 
 
 class Shuffle:
@@ -22,22 +18,21 @@ class Shuffle:
         """`keys` are ROUNDS random numbers of 64 bits."""
         assert size > 0 and len(keys) == ROUNDS
         self.size = size
-        self.keys = np.array(keys, dtype=np.uint64)
+        self.keys = [int(key) for key in keys]
         self.half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
 
-    def __getitem__(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What stands at these positions, each 0 <= position < size."""
-        numbers = self._permute(positions.astype(np.uint64))
-        while (beyond := numbers >= self.size).any():
-            numbers[beyond] = self._permute(numbers[beyond])
-        return numbers.astype(np.int64)
+    def __getitem__(self, position: int) -> int:
+        """What stands at that position, 0 <= position < size."""
+        number = self._permute(position)
+        while number >= self.size:
+            number = self._permute(number)
+        return number
 
-    def _permute(self, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        bits, mask = np.uint64(self.half_bits), np.uint64((1 << self.half_bits) - 1)
-        left, right = numbers >> bits, numbers & mask
+    def _permute(self, number: int) -> int:
+        bits, mask = self.half_bits, (1 << self.half_bits) - 1
+        left, right = number >> bits, number & mask
         for key in self.keys:
-            # Products modulo 2^64, as NumPy's arrays have them.
-            mixed = (right ^ key) * _FIRST_FACTOR
-            mixed = (mixed ^ (mixed >> _HALF_A_WORD)) * _SECOND_FACTOR
-            left, right = right, left ^ ((mixed ^ (mixed >> _HALF_A_WORD)) & mask)
+            mixed = ((right ^ key) * 0x9E3779B97F4A7C15) & _WORD
+            mixed = ((mixed ^ (mixed >> 32)) * 0xD6E8FEB86659FD93) & _WORD
+            left, right = right, left ^ ((mixed ^ (mixed >> 32)) & mask)
         return left << bits | right
