@@ -170,6 +170,7 @@ def data_speed_section(result: dict[str, Any]) -> str:
             f"{row['megabytes']:,.0f}",
             f"{row['tokens'] / 1e6:,.0f}",
             f"{row['prepare_megabytes_per_second']:.1f}",
+            f"{row.get('after_the_start_megabytes_per_second', float('nan')):.1f}".replace("nan", ""),
             f"{row['bare_megabytes_per_second']:,.1f}",
             f"{row['ratio']:.2f}",
         ]
@@ -184,7 +185,15 @@ def data_speed_section(result: dict[str, Any]) -> str:
         ]
         for row in result["loader"]
     ]
-    header = ["tokenizer", "MB of text", "million tokens", "`prepare` MB/s", "tokenizer alone MB/s", "ratio"]
+    header = [
+        "tokenizer",
+        "MB of text",
+        "million tokens",
+        "`prepare` MB/s",
+        "after its start",
+        "tokenizer alone MB/s",
+        "ratio",
+    ]
     return "\n".join(
         [
             f"On {machine['processor']}, {result['workers']} workers on {machine['cores']} cores:\n",

@@ -53,10 +53,18 @@ class _BareTokenizer:
         return seconds
 
 
-class _Quiet:
-    def start(self, total: int | None) -> None: ...
+class _FirstUnit:
+    """A progress that notes when the first work unit is in its place: listing files and starting processes are over."""
 
-    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None: ...
+    at = 0.0
+    bytes = 0
+
+    def start(self, total: int | None) -> None:
+        self.bytes = 0
+
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
+        if not self.bytes:
+            self.at, self.bytes = time.perf_counter(), summary.bytes
 
 
 def measure_preparation(
@@ -82,7 +90,9 @@ def _row(
     prefix = scratch / "corpus"
     request = Request((folder,), prefix, path, options, "replace", workers, unit_bytes)
     within: list[float] = []
-    prepared = prepare(request, _Quiet())  # imports Megatron-core, and has the files in the page cache
+    first = _FirstUnit()
+    prepared = prepare(request, first)  # imports Megatron-core, and has the files in the page cache
+    after_the_start: list[float] = []
 
     def clear(_: str) -> None:
         for suffix in (".bin", ".idx", ".json"):
@@ -92,8 +102,12 @@ def _row(
         timed = map_in_order(bare, source.units(unit_bytes), workers)
         within.append(sum(seconds for _, seconds in timed) / workers)
 
+    def run_prepare() -> None:
+        size = prepare(request, first).description.bytes
+        after_the_start.append((size - first.bytes) / 1e6 / (time.perf_counter() - first.at))
+
     clear("")
-    steps: dict[str, Step] = {"bare": run_bare, "prepare": lambda: prepare(request, _Quiet())}
+    steps: dict[str, Step] = {"bare": run_bare, "prepare": run_prepare}
     whole = paired_seconds(steps, rounds, torch.device("cpu"), clear)["prepare"]
     megabytes = prepared.description.bytes / 1e6
     return {
@@ -101,6 +115,7 @@ def _row(
         "megabytes": megabytes,
         "tokens": prepared.description.tokens,
         "prepare_megabytes_per_second": megabytes / statistics.median(whole),
+        "after_the_start_megabytes_per_second": statistics.median(after_the_start),
         "bare_megabytes_per_second": megabytes / statistics.median(within),
         "ratio": statistics.median(alone / all_of_it for alone, all_of_it in zip(within, whole, strict=True)),
         "seconds_by_round": {"prepare": whole, "bare": within},

@@ -9,12 +9,13 @@ def tables(result: dict[str, Any]) -> list[Table]:
     """Preparation: a row for each tokenizer. Loader: one for each sequence length."""
     workers, processor = result["workers"], result["machine"]["processor"]
     preparation = Table(
-        *("tokenizer", "MB of text", "prepare MB/s", "tokenizer alone MB/s", "ratio"),
+        *("tokenizer", "MB of text", "prepare MB/s", "after its start", "tokenizer alone MB/s", "ratio"),
         title=f"prepare: {workers} workers on {processor}",
     )
     for row in result["preparation"]:
-        rates = [f"{row[name]:.1f}" for name in ("megabytes", "prepare_megabytes_per_second")]
-        preparation.add_row(row["tokenizer"], *rates, f"{row['bare_megabytes_per_second']:.1f}", f"{row['ratio']:.2f}")
+        names = ("prepare", "after_the_start", "bare")
+        rates = [f"{row[f'{name}_megabytes_per_second']:.1f}" for name in names]
+        preparation.add_row(row["tokenizer"], f"{row['megabytes']:.1f}", *rates, f"{row['ratio']:.2f}")
     loader = Table(
         *("sequence length", "samples: million tokens/s", "with the targets of 4 heads", "masked by document"),
         title="loader: one process, corpus in the page cache",
