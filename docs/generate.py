@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from mtp_dist.bench.checkpoint.report import NAMES
 from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
 
 DOCS = Path(__file__).parent
@@ -170,7 +171,7 @@ def data_speed_section(result: dict[str, Any]) -> str:
             f"{row['megabytes']:,.0f}",
             f"{row['tokens'] / 1e6:,.0f}",
             f"{row['prepare_megabytes_per_second']:.1f}",
-            f"{row.get('after_the_start_megabytes_per_second', float('nan')):.1f}".replace("nan", ""),
+            f"{after:.1f}" if (after := row.get("after_the_start_megabytes_per_second")) else "not measured",
             f"{row['bare_megabytes_per_second']:,.1f}",
             f"{row['ratio']:.2f}",
         ]
@@ -224,22 +225,13 @@ def kills_sentence(counts: dict[str, int]) -> str:
     )
 
 
-CHECKPOINT_WAYS = {
-    "stall": "training waits",
-    "save": "`save`: gathered, written, synced, read back, hashed",
-    "torch.save": "`torch.save`: gathered, written, synced",
-    "load": "loaded into the engine",
-    "torch.load": "`torch.load` into memory",
-}
-
-
 def checkpoint_speed(results: list[dict[str, Any]]) -> str:
     sections = []
     for result in results:
         layout, machine = result["layout"], result["machine"]
         rows = [
             [label, f"{result['seconds'][way]:.2f}", f"{result['megabytes'] / result['seconds'][way]:,.0f}"]
-            for way, label in CHECKPOINT_WAYS.items()
+            for way, label in NAMES.items()
         ]
         degrees = f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
         sections.append(

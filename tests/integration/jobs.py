@@ -205,3 +205,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+MEASURED = ("throughput/", "memory/")
+"""What the scalars begin with that differ between two runs that learn the same."""
+
+
+def learned(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` without what was measured."""
+    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in metrics(folder)]

@@ -89,11 +89,9 @@ class Training:
     def outcome(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """What was learned: the metrics, and the last checkpoint's tensors."""
         last = self.checkpoints / f"step_{STEPS:08d}"
-        metrics = [
-            {name: value for name, value in line.items() if not name.startswith(("throughput/", "memory/"))}
-            for line in jobs.metrics(self.output_dir)
-        ]
-        return metrics, {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}
+        return jobs.learned(self.output_dir), {
+            path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))
+        }
 
 
 def wait_for_the_moment(training: Training, processes: Sequence[BaseProcess], numbers: random.Random) -> None:

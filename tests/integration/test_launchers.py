@@ -88,7 +88,7 @@ VALIDATION_SCALARS = {
     *of_heads("validation/bits_per_byte"),
     "validation/loss/total",
 }
-DETERMINISTIC = {name for name in STEP_SCALARS | VALIDATION_SCALARS if not name.startswith(("throughput/", "memory/"))}
+DETERMINISTIC = {name for name in STEP_SCALARS | VALIDATION_SCALARS if not name.startswith(jobs.MEASURED)}
 
 
 def test_ends_well_and_says_little(run: Run) -> None:

@@ -1,7 +1,6 @@
 """The real program, killed in the middle: the same command goes on and ends as if nothing had happened."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,14 +11,7 @@ from tests.integration import jobs
 from tests.unit.checkpoint.folders import flip
 
 STEPS = 12
-MEASURED = ("throughput/", "memory/")
 ARGUMENTS = [f"train.steps={STEPS}", "checkpoint.every=2", "parallel.pipeline=2"]
-
-
-def learned(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in jobs.metrics(folder)
-    ]
 
 
 def arguments(config: Path, output_dir: Path, *more: str) -> list[str]:
@@ -57,7 +49,7 @@ def test_goes_on_as_if_nothing_had_happened(config: Path, folder: Path) -> None:
     [warning] = [line for line in result.output.splitlines() if line.endswith(f": trying {older}")]
     assert warning.startswith(f"warning: {damaged} is ")
     assert "optimizer-00002-of-00002.safetensors has the SHA-256 " in warning
-    assert learned(out) == learned(whole)
+    assert jobs.learned(out) == jobs.learned(whole)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss/head_1")] == list(range(1, STEPS + 1))
@@ -68,7 +60,7 @@ def test_goes_on_as_if_nothing_had_happened(config: Path, folder: Path) -> None:
 
     again = jobs.run(command(config, out))
     assert again.status == 0 and f"is at step {STEPS} of {STEPS}: nothing is left to train" in again.output
-    assert learned(out) == learned(whole), "nothing was touched"
+    assert jobs.learned(out) == jobs.learned(whole), "nothing was touched"
 
 
 def test_another_kind_of_head_is_refused(config: Path, folder: Path) -> None:

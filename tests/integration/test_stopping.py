@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mtp_dist.training.stopping import REQUEUE
 from tests.integration import jobs
-from tests.integration.test_resume import learned
 
 STEPS = 60
 
@@ -22,5 +21,5 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     [said] = re.findall(r"SIGTERM: stops after step (\d+) of 60 with a checkpoint", job.output)
     assert "Traceback" not in job.output
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["latest", f"step_{int(said):08d}"]
-    assert learned(out)[-1]["step"] == int(said) < STEPS
+    assert jobs.learned(out)[-1]["step"] == int(said) < STEPS
     assert not (out / "summary.json").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration import jobs
-from tests.integration.test_resume import learned
+from tests.integration.jobs import learned
 from tests.slurm.cluster import Cluster, missing_programs, running_cluster
 
 STEPS = 60

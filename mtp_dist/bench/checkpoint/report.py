@@ -6,8 +6,8 @@ from rich.table import Table
 
 NAMES = {
     "stall": "training waits",
-    "save": "saved, synced, read back",
-    "torch.save": "torch.save, synced",
+    "save": "saved: gathered, written, synced, read back, hashed",
+    "torch.save": "torch.save: gathered, written, synced",
     "load": "loaded into the engine",
     "torch.load": "torch.load into memory",
 }
