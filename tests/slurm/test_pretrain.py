@@ -1,6 +1,7 @@
 """launchers/slurm/pretrain.sbatch on a real SLURM: two nodes, one rank on each, every path with a space in it."""
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.slurm.cluster import Cluster, missing_programs, running_cluster
 STEPS = 60
 WHOLE, STOPPED = "1", "2"
 """The jobs of the array: the same training, which a signal stops in one of them."""
+SECONDS_BETWEEN_STARTS = 4
+"""A node takes a start in the second of the last end for that last one, which is over: the job would fail."""
 ENDS = ("COMPLETED", "FAILED", "CANCELLED")
 
 pytestmark = pytest.mark.skipif(
@@ -76,10 +79,11 @@ class Submitted:
 
     def wait_for_restart(self) -> None:
         self.cluster.wait("a requeue", lambda: self.restarts == 1 or self.state in ENDS)
+        time.sleep(SECONDS_BETWEEN_STARTS)
         self.cluster.wait("the job's second start", self._has_left_the_queue)
 
     def _has_left_the_queue(self) -> bool:
-        # SLURM lets a requeued job wait for two minutes.
+        # By itself SLURM lets a requeued job wait for two minutes.
         self.cluster.client("scontrol", "update", f"JobId={self.name}", "StartTime=now")
         return self.state in ("RUNNING", *ENDS)
 

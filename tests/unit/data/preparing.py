@@ -1,7 +1,9 @@
 """What the tests of `prepare` share; processes import it by its name."""
 
 import hashlib
+import math
 import multiprocessing
+import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -49,10 +51,26 @@ def made(asked: Request) -> Prepared:
     return prepare(asked, Recorder())
 
 
-def start(asked: Request) -> BaseProcess:
-    """`prepare` in a process of its own, to be killed; it may have workers."""
+class Halting(Recorder):
+    """A progress that waits `pause` seconds after each work unit, and after the first `units` of them forever."""
+
+    def __init__(self, units: float, pause: float) -> None:
+        super().__init__()
+        self.units = units
+        self.pause = pause
+
+    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
+        super().advance(size, summary, reused)
+        time.sleep(self.pause)
+        while len(self.reused) >= self.units:
+            time.sleep(1)
+
+
+def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
+    """`prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
     import_once("mtp_dist.data.encoding")
-    process = multiprocessing.get_context("forkserver").Process(target=made, args=(asked,))
+    target, arguments = prepare, (asked, Halting(units, pause))
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     process.start()
     return process
 

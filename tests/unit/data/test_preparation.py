@@ -80,8 +80,8 @@ def killed_and_finished(asked: Request, kills: int, seconds: float) -> int:
     moments = random.Random(1)
     in_the_middle = 0
     for _ in range(kills):
-        process = start(asked)
         before = units_in(asked)
+        process = start(asked, pause=0.03)
         deadline = time.monotonic() + 60
         while process.is_alive() and units_in(asked) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -267,13 +267,13 @@ def test_what_was_damaged_is_made_again(corpus: Path, tmp_path: Path, damage: st
     """As after a power failure: what was written last may be missing or empty."""
     made(request(corpus, tmp_path / "whole", glob="*.py"))
     asked = request(corpus, tmp_path / "a", glob="*.py")
-    process = start(asked)
-    while units_in(asked) < 3:
+    done = 3
+    process = start(asked, units=done)
+    while units_in(asked) < done:
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()
-    done = units_in(asked)
     files = {name: asked.folder / name for name in (TOKENS, LENGTHS, JOURNAL, PLAN)}
     expected = 0
     if damage.startswith("no "):
