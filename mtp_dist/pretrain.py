@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 import time
 import warnings
@@ -98,10 +99,12 @@ def pretrain(config: Config) -> bool:
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import close_topology, initialize_topology, new_cpu_groups
-    from mtp_dist.training.loop import fit
+    from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
+    from mtp_dist.training.loop import Reason, Trainer
     from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
+    from mtp_dist.training.stragglers import Stragglers
 
     topology = initialize_topology(config, device)
     cpu_groups = new_cpu_groups(topology)
@@ -120,15 +123,16 @@ def pretrain(config: Config) -> bool:
 
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
     saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
-    updates_made = resumed.step if resumed else 0
-    callbacks = [reporter] if reporter else []
+    hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
+    callbacks = [reporter, Stragglers(hosts, config.log.every, reporter.note)] if reporter else []
     with StopSignals() as stop_signals:
-        finished = fit(config, engine, datasets, callbacks, saver.save, stop_signals, updates_made, samples_read)
+        trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals)
+        ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
     close_topology()
-    if reporter and finished:
+    if reporter and ending.reason is Reason.LAST_STEP:
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
-    return finished
+    return ending.reason is Reason.LAST_STEP
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

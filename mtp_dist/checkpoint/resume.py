@@ -16,9 +16,10 @@ FREE = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout heads.loss_mode heads.chunk_tokens data.validation
     train.micro_batch_size train.activation_checkpointing train.validate_every train.validation_samples
+    train.max_skipped_steps train.spike_deviations train.spike_rollback
     """.split()
 )
-"""Keys that change what a run says or how fast it is, not what it learns."""
+"""Keys that change what a run says, how fast it is or what it does about a fault, not what it learns without one."""
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
 FIXED_BEFORE_TRAINING = frozenset(
     """

@@ -57,7 +57,7 @@ class CheckpointSaver:
         Waits for the save before, and for this one where it is the run's last. samples counts on rank 0 only. Raises
         ConfigError, on every rank, where the last one cannot be written.
         """
-        self._join()
+        self.join()
         snapshot = take_snapshot(self.config, self.vocab_size, self.engine, step, losses, samples)
         # A daemon: a run that fails must end although other ranks no longer answer.
         self._thread = Thread(target=self._run, args=(snapshot,), daemon=True)
@@ -65,18 +65,19 @@ class CheckpointSaver:
         if last:
             self.wait()
 
-    def wait(self) -> None:
-        """Until the checkpoint is there. Raises ConfigError, on every rank, where it could not be written."""
-        self._join()
-        if self._not_saved:
-            raise ConfigError(self._not_saved)
-
-    def _join(self) -> None:
+    def join(self) -> None:
+        """Until no checkpoint is being written."""
         if self._thread:
             self._thread.join()
             self._thread = None
         if self._bug:
             raise self._bug
+
+    def wait(self) -> None:
+        """Until the checkpoint is there. Raises ConfigError, on every rank, where it could not be written."""
+        self.join()
+        if self._not_saved:
+            raise ConfigError(self._not_saved)
 
     def _run(self, snapshot: Snapshot) -> None:
         try:

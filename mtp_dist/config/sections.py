@@ -138,6 +138,14 @@ class TrainConfig(Section):
     """What the backward pass recomputes: nothing, each layer's MLP, or each layer whole."""
     grad_clip: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
+    max_skipped_steps: PositiveInt = 10
+    """A step whose loss or gradient is not finite changes no weight. After so many since the start the run ends with
+    status 2."""
+    spike_deviations: PositiveFloat | None = 6.0
+    """A loss of head 1 this many standard deviations above the mean of the 128 steps before is a spike, which the log
+    and the events tell. `null`: nothing is."""
+    spike_rollback: bool = False
+    """Go back to the newest checkpoint at a spike, and from there on with the samples after it."""
     validate_every: PositiveInt | None = None
     """Steps between two validations; one at the end in any case."""
     validation_samples: PositiveInt = 128
@@ -292,6 +300,8 @@ def contradictions(config: Config) -> Iterator[str]:
                 "stage, which has the heads, may have 0 trunk layers"
             )
     yield from _contradictions_of_retention(config.checkpoint)
+    if train.spike_rollback and train.spike_deviations is None:
+        yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
     yield from _contradictions_of_sources(config.data)
     yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -11,12 +12,30 @@ from torch import Tensor, nn
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
+from mtp_dist.parallel.gradient_watch import GradientWatch, part_of
 from mtp_dist.parallel.gradients import clip_by_global_norm
 from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, quiet
+from mtp_dist.parallel.stage_clock import StageClock
 from mtp_dist.parallel.topology import Topology, data_group
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer update tells, the same on every rank but for the seconds."""
+
+    sums: Tensor
+    """Per-head sums of the whole global batch, see `TrainingEngine._global_sums`."""
+    grad_norm: float
+    """Global norm of the gradient before clipping; where it is not finite no weight was changed."""
+    part_norms: dict[str, float]
+    """The same norm of parts of the model: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
+    busy_seconds: float
+    """This rank's forward and backward passes, with the collectives within its stage."""
+    schedule_seconds: float
+    """All micro-batches, waiting for other stages included."""
 
 
 class TrainingEngine:
@@ -38,6 +57,9 @@ class TrainingEngine:
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
+        parts = tuple(dict.fromkeys(map(part_of, parameter_shapes(config, vocab_size))))
+        self.gradient_watch = GradientWatch(self.pipeline, self.stage, topology, parts)
+        self._clock = StageClock(self.pipeline, topology.device)
 
     @property
     def optimizer_name(self) -> str:
@@ -45,19 +67,15 @@ class TrainingEngine:
         optimizer = type(self.pipeline.basic_optimizer)
         return f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}"
 
-    def train_step(
-        self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadWeights
-    ) -> tuple[Tensor, float]:
-        """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data.
-
-        Returns the per-head sums of the whole global batch (see `_global_sums`) and the gradient's global norm before
-        clipping, the same on every rank.
-        """
+    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadWeights) -> StepResult:
+        """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data."""
         for group in self.pipeline.optimizer.param_groups:
             group["lr"] = learning_rate
         self._begin(batch, self.micro_batches, weights)
+        self._clock.begin()
         self.pipeline.train_batch(iter(batch))
-        return self._global_sums(), float(self.pipeline.get_global_grad_norm())
+        norms = float(self.pipeline.get_global_grad_norm()), self.gradient_watch.norms()
+        return StepResult(self._global_sums(), *norms, *self._clock.seconds())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_global_sums`) over `micro_batches` micro-batches of every data-parallel rank."""

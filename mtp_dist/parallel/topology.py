@@ -48,6 +48,10 @@ class Topology:
     def rank(self) -> int:
         return self.tensor_rank + self.tensor * (self.data_rank + self.data * self.pipeline_rank)
 
+    def stage_of(self, rank: int) -> int:
+        """Pipeline stage of any rank."""
+        return rank // (self.tensor * self.data)
+
 
 def initialize_topology(config: Config, device: torch.device) -> Topology:
     """Open the process group (unless it is open) and the groups of every axis."""
@@ -107,8 +111,8 @@ def new_cpu_groups(topology: Topology) -> CpuGroups:
     return CpuGroups(dist.new_group(backend="gloo", timeout=patience), tensor)
 
 
-def gather_over_ranks(value: T, group: dist.ProcessGroup) -> list[T]:
-    """The values of all ranks, by rank, on every rank. Its arguments must survive pickling."""
+def gather_over_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The values of all ranks, or of a group's, by rank, on every rank. They must survive pickling."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
@@ -120,9 +124,10 @@ def close_topology() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def largest_over_ranks(values: Sequence[float], topology: Topology) -> list[float]:
-    """The largest of all ranks' values, of each, on every rank."""
-    largest = torch.tensor(values, dtype=torch.float64, device=topology.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    numbers: list[float] = largest.tolist()
+def numbers_of_ranks(values: Sequence[float], topology: Topology) -> list[list[float]]:
+    """The values of all ranks, by rank, on every rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=topology.device)
+    of_all = mine.new_empty(topology.world_size * len(values))
+    dist.all_gather_into_tensor(of_all, mine)
+    numbers: list[list[float]] = of_all.view(topology.world_size, -1).tolist()
     return numbers

@@ -7,9 +7,10 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
+from statistics import fmean
 
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
@@ -27,6 +28,9 @@ class Callback:
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         """After each validation on the set of that name; `step` updates were made before it."""
+
+    def on_spike(self, step: int, text: str) -> None:
+        """After a step whose loss was a spike; the text says how large."""
 
     def on_stop(self, step: int, signal: int) -> None:
         """After the step that a signal makes the run's last for now, before its validation and its save."""
@@ -77,17 +81,52 @@ def _head_scalars(heads: HeadMetrics) -> dict[str, float]:
     return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}
 
 
-def step_scalars(
-    metrics: StepMetrics, tokens_per_second: float, flops_per_second: float, peak_flops: float | None
-) -> dict[str, float]:
+@dataclass
+class Interval:
+    """What the steps since the last logged one have in sum."""
+
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    """Of the rank that waited longest in each step."""
+    idle_shares: list[float] = field(default_factory=list)
+    """Of each step: the part of the ranks' time that they spent waiting for other stages."""
+
+    def add(self, metrics: StepMetrics, flops_per_token: int) -> None:
+        self.tokens += metrics.tokens
+        self.flops += metrics.tokens * flops_per_token
+        self.seconds += metrics.seconds
+        self.waiting_seconds += max(figures.waiting_seconds for figures in metrics.ranks)
+        longest = max(figures.schedule_seconds for figures in metrics.ranks)
+        busy = fmean(figures.busy_seconds for figures in metrics.ranks)
+        self.idle_shares.append(1 - busy / longest)
+
+
+def _stage_scalars(metrics: StepMetrics, interval: Interval) -> dict[str, float]:
+    """Nothing without a pipeline."""
+    by_stage: dict[int, int] = {}
+    for figures in metrics.ranks:
+        by_stage[figures.stage] = max(figures.peak_memory, by_stage.get(figures.stage, 0))
+    if len(by_stage) == 1:
+        return {}
+    memory = {f"memory/peak_bytes/stage_{stage}": float(of_stage) for stage, of_stage in by_stage.items()}
+    return memory | {"throughput/pipeline_bubble": fmean(interval.idle_shares)}
+
+
+def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | None) -> dict[str, float]:
     """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
+    flops_per_second = interval.flops / interval.seconds
     return _head_scalars(metrics.heads) | {
         "train/grad_norm": metrics.grad_norm,
+        **{f"train/grad_norm/{part}": norm for part, norm in metrics.part_norms.items()},
         "train/learning_rate": metrics.learning_rate,
-        "throughput/tokens_per_second": tokens_per_second,
+        "throughput/tokens_per_second": interval.tokens / interval.seconds,
         "throughput/model_flops_per_second": flops_per_second,
         "throughput/mfu": flops_per_second / peak_flops if peak_flops else 0.0,
+        "throughput/data_wait_share": interval.waiting_seconds / interval.seconds,
         "memory/peak_bytes": float(metrics.peak_memory),
+        **_stage_scalars(metrics, interval),
         **{f"data/epochs/{name}": epochs for name, epochs in metrics.epochs.items()},
     }
 
@@ -119,24 +158,19 @@ class MetricsLogger(Callback):
         self._total_steps = total_steps
         self._log_every = log_every
         self._first = True
-        self._tokens = 0
-        self._flops = 0
-        self._seconds = 0.0
+        self._interval = Interval()
 
     def on_start(self) -> None:
         if self._rates.peak_flops is None:
             self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
 
     def on_step(self, metrics: StepMetrics) -> None:
-        self._tokens += metrics.tokens
-        self._flops += metrics.tokens * self._rates.flops_per_token[len(metrics.heads.losses) - 1]
-        self._seconds += metrics.seconds
+        self._interval.add(metrics, self._rates.flops_per_token[len(metrics.heads.losses) - 1])
         for sink in self._sinks:
             sink.advance(metrics.step)
         if self._first or metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
-            rates = self._tokens / self._seconds, self._flops / self._seconds, self._rates.peak_flops
-            self._write(metrics.step, step_scalars(metrics, *rates))
-            self._first, self._tokens, self._flops, self._seconds = False, 0, 0, 0.0
+            self._write(metrics.step, step_scalars(metrics, self._interval, self._rates.peak_flops))
+            self._first, self._interval = False, Interval()
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         self._write(step, validation_scalars(heads, name, self._rates.bytes_per_token[name]))
@@ -144,6 +178,9 @@ class MetricsLogger(Callback):
     def note(self, text: str) -> None:
         for sink in self._sinks:
             sink.note(text)
+
+    def on_spike(self, step: int, text: str) -> None:
+        """After a step whose loss was a spike; the text says how large."""
 
     def on_stop(self, step: int, signal: int) -> None:
         self.note(
@@ -204,7 +241,7 @@ class TensorBoardWriter(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
-        kinds = ["loss", "accuracy"]
+        kinds = ["loss", "accuracy", "train/grad_norm"]
         for name in validation_sets:
             kinds += [f"{validation_prefix(name)}/{kind}" for kind in ("loss", "bits_per_byte", "accuracy")]
         charts = {f"{kind} of all heads": ["Multiline", [rf"^{kind}/head_\d+$"]] for kind in kinds}

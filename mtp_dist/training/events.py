@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["start", "checkpoint", "skip", "stop", "note"]
+Kind = Literal["start", "checkpoint", "skip", "spike", "rollback", "stop", "note"]
 
 
 class EventLog:

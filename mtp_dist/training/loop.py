@@ -3,6 +3,9 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum, auto
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -12,75 +15,128 @@ from mtp_dist.data.loading import Datasets
 from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.parallel.device import peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import largest_over_ranks
+from mtp_dist.parallel.topology import numbers_of_ranks
 from mtp_dist.training.batches import Batches
 from mtp_dist.training.callbacks import Callback
-from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 from mtp_dist.training.optimizer import learning_rate
+from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
 
 
-def fit(
-    config: Config,
-    engine: TrainingEngine,
-    datasets: Datasets,
-    callbacks: Sequence[Callback],
-    save: Callable[[int, Sequence[float], Any, bool], None],
-    stop_signals: StopSignals,
-    updates_made: int = 0,
-    samples_read: int = 0,
-) -> bool:
-    """Train up to `train.steps` updates, validating and saving on the way and at the end.
+class Reason(Enum):
+    """Why the loop ended."""
 
-    updates_made and samples_read are those of the checkpoint that the engine was restored from. save is given the
-    step, its losses, the state of the training samples and whether it is the last time, on every rank. callbacks are
-    told of steps and validations.
-    False where a signal to any rank stopped all of them, after the same step and a save, before the last.
-    """
-    batches = Batches(config, engine.topology, datasets, updates_made, samples_read)
-    with ExitStack() as ends:
-        ends.callback(batches.close)
-        watchdog = ends.enter_context(Watchdog(config.run.step_timeout, engine.topology.rank))
-        for callback in callbacks:
-            ends.callback(callback.on_end)
-            callback.on_start()
-        for step in range(updates_made + 1, config.train.steps + 1):
-            watchdog.expect(f"step {step}")
-            started = time.perf_counter()
-            rate = learning_rate(config, step)
-            weights = head_weights(config, step)
-            sums, grad_norm = engine.train_step(batches.training(), rate, weights)
-            of_this_rank = peak_memory(engine.topology.device), stop_signals.received
-            peak, signal = largest_over_ranks(of_this_rank, engine.topology)
-            stopping = signal > 0 and step < config.train.steps
-            metrics = StepMetrics(
-                step=step,
-                heads=head_metrics(config, sums, weights),
-                grad_norm=grad_norm,
-                learning_rate=rate,
-                tokens=config.train.global_batch_size * config.train.sequence_length,
-                seconds=time.perf_counter() - started,
-                epochs=datasets.epochs(batches.samples_read),
-                peak_memory=int(peak),
-            )
-            for callback in callbacks:
-                callback.on_step(metrics)
+    LAST_STEP = auto()
+    SIGNAL = auto()
+    """To any rank; all of them stopped after the same step and a save."""
+    SPIKE = auto()
+    """The loss jumped, and the configuration asks to go back."""
+    SKIPS = auto()
+    """As many steps as it allows had a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    reason: Reason
+    step: int
+    """The last one made."""
+    samples: Any
+    """State of the training samples after it."""
+
+
+@dataclass
+class Trainer:
+    """Makes updates, and tells callbacks of them; every rank has one."""
+
+    config: Config
+    engine: TrainingEngine
+    datasets: Datasets
+    callbacks: Sequence[Callback]
+    save: Callable[[int, Sequence[float], Any, bool], None]
+    """Given the step, its losses, the state of the training samples and whether it is the last time."""
+    stop_signals: StopSignals
+
+    def __post_init__(self) -> None:
+        self.spikes = SpikeDetector(self.config.train.spike_deviations)
+
+    def fit(self, updates_made: int = 0, samples_read: int = 0) -> Ending:
+        """Train up to `train.steps` updates, validating and saving on the way and at the end.
+
+        updates_made and samples_read are those of the state that the engine is in. Every rank comes to the same end.
+        """
+        config, skips = self.config, 0
+        with ExitStack() as ends:
+            batches = Batches(config, self.engine.topology, self.datasets, updates_made, samples_read)
+            ends.callback(batches.close)
+            watchdog = ends.enter_context(Watchdog(config.run.step_timeout, self.engine.topology.rank))
+            for callback in self.callbacks:
+                ends.callback(callback.on_end)
+                callback.on_start()
+            for step in range(updates_made + 1, config.train.steps + 1):
+                watchdog.expect(f"step {step}")
+                metrics, signal = self._make_step(step, batches)
+                self._tell("on_step", metrics)
+                skips += metrics.skipped is not None
+                if skips == config.train.max_skipped_steps:
+                    return Ending(Reason.SKIPS, step, batches.state())
+                if not metrics.skipped and (spike := self.spikes.spike(metrics.heads.losses[0])):
+                    self._tell("on_spike", step, spike)
+                    if config.train.spike_rollback:
+                        return Ending(Reason.SPIKE, step, batches.state())
+                stopping = signal > 0 and step < config.train.steps
                 if stopping:
-                    callback.on_stop(step, int(signal))
-            if _is_due(step, config.train.validate_every, config.train.steps):
-                for validation in datasets.validation:
+                    self._tell("on_stop", step, signal)
+                if _is_due(step, config.train.validate_every, config.train.steps):
                     watchdog.expect(f"the validation after step {step}")
-                    sums = engine.evaluate(*batches.validation(validation.samples))
-                    heads = head_metrics(config, sums, HeadWeights(weights.weights, config.heads.count))
-                    for callback in callbacks:
-                        callback.on_validation(step, validation.name, heads)
-            if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
-                watchdog.expect(f"the save after step {step}, or the one before")
-                save(step, metrics.heads.losses, batches.state(), stopping or step == config.train.steps)
-            if stopping:
-                return False
-    return True
+                    self._validate(step, batches)
+                if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
+                    watchdog.expect(f"the save after step {step}, or the one before")
+                    self.save(step, metrics.heads.losses, batches.state(), stopping or step == config.train.steps)
+                if stopping:
+                    return Ending(Reason.SIGNAL, step, batches.state())
+            return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
+
+    def _tell(self, event: str, *arguments: object) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(*arguments)
+
+    def _make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
+        """One update. Returns what it reports, and the number of a signal that has reached a rank, or 0."""
+        config, engine, topology = self.config, self.engine, self.engine.topology
+        started = time.perf_counter()
+        batch = batches.training()
+        waited = time.perf_counter() - started
+        rate, weights = learning_rate(config, step), head_weights(config, step)
+        result = engine.train_step(batch, rate, weights)
+        finite = isfinite(result.grad_norm)
+        skipped = None if finite else f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}"
+        measured = waited, result.busy_seconds, result.schedule_seconds, peak_memory(topology.device)
+        of_ranks = numbers_of_ranks([self.stop_signals.received, *measured], topology)
+        metrics = StepMetrics(
+            step=step,
+            heads=head_metrics(config, result.sums, weights),
+            grad_norm=result.grad_norm,
+            part_norms=result.part_norms,
+            learning_rate=rate,
+            tokens=config.train.global_batch_size * config.train.sequence_length,
+            seconds=time.perf_counter() - started,
+            epochs=self.datasets.epochs(batches.samples_read),
+            ranks=[
+                RankFigures(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
+                for rank, (_, waiting, busy, scheduled, memory) in enumerate(of_ranks)
+            ],
+            skipped=skipped,
+        )
+        return metrics, int(max(signal for signal, *_ in of_ranks))
+
+    def _validate(self, step: int, batches: Batches) -> None:
+        """On all sets, with all heads."""
+        weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
+        for validation in self.datasets.validation:
+            sums = self.engine.evaluate(*batches.validation(validation.samples))
+            self._tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

@@ -1,6 +1,6 @@
 """What one training step and one validation report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -24,6 +24,22 @@ class HeadMetrics:
 
 
 @dataclass(frozen=True)
+class RankFigures:
+    """What one rank measured in one step."""
+
+    stage: int
+    """Its pipeline stage, from 0."""
+    waiting_seconds: float
+    """For its samples, before the step."""
+    busy_seconds: float
+    """Forward and backward passes of its stage, with the collectives within it."""
+    schedule_seconds: float
+    """All micro-batches, with the wait for other stages."""
+    peak_memory: int
+    """Largest memory so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""
+
+
+@dataclass(frozen=True)
 class StepMetrics:
     """One optimizer update. The same values on every rank."""
 
@@ -31,7 +47,9 @@ class StepMetrics:
     """Updates made so far, this one included."""
     heads: HeadMetrics
     grad_norm: float
-    """Global norm of the gradient before clipping."""
+    """Global norm of the gradient before clipping; not finite where the step was skipped."""
+    part_norms: Mapping[str, float]
+    """The same of the parts of the model, see `StepResult`."""
     learning_rate: float
     tokens: int
     """Trained positions of the step: global batch size * sequence length."""
@@ -39,5 +57,12 @@ class StepMetrics:
     """Wall time of the step."""
     epochs: Mapping[str, float]
     """By training source: how many times it has been read so far."""
-    peak_memory: int
-    """Largest memory of one rank so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""
+    ranks: Sequence[RankFigures]
+    """By rank."""
+    skipped: str | None = None
+    """Why the step changed no weight."""
+
+    @property
+    def peak_memory(self) -> int:
+        """Of the rank with the largest, in bytes."""
+        return max(figures.peak_memory for figures in self.ranks)

@@ -1,7 +1,6 @@
 """What rank 0 shows and writes of a run, from its first step to the table at its end."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
-from mtp_dist.training.events import EventLog
+from mtp_dist.training.events import EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
@@ -62,18 +61,21 @@ class RunReporter(Callback):
         self.validation = validation
         self.topology = topology
         self.optimizer_name = optimizer_name
-        self.resumed = resumed
+        self._updates_made = resumed.step if resumed else 0
+        self._begins: tuple[Kind, str] = ("start", "begins")
+        if resumed:
+            self._begins = ("start", f"goes on after step {resumed.step} from {resumed.folder}")
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
         self.last_validation: dict[str | None, HeadMetrics] = {}
         self.tokens = 0
         self.seconds = 0.0
         self.logger = self._build_logger()
-        self.events = EventLog(config.output_dir / EVENTS, resumed.step if resumed else 0)
+        self.events = EventLog(config.output_dir / EVENTS, self._updates_made)
 
     def _build_logger(self) -> MetricsLogger:
         config = self.config
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        made = self.resumed.step if self.resumed else 0
+        made = self._updates_made
         sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl", made)]
         if self.tensorboard_dir:
             sinks.append(TensorBoardWriter(self.tensorboard_dir, [of_set.name for of_set in self.validation], made))
@@ -99,12 +101,12 @@ class RunReporter(Callback):
             f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, trunk layers of each "
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
-        begins = f"goes on after step {self.resumed.step} from {self.resumed.folder}" if self.resumed else "begins"
-        if self.resumed:
+        kind, begins = self._begins
+        if self._updates_made:
             print(begins)
         sys.stdout.flush()
         self._describe_run(asdict(counts))
-        self.events.record("start", f"{begins}, {topology.world_size} ranks")
+        self.events.record(kind, f"{begins}, {topology.world_size} ranks")
         self.logger.on_start()
 
     def _describe_run(self, parameters: dict[str, int]) -> None:
@@ -122,13 +124,22 @@ class RunReporter(Callback):
         self.tokens += metrics.tokens
         self.seconds += metrics.seconds
         self.events.step = metrics.step
-        if not math.isfinite(metrics.grad_norm):
-            self.events.record("skip", f"step {metrics.step} changed no weight: its gradient is not finite")
+        if metrics.skipped:
+            self._tell("skip", f"step {metrics.step} changed no weight: {metrics.skipped}")
         self.logger.on_step(metrics)
+
+    def go_back(self, step: int, text: str) -> None:
+        """Between two passes of the loop: the next one begins after `step`; what was written of later ones goes."""
+        self._updates_made = self.events.step = step
+        self._begins = ("rollback", text)
+        self.logger = self._build_logger()
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         self.last_validation[name] = heads
         self.logger.on_validation(step, name, heads)
+
+    def on_spike(self, step: int, text: str) -> None:
+        self._tell("spike", f"step {step} is a spike: {text}")
 
     def on_stop(self, step: int, signal: int) -> None:
         self.events.record("stop", f"{Signals(signal).name} after step {step}")
@@ -143,7 +154,10 @@ class RunReporter(Callback):
 
     def note(self, text: str) -> None:
         """Say it on the terminal, in TensorBoard and in the events; another thread may call it."""
-        self.events.record("note", text)
+        self._tell("note", text)
+
+    def _tell(self, kind: Kind, text: str) -> None:
+        self.events.record(kind, text)
         self.logger.note(text)
 
     def show_result(self, checkpoint: Path, sample: str | None) -> None:

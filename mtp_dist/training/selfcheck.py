@@ -120,7 +120,7 @@ def compare_with_reference(config: Config, vocab_size: int, topology: Topology) 
     )
     shapes = parameter_shapes(config, vocab_size)
     with first_gradients(engine, shapes) as gradients:
-        sums, sharded_norm = engine.train_step(
+        sums, sharded_norm, *_ = engine.train_step(
             local_micro_batches(config, topology, samples, targets), config.optimizer.lr, weights
         )
     updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtp_dist.checkpoint.load import load_weights
 from tests.integration import jobs
 
 FAULTY_PROGRAM = str(Path(__file__).with_name("train_with_fault.py"))
+NAN_PROGRAM = str(Path(__file__).with_name("train_with_nan.py"))
 FULL_DISK_PROGRAM = str(Path(__file__).with_name("train_on_a_full_disk.py"))
 SECONDS_TO_END = 20
 
@@ -27,8 +30,6 @@ def assert_ends_with_an_error(job: jobs.Job, seconds_to_start: float) -> None:
 
 
 def assert_checkpoints_are_whole(folder: Path) -> None:
-    from mtp_dist.checkpoint.load import load_weights
-
     names = [path.name for path in folder.iterdir()]
     finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]
     unfinished = [name for name in names if name.endswith(".unfinished")]
@@ -98,3 +99,29 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
         assert job.processes() == []
         assert re.search(r"error: rank 0: step \d+ takes longer than run.step_timeout = 8 s; all threads:", job.output)
         assert "in train_step" in job.output and "in fit" in job.output
+
+
+def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
+    """Steps are skipped, the rank and the weight are named, and after as many as are allowed the run ends."""
+    config = jobs.write_config(
+        tmp_path, train={"steps": 100, "max_skipped_steps": 2, "validate_every": None}, checkpoint={"every": 1}
+    )
+    command = jobs.deepspeed(NAN_PROGRAM, "--config", str(config), "parallel.pipeline=2", "train.precision=bf16")
+    with jobs.started(command, tmp_path) as job:
+        assert job.wait() != 0
+        out = tmp_path / "out"
+        where = "first on rank 1 (stage 1): the gradient of heads.2.0.mlp.linear_fc1.weight"
+        for step in (3, 4):
+            assert f"step {step} changed no weight: the gradient is not finite, {where}" in job.output
+        [error] = [line for line in job.stderr.splitlines() if line.startswith("error")]
+        assert "train.max_skipped_steps = 2 steps were skipped, the last one was step 4" in error
+        assert "Traceback" not in job.output
+    lines = jobs.metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["train/grad_norm"] is None for line in lines] == [False, False, True, True]
+    assert [line["train/grad_norm/head_2"] is None for line in lines] == [False, False, True, True]
+    assert lines[3]["train/grad_norm/head_1"] > 0, "not what no sum has touched"
+    assert (out / "events.jsonl").read_text().count('"kind": "skip"') == 2
+    assert_checkpoints_are_whole(out / "checkpoints")
+    before, after = (load_weights(out / "checkpoints" / f"step_0000000{step}")[2] for step in (2, 3))
+    assert before and all(torch.equal(after[name], weight) for name, weight in before.items())

@@ -105,7 +105,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     with first_gradients(engine, shapes) as gradients:
         for step, (samples, targets) in enumerate(global_batches(config, steps), 1):
             batch = local_micro_batches(config, topology, samples, targets)
-            sums, norm = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
+            sums, norm, *_ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
             losses.append(mean_losses(sums))
             norms.append(norm)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
@@ -150,7 +150,7 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
 
     with before_update(engine.pipeline, break_gradient):
         batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
-        _, norm = engine.train_step(batch, 1e-3, head_weights(config, 1))
+        _, norm, *_ = engine.train_step(batch, 1e-3, head_weights(config, 1))
     return before, {name: weight.detach().clone() for name, weight in weights.items()}, norm
 
 

@@ -46,7 +46,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
     part = Part([])
     for step, (samples, targets) in list(enumerate(global_batches(config, last), 1))[updates_made:]:
         batch = local_micro_batches(config, topology, samples, targets)
-        sums, _ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
+        sums, *_ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
         part.losses.append(sums)
     shapes = parameter_shapes(config, VOCAB_SIZE)
     ensure_state(engine.pipeline)

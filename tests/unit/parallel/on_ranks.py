@@ -43,7 +43,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     # One micro-batch of head 1 is empty too, although the head is not.
     targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
     batch = local_micro_batches(config, topology, tokens, targets)
-    sums, norms = zip(*(engine.train_step(batch, 1e-3, head_weights(config, 1)) for _ in range(3)), strict=True)
+    sums, norms, *_ = zip(*(engine.train_step(batch, 1e-3, head_weights(config, 1)) for _ in range(3)), strict=True)
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
     evaluated = engine.evaluate(batch, len(batch))
     shapes = parameter_shapes(config, VOCAB_SIZE)

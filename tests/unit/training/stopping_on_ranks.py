@@ -38,7 +38,7 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.loop import fit
+    from mtp_dist.training.loop import Reason, Trainer
     from mtp_dist.training.optimizer import build_optimizer
 
     config = load_config(path)
@@ -52,5 +52,5 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     def save(step: int, *_: Any) -> None:
         callback.events.append(f"save {step}")
 
-    finished = fit(config, engine, load_datasets(config), [callback], save, signals)
-    return finished, ", ".join(callback.events)
+    trainer = Trainer(config, engine, load_datasets(config), [callback], save, signals)
+    return trainer.fit().reason is Reason.LAST_STEP, ", ".join(callback.events)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from mtp_dist.training.callbacks import (
+    Interval,
     MetricsFile,
     MetricsLogger,
     Rates,
@@ -19,10 +20,12 @@ from mtp_dist.training.callbacks import (
     bits_per_byte,
     step_scalars,
 )
-from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 
 RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})
 HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
+
+RANKS = [RankFigures(0, 0.05, 0.1, 0.2, 123_456_789), RankFigures(0, 0.01, 0.2, 0.2, 23_456_789)]
 
 STEP_NAMES = {
     "loss/head_1",
@@ -31,10 +34,14 @@ STEP_NAMES = {
     "accuracy/head_1",
     "accuracy/head_2",
     "train/grad_norm",
+    "train/grad_norm/trunk",
+    "train/grad_norm/head_1",
+    "train/grad_norm/head_2",
     "train/learning_rate",
     "throughput/tokens_per_second",
     "throughput/model_flops_per_second",
     "throughput/mfu",
+    "throughput/data_wait_share",
     "memory/peak_bytes",
     "data/epochs/web",
 }
@@ -49,8 +56,11 @@ VALIDATION_NAMES = {
 }
 
 
-def make_step(step: int, tokens: int = 100, seconds: float = 0.5, heads: HeadMetrics = HEADS) -> StepMetrics:
-    return StepMetrics(step, heads, 0.7, 3e-4, tokens, seconds, {"web": step / 8}, 123_456_789)
+def make_step(
+    step: int, tokens: int = 100, seconds: float = 0.5, heads: HeadMetrics = HEADS, ranks: Sequence[RankFigures] = RANKS
+) -> StepMetrics:
+    norms = {"trunk": 0.5, "head_1": 0.3, "head_2": 0.2}
+    return StepMetrics(step, heads, 0.7, norms, 3e-4, tokens, seconds, {"web": step / 8}, ranks)
 
 
 class Recorder(Sink):
@@ -139,6 +149,23 @@ def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
     assert known.notes == []
 
 
+def test_a_pipeline_has_the_memory_of_each_stage_and_its_bubble() -> None:
+    sink = Recorder()
+    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=2)
+    of_stages = [(0, 0.3, 11), (0, 0.1, 12), (1, 0.4, 13), (1, 0.4, 10)]
+    ranks = [RankFigures(stage, 0.25 * stage, busy, 0.4, memory) for stage, busy, memory in of_stages]
+    for step in (1, 2):
+        logger.on_step(make_step(step, ranks=ranks))
+    _, scalars = sink.records[-1]
+    assert scalars["memory/peak_bytes/stage_0"] == 12 and scalars["memory/peak_bytes/stage_1"] == 13
+    assert scalars["memory/peak_bytes"] == 13
+    assert scalars["throughput/pipeline_bubble"] == pytest.approx(1 - 0.3 / 0.4)
+    assert scalars["throughput/data_wait_share"] == 0.5
+    logger.on_step(make_step(3))
+    logger.on_step(make_step(4))
+    assert not any("stage" in name or "bubble" in name for name in sink.records[-1][1]), "one stage"
+
+
 def test_bits_per_byte() -> None:
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0, rel=1e-15)
     assert bits_per_byte(math.log(2) * 6, 4.0) == pytest.approx(1.5, rel=1e-15)
@@ -185,12 +212,12 @@ def test_each_line_is_there_at_once_and_a_restart_keeps_those_of_updates_made(tm
     path = tmp_path / "metrics.jsonl"
     killed = MetricsFile(path)  # never closed
     for step in (1, 2, 3):
-        killed.write(step, step_scalars(make_step(step), 200.0, 2e5, 1e6))
+        killed.write(step, step_scalars(make_step(step), Interval(200, 200_000, 1.0), 1e6))
         assert [line["step"] for line in read_lines(path)] == list(range(1, step + 1))
     with path.open("a") as file:
         file.write('{"step": 2, "loss/he')
     resumed = MetricsFile(path, updates_made=2)
-    resumed.write(3, step_scalars(make_step(3), 100.0, 1e5, 1e6))
+    resumed.write(3, step_scalars(make_step(3), Interval(100, 100_000, 1.0), 1e6))
     lines = read_lines(path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["throughput/tokens_per_second"] for line in lines] == [200.0, 200.0, 100.0]

@@ -7,12 +7,13 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.training import progress
-from mtp_dist.training.callbacks import step_scalars, validation_scalars
-from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+from mtp_dist.training.callbacks import Interval, step_scalars, validation_scalars
+from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
-SCALARS = step_scalars(StepMetrics(20, HEADS, 0.75, 3e-4, 100, 1.0, {}, 1), 12345.6, 1.2e7, None)
+METRICS = StepMetrics(20, HEADS, 0.75, {}, 3e-4, 100, 1.0, {}, [RankFigures(0, 0.0, 1.0, 1.0, 1)])
+SCALARS = step_scalars(METRICS, Interval(tokens=123456, flops=1, seconds=10.0), None)
 
 
 @pytest.fixture

@@ -1,0 +1,135 @@
+"""A look at the gradients of every step: the norm of each part of the model, and whose are not finite."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+
+from mtp_dist.model.weights import is_cut, named_weights
+from mtp_dist.parallel.instructions import Execute, wrap_instruction
+from mtp_dist.parallel.pipeline import MultiTokenPipeline
+from mtp_dist.parallel.topology import Topology, gather_over_ranks
+
+NO_MAPPING = object()
+"""In place of DeepSpeed's `_hp_mapping`, which weights have where it shards the optimizer's state."""
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Where a gradient that is not finite came from; its text is a sentence's part for the user."""
+
+    rank: int | None
+    """The first, of the last stage that has one, as gradients flow from there to the first; None where only the sum
+    over the ranks overflowed."""
+    stage: int = 0
+    weight: str | None = None
+    """Global name of its first weight; None where only a loss is not finite."""
+    losses: tuple[int, ...] = ()
+    """Heads whose loss is not finite on that rank."""
+
+    def __str__(self) -> str:
+        if self.rank is None:
+            return "that of every rank is finite, their sum is not"
+        found = [f"the gradient of {self.weight}"] if self.weight else []
+        if self.losses:
+            found.append(f"the loss of head {', '.join(map(str, self.losses))}")
+        return f"first on rank {self.rank} (stage {self.stage}): {' and '.join(found)}"
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a weight's global name belongs to, such as `head_2`."""
+    if match := re.match(r"(?:heads|unembeddings)\.(\d+)\.", name):
+        return f"head_{match[1]}"
+    if name.startswith("heads.repeated."):
+        return "repeated_head"
+    return "trunk" if name.startswith("trunk.") else "shared"
+
+
+class GradientWatch:
+    """Looks at the gradients before the data-parallel ranks sum them, and again before the update."""
+
+    def __init__(
+        self, pipeline: PipelineEngine, stage: MultiTokenPipeline, topology: Topology, parts: tuple[str, ...]
+    ) -> None:
+        """parts: what `part_of` gives for the weights of the whole model."""
+        self._stage = stage
+        self._topology = topology
+        self.parts = parts
+        self._weights = [(name, weight) for name, weight in named_weights(stage) if weight.requires_grad]
+        self._local: dict[str, Tensor] = {}
+        self._squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
+        wrap_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
+        wrap_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
+
+    @torch.no_grad()
+    def _look_before_reduction(self, execute: Execute) -> None:
+        gradients = {
+            name: gradient for name, weight in self._weights if (gradient := _local_gradient(weight)) is not None
+        }
+        self._local = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+        if self._topology.is_last_stage and gradients:
+            # A loss that is not finite must drop the step as well: 0 * inf is not a number.
+            first = next(iter(gradients.values()))
+            first[(0,) * first.dim()] += 0 * self._stage.heads.sums.losses.sum()
+        execute()
+
+    @torch.no_grad()
+    def _look_before_update(self, execute: Execute) -> None:
+        self._squares.zero_()
+        of_weights = [(self.parts.index(part_of(name)), self._owned(weight)) for name, weight in self._weights]
+        owned = [(part, gradient) for part, gradient in of_weights if gradient is not None]
+        if owned:
+            parts, gradients = zip(*owned, strict=True)
+            squares = torch.stack(torch._foreach_norm(gradients)).double().square()
+            self._squares.index_add_(0, torch.tensor(parts, device=squares.device), squares)
+        execute()
+
+    def _owned(self, weight: nn.Parameter) -> Tensor | None:
+        """The part of a reduced gradient that this rank answers for: each element is some rank's, and only one's."""
+        replica = self._topology.tensor_rank > 0 and not is_cut(weight)
+        if replica or getattr(weight, "ds_pipe_replicated", False):
+            return None
+        mapping: Any = getattr(weight, "_hp_mapping", NO_MAPPING)
+        if mapping is NO_MAPPING:
+            return weight.grad if self._topology.data_rank == 0 else None
+        if mapping is None:
+            return None
+        index = weight._index_in_param_group  # type: ignore[attr-defined]
+        gradient: Tensor = mapping.get_lp_grad_fragment(index).flatten()
+        if len(gradient) == weight.numel():  # in bf16 every rank has all of it
+            address = mapping.lp_fragment_address
+            gradient = gradient.narrow(0, address.start, address.numel)
+        return gradient
+
+    def norms(self) -> dict[str, float]:
+        """Norm of the last step's gradient, before clipping, by part of the model; the same on every rank."""
+        squares = self._squares.clone()
+        dist.all_reduce(squares)
+        return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
+
+    def find_not_finite(self) -> NotFinite:
+        """Where the last step's gradient was not finite. A collective over all ranks."""
+        weights = [name for name, norm in reversed(self._local.items()) if not norm.isfinite()]
+        # What all heads share is not finite either where one head's are not.
+        own = [name for name in weights if part_of(name) != "shared"]
+        weight = next(iter(own or weights), None)
+        losses: tuple[int, ...] = ()
+        if self._topology.is_last_stage:
+            of_heads = self._stage.heads.sums.losses.isfinite().tolist()
+            losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
+        topology = self._topology
+        mine = NotFinite(topology.rank, topology.pipeline_rank, weight, losses) if weight or losses else None
+        found = [of_rank for of_rank in gather_over_ranks(mine) if of_rank]
+        last_stage = max((of_rank.stage for of_rank in found), default=0)
+        return next((of_rank for of_rank in found if of_rank.stage == last_stage), NotFinite(None))
+
+
+def _local_gradient(weight: nn.Parameter) -> Tensor | None:
+    """Of this rank's micro-batches; in bf16 it is summed in fp32."""
+    gradient: Tensor | None = getattr(weight, "_hp_grad", None)
+    return weight.grad if gradient is None else gradient

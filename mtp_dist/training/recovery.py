@@ -1,0 +1,66 @@
+"""Training that goes back where the loss jumps, and gives up where going on would be no use."""
+
+from collections import Counter
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mtp_dist.checkpoint.load import agree_on_resume_point, restore
+from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point
+from mtp_dist.checkpoint.saver import CheckpointSaver
+from mtp_dist.config import ConfigError
+from mtp_dist.training.loop import Ending, Reason, Trainer
+from mtp_dist.training.reporting import RunReporter
+
+MOST = 3
+"""Times that a run goes back to the same checkpoint: more new samples would not help either."""
+
+
+def fit_and_recover(
+    trainer: Trainer,
+    saver: CheckpointSaver,
+    cpu_group: dist.ProcessGroup,
+    reporter: RunReporter | None,
+    begun_from: ResumePoint | None,
+    samples_read: int,
+) -> Ending:
+    """`trainer.fit` from `begun_from` on, and after each SPIKE from the newest checkpoint, with the samples after it.
+
+    cpu_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
+    which it does on every rank where the loss jumps MOST + 1 times after the same checkpoint, and after SKIPS.
+    """
+    times: Counter[Path] = Counter()
+    ending = trainer.fit(begun_from.step if begun_from else 0, samples_read)
+    while ending.reason is Reason.SPIKE:
+        saver.join()
+        point = _newest(trainer, saver, cpu_group) or begun_from
+        if point:
+            times[point.folder] += 1
+            if times[point.folder] > MOST:
+                raise ConfigError(
+                    f"the loss has jumped {MOST + 1} times after {point.folder}, each time with other samples: go on "
+                    "from an older checkpoint (checkpoint.resume), or with a lower optimizer.lr"
+                )
+            restore(trainer.engine, point.folder)
+        step = point.step if point else ending.step
+        if reporter:
+            where = f"to {point.folder}" if point else "nowhere, having no checkpoint"
+            reporter.go_back(step, f"goes back from step {ending.step} {where}, on with new samples")
+        ending = trainer.fit(step, trainer.datasets.restore(ending.samples, may_change=True))
+    saver.join()
+    if ending.reason is Reason.SKIPS:
+        raise ConfigError(
+            f"train.max_skipped_steps = {trainer.config.train.max_skipped_steps} steps were skipped, the last one was "
+            f"step {ending.step}: the log names ranks and weights; go on from an older checkpoint (checkpoint.resume) "
+            "or with a lower optimizer.lr"
+        )
+    return ending
+
+
+def _newest(trainer: Trainer, saver: CheckpointSaver, cpu_group: dist.ProcessGroup) -> ResumePoint | None:
+    """Of this run."""
+    config = trainer.config.model_copy(
+        update={"checkpoint": trainer.config.checkpoint.model_copy(update={"resume": "auto"})}
+    )
+    point = find_resume_point(config, saver.vocab_size)
+    return agree_on_resume_point(point, config, saver.vocab_size, trainer.engine.topology, cpu_group)

@@ -1,0 +1,81 @@
+"""Trainings on every rank in which losses jump, and gradients are not finite, at chosen steps."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mtp_dist.config import ConfigError, load_config
+from mtp_dist.training.metrics import StepMetrics
+from mtp_dist.training.spikes import SpikeDetector
+
+
+class Jumps(SpikeDetector):
+    """Calls chosen ones of all steps that are made spikes, counted from 1."""
+
+    def __init__(self, at: Collection[int]) -> None:
+        super().__init__(None)
+        self.at = at
+        self.seen = 0
+
+    def spike(self, loss: float) -> str | None:
+        self.seen += 1
+        return "a jump" if self.seen in self.at else None
+
+
+class Trained(NamedTuple):
+    reason: str
+    """Name of the loop's reason to end, or the error's text."""
+    losses: list[tuple[int, tuple[float, ...]]]
+    """Of each step that was made, in the order of making."""
+
+
+def train(path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = None) -> Trained:
+    """begin: a checkpoint, and the number of samples that are passed over."""
+    from mtp_dist.checkpoint.load import restore
+    from mtp_dist.checkpoint.resume import ResumePoint
+    from mtp_dist.checkpoint.saver import CheckpointSaver
+    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.training.callbacks import Callback
+    from mtp_dist.training.loop import Trainer
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.recovery import fit_and_recover
+    from mtp_dist.training.reporting import RunReporter
+    from mtp_dist.training.stopping import StopSignals
+
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.losses: list[tuple[int, tuple[float, ...]]] = []
+
+        def on_step(self, metrics: StepMetrics) -> None:
+            self.losses.append((metrics.step, metrics.heads.losses))
+
+    config = load_config(path)
+    device, vocab_size = select_device(config), vocabulary_size(config)
+    topology = initialize_topology(config, device)
+    groups = new_cpu_groups(topology)
+    datasets = load_datasets(config)
+    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    point, samples_read = None, 0
+    if begin:
+        folder, samples_read = begin
+        restore(engine, folder)
+        point = ResumePoint(folder, int(folder.name.removeprefix("step_")))
+        if config.data.train[0].stream:
+            datasets.train.read(0, samples_read)
+    recorder, callbacks, reporter = Losses(), list[Any](), None
+    if topology.rank == 0:
+        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, point)
+        callbacks = [reporter]
+    saver = CheckpointSaver(config, vocab_size, engine, groups, print)
+    trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals())
+    trainer.spikes = Jumps(jumps)
+    try:
+        reason = fit_and_recover(trainer, saver, groups.all, reporter, point, samples_read).reason.name
+    except ConfigError as error:
+        reason = str(error)
+    saver.join()
+    return Trained(reason, recorder.losses)
