@@ -59,7 +59,7 @@ class TrainingEngine:
         self.pipeline.clip_fp32_gradients = self._clip
         parts = tuple(dict.fromkeys(map(part_of, parameter_shapes(config, vocab_size))))
         self.gradient_watch = GradientWatch(self.pipeline, self.stage, topology, parts)
-        self._clock = StageClock(self.pipeline, topology.device)
+        self.clock = StageClock(self.pipeline, topology.device)
 
     @property
     def optimizer_name(self) -> str:
@@ -72,10 +72,10 @@ class TrainingEngine:
         for group in self.pipeline.optimizer.param_groups:
             group["lr"] = learning_rate
         self._begin(batch, self.micro_batches, weights)
-        self._clock.begin()
+        self.clock.begin()
         self.pipeline.train_batch(iter(batch))
         norms = float(self.pipeline.get_global_grad_norm()), self.gradient_watch.norms()
-        return StepResult(self._global_sums(), *norms, *self._clock.seconds())
+        return StepResult(self._global_sums(), *norms, *self.clock.seconds())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_global_sums`) over `micro_batches` micro-batches of every data-parallel rank."""

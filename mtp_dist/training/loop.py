@@ -76,18 +76,18 @@ class Trainer:
                 callback.on_start()
             for step in range(updates_made + 1, config.train.steps + 1):
                 watchdog.expect(f"step {step}")
-                metrics, signal = self._make_step(step, batches)
-                self._tell("on_step", metrics)
+                metrics, signal = self.make_step(step, batches)
+                self.tell("on_step", metrics)
                 skips += metrics.skipped is not None
                 if skips == config.train.max_skipped_steps:
                     return Ending(Reason.SKIPS, step, batches.state())
                 if not metrics.skipped and (spike := self.spikes.spike(metrics.heads.losses[0])):
-                    self._tell("on_spike", step, spike)
+                    self.tell("on_spike", step, spike)
                     if config.train.spike_rollback:
                         return Ending(Reason.SPIKE, step, batches.state())
                 stopping = signal > 0 and step < config.train.steps
                 if stopping:
-                    self._tell("on_stop", step, signal)
+                    self.tell("on_stop", step, signal)
                 if _is_due(step, config.train.validate_every, config.train.steps):
                     watchdog.expect(f"the validation after step {step}")
                     self._validate(step, batches)
@@ -98,11 +98,12 @@ class Trainer:
                     return Ending(Reason.SIGNAL, step, batches.state())
             return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
 
-    def _tell(self, event: str, *arguments: object) -> None:
+    def tell(self, event: str, *arguments: object) -> None:
+        """Call the hook of that name of all callbacks."""
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
 
-    def _make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
+    def make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
         """One update. Returns what it reports, and the number of a signal that has reached a rank, or 0."""
         config, engine, topology = self.config, self.engine, self.engine.topology
         started = time.perf_counter()
@@ -136,7 +137,7 @@ class Trainer:
         weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
         for validation in self.datasets.validation:
             sums = self.engine.evaluate(*batches.validation(validation.samples))
-            self._tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
+            self.tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

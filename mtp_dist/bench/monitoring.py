@@ -1,0 +1,115 @@
+"""What it costs to measure, to watch and to log a training."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from rich.table import Table
+
+from mtp_dist.bench.measure import paired_seconds, processor_name, usable_cores
+from mtp_dist.config import Config
+from mtp_dist.data.loading import load_datasets
+from mtp_dist.data.tokenizer import vocabulary_size
+from mtp_dist.loss.weights import head_weights
+from mtp_dist.parallel.device import device_name
+from mtp_dist.parallel.engine import TrainingEngine
+from mtp_dist.parallel.topology import Topology
+from mtp_dist.training.batches import Batches
+from mtp_dist.training.loop import Trainer
+from mtp_dist.training.optimizer import build_optimizer, learning_rate
+from mtp_dist.training.reporting import RunReporter
+from mtp_dist.training.stopping import StopSignals
+from mtp_dist.training.stragglers import Stragglers
+from mtp_dist.training.watchdog import Watchdog
+
+
+@contextmanager
+def _unwatched(engine: TrainingEngine) -> Iterator[None]:
+    """DeepSpeed's instructions as they are, and nothing measured."""
+    pipeline, watch, clock = engine.pipeline, engine.gradient_watch, engine.clock
+    wrapped = pipeline._INSTRUCTION_MAP
+    pipeline._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
+    engine.gradient_watch = SimpleNamespace(norms=dict)  # type: ignore[assignment]
+    engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (0.0, 0.0))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        pipeline._INSTRUCTION_MAP, engine.gradient_watch, engine.clock = wrapped, watch, clock
+
+
+def _training(config: Config, topology: Topology, folder: str, steps: int) -> tuple[Trainer, Batches]:
+    """As a run in `folder` has it."""
+    config = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"output_dir": folder}),
+            "train": config.train.model_copy(update={"steps": steps}),
+        }
+    )
+    vocab_size, datasets = vocabulary_size(config), load_datasets(config)
+    engine = TrainingEngine(
+        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
+    )
+    callbacks: list[Any] = []
+    if topology.rank == 0:
+        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, None)
+        callbacks = [reporter, Stragglers([""] * topology.world_size, config.log.every, reporter.note)]
+    trainer = Trainer(config, engine, datasets, callbacks, lambda *_: None, StopSignals())
+    return trainer, Batches(config, topology, datasets)
+
+
+def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[str, Any]:
+    """Medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
+    with tempfile.TemporaryDirectory() as folder, Watchdog(config.run.step_timeout, topology.rank) as watchdog:
+        trainer, batches = _training(config, topology, folder, steps=2 * (rounds + 1) * config.log.every)
+        engine = trainer.engine
+        made = 0
+
+        def with_all() -> None:
+            nonlocal made
+            for _ in range(config.log.every):
+                made += 1
+                watchdog.expect(f"step {made}")
+                metrics, _ = trainer.make_step(made, batches)
+                trainer.tell("on_step", metrics)
+                trainer.spikes.spike(metrics.heads.losses[0])
+
+        def without() -> None:
+            nonlocal made
+            with _unwatched(engine):
+                for _ in range(config.log.every):
+                    made += 1
+                    schedule = learning_rate(trainer.config, made), head_weights(trainer.config, made)
+                    engine.train_step(batches.training(), *schedule)
+
+        with_all()
+        without()
+        seconds = paired_seconds({"with": with_all, "without": without}, rounds, topology.device)
+        trainer.tell("on_end")
+        batches.close()
+    ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
+    return {
+        "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
+        "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        "rounds": rounds,
+        "steps_of_a_round": config.log.every,
+        "step_seconds": {name: statistics.median(of_name) / config.log.every for name, of_name in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
+        "ratios": ratios,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    shown = Table(title=f"Monitoring: medians of {result['rounds']} rounds of {result['steps_of_a_round']} steps")
+    for column in ("seconds a step, with", "without", "ratio", "its quartiles"):
+        shown.add_column(column)
+    seconds = (f"{result['step_seconds'][name]:.4f}" for name in ("with", "without"))
+    low, high = result["ratio_quartiles"][0], result["ratio_quartiles"][-1]
+    shown.add_row(*seconds, f"{result['ratio']:.4f}", f"{low:.4f} to {high:.4f}")
+    return shown

@@ -1,0 +1,3 @@
+from mtp_dist.cli import main
+
+main()
