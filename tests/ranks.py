@@ -1,4 +1,7 @@
-"""Ranks for the tests: spawned once a session and reused, because importing DeepSpeed takes seconds."""
+"""Ranks for the tests: spawned once a session and reused, because importing DeepSpeed takes seconds.
+
+Spawned and not forked from one process: what depends on the order of a set must be able to differ between them.
+"""
 
 import gc
 import multiprocessing
@@ -27,6 +30,12 @@ def _serve(rank: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     quieten_packages()
+    import mtp_dist.parallel.engine  # noqa: F401
+
+    # Of the half million objects of the packages none is ever garbage, and to look at them at the end of each task
+    # takes a quarter of its time.
+    gc.collect()
+    gc.freeze()
     while (task := connection.recv()) is not None:
         function, arguments, world_size, store = task
         os.environ["WORLD_SIZE"] = str(world_size)

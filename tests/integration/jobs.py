@@ -1,5 +1,6 @@
 """Real jobs for the tests: a tiny configuration, the launchers' commands, and processes that cannot outlive a test."""
 
+import itertools
 import json
 import os
 import random
@@ -10,13 +11,15 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
+
+from tests.integration.forks import Forked, Program
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -74,11 +77,20 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
+PORTS = range(10_000, 30_000)
+"""Below those that Linux gives to connections: none of these takes a port between the question and its use."""
+PORTS_OF_A_WORKER = len(PORTS) // 10
+_offsets = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Each of pytest's parallel workers has ports of its own, and gives none of them twice in a row."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    while True:
+        port = PORTS[worker * PORTS_OF_A_WORKER + next(_offsets) % PORTS_OF_A_WORKER]
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def plain(script: str, *arguments: str) -> list[str]:
@@ -98,10 +110,16 @@ def torchrun(*arguments: str, processes: int = 2) -> list[str]:
     return [str(BIN / "torchrun"), *options, *arguments]
 
 
+def forked(*arguments: str, processes: int = 1) -> Program:
+    """The ranks without a launcher and without the time that their imports take. arguments: the script and its own, or
+    `-m` first."""
+    return Program(arguments, processes, free_port())
+
+
 class Job:
     """A running command, and every process that it started."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str] | Program, folder: Path) -> None:
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self._streams = [folder / f"{name}_{self.mark[:8]}.txt" for name in ("stdout", "stderr")]
@@ -114,10 +132,14 @@ class Job:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
         }
+        self.process: subprocess.Popen[bytes] | Forked
         with self._streams[0].open("w") as stdout, self._streams[1].open("w") as stderr:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=inherited | ours, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
-            )
+            if isinstance(command, Program):
+                self.process = Forked(command, folder, inherited | ours, self._streams)
+            else:
+                self.process = subprocess.Popen(
+                    command, cwd=folder, env=inherited | ours, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+                )
 
     @property
     def stdout(self) -> str:
@@ -133,17 +155,27 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """Every live process of the job."""
+        if isinstance(self.process, Forked):
+            found = psutil.Process(self.process.server_pid).children(recursive=True)
+        else:
+            found = [process for process in psutil.process_iter() if self._has_started(process)]
         alive = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+        for process in found:
+            with suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
                     alive.append(process)
-            except psutil.Error:
-                continue
         return alive
+
+    def _has_started(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(MARK) == self.mark
+        except psutil.Error:
+            return False
 
     def rank(self, number: int) -> psutil.Process:
         """The process of a rank."""
+        if isinstance(self.process, Forked):
+            return psutil.Process(self.process.pids[number])
         return next(p for p in self.processes() if p.environ().get("RANK") == str(number))
 
     def wait(self, seconds: float = TIMEOUT_SECONDS) -> int:
@@ -164,15 +196,13 @@ class Job:
 
     def kill(self) -> None:
         for process in self.processes():
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         self.process.wait()
 
 
 @contextmanager
-def started(command: Sequence[str], folder: Path) -> Iterator[Job]:
+def started(command: Sequence[str] | Program, folder: Path) -> Iterator[Job]:
     """A job that is killed, with all of its processes, where the test leaves it running."""
     job = Job(command, folder)
     try:
@@ -193,7 +223,7 @@ class Result:
         return self.stdout + self.stderr
 
 
-def run(command: Sequence[str]) -> Result:
+def run(command: Sequence[str] | Program) -> Result:
     """Run a command to its end, in an empty folder of its own."""
     with tempfile.TemporaryDirectory() as folder, started(command, Path(folder)) as job:
         status = job.wait()

@@ -17,13 +17,18 @@ from tests.integration import jobs
 from tests.parity.runs import LLAMA3_ROPE
 from tests.unit.convert.folders import write_llama
 
-COMMAND = [sys.executable, "-m", "mtp_dist.cli"]
+COMMAND = ("-m", "mtp_dist.cli")
 
 
 def mtp_dist(*arguments: str | Path) -> jobs.Result:
-    result = jobs.run([*COMMAND, *map(str, arguments)])
+    result = jobs.run(jobs.forked(*COMMAND, *map(str, arguments)))
     assert result.status == 0, result.output
     return result
+
+
+def start_for_real(*arguments: str | Path) -> jobs.Result:
+    """With what the imports say, where no other word may be heard."""
+    return jobs.run([sys.executable, *COMMAND, *map(str, arguments)])
 
 
 def first_losses(folder: Path, name: str, *overrides: str, processes: int) -> dict[str, float]:
@@ -33,7 +38,7 @@ def first_losses(folder: Path, name: str, *overrides: str, processes: int) -> di
     options = [*train, "run.device=cpu", f"run.output_dir={out}", "log.every=1", "train.precision=fp32"]
     options += [f"data.train=[{{path: {folder / 'corpus'}}}]", f"checkpoint.resume={folder / 'c'}", *overrides]
     result = jobs.run(
-        jobs.torchrun(jobs.PRETRAIN, "--config", str(folder / "c" / "run.yaml"), *options, processes=processes)
+        jobs.forked(jobs.PRETRAIN, "--config", str(folder / "c" / "run.yaml"), *options, processes=processes)
     )
     assert result.status == 0, result.output
     assert f"goes on after step 0 from {folder / 'c'}" in result.output
@@ -62,7 +67,7 @@ def test_a_training_starts_where_the_imported_model_is(tmp_path: Path, axis: str
 
 def test_a_run_is_exported_and_comes_back(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, train={"steps": 2})
-    assert jobs.run(jobs.plain(jobs.PRETRAIN, "--config", str(config))).status == 0
+    assert jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config))).status == 0
     checkpoints = tmp_path / "out" / "checkpoints"
     said = mtp_dist("export", "--checkpoint", checkpoints, "--to", tmp_path / "hf", "--json")
     exported = json.loads(said.stdout)
@@ -74,13 +79,13 @@ def test_a_run_is_exported_and_comes_back(tmp_path: Path) -> None:
     back = ReferenceModel(*load_weights(tmp_path / "c")).named_weights()
     assert before.keys() == back.keys() and all(torch.equal(before[name], back[name]) for name in before)
 
-    again = jobs.run([*COMMAND, "export", "--checkpoint", str(checkpoints), "--to", str(tmp_path / "hf")])
+    again = start_for_real("export", "--checkpoint", checkpoints, "--to", tmp_path / "hf")
     assert again.status == 2 and again.stdout == ""
     assert again.stderr == f"error: --to = '{tmp_path / 'hf'}' exists: delete it, or name another folder\n"
 
 
 def test_a_mistake_ends_with_one_sentence(tmp_path: Path) -> None:
-    result = jobs.run([*COMMAND, "import", "--from", str(tmp_path / "missing"), "--to", str(tmp_path / "c")])
+    result = start_for_real("import", "--from", tmp_path / "missing", "--to", tmp_path / "c")
     assert result.status == 2 and result.stdout == ""
     assert result.stderr.startswith(f"error: --from = '{tmp_path / 'missing'}' is not a folder: ")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "c").exists()

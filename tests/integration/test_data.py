@@ -1,7 +1,6 @@
 """The real programs from text to a trained model: prepared corpora, several validation sets, streams, kills."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import tokenizers
 
 from tests.integration import jobs
 
-MTP_DIST = [sys.executable, "-m", "mtp_dist.cli"]
+MTP_DIST = ("-m", "mtp_dist.cli")
 
 
 def train_tokenizer(texts: list[str], file: Path) -> None:
@@ -33,13 +32,14 @@ def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
     train_tokenizer(texts, tokenizer)
     for name in ("one", "two"):
         arguments = [str(tmp_path / name), "--glob", "*.py", "--to", str(tmp_path / f"{name}_corpus")]
-        result = jobs.run([*MTP_DIST, "prepare", *arguments, "--tokenizer", str(tokenizer), "--workers", "1", "--json"])
+        options = ["--tokenizer", str(tokenizer), "--workers", "1", "--json"]
+        result = jobs.run(jobs.forked(*MTP_DIST, "prepare", *arguments, *options))
         assert result.status == 0, result.output
         said = json.loads(result.stdout)
         assert said["bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.py"))
         assert said["tokens"] < said["bytes"] / 1.5
 
-    shown = jobs.run([*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"])
+    shown = jobs.run(jobs.forked(*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"))
     report = json.loads(shown.stdout)
     sample = report["samples"][0]
     assert report["documents"] == 3 and sample["tokens"][2:] == sample["targets"][1][:-2]
@@ -52,7 +52,7 @@ def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
         "attention_across_documents": False,
     }
     config = jobs.write_config(tmp_path, data=data)
-    result = jobs.run(jobs.torchrun(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"))
+    result = jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2", processes=2))
     assert result.status == 0, result.output
     assert "Validation on one" in result.stdout and "Validation on two" in result.stdout
     lines = jobs.metrics(tmp_path / "out")
@@ -82,12 +82,12 @@ def test_a_killed_stream_goes_on_where_it_was_at_another_degree(tmp_path: Path) 
         options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]
         return [jobs.PRETRAIN, "--config", str(config), *options]
 
-    assert jobs.run(jobs.plain(*arguments("whole"))).status == 0
-    with jobs.started(jobs.torchrun(*arguments("killed")), tmp_path) as job:  # two data-parallel ranks
+    assert jobs.run(jobs.forked(*arguments("whole"))).status == 0
+    with jobs.started(jobs.forked(*arguments("killed"), processes=2), tmp_path) as job:  # data-parallel
         job.wait_until((tmp_path / "killed" / "checkpoints" / "step_00000002").exists)
         job.rank(1).kill()
         assert job.wait() != 0
-    result = jobs.run(jobs.plain(*arguments("killed")))
+    result = jobs.run(jobs.forked(*arguments("killed")))
     assert result.status == 0 and "goes on after step" in result.output, result.output
     whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "killed")
     assert len(whole) == len(killed) == 10

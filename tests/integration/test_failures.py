@@ -69,7 +69,7 @@ def test_a_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> Non
 def test_a_full_disk(tmp_path: Path) -> None:
     """Training goes on without the checkpoints in between; without the last one the run has failed."""
     config = jobs.write_config(tmp_path, checkpoint={"every": 2}, log={"tensorboard": True})
-    result = jobs.run(jobs.plain(FULL_DISK_PROGRAM, "--config", str(config)))
+    result = jobs.run(jobs.forked(FULL_DISK_PROGRAM, "--config", str(config)))
     assert result.status == 2, result.output
     checkpoints = tmp_path / "out" / "checkpoints"
     for step in (2, 4, 5):

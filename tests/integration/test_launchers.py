@@ -184,8 +184,10 @@ def test_nothing_but_the_checkpoint_is_left(run: Run) -> None:
 
 
 def test_a_repeated_run_is_the_same_to_the_last_bit(runs: dict[str, Run], config: Path, folder: Path) -> None:
-    again = train(config, REPEATED, folder / "again")
-    lines, expected = jobs.metrics(again.folder), jobs.metrics(runs[REPEATED].folder)
+    """The second time without a launcher: so it also holds that most other tests do without."""
+    again = [*COMMANDS[REPEATED][1], f"run.output_dir={folder / 'again'}"]
+    assert jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config), *again, processes=2)).status == 0
+    lines, expected = jobs.metrics(folder / "again"), jobs.metrics(runs[REPEATED].folder)
     assert [{name: line[name] for name in line.keys() & DETERMINISTIC} for line in lines] == [
         {name: line[name] for name in line.keys() & DETERMINISTIC} for line in expected
     ]

@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mtp_dist.checkpoint.folders import candidates, latest_name
 from mtp_dist.checkpoint.manifest import check_fully
 from tests.integration import jobs
+from tests.integration.forks import Program
 from tests.unit.checkpoint.folders import flip
 
 STEPS = 12
@@ -18,8 +19,8 @@ def arguments(config: Path, output_dir: Path, *more: str) -> list[str]:
     return [jobs.PRETRAIN, "--config", str(config), *ARGUMENTS, f"run.output_dir={output_dir}", *more]
 
 
-def command(config: Path, output_dir: Path) -> list[str]:
-    return jobs.torchrun(*arguments(config, output_dir))
+def command(config: Path, output_dir: Path) -> Program:
+    return jobs.forked(*arguments(config, output_dir), processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_another_kind_of_head_is_refused(config: Path, folder: Path) -> None:
     out = folder / "refused"
     assert jobs.run(command(config, out)).status == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    result = jobs.run(jobs.plain(*arguments(config, out, "heads.kind=causal", "parallel.pipeline=1")))
+    result = jobs.run(jobs.forked(*arguments(config, out, "heads.kind=causal", "parallel.pipeline=1")))
     assert result.status == 2
     sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert sentences[0].startswith("error: heads.kind is 'causal', ") and "checkpoint.allow_changes" in sentences[0]

@@ -39,7 +39,7 @@ def test_passes(tmp_path: Path, arguments: list[str], launcher: str) -> None:
 
 
 def test_finds_a_broken_norm(arguments: list[str]) -> None:
-    result = jobs.run(jobs.torchrun(FAULTY_PROGRAM, *arguments))
+    result = jobs.run(jobs.forked(FAULTY_PROGRAM, *arguments, processes=2))
     assert result.status == 1, result.output
     assert "FAILED" in result.stdout
     [gradients] = [line for line in result.stdout.splitlines() if "gradients" in line]
