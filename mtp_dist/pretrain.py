@@ -15,7 +15,11 @@ from mtp_dist.training.stopping import REQUEUE, StopSignals
 
 if TYPE_CHECKING:
     from mtp_dist.checkpoint.resume import ResumePoint
+    from mtp_dist.data.loading import Datasets
     from mtp_dist.data.tokenizer import Tokenizer
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.training.callbacks import Callback
+    from mtp_dist.training.reporting import RunReporter
 
 SECONDS_FOR_RANK_0 = 10
 
@@ -29,11 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher")
+    parser.add_argument("--preflight", action="store_true", help="measure matmuls and collectives of every rank first")
+    parser.add_argument("--memory-snapshot", action="store_true", help="record what lies in the GPU's memory, and why")
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        check_before_start(config)
-        finished = pretrain(config)
+        check_before_start(config, memory_snapshot=options.memory_snapshot)
+        finished = pretrain(config, options.preflight, options.memory_snapshot)
     except ConfigError as error:
         stop(error)
     if not finished:
@@ -49,22 +55,28 @@ def stop(error: ConfigError) -> NoReturn:
         time.sleep(SECONDS_FOR_RANK_0)
         prefix = f"error on rank {rank}"
     print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+    if (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
+        # A thread that saves may be inside a collective. To take Python down around it ends in an abort, not in 2.
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 
-def check_before_start(config: Config, needs_data: bool = True) -> None:
+def check_before_start(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> None:
     """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
     from mtp_dist.data.loading import check_sources
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
+    from mtp_dist.training.profiling import check_profile
 
-    config.micro_batches(int(os.environ.get("WORLD_SIZE", 1)))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    config.micro_batches(world_size)
     if needs_data:
         check_sources(config)
         check_folder("run.output_dir", config.output_dir)
         check_folder("checkpoint.directory", config.checkpoint_dir)
     vocabulary_size(config)
-    select_device(config)
+    check_profile(config, world_size, memory_snapshot, select_device(config))
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -75,9 +87,10 @@ def check_folder(key: str, folder: Path) -> None:
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
-def pretrain(config: Config) -> bool:
+def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = False) -> bool:
     """Train from the start or from a checkpoint, validate, save and show the result.
 
+    Before, measure each rank where preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
     False where a signal stopped it before the last step.
     """
     from mtp_dist.checkpoint.resume import find_resume_point
@@ -102,11 +115,14 @@ def pretrain(config: Config) -> bool:
     from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
     from mtp_dist.training.loop import Reason, Trainer
     from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.preflight import Preflight
+    from mtp_dist.training.profiling import begin_memory_history, profiling_callbacks
     from mtp_dist.training.recovery import fit_and_recover
-    from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
     from mtp_dist.training.stragglers import Stragglers
 
     topology = initialize_topology(config, device)
+    if memory_snapshot:
+        begin_memory_history(config, topology.rank)
     cpu_groups = new_cpu_groups(topology)
     resumed = agree_on_resume_point(resumed, config, vocab_size, topology, cpu_groups.all)
     may_change = "data.train" in config.checkpoint.allow_changes
@@ -115,16 +131,13 @@ def pretrain(config: Config) -> bool:
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     if resumed:
         restore(engine, resumed.folder)
-    reporter = None
-    if topology.rank == 0:
-        if not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve():
-            set_earlier_run_aside(config)
-        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, resumed)
-
+    reporter = _reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
     saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
     hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
-    callbacks = [reporter, Stragglers(hosts, config.log.every, reporter.note)] if reporter else []
+    callbacks: list[Callback] = [reporter, Stragglers(hosts, config.log.every, reporter.note)] if reporter else []
+    callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
+    callbacks += profiling_callbacks(config, topology, resumed.step if resumed else 0, memory_snapshot, heard[0])
     with StopSignals() as stop_signals:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals)
         ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
@@ -133,6 +146,17 @@ def pretrain(config: Config) -> bool:
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
     return ending.reason is Reason.LAST_STEP
+
+
+def _reporter(
+    config: Config, vocab_size: int, datasets: "Datasets", engine: "TrainingEngine", resumed: "ResumePoint | None"
+) -> "RunReporter":
+    """Rank 0's, in a folder that has no other run's files."""
+    from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
+
+    if not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve():
+        set_earlier_run_aside(config)
+    return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

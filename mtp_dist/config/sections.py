@@ -25,6 +25,9 @@ class RunConfig(Section):
     step_timeout: PositiveFloat | None = 1800.0
     """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python stacks
     and the run ends with status 70. `null`: no limit."""
+    join_timeout: PositiveFloat = 600.0
+    """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and says which
+    have not come."""
 
 
 class ModelConfig(Section):
@@ -199,6 +202,11 @@ class LogConfig(Section):
     end: for small models."""
     sample_tokens: PositiveInt = 200
     """Tokens of that continuation."""
+    profile_steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
+    """First and last step of a PyTorch profiler trace in `<run.output_dir>/profile`, such as [5, 7]; none when
+    absent."""
+    profile_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0,)
+    """Ranks that write a trace, and a memory snapshot with `--memory-snapshot`."""
 
 
 class Config(Section):
@@ -299,6 +307,7 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
+    yield from _contradictions_of_profile(config.log, train.steps)
     yield from _contradictions_of_retention(config.checkpoint)
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
@@ -318,6 +327,16 @@ def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
         )
     if model.rope_scaling:
         yield from contradictions_of_rope_scaling(model.rope_scaling)
+
+
+def _contradictions_of_profile(log: LogConfig, steps: int) -> Iterator[str]:
+    if log.profile_steps is None:
+        return
+    first, last = log.profile_steps
+    if first > last:
+        yield f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"
+    if last > steps:
+        yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps that are made"
 
 
 def _contradictions_of_retention(checkpoint: CheckpointConfig) -> Iterator[str]:

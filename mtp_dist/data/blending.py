@@ -67,7 +67,9 @@ class BlendedSamples:
         self._orders: dict[int, tuple[int, Shuffle]] = {}
 
     def read(self, first: int, count: int) -> NDArray[np.int64]:
-        """Samples number first .. first + count - 1, [count, S + lookahead]."""
+        """Samples number first .. first + count - 1, [count, S + lookahead]. Raises ConfigError for a file cut off."""
+        for corpus in self.corpora:
+            corpus.check_file()
         samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
         for sample, source, occurrence in zip(samples, *self.blend.locate(first, count), strict=True):
             epoch, position = divmod(int(occurrence), len(self.corpora[source]))

@@ -79,6 +79,8 @@ class LineRange(WorkUnit):
                     return
                 position += len(line)
                 yield document_of_line(line, self.field, partial(self.place, index))
+        if position < self.end:
+            raise ConfigError(f"{self.file} ends at byte {position}, it had {self.end} or more before: it was cut off")
 
     def place(self, index: int) -> str:
         return f"{self.file}, line {self._lines_before() + index + 1}"
@@ -139,10 +141,13 @@ class RowGroups(WorkUnit):
         import pyarrow
         import pyarrow.parquet
 
-        with pyarrow.parquet.ParquetFile(self.file) as parquet:
-            for batch in parquet.iter_batches(1024, list(self.groups), [self.field], use_threads=False):
-                for document in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                    yield document or b""
+        try:
+            with pyarrow.parquet.ParquetFile(self.file) as parquet:
+                for batch in parquet.iter_batches(1024, list(self.groups), [self.field], use_threads=False):
+                    for document in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                        yield document or b""
+        except pyarrow.ArrowInvalid as error:
+            raise ConfigError(f"{self.file} is no whole Parquet file ({error}): give it anew") from None
 
     def place(self, index: int) -> str:
         return row_place(self.file, self.rows_before + index)

@@ -179,15 +179,17 @@ class FilesInput(Input):
 
     def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
         start = tuple(position or (0, 0))
-        for number, unit in enumerate(self.units(UNIT_BYTES)):
-            if number < start[0]:
-                continue
-            try:
+        source = str(self.files[0])
+        try:
+            for number, unit in enumerate(self.units(UNIT_BYTES)):
+                source = unit.source
+                if number < start[0]:
+                    continue
                 for index, document in enumerate(unit.documents()):
                     if (number, index) >= start:
                         yield [number, index], document
-            except OSError as error:
-                raise ConfigError(f"cannot read {error.filename or unit.source} ({error.strerror or error})") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename or source} ({error.strerror or error})") from None
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         whole: list[Path] = []
@@ -234,6 +236,8 @@ def _read_lines(file: Path, stream: IO[bytes], num_bytes: int) -> list[bytes]:
         return stream.readlines(num_bytes)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{file} is no whole gzip file ({error}): give it anew") from None
+    except OSError as error:  # which has no name
+        raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
 
 
 def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
@@ -244,6 +248,8 @@ def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[
         metadata = pyarrow.parquet.read_metadata(file)
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{file} is no whole Parquet file ({error}): give it anew") from None
+    except OSError as error:  # which has no name
+        raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
     schema = metadata.schema.to_arrow_schema()
     if field not in schema.names:
         raise missing_field(str(file), field, schema.names)

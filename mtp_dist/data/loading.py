@@ -54,6 +54,7 @@ class ValidationSamples:
         """Sample number `index`, [S + lookahead]."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
+        self.corpus.check_file()
         return self.corpus[index * len(self.corpus) // self._num_samples]
 
 

@@ -5,6 +5,7 @@ Shapes: S is `train.sequence_length`, the lookahead is the last prediction dista
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,24 @@ class PackedCorpus:
     def sample_length(self) -> int:
         """S + lookahead."""
         return self.sequence_length + self.lookahead
+
+    def check_file(self) -> None:
+        """Raise ConfigError where the file below memory-mapped tokens has become shorter since it was opened.
+
+        To read what it lost would end the process by SIGBUS, without a word. A file that is deleted keeps its content
+        until it is closed.
+        """
+        if not isinstance(self.tokens, np.memmap) or not isinstance(self.tokens.base, mmap.mmap):
+            return
+        try:
+            size = self.tokens.base.size()
+        except OSError as error:
+            raise ConfigError(f"cannot read {self.tokens.filename} any more ({error.strerror})") from None
+        if size < self.tokens.nbytes:
+            raise ConfigError(
+                f"{self.tokens.filename} has {size} bytes, it had {self.tokens.nbytes} when the run began: it was cut "
+                "off or is being written anew; restore it, and the same command goes on from the last checkpoint"
+            )
 
     def tokens_of(self, index: int) -> NDArray[Any]:
         """Sample number `index`, [S + lookahead], in the corpus's own type."""

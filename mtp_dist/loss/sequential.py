@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import all_reduce
+from torch.profiler import record_function
 
 from mtp_dist.loss.distillation import Teacher
 from mtp_dist.loss.heads import TOKEN_ORDER, Heads, HeadSums, Objective
@@ -184,14 +185,16 @@ class _HeadGradients:
         before = trunk_output
         for head in chain:
             leaf = before.detach().requires_grad_()
-            with torch.enable_grad():
-                state = self.heads.state(head, leaf)
-            steps.append((head, leaf, state, self._of_state(head, state)))
+            with record_function(f"head {head}: forward, loss"):
+                with torch.enable_grad():
+                    state = self.heads.state(head, leaf)
+                steps.append((head, leaf, state, self._of_state(head, state)))
             before = state
         of_next: Tensor | None = None
         while steps:
             head, leaf, state, of_state = steps.pop()
-            of_next = self._backward(state, leaf, of_state if of_next is None else of_state + of_next)
+            with record_function(f"head {head}: backward"):
+                of_next = self._backward(state, leaf, of_state if of_next is None else of_state + of_next)
             if head in self.heads.detached:
                 of_next = None
         if of_next is not None:

@@ -8,6 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import HeadWeights
@@ -73,7 +74,8 @@ class TrainingEngine:
             group["lr"] = learning_rate
         self._begin(batch, self.micro_batches, weights)
         self.clock.begin()
-        self.pipeline.train_batch(iter(batch))
+        with record_function("training step"):
+            self.pipeline.train_batch(iter(batch))
         norms = float(self.pipeline.get_global_grad_norm()), self.gradient_watch.norms()
         return StepResult(self._global_sums(), *norms, *self.clock.seconds())
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mtp_dist.config import Config
+from mtp_dist.parallel.rendezvous import join
 
 T = TypeVar("T")
 
@@ -62,7 +63,11 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
             # One process needs no rendezvous address, so any number of such runs can share a machine.
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
-            dist.init_process_group(_backend(device), timeout=timedelta(minutes=30))
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = join(rank, world_size, config.run.join_timeout)
+            dist.init_process_group(
+                _backend(device), timeout=timedelta(minutes=30), store=store, rank=rank, world_size=world_size
+            )
     # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)

@@ -21,7 +21,7 @@ class Callback:
     """Hooks of the training loop; a subclass overrides those it needs."""
 
     def on_start(self) -> None:
-        """Before the first step."""
+        """Before the first step, and again where the run has gone back."""
 
     def on_step(self, metrics: StepMetrics) -> None:
         """After each optimizer update."""
@@ -36,7 +36,7 @@ class Callback:
         """After the step that a signal makes the run's last for now, before its validation and its save."""
 
     def on_end(self) -> None:
-        """After the last step, and when the loop ends by an exception."""
+        """After the last step before the run ends or goes back, also when an exception ends it."""
 
 
 class Sink:

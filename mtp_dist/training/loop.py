@@ -77,6 +77,7 @@ class Trainer:
             for step in range(updates_made + 1, config.train.steps + 1):
                 watchdog.expect(f"step {step}")
                 metrics, signal = self.make_step(step, batches)
+                watchdog.expect(f"the log of step {step}")
                 self.tell("on_step", metrics)
                 skips += metrics.skipped is not None
                 if skips == config.train.max_skipped_steps:

@@ -20,11 +20,13 @@ from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
 from mtp_dist.training.events import EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
+from mtp_dist.training.preflight import PREFLIGHT
+from mtp_dist.training.profiling import PROFILE
 from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
 EVENTS, RUN = "events.jsonl", "run.json"
-WRITTEN_BY_A_RUN = ("metrics.jsonl", EVENTS, RUN, "tensorboard", "summary.json", "checkpoints")
+WRITTEN_BY_A_RUN = ("metrics.jsonl", EVENTS, RUN, "tensorboard", "summary.json", "checkpoints", PROFILE, PREFLIGHT)
 
 
 def set_earlier_run_aside(config: Config) -> None:

@@ -64,6 +64,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "loss weights": (["heads.loss_weights=[1, 1]"], ["heads.loss_weights", "heads.count"]),
     "derived DeepSpeed key": (["deepspeed.fp16.enabled=true"], ["deepspeed.fp16", "remove it"]),
     "missing data path": (["data.train=[{path: /no/such}]"], ["data.train.0.path = '/no/such'", "does not exist"]),
+    "memory of a CPU": (["--memory-snapshot"], ["--memory-snapshot", "this run is on a CPU"]),
+    "profile of a rank that is not there": (["log.profile_ranks=[1]"], ["log.profile_ranks = [1]", "no rank 1"]),
+    "profile beyond the end": (["log.profile_steps=[5, 7]"], ["log.profile_steps = [5, 7]", "train.steps = 5"]),
     "small vocabulary": (["model.vocab_size=100"], ["model.vocab_size = 100", "257"]),
 }
 

@@ -1,4 +1,6 @@
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.config import ConfigError
+from mtp_dist.data.blending import BlendedSamples
+from mtp_dist.data.loading import ValidationSamples
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 
 lengths = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 200))
@@ -52,3 +56,31 @@ def test_unigram_entropy_is_in_nats() -> None:
         0.75 * math.log(4 / 3) + 0.25 * math.log(4)
     )
     assert unigram_entropy(np.full(9, 7, dtype=np.uint16), 257) == 0
+
+
+def mapped(file: Path) -> PackedCorpus:
+    """Ten samples of four tokens in a file."""
+    np.arange(41, dtype=np.uint16).tofile(file)
+    return PackedCorpus(np.memmap(file, mode="r", dtype=np.uint16), 4, 1)
+
+
+def test_a_file_that_is_cut_off_is_named_before_it_is_read(tmp_path: Path) -> None:
+    """In training and in validation. Whoever reads beyond its end is killed by SIGBUS."""
+    file = tmp_path / "corpus.bin"
+    corpus = mapped(file)
+    training, validation = BlendedSamples([corpus], [1.0], 0), ValidationSamples(corpus, 5)
+    assert training.read(0, 10).sum() > 0 and validation[0].tolist() == [0, 1, 2, 3, 4]
+    os.truncate(file, 80)
+    for read in (lambda: training.read(0, 1), lambda: validation[0]):
+        with pytest.raises(ConfigError, match=rf"{file} has 80 bytes, it had 82 when the run began"):
+            read()
+
+
+def test_a_file_that_grows_or_is_deleted_is_read_on(tmp_path: Path) -> None:
+    file = tmp_path / "corpus.bin"
+    samples = BlendedSamples([mapped(file)], [1.0], 0)
+    expected = samples.read(0, 10)
+    os.truncate(file, 100)
+    assert np.array_equal(samples.read(0, 10), expected)
+    file.unlink()
+    assert np.array_equal(samples.read(0, 10), expected)

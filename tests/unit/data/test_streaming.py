@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,9 +89,6 @@ def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
 
 
 def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     documents = [text for text in documents_of(3) if text]
     (tmp_path / "code").mkdir()
     for number, text in enumerate(documents):
@@ -128,3 +127,60 @@ def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
         stream_of(str(tmp_path / "bad.jsonl")).take(9, 2)
     with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
         stream_of(str(tmp_path / "missing.jsonl"))
+
+
+def write_parquet(path: Path, documents: list[str]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+
+
+def write_compressed(path: Path, documents: list[str]) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents).encode()))
+
+
+WRITERS = {
+    "a.txt": lambda path, documents: path.write_text("".join(documents)),
+    "a.jsonl": write_jsonl,
+    "a.jsonl.gz": write_compressed,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_file_that_vanishes_is_named(tmp_path: Path, name: str) -> None:
+    """Of two files the second, after the first was read."""
+    folder = tmp_path / "stream"
+    for part in ("first", "second"):
+        (folder / part).mkdir(parents=True)
+        WRITERS[name](folder / part / name, documents_of(1))
+    samples = StreamedSamples([stream_of(str(folder), glob=f"**/{name}")], (1.0,), LENGTH, LOOKAHEAD)
+    samples.read(0, 2)
+    (folder / "second" / name).unlink()
+    with pytest.raises(ConfigError) as error:
+        samples.read(2, 1000)
+    said = str(error.value)
+    assert said.startswith(f"data.train.0.path = '{folder}': cannot read {folder / 'second' / name} (")
+    assert str(folder / "first") not in said
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
+    """Between two passes; a line less is no line that is damaged."""
+    file = tmp_path / name
+    WRITERS[name](file, documents_of(1))
+    stream = stream_of(str(file))
+    stream.take(10, 5)
+    content = file.read_bytes()
+    file.write_bytes(content[: content[:-1].rindex(b"\n") + 1] if name == "a.jsonl" else content[:-20])
+    with pytest.raises(ConfigError, match=r"was cut off|is no whole Parquet file") as error:
+        for _ in range(1000):
+            stream.take(10, 5)
+    assert str(file) in str(error.value)
+
+
+def test_a_parquet_file_that_is_cut_off_before_its_rows_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    write_parquet(file, documents_of(1))
+    [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ConfigError, match=r"a\.parquet is no whole Parquet file"):
+        list(unit.documents())

@@ -1,0 +1,111 @@
+"""How the ranks of a job find each other: within a limit, and with a sentence about who is missing."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from mtp_dist.config import ConfigError
+
+SECONDS_OF_SILENCE = 30.0
+"""After these rank 0 says whom it waits for."""
+POLL_SECONDS = 0.2
+ALL_HERE = "all here"
+
+
+def join(rank: int, world_size: int, seconds: float) -> Store:
+    """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; the store is what opens the process group.
+
+    Raises ConfigError after `seconds`, on rank 0 with the ranks that have not come.
+    """
+    address, port = _meeting_point(world_size)
+    where, deadline = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)", time.monotonic() + seconds
+    limit = f"within run.join_timeout = {seconds:g} s"
+    # The agents of torchrun have opened the store themselves.
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not opens:
+        _await_listener(address, port, deadline, f"rank {rank} cannot reach {where} {limit}")
+    try:
+        # Without wait_for_workers: that names no ranks and ends in a C++ traceback.
+        store = TCPStore(address, port, world_size, opens, timedelta(seconds=max(1.0, seconds)), wait_for_workers=False)
+        # Ranks that torchrun starts again find the keys of the first start.
+        keys = PrefixStore(f"join {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        keys.set(str(rank), socket.gethostname())
+        _await_all(keys, rank, world_size, deadline, where, limit)
+    except DistError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"rank {rank} cannot {'open' if opens else 'use'} the meeting point {where}: {reason}; look at rank 0, or "
+            "choose another MASTER_PORT"
+        ) from None
+    return keys
+
+
+def _meeting_point(world_size: int) -> tuple[str, int]:
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal():
+        raise ConfigError(
+            f"WORLD_SIZE = {world_size} with MASTER_ADDR = '{address}' and MASTER_PORT = '{port}': they say where the "
+            "ranks meet, set them or start with deepspeed, torchrun or launchers/slurm/pretrain.sbatch"
+        )
+    return address, int(port)
+
+
+def _await_listener(address: str, port: int, deadline: float, failed: str) -> None:
+    """Until somebody listens there. TCPStore would wait too, but with a C++ traceback for each attempt."""
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{failed} ({error.strerror or error}): is rank 0 running, and may this machine connect to it?"
+                ) from None
+            time.sleep(POLL_SECONDS)
+
+
+def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: str, limit: str) -> None:
+    """Rank 0 looks who has come and tells the others when all have."""
+
+    def missing() -> str:
+        absent = [other for other in range(world_size) if not keys.check([str(other)])]
+        return f"{world_size - len(absent)} of {world_size} ranks came to {where}, missing: {_listed(absent)}"
+
+    def fail() -> NoReturn:
+        if rank == 0:
+            raise ConfigError(f"{limit} only {missing()}: look at their logs, or start as many as WORLD_SIZE says")
+        raise ConfigError(f"{limit} not all of the {world_size} ranks came to {where}: rank 0 says which")
+
+    def complain() -> None:
+        if rank == 0:
+            print(f"{missing()}; waits {limit}", file=sys.stderr, flush=True)
+
+    expected = [str(other) for other in range(world_size)] if rank == 0 else [ALL_HERE]
+    _poll(lambda: keys.check(expected), deadline, complain, fail)
+    if rank == 0:
+        keys.set(ALL_HERE, "")
+
+
+def _poll(
+    happened: Callable[[], bool], deadline: float, complain: Callable[[], None], fail: Callable[[], NoReturn]
+) -> None:
+    silent_until = time.monotonic() + SECONDS_OF_SILENCE
+    while not happened():
+        if time.monotonic() > deadline:
+            fail()
+        if time.monotonic() > silent_until:
+            complain()
+            silent_until = float("inf")
+        time.sleep(POLL_SECONDS)
+
+
+def _listed(ranks: list[int]) -> str:
+    """The first of them."""
+    shown = ", ".join(map(str, ranks[:16]))
+    return shown if len(ranks) <= 16 else f"{shown} and {len(ranks) - 16} more"

@@ -1,0 +1,57 @@
+"""Two trainings on every rank, one of them profiled, and the parts that the watchdog is told of."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_dist.config import load_config
+from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.metrics import StepMetrics
+
+
+class Learned(Callback):
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, float]] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append((metrics.heads, metrics.grad_norm))
+
+
+def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
+    """Whether both learned the same, what the profiler said, and the watchdog's parts of one."""
+    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.training import loop
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.profiling import profiling_callbacks
+    from mtp_dist.training.stopping import StopSignals
+    from mtp_dist.training.watchdog import Watchdog
+
+    config = load_config(path)
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    vocab_size = vocabulary_size(config)
+    said: list[str] = []
+    parts: list[str] = []
+
+    class Listening(Watchdog):
+        def expect(self, part: str) -> None:
+            parts.append(part)
+            super().expect(part)
+
+    def train(*callbacks: Callback) -> list[tuple[Any, float]]:
+        parts.clear()
+        engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+        learned = Learned()
+        datasets, told = load_datasets(config), [learned, *callbacks]
+        loop.Trainer(config, engine, datasets, told, lambda *_: None, StopSignals()).fit()
+        return learned.steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Watchdog", Listening)
+        same = train() == train(*profiling_callbacks(config, topology, 0, False, said.append))
+    return same, said, parts
