@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.training.rank_logs import copy_output
 from mtp_dist.training.stopping import REQUEUE, StopSignals
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
     from mtp_dist.data.loading import check_sources
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
+    from mtp_dist.training.dashboards import check_wandb
     from mtp_dist.training.profiling import check_profile
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -75,6 +77,8 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
         check_sources(config)
         check_folder("run.output_dir", config.output_dir)
         check_folder("checkpoint.directory", config.checkpoint_dir)
+        if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
+            check_wandb(config)
     vocabulary_size(config)
     check_profile(config, world_size, memory_snapshot, select_device(config))
 
@@ -103,6 +107,8 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     if resumed and resumed.step >= config.train.steps:
         _say_finished(config, resumed)
         return True
+    if config.log.rank_logs:
+        copy_output(config.output_dir, _is_new(resumed, config))
     datasets = load_datasets(config)
     device = select_device(config)
     quieten_packages()
@@ -118,7 +124,6 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     from mtp_dist.training.preflight import Preflight
     from mtp_dist.training.profiling import begin_memory_history, profiling_callbacks
     from mtp_dist.training.recovery import fit_and_recover
-    from mtp_dist.training.stragglers import Stragglers
 
     topology = initialize_topology(config, device)
     if memory_snapshot:
@@ -135,7 +140,7 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
     saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
     hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
-    callbacks: list[Callback] = [reporter, Stragglers(hosts, config.log.every, reporter.note)] if reporter else []
+    callbacks = _callbacks_of_rank_0(reporter, hosts) if reporter else []
     callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
     callbacks += profiling_callbacks(config, topology, resumed.step if resumed else 0, memory_snapshot, heard[0])
     with StopSignals() as stop_signals:
@@ -154,9 +159,21 @@ def _reporter(
     """Rank 0's, in a folder that has no other run's files."""
     from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
 
-    if not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve():
+    if _is_new(resumed, config):
         set_earlier_run_aside(config)
     return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
+
+
+def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> "list[Callback]":
+    """hosts: name of each rank's machine."""
+    from mtp_dist.training.stragglers import Stragglers
+
+    return [reporter, Stragglers(hosts, reporter.config.log.every, reporter.note)]
+
+
+def _is_new(resumed: "ResumePoint | None", config: Config) -> bool:
+    """Whether this is not the run that wrote what may lie in the run's folder."""
+    return not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve()
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

@@ -197,6 +197,11 @@ class LogConfig(Section):
     """Steps between two lines of `metrics.jsonl`, of TensorBoard and of the terminal."""
     tensorboard: bool = True
     """Write TensorBoard files into `<run.output_dir>/tensorboard`."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project on Weights & Biases to write into too; needs the package `wandb`. None when absent."""
+    rank_logs: bool = False
+    """Copy what each rank writes to standard output and standard error into `<run.output_dir>/logs/rank_00000.log`,
+    `rank_00001.log`, ..."""
     sample_prompt: str | None = None
     """When given, rank 0 opens the last checkpoint unsharded on its CPU and shows a continuation of this text at the
     end: for small models."""

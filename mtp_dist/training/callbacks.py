@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 from statistics import fmean
+from typing import Any
 
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
@@ -41,6 +42,9 @@ class Callback:
 
 class Sink:
     """A place for scalars; a subclass overrides what it can show."""
+
+    def describe(self, description: Mapping[str, Any]) -> None:
+        """Called once, before the first step, with what `run.json` says."""
 
     def advance(self, step: int) -> None:
         """Called after each step, before `write` where the step is logged."""
@@ -160,6 +164,10 @@ class MetricsLogger(Callback):
         self._first = True
         self._interval = Interval()
 
+    def describe(self, description: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.describe(description)
+
     def on_start(self) -> None:
         if self._rates.peak_flops is None:
             self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
@@ -230,30 +238,3 @@ class MetricsFile(Sink):
 
     def close(self) -> None:
         self._file.close()
-
-
-class TensorBoardWriter(Sink):
-    """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
-
-    def __init__(self, directory: Path, validation_sets: Sequence[str | None], updates_made: int = 0) -> None:
-        """What was written of steps after `updates_made` is hidden: they will be made again."""
-        # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
-        kinds = ["loss", "accuracy", "train/grad_norm"]
-        for name in validation_sets:
-            kinds += [f"{validation_prefix(name)}/{kind}" for kind in ("loss", "bits_per_byte", "accuracy")]
-        charts = {f"{kind} of all heads": ["Multiline", [rf"^{kind}/head_\d+$"]] for kind in kinds}
-        self._writer.add_custom_scalars({"Prediction heads": charts})
-
-    def write(self, step: int, scalars: Scalars) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()  # so that the curves are live
-
-    def note(self, text: str) -> None:
-        self._writer.add_text("note", text)
-
-    def close(self) -> None:
-        self._writer.close()

@@ -17,6 +17,7 @@ def _numbers(scalars: Scalars, prefix: str) -> str:
 
 
 def _describe_step(scalars: Scalars) -> str:
+    mfu = scalars["throughput/mfu"]
     return " | ".join(
         (
             f"head losses {_numbers(scalars, 'loss')}",
@@ -24,6 +25,7 @@ def _describe_step(scalars: Scalars) -> str:
             f"lr {scalars['train/learning_rate']:.2e}",
             f"grad norm {scalars['train/grad_norm']:.3g}",
             f"{scalars['throughput/tokens_per_second']:,.0f} tokens/s",
+            *([f"{mfu:.1%} MFU"] if mfu else []),  # 0 where the peak of the device is not known
         )
     )
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -17,32 +17,49 @@ from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
-from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink, TensorBoardWriter
+from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink
+from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter
 from mtp_dist.training.events import EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.preflight import PREFLIGHT
 from mtp_dist.training.profiling import PROFILE
 from mtp_dist.training.progress import ProgressBar
+from mtp_dist.training.rank_logs import earlier_logs
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
 EVENTS, RUN = "events.jsonl", "run.json"
-WRITTEN_BY_A_RUN = ("metrics.jsonl", EVENTS, RUN, "tensorboard", "summary.json", "checkpoints", PROFILE, PREFLIGHT)
+WRITTEN_BY_A_RUN = (
+    "metrics.jsonl",
+    EVENTS,
+    RUN,
+    "tensorboard",
+    "summary.json",
+    "checkpoints",
+    PROFILE,
+    PREFLIGHT,
+    WANDB_FOLDER,
+)
+
+ANEW = "begins"
 
 
 def set_earlier_run_aside(config: Config) -> None:
     """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix."""
-    _set_aside(config.output_dir, [config.output_dir / name for name in WRITTEN_BY_A_RUN])
-    _set_aside(config.checkpoint_dir, [*sorted(config.checkpoint_dir.glob("step_*")), config.checkpoint_dir / LATEST])
+    written = {config.output_dir / name: name for name in WRITTEN_BY_A_RUN}
+    _set_aside(config.output_dir, written | earlier_logs(config.output_dir, config.log.rank_logs))
+    saved = [*sorted(config.checkpoint_dir.glob("step_*")), config.checkpoint_dir / LATEST]
+    _set_aside(config.checkpoint_dir, {path: path.name for path in saved})
 
 
-def _set_aside(folder: Path, paths: Sequence[Path]) -> None:
-    left = [path for path in paths if path.exists()]
+def _set_aside(folder: Path, names: Mapping[Path, str]) -> None:
+    """names: of paths in the folder, what they are called afterwards."""
+    left = [path for path in names if path.exists()]
     if not left:
         return
     aside = next(path for number in count(1) if not (path := folder / f"earlier-{number}").exists())
     aside.mkdir()
     for path in left:
-        path.rename(aside / path.name)
+        path.rename(aside / names[path])
     print(f"{folder} has an earlier run: its files are now in {aside}")
 
 
@@ -64,7 +81,7 @@ class RunReporter(Callback):
         self.topology = topology
         self.optimizer_name = optimizer_name
         self._updates_made = resumed.step if resumed else 0
-        self._begins: tuple[Kind, str] = ("start", "begins")
+        self._begins: tuple[Kind, str] = ("start", ANEW)
         if resumed:
             self._begins = ("start", f"goes on after step {resumed.step} from {resumed.folder}")
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
@@ -81,6 +98,8 @@ class RunReporter(Callback):
         sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl", made)]
         if self.tensorboard_dir:
             sinks.append(TensorBoardWriter(self.tensorboard_dir, [of_set.name for of_set in self.validation], made))
+        if config.log.wandb:
+            sinks.append(WandbWriter(config.log.wandb, config.run.name, config.output_dir))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = Rates(
             flops_per_token=[
@@ -104,7 +123,7 @@ class RunReporter(Callback):
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
         kind, begins = self._begins
-        if self._updates_made:
+        if begins != ANEW:
             print(begins)
         sys.stdout.flush()
         self._describe_run(asdict(counts))
@@ -121,6 +140,7 @@ class RunReporter(Callback):
             "versions": installed_versions(),
         }
         (self.config.output_dir / RUN).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        self.logger.describe(description)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self.tokens += metrics.tokens

@@ -1,6 +1,7 @@
 """A mistake of the user ends with status 2 and one sentence that names the key, before anything is written."""
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from mtp_dist.pretrain import main
+from mtp_dist.training import dashboards
 from tests.integration import jobs
 
 
@@ -76,6 +78,19 @@ def test_mistake_in_the_configuration(capsys: pytest.CaptureFixture[str], config
     overrides, named = MISTAKES[mistake]
     message = error_of(capsys, config, *overrides)
     assert all(part in message for part in named), message
+
+
+def test_weights_and_biases_not_installed(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(dashboards, "version", missing)
+    message = error_of(capsys, config, "log.wandb=project")
+    assert message.startswith(
+        "error: log.wandb = 'project' needs the package wandb, which is not installed: pip install"
+    )
 
 
 def test_degree_that_does_not_divide_the_world(

@@ -16,10 +16,10 @@ from mtp_dist.training.callbacks import (
     MetricsLogger,
     Rates,
     Sink,
-    TensorBoardWriter,
     bits_per_byte,
     step_scalars,
 )
+from mtp_dist.training.dashboards import TensorBoardWriter
 from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 
 RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})

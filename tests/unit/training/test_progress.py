@@ -48,6 +48,16 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     )
 
 
+def test_mfu_is_shown_where_the_peak_is_known() -> None:
+    output = io.StringIO()
+    bar = ProgressBar(120, Console(file=output, width=80))
+    bar.write(20, step_scalars(METRICS, Interval(tokens=123456, flops=120_000_000, seconds=10.0), 2.9e7))
+    bar.write(20, SCALARS)
+    known, unknown = output.getvalue().splitlines()
+    assert "| 12,346 tokens/s | 41.4% MFU |" in known
+    assert "MFU" not in unknown
+
+
 def test_a_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     output = io.StringIO()

@@ -12,6 +12,7 @@ def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.Capture
     for run in ("first", "second"):
         (tmp_path / "metrics.jsonl").write_text(run)
         (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "wandb").mkdir()  # with the id, as a new run is another one there too
         set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
     assert (tmp_path / "earlier-1/metrics.jsonl").read_text() == "first"

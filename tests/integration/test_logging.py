@@ -1,0 +1,130 @@
+"""What a real run writes for people, over two starts of which the second makes a step again."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.integration import jobs
+
+HAS_WANDB = importlib.util.find_spec("wandb") is not None
+needs_wandb = pytest.mark.skipif(not HAS_WANDB, reason="the package wandb is not installed")
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    starts: list[jobs.Result]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("logging")
+    log = {"rank_logs": True, "wandb": "tests" if HAS_WANDB else None}
+    config = jobs.write_config(
+        folder, train={"steps": STEPS}, parallel={"pipeline": 2}, checkpoint={"every": 2}, log=log
+    )
+    out = folder / "out"
+    starts = []
+    for _ in range(2):
+        command = ["env", "WANDB_MODE=offline", *jobs.torchrun(jobs.PRETRAIN, "--config", str(config))]
+        starts.append(jobs.run(command))
+        assert starts[-1].status == 0, starts[-1].output
+        last = out / f"checkpoints/step_{STEPS:08d}"
+        if len(starts) == 1:
+            shutil.rmtree(last)  # as if killed in the last step
+    return Run(out, starts)
+
+
+def test_each_rank_has_a_log_that_a_restart_continues(run: Run) -> None:
+    assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
+    for rank in (0, 1):
+        text = (run.folder / f"logs/rank_{rank:05d}.log").read_text()
+        assert text.count(f": rank {rank} of 2 starts on ") == 2
+        assert text.count(f"step {STEPS}/{STEPS} ") == (2 if rank == 0 else 0)
+    for start in run.starts:
+        lines = (run.folder / "logs/rank_00000.log").read_text().splitlines()
+        assert set(start.stdout.splitlines()) <= set(lines)
+        assert start.stdout.count(f"step {STEPS}/{STEPS} ") == 1
+
+
+def test_tensorboard_has_the_configuration_as_text(run: Run) -> None:
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    description = json.loads((run.folder / "run.json").read_text())
+    for tag, expected in (("configuration", "trunk_layers: 3"), ("run", f"torch: {description['versions']['torch']}")):
+        for event in events.Tensors(f"{tag}/text_summary"):
+            text = event.tensor_proto.string_val[0].decode()
+            assert text.startswith("```yaml\n") and text.endswith("\n```") and expected in text
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """What `wandb sync` would upload. The file has LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, parts, records = path.read_bytes(), 7, b"", []
+    while place < len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+@needs_wandb
+def test_weights_and_biases_goes_on_in_the_same_run(run: Run) -> None:
+    files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    run_id = (run.folder / "wandb/run_id").read_text()
+    steps = []
+    for path in files:
+        records = wandb_records(path)
+        [started] = [record.run for record in records if record.HasField("run")]
+        assert (started.run_id, started.project, started.display_name) == (run_id, "tests", "tiny")
+        config = {item.key: json.loads(item.value_json) for r in records for item in r.config.update}
+        assert config["train"]["steps"] == STEPS and config["layout"] == {"tensor": 1, "pipeline": 2, "data": 1}
+        assert "step" in {record.metric.step_metric for record in records if record.HasField("metric")}
+        rows = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        steps.append([row["step"] for row in rows if "loss/head_1" in row])
+        lines = {line["step"]: line for line in jobs.metrics(run.folder) if "loss/head_1" in line}
+        assert all(row["loss/head_4"] == lines[row["step"]]["loss/head_4"] for row in rows if "loss/head_4" in row)
+    assert steps == [[1, 2, 3], [3]]
+
+
+@needs_wandb
+def test_without_a_login_the_run_does_not_begin(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, log={"wandb": "tests"})
+    nobody = ["env", "-u", "WANDB_API_KEY", "-u", "WANDB_MODE", f"HOME={tmp_path}", f"NETRC={tmp_path / 'none'}"]
+    result = jobs.run([*nobody, *jobs.plain(jobs.PRETRAIN, "--config", str(config))])
+    assert result.status == 2, result.output
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("error: log.wandb = 'tests' cannot log in to Weights & Biases: "), result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@needs_wandb
+def test_training_does_not_depend_on_the_service(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, log={"wandb": "tests"}, train={"steps": 1})
+    nowhere = ["env", "-u", "WANDB_MODE", "WANDB_BASE_URL=http://127.0.0.1:9", "WANDB_INIT_TIMEOUT=2"]
+    key = f"WANDB_API_KEY={'0' * 40}"
+    result = jobs.run([*nowhere, key, *jobs.plain(jobs.PRETRAIN, "--config", str(config))])
+    assert result.status == 0, result.output
+    assert "warning: Weights & Biases writes to the disk only: " in result.stderr
+    [file] = (tmp_path / "out/wandb").glob("offline-run-*/*.wandb")
+    assert sum(record.HasField("history") for record in wandb_records(file)) == 2  # a step and a validation

@@ -1,0 +1,90 @@
+"""What a real browser shows of the TensorBoard files that a run writes."""
+
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
+
+from mtp_dist.training.callbacks import Interval, step_scalars
+from mtp_dist.training.dashboards import TensorBoardWriter
+from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from tests.integration import jobs
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor Chrome is on the PATH")
+
+HEADS = 4
+STEPS = 40
+DESCRIPTION = {
+    "config": {"model": {"hidden_size": 32}, "heads": {"count": HEADS}, "log": {"wandb": None}},
+    "layout": {"tensor": 2, "pipeline": 1, "data": 4},
+    "device": "abacus",
+    "versions": {"torch": "2.13.0"},
+}
+
+
+def losses(step: int) -> tuple[float, ...]:
+    return tuple(2 + k / 2 + math.exp(-step / 10) for k in range(HEADS))
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """TensorBoard, on files of a run that was killed after step 30 and went on from step 20."""
+    folder = tmp_path_factory.mktemp("tensorboard")
+    for first, last in ((1, 30), (21, STEPS)):
+        writer = TensorBoardWriter(folder / "files", [None], first - 1)
+        writer.describe(DESCRIPTION)
+        for step in range(first, last + 1):
+            heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
+            metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankFigures(0, 0.0, 0.1, 0.2, 1)])
+            writer.write(step, step_scalars(metrics, Interval(100, 1, 0.5), None))
+        writer.close()
+    port = jobs.free_port()
+    options = ["--logdir", str(folder / "files"), "--host", "127.0.0.1", "--port", str(port)]
+    with jobs.started([sys.executable, "-m", "tensorboard.main", *options], folder) as server:
+        server.wait_until(lambda: f":{port}/" in server.output)
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    # A page of its own for each test: TensorBoard does not load another dashboard where only the fragment changes.
+    with browser.new_page(viewport={"width": 1400, "height": 900}) as opened:
+        opened.set_default_timeout(120_000)  # on a crowded machine
+        yield opened
+
+
+def chart(page: Page, title: str) -> Locator:
+    cards = page.locator("tf-custom-scalar-multi-line-chart-card")
+    return cards.filter(has=page.get_by_text(title, exact=True))
+
+
+def test_all_heads_are_drawn_in_one_chart(page: Page, address: str) -> None:
+    page.goto(f"{address}/#custom_scalars")
+    loss = chart(page, "loss of all heads")
+    curves = loss.locator(".line-plot:not(.ghost) path.line")
+    curves.nth(HEADS - 1).wait_for(state="attached")
+    shapes = [curve.get_attribute("d") or "" for curve in curves.all()]
+    assert len(set(shapes)) == HEADS, shapes
+    assert all(shape.count("L") > STEPS / 2 for shape in shapes), shapes
+    matches = re.findall(r"\w+/\w+", " ".join(loss.locator(".match-list-entry").all_text_contents()))
+    assert sorted(matches) == [f"loss/head_{k}" for k in range(1, HEADS + 1)]
+
+
+def test_configuration_and_layout_can_be_read(page: Page, address: str) -> None:
+    page.goto(f"{address}/#text")
+    code = page.locator("tf-text-loader code")
+    code.nth(1).wait_for()
+    texts = [text.strip() for text in code.all_inner_texts()]
+    assert "model:\n  hidden_size: 32\nheads:\n  count: 4\nlog:\n  wandb: null" in texts
+    assert "layout:\n  tensor: 2\n  pipeline: 1\n  data: 4\ndevice: abacus\nversions:\n  torch: 2.13.0" in texts
