@@ -36,7 +36,7 @@ demo: $(STAMP) ## Train a small model on two processes and show the result
 		$(if $(filter 0 1,$(GPUS)),run.device=cpu)
 
 test: $(STAMP) ## Run all tests
-	$(RUN) $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(RUN) $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## Install SLURM where it is missing (Debian, as root) and run the tests that need it
 	@missing=$$(for daemon in slurmctld slurmd munged; do \

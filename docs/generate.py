@@ -242,6 +242,23 @@ def checkpoint_speed(results: list[dict[str, Any]]) -> str:
     return "\n".join(sections)
 
 
+def monitoring_cost(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        low, _, high = result["ratio_quartiles"]
+        rows.append(
+            [
+                f"{result['parameters'] / 1e6:.1f} M parameters, {' x '.join(map(str, result['layout'].values()))}",
+                f"{result['step_seconds']['without']:.3f}",
+                f"{result['step_seconds']['with']:.3f}",
+                f"{result['ratio'] - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})",
+            ]
+        )
+    machine = results[0]["machine"]
+    header = ["model, tensor x pipeline x data", "seconds a step without", "with", "more, and its quartiles"]
+    return f"On {machine['processor']}, {machine['cores']} cores:\n\n{table(header, rows)}"
+
+
 def with_tables(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
 
@@ -255,12 +272,15 @@ def pages() -> dict[Path, str]:
         "data-speed": data_speed_section(json.loads((DOCS / "data/data-speed.json").read_text())),
         "resume-matrix": resume_matrix(json.loads((DOCS / "data/resume-matrix.json").read_text())),
         "kills": kills_sentence(json.loads((DOCS / "data/kills.json").read_text())),
+        "monitoring": monitoring_cost(
+            [json.loads(path.read_text()) for path in sorted((DOCS / "data").glob("monitoring-*.json"))]
+        ),
         "checkpoint-speed": checkpoint_speed(
             [json.loads(path.read_text()) for path in sorted((DOCS / "data").glob("checkpoint-*.json"))]
         ),
     }
     with_generated_parts = [
-        DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data", "checkpoints")
+        DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data", "checkpoints", "logging")
     ]
     return {
         DOCS / "configuration.md": configuration_page(),

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
 """Longest time of one task: some seconds on an idle machine, with the imports a minute and more on a crowded one."""
 
 

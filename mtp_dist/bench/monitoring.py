@@ -20,6 +20,7 @@ from mtp_dist.loss.weights import head_weights
 from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
+from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.batches import Batches
 from mtp_dist.training.loop import Trainer
 from mtp_dist.training.optimizer import build_optimizer, learning_rate
@@ -35,7 +36,8 @@ def _unwatched(engine: TrainingEngine) -> Iterator[None]:
     pipeline, watch, clock = engine.pipeline, engine.gradient_watch, engine.clock
     wrapped = pipeline._INSTRUCTION_MAP
     pipeline._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-    engine.gradient_watch = SimpleNamespace(norms=dict)  # type: ignore[assignment]
+    nothing = SimpleNamespace(parts=(), squares=watch.squares.new_empty(0))
+    engine.gradient_watch = nothing  # type: ignore[assignment]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (0.0, 0.0))  # type: ignore[assignment]
     try:
         yield
@@ -96,6 +98,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
     return {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
         "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        "parameters": parameter_counts(config, vocabulary_size(config)).total,
         "rounds": rounds,
         "steps_of_a_round": config.log.every,
         "step_seconds": {name: statistics.median(of_name) / config.log.every for name, of_name in seconds.items()},

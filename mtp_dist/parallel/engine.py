@@ -28,7 +28,7 @@ class StepResult(NamedTuple):
     """What one optimizer update tells, the same on every rank but for the seconds."""
 
     sums: Tensor
-    """Per-head sums of the whole global batch, see `TrainingEngine._global_sums`."""
+    """Per-head sums of the whole global batch, see `TrainingEngine._sums`."""
     grad_norm: float
     """Global norm of the gradient before clipping; where it is not finite no weight was changed."""
     part_norms: dict[str, float]
@@ -76,15 +76,17 @@ class TrainingEngine:
         self.clock.begin()
         with record_function("training step"):
             self.pipeline.train_batch(iter(batch))
-        norms = float(self.pipeline.get_global_grad_norm()), self.gradient_watch.norms()
-        return StepResult(self._global_sums(), *norms, *self.clock.seconds())
+        # One collective for both.
+        sums, squares = self._over_ranks(self._sums(), self.gradient_watch.squares)
+        norms = dict(zip(self.gradient_watch.parts, squares.sqrt().tolist(), strict=True))
+        return StepResult(sums, float(self.pipeline.get_global_grad_norm()), norms, *self.clock.seconds())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
-        """Per-head sums (see `_global_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
+        """Per-head sums (see `_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
         heads = self.config.heads.count
         self._begin(batch, micro_batches, HeadWeights((1.0,) * heads, heads))
         self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
-        return self._global_sums()
+        return self._over_ranks(self._sums())[0]
 
     def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadWeights) -> None:
         """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
@@ -107,17 +109,25 @@ class TrainingEngine:
         """What the first stage embeds; DeepSpeed asks for it on the first and the last stage."""
         return batch.samples[:, : self.config.train.sequence_length], ()
 
-    def _global_sums(self) -> Tensor:
+    def _sums(self) -> Tensor:
         """`[5, n]`, fp64: each head's cross-entropies, correct predictions, valid targets and cross-entropies to head 1
-        over the global batch; in head 1's place of the last row the cross-entropies to the tokens' order."""
+        over this rank's micro-batches, 0 where another rank has them; in head 1's place of the last row the
+        cross-entropies to the tokens' order."""
         sums = torch.zeros(5, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
         if self.topology.is_last_stage and self.topology.tensor_rank == 0:
             heads = self.stage.heads.sums
             token_order = torch.zeros_like(heads.losses)
             token_order[0] = heads.token_order
             sums = torch.stack([heads.losses, heads.correct, heads.targets, heads.distillation, token_order])
-        dist.all_reduce(sums)
-        return sums.cpu()
+        return sums
+
+    @staticmethod
+    def _over_ranks(*tensors: Tensor) -> list[Tensor]:
+        """Summed over all ranks, on the CPU."""
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        parts = together.cpu().split([tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)

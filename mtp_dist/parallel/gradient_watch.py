@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
@@ -62,7 +61,9 @@ class GradientWatch:
         self.parts = parts
         self._weights = [(name, weight) for name, weight in named_weights(stage) if weight.requires_grad]
         self._local: dict[str, Tensor] = {}
-        self._squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
+        self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
+        """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
+        ranks is that of the whole gradient."""
         wrap_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
         wrap_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
 
@@ -80,13 +81,13 @@ class GradientWatch:
 
     @torch.no_grad()
     def _look_before_update(self, execute: Execute) -> None:
-        self._squares.zero_()
+        self.squares.zero_()
         of_weights = [(self.parts.index(part_of(name)), self._owned(weight)) for name, weight in self._weights]
         owned = [(part, gradient) for part, gradient in of_weights if gradient is not None]
         if owned:
             parts, gradients = zip(*owned, strict=True)
             squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-            self._squares.index_add_(0, torch.tensor(parts, device=squares.device), squares)
+            self.squares.index_add_(0, torch.tensor(parts, device=squares.device), squares)
         execute()
 
     def _owned(self, weight: nn.Parameter) -> Tensor | None:
@@ -105,12 +106,6 @@ class GradientWatch:
             address = mapping.lp_fragment_address
             gradient = gradient.narrow(0, address.start, address.numel)
         return gradient
-
-    def norms(self) -> dict[str, float]:
-        """Norm of the last step's gradient, before clipping, by part of the model; the same on every rank."""
-        squares = self._squares.clone()
-        dist.all_reduce(squares)
-        return dict(zip(self.parts, squares.sqrt().tolist(), strict=True))
 
     def find_not_finite(self) -> NotFinite:
         """Where the last step's gradient was not finite. A collective over all ranks."""

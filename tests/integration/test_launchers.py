@@ -1,6 +1,7 @@
 """The real program under every launcher: the same training, and everything a run leaves behind."""
 
 import json
+import math
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,13 +76,18 @@ STEP_SCALARS = {
     *of_heads("accuracy"),
     "loss/total",
     "train/grad_norm",
+    "train/grad_norm/trunk",
+    "train/grad_norm/shared",
+    *of_heads("train/grad_norm"),
     "train/learning_rate",
     "throughput/tokens_per_second",
     "throughput/model_flops_per_second",
     "throughput/mfu",
+    "throughput/data_wait_share",
     "memory/peak_bytes",
     "data/epochs/0",
 }
+OF_A_PIPELINE = {"throughput/pipeline_bubble", "memory/peak_bytes/stage_0", "memory/peak_bytes/stage_1"}
 VALIDATION_SCALARS = {
     *of_heads("validation/loss"),
     *of_heads("validation/accuracy"),
@@ -100,16 +106,20 @@ def test_ends_well_and_says_little(run: Run) -> None:
     assert str(run.checkpoint) in run.result.stdout
 
 
-def test_scalars(run: Run) -> None:
+def test_scalars(run: Run, request: pytest.FixtureRequest) -> None:
     steps, validations = run.lines("train"), run.lines("validation")
+    of_layout = OF_A_PIPELINE if "pipeline" in request.node.callspec.id else set()
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["step"] for line in validations] == VALIDATED
-    assert all(line.keys() == STEP_SCALARS | {"step"} for line in steps)
+    assert all(line.keys() == STEP_SCALARS | of_layout | {"step"} for line in steps)
     assert all(line.keys() == VALIDATION_SCALARS | {"step"} for line in validations)
     for line in steps:
         assert line["loss/total"] == pytest.approx(sum(line[name] for name in of_heads("loss")))
         assert line["throughput/tokens_per_second"] > 0 and line["throughput/model_flops_per_second"] > 0
         assert line["memory/peak_bytes"] > 1e7
+        assert all(0 < line[name] < 1 for name in of_layout if name.endswith("bubble"))
+        parts = (value for name, value in line.items() if name.startswith("train/grad_norm/"))
+        assert line["train/grad_norm"] == pytest.approx(math.hypot(*parts), rel=1e-5)
         assert all(0 <= line[name] <= 1 for name in of_heads("accuracy"))
 
 

@@ -1,10 +1,14 @@
 """What the tests of this folder run on every rank."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mtp_dist.config import load_config
 
 TOKENS = 6
 WIDTH = 4
@@ -72,3 +76,26 @@ def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
         return head_loss("fp32", "naive,eager,pytorch")
     finally:
         PEERS["pytorch"] = peer
+
+
+def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
+    """Steps whose gradients were looked at, others, and the result of one round."""
+    from mtp_dist.bench.monitoring import measure_monitoring
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.topology import initialize_topology
+
+    config = load_config(path)
+    topology = initialize_topology(config, select_device(config))
+    watched = []
+    train_step = TrainingEngine.train_step
+
+    def noting(engine: TrainingEngine, *arguments: Any) -> Any:
+        result = train_step(engine, *arguments)
+        watched.append(bool(result.part_norms) and result.busy_seconds > 0)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingEngine, "train_step", noting)
+        result = measure_monitoring(config, topology, rounds=1)
+    return sum(watched), len(watched) - sum(watched), result

@@ -41,12 +41,15 @@ def test_one_sigterm_may_arrive_twice_and_after_another_signal() -> None:
 
 
 def test_other_signals_are_not_noted() -> None:
+    # A shell has its background jobs ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignals() as signals:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(SECONDS_TO_WAIT)
         time.sleep(0.2)
         assert signals.received == 0
+    signal.signal(signal.SIGINT, before)
 
 
 def test_handlers_are_as_before_in_the_end() -> None:
