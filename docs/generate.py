@@ -257,7 +257,8 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
         )
     machine = results[0]["machine"]
     header = ["model, tensor x pipeline x data", "seconds a step without", "with", "more, and its quartiles"]
-    return f"On {machine['processor']}, {machine['cores']} cores:\n\n{table([*header, 'processor time'], rows)}"
+    shown = table([*header, "processor time"], rows)
+    return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 
 
 def with_tables(page: str, tables: dict[str, str]) -> str:
