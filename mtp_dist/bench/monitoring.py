@@ -103,7 +103,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     return {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
-        "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        "layout": topology.degrees,
         "parameters": parameter_counts(config, vocabulary_size(config)).total,
         "rounds": rounds,
         "steps_of_a_round": config.log.every,

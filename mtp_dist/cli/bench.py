@@ -3,15 +3,24 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from mtp_dist.config import ConfigError, load_config
 from mtp_dist.pretrain import check_before_start, quieten_packages, stop
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a part of this project beside its peers.")
+
+
+def _show(result: dict[str, Any], as_json: bool, *tables: Table) -> None:
+    """As one JSON object, or as tables."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+    else:
+        Console(width=None if os.isatty(1) else 120).print(*tables, sep="\n")
 
 
 @bench.command("head-loss")
@@ -41,10 +50,7 @@ def head_loss(
         result = measure_head_loss(settings, quieten_packages)
     except ConfigError as error:
         stop(error)
-    if as_json:
-        print(json.dumps(result), flush=True)
-    else:
-        Console(width=None if os.isatty(1) else 120).print(table(result))
+    _show(result, as_json, table(result))
 
 
 @bench.command("checkpoint")
@@ -80,10 +86,8 @@ def checkpoint(
     except ConfigError as error:
         stop(error)
     close_topology()
-    if topology.rank == 0 and as_json:
-        print(json.dumps(result), flush=True)
-    elif topology.rank == 0:
-        Console(width=None if os.isatty(1) else 120).print(table(result))
+    if topology.rank == 0:
+        _show(result, as_json, table(result))
 
 
 @bench.command("data")
@@ -112,10 +116,7 @@ def data(
     quieten_packages()
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
-    if as_json:
-        print(json.dumps(result), flush=True)
-    else:
-        Console(width=None if os.isatty(1) else 120).print(*tables(result), sep="\n")
+    _show(result, as_json, *tables(result))
 
 
 @bench.command("monitoring")
@@ -145,7 +146,5 @@ def monitoring(
     except ConfigError as error:
         stop(error)
     close_topology()
-    if topology.rank == 0 and as_json:
-        print(json.dumps(result), flush=True)
-    elif topology.rank == 0:
-        Console(width=None if os.isatty(1) else 120).print(table(result))
+    if topology.rank == 0:
+        _show(result, as_json, table(result))

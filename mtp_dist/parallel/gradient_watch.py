@@ -9,7 +9,8 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 
-from mtp_dist.model.weights import is_cut, named_weights
+from mtp_dist.model.weights import named_weights
+from mtp_dist.parallel.gradients import counts
 from mtp_dist.parallel.instructions import Execute, wrap_instruction
 from mtp_dist.parallel.pipeline import MultiTokenPipeline
 from mtp_dist.parallel.topology import Topology, gather_over_ranks
@@ -59,7 +60,8 @@ class GradientWatch:
         self._stage = stage
         self._topology = topology
         self.parts = parts
-        self._weights = [(name, weight) for name, weight in named_weights(stage) if weight.requires_grad]
+        self._weights = {name: weight for name, weight in named_weights(stage) if weight.requires_grad}
+        self._parts = {name: parts.index(part_of(name)) for name in self._weights}
         self._local: dict[str, Tensor] = {}
         self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
         """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
@@ -70,7 +72,9 @@ class GradientWatch:
     @torch.no_grad()
     def _look_before_reduction(self, execute: Execute) -> None:
         gradients = {
-            name: gradient for name, weight in self._weights if (gradient := _local_gradient(weight)) is not None
+            name: gradient
+            for name, weight in self._weights.items()
+            if (gradient := _local_gradient(weight)) is not None
         }
         self._local = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         if self._topology.is_last_stage and gradients:
@@ -82,7 +86,7 @@ class GradientWatch:
     @torch.no_grad()
     def _look_before_update(self, execute: Execute) -> None:
         self.squares.zero_()
-        of_weights = [(self.parts.index(part_of(name)), self._owned(weight)) for name, weight in self._weights]
+        of_weights = [(self._parts[name], self._owned(weight)) for name, weight in self._weights.items()]
         owned = [(part, gradient) for part, gradient in of_weights if gradient is not None]
         if owned:
             parts, gradients = zip(*owned, strict=True)
@@ -92,8 +96,7 @@ class GradientWatch:
 
     def _owned(self, weight: nn.Parameter) -> Tensor | None:
         """The part of a reduced gradient that this rank answers for: each element is some rank's, and only one's."""
-        replica = self._topology.tensor_rank > 0 and not is_cut(weight)
-        if replica or getattr(weight, "ds_pipe_replicated", False):
+        if not counts(weight, self._topology.tensor_rank):
             return None
         mapping: Any = getattr(weight, "_hp_mapping", NO_MAPPING)
         if mapping is NO_MAPPING:

@@ -12,19 +12,31 @@ from torch import Tensor, nn
 from mtp_dist.model.weights import is_cut
 
 
+def is_copy(weight: nn.Parameter) -> bool:
+    """Whether this is a tied weight on a stage after its first."""
+    return getattr(weight, "ds_pipe_replicated", False)
+
+
+def counts(weight: nn.Parameter, tensor_rank: int) -> bool:
+    """Whether a norm over all ranks has this rank's part of a weight in it, so that every weight is in it once.
+
+    Replicated weights are on tensor-parallel rank 0, tied ones on their first stage.
+    """
+    return (tensor_rank == 0 or is_cut(weight)) and not is_copy(weight)
+
+
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:
     """Scale the gradients in place to the engine's `gradient_clipping`; return their global norm before.
 
     A norm that is not finite drops all gradients, so that the step changes nothing.
 
     For fp32 without ZeRO, where DeepSpeed 0.19.8 counts replicated weights on the first stage only and tied weights
-    twice. Here every weight counts once: replicated ones on tensor-parallel rank 0, tied ones on their first stage.
+    twice. Here every weight counts once, see `counts`.
     """
     gradients = {weight: weight.grad for weight in parameters if weight.grad is not None}
     squared = torch.zeros((), dtype=torch.float64, device=engine.device)
     for weight, gradient in gradients.items():
-        replica = engine.grid.get_slice_parallel_rank() > 0 and not is_cut(weight)
-        if not replica and not getattr(weight, "ds_pipe_replicated", False):
+        if counts(weight, engine.grid.get_slice_parallel_rank()):
             squared += gradient.double().pow(2).sum()
     dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
     norm = squared.sqrt()

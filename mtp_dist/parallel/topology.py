@@ -34,6 +34,11 @@ class Topology:
     device: torch.device
 
     @property
+    def degrees(self) -> dict[str, int]:
+        """By axis, as logs and results have them."""
+        return {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pipeline_rank == 0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mtp_dist.model.weights import is_cut, join, named_weights
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.gradients import before_update, reduced_gradient
+from mtp_dist.parallel.gradients import before_update, is_copy, reduced_gradient
 from mtp_dist.parallel.topology import Topology, tensor_group
 
 
@@ -41,7 +41,7 @@ def whole_tensors(
     group = tensor_group()
     for name, weight in named_weights(stage):
         part = local(weight).contiguous()
-        if _is_copy(weight):
+        if is_copy(weight):
             continue
         if topology.tensor > 1 and is_cut(weight):
             parts = [torch.empty_like(part) for _ in range(topology.tensor)]
@@ -55,17 +55,12 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _is_copy(weight: nn.Parameter) -> bool:
-    """Whether this is a tied weight on a stage after its first."""
-    return getattr(weight, "ds_pipe_replicated", False)
-
-
 def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> dict[str, tuple[int, int]]:
     """The (data-parallel, tensor-parallel) rank that answers for each weight of the stage, by global name.
 
     The ranks of a stage each get a run of its weights, of about the same size.
     """
-    sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not _is_copy(weight)}
+    sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not is_copy(weight)}
     ranks, total = topology.tensor * topology.data, sum(sizes.values())
     middles = (end - size / 2 for end, size in zip(accumulate(sizes.values()), sizes.values(), strict=True))
     return {
@@ -97,7 +92,7 @@ def local_parts(
     parts: dict[str, LocalPart] = {}
     for name, weight in named_weights(stage):
         values = local(weight)  # of every weight: it may be a collective
-        if _is_copy(weight) or owners[name][0] != topology.data_rank:
+        if is_copy(weight) or owners[name][0] != topology.data_rank:
             continue
         owner = owners[name][1]
         if is_cut(weight) or owner == topology.tensor_rank:

@@ -134,7 +134,7 @@ class RunReporter(Callback):
         topology = self.topology
         description = {
             "config": self.config.model_dump(mode="json"),
-            "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+            "layout": topology.degrees,
             "device": device_name(topology.device),
             "parameters": parameters,
             "versions": installed_versions(),

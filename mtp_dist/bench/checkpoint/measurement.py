@@ -93,7 +93,7 @@ def measure_checkpoints(
     pairs = zip(seconds["stall"], seconds["save"], strict=True)
     return {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
-        "layout": {"tensor": topology.tensor, "pipeline": topology.pipeline, "data": topology.data},
+        "layout": topology.degrees,
         "megabytes": saved / 1e6,
         "seconds": {name: statistics.median(of_name) for name, of_name in seconds.items()},
         "stall_share": statistics.median(stall / whole for stall, whole in pairs),

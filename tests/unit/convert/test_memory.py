@@ -3,6 +3,8 @@
 import gc
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,14 @@ def peak_growth(run: Callable[[], object]) -> int:
     return int(peak.split()[1]) * 1024 - before
 
 
+def growth_of_export(folder: Path, dtype: str) -> int:
+    return peak_growth(lambda: export_checkpoint(folder / "c", folder / "hf", dtype))
+
+
+def growth_of_import(folder: Path) -> int:
+    return peak_growth(lambda: import_llama(ImportRequest(folder / "hf", folder / "back")))
+
+
 @pytest.mark.skipif(not PEAK_CAN_BE_RESET, reason="only Linux resets the peak of a process")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_export_and_an_import_keep_about_one_tensor(tmp_path: Path, dtype: str) -> None:
@@ -35,7 +45,9 @@ def test_an_export_and_an_import_keep_about_one_tensor(tmp_path: Path, dtype: st
     del model
     assert sum(tensors) > 140e6 and max(tensors) < 7e6
     bound = 4 * max(tensors) + 8e6
-    export = peak_growth(lambda: export_checkpoint(tmp_path / "c", tmp_path / "hf", dtype))
-    assert export < bound, f"{export / 1e6:.1f} MB"
-    back = peak_growth(lambda: import_llama(ImportRequest(tmp_path / "hf", tmp_path / "back")))
-    assert back < bound, f"{back / 1e6:.1f} MB"
+    # Of a new process: the heap of one that has run many tests is in pieces and grows by more than is kept.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        export = fresh.submit(growth_of_export, tmp_path, dtype).result()
+        assert export < bound, f"{export / 1e6:.1f} MB"
+        back = fresh.submit(growth_of_import, tmp_path).result()
+        assert back < bound, f"{back / 1e6:.1f} MB"
