@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.training.callbacks import Reason
 from mtp_dist.training.rank_logs import copy_output
 from mtp_dist.training.stopping import REQUEUE, StopSignals
+from mtp_dist.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from mtp_dist.checkpoint.resume import ResumePoint
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from mtp_dist.training.reporting import RunReporter
 
 SECONDS_FOR_RANK_0 = 10
+SECONDS_FOR_A_PEER = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finished = pretrain(config, options.preflight, options.memory_snapshot)
     except ConfigError as error:
         stop(error)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # Where it is that a peer has ended, the peer has said why, and the launcher ends this rank meanwhile.
+            time.sleep(SECONDS_FOR_A_PEER)
+        raise
     if not finished:
         sys.exit(REQUEUE)
 
@@ -119,7 +127,7 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
-    from mtp_dist.training.loop import Reason, Trainer
+    from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.preflight import Preflight
     from mtp_dist.training.profiling import begin_memory_history, profiling_callbacks
@@ -142,9 +150,9 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
     callbacks = _callbacks_of_rank_0(reporter, hosts) if reporter else []
     callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
-    callbacks += profiling_callbacks(config, topology, resumed.step if resumed else 0, memory_snapshot, heard[0])
-    with StopSignals() as stop_signals:
-        trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals)
+    callbacks += profiling_callbacks(config, topology, memory_snapshot, heard[0])
+    with StopSignals() as stop_signals, Watchdog(config.run.step_timeout, topology.rank) as watchdog:
+        trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
         ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
     close_topology()
     if reporter and ending.reason is Reason.LAST_STEP:
@@ -168,7 +176,7 @@ def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> "list
     """hosts: name of each rank's machine."""
     from mtp_dist.training.stragglers import Stragglers
 
-    return [reporter, Stragglers(hosts, reporter.config.log.every, reporter.note)]
+    return [reporter, Stragglers(hosts, reporter.note)]
 
 
 def _is_new(resumed: "ResumePoint | None", config: Config) -> bool:

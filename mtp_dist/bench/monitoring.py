@@ -23,6 +23,7 @@ from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.batches import Batches
+from mtp_dist.training.callbacks import Reason
 from mtp_dist.training.loop import Trainer
 from mtp_dist.training.optimizer import build_optimizer, learning_rate
 from mtp_dist.training.reporting import RunReporter
@@ -46,7 +47,9 @@ def _unwatched(engine: TrainingEngine) -> Iterator[None]:
         pipeline._INSTRUCTION_MAP, engine.gradient_watch, engine.clock = wrapped, watch, clock
 
 
-def _training(config: Config, topology: Topology, folder: str, steps: int) -> tuple[Trainer, Batches]:
+def _training(
+    config: Config, topology: Topology, folder: str, steps: int, watchdog: Watchdog
+) -> tuple[Trainer, Batches]:
     """As a run in `folder` has it."""
     config = config.model_copy(
         update={
@@ -61,15 +64,15 @@ def _training(config: Config, topology: Topology, folder: str, steps: int) -> tu
     callbacks: list[Any] = []
     if topology.rank == 0:
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, None)
-        callbacks = [reporter, Stragglers([""] * topology.world_size, config.log.every, reporter.note)]
-    trainer = Trainer(config, engine, datasets, callbacks, lambda *_: None, StopSignals())
+        callbacks = [reporter, Stragglers([""] * topology.world_size, reporter.note)]
+    trainer = Trainer(config, engine, datasets, callbacks, lambda *_: None, StopSignals(), watchdog)
     return trainer, Batches(config, topology, datasets)
 
 
 def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
     with tempfile.TemporaryDirectory() as folder, Watchdog(config.run.step_timeout, topology.rank) as watchdog:
-        trainer, batches = _training(config, topology, folder, steps=2 * (rounds + 1) * config.log.every)
+        trainer, batches = _training(config, topology, folder, 2 * (rounds + 1) * config.log.every, watchdog)
         engine = trainer.engine
         made = 0
         processor: dict[str, list[float]] = {"with": [], "without": []}
@@ -82,7 +85,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
                 watchdog.expect(f"step {made}")
                 metrics, _ = trainer.make_step(made, batches)
                 trainer.tell("on_step", metrics)
-                trainer.spikes.spike(metrics.heads.losses[0])
+                trainer.spikes.take(metrics.heads.losses[0])
             processor["with"].append(time.process_time() - started)
 
         def without() -> None:
@@ -98,7 +101,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
         with_all()
         without()
         seconds = paired_seconds({"with": with_all, "without": without}, rounds, topology.device)
-        trainer.tell("on_end")
+        trainer.tell("on_end", Reason.LAST_STEP)
         batches.close()
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     return {

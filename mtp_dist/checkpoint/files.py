@@ -26,6 +26,20 @@ DESCRIPTION = "config.json"
 
 
 @dataclass(frozen=True)
+class RunState:
+    """How far a run has come, beside what its weights and moments say."""
+
+    step: int
+    """Updates made."""
+    losses: Sequence[float] = ()
+    """Of heads 1, 2, .. in that step, in nats."""
+    recent_losses: Sequence[float] = ()
+    """Of head 1, what the next step's is compared with to notice a spike."""
+    samples: Any = None
+    """State of the training samples, as JSON."""
+
+
+@dataclass(frozen=True)
 class SavedLayout:
     """Degrees of the run that saved."""
 
@@ -61,6 +75,8 @@ class Description:
     """State of the training samples, as JSON."""
     losses: Sequence[float | None] = ()
     """Of heads 1, 2, .. in the step, in nats; None for one that was not finite. Empty in an imported checkpoint."""
+    recent_losses: Sequence[float] = ()
+    """See `RunState`."""
     layout: SavedLayout | None = None
     """None in an imported checkpoint."""
     versions: dict[str, str | None] = field(default_factory=installed_versions)
@@ -84,6 +100,7 @@ def read_description(folder: Path) -> Description:
             config=build_config(values["config"]),
             samples=values["samples"],
             losses=tuple(values["losses"]),
+            recent_losses=tuple(values["recent_losses"]),
             layout=SavedLayout(**values["layout"]) if values["layout"] else None,
             versions=values["versions"],
         )

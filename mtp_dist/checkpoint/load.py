@@ -10,7 +10,7 @@ from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, TensorReader, read_descr
 from mtp_dist.checkpoint.manifest import DamagedError, check_content, check_fully, read_manifest, tensor_files
 from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.model.weights import cut, named_weights
+from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, set_master_weight, set_moment, set_updates
 from mtp_dist.parallel.topology import Topology, gather_over_ranks
@@ -30,24 +30,25 @@ def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
 def restore(engine: TrainingEngine, folder: Path) -> None:
     """Give this rank its part of a checkpoint's weights and moments.
 
-    A weight that the checkpoint lacks, such as a new head's, keeps its initial value. Before the first update, as in an
+    A weight that the checkpoint lacks, such as a new head's, gets its initial value. Before the first update, as in an
     imported checkpoint, there are no moments: they start from 0. Raises ConfigError where the checkpoint is damaged.
     """
     updates_made = read_description(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates_made else None
-    topology = engine.topology
+    topology, shapes = engine.topology, parameter_shapes(engine.config, engine.vocab_size)
     ensure_state(engine.pipeline)
     for name, weight in named_weights(engine.stage):
-        if name not in model.homes:
-            continue
+        is_saved = name in model.homes
 
         def part(whole: Tensor, weight: torch.nn.Parameter = weight) -> Tensor:
             return cut(whole, weight, topology.tensor_rank, topology.tensor).to(weight.device)
 
-        set_master_weight(weight, part(model.read(name)))
+        set_master_weight(
+            weight, part(model.read(name) if is_saved else initial_weight(engine.config, name, shapes[name]))
+        )
         for key in MOMENTS:
-            if optimizer:
-                set_moment(engine.pipeline, key, weight, part(optimizer.read(f"{key}.{name}")))
+            moment = optimizer.read(f"{key}.{name}") if optimizer and is_saved else torch.zeros(shapes[name])
+            set_moment(engine.pipeline, key, weight, part(moment))
     set_updates(engine.pipeline, updates_made)
 
 

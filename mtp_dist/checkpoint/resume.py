@@ -37,6 +37,8 @@ class ResumePoint:
     """Updates made."""
     samples: Any = None
     """State of the training samples."""
+    recent_losses: Sequence[float] = ()
+    """See `RunState`."""
     older: tuple[Path, ...] = ()
     """What to start from instead where this one turns out to be damaged, best first."""
 
@@ -66,7 +68,8 @@ def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, v
         )
     if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))
-    return ResumePoint(folder, saved.step, saved.samples, tuple(folders[folders.index(folder) + 1 :]))
+    older = tuple(folders[folders.index(folder) + 1 :])
+    return ResumePoint(folder, saved.step, saved.samples, saved.recent_losses, older)
 
 
 def first_whole(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:

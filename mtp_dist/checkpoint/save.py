@@ -1,12 +1,11 @@
 """What a rank writes of a checkpoint: its share of the whole tensors, each tensor once, and on rank 0 the rest."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout, tensor_file, write_index
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, RunState, SavedLayout, tensor_file, write_index
 from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
 from mtp_dist.config import Config
 from mtp_dist.disk import sync
@@ -38,10 +37,8 @@ class Snapshot:
     """This rank's contribution, by kind of file."""
 
 
-def take_snapshot(
-    config: Config, vocab_size: int, engine: TrainingEngine, step: int, losses: Sequence[float], samples: Any
-) -> Snapshot:
-    """Of the state after update `step`. A collective over all ranks."""
+def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state: RunState) -> Snapshot:
+    """Of the state after update `state.step`. A collective over all ranks."""
     topology = engine.topology
     layout = SavedLayout(
         tensor=topology.tensor,
@@ -52,12 +49,13 @@ def take_snapshot(
     )
     parts = _parts_of_this_rank(engine, parameter_shapes(config, vocab_size))
     description = Description(
-        step=step,
+        step=state.step,
         vocab_size=vocab_size,
         optimizer_updates=updates(engine.pipeline),
         config=config,
-        samples=samples,
-        losses=[loss if isfinite(loss) else None for loss in losses],
+        samples=state.samples,
+        losses=[loss if isfinite(loss) else None for loss in state.losses],
+        recent_losses=state.recent_losses,
         layout=layout,
     )
     return Snapshot(description, parts)

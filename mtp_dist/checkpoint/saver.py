@@ -1,13 +1,13 @@
 """Saving while training goes on."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from time import sleep
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from mtp_dist.checkpoint.files import Description
+from mtp_dist.checkpoint.files import Description, RunState
 from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, remove_surplus, with_ending
 from mtp_dist.checkpoint.save import Snapshot, Tensors, take_snapshot, whole_share, write_rest, write_share
 from mtp_dist.config import Config, ConfigError
@@ -28,7 +28,7 @@ class CheckpointSaver:
     """Copies what is to be saved to host memory, which training waits for, and writes it in a thread of each rank.
 
     The threads gather whole tensors and agree on each part of the work through process groups of their own. What cannot
-    be written is told through `report`, on rank 0, and tried again; `on_saved` is called there with the step of each
+    be written is told through `note`, on rank 0, and tried again; `on_saved` is called there with the step of each
     that is written.
     """
 
@@ -38,27 +38,27 @@ class CheckpointSaver:
         vocab_size: int,
         engine: TrainingEngine,
         groups: CpuGroups,
-        report: Callable[[str], None],
+        note: Callable[[str], None],
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.engine = engine
         self._groups = groups
-        self._report = report
+        self._note = note
         self._on_saved = on_saved
         self._thread: Thread | None = None
         self._not_saved: str | None = None
         self._bug: BaseException | None = None
 
-    def save(self, step: int, losses: Sequence[float] = (), samples: Any = None, last: bool = False) -> None:
-        """Save the state after update `step`, of whose training batch the losses are; every rank calls it.
+    def save(self, state: RunState, last: bool = False) -> None:
+        """Save the state after update `state.step`; every rank calls it.
 
-        Waits for the save before, and for this one where it is the run's last. samples counts on rank 0 only. Raises
+        Waits for the save before, and for this one where it is the run's last. state counts on rank 0 only. Raises
         ConfigError, on every rank, where the last one cannot be written.
         """
         self.join()
-        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, step, losses, samples)
+        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, state)
         # A daemon: a run that fails must end although other ranks no longer answer.
         self._thread = Thread(target=self._run, args=(snapshot,), daemon=True)
         self._thread.start()
@@ -82,9 +82,8 @@ class CheckpointSaver:
     def _run(self, snapshot: Snapshot) -> None:
         try:
             self._not_saved = self._write_or_try_again(snapshot)
-        except BaseException as error:
+        except BaseException as error:  # which `join` raises
             self._bug = error
-            raise
 
     def _write_or_try_again(self, snapshot: Snapshot) -> str | None:
         """Returns why there is no checkpoint in the end."""
@@ -147,4 +146,4 @@ class CheckpointSaver:
 
     def _say(self, text: str) -> None:
         if self.engine.topology.rank == 0:
-            self._report(text)
+            self._note(text)

@@ -44,6 +44,7 @@ class TrainingEngine:
 
     def __init__(self, config: Config, vocab_size: int, topology: Topology, build_optimizer: BuildOptimizer) -> None:
         self.config = config
+        self.vocab_size = vocab_size
         self.topology = topology
         self.micro_batches = config.micro_batches(topology.world_size)
         self.stage = MultiTokenPipeline(config, vocab_size, topology)

@@ -62,6 +62,7 @@ class GradientWatch:
         self.parts = parts
         self._weights = {name: weight for name, weight in named_weights(stage) if weight.requires_grad}
         self._parts = {name: parts.index(part_of(name)) for name in self._weights}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._local: dict[str, Tensor] = {}
         self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
         """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
@@ -91,8 +92,14 @@ class GradientWatch:
         if owned:
             parts, gradients = zip(*owned, strict=True)
             squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-            self.squares.index_add_(0, torch.tensor(parts, device=squares.device), squares)
+            self.squares.index_add_(0, self._index(parts), squares)
         execute()
+
+    def _index(self, parts: tuple[int, ...]) -> Tensor:
+        # Made once: a copy to the GPU waits for all that it has to do before.
+        if parts not in self._indices:
+            self._indices[parts] = torch.tensor(parts, device=self._topology.device)
+        return self._indices[parts]
 
     def _owned(self, weight: nn.Parameter) -> Tensor | None:
         """The part of a reduced gradient that this rank answers for: each element is some rank's, and only one's."""

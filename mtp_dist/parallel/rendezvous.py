@@ -14,6 +14,8 @@ from mtp_dist.config import ConfigError
 
 SECONDS_OF_SILENCE = 30.0
 """After these rank 0 says whom it waits for."""
+SECONDS_FOR_THE_OTHERS = 1.0
+"""That rank 0 waits longer than they: with it ends the store, which they may be asking."""
 POLL_SECONDS = 0.2
 ALL_HERE = "all here"
 
@@ -48,7 +50,7 @@ def join(rank: int, world_size: int, seconds: float) -> Store:
 
 def _meeting_point(world_size: int) -> tuple[str, int]:
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdecimal():
+    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(
             f"WORLD_SIZE = {world_size} with MASTER_ADDR = '{address}' and MASTER_PORT = '{port}': they say where the "
             "ranks meet, set them or start with deepspeed, torchrun or launchers/slurm/pretrain.sbatch"
@@ -86,6 +88,8 @@ def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: 
         if rank == 0:
             print(f"{missing()}; waits {limit}", file=sys.stderr, flush=True)
 
+    if rank == 0:
+        deadline += SECONDS_FOR_THE_OTHERS
     expected = [str(other) for other in range(world_size)] if rank == 0 else [ALL_HERE]
     _poll(lambda: keys.check(expected), deadline, complain, fail)
     if rank == 0:

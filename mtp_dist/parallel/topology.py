@@ -20,6 +20,8 @@ from mtp_dist.parallel.rendezvous import join
 
 T = TypeVar("T")
 
+PATIENCE_AFTER_THE_WATCHDOG = timedelta(minutes=10)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -70,15 +72,21 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
         else:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = join(rank, world_size, config.run.join_timeout)
+            store.set_timeout(
+                _patience(config)
+            )  # what the groups tell each other through it has nothing to do with joining
             dist.init_process_group(
-                _backend(device), timeout=timedelta(minutes=30), store=store, rank=rank, world_size=world_size
+                _backend(device), timeout=_patience(config), store=store, rank=rank, world_size=world_size
             )
     # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     data = config.data_parallel_degree(dist.get_world_size())
     parallel_state.initialize_model_parallel(
-        config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=int(_patience(config) / timedelta(minutes=1)),
     )
     topology = Topology(
         tensor=config.parallel.tensor,
@@ -91,6 +99,12 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     )
     assert topology.rank == dist.get_rank()
     return topology
+
+
+def _patience(config: Config) -> timedelta:
+    """How long a collective waits for a rank: longer than the watchdog, which says where all of them are."""
+    seconds = config.run.step_timeout
+    return timedelta(days=1) if seconds is None else timedelta(seconds=seconds) + PATIENCE_AFTER_THE_WATCHDOG
 
 
 def _backend(device: torch.device) -> str:
@@ -132,6 +146,13 @@ def close_topology() -> None:
     """Close every process group."""
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
+
+
+def max_over_ranks(value: float, topology: Topology) -> float:
+    """The largest of all ranks' values, on every rank."""
+    largest = torch.tensor(value, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def numbers_of_ranks(values: Sequence[float], topology: Topology) -> list[list[float]]:

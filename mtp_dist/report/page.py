@@ -22,7 +22,7 @@ img {{ max-width: 100%; display: block; margin: .5rem 0 }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #eee; vertical-align: top }}
 pre {{ background: #f6f6f6; padding: .8rem; overflow: auto }} .of-two {{ display: flex; flex-wrap: wrap; gap: 1rem }}
-.of-two img {{ width: calc(50% - .5rem) }} .skip, .stop {{ color: #a33 }}
+.of-two img {{ width: calc(50% - .5rem) }} .skip, .spike, .rollback, .stop {{ color: #a33 }}
 </style></head><body>
 {body}
 </body></html>
@@ -83,7 +83,8 @@ def _facts(run: RunFiles) -> dict[str, str]:
     if memory := [peak for _, peak in run.curve("memory/peak_bytes")]:
         facts["peak memory of a rank"] = f"{max(memory) / 1e9:,.2f} GB"
     facts["restarts"] = str(len(run.restarts))
-    facts["skipped steps"] = str(sum(event["kind"] == "skip" for event in run.events))
+    for fact, kind in {"skipped steps": "skip", "spikes": "spike", "rollbacks": "rollback"}.items():
+        facts[fact] = str(sum(event["kind"] == kind for event in run.events))
     for name in ("device", "layout", "parameters", "versions"):
         if name in run.description:
             facts[name] = _text(run.description[name])

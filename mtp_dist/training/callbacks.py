@@ -6,8 +6,11 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from signal import Signals
 from statistics import fmean
@@ -18,10 +21,22 @@ from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 Scalars = Mapping[str, float]
 
 
+class Reason(Enum):
+    """Why the loop ended."""
+
+    LAST_STEP = auto()
+    SIGNAL = auto()
+    """To any rank; all of them stopped after the same step and a save."""
+    SPIKE = auto()
+    """The loss jumped, and the configuration asks to go back."""
+    SKIPS = auto()
+    """As many steps as it allows had a gradient that is not finite."""
+
+
 class Callback:
     """Hooks of the training loop; a subclass overrides those it needs."""
 
-    def on_start(self) -> None:
+    def on_start(self, updates_made: int) -> None:
         """Before the first step, and again where the run has gone back."""
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -36,12 +51,15 @@ class Callback:
     def on_stop(self, step: int, signal: int) -> None:
         """After the step that a signal makes the run's last for now, before its validation and its save."""
 
-    def on_end(self) -> None:
-        """After the last step before the run ends or goes back, also when an exception ends it."""
+    def on_end(self, reason: Reason | None) -> None:
+        """After the last step before the run ends or goes back; None where an exception ends it."""
 
 
 class Sink:
-    """A place for scalars; a subclass overrides what it can show."""
+    """A place for scalars; a subclass overrides what it can show. An OSError that it raises is told, and no more."""
+
+    name = ""
+    """What the user calls it."""
 
     def describe(self, description: Mapping[str, Any]) -> None:
         """Called once, before the first step, with what `run.json` says."""
@@ -55,8 +73,8 @@ class Sink:
     def note(self, text: str) -> None:
         """Tell the reader of the log something that is no number."""
 
-    def close(self) -> None:
-        """Called once, after the last write."""
+    def close(self, failed: bool) -> None:
+        """Called once, after the last write; failed: the run is not what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -92,22 +110,14 @@ class Interval:
     tokens: int = 0
     flops: int = 0
     seconds: float = 0.0
-    waiting_seconds: float = 0.0
-    """Of the rank that waited longest in each step."""
-    idle_shares: list[float] = field(default_factory=list)
-    """Of each step: the part of the ranks' time that they spent waiting for other stages."""
 
     def add(self, metrics: StepMetrics, flops_per_token: int) -> None:
         self.tokens += metrics.tokens
         self.flops += metrics.tokens * flops_per_token
         self.seconds += metrics.seconds
-        self.waiting_seconds += max(figures.waiting_seconds for figures in metrics.ranks)
-        longest = max(figures.schedule_seconds for figures in metrics.ranks)
-        busy = fmean(figures.busy_seconds for figures in metrics.ranks)
-        self.idle_shares.append(1 - busy / longest)
 
 
-def _stage_scalars(metrics: StepMetrics, interval: Interval) -> dict[str, float]:
+def _stage_scalars(metrics: StepMetrics) -> dict[str, float]:
     """Nothing without a pipeline."""
     by_stage: dict[int, int] = {}
     for figures in metrics.ranks:
@@ -115,12 +125,15 @@ def _stage_scalars(metrics: StepMetrics, interval: Interval) -> dict[str, float]
     if len(by_stage) == 1:
         return {}
     memory = {f"memory/peak_bytes/stage_{stage}": float(of_stage) for stage, of_stage in by_stage.items()}
-    return memory | {"throughput/pipeline_bubble": fmean(interval.idle_shares)}
+    busy = fmean(figures.busy_seconds for figures in metrics.ranks)
+    longest = max(figures.schedule_seconds for figures in metrics.ranks)
+    return memory | {"throughput/pipeline_bubble": 1 - busy / longest}
 
 
 def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | None) -> dict[str, float]:
     """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
     flops_per_second = interval.flops / interval.seconds
+    longest_wait = max(figures.waiting_seconds for figures in metrics.ranks)
     return _head_scalars(metrics.heads) | {
         "train/grad_norm": metrics.grad_norm,
         **{f"train/grad_norm/{part}": norm for part, norm in metrics.part_norms.items()},
@@ -128,9 +141,9 @@ def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | N
         "throughput/tokens_per_second": interval.tokens / interval.seconds,
         "throughput/model_flops_per_second": flops_per_second,
         "throughput/mfu": flops_per_second / peak_flops if peak_flops else 0.0,
-        "throughput/data_wait_share": interval.waiting_seconds / interval.seconds,
+        "throughput/data_wait_share": longest_wait / interval.seconds,
         "memory/peak_bytes": float(metrics.peak_memory),
-        **_stage_scalars(metrics, interval),
+        **_stage_scalars(metrics),
         **{f"data/epochs/{name}": epochs for name, epochs in metrics.epochs.items()},
     }
 
@@ -150,45 +163,38 @@ def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: fl
 
 
 class MetricsLogger(Callback):
-    """Writes every `log_every`-th step, the first, the last and each validation to all sinks. For rank 0 only.
+    """Writes the steps that are to be logged and each validation to all sinks. For rank 0 only.
 
     Tokens per second are those of all steps since the last logged one, over the seconds of these steps:
-    validation and checkpoints in between do not count.
+    validation and checkpoints in between do not count. Training does not depend on a sink.
     """
 
-    def __init__(self, sinks: Sequence[Sink], rates: Rates, *, total_steps: int, log_every: int) -> None:
+    def __init__(self, sinks: Sequence[Sink], rates: Rates, total_steps: int) -> None:
         self._sinks = sinks
         self._rates = rates
         self._total_steps = total_steps
-        self._log_every = log_every
-        self._first = True
         self._interval = Interval()
+        self._faulty: set[Sink] = set()
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.describe(description)
+        self._each(lambda sink: sink.describe(description))
 
-    def on_start(self) -> None:
+    def on_start(self, updates_made: int) -> None:
         if self._rates.peak_flops is None:
             self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._interval.add(metrics, self._rates.flops_per_token[len(metrics.heads.losses) - 1])
-        for sink in self._sinks:
-            sink.advance(metrics.step)
-        if self._first or metrics.step % self._log_every == 0 or metrics.step == self._total_steps:
+        self._each(lambda sink: sink.advance(metrics.step))
+        if metrics.ranks:
             self._write(metrics.step, step_scalars(metrics, self._interval, self._rates.peak_flops))
-            self._first, self._interval = False, Interval()
+            self._interval = Interval()
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         self._write(step, validation_scalars(heads, name, self._rates.bytes_per_token[name]))
 
     def note(self, text: str) -> None:
-        for sink in self._sinks:
-            sink.note(text)
-
-    def on_spike(self, step: int, text: str) -> None:
-        """After a step whose loss was a spike; the text says how large."""
+        self._each(lambda sink: sink.note(text))
 
     def on_stop(self, step: int, signal: int) -> None:
         self.note(
@@ -196,13 +202,27 @@ class MetricsLogger(Callback):
             "command goes on from there"
         )
 
-    def on_end(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+    def on_end(self, reason: Reason | None) -> None:
+        failed = reason not in (Reason.LAST_STEP, Reason.SIGNAL)
+        self._each(lambda sink: sink.close(failed))
 
     def _write(self, step: int, scalars: Scalars) -> None:
+        self._each(lambda sink: sink.write(step, scalars))
+
+    def _each(self, action: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            sink.write(step, scalars)
+            try:
+                action(sink)
+            except OSError as error:
+                if sink not in self._faulty:
+                    self._faulty.add(sink)
+                    warn(f"{sink.name} cannot be written, training goes on: {error}")
+
+
+def warn(text: str) -> None:
+    """On standard error, which may lie on the full disk itself."""
+    with suppress(OSError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def json_number(value: float) -> float | None:
@@ -219,7 +239,12 @@ def _step_of(line: str) -> float:
 
 
 class MetricsFile(Sink):
-    """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision."""
+    """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision.
+
+    What a full disk has no room for is written with the next line that it has room for.
+    """
+
+    name = "metrics.jsonl"
 
     def __init__(self, path: Path, updates_made: int = 0) -> None:
         """Keep the lines up to update `updates_made`; later ones are of steps that will be made again."""
@@ -236,5 +261,5 @@ class MetricsFile(Sink):
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()  # a run that is killed keeps every line
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._file.close()

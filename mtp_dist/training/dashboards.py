@@ -1,9 +1,8 @@
 """TensorBoard and Weights & Biases: the scalars of a run where people look at them."""
 
 import os
-import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.training.callbacks import Scalars, Sink, validation_prefix
+from mtp_dist.training.callbacks import Scalars, Sink, validation_prefix, warn
 
 WANDB_FOLDER = "wandb"
 """What W&B calls its folder itself."""
@@ -22,13 +21,16 @@ WANDB_FINISH_SECONDS = 60.0
 class TensorBoardWriter(Sink):
     """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
 
+    name = "TensorBoard's file"
+
     def __init__(self, directory: Path, validation_sets: Sequence[str | None], updates_made: int = 0) -> None:
         """What was written of steps after `updates_made` is hidden: they will be made again."""
         # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._updates_made = updates_made
+        self._step = updates_made
         self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
+        self._is_closed = False
         kinds = ["loss", "accuracy", "train/grad_norm"]
         for name in validation_sets:
             kinds += [f"{validation_prefix(name)}/{kind}" for kind in ("loss", "bits_per_byte", "accuracy")]
@@ -39,7 +41,10 @@ class TensorBoardWriter(Sink):
         rest = {name: value for name, value in description.items() if name != "config"}
         for name, values in (("configuration", description["config"]), ("run", rest)):
             text = yaml.safe_dump(values, sort_keys=False)
-            self._writer.add_text(name, f"```yaml\n{text}```", self._updates_made)
+            self._writer.add_text(name, f"```yaml\n{text}```", self._step)
+
+    def advance(self, step: int) -> None:
+        self._step = step
 
     def write(self, step: int, scalars: Scalars) -> None:
         for name, value in scalars.items():
@@ -47,9 +52,11 @@ class TensorBoardWriter(Sink):
         self._writer.flush()  # so that the curves are live
 
     def note(self, text: str) -> None:
-        self._writer.add_text("note", text)
+        if not self._is_closed:  # it would open another file
+            self._writer.add_text("note", text, self._step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
+        self._is_closed = True
         self._writer.close()
 
 
@@ -94,10 +101,11 @@ class WandbWriter(Sink):
             "dir": output_dir,
             "settings": wandb.Settings(finish_timeout=WANDB_FINISH_SECONDS),
         }
+        self._run: Any = None
         try:
             self._run = wandb.init(**arguments)
         except wandb.Error as error:
-            print(f"warning: Weights & Biases writes to the disk only: {error}", file=sys.stderr, flush=True)
+            warn(f"Weights & Biases writes to the disk only: {error}")
             wandb.teardown()  # its service holds the run's id since the attempt
             self._run = wandb.init(**arguments, mode="offline")
         # Steps that are made again after a restart go back, which the service's own count of steps cannot.
@@ -106,10 +114,20 @@ class WandbWriter(Sink):
 
     def describe(self, description: Mapping[str, Any]) -> None:
         rest = {name: value for name, value in description.items() if name != "config"}
-        self._run.config.update({**description["config"], **rest}, allow_val_change=True)
+        self._send(lambda run: run.config.update({**description["config"], **rest}, allow_val_change=True))
 
     def write(self, step: int, scalars: Scalars) -> None:
-        self._run.log({"step": step, **scalars})
+        self._send(lambda run: run.log({"step": step, **scalars}))
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool) -> None:
+        self._send(lambda run: run.finish(exit_code=int(failed)))
+
+    def _send(self, action: Callable[[Any], None]) -> None:
+        """To a process of its own, which the signal that stops a job may have ended."""
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # which one depends on what it was doing
+            self._run = None
+            warn(f"Weights & Biases gets nothing more, training goes on: {error}")

@@ -4,37 +4,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import Enum, auto
 from math import isfinite
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from mtp_dist.checkpoint.files import RunState
 from mtp_dist.config import Config
 from mtp_dist.data.loading import Datasets
 from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.parallel.device import peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import numbers_of_ranks
+from mtp_dist.parallel.topology import max_over_ranks, numbers_of_ranks
 from mtp_dist.training.batches import Batches
-from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 from mtp_dist.training.optimizer import learning_rate
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
-
-
-class Reason(Enum):
-    """Why the loop ended."""
-
-    LAST_STEP = auto()
-    SIGNAL = auto()
-    """To any rank; all of them stopped after the same step and a save."""
-    SPIKE = auto()
-    """The loss jumped, and the configuration asks to go back."""
-    SKIPS = auto()
-    """As many steps as it allows had a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -54,50 +43,67 @@ class Trainer:
     engine: TrainingEngine
     datasets: Datasets
     callbacks: Sequence[Callback]
-    save: Callable[[int, Sequence[float], Any, bool], None]
-    """Given the step, its losses, the state of the training samples and whether it is the last time."""
+    save: Callable[[RunState, bool], None]
+    """Given how far the run has come, and whether it is the last time."""
     stop_signals: StopSignals
+    watchdog: Watchdog
 
     def __post_init__(self) -> None:
         self.spikes = SpikeDetector(self.config.train.spike_deviations)
+        self._skips = 0
+        self._first_step = 1
+        self._measured = np.zeros(3)
+        """Seconds of waiting for samples, of passes and of all micro-batches on this rank since the last log."""
 
     def fit(self, updates_made: int = 0, samples_read: int = 0) -> Ending:
         """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
         updates_made and samples_read are those of the state that the engine is in. Every rank comes to the same end.
         """
-        config, skips = self.config, 0
+        self._first_step, self._measured[:] = updates_made + 1, 0
+        ending: Ending | None = None
+
+        def tell_end(callback: Callback) -> None:
+            callback.on_end(ending.reason if ending else None)
+
         with ExitStack() as ends:
-            batches = Batches(config, self.engine.topology, self.datasets, updates_made, samples_read)
+            batches = Batches(self.config, self.engine.topology, self.datasets, updates_made, samples_read)
             ends.callback(batches.close)
-            watchdog = ends.enter_context(Watchdog(config.run.step_timeout, self.engine.topology.rank))
+            self.watchdog.expect("the start")
             for callback in self.callbacks:
-                ends.callback(callback.on_end)
-                callback.on_start()
-            for step in range(updates_made + 1, config.train.steps + 1):
-                watchdog.expect(f"step {step}")
-                metrics, signal = self.make_step(step, batches)
-                watchdog.expect(f"the log of step {step}")
-                self.tell("on_step", metrics)
-                skips += metrics.skipped is not None
-                if skips == config.train.max_skipped_steps:
-                    return Ending(Reason.SKIPS, step, batches.state())
-                if not metrics.skipped and (spike := self.spikes.spike(metrics.heads.losses[0])):
-                    self.tell("on_spike", step, spike)
-                    if config.train.spike_rollback:
-                        return Ending(Reason.SPIKE, step, batches.state())
-                stopping = signal > 0 and step < config.train.steps
-                if stopping:
-                    self.tell("on_stop", step, signal)
-                if _is_due(step, config.train.validate_every, config.train.steps):
-                    watchdog.expect(f"the validation after step {step}")
-                    self._validate(step, batches)
-                if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
-                    watchdog.expect(f"the save after step {step}, or the one before")
-                    self.save(step, metrics.heads.losses, batches.state(), stopping or step == config.train.steps)
-                if stopping:
-                    return Ending(Reason.SIGNAL, step, batches.state())
-            return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
+                ends.callback(tell_end, callback)
+                callback.on_start(updates_made)
+            ending = self._train(batches)
+        return ending
+
+    def _train(self, batches: Batches) -> Ending:
+        """From the first step to the end, whatever that is."""
+        config, watchdog = self.config, self.watchdog
+        for step in range(self._first_step, config.train.steps + 1):
+            watchdog.expect(f"step {step}")
+            metrics, signal = self.make_step(step, batches)
+            watchdog.expect(f"the log of step {step}")
+            self.tell("on_step", metrics)
+            self._skips += metrics.skipped is not None
+            if self._skips == config.train.max_skipped_steps:
+                return Ending(Reason.SKIPS, step, batches.state())
+            if not metrics.skipped and (spike := self.spikes.take(metrics.heads.losses[0])):
+                self.tell("on_spike", step, spike)
+                if config.train.spike_rollback:
+                    return Ending(Reason.SPIKE, step, batches.state())
+            stopping = signal > 0 and step < config.train.steps
+            if stopping:
+                self.tell("on_stop", step, signal)
+            if _is_due(step, config.train.validate_every, config.train.steps):
+                watchdog.expect(f"the validation after step {step}")
+                self._validate(step, batches)
+            if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
+                watchdog.expect(f"the save after step {step}, or the one before")
+                state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.state())
+                self.save(state, stopping or step == config.train.steps)
+            if stopping:
+                return Ending(Reason.SIGNAL, step, batches.state())
+        return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
 
     def tell(self, event: str, *arguments: object) -> None:
         """Call the hook of that name of all callbacks."""
@@ -114,8 +120,9 @@ class Trainer:
         result = engine.train_step(batch, rate, weights)
         finite = isfinite(result.grad_norm)
         skipped = None if finite else f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}"
-        measured = waited, result.busy_seconds, result.schedule_seconds, peak_memory(topology.device)
-        of_ranks = numbers_of_ranks([self.stop_signals.received, *measured], topology)
+        signal = int(max_over_ranks(self.stop_signals.received, topology))
+        self._measured += waited, result.busy_seconds, result.schedule_seconds
+        due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
             step=step,
             heads=head_metrics(config, result.sums, weights),
@@ -125,13 +132,20 @@ class Trainer:
             tokens=config.train.global_batch_size * config.train.sequence_length,
             seconds=time.perf_counter() - started,
             epochs=self.datasets.epochs(batches.samples_read),
-            ranks=[
-                RankFigures(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
-                for rank, (_, waiting, busy, scheduled, memory) in enumerate(of_ranks)
-            ],
+            ranks=self._figures_of_ranks() if due else (),
             skipped=skipped,
         )
-        return metrics, int(max(signal for signal, *_ in of_ranks))
+        return metrics, signal
+
+    def _figures_of_ranks(self) -> list[RankFigures]:
+        """Of the steps since the last log. A collective over all ranks."""
+        topology = self.engine.topology
+        of_ranks = numbers_of_ranks([*self._measured, peak_memory(topology.device)], topology)
+        self._measured[:] = 0
+        return [
+            RankFigures(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
+            for rank, (waiting, busy, scheduled, memory) in enumerate(of_ranks)
+        ]
 
     def _validate(self, step: int, batches: Batches) -> None:
         """On all sets, with all heads."""

@@ -25,12 +25,12 @@ class HeadMetrics:
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What one rank measured in one step."""
+    """What one rank measured in the steps since the last logged one."""
 
     stage: int
     """Its pipeline stage, from 0."""
     waiting_seconds: float
-    """For its samples, before the step."""
+    """For its samples, before a step."""
     busy_seconds: float
     """Forward and backward passes of its stage, with the collectives within it."""
     schedule_seconds: float
@@ -58,7 +58,7 @@ class StepMetrics:
     epochs: Mapping[str, float]
     """By training source: how many times it has been read so far."""
     ranks: Sequence[RankFigures]
-    """By rank."""
+    """By rank; empty where the step is not to be logged."""
     skipped: str | None = None
     """Why the step changed no weight."""
 

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.metrics import StepMetrics
 
 if TYPE_CHECKING:  # what it imports looks at the device, which is not chosen yet where the configuration is checked
@@ -46,15 +46,15 @@ def begin_memory_history(config: Config, rank: int) -> None:
 
 
 def profiling_callbacks(
-    config: Config, topology: "Topology", updates_made: int, memory_snapshot: bool, say: Callable[[str], None]
+    config: Config, topology: "Topology", memory_snapshot: bool, note: Callable[[str], None]
 ) -> list[Callback]:
-    """What this rank records; `say` is told where its files are."""
+    """What this rank records; `note` is told where its files are."""
     folder, steps, ranks = config.output_dir / PROFILE, config.log.profile_steps, config.log.profile_ranks
     callbacks: list[Callback] = []
     if steps and topology.rank in (0, *ranks):
-        callbacks.append(StepProfiler(folder, steps, ranks, topology, updates_made, say))
+        callbacks.append(StepProfiler(folder, steps, ranks, topology, note))
     if memory_snapshot and topology.rank in ranks:
-        callbacks.append(MemorySnapshot(folder, steps[1] if steps else SNAPSHOT_STEP, topology.rank, say))
+        callbacks.append(MemorySnapshot(folder, steps[1] if steps else SNAPSHOT_STEP, topology.rank, note))
     return callbacks
 
 
@@ -70,8 +70,7 @@ class StepProfiler(Callback):
         steps: tuple[int, int],
         ranks: Sequence[int],
         topology: "Topology",
-        updates_made: int,
-        say: Callable[[str], None],
+        note: Callable[[str], None],
     ) -> None:
         self._folder = folder
         self._first, self._last = steps
@@ -80,15 +79,16 @@ class StepProfiler(Callback):
         self._activities = [ProfilerActivity.CPU]
         if topology.device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
-        self._say = say
+        self._note = note
         self._profiler: profile | None = None
         self._began = 0
-        self._made = updates_made
+        self._made = 0
 
-    def on_start(self) -> None:
+    def on_start(self, updates_made: int) -> None:
+        self._made = updates_made
         if self._rank == 0 and self._made < self._last:
             steps = f"{max(self._first, self._made + 1)}-{self._last}"
-            self._say(f"profile: traces of steps {steps} on ranks {self._ranks} will be in {self._folder}")
+            self._note(f"profile: traces of steps {steps} on ranks {self._ranks} will be in {self._folder}")
         self._begin_where_due()
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -97,7 +97,7 @@ class StepProfiler(Callback):
             self._finish()
         self._begin_where_due()
 
-    def on_end(self) -> None:
+    def on_end(self, reason: Reason | None) -> None:
         self._finish()  # of a run that ends before
 
     def _begin_where_due(self) -> None:
@@ -123,29 +123,30 @@ class StepProfiler(Callback):
             profiler.export_chrome_trace(str(unfinished))
             unfinished.replace(file)
         except OSError as error:  # training goes on without
-            self._say(f"profile of rank {self._rank} is NOT written: {error}")
+            self._note(f"profile of rank {self._rank} is NOT written: {error}")
         else:
-            self._say(f"profile of rank {self._rank}, steps {self._began}-{self._made}: {file}")
+            self._note(f"profile of rank {self._rank}, steps {self._began}-{self._made}: {file}")
 
 
 class MemorySnapshot(Callback):
     """What lies in the GPU's memory after a step, and where training runs out of it, for pytorch.org/memory_viz."""
 
-    def __init__(self, folder: Path, step: int, rank: int, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, step: int, rank: int, note: Callable[[str], None]) -> None:
         self._folder = folder
         self._step = step
         self._rank = rank
-        self._say = say
+        self._note = note
 
     def on_step(self, metrics: StepMetrics) -> None:
         if metrics.step == self._step:
             self._write(f"after step {self._step}")
 
-    def on_end(self) -> None:
+    def on_end(self, reason: Reason | None) -> None:
         # The loop calls this while an exception passes through it, with all tensors of the failed step still alive.
         if isinstance(sys.exception(), torch.OutOfMemoryError):
             self._write("out of memory")
-        torch.cuda.memory._record_memory_history(enabled=None)
+        if reason is not Reason.SPIKE:  # after one the run goes on
+            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, when: str) -> None:
         file = self._folder / f"memory_rank_{self._rank:05d}.pickle"
@@ -153,6 +154,6 @@ class MemorySnapshot(Callback):
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(file))
         except OSError as error:
-            self._say(f"memory snapshot of rank {self._rank} is NOT written: {error}")
+            self._note(f"memory snapshot of rank {self._rank} is NOT written: {error}")
         else:
-            self._say(f"memory snapshot of rank {self._rank}, {when}: {file}")
+            self._note(f"memory snapshot of rank {self._rank}, {when}: {file}")

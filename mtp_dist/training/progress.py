@@ -55,6 +55,8 @@ class _Bar(Progress):
 class ProgressBar(Sink):
     """Steps done, time left and the last logged scalars: a bar on a terminal, else one line a logged step."""
 
+    name = "standard output"
+
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
         """`console` is where to write, standard output when absent."""
         self._total_steps = total_steps
@@ -83,7 +85,7 @@ class ProgressBar(Sink):
         # Text and soft_wrap: one line stays one line in a log file, and brackets are not taken for markup.
         self._console.print(Text(text), soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         if self._console.is_interactive:
             self._bar.stop()
 

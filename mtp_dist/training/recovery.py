@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from time import sleep
 
 import torch.distributed as dist
 
@@ -9,11 +10,14 @@ from mtp_dist.checkpoint.load import agree_on_resume_point, restore
 from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import ConfigError
-from mtp_dist.training.loop import Ending, Reason, Trainer
+from mtp_dist.parallel.topology import gather_over_ranks
+from mtp_dist.training.callbacks import Reason
+from mtp_dist.training.loop import Ending, Trainer
 from mtp_dist.training.reporting import RunReporter
 
-MOST = 3
+MOST_ROLLBACKS = 3
 """Times that a run goes back to the same checkpoint: more new samples would not help either."""
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def fit_and_recover(
@@ -27,21 +31,25 @@ def fit_and_recover(
     """`trainer.fit` from `begun_from` on, and after each SPIKE from the newest checkpoint, with the samples after it.
 
     cpu_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
-    which it does on every rank where the loss jumps MOST + 1 times after the same checkpoint, and after SKIPS.
+    which it does on every rank after SKIPS, and where MOST_ROLLBACKS to the same checkpoint have not helped.
     """
     times: Counter[Path] = Counter()
+    if begun_from:
+        trainer.spikes.restore(begun_from.recent_losses)
     ending = trainer.fit(begun_from.step if begun_from else 0, samples_read)
     while ending.reason is Reason.SPIKE:
+        trainer.watchdog.expect(f"the way back from step {ending.step} to a checkpoint")
         saver.join()
         point = _newest(trainer, saver, cpu_group) or begun_from
         if point:
             times[point.folder] += 1
-            if times[point.folder] > MOST:
+            if times[point.folder] > MOST_ROLLBACKS:
                 raise ConfigError(
-                    f"the loss has jumped {MOST + 1} times after {point.folder}, each time with other samples: go on "
-                    "from an older checkpoint (checkpoint.resume), or with a lower optimizer.lr"
+                    f"the loss has jumped {MOST_ROLLBACKS + 1} times after {point.folder}, each time with "
+                    "other samples: go on from an older checkpoint (checkpoint.resume), or with a lower optimizer.lr"
                 )
             restore(trainer.engine, point.folder)
+            trainer.spikes.restore(point.recent_losses)
         step = point.step if point else ending.step
         if reporter:
             where = f"to {point.folder}" if point else "nowhere, having no checkpoint"
@@ -58,9 +66,13 @@ def fit_and_recover(
 
 
 def _newest(trainer: Trainer, saver: CheckpointSaver, cpu_group: dist.ProcessGroup) -> ResumePoint | None:
-    """Of this run."""
+    """Of this run; a rank may see the newest folder later than the one that made it."""
     config = trainer.config.model_copy(
         update={"checkpoint": trainer.config.checkpoint.model_copy(update={"resume": "auto"})}
     )
-    point = find_resume_point(config, saver.vocab_size)
+    while True:  # the watchdog ends it
+        point = find_resume_point(config, saver.vocab_size)
+        if len(set(gather_over_ranks(point and point.folder.name, cpu_group))) == 1:
+            break
+        sleep(SECONDS_BETWEEN_LOOKS)
     return agree_on_resume_point(point, config, saver.vocab_size, trainer.engine.topology, cpu_group)

@@ -17,7 +17,7 @@ from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
-from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Sink
+from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Reason, Sink
 from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter
 from mtp_dist.training.events import EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
@@ -108,9 +108,9 @@ class RunReporter(Callback):
             peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token={of_set.name: of_set.bytes_per_token for of_set in self.validation},
         )
-        return MetricsLogger(sinks, rates, total_steps=config.train.steps, log_every=config.log.every)
+        return MetricsLogger(sinks, rates, config.train.steps)
 
-    def on_start(self) -> None:
+    def on_start(self, updates_made: int) -> None:
         config, topology = self.config, self.topology
         counts = parameter_counts(config, self.vocab_size)
         stages = list(trunk_layers_per_stage(config, self.vocab_size))
@@ -128,7 +128,7 @@ class RunReporter(Callback):
         sys.stdout.flush()
         self._describe_run(asdict(counts))
         self.events.record(kind, f"{begins}, {topology.world_size} ranks")
-        self.logger.on_start()
+        self.logger.on_start(updates_made)
 
     def _describe_run(self, parameters: dict[str, int]) -> None:
         topology = self.topology
@@ -171,8 +171,8 @@ class RunReporter(Callback):
         """A checkpoint is written; another thread may call it."""
         self.events.record("checkpoint", f"of step {step}")
 
-    def on_end(self) -> None:
-        self.logger.on_end()
+    def on_end(self, reason: Reason | None) -> None:
+        self.logger.on_end(reason)
 
     def note(self, text: str) -> None:
         """Say it on the terminal, in TensorBoard and in the events; another thread may call it."""

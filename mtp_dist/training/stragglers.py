@@ -5,7 +5,7 @@ from itertools import groupby
 from statistics import median_low
 
 from mtp_dist.training.callbacks import Callback
-from mtp_dist.training.metrics import StepMetrics
+from mtp_dist.training.metrics import RankFigures, StepMetrics
 
 SLOWER = 1.3
 """Times the median of the ranks that do the same work: what a rank needs to be called slow."""
@@ -21,44 +21,37 @@ class Stragglers(Callback):
     Ranks of one tensor-parallel group wait for one another within each layer, so all of them are slow where one is.
     """
 
-    def __init__(self, hosts: Sequence[str], log_every: int, report: Callable[[str], None]) -> None:
+    def __init__(self, hosts: Sequence[str], note: Callable[[str], None]) -> None:
         """hosts: name of each rank's machine."""
         self._hosts = hosts
-        self._log_every = log_every
-        self._report = report
-        self._busy = [0.0] * len(hosts)
-        self._waiting = [0.0] * len(hosts)
+        self._note = note
         self._seconds = 0.0
         self._slow_intervals = [0] * len(hosts)
         self._late_intervals = [0] * len(hosts)
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._seconds += metrics.seconds
-        for rank, figures in enumerate(metrics.ranks):
-            self._busy[rank] += figures.busy_seconds
-            self._waiting[rank] += figures.waiting_seconds
-        if metrics.step % self._log_every == 0:
-            self._compare_stages([figures.stage for figures in metrics.ranks])
-            self._compare_waiting()
-            self._busy, self._waiting = [0.0] * len(self._hosts), [0.0] * len(self._hosts)
+        if metrics.ranks:
+            self._compare_stages(metrics.ranks)
+            self._compare_waiting(metrics.ranks)
             self._seconds = 0.0
 
-    def _compare_stages(self, stages: Sequence[int]) -> None:
-        for stage, of_stage in groupby(range(len(stages)), key=stages.__getitem__):
+    def _compare_stages(self, figures: Sequence[RankFigures]) -> None:
+        for stage, of_stage in groupby(range(len(figures)), key=lambda rank: figures[rank].stage):
             ranks = list(of_stage)
-            median = median_low([self._busy[rank] for rank in ranks])
+            median = median_low([figures[rank].busy_seconds for rank in ranks])
             for rank in ranks:
-                times = self._busy[rank] / median if median else 1.0
+                times = figures[rank].busy_seconds / median if median else 1.0
                 what = f"takes {times:.2g} times as long as the median rank of stage {stage}"
                 self._count(self._slow_intervals, rank, times > SLOWER, what)
 
-    def _compare_waiting(self) -> None:
-        for rank, seconds in enumerate(self._waiting):
-            share = seconds / self._seconds
+    def _compare_waiting(self, figures: Sequence[RankFigures]) -> None:
+        for rank, of_rank in enumerate(figures):
+            share = of_rank.waiting_seconds / self._seconds
             self._count(self._late_intervals, rank, share > WAITING_SHARE, f"waits {share:.0%} of the time for samples")
 
     def _count(self, intervals: list[int], rank: int, is_slow: bool, what: str) -> None:
         """Say it once, until it is over."""
         intervals[rank] = intervals[rank] + 1 if is_slow else 0
         if intervals[rank] == INTERVALS:
-            self._report(f"straggler: rank {rank} on {self._hosts[rank]} {what}, {INTERVALS} log intervals in a row")
+            self._note(f"straggler: rank {rank} on {self._hosts[rank]} {what}, {INTERVALS} log intervals in a row")

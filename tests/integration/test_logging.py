@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtp_dist.training.dashboards import WandbWriter
+from mtp_dist.training.stopping import REQUEUE
 from tests.integration import jobs
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
@@ -128,3 +130,32 @@ def test_training_does_not_depend_on_the_service(tmp_path: Path) -> None:
     assert "warning: Weights & Biases writes to the disk only: " in result.stderr
     [file] = (tmp_path / "out/wandb").glob("offline-run-*/*.wandb")
     assert sum(record.HasField("history") for record in wandb_records(file)) == 2  # a step and a validation
+
+
+@needs_wandb
+def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Path) -> None:
+    """SLURM sends SIGTERM to every process of a job, and the service dies of it."""
+    config = jobs.write_config(tmp_path, log={"wandb": "tests", "tensorboard": False}, train={"steps": 100_000})
+    out = tmp_path / "out"
+    command = ["env", "WANDB_MODE=offline", *jobs.plain(jobs.PRETRAIN, "--config", str(config))]
+    with jobs.started(command, tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
+        processes = job.processes()
+        assert len(processes) > 1, "the service is one of its own"
+        for process in processes:
+            process.terminate()
+        assert job.wait() == REQUEUE, job.output
+    assert "warning: Weights & Biases gets nothing more, training goes on: " in job.stderr
+    assert (out / f"checkpoints/step_{jobs.learned(out)[-1]['step']:08d}").is_dir()
+
+
+@needs_wandb
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_fails_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    writer = WandbWriter("tests", "tiny", tmp_path)
+    writer.write(1, {"loss/head_1": 2.0})
+    writer.close(failed)
+    [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    codes = [record.exit.exit_code for record in wandb_records(file) if record.HasField("exit")]
+    assert codes == [int(failed)]

@@ -42,7 +42,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
             metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankFigures(0, 0.0, 0.1, 0.2, 1)])
             writer.write(step, step_scalars(metrics, Interval(100, 1, 0.5), None))
-        writer.close()
+        writer.close(failed=False)
     port = jobs.free_port()
     options = ["--logdir", str(folder / "files"), "--host", "127.0.0.1", "--port", str(port)]
     with jobs.started([sys.executable, "-m", "tensorboard.main", *options], folder) as server:

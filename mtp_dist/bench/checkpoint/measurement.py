@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
+from mtp_dist.checkpoint.files import RunState
 from mtp_dist.checkpoint.folders import checkpoint_path
 from mtp_dist.checkpoint.load import restore
 from mtp_dist.checkpoint.save import take_snapshot, whole_share
@@ -42,7 +43,7 @@ class _Subject:
     """Of this rank, by torch.save."""
 
     def save(self) -> None:
-        self.saver.save(STEP)
+        self.saver.save(RunState(STEP))
 
     def save_and_wait(self) -> None:
         self.save()
@@ -50,7 +51,7 @@ class _Subject:
 
     def save_plainly(self) -> None:
         """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
-        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, STEP, (), None)
+        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, RunState(STEP))
         tensors = whole_share(snapshot, self.engine.topology, self.groups.tensor)
         with self.plain_file.open("wb") as stream:
             torch.save(tensors, stream)

@@ -10,6 +10,7 @@ from tests.parity.runs import VOCAB_SIZE, global_batches
 
 LOSSES = (4.5, None, 5.5, 6.5)
 """What every checkpoint is told; the second is not finite."""
+RECENT = (4.75, 1 / 3)
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Part:
 
 def train_part(config: Config, updates_made: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
     """Updates updates_made + 1 .. last, from a checkpoint if given; then a checkpoint."""
+    from mtp_dist.checkpoint.files import RunState
     from mtp_dist.checkpoint.folders import checkpoint_path
     from mtp_dist.checkpoint.load import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
@@ -61,7 +63,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
         # Twice: a second save of the same step replaces the first.
         saver = CheckpointSaver(config, VOCAB_SIZE, engine, new_cpu_groups(topology), print)
         for _ in range(2):
-            saver.save(last, [float("nan") if loss is None else loss for loss in LOSSES])
+            saver.save(RunState(last, [float("nan") if loss is None else loss for loss in LOSSES], RECENT))
             saver.wait()
             assert checkpoint_path(config, last).is_dir(), "the checkpoint is there when any rank goes on"
     return part

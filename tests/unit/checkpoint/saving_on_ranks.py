@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mtp_dist.checkpoint.files import RunState
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, global_batches
 from tests.unit.checkpoint.folders import damages, flip
@@ -113,7 +114,7 @@ def save_in_all_ways(config: Config, directory: Path) -> Seen:
     seen, training = Seen(), Training(config)
     training.step(1)
     waited = training.saver_into(directory / "waited")
-    waited.save(1)
+    waited.save(RunState(1))
     waited.wait()
     _save_while_training(training, directory, seen)
     _fail(training, directory / "failing", seen)
@@ -126,17 +127,17 @@ def _save_while_training(training: Training, directory: Path, seen: Seen) -> Non
     saver = training.saver_into(directory / "async")
     folder = directory / "async" / "step_00000001"
     with writing_held_back() as release:
-        saver.save(1)
+        saver.save(RunState(1))
         training.step(2)
         seen.finished_before["training went on"] = folder.exists()
         timer = threading.Timer(0.3, release)
         timer.start()
-        saver.save(2)
+        saver.save(RunState(2))
         seen.finished_before["the next save"] = folder.exists()
         timer.join()
     saver.wait()
     training.step(3)
-    saver.save(training.config.train.steps, last=True)
+    saver.save(RunState(training.config.train.steps), last=True)
     last = directory / "async" / f"step_{training.config.train.steps:08d}"
     seen.finished_before["the run's last save ended"] = last.exists()
 
@@ -149,7 +150,7 @@ def _fail(training: Training, directory: Path, seen: Seen) -> None:
         training.step(step)
         with full_disk(attempts) if attempts and training.topology.rank == 1 else no_pauses():
             try:
-                saver.save(step)
+                saver.save(RunState(step))
                 saver.wait()
             except ConfigError as error:
                 seen.errors.append(str(error))
@@ -164,10 +165,9 @@ def _break(training: Training, directory: Path, seen: Seen) -> None:
     saver = training.saver_into(directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "write_share", lambda *_: [][0])
-        patch.setattr(threading, "excepthook", lambda arguments: seen.bugs.append(repr(arguments.exc_value)))
-        saver.save(1)
+        saver.save(RunState(1))
         try:
-            saver.save(2)
+            saver.save(RunState(2))
         except IndexError as error:
             seen.bugs.append(repr(error))
 

@@ -21,7 +21,7 @@ from mtp_dist.parallel.topology import Topology
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
 from tests.unit.checkpoint.folders import flip
-from tests.unit.checkpoint.on_ranks import LOSSES, train_part
+from tests.unit.checkpoint.on_ranks import LOSSES, RECENT, train_part
 
 STEP = 1
 CASES: dict[str, tuple[tuple[int, int, int], dict[str, dict[str, Any]]]] = {
@@ -51,7 +51,7 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     assert (description.step, description.optimizer_updates) == (STEP, STEP)
     zero_stage = int(config.train.precision == "bf16")
     assert description.layout == SavedLayout(tensor, pipeline, data, tensor * pipeline * data, zero_stage)
-    assert description.losses == LOSSES
+    assert (description.losses, description.recent_losses) == (LOSSES, RECENT)
     assert description.versions["torch"] == torch.__version__ and description.versions["deepspeed"]
     shapes = parameter_shapes(config, VOCAB_SIZE)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "no padded vocabulary"

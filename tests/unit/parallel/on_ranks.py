@@ -49,3 +49,19 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     shapes = parameter_shapes(config, VOCAB_SIZE)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
     return list(sums), list(norms), weights, evaluated
+
+
+def patience(config: Config, port: int) -> list[float]:
+    """Seconds that collectives of all ranks and of a tensor-parallel group wait, and that the store does."""
+    import os
+
+    import torch.distributed as dist
+
+    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    initialize_topology(config, torch.device("cpu"))
+    groups = [dist.distributed_c10d._get_default_group(), tensor_group()]
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    return [time.total_seconds() for time in (*timeouts, dist.distributed_c10d._get_default_store().timeout)]

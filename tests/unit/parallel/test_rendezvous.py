@@ -53,7 +53,7 @@ def test_missing_ranks_are_named(
     assert said[0] == (
         f"within run.join_timeout = 2 s only {came}: look at their logs, or start as many as WORLD_SIZE says"
     )
-    assert "not all of the 4 ranks" in str(said[2]) or "rank 2 cannot use the meeting point" in str(said[2])
+    assert "not all of the 4 ranks" in str(said[2])
     errors = capfd.readouterr().err
     assert errors == f"{came}; waits within run.join_timeout = 2 s\n", "it says so once, without C++ tracebacks"
 
@@ -85,7 +85,7 @@ def test_a_port_that_is_taken(meeting_point: str) -> None:
     del first
 
 
-@pytest.mark.parametrize(("address", "port"), [("", "29500"), ("node-0", ""), ("node-0", "abc")])
+@pytest.mark.parametrize(("address", "port"), [("", "29500"), ("node-0", ""), ("node-0", "abc"), ("node-0", "99999")])
 def test_no_meeting_point(address: str, port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("MASTER_PORT", port)

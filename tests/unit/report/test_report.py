@@ -49,6 +49,7 @@ def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     assert page.count("data:image/png;base64,") == len(pictures)
     assert re.search(r"<td>restarts</td><td>1</td>", page) and re.search(r"<td>skipped steps</td><td>1</td>", page)
+    assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
 
 
 def test_several_runs_share_a_page(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Trainings on every rank in which losses jump, and gradients are not finite, at chosen steps."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from mtp_dist.config import ConfigError, load_config
@@ -17,7 +19,8 @@ class Jumps(SpikeDetector):
         self.at = at
         self.seen = 0
 
-    def spike(self, loss: float) -> str | None:
+    def take(self, loss: float) -> str | None:
+        super().take(loss)
         self.seen += 1
         return "a jump" if self.seen in self.at else None
 
@@ -27,10 +30,23 @@ class Trained(NamedTuple):
     """Name of the loop's reason to end, or the error's text."""
     losses: list[tuple[int, tuple[float, ...]]]
     """Of each step that was made, in the order of making."""
+    recent: list[float]
+    """What the next loss would be compared with."""
+    logged: list[tuple[int, float, float]]
+    """Steps with figures of the ranks, and rank 0's: seconds of passes and of all micro-batches."""
+    ways_back: list[str]
+    """What the watchdog is told while the run goes back."""
 
 
-def train(path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = None) -> Trained:
-    """begin: a checkpoint, and the number of samples that are passed over."""
+def train(
+    path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = None, skips: Collection[int] = ()
+) -> Trained:
+    """A step's passes take 1 second, and all of its micro-batches 2.
+
+    jumps, skips: of all steps that are made, counted from 1. begin: a checkpoint, and the number of samples that are
+    passed over.
+    """
+    from mtp_dist.checkpoint.files import read_description
     from mtp_dist.checkpoint.load import restore
     from mtp_dist.checkpoint.resume import ResumePoint
     from mtp_dist.checkpoint.saver import CheckpointSaver
@@ -39,19 +55,38 @@ def train(path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = N
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.training.batches import Batches
     from mtp_dist.training.callbacks import Callback
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.reporting import RunReporter
     from mtp_dist.training.stopping import StopSignals
+    from mtp_dist.training.watchdog import Watchdog
+
+    parts: list[str] = []
 
     class Losses(Callback):
         def __init__(self) -> None:
             self.losses: list[tuple[int, tuple[float, ...]]] = []
+            self.logged: list[tuple[int, float, float]] = []
 
         def on_step(self, metrics: StepMetrics) -> None:
             self.losses.append((metrics.step, metrics.heads.losses))
+            for figures in metrics.ranks[:1]:
+                self.logged.append((metrics.step, figures.busy_seconds, figures.schedule_seconds))
+
+    class Listening(Watchdog):
+        def expect(self, part: str) -> None:
+            parts.append(part)
+
+    class Skipping(Trainer):
+        made = 0
+
+        def make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
+            metrics, signal = super().make_step(step, batches)
+            self.made += 1
+            return replace(metrics, skipped="a fault" if self.made in skips else None), signal
 
     config = load_config(path)
     device, vocab_size = select_device(config), vocabulary_size(config)
@@ -63,7 +98,8 @@ def train(path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = N
     if begin:
         folder, samples_read = begin
         restore(engine, folder)
-        point = ResumePoint(folder, int(folder.name.removeprefix("step_")))
+        description = read_description(folder)
+        point = ResumePoint(folder, description.step, recent_losses=description.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
     recorder, callbacks, reporter = Losses(), list[Any](), None
@@ -71,11 +107,14 @@ def train(path: Path, jumps: Collection[int], begin: tuple[Path, int] | None = N
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, point)
         callbacks = [reporter]
     saver = CheckpointSaver(config, vocab_size, engine, groups, print)
-    trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals())
+    watchdog = Listening(None, topology.rank)
+    trainer = Skipping(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
+    engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
     trainer.spikes = Jumps(jumps)
     try:
         reason = fit_and_recover(trainer, saver, groups.all, reporter, point, samples_read).reason.name
     except ConfigError as error:
         reason = str(error)
     saver.join()
-    return Trained(reason, recorder.losses)
+    ways_back = [part for part in parts if "back" in part]
+    return Trained(reason, recorder.losses, trainer.spikes.losses, recorder.logged, ways_back)

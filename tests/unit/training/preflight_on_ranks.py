@@ -23,5 +23,5 @@ def preflight(config: Config, slowed: bool) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "matmul_rate", matmul_rate)
-        module.Preflight(config, topology, new_cpu_groups(topology).all, notes.append).on_start()
+        module.Preflight(config, topology, new_cpu_groups(topology).all, notes.append).on_start(0)
     return notes

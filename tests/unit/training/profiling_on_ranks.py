@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mtp_dist.config import load_config
 from mtp_dist.training.callbacks import Callback
 from mtp_dist.training.metrics import StepMetrics
@@ -25,7 +23,7 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training import loop
+    from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.profiling import profiling_callbacks
     from mtp_dist.training.stopping import StopSignals
@@ -48,10 +46,9 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
         engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
         learned = Learned()
         datasets, told = load_datasets(config), [learned, *callbacks]
-        loop.Trainer(config, engine, datasets, told, lambda *_: None, StopSignals()).fit()
+        watchdog = Listening(None, topology.rank)
+        Trainer(config, engine, datasets, told, lambda *_: None, StopSignals(), watchdog).fit()
         return learned.steps
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Watchdog", Listening)
-        same = train() == train(*profiling_callbacks(config, topology, 0, False, said.append))
+    same = train() == train(*profiling_callbacks(config, topology, False, said.append))
     return same, said, parts

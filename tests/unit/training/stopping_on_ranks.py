@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import load_config
-from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.metrics import StepMetrics
 from mtp_dist.training.stopping import StopSignals
+from mtp_dist.training.watchdog import Watchdog
 
 
 class Events(Callback):
@@ -33,12 +34,13 @@ class Events(Callback):
 
 def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     """Whether the training came to its end, and the events."""
+    from mtp_dist.checkpoint.files import RunState
     from mtp_dist.data.loading import load_datasets
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.loop import Reason, Trainer
+    from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
 
     config = load_config(path)
@@ -49,8 +51,8 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     signals = StopSignals()
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
 
-    def save(step: int, *_: Any) -> None:
-        callback.events.append(f"save {step}")
+    def save(state: RunState, last: bool) -> None:
+        callback.events.append(f"save {state.step}")
 
-    trainer = Trainer(config, engine, load_datasets(config), [callback], save, signals)
+    trainer = Trainer(config, engine, load_datasets(config), [callback], save, signals, Watchdog(None, topology.rank))
     return trainer.fit().reason is Reason.LAST_STEP, ", ".join(callback.events)

@@ -2,7 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,13 @@ from mtp_dist.training.callbacks import (
     MetricsFile,
     MetricsLogger,
     Rates,
+    Reason,
     Sink,
     bits_per_byte,
     step_scalars,
 )
 from mtp_dist.training.dashboards import TensorBoardWriter
+from mtp_dist.training.events import EventLog
 from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
 
 RATES = Rates(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})
@@ -68,7 +73,7 @@ class Recorder(Sink):
         self.records: list[tuple[int, dict[str, float]]] = []
         self.advanced: list[int] = []
         self.notes: list[str] = []
-        self.closed = False
+        self.closed: bool | None = None
 
     def advance(self, step: int) -> None:
         self.advanced.append(step)
@@ -79,33 +84,37 @@ class Recorder(Sink):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def close(self) -> None:
-        self.closed = True
+    def close(self, failed: bool) -> None:
+        self.closed = failed
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_logs_the_first_the_last_and_every_third_step() -> None:
+@pytest.mark.parametrize(
+    ("reason", "failed"),
+    [(Reason.LAST_STEP, False), (Reason.SIGNAL, False), (Reason.SPIKE, True), (Reason.SKIPS, True), (None, True)],
+)
+def test_logs_the_steps_that_have_figures_of_the_ranks(reason: Reason | None, failed: bool) -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], RATES, total_steps=13, log_every=3)
-    for step in range(5, 14):  # resumed after step 4
-        logger.on_step(make_step(step))
-    logger.on_end()
-    assert [step for step, _ in sink.records] == [5, 6, 9, 12, 13]
+    logger = MetricsLogger([sink], RATES, 13)
+    for step in range(5, 14):
+        logger.on_step(make_step(step, ranks=RANKS if step in (5, 9, 13) else ()))
+    logger.on_end(reason)
+    assert [step for step, _ in sink.records] == [5, 9, 13]
     assert sink.advanced == list(range(5, 14))
-    assert sink.closed
+    assert sink.closed == failed
 
 
 def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], RATES, total_steps=8, log_every=4)
+    logger = MetricsLogger([sink], RATES, 8)
     for step, (tokens, seconds) in enumerate([(10, 9.0), (100, 1.0), (200, 4.0), (300, 5.0), (80, 1.0)], 1):
-        logger.on_step(make_step(step, tokens, seconds))
+        logger.on_step(make_step(step, tokens, seconds, ranks=RANKS if step in (1, 4) else ()))
     logger.on_validation(5, None, HEADS)
     for step in (6, 7, 8):
-        logger.on_step(make_step(step, 40, 1.0))
+        logger.on_step(make_step(step, 40, 1.0, ranks=RANKS if step == 8 else ()))
     training = {step: scalars for step, scalars in sink.records if "loss/total" in scalars}
     assert training[1]["throughput/tokens_per_second"] == 10 / 9
     assert training[4]["throughput/tokens_per_second"] == 600 / 10
@@ -116,7 +125,7 @@ def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
 
 def test_validation_sets_have_scalars_and_lengths_of_their_own() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=3)
+    logger = MetricsLogger([sink], RATES, 4)
     for name in (None, "web"):
         logger.on_validation(4, name, HEADS)
     (_, unnamed), (_, web) = sink.records
@@ -127,42 +136,41 @@ def test_validation_sets_have_scalars_and_lengths_of_their_own() -> None:
 
 def test_heads_that_do_not_run_cost_no_flops() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=3)
+    logger = MetricsLogger([sink], RATES, 4)
     one = HeadMetrics(losses=(1.0,), accuracies=(0.5,), total=1.0)
     for step, heads in enumerate([HEADS, HEADS, one, one], 1):
-        logger.on_step(make_step(step, 40, 1.0, heads))
+        logger.on_step(make_step(step, 40, 1.0, heads, () if step == 2 else RANKS))
     flops = [scalars["throughput/model_flops_per_second"] for _, scalars in sink.records]
     assert flops == [40_000, (40_000 + 20_000) / 2, 20_000]
 
 
 def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], Rates([500, 1_000], None, {}), total_steps=2, log_every=1)
-    logger.on_start()
+    logger = MetricsLogger([sink], Rates([500, 1_000], None, {}), 2)
+    logger.on_start(0)
     for step in (1, 2):
         logger.on_step(make_step(step))
     assert [scalars["throughput/mfu"] for _, scalars in sink.records] == [0, 0]
     assert len(sink.notes) == 1 and "throughput/mfu" in sink.notes[0]
 
     known = Recorder()
-    MetricsLogger([known], RATES, total_steps=2, log_every=1).on_start()
+    MetricsLogger([known], RATES, 2).on_start(0)
     assert known.notes == []
 
 
 def test_a_pipeline_has_the_memory_of_each_stage_and_its_bubble() -> None:
     sink = Recorder()
-    logger = MetricsLogger([sink], RATES, total_steps=4, log_every=2)
+    logger = MetricsLogger([sink], RATES, 4)
     of_stages = [(0, 0.3, 11), (0, 0.1, 12), (1, 0.4, 13), (1, 0.4, 10)]
     ranks = [RankFigures(stage, 0.25 * stage, busy, 0.4, memory) for stage, busy, memory in of_stages]
     for step in (1, 2):
-        logger.on_step(make_step(step, ranks=ranks))
-    _, scalars = sink.records[-1]
+        logger.on_step(make_step(step, ranks=ranks if step == 2 else ()))
+    [(_, scalars)] = sink.records
     assert scalars["memory/peak_bytes/stage_0"] == 12 and scalars["memory/peak_bytes/stage_1"] == 13
     assert scalars["memory/peak_bytes"] == 13
     assert scalars["throughput/pipeline_bubble"] == pytest.approx(1 - 0.3 / 0.4)
-    assert scalars["throughput/data_wait_share"] == 0.5
+    assert scalars["throughput/data_wait_share"] == 0.25, "of two steps of half a second"
     logger.on_step(make_step(3))
-    logger.on_step(make_step(4))
     assert not any("stage" in name or "bubble" in name for name in sink.records[-1][1]), "one stage"
 
 
@@ -173,13 +181,13 @@ def test_bits_per_byte() -> None:
 
 def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
     path, directory = tmp_path / "new" / "metrics.jsonl", tmp_path / "new" / "tensorboard"
-    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory, [None])], RATES, total_steps=4, log_every=2)
-    logger.on_start()
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory, [None])], RATES, 4)
+    logger.on_start(0)
     for step in range(1, 5):
         heads = HeadMetrics((1 / step, 2 / step), (step / 7, step / 9), 3 / step)
-        logger.on_step(make_step(step, seconds=0.3 * step, heads=heads))
+        logger.on_step(make_step(step, seconds=0.3 * step, heads=heads, ranks=() if step == 3 else RANKS))
     logger.on_validation(4, None, HEADS)
-    logger.on_end()
+    logger.on_end(Reason.LAST_STEP)
 
     *training, validation = read_lines(path)
     assert [set(line) - {"step"} for line in training] == [STEP_NAMES] * 3
@@ -197,7 +205,7 @@ def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
 
 
 def test_the_heads_share_one_chart(tmp_path: Path) -> None:
-    TensorBoardWriter(tmp_path, [None, "web"]).close()
+    TensorBoardWriter(tmp_path, [None, "web"]).close(failed=False)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     encoded = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
@@ -221,14 +229,76 @@ def test_each_line_is_there_at_once_and_a_restart_keeps_those_of_updates_made(tm
     lines = read_lines(path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert [line["throughput/tokens_per_second"] for line in lines] == [200.0, 200.0, 100.0]
-    killed.close()
-    resumed.close()
+    killed.close(failed=False)
+    resumed.close(failed=False)
 
 
 def test_a_diverged_run_leaves_valid_json(tmp_path: Path) -> None:
     sink = MetricsFile(tmp_path / "metrics.jsonl")
     sink.write(1, {"loss/head_1": math.nan, "train/grad_norm": math.inf, "loss/total": 2.0})
-    sink.close()
+    sink.close(failed=False)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert json.loads(text) == {"step": 1, "loss/head_1": None, "train/grad_norm": None, "loss/total": 2.0}
+
+
+@contextmanager
+def no_room(free: int = 0) -> Iterator[None]:
+    """Files that are larger than that many bytes do not grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_told_once_and_nothing_is_lost_of_the_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, seen = tmp_path / "metrics.jsonl", Recorder()
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(tmp_path / "tensorboard", [None]), seen], RATES, 6)
+    logger.on_step(make_step(1))
+    with no_room(path.stat().st_size + 5):
+        for step in range(2, 5):
+            logger.on_step(make_step(step))
+            logger.note("still here")
+        time.sleep(0.5)  # TensorBoard writes in a thread
+        logger.on_step(make_step(5))
+    assert path.read_text().count("\n") < 5
+    logger.on_step(make_step(6))
+    logger.on_end(Reason.LAST_STEP)
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5, 6] == [step for step, _ in seen.records]
+    warnings = capsys.readouterr().err.splitlines()
+    assert [warning.partition(" cannot")[0] for warning in warnings] == [
+        "warning: metrics.jsonl",
+        "warning: TensorBoard's file",
+    ]
+
+
+def test_events_survive_a_full_disk_and_half_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "events.jsonl"
+    EventLog(path, 0).record("start", "begins")
+    with path.open("a") as file:
+        file.write('{"time": "20')
+    events = EventLog(path, 3)
+    events.record("note", "goes on")
+    with no_room(path.stat().st_size + 5):
+        events.record("note", "lost")
+        events.record("note", "lost")
+    events.record("note", "there is room again")
+    assert [line["text"] for line in read_lines(path)] == ["begins", "goes on", "there is room again"]
+    assert capsys.readouterr().err.count("events.jsonl cannot be written, training goes on") == 1
+
+
+def test_a_note_has_its_step_and_none_comes_after_the_end(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path, [None], 3)
+    writer.advance(4)
+    writer.note("a note")
+    writer.close(failed=False)
+    writer.note("too late")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Tensors("note/text_summary")] == [4]
+    assert len(list(tmp_path.iterdir())) == 1

@@ -12,7 +12,7 @@ import torch
 from mtp_dist.config import ConfigError
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training import profiling
-from mtp_dist.training.callbacks import Callback
+from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.metrics import StepMetrics
 from mtp_dist.training.profiling import check_profile, profiling_callbacks
 from tests.integration import jobs
@@ -27,22 +27,22 @@ def topology_of(rank: int) -> Topology:
     return Topology(tensor=1, pipeline=1, data=4, tensor_rank=0, pipeline_rank=0, data_rank=rank, device=CPU)
 
 
-def callbacks_of(folder: Path, rank: int, said: list[str], made: int = 0, memory: bool = False, **log: Any) -> Any:
+def callbacks_of(folder: Path, rank: int, said: list[str], memory: bool = False, **log: Any) -> Any:
     config = tiny_config(run={"output_dir": str(folder)}, log=log)
-    return profiling_callbacks(config, topology_of(rank), made, memory, said.append)
+    return profiling_callbacks(config, topology_of(rank), memory, said.append)
 
 
-def run(callbacks: list[Callback], first: int, last: int) -> None:
+def run(callbacks: list[Callback], first: int, last: int, reason: Reason = Reason.LAST_STEP) -> None:
     """A training of these steps, each a matmul that is as many rows high as its number."""
     for callback in callbacks:
-        callback.on_start()
+        callback.on_start(first - 1)
     for step in range(first, last + 1):
         with torch.profiler.record_function(f"this is step {step}"):
             torch.ones(step, 2) @ torch.ones(2, 2)
         for callback in callbacks:
             callback.on_step(cast(StepMetrics, SimpleNamespace(step=step)))
     for callback in callbacks:
-        callback.on_end()
+        callback.on_end(reason)
 
 
 def traced(file: Path) -> list[int]:
@@ -65,13 +65,23 @@ def traced(file: Path) -> list[int]:
 )
 def test_the_steps_that_are_asked_for(tmp_path: Path, made: int, ends_after: int, expected: list[int]) -> None:
     said: list[str] = []
-    run(callbacks_of(tmp_path, 2, said, made, profile_steps=[5, 7], profile_ranks=[2]), made + 1, ends_after)
+    run(callbacks_of(tmp_path, 2, said, profile_steps=[5, 7], profile_ranks=[2]), made + 1, ends_after)
     files = list(tmp_path.glob("profile/*"))
     assert [file.name for file in files] == (
         [f"rank_00002_steps_{expected[0]}-{expected[-1]}.json.gz"] if expected else []
     )
     assert [traced(file) for file in files] == [expected] * len(files)
     assert said == [f"profile of rank 2, steps {expected[0]}-{expected[-1]}: {file}" for file in files]
+
+
+def test_after_going_back_the_steps_are_those_that_are_made_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    callbacks = callbacks_of(tmp_path, 2, said, profile_steps=[5, 7], profile_ranks=[2])
+    run(callbacks, 1, 6, Reason.SPIKE)
+    run(callbacks, 4, 9)
+    files = sorted(tmp_path.glob("profile/*"))
+    assert [file.name.partition("steps_")[2] for file in files] == ["5-6.json.gz", "5-7.json.gz"]
+    assert [traced(file) for file in files] == [[5, 6], [5, 6, 7]]
 
 
 def test_rank_0_says_what_others_trace_and_others_do_nothing(tmp_path: Path) -> None:
@@ -157,6 +167,8 @@ def test_memory_is_looked_at_once(tmp_path: Path, allocator: list[str], log: dic
     run(callbacks_of(tmp_path, 0, said, memory=True, **log), after, 5)
     assert allocator[2:] == ["memory_rank_00000.pickle", "history None"]
     assert said[-1] == f"memory snapshot of rank 0, after step {after}: {tmp_path}/profile/memory_rank_00000.pickle"
+    run(callbacks_of(tmp_path, 0, said, memory=True, **log), 1, after - 1, Reason.SPIKE)
+    assert len(allocator) == 4, "after going back the history goes on"
     assert callbacks_of(tmp_path, 1, said, memory=True, **log) == []
 
 
@@ -170,7 +182,7 @@ def test_memory_is_looked_at_where_it_is_exhausted(
     said: list[str] = []
     [callback] = callbacks_of(tmp_path, 0, said, memory=True)
     with pytest.raises(error), ExitStack() as ends:
-        ends.callback(callback.on_end)
+        ends.callback(callback.on_end, None)
         raise error("no memory")
     assert allocator == ["memory_rank_00000.pickle"] * snapshots + ["history None"]
     assert len(said) == snapshots and all("out of memory" in text for text in said)

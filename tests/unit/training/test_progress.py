@@ -34,7 +34,7 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
         clock[0] += 60.0 if step == 19 else 0.0
     bar.write(20, validation_scalars(HEADS, None, 1.0))
     bar.write(20, validation_scalars(HEADS, "web", 1.0))
-    bar.close()
+    bar.close(failed=False)
     note, first, second, validation, on_web = output.getvalue().splitlines()
     assert on_web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
     assert note == "a [note]"
@@ -67,7 +67,7 @@ def test_a_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch
         clock[0] += 2.0
     bar.write(30, SCALARS)
     bar.write(30, validation_scalars(HEADS, None, 1.0))
-    bar.close()
+    bar.close(failed=False)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
     assert "30/50" in plain and "0:00:40 left" in plain
     assert "head losses 2.2500 3.5000 4.1250 | total 9.8750" in plain and "step 30/50 |" not in plain

@@ -10,15 +10,16 @@ HOSTS = ["node-0", "node-0", "node-1", "node-1"]
 STAGES = [0, 0, 1, 1]
 
 
-def reports(steps: Sequence[Sequence[tuple[float, float]]], log_every: int = 1) -> list[str]:
-    """Of steps of one second; each has each rank's busy seconds and seconds of waiting for samples."""
+def reports(intervals: Sequence[Sequence[tuple[float, float]]], steps: int = 1) -> list[str]:
+    """Of log intervals of some steps of one second; each has each rank's busy seconds, and those of waiting."""
     said: list[str] = []
-    stragglers = Stragglers(HOSTS, log_every, said.append)
-    for step, of_ranks in enumerate(steps, 1):
+    stragglers = Stragglers(HOSTS, said.append)
+    for of_ranks in intervals:
         ranks = [
             RankFigures(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, of_ranks, strict=True)
         ]
-        stragglers.on_step(StepMetrics(step, HEADS, 1.0, {}, 1e-3, 1, 1.0, {}, ranks))
+        for figures in [()] * (steps - 1) + [ranks]:
+            stragglers.on_step(StepMetrics(1, HEADS, 1.0, {}, 1e-3, 1, 1.0, {}, figures))
     return said
 
 
@@ -46,6 +47,6 @@ def test_a_rank_that_waits_for_its_samples_is_named() -> None:
 
 
 def test_the_steps_of_an_interval_count_together() -> None:
-    assert reports([SLOW, EVEN, EVEN, EVEN] * 4, log_every=4) == []
-    assert len(reports([SLOW, SLOW, SLOW, EVEN] * 4, log_every=4)) == 1
-    assert reports([SLOW] * 11, log_every=4) == []
+    assert reports([LATE] * 4, steps=5) == [], "0.4 of 5 seconds"
+    assert len(reports([LATE] * 4, steps=3)) == 1
+    assert reports([SLOW] * 2, steps=9) == []
