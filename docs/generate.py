@@ -252,12 +252,12 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
                 f"{result['step_seconds']['without']:.3f}",
                 f"{result['step_seconds']['with']:.3f}",
                 f"{result['ratio'] - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})",
-                f"{result['processor_ratio'] - 1:+.2%}",
+                f"{result['seconds_within'] * 1e3:.1f} ms, {result['share_within']:.2%}",
             ]
         )
     machine = results[0]["machine"]
     header = ["model, tensor x pipeline x data", "seconds a step without", "with", "more, and its quartiles"]
-    shown = table([*header, "processor time"], rows)
+    shown = table([*header, "time within it"], rows)
     return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
-from mtp_dist.training.callbacks import Reason
+from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.rank_logs import copy_output
 from mtp_dist.training.stopping import REQUEUE, StopSignals
 from mtp_dist.training.watchdog import Watchdog
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mtp_dist.data.loading import Datasets
     from mtp_dist.data.tokenizer import Tokenizer
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.training.callbacks import Callback
     from mtp_dist.training.reporting import RunReporter
 
 SECONDS_FOR_RANK_0 = 10
@@ -172,7 +171,7 @@ def _reporter(
     return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
 
 
-def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> "list[Callback]":
+def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> list[Callback]:
     """hosts: name of each rank's machine."""
     from mtp_dist.training.stragglers import Stragglers
 
