@@ -174,6 +174,7 @@ def data_speed_section(result: dict[str, Any]) -> str:
             f"{after:.1f}" if (after := row.get("after_the_start_megabytes_per_second")) else "not measured",
             f"{row['bare_megabytes_per_second']:,.1f}",
             f"{row['ratio']:.2f}",
+            f"{share:.0%}" if (share := row["share_in_tokenizer"]) else "",
         ]
         for row in result["preparation"]
     ]
@@ -194,6 +195,7 @@ def data_speed_section(result: dict[str, Any]) -> str:
         "after its start",
         "tokenizer alone MB/s",
         "ratio",
+        "time within the tokenizer",
     ]
     return "\n".join(
         [

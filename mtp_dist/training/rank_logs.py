@@ -3,6 +3,7 @@
 import atexit
 import os
 import platform
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from pathlib import Path
 LOGS = "logs"
 EARLIER = "earlier"
 """Folder in `logs/` for the files of an earlier run, until rank 0 sets all of that run aside."""
-TEE = ("sh", "-c", "trap '' HUP INT QUIT TERM USR1 USR2; exec tee -a \"$0\"")
+NOT_FOR_COPIERS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 """Launchers and SLURM signal every process of a job; a copier that ended then would break the save that follows."""
 SECONDS_TO_END = 5.0
 
@@ -57,7 +58,11 @@ def _move_earlier_files(folder: Path, rank: int, ranks: int) -> None:
 def _copy(descriptor: int, path: Path) -> tuple[int, int, subprocess.Popen[bytes]]:
     """The descriptor, one of what it led to before, and the process that now reads it."""
     before = os.dup(descriptor)
-    tee = subprocess.Popen([*TEE, str(path)], stdin=subprocess.PIPE, stdout=before, start_new_session=True)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIERS)  # which children inherit
+    try:
+        tee = subprocess.Popen(["tee", "-a", path], stdin=subprocess.PIPE, stdout=before, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     assert tee.stdin
     os.dup2(tee.stdin.fileno(), descriptor)
     tee.stdin.close()

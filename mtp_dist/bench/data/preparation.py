@@ -9,12 +9,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 
+from mtp_dist.bench.data.timed_tokenizer import TimedTokenizer
 from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.config import ConfigError
+from mtp_dist.data import preparation
 from mtp_dist.data.documents import WorkUnit
 from mtp_dist.data.encoding import UnitSummary, in_batches
 from mtp_dist.data.inputs import UNIT_BYTES, InputOptions, open_inputs
@@ -45,7 +48,7 @@ class _BareTokenizer:
             if isinstance(self.tokenizer, HuggingFaceTokenizer):
                 texts = [document.decode(errors="replace") for document in batch]
                 start = time.perf_counter()
-                self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
+                self.tokenizer.encode_texts(texts)
             else:
                 start = time.perf_counter()
                 self.tokenizer.encode_batch(batch)
@@ -74,10 +77,19 @@ def measure_preparation(
 
     Both use the same number of processes, in turns. The bare tokenizer's rate is the bytes over the seconds within it,
     averaged over the processes; `prepare`'s over the seconds from call to finished corpus, with its processes' starts,
-    but not with the first import of Megatron-core. Raises ConfigError.
+    but not with the first import of Megatron-core. Of a Hugging Face tokenizer also the share of the processes' time in
+    `prepare` itself that is spent within the tokenizer, which knows no noise between runs. Raises ConfigError.
     """
     with tempfile.TemporaryDirectory() as scratch:
         return [_row(folder, glob, name, workers, rounds, unit_bytes, Path(scratch)) for name in tokenizers]
+
+
+def _timed(tokenizer: Tokenizer, notes: Path) -> Tokenizer:
+    """The same, which notes its seconds where it is one of Hugging Face."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.__class__ = TimedTokenizer
+        cast(TimedTokenizer, tokenizer).notes = notes
+    return tokenizer
 
 
 def _row(
@@ -93,6 +105,7 @@ def _row(
     first = _FirstUnit()
     prepared = prepare(request, first)  # imports Megatron-core, and has the files in the page cache
     after_the_start: list[float] = []
+    notes, shares = scratch / "seconds", list[float]()
 
     def clear(_: str) -> None:
         for suffix in (".bin", ".idx", ".json"):
@@ -103,7 +116,14 @@ def _row(
         within.append(sum(seconds for _, seconds in timed) / workers)
 
     def run_prepare() -> None:
-        size = prepare(request, first).description.bytes
+        notes.unlink(missing_ok=True)
+        timed = _timed(build_tokenizer(path, "--tokenizer"), notes)
+        with patch.object(preparation, "build_tokenizer", lambda *_: timed):
+            start = time.perf_counter()
+            size = prepare(request, first).description.bytes
+        if notes.exists():
+            in_tokenizer = sum(map(float, notes.read_text().split()))
+            shares.append(in_tokenizer / workers / (time.perf_counter() - start))
         after_the_start.append((size - first.bytes) / 1e6 / (time.perf_counter() - first.at))
 
     clear("")
@@ -118,6 +138,8 @@ def _row(
         "after_the_start_megabytes_per_second": statistics.median(after_the_start),
         "bare_megabytes_per_second": megabytes / statistics.median(within),
         "ratio": statistics.median(alone / all_of_it for alone, all_of_it in zip(within, whole, strict=True)),
+        "share_in_tokenizer": statistics.median(shares) if shares else None,
+        "shares_by_round": shares,
         "seconds_by_round": {"prepare": whole, "bare": within},
     }
 

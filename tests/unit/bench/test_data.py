@@ -16,6 +16,8 @@ def test_prepare_is_measured_beside_its_tokenizer(tmp_path: Path) -> None:
     for row in rows:
         assert min(row["prepare_megabytes_per_second"], row["bare_megabytes_per_second"]) > 0
         assert all(len(seconds) == 2 for seconds in row["seconds_by_round"].values())
+    assert [len(row["shares_by_round"]) for row in rows] == [0, 2]
+    assert all(0 < share < 1 for share in rows[1]["shares_by_round"])
     loader = measure_loader(rounds=1, corpus_tokens=50_000, seconds=0.05)
     assert [row["sequence_length"] for row in loader] == list(SEQUENCE_LENGTHS)
     assert all(row["samples_tokens_per_second"] > 0 < row["with_targets_tokens_per_second"] for row in loader)
