@@ -29,6 +29,9 @@ class Stragglers(Callback):
         self._slow_intervals = [0] * len(hosts)
         self._late_intervals = [0] * len(hosts)
 
+    def on_start(self, updates_made: int) -> None:
+        self._seconds = 0.0  # the ranks' figures begin anew, too
+
     def on_step(self, metrics: StepMetrics) -> None:
         self._seconds += metrics.seconds
         if metrics.ranks:

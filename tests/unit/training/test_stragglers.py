@@ -50,3 +50,15 @@ def test_the_steps_of_an_interval_count_together() -> None:
     assert reports([LATE] * 4, steps=5) == [], "0.4 of 5 seconds"
     assert len(reports([LATE] * 4, steps=3)) == 1
     assert reports([SLOW] * 2, steps=9) == []
+
+
+def test_after_going_back_the_time_before_does_not_count() -> None:
+    said: list[str] = []
+    stragglers = Stragglers(HOSTS, said.append)
+    ranks = [RankFigures(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, LATE, strict=True)]
+    for _ in range(INTERVALS):
+        for figures in ((), (), (), (), ranks):
+            stragglers.on_step(StepMetrics(1, HEADS, 1.0, {}, 1e-3, 1, 1.0, {}, figures))
+            if not figures:
+                stragglers.on_start(0)
+    assert len(said) == 1
