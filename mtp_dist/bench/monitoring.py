@@ -107,30 +107,25 @@ def _training(
 
 def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[str, Any]:
     """Medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
-    instructions, wrapped, training, whole = (_Stopwatch() for _ in range(4))
+    instructions, wrapped, training = (_Stopwatch() for _ in range(3))
     with tempfile.TemporaryDirectory() as folder, Watchdog(config.run.step_timeout, topology.rank) as watchdog:
         with _timed_instructions(instructions):
             trainer, batches = _training(config, topology, folder, 2 * (rounds + 1) * config.log.every, watchdog)
         engine = trainer.engine
         made = 0
-        within: list[float] = []
+        elsewhere: list[float] = []
 
         def with_all() -> None:
             nonlocal made
-            for stopwatch in (instructions, wrapped, training, whole):
+            for stopwatch in (instructions, wrapped, training):
                 stopwatch.seconds = 0.0
-            whole.of(make_steps)()
-            inside = wrapped.seconds - instructions.seconds
-            within.append(whole.seconds - training.seconds + inside)
-
-        def make_steps() -> None:
-            nonlocal made
             for _ in range(config.log.every):
                 made += 1
                 watchdog.expect(f"step {made}")
                 metrics, _ = trainer.make_step(made, batches)
                 trainer.tell("on_step", metrics)
                 trainer.spikes.take(metrics.heads.losses[0])
+            elsewhere.append(training.seconds - (wrapped.seconds - instructions.seconds))
 
         def without() -> None:
             nonlocal made
@@ -148,6 +143,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
         seconds = paired_seconds({"with": with_all, "without": without}, rounds, topology.device)
         trainer.tell("on_end", Reason.LAST_STEP)
         batches.close()
+    within = sum(seconds["with"]) - sum(elsewhere[1:])
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
     return {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
@@ -156,8 +152,8 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
         "rounds": rounds,
         "steps_of_a_round": config.log.every,
         "step_seconds": {name: statistics.median(of_name) / config.log.every for name, of_name in seconds.items()},
-        "seconds_within": sum(within[1:]) / rounds / config.log.every,
-        "share_within": sum(within[1:]) / sum(seconds["with"]),
+        "seconds_within": within / rounds / config.log.every,
+        "share_within": within / sum(seconds["with"]),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
         "ratios": ratios,

@@ -1,14 +1,19 @@
 """Trainings on every rank in which losses jump, and gradients are not finite, at chosen steps."""
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from mtp_dist.config import ConfigError, load_config
+from mtp_dist.training.callbacks import Callback
 from mtp_dist.training.metrics import StepMetrics
 from mtp_dist.training.spikes import SpikeDetector
+from mtp_dist.training.watchdog import Watchdog
+
+MakeStep = Callable[..., tuple[StepMetrics, int]]
 
 
 class Jumps(SpikeDetector):
@@ -23,6 +28,37 @@ class Jumps(SpikeDetector):
         super().take(loss)
         self.seen += 1
         return "a jump" if self.seen in self.at else None
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, tuple[float, ...]]] = []
+        self.logged: list[tuple[int, float, float]] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.losses.append((metrics.step, metrics.heads.losses))
+        for figures in metrics.ranks[:1]:
+            self.logged.append((metrics.step, figures.busy_seconds, figures.schedule_seconds))
+
+
+class Listening(Watchdog):
+    def __init__(self) -> None:
+        super().__init__(None, 0)
+        self.parts: list[str] = []
+
+    def expect(self, part: str) -> None:
+        self.parts.append(part)
+
+
+def skipping(make_step: MakeStep, skips: Collection[int]) -> MakeStep:
+    """The same, which calls chosen ones of all steps that are made skipped, counted from 1."""
+    made = itertools.count(1)
+
+    def make(*arguments: Any) -> tuple[StepMetrics, int]:
+        metrics, signal = make_step(*arguments)
+        return replace(metrics, skipped="a fault" if next(made) in skips else None), signal
+
+    return make
 
 
 class Trained(NamedTuple):
@@ -55,38 +91,11 @@ def train(
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
-    from mtp_dist.training.batches import Batches
-    from mtp_dist.training.callbacks import Callback
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.reporting import RunReporter
     from mtp_dist.training.stopping import StopSignals
-    from mtp_dist.training.watchdog import Watchdog
-
-    parts: list[str] = []
-
-    class Losses(Callback):
-        def __init__(self) -> None:
-            self.losses: list[tuple[int, tuple[float, ...]]] = []
-            self.logged: list[tuple[int, float, float]] = []
-
-        def on_step(self, metrics: StepMetrics) -> None:
-            self.losses.append((metrics.step, metrics.heads.losses))
-            for figures in metrics.ranks[:1]:
-                self.logged.append((metrics.step, figures.busy_seconds, figures.schedule_seconds))
-
-    class Listening(Watchdog):
-        def expect(self, part: str) -> None:
-            parts.append(part)
-
-    class Skipping(Trainer):
-        made = 0
-
-        def make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
-            metrics, signal = super().make_step(step, batches)
-            self.made += 1
-            return replace(metrics, skipped="a fault" if self.made in skips else None), signal
 
     config = load_config(path)
     device, vocab_size = select_device(config), vocabulary_size(config)
@@ -102,13 +111,13 @@ def train(
         point = ResumePoint(folder, description.step, recent_losses=description.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
-    recorder, callbacks, reporter = Losses(), list[Any](), None
+    recorder, watchdog, callbacks, reporter = Recorder(), Listening(), list[Any](), None
     if topology.rank == 0:
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, point)
         callbacks = [reporter]
     saver = CheckpointSaver(config, vocab_size, engine, groups, print)
-    watchdog = Listening(None, topology.rank)
-    trainer = Skipping(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
+    trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
+    trainer.make_step = skipping(trainer.make_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
     trainer.spikes = Jumps(jumps)
     try:
@@ -116,5 +125,5 @@ def train(
     except ConfigError as error:
         reason = str(error)
     saver.join()
-    ways_back = [part for part in parts if "back" in part]
+    ways_back = [part for part in watchdog.parts if "back" in part]
     return Trained(reason, recorder.losses, trainer.spikes.losses, recorder.logged, ways_back)
