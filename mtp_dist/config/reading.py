@@ -11,7 +11,8 @@ import yaml
 
 from mtp_dist.config.base import ConfigError
 from mtp_dist.config.rotary import RopeScalingConfig
-from mtp_dist.config.sections import Config, SourceConfig, contradictions
+from mtp_dist.config.sections import Config, SourceConfig
+from mtp_dist.config.validation import contradictions
 
 
 class _YamlLoader(yaml.SafeLoader):

@@ -23,25 +23,29 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "model": {"config"},
     "loss": {"config"},
     "planner": {"config"},
+    "distributed": {"config"},
     "data": {"config", "disk"},
-    "parallel": {"model", "loss", "planner"},
-    "checkpoint": {"parallel", "disk"},
+    "parallel": {"model", "loss", "planner", "distributed"},
+    "engine": {"parallel"},
+    "monitoring": {"distributed", "planner"},
+    "checkpoint": {"engine", "disk"},
     "convert": {"checkpoint", "model", "data"},
-    "training": {"checkpoint", "parallel", "data", "loss"},
+    "training": {"checkpoint", "monitoring", "engine", "data", "loss"},
+    "verify": {"training"},
     "inference": {"convert", "model"},
     "evaluation": {"inference"},
     "analysis": {"inference"},
-    "bench": {"evaluation", "analysis", "training"},
-    "pretrain": {"evaluation", "analysis", "training"},
+    "bench": {"evaluation", "analysis", "verify"},
+    "pretrain": {"evaluation", "analysis", "verify"},
     "report": {"config"},
-    "cli": {"evaluation", "analysis", "training", "bench", "pretrain", "report"},
+    "cli": {"evaluation", "analysis", "verify", "bench", "pretrain", "report"},
 }
 ROOMS = frozenset(DIRECTLY_BELOW)
 
 # The rooms that may import a library.
 LIBRARY_ROOMS = {
-    "deepspeed": frozenset({"parallel", "checkpoint", "bench"}),
-    "megatron": frozenset({"model", "loss", "parallel", "data", "bench"}),
+    "deepspeed": frozenset({"parallel", "engine", "checkpoint", "bench"}),
+    "megatron": frozenset({"model", "loss", "distributed", "parallel", "engine", "data", "bench"}),
     "torch": ROOMS - {"planner", "config"},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mtp_dist.config import Config, ConfigError, build_config, load_config
-from mtp_dist.config.sections import DERIVED_DEEPSPEED_KEYS
+from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 BASE_TEXT = """\

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mtp_dist.config.sections import DERIVED_DEEPSPEED_KEYS
+from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from tests.parity.runs import tiny_config
 

@@ -1,0 +1,116 @@
+"""Settings that are incompatible with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mtp_dist.config.heads import contradictions_of_heads
+from mtp_dist.config.rotary import contradictions_of_rope_scaling
+from mtp_dist.config.sections import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
+
+DERIVED_DEEPSPEED_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+    "data_types zero_optimization zero_allow_untested_optimizer pipeline steps_per_print optimizer scheduler".split()
+)
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Yield one sentence for each pair of keys that cannot stand together."""
+    model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
+
+    def indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:
+        if value % divisor:
+            yield f"{key} = {value} is not divisible by {divisor_key} = {divisor}: change one of the two"
+
+    yield from indivisible(
+        "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
+    )
+    yield from indivisible(
+        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
+    )
+    yield from _contradictions_of_rotary_embeddings(model)
+    for key, value in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.query_groups),
+        ("model.ffn_hidden_size", model.ffn_size),
+    ):
+        yield from indivisible(key, value, "parallel.tensor", parallel.tensor)
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
+    if parallel.sequence:
+        yield from indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
+    if parallel.zero_stage > 1:
+        yield (
+            f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
+            "within a step, which the pipeline's micro-batch loop cannot do"
+        )
+    if parallel.pipeline > model.trunk_layers:
+        yield (
+            f"parallel.pipeline = {parallel.pipeline} stages are more than model.trunk_layers = {model.trunk_layers} "
+            f"layers: use at most {model.trunk_layers} stages"
+        )
+    if parallel.partition == "uniform":
+        yield from indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
+    elif parallel.partition != "balanced":
+        if len(parallel.partition) != parallel.pipeline or sum(parallel.partition) != model.trunk_layers:
+            yield (
+                f"parallel.partition = {list(parallel.partition)} must list parallel.pipeline = {parallel.pipeline} "
+                f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
+            )
+        if 0 in parallel.partition[:-1]:
+            yield (
+                f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
+                "stage, which has the heads, may have 0 trunk layers"
+            )
+    yield from _contradictions_of_profile(config.log, train.steps)
+    yield from _contradictions_of_retention(config.checkpoint)
+    if train.spike_rollback and train.spike_deviations is None:
+        yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
+    yield from _contradictions_of_sources(config.data)
+    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
+    if max(config.optimizer.betas) >= 1:
+        yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
+    for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
+        yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
+    if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
+            "even number of channels in an attention head"
+        )
+    if model.rope_scaling:
+        yield from contradictions_of_rope_scaling(model.rope_scaling)
+
+
+def _contradictions_of_profile(log: LogConfig, steps: int) -> Iterator[str]:
+    if log.profile_steps is None:
+        return
+    first, last = log.profile_steps
+    if first > last:
+        yield f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"
+    if last > steps:
+        yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps that are made"
+
+
+def _contradictions_of_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield (
+            f"checkpoint.keep_every = {checkpoint.keep_every} needs checkpoint.keep_last: without that every "
+            "checkpoint is kept"
+        )
+
+
+def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:
+    if len({source.stream for source in data.train}) > 1:
+        yield (
+            "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
+            "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`"
+        )
+    named = [source.name for source in data.train if source.name]
+    if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
+        yield f"data.train has sources with the names {named}: give each a `name` of its own that is no number"
+    names = [source.name for source in data.validation]
+    if len(names) > 1 and (None in names or len(set(names)) < len(names)):
+        yield f"data.validation has {len(names)} sets with the names {names}: give each a `name` of its own"
