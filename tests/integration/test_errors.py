@@ -72,10 +72,35 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "small vocabulary": (["model.vocab_size=100"], ["model.vocab_size = 100", "257"]),
 }
 
+FAULTS = {
+    "7.A11": {
+        "DeepSpeed key that nobody reads": (
+            ["deepspeed.wall_clok=true"],
+            ["deepspeed.wall_clok", "DeepSpeed reads no"],
+        ),
+        "nested DeepSpeed key that nobody reads": (
+            ["deepspeed.flops_profiler={enabled: false, modul: 1}"],
+            ["deepspeed.flops_profiler.modul"],
+        ),
+        "DeepSpeed value that it refuses": (
+            ["deepspeed.comms_logger={enabled: maybe}"],
+            ["deepspeed.comms_logger.enabled", "boolean"],
+        ),
+    },
+}
+"""Mistakes that once went unnoticed or ended in a traceback, by the marker of their regression test."""
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *MISTAKES,
+        *(pytest.param(name, marks=pytest.mark.regression(line)) for line, names in FAULTS.items() for name in names),
+    ],
+)
 def test_mistake_in_the_configuration(capsys: pytest.CaptureFixture[str], config: Path, mistake: str) -> None:
-    overrides, named = MISTAKES[mistake]
+    known = {name: case for cases in (MISTAKES, *FAULTS.values()) for name, case in cases.items()}
+    overrides, named = known[mistake]
     message = error_of(capsys, config, *overrides)
     assert all(part in message for part in named), message
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -86,7 +87,6 @@ WRONG_VALUES = {
     "parallel.sequence=1": "parallel.sequence = 1 is wrong: it should be a valid boolean",
     "optimizer.lr=fast": "optimizer.lr = 'fast' is wrong: it should be a valid number",
     "optimizer.lr=.inf": "optimizer.lr = inf is wrong: it should be a finite number",
-    "run.name=7": "run.name = 7 is wrong: it should be a valid string",
     "train.precision=fp16": "train.precision = 'fp16' is wrong: it should be 'bf16' or 'fp32'",
     "train.activation_checkpointing=some": (
         "train.activation_checkpointing = 'some' is wrong: it should be 'none', 'selective' or 'full'"
@@ -272,6 +272,50 @@ def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
     assert config.checkpoint.every == 5, "a section that the file does not have"
 
 
+@pytest.mark.regression("7.A11")
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.output_dir=/x/run #1", "/x/run #1"),
+        ("log.sample_prompt=def f(x): # the sum of", "def f(x): # the sum of"),
+        ("run.name=010", "010"),
+        ("run.name=no", "no"),
+        ("run.name=[a, b]", "[a, b]"),
+        ("run.name=2024-99-99", "2024-99-99"),
+        ("data.tokenizer=null", "null"),
+        ("train.steps=010", 10),
+        ("train.steps=0x10", 16),
+        ("train.steps=1_000", 1000),
+        ("model.rope_scaling.factor=010", 10.0),
+    ],
+)
+def test_overrides_have_the_type_of_their_key(base: Path, override: str, value: object) -> None:
+    scaling = ["model.rope_scaling={rope_type: linear, factor: 2}"] if "rope_scaling" in override else []
+    found: Any = load_config(base, [*scaling, override])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.regression("7.A11")
+@pytest.mark.parametrize("override", ["train.steps=5 # a few", "run.seed=1:30", "train.steps=09x"])
+def test_overrides_that_are_no_number(base: Path, override: str) -> None:
+    key, _, value = override.partition("=")
+    assert message_of(base, [override]) == f"{key} = {value!r} is wrong: it should be a valid integer"
+
+
+def test_optional_text_is_taken_back_with_null(base: Path) -> None:
+    assert load_config(base, ["run.output_dir=/x", "run.output_dir=null"]).run.output_dir is None
+
+
+@pytest.mark.regression("7.A11")
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0o10", 8), ("1_000", 1000)])
+def test_integers_of_a_file_are_decimal(tmp_path: Path, text: str, steps: int) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(BASE_TEXT.replace("steps: 300", f"steps: {text}"))
+    assert load_config(path).train.steps == steps
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3", "10e-4"])
 def test_numbers_with_an_exponent(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
@@ -355,9 +399,10 @@ def test_misspelt_key_of_a_source(tmp_path: Path) -> None:
     assert message_of_text(tmp_path, text) == "data.train.0.splt is not a known key: did you mean data.train.0.split?"
 
 
-@pytest.mark.parametrize("value", ["2024-99-99", "0b_"])
-def test_values_that_yaml_cannot_construct(base: Path, value: str) -> None:
-    assert "run.name" in message_of(base, [f"run.name={value}"])
+@pytest.mark.parametrize("value", ["2024-99-99", "!!int x", "!!bool x", "!!float [1]"])
+def test_values_that_yaml_cannot_construct(tmp_path: Path, value: str) -> None:
+    message = message_of_text(tmp_path, BASE_TEXT.replace("name: base", f"name: {value}"))
+    assert message.startswith("run.yaml is not valid YAML: ") and len(message.splitlines()) == 1
 
 
 def test_every_derived_deepspeed_key_is_owned(base: Path) -> None:
