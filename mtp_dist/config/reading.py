@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -16,7 +17,13 @@ from mtp_dist.config.validation import contradictions
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
+    """YAML 1.2 scalars and YAML as people write it: 1e-4 is a number, 010 is ten, 1:30 and no are text.
+
+    PyYAML implements YAML 1.1, which wants 1.0e-4 and reads the others as 8, 90 and false. A key given twice is an
+    error.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, as PyYAML declares it
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -28,17 +35,46 @@ class _YamlLoader(yaml.SafeLoader):
             seen.append(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        digits = str(self.construct_scalar(node)).replace("_", "")
+        return int(digits, 0 if digits.lstrip("+-")[:2] in ("0x", "0o") else 10)
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_integer)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F_]+|[-+]?0o[0-7_]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+):
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
 def _read_yaml(text: str, origin: str) -> Any:
     try:
         return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, AttributeError, IndexError):  # PyYAML's own constructors: `!!bool x`, `!!int ''`
+        raise ConfigError(f"{origin} is not valid YAML: a tag such as !!int has a value of another type") from None
+
+
+def _read_number(text: str) -> Any:
+    """Return the number or boolean that a YAML scalar is; any other text as it is, which the key's type refuses."""
+    loader = _YamlLoader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except ValueError:
+        return text
+    finally:
+        loader.dispose()
 
 
 def _all_keys() -> list[str]:
@@ -105,6 +141,36 @@ def build_config(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def _value_types(annotation: Any) -> set[Any]:
+    """Return the types that a value may have."""
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_value_types, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _value_types(get_args(annotation)[0])
+    return {annotation}
+
+
+def _types_of(key: Sequence[str]) -> set[Any]:
+    """Return the types that a key's value may have; none if the key is not known."""
+    types: set[Any] = {Config}
+    for name in key:
+        fields = [kind.model_fields[name] for kind in types if name in getattr(kind, "model_fields", {})]
+        types = set().union(*(_value_types(field.annotation) for field in fields))
+    return types
+
+
+def _override_value(key: Sequence[str], text: str, override: str) -> Any:
+    """Return what an override gives its key: for a text key all that follows "=", for a number or a boolean one scalar,
+    for others what YAML makes of it."""
+    types = _types_of(key)
+    given = types - {NoneType}
+    if given and all(kind is str or get_origin(kind) is Literal for kind in given):
+        return None if text == "null" and NoneType in types else text
+    if given and given <= {int, float, bool}:
+        return _read_number(text)
+    return _read_yaml(text, f"the value of the override '{override}'")
+
+
 def _subsection(section: Any, name: str) -> Any:
     """The mapping of that name in a section, made where it is absent or empty; None where there can be none."""
     if not isinstance(section, dict):
@@ -115,7 +181,7 @@ def _subsection(section: Any, name: str) -> Any:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply overrides such as `train.steps=100` (the value is YAML too).
+    """Read a YAML file and apply overrides such as `train.steps=100`; lists and mappings are YAML too.
 
     Raises ConfigError naming the key, its value and what is allowed.
     """
@@ -152,4 +218,4 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
             section = _subsection(section, part)
         if not isinstance(section, dict):
             raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: give it as a whole")
-        section[parts[-1]] = _read_yaml(value, f"the value of the override '{override}'")
+        section[parts[-1]] = _override_value(parts, value, override)

@@ -78,7 +78,7 @@ WRONG_KEYS = {
     "qqqq.every=3": "qqqq is not a known key",
 }
 WRONG_VALUES = {
-    "train.steps='5'": "train.steps = '5' is wrong: it should be a valid integer",
+    "train.steps='5'": """train.steps = "'5'" is wrong: it should be a valid integer""",
     "train.steps=5.0": "train.steps = 5.0 is wrong: it should be a valid integer",
     "train.steps=1e2": "train.steps = 100.0 is wrong: it should be a valid integer",
     "train.steps=true": "train.steps = True is wrong: it should be a valid integer",
@@ -247,7 +247,7 @@ def test_malformed_overrides(base: Path, override: str) -> None:
 def test_overrides_into_what_has_no_keys(base: Path) -> None:
     expected = "in 'train.steps.x=1' train.steps has no keys of its own: give it as a whole"
     assert message_of(base, ["train.steps.x=1"]) == expected
-    assert "is not valid YAML" in message_of(base, ["train.steps=["])
+    assert "is not valid YAML" in message_of(base, ["data.train=["])
 
 
 def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
@@ -284,8 +284,6 @@ def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
         ("run.name=2024-99-99", "2024-99-99"),
         ("data.tokenizer=null", "null"),
         ("train.steps=010", 10),
-        ("train.steps=0x10", 16),
-        ("train.steps=1_000", 1000),
         ("model.rope_scaling.factor=010", 10.0),
     ],
 )
@@ -298,7 +296,7 @@ def test_overrides_have_the_type_of_their_key(base: Path, override: str, value: 
 
 
 @pytest.mark.regression("7.A11")
-@pytest.mark.parametrize("override", ["train.steps=5 # a few", "run.seed=1:30", "train.steps=09x"])
+@pytest.mark.parametrize("override", ["train.steps=5 # a few", "run.seed=1:30"])
 def test_overrides_that_are_no_number(base: Path, override: str) -> None:
     key, _, value = override.partition("=")
     assert message_of(base, [override]) == f"{key} = {value!r} is wrong: it should be a valid integer"
@@ -308,8 +306,15 @@ def test_optional_text_is_taken_back_with_null(base: Path) -> None:
     assert load_config(base, ["run.output_dir=/x", "run.output_dir=null"]).run.output_dir is None
 
 
-@pytest.mark.regression("7.A11")
-@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0o10", 8), ("1_000", 1000)])
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        pytest.param("010", 10, marks=pytest.mark.regression("7.A11")),
+        pytest.param("0o10", 8, marks=pytest.mark.regression("7.A11")),
+        ("0x10", 16),
+        ("1_000", 1000),
+    ],
+)
 def test_integers_of_a_file_are_decimal(tmp_path: Path, text: str, steps: int) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(BASE_TEXT.replace("steps: 300", f"steps: {text}"))
@@ -399,7 +404,7 @@ def test_misspelt_key_of_a_source(tmp_path: Path) -> None:
     assert message_of_text(tmp_path, text) == "data.train.0.splt is not a known key: did you mean data.train.0.split?"
 
 
-@pytest.mark.parametrize("value", ["2024-99-99", "!!int x", "!!bool x", "!!float [1]"])
+@pytest.mark.parametrize("value", ["!!timestamp 2024-99-99", "!!int x", "!!bool x", "!!float [1]"])
 def test_values_that_yaml_cannot_construct(tmp_path: Path, value: str) -> None:
     message = message_of_text(tmp_path, BASE_TEXT.replace("name: base", f"name: {value}"))
     assert message.startswith("run.yaml is not valid YAML: ") and len(message.splitlines()) == 1
