@@ -88,6 +88,11 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
             check_wandb(config)
     vocabulary_size(config)
     check_profile(config, world_size, memory_snapshot, select_device(config))
+    if config.deepspeed:
+        # DeepSpeed looks at the device when it is imported.
+        from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
+
+        check_deepspeed_section(config.deepspeed)
 
 
 def check_folder(key: str, folder: Path) -> None:

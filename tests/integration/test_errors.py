@@ -76,7 +76,7 @@ FAULTS = {
     "7.A11": {
         "DeepSpeed key that nobody reads": (
             ["deepspeed.wall_clok=true"],
-            ["deepspeed.wall_clok", "DeepSpeed reads no"],
+            ["deepspeed.wall_clok", "not a key that DeepSpeed reads"],
         ),
         "nested DeepSpeed key that nobody reads": (
             ["deepspeed.flops_profiler={enabled: false, modul: 1}"],

@@ -1,0 +1,1 @@
+"""The model under DeepSpeed's pipeline engine."""
