@@ -143,6 +143,7 @@ def project_files(root: Path) -> Iterator[Path]:
             for name in folders
             if name not in NOT_OURS and not name.endswith("_cache") and not (here / name / "pyvenv.cfg").exists()
         )
+        files = [name for name in files if name not in NOT_OURS]  # `.git` is a file in a git worktree
         yield from (here / name for name in sorted(files) if not (here / name).is_symlink())
 
 
