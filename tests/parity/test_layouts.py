@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mtp_dist.model.weights import padded_vocab_size
-from tests.errors import largest_error
+from tests.errors import largest_error, norm_error
 from tests.parity.comparison import (
     assert_equals_reference,
     assert_within_bounds,
@@ -71,6 +71,31 @@ def test_bf16(ranks: Ranks, parity_records: Any, curve_steps: int, layout: Any, 
     parity_records.append({"layout": layout, **case, "steps": curve_steps, "errors": errors})
     assert_within_bounds(config, errors)
     assert all(weight.dtype == torch.float32 for weight in run.weights.values())
+
+
+def share_of_bf16_numbers(gradients: dict[str, torch.Tensor]) -> float:
+    entries = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    entries = entries[entries != 0]
+    return float((entries.bfloat16() == entries).float().mean())
+
+
+@pytest.mark.regression("7.A1")
+def test_bf16_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
+    """The micro-batches are the same at both degrees, so only the order of the sum differs."""
+    layouts = [(1, 1, data, False) for data in (1, 4)]
+    configs = [layout_config(layout, 4 // layout[2], train={"precision": "bf16"}) for layout in layouts]
+    one, four = (run_sharded(ranks, config, layout, 1) for config, layout in zip(configs, layouts, strict=True))
+    assert share_of_bf16_numbers(one.gradients) < 0.5, "nor are they rounded where nothing is summed"
+    for name, gradient in one.gradients.items():
+        assert norm_error(four.gradients[name], gradient) <= 1e-5, name
+
+
+def test_bf16_gradients_may_be_summed_in_bf16(ranks: Ranks) -> None:
+    layout = (1, 1, 2, False)
+    config = layout_config(layout, 2, parallel={"grad_reduce_dtype": "bf16"}, train={"precision": "bf16"})
+    run = run_sharded(ranks, config, layout, 1)
+    assert_within_bounds(config, errors_of(run, reference_of(config, 1)))
+    assert share_of_bf16_numbers(run.gradients) == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
