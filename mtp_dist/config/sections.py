@@ -77,6 +77,9 @@ class ParallelConfig(Section):
     """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
     zero_stage: NonNegativeInt = 0
     """0, or 1 to shard the optimizer state over the data-parallel ranks."""
+    grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In which precision the data-parallel ranks sum gradients. `bf16`, only with `train.precision: bf16`, halves the
+    traffic and rounds each gradient to 8 bits, the sum again at each rank."""
     schedule: Literal["1f1b"] = "1f1b"
     """Pipeline schedule."""
     partition: (

@@ -10,7 +10,8 @@ from mtp_dist.config.sections import CheckpointConfig, Config, DataConfig, LogCo
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-    "data_types zero_optimization zero_allow_untested_optimizer pipeline steps_per_print optimizer scheduler".split()
+    "data_types communication_data_type zero_optimization zero_allow_untested_optimizer pipeline steps_per_print "
+    "optimizer scheduler".split()
 )
 
 
@@ -43,6 +44,11 @@ def contradictions(config: Config) -> Iterator[str]:
         yield (
             f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
             "within a step, which the pipeline's micro-batch loop cannot do"
+        )
+    if parallel.grad_reduce_dtype == "bf16" and train.precision != "bf16":
+        yield (
+            f"parallel.grad_reduce_dtype = 'bf16' needs train.precision = 'bf16', not '{train.precision}': gradients "
+            "in fp32 are summed in fp32"
         )
     if parallel.pipeline > model.trunk_layers:
         yield (

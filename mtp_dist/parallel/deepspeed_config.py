@@ -23,6 +23,9 @@ def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
         "gradient_clipping": config.train.grad_clip or float("inf"),
         "bf16": {"enabled": bf16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Without it DeepSpeed rounds the accumulated gradients to bf16, sums them so and copies them back, also with
+        # one data-parallel rank.
+        "communication_data_type": config.parallel.grad_reduce_dtype,
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "zero_allow_untested_optimizer": True,
         # Their default, True, cuts activations over the tensor-parallel ranks as if all held the same: silently wrong

@@ -183,6 +183,11 @@ CONTRADICTIONS = {
         "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
     ),
     ("parallel.zero_stage=1",): None,
+    ("parallel.grad_reduce_dtype=bf16", "train.precision=bf16"): None,
+    ("parallel.grad_reduce_dtype=bf16",): (
+        "parallel.grad_reduce_dtype = 'bf16' needs train.precision = 'bf16', not 'fp32': gradients in fp32 are "
+        "summed in fp32"
+    ),
     ("parallel.zero_stage=2",): (
         "parallel.zero_stage = 2 is not 0 or 1: stages 2 and 3 shard gradients and weights within a step, which the "
         "pipeline's micro-batch loop cannot do"

@@ -24,6 +24,7 @@ def test_precision_and_zero_stage(precision: str, asked: int, stage: int) -> Non
     assert values["zero_optimization"]["stage"] == stage
     assert values["bf16"] == {"enabled": precision == "bf16"}
     assert values["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert values["communication_data_type"] == "fp32"
 
 
 def test_batch_sizes() -> None:
