@@ -18,15 +18,10 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
 def contradictions(config: Config) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
-
-    def indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:
-        if value % divisor:
-            yield f"{key} = {value} is not divisible by {divisor_key} = {divisor}: change one of the two"
-
-    yield from indivisible(
+    yield from _indivisible(
         "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
     )
-    yield from indivisible(
+    yield from _indivisible(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
     )
     yield from _contradictions_of_rotary_embeddings(model)
@@ -35,11 +30,31 @@ def contradictions(config: Config) -> Iterator[str]:
         ("model.num_query_groups", model.query_groups),
         ("model.ffn_hidden_size", model.ffn_size),
     ):
-        yield from indivisible(key, value, "parallel.tensor", parallel.tensor)
+        yield from _indivisible(key, value, "parallel.tensor", parallel.tensor)
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
     if parallel.sequence:
-        yield from indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
+        yield from _indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
+    yield from _contradictions_of_parallelism(config)
+    yield from _contradictions_of_profile(config.log, train.steps)
+    yield from _contradictions_of_retention(config.checkpoint)
+    if train.spike_rollback and train.spike_deviations is None:
+        yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
+    yield from _contradictions_of_sources(config.data)
+    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
+    if max(config.optimizer.betas) >= 1:
+        yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
+    for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
+        yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:
+    if value % divisor:
+        yield f"{key} = {value} is not divisible by {divisor_key} = {divisor}: change one of the two"
+
+
+def _contradictions_of_parallelism(config: Config) -> Iterator[str]:
+    model, parallel, train = config.model, config.parallel, config.train
     if parallel.zero_stage > 1:
         yield (
             f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
@@ -56,7 +71,7 @@ def contradictions(config: Config) -> Iterator[str]:
             f"layers: use at most {model.trunk_layers} stages"
         )
     if parallel.partition == "uniform":
-        yield from indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
+        yield from _indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
     elif parallel.partition != "balanced":
         if len(parallel.partition) != parallel.pipeline or sum(parallel.partition) != model.trunk_layers:
             yield (
@@ -68,16 +83,6 @@ def contradictions(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
                 "stage, which has the heads, may have 0 trunk layers"
             )
-    yield from _contradictions_of_profile(config.log, train.steps)
-    yield from _contradictions_of_retention(config.checkpoint)
-    if train.spike_rollback and train.spike_deviations is None:
-        yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
-    yield from _contradictions_of_sources(config.data)
-    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
-    if max(config.optimizer.betas) >= 1:
-        yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
-    for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
-        yield f"deepspeed.{owned} is derived from the other sections: remove it"
 
 
 def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
