@@ -36,3 +36,28 @@ def test_checkpoints_elsewhere_are_set_aside_too(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["earlier-1", "notes.txt"]
     aside = tmp_path / "saved/earlier-1"
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000010"]
+
+
+@pytest.mark.regression("7.B6")
+def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
+    out, scratch, logs = tmp_path / "out", tmp_path / "scratch", tmp_path / "logs"
+    for folder in (out, scratch, logs):
+        folder.mkdir()
+    (out / "checkpoints").symlink_to(scratch)
+    (out / "tensorboard").symlink_to(Path("..") / "logs")
+    config = tiny_config(run={"output_dir": str(out)})
+    set_earlier_run_aside(config)
+    assert not (out / "earlier-1").exists() and list(scratch.iterdir()) == [], "nothing was there"
+
+    for _ in range(2):
+        (scratch / "step_00000010").mkdir()
+        (scratch / "latest").write_text("step_00000010\n")
+        (logs / "events").touch()
+        (out / "metrics.jsonl").touch()
+        set_earlier_run_aside(config)
+    assert (out / "checkpoints").resolve() == scratch and (out / "tensorboard").resolve() == logs
+    for number in (1, 2):
+        aside = f"earlier-{number}"
+        assert sorted(path.name for path in (scratch / aside).iterdir()) == ["latest", "step_00000010"]
+        assert [path.name for path in (logs / aside).iterdir()] == ["events"]
+        assert [path.name for path in (out / aside).iterdir()] == ["metrics.jsonl"]
