@@ -41,11 +41,22 @@ WRITTEN_BY_A_RUN = (
 )
 
 ANEW = "begins"
+EARLIER = "earlier-"
+"""What the folders' names begin with that the files of earlier runs are moved into."""
 
 
 def set_earlier_run_aside(config: Config) -> None:
-    """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix."""
+    """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix.
+
+    Folders of the run that are links are followed: their content is moved within the folder that they lead to.
+    """
     written = {config.output_dir / name: name for name in WRITTEN_BY_A_RUN}
+    # A link was made so that the files land on another disk: it stays, and what it leads to is moved there.
+    for link in [path for path in written if path.is_symlink() and path.is_dir()]:
+        del written[link]
+        if link.resolve() != config.checkpoint_dir.resolve():
+            kept = (path for path in link.iterdir() if not path.name.startswith(EARLIER))
+            _set_aside(link, {path: path.name for path in kept})
     _set_aside(config.output_dir, written | earlier_logs(config.output_dir, config.log.rank_logs))
     saved = [*sorted(config.checkpoint_dir.glob("step_*")), config.checkpoint_dir / LATEST]
     _set_aside(config.checkpoint_dir, {path: path.name for path in saved})
@@ -56,7 +67,7 @@ def _set_aside(folder: Path, names: Mapping[Path, str]) -> None:
     left = [path for path in names if path.exists()]
     if not left:
         return
-    aside = next(path for number in count(1) if not (path := folder / f"earlier-{number}").exists())
+    aside = next(path for number in count(1) if not (path := folder / f"{EARLIER}{number}").exists())
     aside.mkdir()
     for path in left:
         path.rename(aside / names[path])
