@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.config import ConfigError
 from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
@@ -20,6 +21,8 @@ from mtp_dist.training.reference import mean_losses
 from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, global_batches, tiny_config
 from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
 from tests.ranks import Ranks
+from tests.unit.checkpoint.folders import flip
+from tests.unit.checkpoint.folders import write_checkpoint as write_whole_checkpoint
 from tests.unit.checkpoint.on_ranks import train_part
 from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_same_logits, open_checkpoint, write_checkpoint
 
@@ -206,6 +209,38 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^cannot write --to = '.*': Not a directory"):
         export_checkpoint(tmp_path / "d", tmp_path / "c" / "config.json" / "out", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"], "nothing unfinished is left"
+
+
+@pytest.mark.regression("7.C10")
+def test_only_what_is_read_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moments are two thirds of a checkpoint; neither an export nor a sample reads them."""
+    from mtp_dist.checkpoint import manifest
+
+    folder = write_whole_checkpoint(tmp_path / "checkpoints", 3)
+    shards = sorted(path for path in folder.glob("*.safetensors") if path.name.startswith("model"))
+    flip(folder / "optimizer-00001-of-00002.safetensors", 5000)
+    verified: list[str] = []
+    record_of = manifest.record_of
+
+    def recorded(path: Path, *rest: Any) -> manifest.FileRecord:
+        verified.append(path.name)
+        return record_of(path, *rest)
+
+    monkeypatch.setattr(manifest, "record_of", recorded)
+    load_weights(folder)
+    assert [name for name in verified if name.endswith(".safetensors")] == [path.name for path in shards]
+    verified.clear()
+    seen: list[tuple[int, int]] = []
+    watch = {"watch_check": lambda done, total: seen.append((done, total))}
+    monkeypatch.setattr("mtp_dist.convert.to_huggingface.write_tokenizer", lambda *rest: ("<|endoftext|>", 10))
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "out", None, **watch)
+    assert [name for name in verified if name.endswith(".safetensors")] == [path.name for path in shards]
+    size = sum(path.stat().st_size for path in shards)
+    assert seen[-1] == (size, size), "progress counts the bytes of the weights"
+
+    flip(shards[1], 5000)
+    with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors has the SHA-256"):
+        export_checkpoint(tmp_path / "checkpoints", tmp_path / "other", None)
 
 
 def test_nothing_is_left_of_a_damaged_checkpoint(tmp_path: Path) -> None:
