@@ -216,6 +216,7 @@ def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | N
 
     if config.log.sample_prompt is None:
         return None
+    print(f"Sampling: verifying and reading the weights of {checkpoint}", flush=True)
     prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
     model = ReferenceModel(*load_weights(checkpoint))
     tokens = sample_continuation(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, TensorReader, read_description
-from mtp_dist.checkpoint.manifest import DamagedError, check_content, check_fully, read_manifest, tensor_files
+from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_content, check_weights, read_manifest, tensor_files
 from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
@@ -16,12 +16,12 @@ from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, set_master_
 from mtp_dist.parallel.topology import Topology, gather_over_ranks
 
 
-def load_weights(folder: Path) -> tuple[Config, int, dict[str, Tensor]]:
-    """Configuration, vocabulary size and whole fp32 weights by global name.
+def load_weights(folder: Path, watch: Watch = lambda done, total: None) -> tuple[Config, int, dict[str, Tensor]]:
+    """Return the configuration, the vocabulary size and the whole fp32 weights by global name.
 
-    Raises ConfigError where there are none, or others than were saved.
+    Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
     """
-    check_fully(folder)
+    check_weights(folder, watch)
     description, reader = read_description(folder), TensorReader(folder, MODEL)
     return description.config, description.vocab_size, {name: reader.read(name) for name in reader.homes}
 

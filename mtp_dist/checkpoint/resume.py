@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_dist.checkpoint.files import Description, read_description
 from mtp_dist.checkpoint.folders import candidates, is_checkpoint
-from mtp_dist.checkpoint.manifest import DamagedError, check_fully, check_quickly
+from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_quickly, check_weights
 from mtp_dist.config import Config, ConfigError
 
 FREE = frozenset(
@@ -114,13 +114,13 @@ def checkpoints_in(path: Path) -> list[Path]:
     return [path] if is_checkpoint(path) else candidates(path, _warn)
 
 
-def whole_checkpoint_in(path: Path) -> Path | None:
-    """The folder itself, or the best whole checkpoint in it; all of it was read. None where there is none.
+def whole_checkpoint_in(path: Path, watch: Watch = lambda done, total: None) -> Path | None:
+    """Return the folder itself, or the best checkpoint in it whose weights are intact; None if there is none.
 
-    Raises ConfigError where all are damaged.
+    Raise ConfigError if all are damaged. `watch` follows the verification of the weights.
     """
     folders = checkpoints_in(path)
-    return first_whole(folders, check_fully) if folders else None
+    return first_whole(folders, lambda folder: check_weights(folder, watch)) if folders else None
 
 
 def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[str]:

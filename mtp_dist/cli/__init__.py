@@ -210,12 +210,13 @@ def export_command(
 
     try:
         with _bar() as progress:
-            task = progress.add_task("weights")
+            checked, written = progress.add_task("verifying"), progress.add_task("writing")
             exported = export_checkpoint(
                 Path(checkpoint).expanduser(),
                 Path(to).expanduser(),
                 dtype,
-                lambda done, total: progress.update(task, completed=done, total=total),
+                lambda done, total: progress.update(written, completed=done, total=total),
+                lambda done, total: progress.update(checked, completed=done, total=total),
             )
     except ConfigError as error:
         stop(error)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import MODEL, TensorReader, read_description
+from mtp_dist.checkpoint.manifest import Watch as BytesWatch
 from mtp_dist.checkpoint.resume import whole_checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.card import model_card
@@ -45,16 +46,20 @@ class Exported:
 
 
 def export_checkpoint(
-    checkpoint: Path, target: Path, dtype: str | None, watch: Watch = lambda done, total: None
+    checkpoint: Path,
+    target: Path,
+    dtype: str | None,
+    watch: Watch = lambda done, total: None,
+    watch_check: BytesWatch = lambda done, total: None,
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
 
-    dtype: that of the training when None. Raises ConfigError where there is no checkpoint or no Llama computes its head
-    1, and where the folder exists or cannot be written.
+    dtype: that of the training when None. `watch_check` follows the verification of the weights' files. Raise
+    ConfigError if there is no checkpoint, no Llama computes its head 1, or the folder exists or cannot be written.
     """
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
-    source = whole_checkpoint_in(checkpoint)
+    source = whole_checkpoint_in(checkpoint, watch_check)
     if source is None:
         raise ConfigError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
     description, reader = read_description(source), TensorReader(source, MODEL)

@@ -53,8 +53,11 @@ def test_every_damage_of_every_file_is_found(whole: Path, tmp_path: Path) -> Non
             assert sentence.startswith(f"{folder} is not a checkpoint of ours, or a damaged one: "), (name, damage)
             # A manifest that is still one speaks of another file, or of a file's other name.
             assert name in sentence or name == MANIFEST, (name, damage, sentence)
-            with pytest.raises(DamagedError):
-                load_weights(folder)
+            if "byte" in damage and name.startswith("optimizer-"):
+                load_weights(folder)  # which does not read the moments
+            else:
+                with pytest.raises(DamagedError):
+                    load_weights(folder)
             if "byte" not in damage or (name.endswith(".json") and name != MANIFEST):
                 with pytest.raises(DamagedError):
                     check_quickly(folder)
