@@ -166,6 +166,18 @@ def test_any_shape(tokens: int, entries: int, padding: int, chunk_tokens: int | 
     torch.testing.assert_close(request.weight, F.pad(of_weight, (0, 0, 0, padding)) + 1, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.regression("7.A10")
+def test_losses_over_a_large_vocabulary_have_no_bias() -> None:
+    """PyTorch's softmax on a CPU adds in plain fp32: over 50,000 trained logits its denominator is 2e-6 too small."""
+    entries, tokens = 49_152, 32
+    logits = torch.randn(tokens, entries, generator=torch.Generator().manual_seed(5)) * 6
+    targets = logits.argmax(1)
+    vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
+    found = linear_cross_entropy(torch.eye(tokens), logits.T.contiguous(), targets, vocabulary).cross_entropy
+    truth = F.cross_entropy(logits.double(), targets, reduction="sum")
+    assert abs(float(found.double() - truth)) / tokens < 1e-6
+
+
 def test_inputs_with_gradients_get_no_graph() -> None:
     case = random_case()
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()

@@ -52,6 +52,18 @@ def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
 
 
+@pytest.mark.regression("7.A10")
+def test_a_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", heads=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    text = "".join(
+        json.dumps(line | {"loss/head_2": None, "validation/code/loss/head_2": None}) + "\n" for line in lines
+    )
+    (run / "metrics.jsonl").write_text(text)
+    page = write_report([run], tmp_path / "report").read_text()
+    assert "<td>1.8000 - 3.8000</td>" in page and "<td>3.0000 - 5.0000</td>" in page
+
+
 def test_several_runs_share_a_page(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, heads, config={"run": {"name": name}}) for name, heads in (("a", 1), ("b", 3))]
     page = write_report(runs, tmp_path / "report").read_text()

@@ -1,15 +1,30 @@
 """From the engine's sums to the metrics of a step, and from these to the scalars of the logs."""
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from mtp_dist.loss.weights import HeadWeights
-from mtp_dist.training.callbacks import validation_scalars
+from mtp_dist.training.callbacks import (
+    MetricsFile,
+    MetricsLogger,
+    Rates,
+    Reason,
+    validation_scalars,
+)
+from mtp_dist.training.dashboards import TensorBoardWriter
 from mtp_dist.training.loop import head_metrics
-from mtp_dist.training.metrics import HeadMetrics
+from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from mtp_dist.training.progress import ProgressBar
+from mtp_dist.training.spikes import SpikeDetector
+from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 from tests.parity.runs import tiny_config
 
 WEIGHTS = (1.0, 0.5, 0.25)
@@ -26,8 +41,48 @@ def metrics_of(sums: Tensor, active: int = 3, **heads: Any) -> HeadMetrics:
     return head_metrics(tiny_config(heads={"count": 3, **heads}), sums, HeadWeights(WEIGHTS, active))
 
 
+@pytest.mark.regression("7.A10")
 def test_means_over_the_valid_targets() -> None:
-    assert metrics_of(sums_of()) == HeadMetrics((2.0, 3.0, 0.0), (0.25, 0.75, 0.0), 2 + 0.5 * 3)
+    assert metrics_of(sums_of()) == HeadMetrics((2.0, 3.0, None), (0.25, 0.75, None), 2 + 0.5 * 3)
+
+
+@pytest.mark.regression("7.A10")
+def test_without_any_valid_target_there_is_no_total() -> None:
+    nothing = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), distillation=0.1)
+    assert nothing == HeadMetrics((None,) * 3, (None,) * 3, None, (None, None))
+    ordered = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), token_order=0.1)
+    assert ordered.token_order is None and ordered.total is None
+    assert SpikeDetector(3.0).take(ordered.losses[0]) is None
+
+
+@pytest.mark.regression("7.A10")
+def test_a_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path) -> None:
+    heads = metrics_of(sums_of())
+    output = io.StringIO()
+    console = Console(file=output, width=80)
+    sinks = [MetricsFile(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
+    logger = MetricsLogger(sinks, Rates([1, 2, 3], 1.0, {None: 2.0}), 1)
+    logger.on_step(StepMetrics(1, heads, 0.5, {}, 1e-3, 100, 1.0, {}, [RankFigures(0, 0.0, 1.0, 1.0, 1)]))
+    logger.on_validation(1, None, heads)
+    logger.on_end(Reason.LAST_STEP)
+    step, validation = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    names = {"loss/head_3", "accuracy/head_3"}
+    assert {name for name, value in step.items() if value is None} == names
+    of_validation = {f"validation/{name}" for name in (*names, "bits_per_byte/head_3")}
+    assert {name for name, value in validation.items() if value is None} == of_validation
+    assert step["loss/total"] == 3.5
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    written = set(events.Tags()["scalars"])
+    assert "loss/head_2" in written and not written & (names | of_validation)
+    assert "head losses 2.0000 3.0000 - | total 3.5000" in output.getvalue()
+
+    summary = RunSummary("demo", 1, 1.0, tmp_path, [ValidationResult(None, heads, 4.0, 2.0)])
+    print_summary(summary, console)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.getvalue().splitlines()]
+    assert ["3", "-", "-", "-", "-"] in rows
+    [written_set] = json.loads(write_summary(summary).read_text())["validation"]
+    assert written_set["heads"][2] == {"head": 3, "loss": None, "bits_per_byte": None, "accuracy": None}
 
 
 def test_only_active_heads() -> None:
