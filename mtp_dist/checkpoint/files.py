@@ -31,7 +31,7 @@ class RunState:
 
     step: int
     """Updates made."""
-    losses: Sequence[float] = ()
+    losses: Sequence[float | None] = ()
     """Of heads 1, 2, .. in that step, in nats."""
     recent_losses: Sequence[float] = ()
     """Of head 1, what the next step's is compared with to notice a spike."""

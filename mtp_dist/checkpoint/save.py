@@ -54,7 +54,7 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
         optimizer_updates=updates(engine.pipeline),
         config=config,
         samples=state.samples,
-        losses=[loss if isfinite(loss) else None for loss in state.losses],
+        losses=[loss if loss is not None and isfinite(loss) else None for loss in state.losses],
         recent_losses=state.recent_losses,
         layout=layout,
     )

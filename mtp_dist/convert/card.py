@@ -106,6 +106,6 @@ def _losses(source: Path, step: int) -> Iterator[str]:
         for name, heads in sets:
             for head in heads:
                 figures = (head["loss"], head["bits_per_byte"], head["accuracy"])
-                cells = ("" if figure is None else f"{figure:.4f}" for figure in figures)
+                cells = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
                 yield f"| {name or ''} | {head['head']} | {' | '.join(cells)} |\n"
         yield "\n"

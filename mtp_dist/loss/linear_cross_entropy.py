@@ -5,9 +5,11 @@ The vocabulary is cut over the tensor-parallel ranks. Each chunk goes from logit
     l = hidden @ weight.T                   this rank's logits
     m, t = max(l), l[target]                over this rank's entries; t = 0 where the target is elsewhere
     o = max(l but l[target])                likewise; the target is a hit if it is above every rank's o
-    p = softmax(l), s = 1 / max(p)          likewise; s = sum(exp(l - m))
-    M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s, t and o in one collective
-    loss = (M - sum(t)) + log(S)            in this order: exact however large the logits are
+    p = softmax(l), s = 1 / max(p)          likewise; s is p's own denominator, about sum(exp(l - m))
+    e = s * sum(p)                          sum(exp(l - m)) to the last digits, which s lacks: see _Softmax
+    M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s, e, t and o in one collective
+    E = sum(e * exp(m - M))                 likewise: M + log(E) is the log-sum-exp of all logits
+    loss = (M - sum(t)) + log(E)            in this order: exact however large the logits are
     d loss / d l = p * s * exp(m - M) / S - (1 at the target)
 """
 
@@ -163,7 +165,10 @@ class _Softmax:
         largest = best_other.where(~self.is_here, torch.maximum(best_other, target_logit))
         self.probabilities = torch.softmax(logits, 1, out=logits)
         denominator = self.probabilities.amax(1).reciprocal()
-        self._join([largest, denominator, target_logit, best_other, *of_soft], vocabulary.group)
+        # On a CPU PyTorch's softmax adds up its denominator term by term: over 50,000 entries it is 2e-6 too small.
+        # The probabilities' sum, which torch.sum adds pairwise, is above 1 by as much.
+        exponentials = denominator * self.probabilities.sum(1)
+        self._join([largest, denominator, exponentials, target_logit, best_other, *of_soft], vocabulary.group)
 
     def _soft_logits(self, logits: Tensor) -> list[Tensor]:
         """The best of the soft targets' logits here, their sum below it by probability, and their mass: `[C]` each."""
@@ -181,22 +186,22 @@ class _Softmax:
         if group.size() > 1:
             everywhere = mine.new_empty(group.size() * len(mine), len(largest))
             dist.all_gather_into_tensor(everywhere, mine, group=group)
-        maxima, denominators, target_logits, best_others, *of_soft = everywhere.unflatten(0, (group.size(), -1)).unbind(
-            1
-        )
+        by_rank = everywhere.unflatten(0, (group.size(), -1))
+        maxima, denominators, exponentials, target_logits, best_others, *of_soft = by_rank.unbind(1)
         maximum = maxima.amax(0)
-        total = (denominators * (maxima - maximum).exp()).sum(0)
-        self.losses = maximum - target_logits.sum(0) + total.log()
-        self.normalizer = maximum + total.log()
+        scales = (maxima - maximum).exp()
+        log_total = (exponentials * scales).sum(0).log()
+        self.losses = maximum - target_logits.sum(0) + log_total
+        self.normalizer = maximum + log_total
         self.hits = target_logits.sum(0) > best_others.amax(0)
-        self.local_share = denominator * (largest - maximum).exp() / total
+        # Of the denominators, not the exact sums: it undoes what the probabilities were divided by.
+        self.local_share = denominator * (largest - maximum).exp() / (denominators * scales).sum(0)
         self.soft_losses, self.soft_mass = torch.zeros_like(maximum), torch.zeros_like(maximum)
         if of_soft:
             best, below, mass = of_soft
             self.soft_mass = mass.sum(0)
-            self.soft_losses = (mass * (maximum - best).where(mass > 0, 0.0) - below).sum(
-                0
-            ) + self.soft_mass * total.log()
+            above_best = mass * (maximum - best).where(mass > 0, 0.0)
+            self.soft_losses = (above_best - below).sum(0) + self.soft_mass * log_total
 
     def sums(self) -> Tensor:
         """The chunk's LossSums as one tensor `[4]`."""

@@ -77,7 +77,7 @@ def _facts(run: RunFiles) -> dict[str, str]:
     facts = {"folder": str(run.folder), "last step": f"{last['step']:,}"}
     for prefix in ("loss", *(f"{prefix}/loss" for prefix in run.validation_prefixes())):
         values = [run.curve(scalar)[-1:] for scalar in run.scalars(prefix)]
-        facts[f"last {prefix.replace('/', ' ')}"] = " ".join(f"{value[0][1]:.4f}" for value in values if value)
+        facts[f"last {prefix.replace('/', ' ')}"] = " ".join(f"{value[0][1]:.4f}" if value else "-" for value in values)
     if rates := [rate for _, rate in run.curve("throughput/tokens_per_second")]:
         facts["tokens per second, mean"] = f"{sum(rates) / len(rates):,.0f}"
     if memory := [peak for _, peak in run.curve("memory/peak_bytes")]:

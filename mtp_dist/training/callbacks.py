@@ -18,7 +18,8 @@ from typing import Any
 
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 
-Scalars = Mapping[str, float]
+Scalars = Mapping[str, float | None]
+"""Values by name; None is the loss or accuracy of a head without a valid target."""
 
 
 class Reason(Enum):
@@ -94,7 +95,7 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
     return nats_per_token / math.log(2) / bytes_per_token
 
 
-def _head_scalars(heads: HeadMetrics) -> dict[str, float]:
+def _head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
     scalars = {f"loss/head_{k}": loss for k, loss in enumerate(heads.losses, 1)}
     scalars["loss/total"] = heads.total
     scalars |= {f"loss/distillation/head_{k}": loss for k, loss in enumerate(heads.distillation, 2)}
@@ -130,7 +131,7 @@ def _stage_scalars(metrics: StepMetrics) -> dict[str, float]:
     return memory | {"throughput/pipeline_bubble": 1 - busy / longest}
 
 
-def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | None) -> dict[str, float]:
+def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | None) -> dict[str, float | None]:
     """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
     flops_per_second = interval.flops / interval.seconds
     longest_wait = max(figures.waiting_seconds for figures in metrics.ranks)
@@ -153,12 +154,12 @@ def validation_prefix(name: str | None) -> str:
     return f"validation/{name}" if name else "validation"
 
 
-def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: float) -> dict[str, float]:
+def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: float) -> dict[str, float | None]:
     """The scalars of a validation: losses in nats per token, and in bits per byte of text."""
     prefix = validation_prefix(name)
     scalars = {f"{prefix}/{scalar}": value for scalar, value in _head_scalars(heads).items()}
     for k, loss in enumerate(heads.losses, 1):
-        scalars[f"{prefix}/bits_per_byte/head_{k}"] = bits_per_byte(loss, bytes_per_token)
+        scalars[f"{prefix}/bits_per_byte/head_{k}"] = None if loss is None else bits_per_byte(loss, bytes_per_token)
     return scalars
 
 
@@ -225,9 +226,9 @@ def warn(text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def json_number(value: float) -> float | None:
-    """JSON has no NaN and no infinity: a diverged value becomes null, so that any program can read the rest."""
-    return value if math.isfinite(value) else None
+def json_number(value: float | None) -> float | None:
+    """Return None for NaN and infinity, which JSON does not have, so that any program can read the rest."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

@@ -48,7 +48,8 @@ class TensorBoardWriter(Sink):
 
     def write(self, step: int, scalars: Scalars) -> None:
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
         self._writer.flush()  # so that the curves are live
 
     def note(self, text: str) -> None:
@@ -117,7 +118,8 @@ class WandbWriter(Sink):
         self._send(lambda run: run.config.update({**description["config"], **rest}, allow_val_change=True))
 
     def write(self, step: int, scalars: Scalars) -> None:
-        self._send(lambda run: run.log({"step": step, **scalars}))
+        present = {name: value for name, value in scalars.items() if value is not None}
+        self._send(lambda run: run.log({"step": step, **present}))
 
     def close(self, failed: bool) -> None:
         self._send(lambda run: run.finish(exit_code=int(failed)))

@@ -160,17 +160,22 @@ def _is_due(step: int, every: int | None, last: int) -> bool:
 
 
 def head_metrics(config: Config, sums: Tensor, weights: HeadWeights) -> HeadMetrics:
-    """Of the active heads, from the engine's sums `[5, n]`."""
+    """Return the active heads' metrics from the engine's sums `[5, n]`."""
     losses, correct, targets, distillation, token_order = sums[:, : weights.active]
     losses, correct, distillation, token_order = (
         of_heads / targets.clamp(min=1) for of_heads in (losses, correct, distillation, token_order)
     )
     objectives = losses + config.heads.distillation * distillation
     total = sum(w * loss for w, loss in zip(weights.weights, objectives.tolist(), strict=False))
+    has_target = [number > 0 for number in targets.tolist()]
+
+    def reported(means: Tensor) -> tuple[float | None, ...]:
+        return tuple(mean if has else None for mean, has in zip(means.tolist(), has_target, strict=True))
+
     return HeadMetrics(
-        losses=tuple(losses.tolist()),
-        accuracies=tuple(correct.tolist()),
-        distillation=tuple(distillation.tolist()[1:]) if config.heads.distillation else (),
-        token_order=float(token_order[0]) if config.heads.token_order else None,
-        total=total + config.heads.token_order * float(token_order[0]),
+        losses=reported(losses),
+        accuracies=reported(correct),
+        distillation=reported(distillation)[1:] if config.heads.distillation else (),
+        token_order=reported(token_order)[0] if config.heads.token_order else None,
+        total=total + config.heads.token_order * float(token_order[0]) if any(has_target) else None,
     )

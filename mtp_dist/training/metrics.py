@@ -11,16 +11,18 @@ class HeadMetrics:
     In a training step only those of the heads that the schedule lets learn.
     """
 
-    losses: tuple[float, ...]
-    """Mean cross-entropy of each head, in nats; 0 for a head without a valid target."""
-    accuracies: tuple[float, ...]
-    """Share of the targets that are the head's most probable token."""
-    total: float
-    """What is minimized but for the z-loss: sum_k w_k * L_k and the auxiliary losses, in nats."""
-    distillation: tuple[float, ...] = ()
+    losses: tuple[float | None, ...]
+    """Mean cross-entropy of each head, in nats; None for a head without a valid target."""
+    accuracies: tuple[float | None, ...]
+    """Share of the targets that are the head's most probable token; None likewise."""
+    total: float | None
+    """Minimized objective without the z-loss, in nats: sum_k w_k * L_k over the heads that have a loss, and the
+    auxiliary losses; None if no head has a loss."""
+    distillation: tuple[float | None, ...] = ()
     """Mean cross-entropy of heads 2, 3, .. to head 1's distribution, in nats; empty without distillation."""
     token_order: float | None = None
-    """Mean cross-entropy to the order of the upcoming tokens, in nats; None where it is not predicted."""
+    """Mean cross-entropy to the order of the upcoming tokens, in nats; None if it is not predicted or head 1 has no
+    valid target."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,11 @@ from mtp_dist.training.callbacks import Scalars, Sink
 
 def _numbers(scalars: Scalars, prefix: str) -> str:
     """The values of head 1..n, in this order."""
-    return " ".join(f"{value:.4f}" for name, value in scalars.items() if name.startswith(f"{prefix}/head_"))
+    return " ".join(_number(value) for name, value in scalars.items() if name.startswith(f"{prefix}/head_"))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _describe_step(scalars: Scalars) -> str:
@@ -21,7 +25,7 @@ def _describe_step(scalars: Scalars) -> str:
     return " | ".join(
         (
             f"head losses {_numbers(scalars, 'loss')}",
-            f"total {scalars['loss/total']:.4f}",
+            f"total {_number(scalars['loss/total'])}",
             f"lr {scalars['train/learning_rate']:.2e}",
             f"grad norm {scalars['train/grad_norm']:.3g}",
             f"{scalars['throughput/tokens_per_second']:,.0f} tokens/s",

@@ -26,8 +26,11 @@ class SpikeDetector:
         """Be as after these."""
         self._losses = deque(losses, maxlen=WINDOW)
 
-    def take(self, loss: float) -> str | None:
-        """Take in the next step's loss, which is finite. Returns what to say where it is a spike."""
+    def take(self, loss: float | None) -> str | None:
+        """Take in the next step's loss, which is finite, or None if it has none. Returns what to say where it is a
+        spike."""
+        if loss is None:
+            return None
         if self._deviations is None or len(self._losses) < WINDOW:
             self._losses.append(loss)
             return None

@@ -52,6 +52,9 @@ def _head_table(validation: ValidationResult) -> Table:
         table.add_column(column, justify="right")
     heads, unigram, length = validation.heads, validation.unigram_entropy, validation.bytes_per_token
     for k, (loss, accuracy) in enumerate(zip(heads.losses, heads.accuracies, strict=True), 1):
+        if loss is None or accuracy is None:
+            table.add_row(f"{k}", *"----")
+            continue
         below = f"{1 - loss / unigram:.1%}" if unigram else "-"
         table.add_row(f"{k}", f"{loss:.4f}", f"{bits_per_byte(loss, length):.4f}", below, f"{accuracy:.1%}")
     table.add_section()
@@ -92,7 +95,7 @@ def _validation_record(validation: ValidationResult) -> dict[str, Any]:
             {
                 "head": k,
                 "loss": json_number(loss),
-                "bits_per_byte": json_number(bits_per_byte(loss, length)),
+                "bits_per_byte": None if loss is None else json_number(bits_per_byte(loss, length)),
                 "accuracy": json_number(accuracy),
             }
             for k, (loss, accuracy) in enumerate(zip(heads.losses, heads.accuracies, strict=True), 1)

@@ -186,7 +186,7 @@ def test_our_configuration_and_the_losses_are_told(tmp_path: Path) -> None:
     assert (told["step"], told["vocab_size"]) == (STEP, VOCAB_SIZE)
     assert told["config"]["heads"]["count"] == 4
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| books | 2 | 3.0000 | 4.0000 |  |\n" in card
+    assert "| books | 2 | 3.0000 | 4.0000 | - |\n" in card
     assert "`heads.2`, `heads.3`, `heads.4`" in card and "{" not in card.split("```json")[0]
     summary["steps"] = STEP + 1
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
