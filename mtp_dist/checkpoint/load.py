@@ -12,7 +12,14 @@ from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, set_master_weight, set_moment, set_updates
+from mtp_dist.parallel.optimizer_state import (
+    MOMENTS,
+    check_updates,
+    ensure_state,
+    set_master_weight,
+    set_moment,
+    set_updates,
+)
 from mtp_dist.parallel.topology import Topology, gather_over_ranks
 
 
@@ -50,6 +57,8 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
             moment = optimizer.read(f"{key}.{name}") if optimizer and is_saved else torch.zeros(shapes[name])
             set_moment(engine.pipeline, key, weight, part(moment))
     set_updates(engine.pipeline, updates_made)
+    check_updates(engine.pipeline, updates_made)
+    engine.optimizer_updates = updates_made
 
 
 def agree_on_resume_point(

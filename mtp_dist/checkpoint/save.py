@@ -19,7 +19,7 @@ from mtp_dist.config import Config
 from mtp_dist.disk import sync
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment, updates
+from mtp_dist.parallel.optimizer_state import MOMENTS, check_updates, ensure_state, moment
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.parallel.weights import LocalPart, joined_parts, local_parts, master_weight
 
@@ -47,11 +47,13 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
         world_size=topology.world_size,
         zero_stage=engine.pipeline.zero_optimization_stage(),
     )
+    ensure_state(engine.pipeline)
+    check_updates(engine.pipeline, engine.optimizer_updates)
     parts = _parts_of_this_rank(engine, parameter_shapes(config, vocab_size))
     description = Description(
         step=state.step,
         vocab_size=vocab_size,
-        optimizer_updates=updates(engine.pipeline),
+        optimizer_updates=engine.optimizer_updates,
         config=config,
         samples=state.samples,
         losses=[loss if loss is not None and isfinite(loss) else None for loss in state.losses],
@@ -64,7 +66,6 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
 def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Parts]:
     """By kind of file."""
     stage, topology = engine.stage, engine.topology
-    ensure_state(engine.pipeline)
     parts: dict[str, Parts] = {MODEL: local_parts(stage, shapes, topology, master_weight), OPTIMIZER: {}}
     for key in MOMENTS:
         of_moment = local_parts(stage, shapes, topology, partial(moment, engine.pipeline, key))

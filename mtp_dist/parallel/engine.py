@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import deepspeed
@@ -62,6 +63,8 @@ class TrainingEngine:
         parts = tuple(dict.fromkeys(map(part_of, parameter_shapes(config, vocab_size))))
         self.gradient_watch = GradientWatch(self.pipeline, self.stage, topology, parts)
         self.clock = StageClock(self.pipeline, topology.device)
+        self.optimizer_updates = 0
+        """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
 
     @property
     def optimizer_name(self) -> str:
@@ -80,7 +83,9 @@ class TrainingEngine:
         # One collective for both.
         sums, squares = self._over_ranks(self._sums(), self.gradient_watch.squares)
         norms = dict(zip(self.gradient_watch.parts, squares.sqrt().tolist(), strict=True))
-        return StepResult(sums, float(self.pipeline.get_global_grad_norm()), norms, *self.clock.seconds())
+        grad_norm = float(self.pipeline.get_global_grad_norm())
+        self.optimizer_updates += isfinite(grad_norm)
+        return StepResult(sums, grad_norm, norms, *self.clock.seconds())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_sums`) over `micro_batches` micro-batches of every data-parallel rank."""

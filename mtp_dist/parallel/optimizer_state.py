@@ -41,16 +41,16 @@ def _update_nothing(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _counters(engine: PipelineEngine) -> list[dict[str, object]]:
-    """Where Adam counts its updates: PyTorch and DeepSpeed for each weight, Apex for each group."""
+    """Return where Adam counts its updates: PyTorch for each weight, Apex for each group."""
     optimizer = engine.basic_optimizer
     return [holder for holder in (*optimizer.state.values(), *optimizer.param_groups) if "step" in holder]
 
 
-def updates(engine: PipelineEngine) -> int:
-    """Updates that the bias correction counts: the steps but those dropped for a gradient that was not finite."""
-    count = _counters(engine)[0]["step"]
-    assert isinstance(count, (int, float, Tensor))
-    return int(count)
+def check_updates(engine: PipelineEngine, made: int) -> None:
+    """Raise RuntimeError unless every counter of the optimizer says that so many updates were made."""
+    counts = {int(holder["step"]) for holder in _counters(engine)}  # type: ignore[call-overload]
+    if counts != {made}:
+        raise RuntimeError(f"the optimizer's counters say {sorted(counts)}, {made} updates were made")
 
 
 def set_updates(engine: PipelineEngine, count: int) -> None:

@@ -42,8 +42,10 @@ def test_apex_is_used_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert type(on_cpu) is torch.optim.AdamW and not on_cpu.defaults["fused"]
 
 
-@pytest.mark.regression("7.A4")
-@pytest.mark.parametrize("apex", [False, True], ids=["PyTorch", "Apex"])
+@pytest.mark.parametrize(
+    "apex",
+    [pytest.param(False, marks=pytest.mark.regression("7.A4"), id="PyTorch"), pytest.param(True, id="Apex")],
+)
 def test_resume_with_the_optimizers_of_a_gpu(ranks: Ranks, tmp_path: Path, apex: bool) -> None:
     config = at(ONE, tmp_path)
     [whole] = ranks.run(1, train_part_as_on_a_gpu, apex, config, 0, END, None, False)
