@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -195,6 +196,39 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: str,
     file.write_text('{"text": "good"}\n' * 50 + line + "\n")
     said = message(file)
     assert f"{file}, line 51" in said and reason in said
+
+
+@pytest.mark.regression("7.D3")
+def test_json_nested_too_deep_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "good"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    assert f"{file}, line 2" in (said := message(file)) and "nested" in said and len(said) < 1000
+
+
+@pytest.mark.regression("7.D3")
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "other", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert f"{tmp_path / 'a.parquet'} has 2 fields 'text'" in message(tmp_path / "a.parquet")
+    assert documents(units(tmp_path / "a.parquet", field="other")) == ["b"]
+
+
+@pytest.mark.regression("7.D5")
+@pytest.mark.parametrize("name", ["corpara/web", "corpara/web.jsonl"])
+def test_a_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The datasets library asks again for 25 seconds what the hub cannot answer."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the datasets library was asked"))
+    said = message(name)
+    assert f"INPUT '{name}' does not exist" in said
+    assert ("Name or service not known" in said) == (name == "corpara/web"), "what cannot be a dataset is not asked for"
 
 
 def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_stay_as_they_are() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import psutil
 import pytest
+import tokenizers
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.encoding import UnitSummary
@@ -343,3 +344,26 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_an_input_that_vanishes_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mtp_dist.data.preparation._plan", lambda *_: shutil.rmtree(corpus))
     assert f"cannot read {corpus / '00.py'} (No such file" in message(request(corpus, tmp_path / "a", glob="*.py"))
+
+
+@pytest.mark.regression("7.D4")
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_the_name_of_one_file_of_a_corpus_is_refused(tmp_path: Path, suffix: str) -> None:
+    text = json_lines(tmp_path / "a.jsonl", ["a"])
+    said = message(request(text, tmp_path / f"c{suffix}"))
+    assert f"'{tmp_path / 'c'}{suffix}' ends with {suffix}" in said and said.endswith(f"give --to '{tmp_path / 'c'}'")
+    assert list(tmp_path.iterdir()) == [text]
+
+
+@pytest.mark.regression("7.D3")
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
+def test_a_text_that_a_tokenizer_has_no_tokens_for_is_named(tmp_path: Path, kind: str) -> None:
+    vocabulary = ["<|endoftext|>", "known", " "]
+    models = {
+        "WordLevel": lambda: tokenizers.models.WordLevel({token: i for i, token in enumerate(vocabulary)}),
+        "Unigram": lambda: tokenizers.models.Unigram([(token, -1.0) for token in vocabulary]),
+    }
+    tokenizers.Tokenizer(models[kind]()).save(str(tmp_path / "tokenizer.json"))
+    text = json_lines(tmp_path / "a.jsonl", ["known", "new"])
+    said = message(request(text, tmp_path / "c", tmp_path / "tokenizer.json"))
+    assert said.startswith(f"{text}, line 2: ") and "has no token for a part of this text" in said

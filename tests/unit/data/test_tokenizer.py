@@ -1,7 +1,10 @@
 import functools
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +48,27 @@ def test_unknown_tokenizer_names_the_key_and_what_can_be_given() -> None:
         build_tokenizer("gpt9")
     with pytest.raises(ConfigError, match=r"--tokenizer = '/no/such/tokenizer\.json' is not known"):
         build_tokenizer("/no/such/tokenizer.json", "--tokenizer")
+
+
+@pytest.mark.regression("7.D5")
+@pytest.mark.parametrize("name", ["/no/such/folder", "./mine", "tokenizers/mine.json", "a/b/c", "~/mine", "mine.model"])
+def test_a_missing_path_is_not_offered_for_download(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_tokenizer(name)
+    assert f"data.tokenizer = '{name}' is not known: " in str(error.value)
+    assert "hf download" not in str(error.value)
+
+
+@pytest.mark.regression("7.D4")
+def test_files_are_read_as_utf8_in_every_locale(trained_tokenizers: Path, tmp_path: Path) -> None:
+    shutil.copy(trained_tokenizers / "tokenizer.json", tmp_path)
+    settings = {"eos_token": "<stop>", "comment": "für alle"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    program = "import sys; from mtp_dist.data.tokenizer import build_tokenizer; build_tokenizer(sys.argv[1])"
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, env=os.environ | ascii_only, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr.decode()
 
 
 @pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
