@@ -93,7 +93,7 @@ class Description:
 def read_description(folder: Path) -> Description:
     """Raises ConfigError where it is missing or is not one of this version."""
     try:
-        values = json.loads((folder / DESCRIPTION).read_text())
+        values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
         return Description(
             **numbers,
@@ -149,7 +149,7 @@ class TensorReader:
         """Raises ConfigError where the index is missing or damaged."""
         self.folder = folder
         with self._errors_explained():
-            index: dict[str, Any] = json.loads((folder / _index_file(kind)).read_text())
+            index: dict[str, Any] = json.loads((folder / _index_file(kind)).read_text(encoding="utf-8"))
             self.homes: dict[str, str] = dict(index["weight_map"])
 
     def read(self, name: str) -> Tensor:

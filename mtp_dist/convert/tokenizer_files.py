@@ -33,7 +33,7 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
         end, settings = _end_and_class(tokenizer, file)
     given = folder / TOKENIZER_CONFIG
     if given.exists():
-        settings |= json.loads(given.read_text())
+        settings |= json.loads(given.read_text(encoding="utf-8"))
     settings["eos_token"] = end
     given.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return end, tokenizer.end_of_document

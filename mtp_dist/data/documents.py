@@ -186,8 +186,9 @@ def document_of_line(line: bytes, field: str, place: Callable[[], str]) -> bytes
     try:
         # Bytes that are no UTF-8 come out as they went in: the tokenizer is the one to judge them.
         record = json.loads(line.decode(errors="surrogateescape"))
-    except ValueError as error:
-        raise ConfigError(f"{place()} is not JSON ({error}): mend or remove it") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{place()} is not JSON that can be read ({reason}): fix or remove it") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{place()} is not a JSON object with fields: mend or remove it")
     if field not in record:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,6 +61,22 @@ def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterat
         yield batch
 
 
+def encode_documents(
+    tokenizer: Tokenizer, documents: Sequence[bytes], place: Callable[[int], str]
+) -> tuple[Ids, list[int]]:
+    """Return what the tokenizer's method of this name does. Raise ConfigError with the place of a document that it
+    cannot encode."""
+    try:
+        return tokenizer.encode_documents(documents)
+    except ConfigError:
+        for number, document in enumerate(documents):
+            try:
+                tokenizer.encode_documents([document])
+            except ConfigError as error:
+                raise ConfigError(f"{place(number)}: {error}") from None
+        raise
+
+
 @dataclass(frozen=True)
 class UnitEncoder:
     tokenizer: Tokenizer
@@ -71,18 +88,18 @@ class UnitEncoder:
         encoded, all_lengths = EncodedUnit(), []
         summary = encoded.summary
         for batch in self._batches(unit, summary):
-            tokens, lengths = self.tokenizer.encode_documents([document for _, document in batch])
+            numbers, texts = zip(*batch, strict=True)
+            tokens, lengths = encode_documents(self.tokenizer, texts, partial(_place, unit, numbers))
             encoded.tokens.append(tokens)
             kept = [length for length in lengths if length]
             all_lengths += kept
             summary.documents += len(kept)
             summary.tokens += len(tokens)
-            texts = zip(batch, lengths, strict=True)
-            summary.bytes += sum(len(document) for (_, document), length in texts if length)
+            summary.bytes += sum(len(text) for text, length in zip(texts, lengths, strict=True) if length)
             if len(kept) < len(lengths):
                 summary.empty += len(lengths) - len(kept)
                 if summary.first_empty is None:
-                    summary.first_empty = batch[lengths.index(0)][0]
+                    summary.first_empty = numbers[lengths.index(0)]
         encoded.lengths = np.array(all_lengths, dtype=np.int32)
         return encoded
 
@@ -112,6 +129,10 @@ class UnitEncoder:
             return None
         summary.replaced += 1
         return document.decode(errors="replace").encode()
+
+
+def _place(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:
+    return unit.place(numbers[index])
 
 
 def _read(unit: WorkUnit) -> Iterator[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from mtp_dist.data.documents import (
     missing_field,
     row_place,
 )
+from mtp_dist.data.sources.hub import check_dataset_name
 from mtp_dist.data.stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 
 UNIT_BYTES = 2 << 20
@@ -34,8 +34,6 @@ ROWS_AT_ONCE = 256
 
 JSON_LINES = (".jsonl", ".ndjson")
 COMPRESSED_JSON_LINES = (".jsonl.gz", ".ndjson.gz", ".json.gz")
-DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-"""Of the Hugging Face hub; anything else that does not exist is a wrong path, which need not be looked for there."""
 UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z")
 
 
@@ -108,11 +106,8 @@ def _open_input(name: str, options: InputOptions) -> Input:
             )
         return FilesInput([path], options.field)
     in_a_folder_here = path.parent != Path() and path.parent.is_dir()
-    if not path.is_dir() and (in_a_folder_here or not DATASET_NAME.fullmatch(name)):
-        raise ConfigError(
-            f"{options.named(name)} does not exist: give a folder, a file, '{PYTHON_STDLIB}', or the name of a Hugging "
-            "Face dataset"
-        )
+    if not path.is_dir():
+        check_dataset_name("" if in_a_folder_here else name, options.named(name))
     return DatasetInput(name, options)
 
 
@@ -253,6 +248,8 @@ def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[
     schema = metadata.schema.to_arrow_schema()
     if field not in schema.names:
         raise missing_field(str(file), field, schema.names)
+    if (columns := schema.names.count(field)) > 1:
+        raise ConfigError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
     kind = schema.field(field).type
     if not any(is_text(kind) for is_text in _text_types()):
         raise ConfigError(f"{file}: the field {field!r} is not text but {kind}: choose another field")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mtp_dist.config import Config, ConfigError, SourceConfig
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.corpus import check_ids, check_tokenizer, open_corpus, prefix_of
-from mtp_dist.data.documents import WorkUnit
+from mtp_dist.data.encoding import encode_documents
 from mtp_dist.data.inputs import Input, InputOptions, open_inputs
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
@@ -215,7 +215,7 @@ class _Corpora:
         try:
             for unit in _input_of(source, key).units(READ_AT_ONCE_BYTES):
                 documents = list(unit.documents())
-                parts.append(self._encode(documents, unit))
+                parts.append(encode_documents(self.tokenizer, documents, unit.place)[0])
                 num_bytes += sum(map(len, documents))
                 num_tokens += len(parts[-1])
                 if enough is not None and num_tokens >= enough:
@@ -228,17 +228,6 @@ class _Corpora:
             raise ConfigError(f"{named} has no document with text: give another source")
         tokens = np.concatenate(parts)
         return tokens, num_bytes, hashlib.sha256(tokens.data).hexdigest()
-
-    def _encode(self, documents: list[bytes], unit: WorkUnit) -> NDArray[Any]:
-        try:
-            return self.tokenizer.encode_documents(documents)[0]
-        except ConfigError:
-            for number, document in enumerate(documents):  # which of them
-                try:
-                    self.tokenizer.encode_documents([document])
-                except ConfigError as error:
-                    raise ConfigError(f"{unit.place(number)}: {error}") from None
-            raise
 
 
 def _options(source: SourceConfig, key: str) -> InputOptions:

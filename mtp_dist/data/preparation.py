@@ -29,6 +29,7 @@ from mtp_dist.data.unfinished import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
 
 PLAN = "plan.json"
+SUFFIXES = (".bin", ".idx", ".json")
 
 
 class Progress(Protocol):
@@ -75,8 +76,7 @@ class Prepared:
 
 def prepare(request: Request, progress: Progress) -> Prepared:
     """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
-    if not request.prefix.name:
-        raise ConfigError(f"--to '{request.prefix}' is no path of a file: give the corpus a name, such as corpora/web")
+    _check_prefix(request.prefix)
     import_once("mtp_dist.data.encoding")  # while the inputs are looked for
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
@@ -90,6 +90,17 @@ def prepare(request: Request, progress: Progress) -> Prepared:
         with speaking_of(request.folder, "remove"):
             _remove(request.folder)
     return prepared
+
+
+def _check_prefix(prefix: Path) -> None:
+    """Raise ConfigError if the files of a corpus cannot have this name."""
+    if not prefix.name:
+        raise ConfigError(f"--to '{prefix}' is not the path of a file: give the corpus a name, such as corpora/web")
+    if prefix.suffix in SUFFIXES:
+        raise ConfigError(
+            f"--to '{prefix}' ends with {prefix.suffix}, which is added to the name of a corpus: give --to "
+            f"'{prefix.with_suffix('')}'"
+        )
 
 
 @contextmanager
@@ -124,7 +135,7 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
     """Write the plan, or see that what is there follows the same one."""
     file = request.folder / PLAN
     if not file.exists():
-        for suffix in (".bin", ".idx", ".json"):
+        for suffix in SUFFIXES:
             if (there := beside(request.prefix, suffix)).exists():
                 with suppress(OSError):
                     request.folder.rmdir()
@@ -133,7 +144,7 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
             write_whole(file, json.dumps(plan))
         return
     try:
-        begun = json.loads(file.read_text())
+        begun = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ConfigError(f"{file} is damaged: delete '{request.folder}' to begin anew") from None
     if begun != plan and not _has_units(request.folder):

@@ -40,13 +40,18 @@ def tokenizer_file(name: str, named: str) -> Path:
 
 
 def _cached_folder(name: str, named: str) -> Path:
+    unknown = f"{named} is not known: it is not 'bytes', and no file or folder has this path"
+    if Path(name).suffix in (".json", ".model") or name.startswith("~"):
+        raise ConfigError(unknown)
     # Only what is on this machine: compute nodes are offline, and all ranks would ask at once.
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except HFValidationError:
+        raise ConfigError(unknown) from None
+    except LocalEntryNotFoundError:
         raise ConfigError(
-            f"{named} is not known: it is not 'bytes', no file or folder has this path, and the Hugging Face cache of "
-            f"this machine lacks it; where it is a Hugging Face name, run `hf download {name}` first"
+            f"{unknown}; the Hugging Face cache of this machine does not have it either: if it is a Hugging Face name, "
+            f"run `hf download {name}` first"
         ) from None
 
 
@@ -101,7 +106,14 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
-        encodings = self.encode_texts(decode_utf8(documents))
+        texts = decode_utf8(documents)
+        try:
+            encodings = self.encode_texts(texts)
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(
+                f"{self.name!r} has no token for a part of this text ({error}): use a tokenizer with an unknown token, "
+                "or better one of bytes, which has a token for everything"
+            ) from None
         return [np.fromiter(encoding.ids, self.dtype, len(encoding)) for encoding in encodings]
 
     def encode_texts(self, texts: list[str]) -> list[tokenizers.Encoding]:
@@ -124,9 +136,9 @@ def _configured_end(folder: Path, named: str) -> Iterable[str]:
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if file.exists():
             try:
-                token = json.loads(file.read_text()).get("eos_token")
-            except (ValueError, AttributeError) as error:
-                raise ConfigError(f"{named}: {file} is not a JSON object ({error}): mend or remove it") from None
+                token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+            except (ValueError, AttributeError, RecursionError) as error:
+                raise ConfigError(f"{named}: {file} is not a JSON object ({error}): fix or remove it") from None
             content = token.get("content") if isinstance(token, dict) else token
             if content is not None and not isinstance(content, str):
                 raise ConfigError(f"{named}: {file} names an eos_token that is no text: mend it")

@@ -122,7 +122,7 @@ def _row(
             start = time.perf_counter()
             size = prepare(request, first).description.bytes
         if notes.exists():
-            in_tokenizer = sum(map(float, notes.read_text().split()))
+            in_tokenizer = sum(map(float, notes.read_text(encoding="utf-8").split()))
             shares.append(in_tokenizer / workers / (time.perf_counter() - start))
         after_the_start.append((size - first.bytes) / 1e6 / (time.perf_counter() - first.at))
 

@@ -15,6 +15,6 @@ class TimedTokenizer(HuggingFaceTokenizer):
     def encode_texts(self, texts: list[str]) -> list[Encoding]:
         start = perf_counter()
         encodings = super().encode_texts(texts)
-        with self.notes.open("a") as file:
+        with self.notes.open("a", encoding="utf-8") as file:
             file.write(f"{perf_counter() - start}\n")
         return encodings

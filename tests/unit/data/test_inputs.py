@@ -158,6 +158,13 @@ def test_a_field_that_is_missing_or_no_text_is_named_beside_those_there_are(tmp_
     assert "'id' is not text but " in message(path, field="id")
 
 
+@pytest.fixture
+def hub_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub answers that it has every dataset."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("hub_has_it")
 def test_subset_and_split_reach_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[object, ...]] = []
 
@@ -174,6 +181,7 @@ def test_a_dataset_names_the_splits_it_has(tmp_path: Path) -> None:
     assert "has no split 'test', it has train" in message(saved_dataset(tmp_path / "d"), split="test")
 
 
+@pytest.mark.usefixtures("hub_has_it")
 def test_a_dataset_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")

@@ -358,7 +358,7 @@ def test_the_name_of_one_file_of_a_corpus_is_refused(tmp_path: Path, suffix: str
 @pytest.mark.regression("7.D3")
 @pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
 def test_a_text_that_a_tokenizer_has_no_tokens_for_is_named(tmp_path: Path, kind: str) -> None:
-    vocabulary = ["<|endoftext|>", "known", " "]
+    vocabulary = ["<|endoftext|>", "known", *"know"]
     models = {
         "WordLevel": lambda: tokenizers.models.WordLevel({token: i for i, token in enumerate(vocabulary)}),
         "Unigram": lambda: tokenizers.models.Unigram([(token, -1.0) for token in vocabulary]),
