@@ -87,6 +87,21 @@ FAULTS = {
             ["deepspeed.comms_logger.enabled", "boolean"],
         ),
     },
+    "7.D3": {
+        "home of an unknown user": (["run.output_dir=~nouser/x"], ["run.output_dir = '~nouser/x'", "unknown user"]),
+        "more parameters than memory": (
+            ["model.hidden_size=134217728"],
+            ["parameters", "GB of memory", "parallel.tensor", "parallel.pipeline"],
+        ),
+        "more samples per step than memory": (
+            ["train.global_batch_size=2147483640", "train.micro_batch_size=1"],
+            ["train.global_batch_size = 2147483640", "GB of memory"],
+        ),
+        "timeout that overflows": (["run.step_timeout=1e300"], ["run.step_timeout = 1e+300", "less than"]),
+    },
+    "7.D4": {
+        "home in a path of data": (["data.train=[{path: ~/nowhere}]"], ["data.train.0.path = '/", "does not exist"]),
+    },
 }
 """Mistakes that once went unnoticed or ended in a traceback, by the marker of their regression test."""
 
@@ -124,6 +139,25 @@ def test_degree_that_does_not_divide_the_world(
     monkeypatch.setenv("WORLD_SIZE", "3")
     message = error_of(capsys, config, "parallel.tensor=2")
     assert "parallel.tensor" in message and "world size 3" in message
+
+
+@pytest.mark.regression("7.D3")
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_empty_variable_of_a_launcher(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "")
+    assert f"{variable} = ''" in error_of(capsys, config)
+
+
+@pytest.mark.regression("7.D3")
+@pytest.mark.parametrize("key", ["run.output_dir", "checkpoint.directory"])
+def test_link_to_a_folder_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path, key: str
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    message = error_of(capsys, config, f"{key}={tmp_path}/link/below")
+    assert f"{key} = '{tmp_path}/link/below'" in message and f"{tmp_path}/gone" in message
 
 
 def test_several_mistakes_are_shown_at_once(capsys: pytest.CaptureFixture[str], config: Path) -> None:

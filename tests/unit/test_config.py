@@ -307,6 +307,46 @@ def test_overrides_that_are_no_number(base: Path, override: str) -> None:
     assert message_of(base, [override]) == f"{key} = {value!r} is wrong: it should be a valid integer"
 
 
+@pytest.mark.regression("7.D3")
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.trunk_layers=100000000",
+        "heads.count=100000000",
+        "train.global_batch_size=100000000000000000",
+        "model.hidden_size=100000000000000000000",
+        "run.join_timeout=1e300",
+    ],
+)
+def test_values_that_no_machine_can_hold(base: Path, override: str) -> None:
+    assert "is wrong: it should be less than or equal to" in message_of(base, [override])
+
+
+@pytest.mark.regression("7.D4")
+@pytest.mark.parametrize(
+    "key", ["run.output_dir", "checkpoint.directory", "checkpoint.resume", "data.tokenizer", "data.train.0.path"]
+)
+def test_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = yaml.safe_load(BASE_TEXT)
+    *parents, name = key.split(".")
+    section = values
+    for parent in parents:
+        section = section[int(parent)] if parent.isdecimal() else section.setdefault(parent, {})
+    section[name] = "~/x"
+    found: Any = build_config(values).model_dump()
+    for part in key.split("."):
+        found = found[int(part)] if part.isdecimal() else found[part]
+    assert found == str(tmp_path / "x")
+
+
+@pytest.mark.regression("7.D4")
+def test_home_of_an_unknown_user(base: Path) -> None:
+    assert message_of(base, ["checkpoint.directory=~nouser/x"]) == (
+        "checkpoint.directory = '~nouser/x' is wrong: it begins with the home folder of an unknown user"
+    )
+
+
 def test_optional_text_is_taken_back_with_null(base: Path) -> None:
     assert load_config(base, ["run.output_dir=/x", "run.output_dir=null"]).run.output_dir is None
 
