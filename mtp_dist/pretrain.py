@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.rank_logs import copy_output
 from mtp_dist.training.stopping import REQUEUE, StopSignals
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def stop(error: ConfigError) -> NoReturn:
     """Say why and end this process with status 2; only rank 0 speaks of what all ranks see."""
-    rank, prefix = int(os.environ.get("RANK", 0)), "error"
-    if rank:
+    rank, prefix = os.environ.get("RANK", "0"), "error"
+    if rank.isdecimal() and int(rank):
         # Launchers kill the other ranks as soon as one has ended, so rank 0 must get to say why. Whoever still lives
         # after that has a mistake that rank 0 has not, such as a missing GPU.
         time.sleep(SECONDS_FOR_RANK_0)
@@ -77,7 +78,9 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.training.dashboards import check_wandb
     from mtp_dist.training.profiling import check_profile
+    from mtp_dist.verify.memory import check_memory
 
+    check_launcher_variables()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batches(world_size)
     if needs_data:
@@ -86,8 +89,9 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
         check_folder("checkpoint.directory", config.checkpoint_dir)
         if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
             check_wandb(config)
-    vocabulary_size(config)
-    check_profile(config, world_size, memory_snapshot, select_device(config))
+    device = select_device(config)
+    check_memory(config, vocabulary_size(config), world_size, device)
+    check_profile(config, world_size, memory_snapshot, device)
     if config.deepspeed:
         # DeepSpeed looks at the device when it is imported.
         from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
@@ -98,6 +102,11 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
 def check_folder(key: str, folder: Path) -> None:
     """Raise ConfigError where the folder neither is there nor can be made."""
     folder = folder.absolute()
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(
+                f"{key} = '{folder}' cannot be written: {path} is a link to {path.readlink()}, which does not exist"
+            )
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")

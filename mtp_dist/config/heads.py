@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat
 
-from mtp_dist.config.base import Section
+from mtp_dist.config.base import PositiveInt, Section
 
 StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
 """(step, value from that step on)."""
 
 
 class HeadsConfig(Section):
-    count: PositiveInt = 4
+    count: Annotated[PositiveInt, Field(le=1000)] = 4
     """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
     kind: Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"] = "parallel"
     """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output; `causal`: head k
     reads head k - 1 instead, `anticausal`: head k + 1; `linear`: a matrix each; `mlp`: from head 2 on a residual block
     each (Medusa); `sequential`: from head 2 on a transformer block each, which reads the head before it and the token
     before its target (DeepSeek-V3)."""
-    layers_per_head: PositiveInt = 1
+    layers_per_head: Annotated[PositiveInt, Field(le=1000)] = 1
     """Transformer layers of each head, or of each `sequential` block."""
     repeated: bool = False
     """One block serves all heads from head 2 on (`sequential` only)."""

@@ -126,7 +126,9 @@ def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
     if error["type"] == "extra_forbidden":
         near = _nearest_key(parts)
         return f"{key} is not a known key" + (f": did you mean {near}?" if near else "")
-    messages = (_MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ") for e in errors)
+    messages = (
+        _MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in errors
+    )
     return f"{key} = {error['input']!r} is wrong: it {', or it '.join(dict.fromkeys(messages))}"
 
 

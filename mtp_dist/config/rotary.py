@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from mtp_dist.config.base import Section
+from mtp_dist.config.base import PositiveInt, Section
 
 
 class RopeScalingConfig(Section):

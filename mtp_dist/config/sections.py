@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from mtp_dist.config.base import ConfigError, Section
+from mtp_dist.config.base import ConfigError, NonNegativeInt, PathText, PositiveInt, Seconds, Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.rotary import RopeScalingConfig
 
@@ -15,16 +15,16 @@ from mtp_dist.config.rotary import RopeScalingConfig
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[^/.\s][^/]*$", max_length=100)] = "run"
     """Title of the run in logs and reports."""
-    output_dir: Annotated[str, Field(min_length=1)] | None = None
+    output_dir: PathText | None = None
     """Folder of this run's metrics, TensorBoard files and checkpoints; `runs/<name>` when absent."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights and of the order of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes the GPU where there is one."""
-    step_timeout: PositiveFloat | None = 1800.0
+    step_timeout: Seconds | None = 1800.0
     """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python stacks
     and the run ends with status 70. `null`: no limit."""
-    join_timeout: PositiveFloat = 600.0
+    join_timeout: Seconds = 600.0
     """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and says which
     have not come."""
 
@@ -32,7 +32,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     hidden_size: PositiveInt
     """Width D of the trunk."""
-    trunk_layers: PositiveInt
+    trunk_layers: Annotated[PositiveInt, Field(le=10_000)]
     """Transformer layers of the trunk. A parameter-matched comparison of models with heads of one layer
     keeps `trunk_layers + heads.count` constant."""
     num_attention_heads: PositiveInt
@@ -90,7 +90,7 @@ class ParallelConfig(Section):
 
 
 class SourceConfig(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: PathText
     """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
     tokenized at each start: a folder, a file, JSONL (`.jsonl`, `.jsonl.gz`), Parquet, the name of a Hugging Face
     dataset, or `python-stdlib`, the standard library of this Python."""
@@ -117,7 +117,7 @@ class DataConfig(Section):
     """Sources of the training samples."""
     validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     """Validation sets, each with losses of its own; no validation when empty."""
-    tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
+    tokenizer: PathText = "bytes"
     """`bytes`: one token a byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
     folder with one, or a name in the Hugging Face cache of this machine."""
     loss_across_documents: bool = True
@@ -177,7 +177,7 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    directory: Annotated[str, Field(min_length=1)] | None = None
+    directory: PathText | None = None
     """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
     every: PositiveInt | None = None
     """Steps between two checkpoints; one at the end in any case."""
@@ -186,7 +186,7 @@ class CheckpointConfig(Section):
     back. All are kept when absent."""
     keep_every: PositiveInt | None = None
     """Those of steps that are a multiple of it are kept in any case; only with `keep_last`."""
-    resume: Annotated[str, Field(min_length=1)] = "auto"
+    resume: PathText = "auto"
     """Where to go on: `auto` from the newest checkpoint of `directory`, if there is one; `none` starts anew; or the
     folder of a checkpoint, or of several, of which the newest is taken. Of several, damaged ones are passed over."""
     allow_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
@@ -231,12 +231,12 @@ class Config(Section):
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.run.output_dir or f"runs/{self.run.name}").expanduser()
+        return Path(self.run.output_dir or f"runs/{self.run.name}")
 
     @property
     def checkpoint_dir(self) -> Path:
         given = self.checkpoint.directory
-        return Path(given).expanduser() if given else self.output_dir / "checkpoints"
+        return Path(given) if given else self.output_dir / "checkpoints"
 
     def data_parallel_degree(self, world_size: int) -> int:
         """world_size / (tensor * pipeline). Raises ConfigError where the ranks do not fit the layout."""

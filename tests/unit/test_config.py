@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mtp_dist.config import Config, ConfigError, build_config, load_config
+from mtp_dist.config import Config, ConfigError, build_config, load_config, read_values
 from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
@@ -326,9 +326,9 @@ def test_values_that_no_machine_can_hold(base: Path, override: str) -> None:
 @pytest.mark.parametrize(
     "key", ["run.output_dir", "checkpoint.directory", "checkpoint.resume", "data.tokenizer", "data.train.0.path"]
 )
-def test_home_folder_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_home_folder_in_every_path(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    values = yaml.safe_load(BASE_TEXT)
+    values = read_values(base)
     *parents, name = key.split(".")
     section = values
     for parent in parents:

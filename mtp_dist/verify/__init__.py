@@ -1,0 +1,1 @@
+"""Checks of a run on the machine that it will use."""
