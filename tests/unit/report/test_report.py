@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from mtp_dist.config import ConfigError
 from mtp_dist.report.page import write_report
@@ -82,6 +83,51 @@ def test_a_run_without_events_and_description_is_shown_too(tmp_path: Path) -> No
     (run / "events.jsonl").unlink()
     (run / "run.json").unlink()
     assert "<h1>old</h1>" in write_report([run], tmp_path / "report").read_text()
+
+
+@pytest.mark.regression("7.E2")
+def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legends: list[list[str]] = []
+    savefig = Figure.savefig
+
+    def record_legends(figure: Figure, *arguments: Any, **options: Any) -> None:
+        found = [axes.get_legend() for axes in figure.axes]
+        legends.extend([text.get_text().strip() for text in legend.get_texts()] for legend in found if legend)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record_legends)
+    names = [r"a$\frac$b", "_hidden"]
+    runs = [write_run(tmp_path / str(i), config={"run": {"name": name}}) for i, name in enumerate(names)]
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert legends and all(labels == names for labels in legends)
+    assert r"<h1>a$\frac$b and _hidden</h1>" in page
+
+
+@pytest.mark.regression("7.E2")
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", "[1]"),
+        ("run.json", '{"config": 3}'),
+        ("run.json", '{"config": {"run": []}}'),
+        ("run.json", '{"config": {"run": {"name": 7}}}'),
+        ("metrics.jsonl", '{"loss/head_1": 1}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", '{"step": "one"}\n'),
+        ("events.jsonl", '{"step": 1}\n'),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
+    run = write_run(tmp_path / "a")
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(run / file))):
+        write_report([run], tmp_path / "report")
+
+
+@pytest.mark.regression("7.E2")
+def test_packages_without_a_version_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", versions={"mtp-dist": None, "torch": "2.x"})
+    assert "<td>torch 2.x</td>" in write_report([run], tmp_path / "report").read_text()
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
