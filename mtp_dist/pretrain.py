@@ -100,14 +100,17 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Raise ConfigError where the folder neither is there nor can be made."""
+    """Raise ConfigError if the folder neither exists nor can be created."""
     folder = folder.absolute()
-    for path in (folder, *folder.parents):
-        if path.is_symlink() and not path.exists():
-            raise ConfigError(
-                f"{key} = '{folder}' cannot be written: {path} is a link to {path.readlink()}, which does not exist"
-            )
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    try:
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise ConfigError(
+                    f"{key} = '{folder}' cannot be written: {path} is a link to {path.readlink()}, which does not exist"
+                )
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"{key} = '{str(folder)[:200]}' cannot be written: {error.strerror}") from None
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 

@@ -49,7 +49,7 @@ def _losses(runs: Sequence[RunFiles], prefix: str, label: str) -> bytes | None:
     figure, grid = _panels(len(heads))
     for axes, scalar in zip(grid, heads, strict=True):
         for run in runs:
-            _plot(axes, run, scalar, run.name)
+            _plot(axes, run, scalar, _legend_label(run.name))
         axes.set(xlabel="step", title=f"head {scalar.rpartition('_')[2]}")
     grid[0].set(ylabel=label)
     grid[0].legend(fontsize=8)
@@ -59,7 +59,7 @@ def _losses(runs: Sequence[RunFiles], prefix: str, label: str) -> bytes | None:
 def _rate(runs: Sequence[RunFiles], scalar: str, label: str, factor: float) -> bytes:
     figure, [axes] = _panels(1)
     for run in runs:
-        _plot(axes, run, scalar, run.name, factor)
+        _plot(axes, run, scalar, _legend_label(run.name), factor)
         _mark_restarts(axes, run)
     axes.set(xlabel="step", ylabel=label)
     axes.margins(y=0.1)
@@ -89,12 +89,21 @@ def _plot(axes: Axes, run: RunFiles, scalar: str, label: str, factor: float = 1.
     axes.plot(steps, values, label=label, linewidth=1.2, marker=marker, markersize=3)
 
 
+def _legend_label(name: str) -> str:
+    """Return the name so that it is shown: matplotlib leaves labels that begin with an underscore out of a legend."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def _mark_restarts(axes: Axes, run: RunFiles) -> None:
     for step in run.restarts:
         axes.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
 
 
 def _png(figure: Figure) -> bytes:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name such as a$b$c is no formula
     stream = BytesIO()
     figure.savefig(stream, dpi=140, format="png")
     return stream.getvalue()

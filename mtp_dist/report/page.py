@@ -95,7 +95,9 @@ def _text(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     return ", ".join(
-        f"{name} {number:,}" if isinstance(number, int) else f"{name} {number}" for name, number in value.items()
+        f"{name} {number:,}" if isinstance(number, int) else f"{name} {number}"
+        for name, number in value.items()
+        if number is not None
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtp_dist.config import ConfigError
 
+EVENTS = "events.jsonl"
 Curve = list[tuple[int, float]]
 """(step, value)."""
 
@@ -48,24 +49,46 @@ def read_run(folder: Path) -> RunFiles:
     """Raises ConfigError where the folder has no run, or a damaged one."""
     if not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"RUN '{folder}' has no metrics.jsonl: give a run's folder, such as runs/demo")
-    metrics = _lines(folder / "metrics.jsonl")
+    metrics = _lines(folder / "metrics.jsonl", {"step": int})
     if not metrics:
         raise ConfigError(f"RUN '{folder}' has no step in its metrics.jsonl yet: wait for the first one")
-    description = folder / "run.json"
+    events = _lines(folder / EVENTS, {"time": str, "step": int, "kind": str, "text": str})
+    description = _description(folder / "run.json")
+    return RunFiles(_name(description) or folder.name, folder, metrics, events, description)
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """Return what a run's `run.json` contains, nothing if there is none."""
     try:
-        values = json.loads(description.read_text(encoding="utf-8")) if description.exists() else {}
-    except ValueError as error:
-        raise ConfigError(f"{description} is not JSON ({error}): remove it to report without it") from None
-    name = values.get("config", {}).get("run", {}).get("name", folder.name)
-    return RunFiles(name, folder, metrics, _lines(folder / "events.jsonl"), values)
+        values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(values, dict) or not isinstance(_name(values), str | None):
+            raise ValueError("it has no config.run.name")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} does not describe a run ({error}): remove it to report without it") from None
+    return values
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines: a run that goes on may be writing the last one."""
+def _name(description: Any) -> Any:
+    return description.get("config", {}).get("run", {}).get("name")
+
+
+def _lines(path: Path, types: dict[str, type]) -> list[dict[str, Any]]:
+    """Return the complete lines; a run that is still training may be writing the last one.
+
+    Raise ConfigError if one is not a JSON object with values of these types.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise ConfigError(f"{path} has a line that is not JSON ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number} is not JSON ({error}): remove that line") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in types.items()):
+            raise ConfigError(f"{path}, line {number} does not have the keys {', '.join(types)}: remove that line")
+        rows.append(row)
+    return rows

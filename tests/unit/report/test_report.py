@@ -136,8 +136,8 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"has no step in its metrics\.jsonl yet"):
         read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("{}\nnot JSON\n{}\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl has a line that is not JSON"):
+    (tmp_path / "metrics.jsonl").write_text("not JSON\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is not JSON"):
         read_run(tmp_path)
     run = write_run(tmp_path / "a")
     (tmp_path / "file").touch()
