@@ -11,16 +11,20 @@ SILENT_HEAD = 2
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Of this rank's stage."""
-    from mtp_dist.model.weights import parameter_shapes
+    """Of this rank's stage, as the optimizer has them; the model's own must be the same in its precision."""
+    from mtp_dist.model.weights import named_weights, parameter_shapes
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.pipeline import MultiTokenPipeline
+    from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import whole_tensors
+    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.training.optimizer import build_optimizer
 
-    topology = initialize_topology(config, select_device(config))
-    stage = MultiTokenPipeline(config, VOCAB_SIZE, topology)
-    return dict(whole_tensors(stage, parameter_shapes(config, VOCAB_SIZE), topology, lambda weight: weight.detach()))
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    for name, weight in named_weights(engine.stage):  # the copy of a tied weight too
+        assert torch.equal(weight, master_weight(weight).to(weight.dtype)), name
+    return dict(whole_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), topology, master_weight))
 
 
 def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:

@@ -8,13 +8,32 @@ from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
 from tests.unit.parallel.on_ranks import SILENT_HEAD, initial_weights, train_with_a_silent_head
 
+BF16 = pytest.mark.regression("7.A2")
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("tensor", "pipeline", "data"), [(1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)])
-def test_initial_weights(ranks: Ranks, tensor: int, pipeline: int, data: int, tied: bool) -> None:
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "tied", "precision", "zero_stage"),
+    [
+        *(
+            (*layout, tied, "fp32", 0)
+            for layout in [(1, 1, 1), (4, 1, 1), (2, 2, 1), (1, 4, 1), (1, 2, 2)]
+            for tied in (False, True)
+        ),
+        (1, 2, 2, True, "fp32", 1),
+        *(
+            pytest.param(*layout, tied, "bf16", 0, marks=BF16)
+            for layout, tied in [((1, 1, 1), False), ((2, 2, 1), True), ((1, 1, 4), True), ((1, 2, 2), True)]
+        ),
+    ],
+)
+def test_initial_weights(
+    ranks: Ranks, tensor: int, pipeline: int, data: int, tied: bool, precision: str, zero_stage: int
+) -> None:
+    """They are the same fp32 numbers in every precision."""
     config = tiny_config(
-        parallel={"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1},
+        parallel={"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1, "zero_stage": zero_stage},
         model={"tie_embeddings": tied, "num_query_groups": 4},
+        train={"precision": precision},
     )
     by_rank = ranks.run(tensor * pipeline * data, initial_weights, config)
     shapes = parameter_shapes(config, VOCAB_SIZE)
