@@ -14,10 +14,11 @@ from torch.profiler import record_function
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from mtp_dist.parallel.gradient_watch import GradientWatch, part_of
 from mtp_dist.parallel.gradients import clip_by_global_norm
+from mtp_dist.parallel.optimizer_state import set_master_weight
 from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, quiet
 from mtp_dist.parallel.stage_clock import StageClock
 from mtp_dist.parallel.topology import Topology, data_group
@@ -57,6 +58,7 @@ class TrainingEngine:
                 optimizer=build_optimizer,
                 config=deepspeed_config(config, self.micro_batches),
             )
+        self._set_initial_weights()
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
@@ -65,6 +67,16 @@ class TrainingEngine:
         self.clock = StageClock(self.pipeline, topology.device)
         self.optimizer_updates = 0
         """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
+
+    @torch.no_grad()
+    def _set_initial_weights(self) -> None:
+        # Not before there is the optimizer: its fp32 copies would be those of weights that are rounded to bf16.
+        shapes = parameter_shapes(self.config, self.vocab_size)
+        for name, weight in named_weights(self.stage):
+            part = cut(
+                initial_weight(self.config, name, shapes[name]), weight, self.topology.tensor_rank, self.topology.tensor
+            )
+            set_master_weight(weight, part.to(weight.device))
 
     @property
     def optimizer_name(self) -> str:

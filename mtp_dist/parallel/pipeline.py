@@ -19,14 +19,7 @@ from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import PredictionHeads, chains, detached_heads
 from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
-from mtp_dist.model.weights import (
-    cut,
-    initial_weight,
-    named_weights,
-    padded_vocab_size,
-    parameter_shapes,
-    tag_shards,
-)
+from mtp_dist.model.weights import padded_vocab_size, tag_shards
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology, tensor_group
 
@@ -148,7 +141,7 @@ def _with_weight(embedding: TokenEmbedding, hidden: Tensor) -> tuple[Tensor, Ten
 
 
 class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
-    """The layers of this rank's stage, with the initial weights of their global names."""
+    """The layers of this rank's stage. Their weights have no values yet: the engine sets them."""
 
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
         self.config = config
@@ -160,19 +153,11 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         with quiet(), torch.no_grad():
             super().__init__(_layer_specs(config, vocab_size), topology=axes)
         tag_shards(self)
-        self._initialize(config, vocab_size, topology)
 
     def _partition_layers(self, method: str = "") -> None:
         """Override of DeepSpeed's: it balances parameters, or layers, and knows nothing of the heads."""
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
-
-    @torch.no_grad()
-    def _initialize(self, config: Config, vocab_size: int, topology: Topology) -> None:
-        shapes = parameter_shapes(config, vocab_size)
-        for name, weight in named_weights(self):
-            whole = initial_weight(config, name, shapes[name])
-            weight.copy_(cut(whole, weight, topology.tensor_rank, topology.tensor))
 
     def expect(self, batch: Sequence[MicroBatch]) -> None:
         """Queue the micro-batches of a batch in the order of the forward passes."""
