@@ -135,6 +135,21 @@ def size_faults(root: Path) -> list[str]:
     return faults
 
 
+# What an assert may call: nothing that would be missing if `python -O` left the assert out.
+PURE_CALLS = {"isinstance", "len", "max", "min", "set", "sum", "tuple", "alphabet", "get_rank", "keys", "values"}
+
+
+def asserts_with_effects(root: Path) -> list[str]:
+    faults = []
+    for path, source in python_files(root):
+        asserts = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert))
+        for call in (node for statement in asserts for node in ast.walk(statement.test) if isinstance(node, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+            if name not in PURE_CALLS:
+                faults.append(f"{path}:{call.lineno}: an assert calls {name}")
+    return faults
+
+
 def project_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         here = Path(folder)
@@ -161,7 +176,15 @@ def path_faults(root: Path) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("find_faults", [import_faults, size_faults, path_faults])
+@pytest.mark.parametrize(
+    "find_faults",
+    [
+        import_faults,
+        size_faults,
+        path_faults,
+        pytest.param(asserts_with_effects, marks=pytest.mark.regression("7.B2")),
+    ],
+)
 def test_project_keeps_its_layout(find_faults):
     assert find_faults(PROJECT) == []
 

@@ -1,7 +1,12 @@
 """What is saved at any layout opens whole."""
 
+import errno
 import json
 import math
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from safetensors.torch import save_file
 
 from mtp_dist.checkpoint.files import SavedLayout, TensorReader, read_description
 from mtp_dist.checkpoint.load import load_weights
-from mtp_dist.checkpoint.manifest import record_of, write_manifest
+from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
 from mtp_dist.checkpoint.save import write_share
 from mtp_dist.config import ConfigError
 from mtp_dist.model.reference import ReferenceModel
@@ -20,7 +25,7 @@ from mtp_dist.model.weights import initial_weight, parameter_shapes
 from mtp_dist.parallel.topology import Topology
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
-from tests.unit.checkpoint.folders import flip
+from tests.unit.checkpoint.folders import config_in, flip, write_checkpoint, write_unfinished
 from tests.unit.checkpoint.on_ranks import LOSSES, RECENT, train_part
 
 STEP = 1
@@ -124,3 +129,111 @@ def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="b reads back as something else than was written") as error:
         write_share(tmp_path, tensors, topology)
     assert error.value.filename == tmp_path / name
+
+
+@pytest.mark.regression("7.B2")
+def test_python_without_asserts_saves_a_checkpoint_with_all_its_parts(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.manifest import check_fully
+from tests.unit.checkpoint.folders import write_checkpoint
+if __debug__:
+    raise SystemExit("asserts are on")
+folder = write_checkpoint(Path({str(tmp_path)!r}), 10)
+check_fully(folder)
+config, vocab_size, weights = load_weights(folder)
+print(len(weights), sorted(path.name for path in folder.glob("*.json")))
+"""
+    run = subprocess.run(
+        [sys.executable, "-O", "-c", program],
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    names = ["config.json", "manifest.json", "model.safetensors.index.json", "optimizer.safetensors.index.json"]
+    assert run.stdout.splitlines()[-1] == f"{len(parameter_shapes(tiny_config(), VOCAB_SIZE))} {names}"
+
+
+@pytest.mark.regression("7.B4")
+def test_a_checkpoint_is_whole_although_the_list_of_its_files_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS or in an object store, where a new file is in no list for some seconds."""
+    with monkeypatch.context() as stale:
+        stale.setattr(Path, "glob", lambda *_: iter(()))
+        stale.setattr(Path, "iterdir", lambda _: iter(()))
+        folder = write_unfinished(config_in(tmp_path), 10)
+        check_fully(folder)
+    check_fully(folder)
+    shapes = parameter_shapes(tiny_config(), VOCAB_SIZE)
+    assert TensorReader(folder, "model").shapes() == shapes
+    check_index(folder, "model", 4 * sum(map(math.prod, shapes.values())))
+    check_index(folder, "optimizer", 8 * sum(map(math.prod, shapes.values())))
+    assert read_manifest(folder).keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+@pytest.mark.regression("7.B4")
+@pytest.mark.parametrize(
+    ("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EBADF, True), (errno.EIO, False)]
+)
+def test_mounts_that_do_not_sync_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, tolerated: bool
+) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    if tolerated:
+        check_fully(write_checkpoint(tmp_path, 10))
+    else:
+        with pytest.raises(OSError, match="Input/output error"):
+            write_checkpoint(tmp_path, 10)
+
+
+@pytest.mark.regression("7.B4")
+def test_a_file_that_cannot_be_synced_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_checkpoint(tmp_path, 10)
+
+
+ELSEWHERE: dict[str, str] = {
+    "above": "../outside.safetensors",
+    "absolute": "{folder}/outside.safetensors",
+    "below": "sub/outside.safetensors",
+    "not in the manifest": "outside.safetensors",
+}
+
+
+@pytest.mark.regression("7.D4")
+@pytest.mark.parametrize("kind", ["model", "optimizer"])
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_only_files_of_the_manifest_are_read(tmp_path: Path, kind: str, case: str) -> None:
+    folder = write_checkpoint(tmp_path, 10)
+    (folder / "sub").mkdir()
+    for outside in (tmp_path, folder, folder / "sub"):
+        save_file(
+            {"exp_avg.embedding.weight": torch.ones(3), "embedding.weight": torch.ones(3)},
+            outside / "outside.safetensors",
+        )
+    index = folder / f"{kind}.safetensors.index.json"
+    values = json.loads(index.read_text())
+    name = "exp_avg.embedding.weight" if kind == "optimizer" else "embedding.weight"
+    values["weight_map"][name] = ELSEWHERE[case].format(folder=tmp_path)
+    index.write_text(json.dumps(values))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    record = record_of(index)
+    manifest["files"][index.name] = {"bytes": record.bytes, "sha256": record.sha256}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for read in (check_fully, load_weights, lambda folder: TensorReader(folder, kind).read(name)):
+        with pytest.raises(ConfigError, match=r"outside\.safetensors"):
+            read(folder)

@@ -1,9 +1,10 @@
 """Which checkpoint is the one to start from, and which go, also when a run is killed while it saves."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,37 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, step: in
         assert (config.checkpoint_dir / "latest").read_text() == f"{final.name}\n"
         check_fully(final)
     assert operations() >= 5 and number == operations() + 1
+
+
+@pytest.mark.regression("7.B4")
+def test_files_that_stay_when_their_folder_is_deleted_stop_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a deleted file that some process still has open, under a name such as .nfs0001."""
+    rmtree = shutil.rmtree
+
+    def delete_all_but_one(folder: Path, ignore_errors: bool = False) -> None:
+        rmtree(folder)
+        folder.mkdir()
+        (folder / ".nfs0001").touch()
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", delete_all_but_one)
+    config = config_in(tmp_path)
+    for step in (10, 10, 20, 10, 20, 20):
+        write_unfinished(config, step)  # and ended before it was finished
+        final = checkpoint_path(config, step)
+        publish(write_unfinished(config, step), final)
+        check_fully(final)
+        assert not list(final.glob(".nfs*"))
+        assert (tmp_path / "latest").read_text() == f"{final.name}\n"
+    for step in (30, 40):
+        publish(write_unfinished(config, step), checkpoint_path(config, step))
+        with suppress(OSError):  # which the run reports
+            remove_surplus(tmp_path, step, 1, None)
+    monkeypatch.undo()
+    final = checkpoint_path(config, 50)
+    publish(write_unfinished(config, 50), final)
+    remove_surplus(tmp_path, 50, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000050"]

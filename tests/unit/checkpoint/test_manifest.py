@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import (
     MANIFEST,
     DamagedError,
+    FileRecord,
     check_fully,
     check_quickly,
     read_manifest,
@@ -90,4 +92,42 @@ def test_manifest_and_folder_name_the_same_files(whole: Path, tmp_path: Path) ->
         check_quickly(folder)
     (folder / MANIFEST).write_text(json.dumps(values | {"format": 2}))
     with pytest.raises(DamagedError, match="it has not the keys of format 1"):
+        check_quickly(folder)
+
+
+@pytest.mark.regression("7.B2")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors.index.json",
+        "optimizer.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "optimizer-00002-of-00002.safetensors",
+    ],
+)
+def test_a_checkpoint_without_one_of_its_parts_is_none(whole: Path, tmp_path: Path, name: str) -> None:
+    """Even if its manifest does not miss it."""
+    folder = copied(whole, tmp_path / "without")
+    (folder / name).unlink()
+    values = json.loads((folder / MANIFEST).read_text())
+    del values["files"][name]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(DamagedError, match=f"{name}.* is not in {MANIFEST}"):
+        check_quickly(folder)
+
+
+@pytest.mark.regression("7.D4")
+@pytest.mark.parametrize("name", ["../notes.txt", "/etc/hostname", "sub/notes.txt", "..", ""])
+def test_a_manifest_names_nothing_outside_of_its_folder(whole: Path, tmp_path: Path, name: str) -> None:
+    folder = copied(whole, tmp_path / "changed")
+    (folder / "sub").mkdir()
+    for place in (tmp_path, folder / "sub"):
+        (place / "notes.txt").write_text("notes")
+    values = json.loads((folder / MANIFEST).read_text())
+    path = Path(os.path.normpath(folder / name))
+    record = record_of(path) if path.is_file() else FileRecord(path.stat().st_size, "")
+    values["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
+    (folder / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(DamagedError, match="is no manifest"):
         check_quickly(folder)
