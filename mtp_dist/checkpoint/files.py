@@ -7,16 +7,11 @@ the rest. `manifest.json` tells whether all of it is still what was written.
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from mtp_dist.config import Config, ConfigError, build_config
 from mtp_dist.disk import write_durably
@@ -114,65 +109,23 @@ def tensor_file(kind: str, rank: int, ranks: int) -> str:
     return f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
-def _index_file(kind: str) -> str:
+def index_file(kind: str) -> str:
     return f"{kind}.safetensors.index.json"
 
 
-_TENSORS_OR_INDEX = re.compile(rf"({MODEL}|{OPTIMIZER})[-.].*safetensors")
+def write_index(folder: Path, kind: str, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> set[str]:
+    """Write which file has which tensor, given the tensors' shapes by file. Return the tensors' names.
 
-
-def files_of(folder: Path) -> list[str]:
-    """Names of the files that belong to a checkpoint, without its manifest; other files may lie beside them."""
-    names = (path.name for path in folder.iterdir())
-    return sorted(name for name in names if name == DESCRIPTION or _TENSORS_OR_INDEX.match(name))
-
-
-def write_index(folder: Path, kind: str) -> set[str]:
-    """Say which of the files that are there has which tensor. Returns the tensors' names."""
+    The files are not looked at: on a network file system the list of a folder may be older than its files.
+    """
     homes: dict[str, str] = {}
     size = 0
-    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118, not a dict
-                assert name not in homes, "every tensor is saved once"
-                homes[name] = path.name
-                size += 4 * math.prod(file.get_slice(name).get_shape())
+    for file, of_file in shapes.items():
+        for name, shape in of_file.items():
+            if name in homes:
+                raise RuntimeError(f"{name} is saved twice: in {homes[name]} and in {file}")
+            homes[name] = file
+            size += 4 * math.prod(shape)
     index = {"metadata": {"total_size": size}, "weight_map": homes}
-    write_durably(folder / _index_file(kind), json.dumps(index, indent=2))
+    write_durably(folder / index_file(kind), json.dumps(index, indent=2))
     return set(homes)
-
-
-class TensorReader:
-    """The tensors of one kind in a checkpoint, read one by one."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        """Raises ConfigError where the index is missing or damaged."""
-        self.folder = folder
-        with self._errors_explained():
-            index: dict[str, Any] = json.loads((folder / _index_file(kind)).read_text(encoding="utf-8"))
-            self.homes: dict[str, str] = dict(index["weight_map"])
-
-    def read(self, name: str) -> Tensor:
-        """fp32, on the CPU. Raises ConfigError where its file is missing or damaged."""
-        with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, without reading them. Raises ConfigError where a file is missing or damaged."""
-        found: dict[str, tuple[int, ...]] = {}
-        for home in dict.fromkeys(self.homes.values()):
-            with self._errors_explained(), safe_open(self.folder / home, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return {name: found[name] for name in self.homes}
-
-    @contextmanager
-    def _errors_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"{self.folder} is not a whole checkpoint: {error.filename or error} cannot be read"
-            ) from None
-        except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None

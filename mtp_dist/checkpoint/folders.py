@@ -8,6 +8,8 @@ checkpoint is called while its files are removed.
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from mtp_dist.checkpoint.files import DESCRIPTION
@@ -83,7 +85,9 @@ def make_room(unfinished: Path) -> None:
             replaced.rename(finished)
     for ending in (UNFINISHED, REPLACED, DELETED):
         for left in directory.glob(f"step_*{ending}"):
-            shutil.rmtree(left)
+            # Files may stay: NFS keeps one that some process still has open. The next save tries again.
+            with suppress(OSError):
+                _delete(left)
     unfinished.mkdir(parents=True)
 
 
@@ -99,7 +103,8 @@ def publish(unfinished: Path, final: Path) -> None:
     named.replace(final.with_name(LATEST))
     sync(final.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        with suppress(OSError):  # the checkpoint is there; the next save tries again
+            _delete(replaced)
 
 
 def surplus(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
@@ -115,11 +120,24 @@ def surplus(steps: Iterable[int], newest: int, keep_last: int | None, keep_every
 
 
 def remove_surplus(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete what `surplus` names. Raises OSError."""
+    """Delete what `surplus` names, if the newest is there. Raise OSError if something of it stays."""
     found = finished_checkpoints(directory)
-    assert newest in found, "none goes before a newer one is there"
+    if newest not in found:  # yet: on a network file system the list of a folder may be older than its folders
+        return
     for step in surplus(found, newest, keep_last, keep_every):
-        deleted = directory / f"step_{step:08d}{DELETED}"
+        _delete(found[step])
+
+
+def _delete(folder: Path) -> None:
+    """Raise OSError if something of it stays, under a name that nothing else needs."""
+    if not folder.name.endswith(DELETED):
         # Renamed first: what a kill leaves of it must not look like a checkpoint.
-        found[step].rename(deleted)
-        shutil.rmtree(deleted)
+        name = folder.name.removesuffix(UNFINISHED).removesuffix(REPLACED)
+        free = (folder.with_name(f"{name}.{number}{DELETED}") for number in count(1))
+        deleted = next(path for path in free if not path.exists())
+        folder.rename(deleted)
+        folder = deleted
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, TensorReader, read_description
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, read_description
 from mtp_dist.checkpoint.folders import finished_checkpoints, latest_name
 from mtp_dist.checkpoint.manifest import FileRecord, Watch, check_fully, check_quickly
+from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import ConfigError
 
 

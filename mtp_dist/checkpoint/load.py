@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, TensorReader, read_description
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, read_description
 from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_content, check_weights, read_manifest, tensor_files
+from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes

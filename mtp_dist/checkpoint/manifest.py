@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from mtp_dist.checkpoint.files import MODEL, files_of
+from mtp_dist.checkpoint.files import DESCRIPTION, MODEL, OPTIMIZER, index_file
 from mtp_dist.config import ConfigError
 from mtp_dist.disk import write_durably
 
@@ -42,10 +43,8 @@ def record_of(path: Path, watch: Callable[[int], None] = lambda read: None) -> F
     return FileRecord(size, digest.hexdigest())
 
 
-def write_manifest(folder: Path, known: Mapping[str, FileRecord] | None = None) -> None:
-    """Of all files in the folder; those that are not known are read."""
-    records = dict(known or {})
-    records |= {name: record_of(folder / name) for name in files_of(folder) if name not in records}
+def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Write the manifest of these files."""
     files = {name: asdict(record) for name, record in sorted(records.items())}
     write_durably(folder / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
 
@@ -56,6 +55,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         values = json.loads((folder / MANIFEST).read_bytes())
         if values.keys() != {"format", "files"} or values["format"] != FORMAT:
             raise ValueError(f"it has not the keys of format {FORMAT}")
+        if outside := [name for name in values["files"] if Path(name).name != name or name in ("", "..")]:
+            raise ValueError(f"it names {outside[0]!r}, which is not the name of a file in this folder")
         return {name: FileRecord(**record) for name, record in values["files"].items()}
     except OSError as error:
         raise DamagedError(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
@@ -64,26 +65,48 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 
 def check_quickly(folder: Path) -> dict[str, FileRecord]:
-    """Compare all names and sizes and the content of the JSON files with the manifest, and return the manifest.
+    """Compare the size of each file and the content of the JSON files with the manifest, and return the manifest.
 
-    Raises DamagedError for the first difference.
+    Raise DamagedError for the first difference, and if a part is missing that the checkpoint's own indexes list.
+    Whatever else lies in the folder does not matter.
     """
     records = read_manifest(folder)
-    present = set(files_of(folder))
-    for name in sorted(records.keys() | present):
-        if name not in present:
-            raise DamagedError(folder, f"{name} is missing")
-        if name not in records:
-            raise DamagedError(folder, f"{name} is not in {MANIFEST}")
+    for name in sorted(records):
         try:
             size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            raise DamagedError(folder, f"{name} is missing") from None
         except OSError as error:
             raise DamagedError(folder, f"{name} cannot be read ({error.strerror})") from None
         if size != records[name].bytes:
             raise DamagedError(folder, f"{name} has {size} bytes, it was written with {records[name].bytes}")
         if name.endswith(".json"):
             check_content(folder, name, records[name])
+    _check_parts(folder, records)
     return records
+
+
+def _check_parts(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Raise DamagedError unless the manifest has all that the checkpoint consists of."""
+    updates = _values_of(folder, DESCRIPTION, records).get("optimizer_updates")
+    for kind in (MODEL, OPTIMIZER) if updates else (MODEL,):
+        homes = _values_of(folder, index_file(kind), records).get("weight_map")
+        if not isinstance(homes, dict):
+            raise DamagedError(folder, f"{index_file(kind)} has no weight_map")
+        if unknown := [home for home in homes.values() if home not in records]:
+            raise DamagedError(folder, f"{unknown[0]}, which {index_file(kind)} names, is not in {MANIFEST}")
+
+
+def _values_of(folder: Path, name: str, records: Mapping[str, FileRecord]) -> dict[str, Any]:
+    if name not in records:
+        raise DamagedError(folder, f"{name} is not in {MANIFEST}")
+    try:
+        values = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedError(folder, f"{name} cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise DamagedError(folder, f"{name} is not a mapping")
+    return values
 
 
 def check_content(

@@ -13,7 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, RunState, SavedLayout, tensor_file, write_index
+from mtp_dist.checkpoint.files import (
+    DESCRIPTION,
+    MODEL,
+    OPTIMIZER,
+    Description,
+    RunState,
+    SavedLayout,
+    index_file,
+    tensor_file,
+    write_index,
+)
 from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
 from mtp_dist.config import Config
 from mtp_dist.disk import sync
@@ -81,17 +91,28 @@ def whole_share(snapshot: Snapshot, topology: Topology, tensor_group: dist.Proce
     return {kind: joined_parts(parts, topology, tensor_group) for kind, parts in snapshot.parts.items()}
 
 
-def write_share(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, FileRecord]:
-    """Write this rank's files, and read them back. Raises OSError."""
+@dataclass(frozen=True)
+class TensorFile:
+    """What a rank reports of a file that it wrote."""
+
+    kind: str
+    record: FileRecord
+    shapes: dict[str, tuple[int, ...]]
+    """Of the tensors in it, by name."""
+
+
+def write_share(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, TensorFile]:
+    """Write this rank's files, read them back and return what they are, by name. Raise OSError if that fails."""
     if not folder.is_dir():
         raise OSError(None, f"rank 0 made this folder, rank {topology.rank} does not see it: it must be shared", folder)
-    records = {}
+    written = {}
     for kind, of_kind in tensors.items():
         if of_kind:
             name = tensor_file(kind, topology.rank, topology.world_size)
-            records[name] = _write_tensors(folder / name, of_kind)
+            shapes = {tensor: tuple(values.shape) for tensor, values in of_kind.items()}
+            written[name] = TensorFile(kind, _write_tensors(folder / name, of_kind), shapes)
     sync(folder)
-    return records
+    return written
 
 
 def _write_tensors(path: Path, tensors: Tensors) -> FileRecord:
@@ -119,11 +140,19 @@ def _forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_rest(folder: Path, description: Description, tensor_files: Mapping[str, FileRecord]) -> None:
-    """What rank 0 writes when the files of all ranks are there. Raises OSError."""
+def write_rest(folder: Path, description: Description, tensor_files: Mapping[str, TensorFile]) -> None:
+    """Write what rank 0 writes when the files of all ranks are there. Raise OSError if that fails.
+
+    tensor_files: those of all ranks, by name.
+    """
     shapes = parameter_shapes(description.config, description.vocab_size)
-    assert write_index(folder, MODEL) == shapes.keys(), "every weight is saved"
-    assert write_index(folder, OPTIMIZER) == {f"{key}.{name}" for key in MOMENTS for name in shapes}
+    expected = {MODEL: set(shapes), OPTIMIZER: {f"{key}.{name}" for key in MOMENTS for name in shapes}}
+    for kind, names in expected.items():
+        of_kind = {name: file.shapes for name, file in sorted(tensor_files.items()) if file.kind == kind}
+        if differing := write_index(folder, kind, of_kind) ^ names:
+            raise RuntimeError(f"the ranks wrote other tensors than the model has: {sorted(differing)[:3]}")
     description.write(folder)
-    write_manifest(folder, tensor_files)
+    records = {name: file.record for name, file in tensor_files.items()}
+    small = (DESCRIPTION, *map(index_file, expected))
+    write_manifest(folder, records | {name: record_of(folder / name) for name in small})
     sync(folder)

@@ -111,7 +111,7 @@ class CheckpointSaver:
         topology = self.engine.topology
         self._on_rank_0(lambda: make_room(unfinished), unfinished)
         written = self._on_all_ranks(lambda: write_share(unfinished, tensors, topology), unfinished)
-        tensor_files = {name: record for of_rank in written if of_rank for name, record in of_rank.items()}
+        tensor_files = {name: file for of_rank in written if of_rank for name, file in of_rank.items()}
 
         def finish() -> None:
             write_rest(unfinished, description, tensor_files)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, tensor_file
+from mtp_dist.checkpoint.files import MODEL, index_file, tensor_file
 from mtp_dist.config import ConfigError
 from mtp_dist.disk import sync
 
@@ -55,7 +55,7 @@ def watched(tensors: Iterator[Tensor], total: int, watch: Watch) -> Iterator[Ten
 
 def write_weights(
     folder: Path, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, tensors: Iterator[Tensor]
-) -> None:
+) -> list[str]:
     """Write the next tensors into model-00001-of-00003.safetensors and so on, and their index.
 
     shapes: by name, in the order of the tensors.
@@ -68,7 +68,8 @@ def write_weights(
         write_tensors(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
         homes |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes}
-    (folder / f"{MODEL}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / index_file(MODEL)).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return [*dict.fromkeys(homes.values()), index_file(MODEL)]
 
 
 def write_tensors(

@@ -6,8 +6,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import Description
-from mtp_dist.checkpoint.manifest import write_manifest
+from mtp_dist.checkpoint.files import DESCRIPTION, Description
+from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.files import Watch, new_folder, watched, write_weights
 from mtp_dist.convert.import_config import ImportRequest, import_config
@@ -60,9 +60,9 @@ def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None
         tokenizer = find_tokenizer(request.source)
         if tokenizer and config.data.tokenizer == str(request.target):
             copy_tokenizer(tokenizer, folder)
-        write_weights(folder, shapes, torch.float32, watched(map(tensor_of, shapes), len(shapes), watch))
+        written = write_weights(folder, shapes, torch.float32, watched(map(tensor_of, shapes), len(shapes), watch))
         Description(0, llama.vocab_size, 0, config).write(folder)
-        write_manifest(folder)
+        write_manifest(folder, {name: record_of(folder / name) for name in (*written, DESCRIPTION)})
         values = config.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return config

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, TensorReader, read_description
+from mtp_dist.checkpoint.files import MODEL, read_description
 from mtp_dist.checkpoint.manifest import Watch as BytesWatch
+from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.resume import whole_checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.card import model_card

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mtp_dist.checkpoint.files import SavedLayout, TensorReader, read_description
+from mtp_dist.checkpoint.files import SavedLayout, read_description
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
+from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.save import write_share
 from mtp_dist.config import ConfigError
 from mtp_dist.model.reference import ReferenceModel
@@ -109,7 +110,7 @@ def test_what_is_almost_a_checkpoint(tmp_path: Path, broken: str) -> None:
         index = {}
     (tmp_path / "config.json").write_text("{" if broken == "not json" else json.dumps(description))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_manifest(tmp_path)
+    write_manifest(tmp_path, {path.name: record_of(path) for path in tmp_path.iterdir()})
     with pytest.raises(ConfigError) as error:
         load_weights(tmp_path / "config.json" if broken == "a file" else tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -118,8 +119,8 @@ def test_what_is_almost_a_checkpoint(tmp_path: Path, broken: str) -> None:
 def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     topology = Topology(1, 1, 1, 0, 0, 0, torch.device("cpu"))
     tensors = {"model": {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(3)}}
-    [(name, record)] = write_share(tmp_path, tensors, topology).items()
-    assert name == "model-00001-of-00001.safetensors" and record == record_of(tmp_path / name)
+    [(name, written)] = write_share(tmp_path, tensors, topology).items()
+    assert name == "model-00001-of-00001.safetensors" and written.record == record_of(tmp_path / name)
 
     def write_one_bit_wrong(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)

@@ -117,7 +117,6 @@ def test_a_checkpoint_without_one_of_its_parts_is_none(whole: Path, tmp_path: Pa
         check_quickly(folder)
 
 
-@pytest.mark.regression("7.D4")
 @pytest.mark.parametrize("name", ["../notes.txt", "/etc/hostname", "sub/notes.txt", "..", ""])
 def test_a_manifest_names_nothing_outside_of_its_folder(whole: Path, tmp_path: Path, name: str) -> None:
     folder = copied(whole, tmp_path / "changed")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.files import Description
-from mtp_dist.checkpoint.manifest import write_manifest
+from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point, whole_checkpoint_in
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, tiny_config
@@ -17,7 +17,9 @@ def save_description(directory: Path, config: Config, step: int) -> Path:
     folder = directory / f"step_{step:08d}"
     folder.mkdir(parents=True)
     Description(step, VOCAB_SIZE, step, config).write(folder)
-    write_manifest(folder)
+    for kind in ("model", "optimizer"):
+        (folder / f"{kind}.safetensors.index.json").write_text('{"weight_map": {}}')
+    write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
     return folder
 
 

@@ -1,5 +1,6 @@
 """Small checkpoints of ours and small Llamas of Hugging Face, with weights that leave no factor hidden."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mtp_dist.checkpoint.files import MODEL, Description, tensor_file, write_index
+from mtp_dist.checkpoint.files import MODEL, Description, tensor_file
 from mtp_dist.checkpoint.load import load_weights
-from mtp_dist.checkpoint.manifest import write_manifest
+from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.config import Config
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.weights import parameter_shapes
@@ -33,9 +34,10 @@ def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dic
     weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config, vocab_size).items()}
     folder.mkdir(parents=True)
     save_file(weights, folder / tensor_file(MODEL, 0, 1))
-    write_index(folder, MODEL)
-    Description(STEP, vocab_size, STEP, config).write(folder)
-    write_manifest(folder)
+    index = {"weight_map": dict.fromkeys(weights, tensor_file(MODEL, 0, 1))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    Description(STEP, vocab_size, 0, config).write(folder)
+    write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
     return ReferenceModel(config, vocab_size, weights)
 
 

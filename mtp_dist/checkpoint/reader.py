@@ -1,0 +1,54 @@
+"""Reading the tensors of a checkpoint, without the engine that trains."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mtp_dist.checkpoint.files import index_file
+from mtp_dist.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
+from mtp_dist.config import ConfigError
+
+
+class TensorReader:
+    """The tensors of one kind in a checkpoint, read one by one."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        """Raise ConfigError if the index is missing or damaged, or names a file that the manifest does not have."""
+        self.folder = folder
+        records = read_manifest(folder)
+        with self._errors_explained():
+            index: dict[str, Any] = json.loads((folder / index_file(kind)).read_text(encoding="utf-8"))
+            self.homes: dict[str, str] = dict(index["weight_map"])
+            unknown = sorted(set(self.homes.values()) - records.keys())
+        if unknown:
+            raise DamagedError(folder, f"{index_file(kind)} names {unknown[0]!r}, which {MANIFEST} does not have")
+
+    def read(self, name: str) -> Tensor:
+        """Return a whole tensor, fp32 on the CPU. Raise ConfigError if its file is missing or damaged."""
+        with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return those of all tensors, without reading them. Raise ConfigError if a file is missing or damaged."""
+        found: dict[str, tuple[int, ...]] = {}
+        for home in dict.fromkeys(self.homes.values()):
+            with self._errors_explained(), safe_open(self.folder / home, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return {name: found[name] for name in self.homes}
+
+    @contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder} is not a whole checkpoint: {error.filename or error} cannot be read"
+            ) from None
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
