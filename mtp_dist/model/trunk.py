@@ -1,5 +1,8 @@
 """The shared trunk: token embedding and `trunk_layers` transformer layers."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
@@ -8,6 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mtp_dist.config import Config
 from mtp_dist.model.layers import DecoderLayer, transformer_config
@@ -35,15 +39,37 @@ class TokenEmbedding(nn.Module):
         return self.lookup.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.lookup(tokens)
-        return hidden if self.sequence_parallel else hidden.transpose(0, 1).contiguous()
+        return embed_tokens(self.weight, tokens, self.sequence_parallel)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows `[..., D]` of a weight; its gradient is accumulated in fp32 and rounded once.
+
+    PyTorch accumulates in the weight's precision on a CPU, and between blocks of tokens on a GPU: in bf16 a frequent
+    token's sum soon stands still.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows, ctx.dtype = len(weight), weight.dtype
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        grad_output = grad_output.to(torch.promote_types(ctx.dtype, torch.float32))
+        grad_weight = torch.ops.aten.embedding_dense_backward(grad_output, rows, ctx.num_rows, -1, False)
+        return grad_weight.to(ctx.dtype), None
 
 
 def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Tensor:
-    """What TokenEmbedding with that weight `[V/TP, D]` gives for tokens `[B, S]`."""
+    """Return what TokenEmbedding with that weight `[V/TP, D]` gives for tokens `[B, S]`."""
     rows = tokens - get_tensor_model_parallel_group().rank() * len(weight)
     elsewhere = (rows < 0) | (rows >= len(weight))
-    partial = F.embedding(rows.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+    looked_up: Tensor = _Lookup.apply(weight, rows.masked_fill(elsewhere, 0))  # type: ignore[no-untyped-call]
+    partial = looked_up.masked_fill(elsewhere.unsqueeze(-1), 0.0)
     partial = partial.transpose(0, 1).contiguous()
     to_all = (
         reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
