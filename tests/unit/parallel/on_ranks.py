@@ -69,3 +69,32 @@ def patience(config: Config, port: int) -> list[float]:
     groups = [dist.distributed_c10d._get_default_group(), tensor_group()]
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     return [time.total_seconds() for time in (*timeouts, dist.distributed_c10d._get_default_store().timeout)]
+
+
+def resources(config: Config, port: int, soft_limit: int) -> tuple[int, int, str | None]:
+    """Open the topology in an environment without settings of its own. Return PyTorch's number of threads, the limit
+    of open files and gloo's network interface."""
+    import os
+    import resource
+
+    import torch.distributed as dist
+
+    from mtp_dist.parallel.topology import initialize_topology
+
+    dist.destroy_process_group()
+    environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(7)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, limits[1]))
+    try:
+        initialize_topology(config, torch.device("cpu"))
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return torch.get_num_threads(), open_files, os.environ.get("GLOO_SOCKET_IFNAME")
+    finally:
+        os.environ.clear()
+        os.environ |= environment
+        torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -1,14 +1,21 @@
-"""How long ranks wait for one another."""
+"""How long ranks wait for one another, and what a rank takes of its machine."""
 
 import pytest
 
 from tests.integration import jobs
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.parallel.on_ranks import patience
+from tests.unit.parallel.on_ranks import patience, resources
 
 
 @pytest.mark.parametrize(("step_timeout", "seconds"), [(7200.0, 7800), (None, 86400)])
 def test_the_watchdog_speaks_first(ranks: Ranks, step_timeout: float | None, seconds: int) -> None:
     config = tiny_config(run={"step_timeout": step_timeout, "join_timeout": 60}, parallel={"tensor": 2})
     assert ranks.run(2, patience, config, jobs.free_port()) == [[seconds] * 3] * 2
+
+
+@pytest.mark.regression("7.C1")
+def test_ranks_of_a_machine_share_its_cores(ranks: Ranks) -> None:
+    """There are as many local ranks as cores, and OMP_NUM_THREADS is not set."""
+    config = tiny_config(run={"join_timeout": 60}, parallel={"tensor": 2})
+    assert [threads for threads, *_ in ranks.run(2, resources, config, jobs.free_port(), 512)] == [1, 1]
