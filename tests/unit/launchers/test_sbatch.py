@@ -15,6 +15,7 @@ SCRIPT = PROJECT / "launchers" / "slurm" / "pretrain.sbatch"
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > srun.txt
 printf '%s\\n' "$WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" > variables.txt
+env > environment.txt
 exit "${STATUS:-0}"
 """
 SCONTROL = """#!/bin/bash
@@ -33,6 +34,8 @@ class Outcome:
     srun: list[str]
     """Arguments."""
     variables: list[str]
+    environment: list[str]
+    """Of srun, NAME=VALUE."""
     requeued: str
 
 
@@ -58,7 +61,8 @@ def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
         return path.read_text().splitlines() if path.exists() else []
 
     requeued = "".join(noted("requeued"))
-    return Outcome(result.returncode, result.stdout + result.stderr, noted("srun"), noted("variables"), requeued)
+    output = result.stdout + result.stderr
+    return Outcome(result.returncode, output, noted("srun"), noted("variables"), noted("environment"), requeued)
 
 
 def value(arguments: list[str], option: str) -> str:
@@ -82,6 +86,12 @@ def test_one_rank_a_gpu(folder: Path, variables: dict[str, str], of_a_node: int,
     assert value(outcome.srun, "--ntasks-per-node") == str(of_a_node)
     assert value(outcome.srun, "--cpus-per-task") == str(cores)
     assert outcome.variables == [str(2 * of_a_node), "10.0.0.7", "10042"]
+
+
+@pytest.mark.regression("7.C1")
+def test_the_number_of_threads_is_left_to_the_program(folder: Path) -> None:
+    assert not [line for line in run(folder).environment if line.startswith("OMP_NUM_THREADS=")]
+    assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").environment
 
 
 def test_arguments_are_handed_on_as_they_are(folder: Path) -> None:

@@ -1,0 +1,52 @@
+"""What launchers/torchrun.sh makes of the environment. tests/integration starts it as two nodes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[3] / "launchers" / "torchrun.sh"
+
+TORCHRUN = f"""#!/bin/bash
+# Like torchrun as far as these tests go: it sets OMP_NUM_THREADS, and it starts Python unless it must not.
+export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"
+program=({sys.executable})
+while [[ $1 == --* ]]; do
+    if [[ $1 == --no-python ]]; then program=(); else shift; fi
+    shift
+done
+exec "${{program[@]}}" "$@"
+"""
+PRETRAIN = """import os, sys
+print(os.environ.get("OMP_NUM_THREADS"), os.environ.get("PYTHONPATH"), *sys.argv[1:])
+"""
+
+
+def run(folder: Path, **variables: str) -> list[str]:
+    """Return the number of threads, PYTHONPATH and the arguments of a rank."""
+    for name, text in {"bin/torchrun": TORCHRUN, "a checkout/launchers/pretrain.py": PRETRAIN}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    shutil.copy(SCRIPT, folder / "a checkout" / "launchers")
+    path = f"{folder}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [folder / "a checkout" / "launchers" / "torchrun.sh", "--config", "c.yaml"]
+    result = subprocess.run(command, env={"PATH": path, **variables}, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.rsplit(maxsplit=2)
+
+
+@pytest.mark.regression("7.C1")
+def test_the_number_of_threads_is_left_to_the_program(tmp_path: Path) -> None:
+    assert run(tmp_path)[0].split()[0] == "None"
+    assert run(tmp_path, OMP_NUM_THREADS="3")[0].split()[0] == "3"
+
+
+def test_the_code_is_the_checkout_s(tmp_path: Path) -> None:
+    assert run(tmp_path)[0].split(maxsplit=1)[1] == f"{tmp_path}/a checkout"
+    first, *arguments = run(tmp_path, PYTHONPATH="/elsewhere")
+    assert first.split(maxsplit=1)[1] == f"{tmp_path}/a checkout:/elsewhere"
+    assert arguments == ["--config", "c.yaml"]
