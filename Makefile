@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 # ninja, which compiles DeepSpeed's operators at run time, is found by PATH.
-RUN := PATH="$(VENV)/bin:$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+RUN := PATH="$(VENV)/bin:$$PATH"
 
 # Commas separate the arguments of a make function: the message must have none.
 stop = { echo 'error: $(1)' >&2; exit 1; }

@@ -5,8 +5,13 @@ set -euo pipefail
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+project=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # the code of this folder, whatever is installed
+
+program=(python)
+# torchrun sets OMP_NUM_THREADS to 1 if it is not set; without it each rank takes its part of the cores.
+[[ -n ${OMP_NUM_THREADS:-} ]] || program=(env -u OMP_NUM_THREADS python)
 
 exec torchrun --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \
-    "$(dirname "$0")/pretrain.py" "$@"
+    --no-python "${program[@]}" "$project/launchers/pretrain.py" "$@"

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import hypothesis
 import pytest
 
 from tests.ranks import Ranks
+
+# Before torch is imported: the workers of a suite and the ranks of its jobs share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The machines that run the tests are busy ones: time limits of single examples would only report that.
 hypothesis.settings.register_profile("shared", deadline=None)

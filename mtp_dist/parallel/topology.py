@@ -5,6 +5,7 @@ and the stages, which talk least, lie furthest apart. Megatron-core's groups and
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.threads import set_threads
 from mtp_dist.parallel.rendezvous import join
 
 T = TypeVar("T")
@@ -65,6 +67,9 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     """Open the process group (unless it is open) and the groups of every axis."""
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         os.environ.setdefault(key, value)
+    differs = set_threads()
+    if differs and os.environ["RANK"] == "0":
+        print(differs, file=sys.stderr, flush=True)
     if not dist.is_initialized():
         if os.environ["WORLD_SIZE"] == "1":
             # One process needs no rendezvous address, so any number of such runs can share a machine.

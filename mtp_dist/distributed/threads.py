@@ -1,0 +1,58 @@
+"""How many CPU threads a rank computes with: its part of the machine's cores.
+
+PyTorch alone takes every core in every rank, and threads that wait for one another in turns make a step several times
+slower.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+CPU_FOLDER = Path("/sys/devices/system/cpu")
+CGROUP_FOLDER = Path("/sys/fs/cgroup")
+
+
+def set_threads() -> str | None:
+    """Let PyTorch compute with this rank's part of the cores. OMP_NUM_THREADS wins: return a line if it differs."""
+    threads = cores_per_rank()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    elif torch.get_num_threads() != threads:
+        return (
+            f"OMP_NUM_THREADS = {os.environ['OMP_NUM_THREADS']} in the environment: each rank computes on the CPU with "
+            f"{torch.get_num_threads()} threads; one per core would be OMP_NUM_THREADS={threads}"
+        )
+    return None
+
+
+def cores_per_rank() -> int:
+    """Return the number of cores that this process may use, divided by the ranks that share them."""
+    mask = os.sched_getaffinity(0)
+    cores = len({_core(cpu) for cpu in mask})
+    # torchrun's name and DeepSpeed's
+    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if local_ranks:
+        return max(1, min(cores, _cgroup_cpus(cores)) // int(local_ranks))
+    # srun gives each task CPUs of its own, but only some clusters bind it to them.
+    cpus_per_task = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(mask))
+    return max(1, min(cores, _cgroup_cpus(cores), cpus_per_task * cores // len(mask)))
+
+
+def _core(cpu: int) -> str:
+    """Name the core of a CPU, which two hardware threads may share."""
+    try:
+        return (CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus(cores: int) -> int:
+    """Return the limit that a container has (`docker run --cpus`, limits of Kubernetes), or `cores` without one."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, 1
+        try:
+            quota, period = " ".join((CGROUP_FOLDER / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        return int(quota) // int(period) if quota.isdecimal() else cores
+    return cores

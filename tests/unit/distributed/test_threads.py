@@ -1,0 +1,94 @@
+"""A rank's part of the cores, on machines of several kinds."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mtp_dist.distributed import threads
+
+HYPERTHREADS = {cpu: f"{cpu % 4},{cpu % 4 + 4}\n" for cpu in range(8)}
+"""Four cores with two hardware threads each."""
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Eight CPUs without files that describe them, and an environment without launchers."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(threads, "CPU_FOLDER", tmp_path)
+    monkeypatch.setattr(threads, "CGROUP_FOLDER", tmp_path)
+    return tmp_path
+
+
+def describe_cores(folder: Path) -> None:
+    for cpu, siblings in HYPERTHREADS.items():
+        (folder / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings)
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores", "with_hyperthreads"),
+    [
+        ({}, 8, 4),
+        ({"LOCAL_WORLD_SIZE": "4"}, 2, 1),
+        ({"LOCAL_SIZE": "3"}, 2, 1),
+        ({"LOCAL_WORLD_SIZE": "16"}, 1, 1),
+        ({"SLURM_CPUS_PER_TASK": "4"}, 4, 2),
+        ({"SLURM_CPUS_PER_TASK": "1"}, 1, 1),
+        ({"SLURM_CPUS_PER_TASK": "2", "LOCAL_WORLD_SIZE": "2"}, 4, 2),
+    ],
+)
+def test_cores_per_rank(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], cores: int, with_hyperthreads: int
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert threads.cores_per_rank() == cores
+    describe_cores(machine)
+    assert threads.cores_per_rank() == with_hyperthreads
+
+
+def test_a_task_that_is_bound_to_its_cpus_has_them(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    describe_cores(machine)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert threads.cores_per_rank() == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "6400000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_limits_of_a_container(machine: Path, files: dict[str, str], cores: int) -> None:
+    for name, text in files.items():
+        (machine / name).parent.mkdir(exist_ok=True)
+        (machine / name).write_text(text)
+    assert threads.cores_per_rank() == cores
+
+
+def test_the_environment_wins_and_is_reported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        assert threads.set_threads() is None and torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert threads.set_threads() is None
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        assert threads.set_threads() == (
+            "OMP_NUM_THREADS = 1 in the environment: each rank computes on the CPU with 1 threads; one per core would "
+            "be OMP_NUM_THREADS=2"
+        )
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
