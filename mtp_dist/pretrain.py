@@ -154,9 +154,7 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
         begin_memory_history(config, topology.rank)
     cpu_groups = new_cpu_groups(topology)
     resumed = agree_on_resume_point(resumed, config, vocab_size, topology, cpu_groups.all)
-    may_change = "data.train" in config.checkpoint.allow_changes
-    # A checkpoint of step 0 is an imported model's, which no samples were read for.
-    samples_read = datasets.restore(resumed.samples, may_change) if resumed and resumed.step else 0
+    samples_read = _restore_samples(datasets, resumed, config)
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     if resumed:
         restore(engine, resumed.folder)
@@ -175,6 +173,16 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
     return ending.reason is Reason.LAST_STEP
+
+
+def _restore_samples(datasets: "Datasets", resumed: "ResumePoint | None", config: Config) -> int:
+    """Return the number of samples read before."""
+    from mtp_dist.data.loading import with_positions
+
+    if not resumed or not resumed.step:  # a checkpoint of step 0 is an imported model's, which no samples were read for
+        return 0
+    samples = with_positions(resumed.samples, resumed.config)
+    return datasets.restore(samples, may_change="data.train" in config.checkpoint.allow_changes)
 
 
 def _reporter(

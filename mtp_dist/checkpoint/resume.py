@@ -35,6 +35,8 @@ class ResumePoint:
     folder: Path
     step: int
     """Updates made."""
+    config: Config
+    """The configuration it was saved with."""
     samples: Any = None
     """State of the training samples."""
     recent_losses: Sequence[float] = ()
@@ -69,7 +71,7 @@ def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, v
     if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))
     older = tuple(folders[folders.index(folder) + 1 :])
-    return ResumePoint(folder, saved.step, saved.samples, saved.recent_losses, older)
+    return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
 
 
 def first_whole(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:

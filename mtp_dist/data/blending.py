@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count as count_from
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_dist.data.epochs import Cut, Position, SourceSamples
 from mtp_dist.data.packing import PackedCorpus
-from mtp_dist.data.shuffling import ROUNDS, Shuffle
 
 
 class Blend:
@@ -52,45 +53,88 @@ class Blend:
         return skipped, order // occurrences.shape[1]
 
 
+def first_phase(weights: Sequence[float], cuts: Sequence[Cut]) -> dict[str, Any]:
+    """Return the state of blended samples that have been the same since the start of the run."""
+    return {"phase_start": 0, "weights": list(weights), "sources": [start.to_json() for start in _starts(cuts)]}
+
+
+def _starts(cuts: Sequence[Cut]) -> list[Position]:
+    return [Position(order, 0, (cut,)) for order, cut in enumerate(cuts)]
+
+
 class BlendedSamples:
     """Sample i = (step - 1) * global batch size + position in the batch, of corpora that can be read anywhere.
 
     A sample depends on the corpora, the weights, the seed and i: not on the layout, on what was read before, or on how
-    long the run is, so that it can go on at another layout or be prolonged.
+    long the run is, so that a run can be resumed at another layout or be prolonged. A resume that changes the sources,
+    their weights, the seed or the sequence length begins a new phase of the run, in which each source continues with
+    what is unread of its epoch.
     """
 
     def __init__(self, corpora: Sequence[PackedCorpus], weights: Sequence[float], seed: int) -> None:
         assert len(corpora) == len(weights) > 0
         self.corpora = tuple(corpora)
+        self.weights = list(weights)
         self.blend = Blend(weights)
-        self.seed = seed
-        self._orders: dict[int, tuple[int, Shuffle]] = {}
+        self._cuts = [Cut(corpus.sequence_length, corpus.lookahead, seed) for corpus in corpora]
+        self._begin_phase(0, _starts(self._cuts))
 
     def read(self, first: int, count: int) -> NDArray[np.int64]:
         """Samples number first .. first + count - 1, [count, S + lookahead]. Raises ConfigError for a file cut off."""
         for corpus in self.corpora:
             corpus.check_file()
         samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)
-        for sample, source, occurrence in zip(samples, *self.blend.locate(first, count), strict=True):
-            epoch, position = divmod(int(occurrence), len(self.corpora[source]))
-            sample[:] = self.corpora[source].tokens_of(self._order(source, epoch)[position])
+        located = self.blend.locate(first - self._phase_start, count)
+        for sample, source, occurrence in zip(samples, *located, strict=True):
+            sample[:] = self._sources[source][int(occurrence)]
         return samples
 
     def epochs(self, num_samples: int) -> list[float]:
         """How many times each corpus has been read after the first `num_samples` samples."""
-        counts = self.blend.counts(num_samples)
-        return [float(count / len(corpus)) for count, corpus in zip(counts, self.corpora, strict=True)]
+        counts = self.blend.counts(num_samples - self._phase_start)
+        return [source.epochs(int(count)) for source, count in zip(self._sources, counts, strict=True)]
 
-    def state(self) -> None:
-        """Nothing: a sample's number says which it is."""
+    def state(self) -> dict[str, Any]:
+        """Return as JSON the phase: its first sample, its weights, and where each source was before that sample."""
+        positions = [source.position.to_json() for source in self._sources]
+        return {"phase_start": self._phase_start, "weights": self.weights, "sources": positions}
 
-    def restore(self, state: Any, samples_read: int) -> None:
-        """Nothing either."""
+    def restore(self, state: dict[str, Any] | None, samples_read: int, earlier: Sequence[int | None]) -> None:
+        """Continue the phase of a state, or begin a new one if anything differs; without one nothing has changed yet.
 
-    def _order(self, source: int, epoch: int) -> Shuffle:
-        """Of a source's samples in one epoch; the last one of each source is kept."""
-        if self._orders.get(source, (None,))[0] != epoch:
-            # Raw bits, because NumPy keeps those the same in every version.
-            keys = np.random.PCG64([self.seed, source, epoch]).random_raw(ROUNDS)
-            self._orders[source] = (epoch, Shuffle(len(self.corpora[source]), keys.tolist()))
-        return self._orders[source][1]
+        earlier: the number that each source has in the state; None for a new one.
+        """
+        if all(number is None for number in earlier):
+            self._begin_phase(samples_read, _starts(self._cuts))
+            return
+        if state is None:
+            return
+        kept = {
+            number: SourceSamples(corpus.tokens, Position.from_json(state["sources"][number]))
+            for number, corpus in zip(earlier, self.corpora, strict=True)
+            if number is not None
+        }
+        if (
+            list(earlier) == list(range(len(state["sources"])))
+            and np.array_equal(Blend(state["weights"]).shares, self.blend.shares)
+            and all(kept[number].is_cut_by(cut) for number, cut in enumerate(self._cuts))
+        ):
+            positions = [kept[number].position.with_lookahead(cut.lookahead) for number, cut in enumerate(self._cuts)]
+            self._begin_phase(state["phase_start"], positions)
+            return
+        read = Blend(state["weights"]).counts(samples_read - state["phase_start"])
+        unused = count_from(1 + max(position["order"] for position in state["sources"]))
+        self._begin_phase(
+            samples_read,
+            [
+                Position(next(unused), 0, (cut,)) if number is None else kept[number].after(int(read[number]), cut)
+                for number, cut in zip(earlier, self._cuts, strict=True)
+            ],
+        )
+
+    def _begin_phase(self, first: int, positions: Sequence[Position]) -> None:
+        """Have sample `first` be the first one of a phase, and each source begin it at its position."""
+        self._phase_start = first
+        self._sources = [
+            SourceSamples(corpus.tokens, position) for corpus, position in zip(self.corpora, positions, strict=True)
+        ]

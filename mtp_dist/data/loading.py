@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config, ConfigError, SourceConfig
-from mtp_dist.data.blending import BlendedSamples
+from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import check_ids, check_tokenizer, open_corpus, prefix_of
 from mtp_dist.data.encoding import encode_documents
+from mtp_dist.data.epochs import Cut
 from mtp_dist.data.inputs import Input, InputOptions, open_inputs
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
@@ -36,8 +37,8 @@ class TrainingSamples(Protocol):
     def state(self) -> Any:
         """As JSON, what a run needs beside the number of the next sample to go on from here."""
 
-    def restore(self, state: Any, samples_read: int) -> None:
-        """Go on after so many samples, from a state if there is one of the same sources."""
+    def restore(self, state: Any, samples_read: int, earlier: Sequence[int | None]) -> None:
+        """Continue after so many samples from a state, in which source i is number earlier[i]; None: it is new."""
 
 
 class ValidationSamples:
@@ -89,20 +90,40 @@ class Datasets:
         return {"read": samples_read, "fingerprints": list(self.fingerprints), "train": of_train}
 
     def restore(self, state: dict[str, Any], may_change: bool) -> int:
-        """Go on from a state. Returns the number of samples read before.
+        """Continue from a state, each source after what was read of it. Return the number of samples read before.
 
-        Raises ConfigError where the sources have other data than they had, unless they `may_change`.
+        Raise ConfigError if the sources have other data than they had, unless they `may_change`.
         """
-        same = state["fingerprints"] == list(self.fingerprints)
-        if not same and not may_change:
-            pairs = zip_longest(state["fingerprints"], self.fingerprints)
+        saved = state["fingerprints"]
+        if saved != list(self.fingerprints) and not may_change:
+            pairs = zip_longest(saved, self.fingerprints)
             number = next(number for number, (before, now) in enumerate(pairs) if before != now)
             raise ConfigError(
                 f"data.train.{number} has other data than the run was trained on so far: give it the same, start anew "
                 "with checkpoint.resume=none, or go on with the new data with checkpoint.allow_changes=[data.train]"
             )
-        self.train.restore(state["train"] if same else None, state["read"])
+        left = list(enumerate(saved))
+        earlier: list[int | None] = []
+        for fingerprint in self.fingerprints:
+            found = next((item for item in left if item[1] == fingerprint), None)
+            earlier.append(found and found[0])
+            if found:
+                left.remove(found)
+        self.train.restore(state["train"], state["read"], earlier)
         return int(state["read"])
+
+
+def with_positions(state: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Return a state of `Datasets` with the positions that one from before they were saved implies.
+
+    config: the one that the state was saved with. All its samples were read with it.
+    """
+    if state["train"] is not None:
+        return state
+    cut = Cut(config.train.sequence_length, config.heads.lookahead, config.run.seed)
+    return state | {
+        "train": first_phase([source.weight for source in config.data.train], [cut] * len(config.data.train))
+    }
 
 
 def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:

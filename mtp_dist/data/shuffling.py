@@ -1,6 +1,10 @@
 """A random order that takes no memory, however many samples there are."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 ROUNDS = 6
 _WORD = 2**64 - 1
@@ -28,7 +32,15 @@ class Shuffle:
             number = self._permute(number)
         return number
 
-    def _permute(self, number: int) -> int:
+    def range(self, start: int, stop: int) -> NDArray[np.uint64]:
+        """Return what stands at the positions start .. stop - 1."""
+        numbers: NDArray[np.uint64] = self._permute(np.arange(start, stop, dtype=np.uint64))
+        while len(beyond := np.flatnonzero(numbers >= self.size)):
+            numbers[beyond] = self._permute(numbers[beyond])
+        return numbers
+
+    def _permute(self, number: Any) -> Any:
+        """Permute an int, or each element of an array of uint64."""
         bits, mask = self.half_bits, (1 << self.half_bits) - 1
         left, right = number >> bits, number & mask
         for key in self.keys:

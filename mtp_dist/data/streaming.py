@@ -135,9 +135,13 @@ class StreamedSamples:
         """Where it is."""
         return {"next": self._next, "streams": [stream.state() for stream in self.streams]}
 
-    def restore(self, state: State | None, samples_read: int) -> None:
-        """Go on from a state, at any layout at which no rank has to go back; without one begin the sources anew."""
-        self._next = state["next"] if state else samples_read
-        if state:
-            for stream, of_stream in zip(self.streams, state["streams"], strict=True):
-                stream.restore(of_stream)
+    def restore(self, state: State, samples_read: int, earlier: Sequence[int | None]) -> None:
+        """Continue each source from its place in a state, at any layout at which no rank has to go back.
+
+        earlier: the number that each source has in the state; None for a new one, which begins at its start.
+        """
+        for stream, number in zip(self.streams, earlier, strict=True):
+            if number is not None:
+                stream.restore(state["streams"][number])
+        continued = any(number is not None for number in earlier)
+        self._next = state["next"] if continued else samples_read

@@ -40,13 +40,13 @@ def config_in(directory: Path, resume: str = "auto", allow_changes: list[str] | 
 
 def test_where_to_go_on(directory: Path, tmp_path: Path) -> None:
     older = (directory / "step_00000010", directory / "step_00000009")
-    newest = ResumePoint(directory / "step_00000100", 100, older=older)
+    newest = ResumePoint(directory / "step_00000100", 100, tiny_config(), older=older)
     assert find_resume_point(config_in(directory), VOCAB_SIZE) == newest
     assert find_resume_point(config_in(directory, "none"), VOCAB_SIZE) is None
     assert find_resume_point(config_in(tmp_path / "empty"), VOCAB_SIZE) is None
     assert find_resume_point(config_in(tmp_path / "empty", str(directory)), VOCAB_SIZE) == newest
     one = directory / "step_00000010"
-    assert find_resume_point(config_in(directory, str(one)), VOCAB_SIZE) == ResumePoint(one, 10)
+    assert find_resume_point(config_in(directory, str(one)), VOCAB_SIZE) == ResumePoint(one, 10, tiny_config())
     with pytest.raises(ConfigError, match=r"^checkpoint.resume = '.*' has no checkpoint: "):
         find_resume_point(config_in(directory, str(tmp_path / "empty")), VOCAB_SIZE)
 
@@ -55,7 +55,7 @@ def test_a_damaged_one_is_passed_over_and_told(directory: Path, capsys: pytest.C
     newest, older, oldest = (directory / f"step_{step:08d}" for step in (100, 10, 9))
     flip(newest / "config.json", 50)
     point = find_resume_point(config_in(directory), VOCAB_SIZE)
-    assert point == ResumePoint(older, 10, older=(oldest,))
+    assert point == ResumePoint(older, 10, tiny_config(), older=(oldest,))
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {newest} is not a checkpoint of ours, or a damaged one: config.json has the ")
     assert warning.endswith(f": trying {older}")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mtp_dist.config import Config
 from mtp_dist.data.blending import BlendedSamples
-from mtp_dist.data.loading import Datasets
+from mtp_dist.data.loading import Datasets, load_datasets
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.tokenizer import Tokenizer
+from tests.parity.runs import tiny_config
 
 SOURCE_TOKENS = 1000
 """Tokens of source number j lie from j * SOURCE_TOKENS on, each of them once."""
@@ -83,7 +86,7 @@ def runs(draw: st.DrawFn) -> tuple[list[Phase], list[int]]:
     """Phases of which each changes anything, and the sources' sizes."""
     sizes = draw(st.lists(st.integers(12, 90), min_size=3, max_size=3))
     weights = st.dictionaries(st.integers(0, 2), st.sampled_from([0.3, 1.0, 2.0, 5.0]), min_size=1)
-    kinds = st.builds(Phase, weights, st.integers(1, 8), st.integers(1, 3), st.integers(0, 1), st.integers(0, 40))
+    kinds = st.builds(Phase, weights, st.integers(1, 8), st.integers(1, 3), st.integers(0, 1), st.integers(1, 40))
     return draw(st.lists(kinds, min_size=1, max_size=6)), sizes
 
 
@@ -94,19 +97,22 @@ def runs(draw: st.DrawFn) -> tuple[list[Phase], list[int]]:
 def test_every_epoch_has_each_token_once_whatever_changes(run: tuple[list[Phase], list[int]]) -> None:
     """But for fewer tokens at its end than fill one sample."""
     phases, sizes = run
-    seen: dict[int, set[int]] = {}
-    for number, (phase, samples) in enumerate(zip(phases, tokens_read(phases, sizes), strict=True)):
-        fill_one = max(ran.sequence_length + ran.lookahead for ran in phases[max(0, number - 1) : number + 1])
+    # By source, what may have been read of its epoch: a sample of what an epoch leaves out begins the next one, too.
+    seen: dict[int, list[frozenset[int]]] = {}
+    fill_one: dict[int, int] = {}  # tokens that do, since the source was last read
+    for phase, samples in zip(phases, tokens_read(phases, sizes), strict=True):
+        needed = phase.sequence_length + phase.lookahead
+        fill_one = {source: max(needed, fill_one.get(source, 0)) for source in phase.weights}
         # A source that was left out and comes back is a new one.
-        seen = {source: seen.get(source, set()) for source in phase.weights}
-        for sample in samples:
-            source = source_of(sample)
-            assert {token // SOURCE_TOKENS for token in sample} == {source} and len(set(sample)) == len(sample)
-            if seen[source].intersection(sample):
-                unread = sizes[source] - len(seen[source])
-                assert unread < fill_one, f"{unread} tokens of the epoch were unread"
-                seen[source] = set()
-            seen[source].update(sample)
+        seen = {source: seen.get(source, [frozenset()]) for source in phase.weights}
+        for sample in map(frozenset, samples):
+            source = min(sample) // SOURCE_TOKENS
+            assert max(sample) // SOURCE_TOKENS == source and len(sample) == phase.sequence_length
+            continued = {before | sample for before in seen[source] if before.isdisjoint(sample)}
+            begun = {sample for before in seen[source] if sizes[source] - len(before) < fill_one[source]}
+            unread = sizes[source] - len(max(seen[source], key=len))
+            assert continued | begun, f"a repetition while {unread} tokens of the epoch were unread"
+            seen[source], fill_one[source] = list(continued | begun), needed
         total = sum(phase.weights.values())
         for source, weight in phase.weights.items():
             share = sum(source_of(sample) == source for sample in samples)
@@ -136,3 +142,24 @@ def test_samples_after_a_longer_sequence_length_keep_neighbours_together() -> No
     [_, samples] = tokens_read([Phase({0: 1.0}, 2, 1, 0, 10), Phase({0: 1.0}, 8, 1, 0, 110)], [901])
     jumps = sum(np.count_nonzero(np.diff(sample) != 1) for sample in samples)
     assert jumps <= 10, "one where each of the 10 samples lay that were read"
+
+
+def test_a_checkpoint_without_positions_implies_them(tmp_path: Path) -> None:
+    """From its configuration."""
+    from mtp_dist.data.loading import with_positions
+
+    (tmp_path / "rising.txt").write_bytes(bytes(range(250)))
+    (tmp_path / "falling.txt").write_bytes(bytes(reversed(range(250))))
+
+    def config(*weights: float) -> Config:
+        names = ("rising.txt", "falling.txt")
+        sources = [{"path": str(tmp_path / name), "weight": w} for name, w in zip(names, weights, strict=True)]
+        return tiny_config(data={"train": sources})
+
+    before, after = load_datasets(config(1.0, 1.0)), load_datasets(config(1.0, 4.0))
+    state = before.state(8, None)
+    after.restore(with_positions(state, config(1.0, 1.0)), may_change=False)
+    earlier, later = before.train.read(0, 8)[:, :16], after.train.read(8, 10)[:, :16]
+    assert len({tuple(sample) for sample in (*earlier, *later)}) == 18
+    assert sum(sample[0] > sample[1] for sample in later) == 8, "the new weights count"
+    assert with_positions(saved := state_of(after, 18), config(1.0, 1.0)) == saved

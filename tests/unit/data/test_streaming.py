@@ -72,7 +72,7 @@ def test_goes_on_from_any_state(path: str, reads: list[int], data: st.DataObject
         first += skipped + count
         state = json.loads(json.dumps(samples.state()))
         samples = samples_of(path)
-        samples.restore(state, first)
+        samples.restore(state, first, [0])
 
 
 def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
     assert all(np.array_equal(read[i], expected[sources[i]][occurrences[i]]) for i in range(40))
     state = samples.state()
     other = samples_of(*paths, weights=(3.0, 1.0))
-    other.restore(state, 40)
+    other.restore(state, 40, [0, 1])
     assert np.array_equal(other.read(40, 20), samples.read(40, 20))
 
 
@@ -110,7 +110,7 @@ def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
         state = json.loads(json.dumps(first.state()))
         rest = first.read(100, len(expected) - 100)
         assert np.array_equal(rest, expected[100:])
-        first.restore(state, 100)
+        first.restore(state, 100, [0])
         assert np.array_equal(first.read(100, len(expected) - 100), rest)
         assert len(json.dumps(state)) < 2000, "a position, no text"
 

@@ -108,7 +108,7 @@ def train(
         folder, samples_read = begin
         restore(engine, folder)
         description = read_description(folder)
-        point = ResumePoint(folder, description.step, recent_losses=description.recent_losses)
+        point = ResumePoint(folder, description.step, description.config, recent_losses=description.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
     recorder, watchdog, callbacks, reporter = Recorder(), Listening(), list[Any](), None
