@@ -238,7 +238,7 @@ def import_command(
     ours, or new.
     """
     quieten_packages()
-    from mtp_dist.convert.from_huggingface import describe, import_llama
+    from mtp_dist.convert.from_huggingface import import_llama
     from mtp_dist.convert.import_config import ImportRequest
 
     source_folder, target = Path(source).expanduser(), Path(to).expanduser()
@@ -249,7 +249,7 @@ def import_command(
             imported = import_llama(request, lambda done, total: progress.update(task, completed=done, total=total))
     except ConfigError as error:
         stop(error)
-    print(describe(imported, target), flush=True)
+    print(imported.describe(), flush=True)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """Rotary embeddings in a config.json: `rope_theta` and `rope_scaling`, or `rope_parameters` since transformers 5."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama
 
 
 def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Our keys of the section `model`. Raises ConfigError where ours cannot turn like that."""
+    """Return our keys of the section `model`. Raise ConfigError if our embeddings cannot rotate like that."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the order of transformers 5
     where = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
     if not isinstance(written, dict):
@@ -23,13 +24,16 @@ def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", *LLAMA3}):
         raise ConfigError(f"{where}ours have no {', '.join(unknown)}")
     known = {"original_max_position_embeddings": values["max_position_embeddings"]} | written
+    if values["original_max_position_embeddings"] is not None:  # transformers 5 prefers it to the scaling's own
+        known["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     if missing := [key for key in KEYS[kind] if key not in known]:
         raise ConfigError(f"{where}it lacks {', '.join(missing)}")
+    known.setdefault("rope_theta", 10000.0 if values["rope_theta"] is None else values["rope_theta"])
+    for key in ("rope_theta", *KEYS[kind]):
+        if type(known[key]) not in (int, float) or not 0 < known[key] <= sys.float_info.max:
+            raise ConfigError(f"{where}{key} is not a positive number")
     scaling = {"rope_type": kind} | {key: known[key] for key in KEYS[kind]}
-    return {
-        "rope_theta": float(written.get("rope_theta", values.get("rope_theta", 10000.0))),
-        "rope_scaling": scaling if KEYS[kind] else None,
-    }
+    return {"rope_theta": float(known["rope_theta"]), "rope_scaling": scaling if KEYS[kind] else None}
 
 
 def rope_to_llama(model: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,8 @@ class SavedHeads:
             if self.config and self.file.exists():
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:  # a ConfigError is a ValueError
+        # A ConfigError is a ValueError.
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise ConfigError(f"--from = '{source}' is a damaged export: {HEADS_CONFIG} or {HEADS}: {error}") from None
 
     def check_fits(self, heads: HeadsConfig) -> None:
@@ -41,8 +42,13 @@ class SavedHeads:
                     "to start with new heads"
                 )
 
-    def read(self, name: str) -> Tensor:
-        """In fp32."""
-        with safe_open(self.file, "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a weight in fp32. Raise ConfigError if its file is damaged, or it has another shape."""
+        try:
+            with safe_open(self.file, "pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self.file} cannot be read: {error}") from None
+        if tensor.shape != shape:
+            raise ConfigError(f"{self.file} has {name} as {list(tensor.shape)}, its configuration says {list(shape)}")
         return tensor.float()

@@ -99,7 +99,7 @@ def test_what_ranks_saved_goes_to_a_llama_and_back(
     export_checkpoint(tmp_path / "runs", tmp_path / "hf", None)
     check_same_logits(model, opened(tmp_path / "hf"))
 
-    imported = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "back"))
+    imported = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "back")).config
     before, after = model.named_weights(), open_checkpoint(tmp_path / "back").named_weights()
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert imported.model.rope_scaling == config.model.rope_scaling

@@ -173,7 +173,7 @@ def test_the_users_configuration_counts(tmp_path: Path) -> None:
     values["train"]["steps"] = 77
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
     request = ImportRequest(tmp_path / "hf", tmp_path / "d", str(tmp_path / "mine.yaml"), ["heads.count=2"])
-    config = import_llama(request)
+    config = import_llama(request).config
     assert (config.train.steps, config.heads.count, config.model.init_std) == (77, 2, 0.5)
     assert config_of(tmp_path / "d") == config == build_config(config.model_dump(mode="json"))
     values["model"] = {"hidden_size": 64}
@@ -227,7 +227,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "attention bias": (change_config(attention_bias=True), "has attention_bias = True in config.json: our attention"),
     "MLP bias": (change_config(mlp_bias=True), "has mlp_bias = True"),
     "window": (
-        change_config(architectures=["MistralForCausalLM"], sliding_window=4096),
+        change_config(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=4096),
         "has sliding_window = 4096 in config.json: our attention sees all earlier positions",
     ),
     "activation": (change_config(hidden_act="gelu"), "has hidden_act = 'gelu' in config.json: our MLP is SwiGLU"),
@@ -260,7 +260,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "unknown weight": (
         change_weights(lambda tensors: tensors.update(BIAS)),
-        "has weights that our model has not, such as model.layers.0.self_attn.q_proj.bias",
+        "has weights that our model does not have, such as model.layers.0.self_attn.q_proj.bias",
     ),
     "shape": (
         change_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})),

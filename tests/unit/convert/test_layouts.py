@@ -59,7 +59,7 @@ def wrong_index(folder: Path) -> None:
     weight_map = shard(folder)
     other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
     swapped = {name: other[file] for name, file in weight_map.items()}
-    (folder / INDEX).write_text(json.dumps({"weight_map": swapped}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": swapped}))
     (folder / SINGLE).unlink()
 
 
@@ -79,7 +79,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str | None, t
     "tied, and another lm_head in the files": (
         {"tie_word_embeddings": True},
         lambda folder: add_tensors(folder, lm_head__weight=torch.randn(257, 32)),
-        "tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight",
+        "has tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight",
         (RED,),
     ),
     "frequencies": ({}, lambda folder: add_tensors(folder, model__rotary_emb__inv_freq=torch.ones(4)), None, ()),
@@ -221,3 +221,12 @@ def test_a_weight_map_of_another_type_is_refused(tmp_path: Path, wrong: Any) -> 
     outside(tmp_path / "hf", wrong)
     with pytest.raises(ConfigError, match=rf"^--from = '{tmp_path}/hf': {INDEX} names .*, which is not a file of"):
         import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+
+
+def test_a_weight_map_names_no_file_that_can_be(tmp_path: Path) -> None:
+    write_llama(tmp_path / "hf")
+    for name in ("missing.safetensors", "a\0b", "config.json", "x" * 5000):
+        outside(tmp_path / "hf", name)
+        with pytest.raises(ConfigError, match=rf"^--from = '{tmp_path}/hf': .* cannot be read: "):
+            import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+        (tmp_path / "outside.safetensors").rename(tmp_path / "hf" / SINGLE)
