@@ -238,6 +238,14 @@ def test_without_a_configuration(capsys: pytest.CaptureFixture[str], arguments: 
     assert "--config" in capsys.readouterr().err
 
 
+@pytest.mark.regression("7.C12")
+def test_the_module_is_the_program(config: Path) -> None:
+    """`python -m mtp_dist.pretrain`, and `torchrun -m`, which starts the same."""
+    result = jobs.run(jobs.plain("-m", "mtp_dist.pretrain", "--config", str(config), "train.step=7"))
+    assert result.status == 2, result.output
+    assert result.stderr.startswith("error: train.step is not a known key")
+
+
 def test_under_the_deepspeed_launcher_one_rank_speaks(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path)
     result = jobs.run(jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "train.precision=fp16"))

@@ -1,13 +1,19 @@
-"""The real program under a launcher, asked to stop."""
+"""The real program, asked to stop, and going on without anybody who reads what it prints."""
 
+import os
 import re
 import signal
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from mtp_dist.training.stopping import REQUEUE
 from tests.integration import jobs
 
 STEPS = 60
+SECONDS_TO_END = 60
+WITHOUT_READERS = str(Path(__file__).with_name("train_without_readers.py"))
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
@@ -23,3 +29,49 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["latest", f"step_{int(said):08d}"]
     assert jobs.learned(out)[-1]["step"] == int(said) < STEPS
     assert not (out / "summary.json").exists()
+
+
+@pytest.mark.regression("7.B8")
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+)
+def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    """It ends the process at once: here while it reads its configuration, the first thing that it does."""
+    config = tmp_path / "blocks.yaml"
+    os.mkfifo(config)
+    command = jobs.plain(jobs.PRETRAIN, "--config", str(config))
+    with subprocess.Popen(
+        command, cwd=jobs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            with config.open("w"):  # as soon as the program reads it
+                process.send_signal(number)
+                output, _ = process.communicate(timeout=SECONDS_TO_END)
+        finally:
+            process.kill()
+    assert process.returncode == status, output
+    [line] = output.splitlines()
+    assert line.startswith(f"{number.name}: ends before the first step") and f"status {status}" in line
+
+
+@pytest.mark.regression("7.B8")
+def test_ctrl_c_saves(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, train={"steps": 100_000}, log={"every": 1, "tensorboard": False})
+    out = tmp_path / "out"
+    with jobs.started(jobs.forked(jobs.PRETRAIN, "--config", str(config)), tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
+        job.rank(0).send_signal(signal.SIGINT)
+        assert job.wait() == 128 + signal.SIGINT, job.output
+    [step] = re.findall(r"SIGINT: stops after step (\d+) of 100000 with a checkpoint", job.output)
+    assert "Traceback" not in job.output
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{int(step):08d}"
+
+
+@pytest.mark.regression("7.B7")
+def test_training_does_not_depend_on_its_readers(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, log={"every": 1, "tensorboard": False})
+    result = jobs.run(jobs.forked(WITHOUT_READERS, "--config", str(config)))
+    assert result.status == 0
+    assert (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == "step_00000005\n"

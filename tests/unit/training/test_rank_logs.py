@@ -21,11 +21,14 @@ copy_output(Path(sys.argv[1]), anew=sys.argv[2] == "anew")
 """
 
 
-def start(code: str, output_dir: Path, how: str = "anew", rank: int = 1, ranks: int = 4) -> subprocess.Popen[str]:
+def start(
+    code: str, output_dir: Path, how: str = "anew", rank: int = 1, ranks: int = 4, stdin: int | None = None
+) -> subprocess.Popen[str]:
     """A rank, in a process group of its own as under a launcher."""
     return subprocess.Popen(
         [sys.executable, "-c", START + code, str(output_dir), how],
         env=os.environ | {"PYTHONPATH": str(PROJECT), "RANK": str(rank), "WORLD_SIZE": str(ranks)},
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,6 +79,19 @@ print("saved")
     output, errors = run(code, tmp_path)
     assert (output, errors) == ("saved\n", "")
     assert log(tmp_path)[1:] == ["saved"]
+
+
+@pytest.mark.regression("7.B7")
+def test_the_file_is_whole_after_the_reader_of_the_terminal_went_away(tmp_path: Path) -> None:
+    code = "print('one', flush=True)\nsys.stdin.read()\nfor _ in range(9): print('two', flush=True)"
+    rank = start(code, tmp_path, stdin=subprocess.PIPE)
+    assert rank.stdin and rank.stdout and rank.stderr
+    assert rank.stdout.readline() == "one\n"
+    rank.stdout.close()
+    rank.stdin.close()
+    assert rank.wait(timeout=120) == 0
+    rank.stderr.close()
+    assert log(tmp_path)[1:] == ["one", *["two"] * 9]
 
 
 def test_a_rank_ends_when_its_last_line_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
