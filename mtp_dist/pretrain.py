@@ -1,6 +1,7 @@
 """Pretraining: parse, build, fit. `launchers/pretrain.py` only calls `main`."""
 
 import argparse
+import faulthandler
 import os
 import socket
 import sys
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, NoReturn
 from mtp_dist.config import Config, ConfigError, load_config
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.training.callbacks import Callback, Reason
+from mtp_dist.training.output import make_output_optional
 from mtp_dist.training.rank_logs import copy_output
-from mtp_dist.training.stopping import REQUEUE, StopSignals
+from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -31,8 +33,18 @@ SECONDS_FOR_A_PEER = 3
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says. A mistake of the user ends with one message on rank 0 and exit status 2.
 
-    Once it trains, SIGTERM and SIGUSR1 end it after the current step with a checkpoint and exit status REQUEUE.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP end it with `stopping.exit_status`: at once before the first step, after the
+    current step and with a checkpoint later.
     """
+    make_output_optional()
+    with StopSignals() as stop_signals:
+        stop_signals.end_at_once()
+        status = run(arguments, stop_signals)
+    sys.exit(status)
+
+
+def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
+    """Train as the command line says and return the exit status; exit with 2 if the user made a mistake."""
     parser = argparse.ArgumentParser(description="Pretrain a multi-token prediction model.")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
@@ -43,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = load_config(options.config, options.overrides)
         check_before_start(config, memory_snapshot=options.memory_snapshot)
-        finished = pretrain(config, options.preflight, options.memory_snapshot)
+        return pretrain(config, stop_signals, options.preflight, options.memory_snapshot)
     except ConfigError as error:
         stop(error)
     except Exception:
@@ -51,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Where it is that a peer has ended, the peer has said why, and the launcher ends this rank meanwhile.
             time.sleep(SECONDS_FOR_A_PEER)
         raise
-    if not finished:
-        sys.exit(REQUEUE)
 
 
 def stop(error: ConfigError) -> NoReturn:
@@ -115,11 +125,10 @@ def check_folder(key: str, folder: Path) -> None:
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
-def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = False) -> bool:
-    """Train from the start or from a checkpoint, validate, save and show the result.
+def pretrain(config: Config, stop_signals: StopSignals, preflight: bool = False, memory_snapshot: bool = False) -> int:
+    """Train from the start or from a checkpoint, validate, save and show the result. Return the exit status.
 
     Before, measure each rank where preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
-    False where a signal stopped it before the last step.
     """
     from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.data.loading import load_datasets
@@ -130,7 +139,7 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     resumed = find_resume_point(config, vocab_size)
     if resumed and resumed.step >= config.train.steps:
         _say_finished(config, resumed)
-        return True
+        return 0
     if config.log.rank_logs:
         copy_output(config.output_dir, _is_new(resumed, config))
     datasets = load_datasets(config)
@@ -161,18 +170,19 @@ def pretrain(config: Config, preflight: bool = False, memory_snapshot: bool = Fa
     reporter = _reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
     saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
+    stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
     hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
     callbacks = _callbacks_of_rank_0(reporter, hosts) if reporter else []
     callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
     callbacks += profiling_callbacks(config, topology, memory_snapshot, heard[0])
-    with StopSignals() as stop_signals, Watchdog(config.run.step_timeout, topology.rank) as watchdog:
+    with Watchdog(config.run.step_timeout, topology.rank) as watchdog:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
         ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
     close_topology()
     if reporter and ending.reason is Reason.LAST_STEP:
         checkpoint = checkpoint_path(config, config.train.steps)
         reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
-    return ending.reason is Reason.LAST_STEP
+    return exit_status(ending.signal) if ending.signal else 0
 
 
 def _restore_samples(datasets: "Datasets", resumed: "ResumePoint | None", config: Config) -> int:
@@ -243,3 +253,8 @@ def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | N
         model, prompt, config.log.sample_tokens, 0.7, config.run.seed, tokenizer.end_of_document
     )
     return tokenizer.decode(prompt + tokens)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()  # a rank that a signal such as SIGBUS ends reports where it was
+    main()

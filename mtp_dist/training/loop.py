@@ -33,6 +33,8 @@ class Ending:
     """The last one made."""
     samples: Any
     """State of the training samples after it."""
+    signal: int = 0
+    """Number of the one that stopped the run."""
 
 
 @dataclass
@@ -94,15 +96,17 @@ class Trainer:
             stopping = signal > 0 and step < config.train.steps
             if stopping:
                 self.tell("on_stop", step, signal)
-            if _is_due(step, config.train.validate_every, config.train.steps):
-                watchdog.expect(f"the validation after step {step}")
+            due = _is_due(step, config.train.validate_every, config.train.steps)
+            if due and not stopping:
                 self._validate(step, batches)
             if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
                 watchdog.expect(f"the save after step {step}, or the one before")
                 state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.state())
                 self.save(state, stopping or step == config.train.steps)
+            if due and stopping:  # saved first: the time may be short, and a validation takes long
+                self._validate(step, batches)
             if stopping:
-                return Ending(Reason.SIGNAL, step, batches.state())
+                return Ending(Reason.SIGNAL, step, batches.state(), signal)
         return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
 
     def tell(self, event: str, *arguments: object) -> None:
@@ -149,6 +153,7 @@ class Trainer:
 
     def _validate(self, step: int, batches: Batches) -> None:
         """On all sets, with all heads."""
+        self.watchdog.expect(f"the validation after step {step}")
         weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
         for validation in self.datasets.validation:
             sums = self.engine.evaluate(*batches.validation(validation.samples))

@@ -60,7 +60,14 @@ def _copy(descriptor: int, path: Path) -> tuple[int, int, subprocess.Popen[bytes
     before = os.dup(descriptor)
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIERS)  # which children inherit
     try:
-        tee = subprocess.Popen(["tee", "-a", path], stdin=subprocess.PIPE, stdout=before, start_new_session=True)
+        tee = subprocess.Popen(
+            ["tee", "-a", path],
+            stdin=subprocess.PIPE,
+            stdout=before,
+            start_new_session=True,
+            # SIGPIPE stays ignored, as in Python: the file is written also if the terminal has no reader any more.
+            restore_signals=False,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     assert tee.stdin

@@ -1,38 +1,54 @@
-"""Stopping between two steps when a signal asks for it, in time to save a checkpoint."""
+"""Stopping when a signal asks for it: at once before the first step, later between two steps and with a checkpoint."""
 
 import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Self
 
 REQUEUE = 75
-"""Exit status of a run that a signal stopped after a save: the same command goes on. EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that SIGTERM or SIGUSR1 stopped: the same command continues. EX_TEMPFAIL of sysexits.h."""
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+BY_HAND = (signal.SIGINT, signal.SIGHUP)
+"""Ctrl-C and a closed terminal: the run must not start again by itself."""
 SECONDS_OF_ONE_REQUEST = 1.0
-"""SIGTERMs so close together are one: a launcher may pass on what its ranks have got themselves."""
+"""Signals so close together are one request: a launcher may pass on what its ranks have received themselves."""
+
+
+def exit_status(number: int) -> int:
+    """Return the exit status of a run that this signal stopped: REQUEUE, or what a shell expects after Ctrl-C."""
+    return 128 + number if number in BY_HAND else REQUEUE
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 of this process inside a `with`, which is to be in the main thread.
+    """Records the signals of STOPPING inside a `with`, which has to be in the main thread.
 
-    A second SIGTERM ends the process at once, also where it waits for a rank that no longer answers: Python runs
-    handlers between two instructions of the main thread only, so a thread of its own reads what the operating system
-    has delivered.
+    A second one, unless the first was SIGUSR1, ends the process at once, also if it waits for a rank that no longer
+    answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads what the
+    operating system has delivered. Signals that the process was started to ignore, as SIGHUP under nohup, stay ignored.
     """
 
     received = 0
-    """The number of the last signal, 0 before."""
+    """The number of the last signal, 0 before. SIGINT and SIGHUP stay: launchers send SIGTERM after them."""
+
+    def __init__(self) -> None:
+        self._before_ending: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         threading.Thread(target=self._watch, args=(reading,), name="stop signals", daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._handlers_before = {number: signal.signal(number, lambda *_: None) for number in STOPPING}
-        for number in STOPPING:
-            signal.siginterrupt(number, False)  # libraries need not know of signals: their system calls go on
+        self._handlers_before = {
+            number: signal.signal(number, lambda *_: None)
+            for number in STOPPING
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        for number in self._handlers_before:
+            signal.siginterrupt(number, False)  # libraries need not know of signals: their system calls continue
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -41,13 +57,42 @@ class StopSignals:
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writing)
 
+    def end_at_once(self, before_ending: Callable[[], None] = lambda: None) -> None:
+        """Have a signal end the process with its exit status, after a call of `before_ending` from another thread."""
+        self._before_ending = before_ending
+        if self.received:
+            self._end()
+
+    def defer(self) -> None:
+        """Have a signal only recorded again, so that the training loop stops after a step."""
+        self._before_ending = None
+
+    def _end(self) -> None:
+        status = exit_status(self.received)
+        if before_ending := self._before_ending:
+            with suppress(OSError):
+                before_ending()
+        if int(os.environ.get("RANK") or 0) == 0:
+            name = signal.Signals(self.received).name
+            line = (
+                f"{name}: ends before the first step, nothing is lost (status {status}); the same command starts again"
+            )
+            with suppress(OSError):
+                os.write(2, f"{line}\n".encode())
+        os._exit(status)
+
     def _watch(self, reading: int) -> None:
-        first_sigterm = None
+        first_request = None
         with open(reading, "rb", buffering=0) as pipe:
-            while number := pipe.read(1):
-                if number[0] in STOPPING:
-                    self.received = number[0]
-                if number[0] == signal.SIGTERM:
-                    if first_sigterm and monotonic() - first_sigterm > SECONDS_OF_ONE_REQUEST:
-                        os._exit(128 + signal.SIGTERM)
-                    first_sigterm = first_sigterm or monotonic()
+            while byte := pipe.read(1):
+                number = byte[0]
+                if number not in STOPPING:
+                    continue
+                if self.received not in BY_HAND:
+                    self.received = number
+                if self._before_ending:
+                    self._end()
+                if number != signal.SIGUSR1:
+                    if first_request and monotonic() - first_request > SECONDS_OF_ONE_REQUEST:
+                        os._exit(128 + number)
+                    first_request = first_request or monotonic()
