@@ -8,6 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 MAX_INTEGER = 2**31 - 1
 """Largest count in a configuration. The product of two of them fits into the 64 bits of PyTorch and NumPy."""
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
+"""Limits of Linux for one name in a path and for the whole path."""
+
 
 class ConfigError(ValueError):
     """A mistake of the user; its message is one sentence that names the key and what to do."""
@@ -19,16 +22,24 @@ class Section(BaseModel):
     )
 
 
-def expand_user(path: str) -> str:
-    """Return the path with a leading `~` or `~user` replaced. Raise ValueError if there is no such user."""
+def expand_path(path: str) -> str:
+    """Return the path with a leading `~` or `~user` replaced. Raise ValueError if no file can have such a path."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError("begins with the home folder of an unknown user")
+    try:
+        encoded = os.fsencode(expanded)
+    except UnicodeEncodeError:
+        raise ValueError("is not valid text") from None
+    if b"\0" in encoded:
+        raise ValueError("contains a null character")
+    if len(encoded) > MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MAX_NAME_BYTES:
+        raise ValueError(f"is too long: {MAX_NAME_BYTES} bytes per name and {MAX_PATH_BYTES} in all are the limits")
     return expanded
 
 
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_INTEGER)]
-PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_user)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 """A path in which `~` is the home folder of the user."""

@@ -13,7 +13,7 @@ from mtp_dist.config.rotary import RopeScalingConfig
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[^/.\s][^/]*$", max_length=100)] = "run"
+    name: Annotated[str, Field(pattern=r"^[^/.\s\x00][^/\x00]*$", max_length=100)] = "run"
     """Title of the run in logs and reports."""
     output_dir: PathText | None = None
     """Folder of this run's metrics, TensorBoard files and checkpoints; `runs/<name>` when absent."""
@@ -101,7 +101,7 @@ class SourceConfig(Section):
     split: str | None = None
     """Part of the source: of files `train` or `validation`, to which about one in twenty belongs by a hash of its
     relative path; of a Hugging Face dataset one of its splits, `train` when absent."""
-    glob: str = "**/*.py"
+    glob: PathText = "**/*.py"
     """Which files of a folder."""
     field: str = "text"
     """Which field of JSONL, Parquet and datasets is the document."""
