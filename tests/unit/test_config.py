@@ -76,7 +76,16 @@ WRONG_KEYS = {
         "model.rope_scaling.factr is not a known key: did you mean model.rope_scaling.factor?"
     ),
     "qqqq.every=3": "qqqq is not a known key",
+    "train.warmup_stps=3": "train.warmup_stps is not a known key: did you mean optimizer.warmup_steps?",
 }
+FAR_KEYS = {
+    "train.gradient_accumulation_steps=3": "train.gradient_accumulation_steps is not a known key",
+    "optimizer.learning_rate=1e-3": "optimizer.learning_rate is not a known key",
+    "train.grad_accum=3": "train.grad_accum is not a known key",
+    "parallel.expert=2": "parallel.expert is not a known key",
+    "model.dropout=0": "model.dropout is not a known key",
+}
+"""Keys of other programs, which are like none of ours."""
 WRONG_VALUES = {
     "train.steps='5'": """train.steps = "'5'" is wrong: it should be a valid integer""",
     "train.steps=5.0": "train.steps = 5.0 is wrong: it should be a valid integer",
@@ -109,6 +118,12 @@ WRONG_VALUES = {
 @pytest.mark.parametrize("override", [*WRONG_KEYS, *WRONG_VALUES])
 def test_one_sentence_for_one_mistake(base: Path, override: str) -> None:
     assert message_of(base, [override]) == (WRONG_KEYS | WRONG_VALUES)[override]
+
+
+@pytest.mark.regression("7.E3")
+@pytest.mark.parametrize("override", list(FAR_KEYS))
+def test_no_hint_to_a_key_that_means_something_else(base: Path, override: str) -> None:
+    assert message_of(base, [override]) == FAR_KEYS[override]
 
 
 # The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 2 stages, sequences of 256.
