@@ -16,6 +16,11 @@ from mtp_dist.config.sections import Config, SourceConfig
 from mtp_dist.config.validation import contradictions
 
 
+MIN_NAME_SIMILARITY = 0.75
+"""Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`
+0.63."""
+
+
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2 scalars and YAML as people write it: 1e-4 is a number, 010 is ten, 1:30 and no are text.
 
@@ -83,16 +88,22 @@ def _all_keys() -> list[str]:
 
 
 def _nearest_key(parts: Sequence[str]) -> str | None:
-    """The known key most like a wrong one: of the same section, else of any."""
+    """Return the known key whose name is misspelt, of the same section first; None if none is close.
+
+    Only the names are compared: a section's own letters would make any two of its keys look alike.
+    """
     *section, name = parts
     if len(section) > 1:  # a section in a section, or an item of a list of sources
         nested = RopeScalingConfig if section[-1] == "rope_scaling" else SourceConfig
         known = [".".join([*section, key]) for key in nested.model_fields]
     else:
         known = _all_keys() if section else list(Config.model_fields)
-    by_name = {key.rsplit(".", 1)[-1]: key for key in known}
-    close = difflib.get_close_matches(".".join(parts), known, 1, 0.6)
-    return close[0] if close else next((by_name[n] for n in difflib.get_close_matches(name, by_name, 1, 0.6)), None)
+    of_section = [key for key in known if key.rpartition(".")[0] == ".".join(section)]
+    for candidates in (of_section, known):
+        by_name = {key.rpartition(".")[2]: key for key in candidates}
+        if close := difflib.get_close_matches(name, by_name, 1, MIN_NAME_SIMILARITY):
+            return by_name[close[0]]
+    return None
 
 
 def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
