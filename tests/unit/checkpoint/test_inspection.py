@@ -25,6 +25,14 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.regression("7.E3")
+def test_the_folder_of_a_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run" / "checkpoints", 10)
+    shown = inspect(tmp_path / "run", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert [line["step"] for line in json.loads(shown.stdout)] == [10]
+
+
 def test_one_checkpoint(directory: Path) -> None:
     folder = directory / "step_00000020"
     shown = inspect(folder, "--json")

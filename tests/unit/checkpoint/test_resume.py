@@ -107,6 +107,27 @@ def test_another_training_is_refused_unless_allowed(directory: Path, key: str) -
     assert find_resume_point(config_in(directory, allow_changes=[key], **REFUSED[key]), VOCAB_SIZE)
 
 
+@pytest.mark.regression("7.E3")
+def test_a_run_folder_leads_to_its_checkpoints(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    directory.rename(tmp_path / "whole" / "checkpoints")
+    newest = tmp_path / "whole" / "checkpoints" / "step_00000100"
+    found = find_resume_point(config_in(tmp_path / "empty", str(tmp_path / "whole")), VOCAB_SIZE)
+    assert found and found.folder == newest
+
+
+@pytest.mark.regression("7.E3")
+def test_changed_sources_are_shown_by_what_differs(directory: Path) -> None:
+    [source] = tiny_config().model_dump(mode="json")["data"]["train"]
+    for changed, now, before in (
+        ([source | {"weight": 2.0}], "{0: {weight: 2.0}}", "{0: {weight: 1.0}}"),
+        ([source, source], f"{{1: {{path: {source['path']}}}}}", "{1: null}"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            find_resume_point(config_in(directory, data={"train": changed}), VOCAB_SIZE)
+        assert f"data.train is {now}, {directory / 'step_00000100'} was trained with {before}: " in str(error.value)
+
+
 def test_every_difference_is_named_with_both_values(directory: Path) -> None:
     with pytest.raises(ConfigError) as error:
         find_resume_point(config_in(directory, heads={"kind": "causal", "count": 2}), VOCAB_SIZE)
