@@ -36,6 +36,12 @@ def is_checkpoint(path: Path) -> bool:
     return bool(named) or any((path / name).exists() for name in (DESCRIPTION, MANIFEST))
 
 
+def checkpoint_directory(path: Path) -> Path:
+    """Return a run's folder of checkpoints for the run's folder, and any other path as it is."""
+    below = path / "checkpoints"
+    return below if below.is_dir() and not finished_checkpoints(path) else path
+
+
 def finished_checkpoints(directory: Path) -> dict[int, Path]:
     """By step, the highest first."""
     found: dict[int, Path] = {}

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, read_description
-from mtp_dist.checkpoint.folders import finished_checkpoints, latest_name
+from mtp_dist.checkpoint.folders import checkpoint_directory, finished_checkpoints, latest_name
 from mtp_dist.checkpoint.manifest import FileRecord, Watch, check_fully, check_quickly
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import ConfigError
@@ -104,7 +104,8 @@ class CheckpointLine:
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointLine]:
-    """Those in a folder, the highest step first."""
+    """Return the checkpoints in a folder or in a run's folder, the highest step first."""
+    directory = checkpoint_directory(directory)
     latest = latest_name(directory)
     lines = []
     for step, folder in finished_checkpoints(directory).items():

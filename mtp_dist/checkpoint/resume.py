@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mtp_dist.checkpoint.files import Description, read_description
-from mtp_dist.checkpoint.folders import candidates, is_checkpoint
+from mtp_dist.checkpoint.folders import candidates, checkpoint_directory, is_checkpoint
 from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_quickly, check_weights
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config, ConfigError, SourceConfig
 
 FREE = frozenset(
     """
@@ -112,8 +114,8 @@ def _wanted(config: Config) -> list[Path]:
 
 
 def checkpoints_in(path: Path) -> list[Path]:
-    """The folder itself, or the checkpoints in it, best first."""
-    return [path] if is_checkpoint(path) else candidates(path, _warn)
+    """Return the folder itself, or the checkpoints in it or in this run's folder, best first."""
+    return [path] if is_checkpoint(path) else candidates(checkpoint_directory(path), _warn)
 
 
 def whole_checkpoint_in(path: Path, watch: Watch = lambda done, total: None) -> Path | None:
@@ -137,7 +139,10 @@ def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[s
             continue
         if not saved.step and not key.startswith("model.") and key not in FIXED_BEFORE_TRAINING:
             continue
-        difference = f"{key} is {value!r}, {folder} was trained with {before.get(key)!r}: "
+        texts = repr(value), repr(before.get(key))
+        if key == "data.train":
+            texts = _differing_sources(value, before[key]), _differing_sources(before[key], value)
+        difference = f"{key} is {texts[0]}, {folder} was trained with {texts[1]}: "
         if key.startswith("model."):
             yield difference + "set it back, or start anew with checkpoint.resume=none"
         else:
@@ -145,6 +150,21 @@ def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[s
                 difference + f"set it back, start anew with checkpoint.resume=none, or go on with the new value with "
                 f"checkpoint.allow_changes=[{key}]"
             )
+
+
+def _differing_sources(sources: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
+    """Return as YAML, by the source's number, the keys in which each source differs from the other one of that number.
+
+    A source that the others lack has the keys that were set, one that only the others have is null.
+    """
+    unset = SourceConfig(path="-").model_dump(mode="json")
+    differing = {}
+    for number in range(max(len(sources), len(others))):
+        source = sources[number] if number < len(sources) else None
+        other = others[number] if number < len(others) else unset
+        if source != other:
+            differing[number] = source and {key: value for key, value in source.items() if value != other[key]}
+    return yaml.safe_dump(differing, default_flow_style=True, width=10_000).strip()
 
 
 def _keys(config: Config) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from mtp_dist.config.rotary import RopeScalingConfig
 from mtp_dist.config.sections import Config, SourceConfig
 from mtp_dist.config.validation import contradictions
 
-
 MIN_NAME_SIMILARITY = 0.75
 """Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`
 0.63."""
