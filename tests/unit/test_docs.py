@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mtp_dist.config import Config
+
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
@@ -24,3 +26,22 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_readme_stays_under_two_screens() -> None:
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 60
+
+
+@pytest.mark.regression("7.E4")
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("checkpoint", "allow_changes", "list of text"),
+        ("log", "profile_steps", "[integer > 0, integer > 0]"),
+        ("parallel", "partition", "`balanced` / `uniform` / list of integer >= 0"),
+        ("heads", "auxiliary_weight", "number >= 0 / list of [integer > 0, number >= 0]"),
+        ("train", "steps", "integer > 0"),
+        ("optimizer", "min_lr_ratio", "number >= 0, <= 1"),
+        ("model", "tie_embeddings", "true / false"),
+        ("run", "output_dir", "text"),
+    ],
+)
+def test_types_of_keys_are_those_of_the_schema(section: str, key: str, value: str) -> None:
+    rows = runpy.run_path(str(PROJECT / "docs/generate.py"))["field_rows"](Config.model_fields[section].annotation)
+    assert {row[0]: row[1] for row in rows}[f"`{key}`"] == value
