@@ -12,12 +12,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from mtp_dist.bench.checkpoint.report import NAMES
 from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
+from mtp_dist.config.base import MAX_INTEGER
 
 DOCS = Path(__file__).parent
+NAMES_OF_TYPES = {int: "integer", float: "number", bool: "true / false", str: "text"}
 HEAD_LOSS_IMAGES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
@@ -29,33 +32,36 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """What a value of a field may be, as a user writes it."""
-    text = str(annotation)
-    literals = [repr(value).strip("'") for part in (annotation, *get_args(annotation)) for value in get_args(part)]
-    if "Literal" in text and all(isinstance(value, str) for value in literals):
-        names = [name for name in literals if re.fullmatch(r"[a-z0-9]+", name)]
-        return " / ".join(f"`{name}`" for name in names) + (
-            " / list of integers" if "Tuple" in text or "tuple" in text else ""
-        )
-    if "SourceConfig" in text:
-        return "list of sources"
-    if "RopeScalingConfig" in text:
-        return "keys below"
-    if text.count("tuple[") > 1:
-        return "number >= 0 / list of [step, number]"
-    if "tuple" in text:
-        return "list of numbers"
-    if "bool" in text:
-        return "true / false"
-    if "dict" in text:
+    """Return what a value of this type may be, as a user writes it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe_type(arguments[0], [*arguments[1:], *metadata])
+    if origin in (Union, UnionType):
+        kinds = [describe_type(kind, metadata) for kind in arguments if kind is not NoneType]
+        return " / ".join(dict.fromkeys(kinds))
+    if origin is Literal:
+        return " / ".join(f"`{value}`" for value in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return "list of sources" if arguments[0] is SourceConfig else f"list of {describe_type(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(describe_type, arguments))}]"
+    if origin is dict:
         return "mapping"
-    bounds = " ".join(str(item) for item in metadata)
-    kind = "integer" if "int" in text else "number" if "float" in text else "text"
-    if "Gt(gt=0)" in text or "gt=0" in bounds:
-        kind += " > 0"
-    elif "ge=0" in text or "ge=0" in bounds:
-        kind += " >= 0"
-    return kind
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "keys below"
+    return NAMES_OF_TYPES[annotation] + bounds_of(metadata)
+
+
+def bounds_of(metadata: Iterable[Any]) -> str:
+    """Return the bounds of a number that say more than that a machine can count so far."""
+    flat = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
+    bounds = {
+        sign: getattr(item, name)
+        for item in flat
+        for sign, name in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le"))
+        if getattr(item, name, None) is not None and getattr(item, name) < MAX_INTEGER
+    }
+    return f" {', '.join(f'{sign} {bound:,}' for sign, bound in bounds.items())}" if bounds else ""
 
 
 def field_rows(section: type[Section]) -> Iterator[list[str]]:

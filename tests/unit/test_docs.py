@@ -36,10 +36,7 @@ def test_readme_stays_under_two_screens() -> None:
         ("log", "profile_steps", "[integer > 0, integer > 0]"),
         ("parallel", "partition", "`balanced` / `uniform` / list of integer >= 0"),
         ("heads", "auxiliary_weight", "number >= 0 / list of [integer > 0, number >= 0]"),
-        ("train", "steps", "integer > 0"),
         ("optimizer", "min_lr_ratio", "number >= 0, <= 1"),
-        ("model", "tie_embeddings", "true / false"),
-        ("run", "output_dir", "text"),
     ],
 )
 def test_types_of_keys_are_those_of_the_schema(section: str, key: str, value: str) -> None:
