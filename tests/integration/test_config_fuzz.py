@@ -69,13 +69,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def outcome_of(config: Path, *overrides: str) -> str:
-    """Return what a start prints on standard error, nothing if it reaches its process group."""
+    """Return what a start prints on standard error until it reaches its process group or ends."""
     errors = io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(errors):
         try:
             main(["--config", str(config), *overrides])
         except Started:
-            return ""
+            pass
         except SystemExit as end:
             assert end.code == 2, end.code
     return errors.getvalue()
@@ -114,3 +114,19 @@ def test_any_value_of_any_key(config: Path, changes: dict[str, Any]) -> None:
 def test_any_override(config: Path, key: str, text: str) -> None:
     message = outcome_of(config, f"{key}={text}")
     assert all(line.startswith(("error: ", "warning: ")) for line in message.splitlines()), message
+
+
+@pytest.mark.regression("7.E5")
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optimizer.warmup_steps=9", "warning: optimizer.warmup_steps = 9 exceeds train.steps = 5: "),
+        (
+            "model.vocab_size=300",
+            "warning: model.vocab_size = 300 exceeds the 257 tokens of data.tokenizer = 'bytes': ",
+        ),
+    ],
+)
+def test_silent_choices_get_a_line(config: Path, override: str, line: str) -> None:
+    assert outcome_of(config) == ""
+    assert outcome_of(config, override).startswith(line)

@@ -128,6 +128,18 @@ def test_changed_sources_are_shown_by_what_differs(directory: Path) -> None:
         assert f"data.train is {now}, {directory / 'step_00000100'} was trained with {before}: " in str(error.value)
 
 
+@pytest.mark.regression("7.E5")
+def test_longer_samples_than_an_import_was_trained_with_get_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_description(tmp_path, tiny_config(), 0)
+    length = tiny_config().train.sequence_length
+    assert find_resume_point(config_in(tmp_path, train={"sequence_length": length}), VOCAB_SIZE)
+    assert capsys.readouterr().err == ""
+    assert find_resume_point(config_in(tmp_path, train={"sequence_length": 2 * length}), VOCAB_SIZE)
+    assert capsys.readouterr().err.startswith(f"warning: train.sequence_length = {2 * length} exceeds the {length} ")
+
+
 def test_every_difference_is_named_with_both_values(directory: Path) -> None:
     with pytest.raises(ConfigError) as error:
         find_resume_point(config_in(directory, heads={"kind": "causal", "count": 2}), VOCAB_SIZE)
