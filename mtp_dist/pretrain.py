@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.config.notices import notices
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.output import make_output_optional
@@ -143,6 +144,7 @@ def pretrain(config: Config, stop_signals: StopSignals, preflight: bool = False,
     if config.log.rank_logs:
         copy_output(config.output_dir, _is_new(resumed, config))
     datasets = load_datasets(config)
+    _print_notices(config, datasets)
     device = select_device(config)
     quieten_packages()
 
@@ -216,6 +218,13 @@ def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> list[
 def _is_new(resumed: "ResumePoint | None", config: Config) -> bool:
     """Whether this is not the run that wrote what may lie in the run's folder."""
     return not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve()
+
+
+def _print_notices(config: Config, datasets: "Datasets") -> None:
+    """Print the settings that are more often a mistake than a choice, on rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        for line in notices(config, datasets.tokenizer.vocab_size):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

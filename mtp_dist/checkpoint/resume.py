@@ -72,6 +72,12 @@ def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, v
         )
     if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))
+    length = config.train.sequence_length
+    if not saved.step and length > saved.config.train.sequence_length:
+        _warn(
+            f"train.sequence_length = {length} exceeds the {saved.config.train.sequence_length} positions of {folder}: "
+            "its model has not been trained on longer texts; model.rope_scaling stretches its positions"
+        )
     older = tuple(folders[folders.index(folder) + 1 :])
     return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
 

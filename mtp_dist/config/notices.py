@@ -1,0 +1,21 @@
+"""Settings that are allowed, but more often a mistake than a choice."""
+
+from collections.abc import Iterator
+
+from mtp_dist.config.sections import Config
+
+
+def notices(config: Config, tokenizer_vocab_size: int) -> Iterator[str]:
+    """Yield one line for each such setting, with what follows from it."""
+    warmup, steps = config.optimizer.warmup_steps, config.train.steps
+    if warmup > steps:
+        yield (
+            f"optimizer.warmup_steps = {warmup} exceeds train.steps = {steps}: the learning rate ends at "
+            f"{steps / warmup:.0%} of optimizer.lr"
+        )
+    vocab_size = config.model.vocab_size or tokenizer_vocab_size
+    if vocab_size > tokenizer_vocab_size:
+        yield (
+            f"model.vocab_size = {vocab_size} exceeds the {tokenizer_vocab_size} tokens of data.tokenizer = "
+            f"'{config.data.tokenizer}': {vocab_size - tokenizer_vocab_size} token ids never occur in the data"
+        )
