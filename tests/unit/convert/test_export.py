@@ -232,7 +232,7 @@ def test_only_what_is_read_is_verified(tmp_path: Path, monkeypatch: pytest.Monke
     verified.clear()
     seen: list[tuple[int, int]] = []
     watch = {"watch_check": lambda done, total: seen.append((done, total))}
-    monkeypatch.setattr("mtp_dist.convert.to_huggingface.write_tokenizer", lambda *rest: ("<|endoftext|>", 10))
+    monkeypatch.setattr("mtp_dist.convert.to_huggingface.write_tokenizer", lambda *rest: ("<|endoftext|>", 256))
     export_checkpoint(tmp_path / "checkpoints", tmp_path / "out", None, **watch)
     assert [name for name in verified if name.endswith(".safetensors")] == [path.name for path in shards]
     size = sum(path.stat().st_size for path in shards)

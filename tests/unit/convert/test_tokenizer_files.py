@@ -7,9 +7,10 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mtp_dist.config import ConfigError
 from mtp_dist.convert.tokenizer_files import byte_level_tokenizer, write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
 
@@ -63,20 +64,98 @@ def test_a_tokenizer_json_is_copied_with_its_end(tmp_path: Path, beside: dict[st
     assert not beside or tokenizer.model_max_length == 99
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_sentencepiece_is_copied_with_its_end(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "text").write_text(TEXT * 9)
+TEXTS = [
+    TEXT,
+    "return x and café",
+    " one space before",
+    "one after ",
+    "a  b   c",
+    "\n\nclass A:\n    x = 1\n\n\n    def f(self):\n        pass\n",
+    "windows\r\nlines\r\n",
+    "\tif x:\n\t\ty\n",
+    "½ ﬁnance, ① \uff26\uff55\uff4c\uff4c width, no\u00a0break, e\u0301",
+    "日本語のテキスト。 Über größere Straßen, Привет!",
+    "👍🏽 👩\u200d💻 🇩🇪",
+    " ",
+    "\n",
+    "",
+]
+NORMALIZATIONS: dict[str, dict[str, object]] = {
+    "default": {},
+    "identity": {"normalization_rule_name": "identity"},
+    "spaces kept": {"remove_extra_whitespaces": False},
+    "no prefix": {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "without bytes": {"byte_fallback": False},
+    "symbols": {"user_defined_symbols": ["def", "<sep>"], "pad_id": 3},
+}
+
+
+def train_sentencepiece(folder: Path, **options: object) -> str:
+    (folder / "text").write_text((TEXT + "\n".join(TEXTS)) * 9)
+    settings = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | options
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=285,
-        model_type=kind,
-        byte_fallback=True,
-        minloglevel=2,
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), minloglevel=2, **settings
     )
+    return str(folder / "tokenizer.model")
+
+
+def check_same_ids(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    """AutoTokenizer of the folder gives the ids that the training had."""
+    ours, theirs = build_tokenizer(name), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert theirs(text).input_ids == ours.encode(text).tolist(), repr(text)
+    return theirs
+
+
+@pytest.mark.regression("7.A6")
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_sentencepiece_gives_the_ids_of_the_training(tmp_path: Path, kind: str, normalization: str) -> None:
+    name = train_sentencepiece(tmp_path, model_type=kind, **NORMALIZATIONS[normalization])
     (tmp_path / "out").mkdir()
-    name = str(tmp_path / "tokenizer.model")
     assert write_tokenizer(name, tmp_path / "out") == ("</s>", 2)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = check_same_ids(name, tmp_path / "out")
     assert tokenizer.eos_token_id == 2
-    assert tokenizer("return x and café").input_ids == build_tokenizer(name).encode("return x and café").tolist()
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == Path(name).read_bytes()
+    assert tokenizer.pad_token == ("<pad>" if normalization == "symbols" else "</s>")
+
+
+TEMPLATE = processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", 0)])
+POST_PROCESSORS = {
+    "template": TEMPLATE,
+    "in a sequence": processors.Sequence([processors.ByteLevel(trim_offsets=False), TEMPLATE]),
+    "none": None,
+}
+
+
+@pytest.mark.regression("7.A6")
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_no_token_is_added_or_cut_that_the_training_did_not_see(tmp_path: Path, kind: str) -> None:
+    """What a post-processor, truncation, padding or the files beside would do does not happen in training."""
+    file = byte_pairs(tmp_path / "trained")
+    library = Tokenizer.from_file(str(file))
+    library.enable_truncation(7)
+    library.enable_padding(length=9)
+    if processor := POST_PROCESSORS[kind]:
+        library.post_processor = processor
+    library.save(str(file))
+    beside = {"eos_token": "<eos>", "bos_token": "<s>", "pad_token": "[PAD]", "model_max_length": 99}
+    beside |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "legacy": True}
+    (file.parent / "tokenizer_config.json").write_text(json.dumps(beside | {"chat_template": "{{ messages }}"}))
+    (file.parent / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    (tmp_path / "out").mkdir()
+    assert write_tokenizer(str(file), tmp_path / "out") == ("<eos>", 0)
+    tokenizer = check_same_ids(str(file), tmp_path / "out")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<eos>", "<eos>")
+    assert len(tokenizer) == library.get_vocab_size(), "no token is new"
+    assert (tokenizer.model_max_length, tokenizer.chat_template) == (99, "{{ messages }}")
+
+
+@pytest.mark.regression("7.A6")
+def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    name = train_sentencepiece(tmp_path, model_type="bpe", treat_whitespace_as_suffix=True)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(
+        ConfigError, match=rf"^data\.tokenizer = '{name}' cannot be exported: for .* AutoTokenizer would give"
+    ):
+        write_tokenizer(name, tmp_path / "out")
