@@ -21,6 +21,7 @@ from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, sp
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
+from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.model.weights import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,8 +86,10 @@ def export_checkpoint(
         yield from map(converted, others)
 
     with new_folder(target) as folder:
-        end_token, end = write_tokenizer(config.data.tokenizer, folder)
+        end = build_tokenizer(config.data.tokenizer).end_of_document
+        # Before the tokenizer, which AutoTokenizer opens by it.
         _write_json(folder / "config.json", llama_config(config, description.vocab_size, end, dtype))
+        end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
         tensors = watched(all_tensors(), len(of_llama) + len(others), watch)
         write_weights(folder, of_llama, DTYPES[dtype], tensors)

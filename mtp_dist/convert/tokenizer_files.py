@@ -6,47 +6,122 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, HuggingFaceTokenizer, tokenizer_file
+from mtp_dist.config import ConfigError
+from mtp_dist.convert.saved_heads import HEADS_CONFIG
+from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, SentencePieceTokenizer, tokenizer_file
 from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
 from mtp_dist.data.tokenizer import Tokenizer as OurTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja")
-"""What may stand beside a tokenizer and belongs to it."""
+TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
+"""What may stand next to a tokenizer and belongs to it."""
+SAMPLE_TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs; it's 3.14 times faster, isn't it?",
+    "  two spaces before,  two  between, and two after  ",
+    "First line.\nSecond line.\n\n\tThird line, indented.\n",
+    "Windows\r\nends lines\r\nlike this.\r\n",
+    "def area(r: float) -> float:\n    if r < 0:\n        raise ValueError(f'{r=}')\n    return 3.14 * r ** 2\n",
+    '{"key": [1, 2, 3], "a/b": "C:\\\\path", "x_y": null}\n',
+    "Größere Übung, naïve café, e\u0301tude, ½ ﬁne, no\u00a0break, \uff21\uff22\uff23.",
+    "日本語の文章です。中文没有空格。 한국어 문장. Русский текст. नमस्ते दुनिया. مرحبا بالعالم.",
+    "👍🏽 👩\u200d💻 🇩🇪 ❤\ufe0f",
+    "x",
+    "\n",
+    "",
+)
+"""What an export is verified with."""
 
 
 def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
-    """Write the tokenizer that `data.tokenizer` names. Returns the token that ends a document, and its id."""
+    """Write the tokenizer that `data.tokenizer` names. Return the token that ends a document, and its id.
+
+    transformers adds nothing to the ids of a text, as the training did not. Raise ConfigError if it gives other ids.
+    """
     tokenizer = build_tokenizer(name)
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(tokenizer, ByteTokenizer):
         library = byte_level_tokenizer()
-        library.save(str(folder / "tokenizer.json"))
-        end = END_OF_TEXT
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         file = tokenizer_file(name, f"data.tokenizer = {name!r}")
-        copy_tokenizer(file, folder)
-        end, settings = _end_and_class(tokenizer, file)
-    given = folder / TOKENIZER_CONFIG
-    if given.exists():
-        settings |= json.loads(given.read_text(encoding="utf-8"))
-    settings["eos_token"] = end
-    given.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            shutil.copyfile(file, folder / TOKENIZER_MODEL)
+            library, of_model = _from_sentencepiece(folder)
+            settings |= of_model
+        else:
+            library = Tokenizer.from_file(str(file))
+            settings |= _settings_beside(file.parent, library)
+        if (file.parent / CHAT_TEMPLATE).exists():
+            shutil.copyfile(file.parent / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
+    library.no_truncation()
+    library.no_padding()
+    library.post_processor = None
+    library.save(str(folder / TOKENIZER_JSON))
+    end = library.id_to_token(tokenizer.end_of_document)
+    assert end is not None, "a token of this tokenizer"
+    settings = {"pad_token": end} | settings | {"bos_token": end, "eos_token": end}
+    settings |= {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+    settings |= {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    _verify(tokenizer, folder)
     return end, tokenizer.end_of_document
 
 
-def _end_and_class(tokenizer: OurTokenizer, file: Path) -> tuple[str, dict[str, Any]]:
-    """The token that ends a document, and what tokenizer_config.json needs where there is none yet."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        end = tokenizer.backend.id_to_token(tokenizer.end_of_document)
-        assert end is not None, "found by its text"
-        return end, {"tokenizer_class": "PreTrainedTokenizerFast"}
-    end = SentencePieceProcessor(model_file=str(file)).id_to_piece(tokenizer.end_of_document)
-    return end, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
+def _settings_beside(folder: Path, library: Tokenizer) -> dict[str, Any]:
+    """Return what stays of a tokenizer_config.json: nothing that changes the ids of a text or adds a token."""
+    path = folder / TOKENIZER_CONFIG
+    given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept: dict[str, Any] = {key: given[key] for key in ("model_max_length", "chat_template") if key in given}
+    for key in ("pad_token", "unk_token"):
+        token = given.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str) and library.token_to_id(content) is not None:
+            kept[key] = content
+    return kept
+
+
+def _from_sentencepiece(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return a SentencePiece model as transformers converts it, and its settings."""
+    from transformers import PreTrainedTokenizerFast
+
+    # With legacy=True each text gets the dummy prefix, as SentencePiece gives it.
+    library: Tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, legacy=True).backend_tokenizer
+    processor = SentencePieceProcessor(model_file=str(folder / TOKENIZER_MODEL))
+    steps = list(library.normalizer)
+    if steps and isinstance(steps[0], normalizers.Precompiled):
+        # The library's character map takes a line's end of Windows for one character, SentencePiece for two.
+        both = "".join(steps[0].normalize_str(character) for character in "\r\n")
+        library.normalizer = normalizers.Sequence([normalizers.Replace("\r\n", both), *steps])
+    settings = {
+        # llama.cpp goes by tokenizer.model and this key.
+        "add_prefix_space": "".join(processor.encode("x", out_type=str)).startswith("▁"),
+        "unk_token": processor.id_to_piece(processor.unk_id()),
+    }
+    if processor.pad_id() >= 0:
+        settings["pad_token"] = processor.id_to_piece(processor.pad_id())
+    return library, settings
+
+
+def _verify(tokenizer: OurTokenizer, folder: Path) -> None:
+    """Raise ConfigError if transformers gives a text other ids than the training."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in SAMPLE_TEXTS:
+        try:
+            expected = tokenizer.encode(text).tolist()
+        except ConfigError:  # a text that the training would have refused
+            continue
+        if (ids := theirs(text).input_ids) != expected:
+            raise ConfigError(
+                f"data.tokenizer = '{tokenizer.name}' cannot be exported: for {text!r} AutoTokenizer would give "
+                f"{len(ids)} ids, first {ids[:8]}, the training had {len(expected)}, first {expected[:8]}"
+            )
 
 
 def byte_level_tokenizer() -> Tokenizer:
@@ -64,8 +139,9 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The file of a folder's tokenizer, if it has one."""
-    return next((folder / name for name in TOKENIZER_FILES if (folder / name).exists()), None)
+    """Return the file of a folder's tokenizer, if it has one; in an export of ours the one that the training read."""
+    names = TOKENIZER_FILES[::-1] if (folder / HEADS_CONFIG).exists() else TOKENIZER_FILES
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def copy_tokenizer(file: Path, folder: Path) -> None:
