@@ -1,24 +1,27 @@
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from mtp_dist.config import Config, ConfigError, build_config
-from mtp_dist.data import loading
+from mtp_dist.data import corpus, inputs, loading, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.inputs import Input, InputOptions
-from mtp_dist.data.loading import ValidationSamples, load_datasets
+from mtp_dist.data.loading import TrainingSamples, ValidationSamples, load_datasets
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.progress import PreparationProgress
 from mtp_dist.data.streaming import StreamedSamples
+from mtp_dist.pretrain import main
 
 
 def config(train: list[dict[str, Any]], validation: list[dict[str, Any]], **train_keys: int) -> Config:
@@ -148,14 +151,34 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         load_datasets(config([{"path": str(prefix)}], []))
 
 
-def test_a_corpus_with_ids_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+@pytest.mark.regression("7.C3")
+def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(tmp_path: Path) -> None:
+    """Not at the start, when every rank would read the corpus whole."""
     prefix = prepared(tmp_path, [b"abc" * 50])
     prefix.with_suffix(".json").unlink()
     tokens = np.memmap(prefix.with_suffix(".bin"), mode="r+", dtype=np.uint16)
     tokens[77] = 300
     tokens.flush()
+    path = {"path": str(prefix)}
+    train = load_datasets(config([path], [])).train
     with pytest.raises(ConfigError, match=r"token 77 of .*corpus\.bin has the id 300, the vocabulary has 257"):
-        load_datasets(config([{"path": str(prefix)}], []))
+        train.read(0, 18)
+    with pytest.raises(ConfigError, match=r"^data\.validation\.0\.path = .*token 77 of .*corpus\.bin has the id 300"):
+        load_datasets(config([write(tmp_path / "t.txt", "x" * 99)], [path]))
+    good = [index for index in range(18) if _is_readable(train, index)]
+    assert 16 <= len(good) < 18, "only the samples with it"
+    with tokens.filename.open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ConfigError, match=r"corpus\.bin has 100 bytes, it had 302"):
+        train.read(good[0], 1)
+
+
+def _is_readable(train: TrainingSamples, index: int) -> bool:
+    try:
+        train.read(index, 1)
+    except ConfigError:
+        return False
+    return True
 
 
 def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path: Path) -> None:
@@ -196,3 +219,57 @@ def test_a_source_that_is_too_small_is_named(tmp_path: Path) -> None:
     good, small = write(tmp_path / "t.txt", "x" * 99), write(tmp_path / "v.txt", "x" * 8)
     with pytest.raises(ConfigError, match=r"data\.validation\.0\.path = .*v\.txt.* too small: 9 tokens .* 8 \+ 2 = 10"):
         load_datasets(config([good], [small]))
+
+
+@pytest.mark.regression("7.C3")
+def test_a_start_builds_the_tokenizer_once_and_opens_each_source_once(
+    tmp_path: Path, trained_tokenizers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line to the opening of the process group."""
+    tokenizer = trained_tokenizers / "tokenizer.json"
+    prefix = prepared(tmp_path, [b"abc" * 99], str(tokenizer))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "v.txt", "abc" * 99)
+    Dataset.from_dict({"text": ["abc" * 99]}).save_to_disk(tmp_path / "saved")
+    written = config([{"path": str(prefix)}, {"path": f"{prefix}.bin"}], []).model_dump(mode="json")
+    written["data"]["validation"] = [{"path": str(tmp_path / name), "name": name} for name in ("folder", "saved")]
+    written["data"]["validation"][0]["glob"] = "*.txt"
+    written["data"]["tokenizer"] = str(tokenizer)
+    written["run"] |= {"output_dir": str(tmp_path / "out"), "device": "cpu"}
+    (tmp_path / "config.yaml").write_text(json.dumps(written))
+    calls: Counter[str] = Counter()
+
+    def count(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args: Any, **options: Any) -> Any:
+            calls[getattr(owner, "__name__", "") + "." + name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    for owner, name in (
+        (text_tokenizers.HuggingFaceTokenizer, "__init__"),
+        (corpus, "read_index"),
+        (inputs.FilesInput, "__init__"),
+        (inputs.DatasetInput, "__init__"),
+    ):
+        count(owner, name)
+
+    class StartedError(BaseException):
+        pass
+
+    def start(*_: object) -> None:
+        raise StartedError
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
+    monkeypatch.setattr("mtp_dist.parallel.topology.initialize_topology", start)
+    with pytest.raises(StartedError):
+        main(["--config", str(tmp_path / "config.yaml")])
+    assert calls == {
+        "HuggingFaceTokenizer.__init__": 1,
+        "mtp_dist.data.corpus.read_index": 1,
+        "FilesInput.__init__": 1,
+        "DatasetInput.__init__": 1,
+    }
