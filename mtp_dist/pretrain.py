@@ -23,6 +23,7 @@ from mtp_dist.training.watchdog import Watchdog
 if TYPE_CHECKING:
     from mtp_dist.checkpoint.resume import ResumePoint
     from mtp_dist.data.loading import Datasets
+    from mtp_dist.data.sources.opened import RunSources
     from mtp_dist.data.tokenizer import Tokenizer
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.training.reporting import RunReporter
@@ -55,8 +56,8 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        check_before_start(config, memory_snapshot=options.memory_snapshot)
-        return pretrain(config, stop_signals, options.preflight, options.memory_snapshot)
+        sources = check_before_start(config, memory_snapshot=options.memory_snapshot)
+        return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
     except ConfigError as error:
         stop(error)
     except Exception:
@@ -82,10 +83,12 @@ def stop(error: ConfigError) -> NoReturn:
     sys.exit(2)
 
 
-def check_before_start(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> None:
-    """Everything that can be wrong for this job, before any process group is open. Raises ConfigError."""
-    from mtp_dist.data.loading import check_sources
-    from mtp_dist.data.tokenizer import vocabulary_size
+def check_before_start(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> "RunSources":
+    """Check everything that can be wrong for this job before any process group is open. Raise ConfigError.
+
+    Return the tokenizer and, if it needs data, the sources, as they were opened.
+    """
+    from mtp_dist.data.sources.opened import RunSources
     from mtp_dist.parallel.device import select_device
     from mtp_dist.training.dashboards import check_wandb
     from mtp_dist.training.profiling import check_profile
@@ -94,20 +97,22 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
     check_launcher_variables()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batches(world_size)
+    sources = RunSources(config)
     if needs_data:
-        check_sources(config)
+        sources.open_all()
         check_folder("run.output_dir", config.output_dir)
         check_folder("checkpoint.directory", config.checkpoint_dir)
         if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
             check_wandb(config)
     device = select_device(config)
-    check_memory(config, vocabulary_size(config), world_size, device)
+    check_memory(config, sources.vocab_size, world_size, device)
     check_profile(config, world_size, memory_snapshot, device)
     if config.deepspeed:
         # DeepSpeed looks at the device when it is imported.
         from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
 
         check_deepspeed_section(config.deepspeed)
+    return sources
 
 
 def check_folder(key: str, folder: Path) -> None:
@@ -126,24 +131,24 @@ def check_folder(key: str, folder: Path) -> None:
         raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
-def pretrain(config: Config, stop_signals: StopSignals, preflight: bool = False, memory_snapshot: bool = False) -> int:
+def pretrain(
+    config: Config, sources: "RunSources", stop_signals: StopSignals, preflight: bool, memory_snapshot: bool
+) -> int:
     """Train from the start or from a checkpoint, validate, save and show the result. Return the exit status.
 
-    Before, measure each rank where preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
+    Before, measure each rank if preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
     """
     from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.data.loading import load_datasets
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
 
-    vocab_size = vocabulary_size(config)
-    resumed = find_resume_point(config, vocab_size)
+    resumed = find_resume_point(config, vocab_size := sources.vocab_size)
     if resumed and resumed.step >= config.train.steps:
         _say_finished(config, resumed)
         return 0
     if config.log.rank_logs:
         copy_output(config.output_dir, _is_new(resumed, config))
-    datasets = load_datasets(config)
+    datasets = load_datasets(config, sources)
     _print_notices(config, datasets)
     device = select_device(config)
     quieten_packages()

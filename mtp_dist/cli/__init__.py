@@ -41,17 +41,16 @@ def selfcheck(
     """
     try:
         settings = load_config(config, overrides or [])
-        check_before_start(settings, needs_data=False)
+        sources = check_before_start(settings, needs_data=False)
     except ConfigError as error:
         stop(error)
     quieten_packages()
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.selfcheck import selfcheck as compare
 
     topology = initialize_topology(settings, select_device(settings))
-    comparisons = compare(settings, vocabulary_size(settings), topology)
+    comparisons = compare(settings, sources.vocab_size, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
     layout = f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}"

@@ -68,7 +68,7 @@ def checkpoint(
     folder = Path(to).expanduser()
     try:
         settings = load_config(config, overrides or [])
-        check_before_start(settings, needs_data=False)
+        sources = check_before_start(settings, needs_data=False)
         if folder.exists():
             raise ConfigError(f"--to = '{to}' exists: name a new folder")
     except ConfigError as error:
@@ -76,13 +76,12 @@ def checkpoint(
     quieten_packages()
     from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
     from mtp_dist.bench.checkpoint.report import table
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
 
     topology = initialize_topology(settings, select_device(settings))
     try:
-        result = measure_checkpoints(settings, vocabulary_size(settings), topology, folder, rounds, print)
+        result = measure_checkpoints(settings, sources.vocab_size, topology, folder, rounds, print)
     except ConfigError as error:
         stop(error)
     close_topology()

@@ -176,20 +176,47 @@ def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer) -> None:
 
 
 def check_ids(corpus: Corpus, vocab_size: int) -> None:
-    """Raise ConfigError for an id that the vocabulary lacks.
+    """Read all tokens, and raise ConfigError for an id that the vocabulary lacks."""
+    checked = tokens_below(vocab_size, corpus)
+    if isinstance(checked, CheckedTokens):
+        for start in range(0, len(checked), SCAN_BLOCK_TOKENS):
+            checked[start : start + SCAN_BLOCK_TOKENS]  # which checks them
 
-    All tokens are read, but where the description tells that they come from a tokenizer with no more ids.
+
+def tokens_below(vocab_size: int, corpus: Corpus) -> NDArray[Any] | CheckedTokens:
+    """Return a corpus's tokens, which are checked as they are read.
+
+    They need no check if the description says that they come from a tokenizer with no more ids.
     """
     if corpus.description and corpus.description.tokenizer.vocab_size <= vocab_size:
-        return
-    for start in range(0, len(corpus.tokens), SCAN_BLOCK_TOKENS):
-        block = corpus.tokens[start : start + SCAN_BLOCK_TOKENS]
+        return corpus.tokens
+    return CheckedTokens(corpus, vocab_size)
+
+
+class CheckedTokens:
+    """The tokens of a corpus as an array that can be sliced, which raises ConfigError for an id that is too large."""
+
+    def __init__(self, corpus: Corpus, vocab_size: int) -> None:
+        self._corpus = corpus
+        self._vocab_size = vocab_size
+
+    @property
+    def stored(self) -> NDArray[Any]:
+        """The tokens without the check."""
+        return self._corpus.tokens
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        block = self.stored[part]
         # As unsigned numbers the negative ones are the largest, so one pass finds both kinds.
         unsigned = block.view(f"u{block.itemsize}")
-        if int(unsigned.max()) >= vocab_size:
-            place = int(np.argmax(unsigned >= vocab_size))
+        if len(block) and int(unsigned.max()) >= self._vocab_size:
+            place = int(np.argmax(unsigned >= self._vocab_size))
             raise ConfigError(
-                f"{_named(corpus)}: token {start + place} of {beside(corpus.prefix, '.bin')} has the id "
-                f"{int(block[place])}, the vocabulary has {vocab_size} (0 to {vocab_size - 1}): use the tokenizer "
-                "that it was prepared with"
+                f"{_named(self._corpus)}: token {part.start + place} of {beside(self._corpus.prefix, '.bin')} has the "
+                f"id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use the "
+                "tokenizer that it was prepared with"
             )
+        return block

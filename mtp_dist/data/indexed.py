@@ -77,7 +77,12 @@ def _checked(file: Path, dtype: np.dtype[Any], sequences: int, num_boundaries: i
                 f"{file} disagrees with itself: its lengths add up to {tokens * dtype.itemsize} bytes of tokens, its "
                 f"last sequence ends at byte {last_end}; it is damaged, copy or prepare it anew"
             )
-    if not num_boundaries or boundaries[0] != 0 or boundaries[-1] != sequences or (np.diff(boundaries) < 0).any():
+    if (
+        not num_boundaries
+        or boundaries[0] != 0
+        or boundaries[-1] != sequences
+        or (boundaries[1:] < boundaries[:-1]).any()
+    ):
         raise ConfigError(
             f"{file}: its document boundaries do not rise from 0 to its {sequences} sequences: it is damaged, copy or "
             "prepare it anew"

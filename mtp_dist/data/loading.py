@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +13,13 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import Config, ConfigError, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
-from mtp_dist.data.corpus import check_ids, check_tokenizer, open_corpus, prefix_of
+from mtp_dist.data.corpus import Corpus, check_tokenizer, tokens_below
 from mtp_dist.data.encoding import encode_documents
 from mtp_dist.data.epochs import Cut
-from mtp_dist.data.inputs import Input, InputOptions, open_inputs
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
+from mtp_dist.data.sources.opened import RunSources, contents_of
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.tokenizer import Tokenizer
 
 READ_AT_ONCE_BYTES = 16 << 20
 
@@ -126,34 +125,18 @@ def with_positions(state: dict[str, Any], config: Config) -> dict[str, Any]:
     }
 
 
-def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
-    """Every source with its key, such as `data.train.0`; the training sources first."""
-    for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
-        for index, source in enumerate(sources):
-            yield f"data.{section}.{index}", source
+def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets:
+    """Open prepared corpora, and read, tokenize and pack other sources. `sources` are those of the configuration.
 
-
-def check_sources(config: Config) -> None:
-    """Raise ConfigError where a source is missing or cannot be opened; reads none of them."""
-    for key, source in configured_sources(config):
-        if prefix := prefix_of(source.path):
-            open_corpus(prefix, f"{key}.path")
-        else:
-            _input_of(source, key)
-
-
-def load_datasets(config: Config) -> Datasets:
-    """Open prepared corpora, and read, tokenize and pack other sources.
-
-    Raises ConfigError, naming the key, where a source is missing, unreadable, empty or shorter than one sample.
+    Raise ConfigError, naming the key, if a source is missing, unreadable, empty or shorter than one sample.
     """
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    corpora = _Corpora(config, tokenizer)
+    sources = sources or RunSources(config)
+    tokenizer, corpora = sources.tokenizer, _Corpora(config, sources)
     validation = [
         _validation_set(source, corpora.open(source, f"data.validation.{index}"), config, tokenizer)
         for index, source in enumerate(config.data.validation)
     ]
-    train, fingerprints = _training_samples(config, corpora, tokenizer)
+    train, fingerprints = _training_samples(config, corpora)
     return Datasets(
         tokenizer=tokenizer,
         train=train,
@@ -163,16 +146,15 @@ def load_datasets(config: Config) -> Datasets:
     )
 
 
-def _training_samples(
-    config: Config, corpora: _Corpora, tokenizer: Tokenizer
-) -> tuple[TrainingSamples, tuple[str, ...]]:
+def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSamples, tuple[str, ...]]:
     """The samples, and each source's fingerprint."""
     sources = {f"data.train.{index}": source for index, source in enumerate(config.data.train)}
     weights = [source.weight for source in sources.values()]
     if config.data.train[0].stream:
-        inputs = {key: _input_of(source, key) for key, source in sources.items()}
+        inputs = {key: corpora.sources.input(source, key) for key, source in sources.items()}
         streams = [
-            TokenStream(of_key, tokenizer, f"{key}.path = '{sources[key].path}'") for key, of_key in inputs.items()
+            TokenStream(of_key, corpora.sources.tokenizer, f"{key}.path = '{sources[key].path}'")
+            for key, of_key in inputs.items()
         ]
         samples = StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)
         return samples, tuple(of_key.fingerprint() for of_key in inputs.values())
@@ -190,20 +172,19 @@ class _Opened:
 
 
 class _Corpora:
-    """Opens sources; what several keys name is read once."""
+    """Reads sources; what several keys name is read once."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, sources: RunSources) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self.vocab_size = config.model.vocab_size or tokenizer.vocab_size
+        self.sources = sources
         self._opened: dict[SourceConfig, _Opened] = {}
 
     def open(self, source: SourceConfig, key: str) -> _Opened:
         """Raises ConfigError, naming `key`."""
-        same = source.model_copy(update={"name": None, "weight": 1.0})
+        same = contents_of(source)
         if same not in self._opened:
-            prefix = prefix_of(source.path)
-            tokens, num_bytes, fingerprint = self._prepared(prefix, source, key) if prefix else self._read(source, key)
+            corpus = self.sources.corpus(source, key)
+            tokens, num_bytes, fingerprint = self._prepared(corpus, source, key) if corpus else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
             except ConfigError as error:
@@ -212,18 +193,17 @@ class _Corpora:
             self._opened[same] = _Opened(packed, bytes_per_token, fingerprint)
         return self._opened[same]
 
-    def _prepared(self, prefix: Path, source: SourceConfig, key: str) -> tuple[NDArray[Any], int | None, str]:
+    def _prepared(self, corpus: Corpus, source: SourceConfig, key: str) -> tuple[Any, int | None, str]:
         for option in ("split", "subset", "stream"):
             if getattr(source, option):
                 raise ConfigError(
                     f"{key}.{option} chooses what is read of a source, '{source.path}' is prepared already: leave it "
                     "out, or prepare what you want"
                 )
-        corpus = open_corpus(prefix, f"{key}.path")
-        check_tokenizer(corpus, self.tokenizer)
-        check_ids(corpus, self.vocab_size)
+        check_tokenizer(corpus, self.sources.tokenizer)
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
-        return corpus.tokens, corpus.num_bytes, corpus.description.sha256 if corpus.description else counts
+        tokens = tokens_below(self.sources.vocab_size, corpus)
+        return tokens, corpus.num_bytes, corpus.description.sha256 if corpus.description else counts
 
     def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:
         """Tokens and bytes of the text, all in memory, and their fingerprint."""
@@ -234,9 +214,9 @@ class _Corpora:
             enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
         parts, num_bytes, num_tokens = [], 0, 0
         try:
-            for unit in _input_of(source, key).units(READ_AT_ONCE_BYTES):
+            for unit in self.sources.input(source, key).units(READ_AT_ONCE_BYTES):
                 documents = list(unit.documents())
-                parts.append(encode_documents(self.tokenizer, documents, unit.place)[0])
+                parts.append(encode_documents(self.sources.tokenizer, documents, unit.place)[0])
                 num_bytes += sum(map(len, documents))
                 num_tokens += len(parts[-1])
                 if enough is not None and num_tokens >= enough:
@@ -249,15 +229,6 @@ class _Corpora:
             raise ConfigError(f"{named} has no document with text: give another source")
         tokens = np.concatenate(parts)
         return tokens, num_bytes, hashlib.sha256(tokens.data).hexdigest()
-
-
-def _options(source: SourceConfig, key: str) -> InputOptions:
-    glob = source.glob if Path(source.path).is_dir() else None
-    return InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
-
-
-def _input_of(source: SourceConfig, key: str) -> Input:
-    return open_inputs([source.path], _options(source, key))[0]
 
 
 def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:

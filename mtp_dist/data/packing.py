@@ -32,8 +32,8 @@ class PackedCorpus:
     the end of the stream are left out.
     """
 
-    def __init__(self, tokens: NDArray[Any], sequence_length: int, lookahead: int) -> None:
-        """Raises ConfigError where the tokens do not fill one sample."""
+    def __init__(self, tokens: Any, sequence_length: int, lookahead: int) -> None:
+        """`tokens` are an array, or what can be sliced like one. Raises ConfigError if they do not fill one sample."""
         needed = sequence_length + lookahead
         if len(tokens) < needed:
             raise ConfigError(
@@ -59,15 +59,16 @@ class PackedCorpus:
         To read what it lost would end the process by SIGBUS, without a word. A file that is deleted keeps its content
         until it is closed.
         """
-        if not isinstance(self.tokens, np.memmap) or not isinstance(self.tokens.base, mmap.mmap):
+        stored = getattr(self.tokens, "stored", self.tokens)  # below tokens whose ids are checked
+        if not isinstance(stored, np.memmap) or not isinstance(stored.base, mmap.mmap):
             return
         try:
-            size = self.tokens.base.size()
+            size = stored.base.size()
         except OSError as error:
-            raise ConfigError(f"cannot read {self.tokens.filename} any more ({error.strerror})") from None
-        if size < self.tokens.nbytes:
+            raise ConfigError(f"cannot read {stored.filename} any more ({error.strerror})") from None
+        if size < stored.nbytes:
             raise ConfigError(
-                f"{self.tokens.filename} has {size} bytes, it had {self.tokens.nbytes} when the run began: it was cut "
+                f"{stored.filename} has {size} bytes, it had {stored.nbytes} when the run began: it was cut "
                 "off or is being written anew; restore it, and the same command goes on from the last checkpoint"
             )
 
@@ -76,7 +77,8 @@ class PackedCorpus:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = index * self.sequence_length
-        return self.tokens[start : start + self.sample_length]
+        tokens: NDArray[Any] = self.tokens[start : start + self.sample_length]
+        return tokens
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """The same as int64."""

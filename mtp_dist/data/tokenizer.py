@@ -107,9 +107,12 @@ def build_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
     return kind(name, file, named)
 
 
-def vocabulary_size(config: Config) -> int:
-    """`model.vocab_size`, or the tokenizer's where absent. Raises ConfigError where the tokenizer has more."""
-    needed = build_tokenizer(config.data.tokenizer).vocab_size
+def vocabulary_size(config: Config, tokenizer: Tokenizer | None = None) -> int:
+    """Return `model.vocab_size`, or the tokenizer's if it is absent. Raise ConfigError if the tokenizer has more.
+
+    tokenizer: the configuration's, if it is built already.
+    """
+    needed = (tokenizer or build_tokenizer(config.data.tokenizer)).vocab_size
     if config.model.vocab_size is not None and config.model.vocab_size < needed:
         raise ConfigError(
             f"model.vocab_size = {config.model.vocab_size} is below the {needed} tokens of data.tokenizer = "

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mtp_dist.config import Config, ConfigError, build_config
-from mtp_dist.data import corpus, inputs, loading, text_tokenizers
+from mtp_dist.data import corpus, inputs, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.inputs import Input, InputOptions
 from mtp_dist.data.loading import TrainingSamples, ValidationSamples, load_datasets
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.progress import PreparationProgress
+from mtp_dist.data.sources import opened
 from mtp_dist.data.streaming import StreamedSamples
 from mtp_dist.pretrain import main
 
@@ -91,17 +92,17 @@ def test_no_validation_source_means_no_validation(tmp_path: Path) -> None:
 
 
 def test_a_source_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[list[str]] = []
-    really_open = loading.open_inputs
+    named: list[list[str]] = []
+    really_open = opened.open_inputs
 
     def counting(names: list[str], options: InputOptions) -> list[Input]:
-        opened.append(names)
+        named.append(names)
         return really_open(names, options)
 
-    monkeypatch.setattr(loading, "open_inputs", counting)
+    monkeypatch.setattr(opened, "open_inputs", counting)
     source = write(tmp_path / "t.txt", "x" * 99)
     load_datasets(config([source, source | {"weight": 2.0}], [source | {"name": "same"}]))
-    assert opened == [[source["path"]]]
+    assert named == [[source["path"]]]
 
 
 def prepared(folder: Path, documents: list[bytes], tokenizer: str = "bytes") -> Path:

@@ -1,0 +1,64 @@
+"""The tokenizer and the sources of a run, each built or opened once per process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from mtp_dist.config import Config, SourceConfig
+from mtp_dist.data.corpus import Corpus, open_corpus, prefix_of
+from mtp_dist.data.inputs import Input, InputOptions, open_inputs
+from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_size
+
+
+class RunSources:
+    """What a configuration names to read from; whatever raises ConfigError names the key."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._corpora: dict[Path, Corpus] = {}
+        self._inputs: dict[SourceConfig, Input] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return build_tokenizer(self.config.data.tokenizer)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """`model.vocab_size`, or the tokenizer's if it is absent."""
+        return vocabulary_size(self.config, self.tokenizer)
+
+    def open_all(self) -> None:
+        """Open every source. Read none of them. Raise ConfigError if one is missing or cannot be opened."""
+        for key, source in configured_sources(self.config):
+            if not self.corpus(source, key):
+                self.input(source, key)
+
+    def corpus(self, source: SourceConfig, key: str) -> Corpus | None:
+        """Return the prepared corpus that a source names; None if it names another kind of source."""
+        prefix = prefix_of(source.path)
+        if prefix and prefix not in self._corpora:
+            self._corpora[prefix] = open_corpus(prefix, f"{key}.path")
+        return self._corpora[prefix] if prefix else None
+
+    def input(self, source: SourceConfig, key: str) -> Input:
+        """Return the documents that a source names."""
+        same = contents_of(source)
+        if same not in self._inputs:
+            glob = source.glob if Path(source.path).is_dir() else None
+            options = InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
+            self._inputs[same] = open_inputs([source.path], options)[0]
+        return self._inputs[same]
+
+
+def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
+    """Yield every source with its key, such as `data.train.0`; the training sources first."""
+    for section, sources in (("train", config.data.train), ("validation", config.data.validation)):
+        for index, source in enumerate(sources):
+            yield f"data.{section}.{index}", source
+
+
+def contents_of(source: SourceConfig) -> SourceConfig:
+    """Return what decides which tokens a source has: the same for keys that name the same ones."""
+    return source.model_copy(update={"name": None, "weight": 1.0})
