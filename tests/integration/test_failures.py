@@ -114,7 +114,7 @@ def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
         for step in (3, 4):
             assert f"step {step} changed no weight: the gradient is not finite, {where}" in job.output
         [error] = [line for line in job.stderr.splitlines() if line.startswith("error")]
-        assert "train.max_skipped_steps = 2 steps were skipped, the last one was step 4" in error
+        assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 4" in error
         assert "Traceback" not in job.output
     lines = jobs.metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

@@ -7,7 +7,7 @@ import pytest
 from mtp_dist.parallel.gradient_watch import part_of
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.parallel.watch_on_ranks import Watched, watch
+from tests.unit.parallel.watch_on_ranks import Watched, break_a_sum, watch
 
 HEAD_WEIGHT = "heads.2.0.mlp.linear_fc1.weight"
 
@@ -67,6 +67,24 @@ def test_a_rank_of_an_earlier_stage_is_named_where_the_last_one_is_well(ranks: R
 def test_a_loss_that_is_not_finite_drops_the_step_too(ranks: Ranks, precision: str, zero_stage: int) -> None:
     found = watched(ranks, (1, 2, 2), precision, zero_stage, head=3).found
     assert found == "first on rank 3 (stage 1): the loss of head 3"
+
+
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        pytest.param((1, 1, 2), "fp32", marks=pytest.mark.regression("7.A12")),
+        ((1, 2, 2), "fp32"),
+        ((2, 1, 2), "bf16"),
+    ],
+)
+def test_all_ranks_drop_a_step_that_one_must_drop(ranks: Ranks, layout: tuple[int, int, int], precision: str) -> None:
+    """A device that computes wrongly, after the data-parallel ranks have summed their gradients."""
+    tensor, pipeline, data = layout
+    config = tiny_config(parallel={"tensor": tensor, "pipeline": pipeline}, train={"precision": precision})
+    world = tensor * pipeline * data
+    for dropped in ranks.run(world, break_a_sum, config, world - 1):
+        assert not math.isfinite(dropped.norm) and dropped.unchanged
+        assert dropped.found == "that of every rank is finite, their sum is not"
 
 
 @pytest.mark.parametrize(

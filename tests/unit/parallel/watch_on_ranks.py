@@ -1,5 +1,6 @@
 """A step on every rank in which a gradient, or a loss, of one of them is not finite."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,3 +55,44 @@ def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Wa
     found = str(engine.gradient_watch.find_not_finite())
     unchanged = all(torch.equal(before[name], value) for name, value in weights.items())
     return Watched(well.grad_norm, well.part_norms, bad.grad_norm, found, unchanged, bad[-2:])
+
+
+class Dropped(NamedTuple):
+    norm: float
+    found: str
+    unchanged: bool
+
+
+def break_a_sum(config: Config, rank: int) -> Dropped:
+    """A step in which one rank has something else than the others for the sum of their gradients."""
+    from deepspeed.runtime.pipe import schedule
+
+    from mtp_dist.loss.weights import head_weights
+    from mtp_dist.model.weights import named_weights
+    from mtp_dist.parallel.device import select_device
+    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.parallel.instructions import wrap_instruction
+    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.parallel.weights import master_weight
+    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.training.reference import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    weights = dict(named_weights(engine.stage))
+    before = {name: master_weight(weight).clone() for name, weight in weights.items()}
+
+    def break_first(execute: Callable[[], None]) -> None:
+        if topology.rank == rank:
+            weight = next(iter(weights.values()))
+            gradient = weight.grad if config.train.precision == "fp32" else weight._hp_grad  # type: ignore[attr-defined]
+            assert gradient is not None
+            gradient.view(-1)[-1] = float("nan")
+        execute()
+
+    wrap_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
+    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
+    norm = engine.train_step(batch, 1e-3, head_weights(config, 1)).grad_norm
+    unchanged = all(torch.equal(before[name], master_weight(weight)) for name, weight in weights.items())
+    return Dropped(norm, str(engine.gradient_watch.find_not_finite()), unchanged)

@@ -75,11 +75,13 @@ def test_goes_back_to_an_imported_model(ranks: Ranks, tmp_path: Path) -> None:
     assert again.losses == run.losses[4:], "without the moments of the steps before"
 
 
-def test_skipped_steps_count_over_rollbacks(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.regression("7.A12")
+def test_so_many_skipped_steps_in_a_row_end_the_run(ranks: Ranks, tmp_path: Path) -> None:
     config = config_of(tmp_path / "a", train=ROLLBACK | {"max_skipped_steps": 2})
-    run = trained(ranks, config, {4}, None, {3, 6})
-    assert "train.max_skipped_steps = 2 steps were skipped, the last one was step 5" in run.reason
-    assert [step for step, _ in run.losses] == [1, 2, 3, 4, 5, 5]
+    assert trained(ranks, config, (), None, {2, 4, 6}).reason == "LAST_STEP"
+    run = trained(ranks, config_of(tmp_path / "b", train=ROLLBACK | {"max_skipped_steps": 2}), (), None, {2, 4, 5})
+    assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 5" in run.reason
+    assert [step for step, _ in run.losses] == [1, 2, 3, 4, 5]
 
 
 def test_without_a_checkpoint_it_goes_on(ranks: Ranks, tmp_path: Path) -> None:
