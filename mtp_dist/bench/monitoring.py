@@ -74,7 +74,9 @@ def _unwatched(engine: TrainingEngine) -> Iterator[None]:
     pipeline, watch, clock = engine.pipeline, engine.gradient_watch, engine.clock
     wrapped = pipeline._INSTRUCTION_MAP
     pipeline._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
-    nothing = SimpleNamespace(parts=(), squares=watch.squares.new_empty(0))
+    nothing = SimpleNamespace(
+        parts=(), squares=watch.squares.new_empty(0), fault=watch.squares.new_zeros(()), spread=lambda _: None
+    )
     engine.gradient_watch = nothing  # type: ignore[assignment]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (0.0, 0.0))  # type: ignore[assignment]
     try:

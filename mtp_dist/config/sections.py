@@ -144,8 +144,8 @@ class TrainConfig(Section):
     grad_clip: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     max_skipped_steps: PositiveInt = 10
-    """A step whose loss or gradient is not finite changes no weight. After so many since the start the run ends with
-    status 2."""
+    """A step whose loss or gradient is not finite changes no weight. After so many in a row the run ends with status
+    2."""
     spike_deviations: PositiveFloat | None = 6.0
     """A loss of head 1 this many standard deviations above the mean of the 128 steps before is a spike, which the log
     and the events tell. `null`: nothing is."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import isfinite
 from typing import NamedTuple
 
@@ -64,6 +65,8 @@ class TrainingEngine:
         self.pipeline.clip_fp32_gradients = self._clip
         parts = tuple(dict.fromkeys(map(part_of, parameter_shapes(config, vocab_size))))
         self.gradient_watch = GradientWatch(self.pipeline, self.stage, topology, parts)
+        self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
+        self._totals: list[Tensor] = []
         self.clock = StageClock(self.pipeline, topology.device)
         self.optimizer_updates = 0
         """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
@@ -95,19 +98,27 @@ class TrainingEngine:
         # Nobody reads DeepSpeed's timers, which keep two CUDA events per measurement until they are reset.
         for timer in self.pipeline.timers.get_timers().values():
             timer.reset()
-        # One collective for both.
-        sums, squares = self._over_ranks(self._sums(), self.gradient_watch.squares)
+        sums, squares, _ = self._totals
         norms = dict(zip(self.gradient_watch.parts, squares.sqrt().tolist(), strict=True))
         grad_norm = float(self.pipeline.get_global_grad_norm())
         self.optimizer_updates += isfinite(grad_norm)
-        return StepResult(sums, grad_norm, norms, *self.clock.seconds())
+        return StepResult(sums.cpu(), grad_norm, norms, *self.clock.seconds())
 
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
         heads = self.config.heads.count
         self._begin(batch, micro_batches, HeadWeights((1.0,) * heads, heads))
         self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
-        return self._over_ranks(self._sums())[0]
+        return self._over_ranks(self._sums())[0].cpu()
+
+    def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
+        """Let DeepSpeed update the weights, on all ranks or on none: it asks only the ranks of one replica."""
+        watch = self.gradient_watch
+        # One collective for all.
+        self._totals = self._over_ranks(self._sums(), watch.squares, watch.fault)
+        sums, _, fault = self._totals
+        watch.spread(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
+        update(*args)
 
     def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadWeights) -> None:
         """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
@@ -144,10 +155,10 @@ class TrainingEngine:
 
     @staticmethod
     def _over_ranks(*tensors: Tensor) -> list[Tensor]:
-        """Summed over all ranks, on the CPU."""
+        """Return the sums over all ranks."""
         together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
-        parts = together.cpu().split([tensor.numel() for tensor in tensors])
+        parts = together.split([tensor.numel() for tensor in tensors])
         return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _clip(self) -> None:

@@ -15,9 +15,6 @@ from mtp_dist.parallel.instructions import Execute, wrap_instruction
 from mtp_dist.parallel.pipeline import MultiTokenPipeline
 from mtp_dist.parallel.topology import Topology, gather_over_ranks
 
-NO_MAPPING = object()
-"""In place of DeepSpeed's `_hp_mapping`, which weights have where it shards the optimizer's state."""
-
 
 @dataclass(frozen=True)
 class NotFinite:
@@ -67,6 +64,9 @@ class GradientWatch:
         self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
         """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
         ranks is that of the whole gradient."""
+        self.fault = torch.zeros((), dtype=torch.float64, device=topology.device)
+        """0, or NaN if a gradient that this rank's optimizer reads in the last step is not finite."""
+        self._counted: Tensor | None = None
         wrap_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
         wrap_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
 
@@ -78,22 +78,35 @@ class GradientWatch:
             if (gradient := _local_gradient(weight)) is not None
         }
         self._local = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
-        if self._topology.is_last_stage and gradients:
-            # A loss that is not finite must drop the step as well: 0 * inf is not a number.
-            first = next(iter(gradients.values()))
-            first[(0,) * first.dim()] += 0 * self._stage.heads.sums.losses.sum()
         execute()
 
     @torch.no_grad()
     def _look_before_update(self, execute: Execute) -> None:
+        gradients = {
+            name: gradient
+            for name, weight in self._weights.items()
+            if (gradient := _reduced_gradient(weight)) is not None
+        }
+        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
         self.squares.zero_()
-        of_weights = [(self._parts[name], self._owned(weight)) for name, weight in self._weights.items()]
-        owned = [(part, gradient) for part, gradient in of_weights if gradient is not None]
-        if owned:
-            parts, gradients = zip(*owned, strict=True)
-            squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-            self.squares.index_add_(0, self._index(parts), squares)
+        if owned := [name for name in gradients if self._owns(self._weights[name])]:
+            squares = torch.stack([norms[name] for name in owned]).double().square()
+            self.squares.index_add_(0, self._index(tuple(self._parts[name] for name in owned)), squares)
+        if norms:
+            self.fault = 0 * torch.stack(list(norms.values())).double().sum()
+        counted = (name for name in gradients if counts(self._weights[name], self._topology.tensor_rank))
+        self._counted = next((gradients[name] for name in counted), None)
         execute()
+
+    @torch.no_grad()
+    def spread(self, fault: Tensor) -> None:
+        """Add the fault that all ranks have found to one element of a gradient whose norm decides about the update.
+
+        If it is NaN, the optimizers of all ranks drop the step by their own rules, which look at one replica of the
+        model only, and the device is not asked in between. To be called before the update.
+        """
+        if self._counted is not None:
+            self._counted[(0,) * self._counted.dim()] += fault
 
     def _index(self, parts: tuple[int, ...]) -> Tensor:
         # Made once: a copy to the GPU waits for all that it has to do before.
@@ -101,21 +114,10 @@ class GradientWatch:
             self._indices[parts] = torch.tensor(parts, device=self._topology.device)
         return self._indices[parts]
 
-    def _owned(self, weight: nn.Parameter) -> Tensor | None:
-        """The part of a reduced gradient that this rank answers for: each element is some rank's, and only one's."""
-        if not counts(weight, self._topology.tensor_rank):
-            return None
-        mapping: Any = getattr(weight, "_hp_mapping", NO_MAPPING)
-        if mapping is NO_MAPPING:
-            return weight.grad if self._topology.data_rank == 0 else None
-        if mapping is None:
-            return None
-        index = weight._index_in_param_group  # type: ignore[attr-defined]
-        gradient: Tensor = mapping.get_lp_grad_fragment(index).flatten()
-        if len(gradient) == weight.numel():  # in bf16 every rank has all of it
-            address = mapping.lp_fragment_address
-            gradient = gradient.narrow(0, address.start, address.numel)
-        return gradient
+    def _owns(self, weight: nn.Parameter) -> bool:
+        """Return whether this rank answers for what it has of a reduced gradient: each element is one rank's only."""
+        is_replicated = _is_whole(weight) and self._topology.data_rank > 0
+        return counts(weight, self._topology.tensor_rank) and not is_replicated
 
     def find_not_finite(self) -> NotFinite:
         """Where the last step's gradient was not finite. A collective over all ranks."""
@@ -138,3 +140,19 @@ def _local_gradient(weight: nn.Parameter) -> Tensor | None:
     """Of this rank's micro-batches; in bf16 it is summed in fp32."""
     gradient: Tensor | None = getattr(weight, "_hp_grad", None)
     return weight.grad if gradient is None else gradient
+
+
+def _is_whole(weight: nn.Parameter) -> bool:
+    """Return whether each data-parallel rank has the whole of the weight's reduced gradient: not under ZeRO."""
+    return not hasattr(weight, "_hp_mapping") or hasattr(weight, "_hp_grad")
+
+
+def _reduced_gradient(weight: nn.Parameter) -> Tensor | None:
+    """Return what this rank's optimizer reads of the weight's gradient; None if that is nothing."""
+    if _is_whole(weight):
+        return _local_gradient(weight)
+    mapping: Any = weight._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    fragment: Tensor = mapping.get_lp_grad_fragment(weight._index_in_param_group)  # type: ignore[attr-defined]
+    return fragment

@@ -153,11 +153,12 @@ def close_topology() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def max_over_ranks(value: float, topology: Topology) -> float:
-    """The largest of all ranks' values, on every rank."""
-    largest = torch.tensor(value, dtype=torch.float64, device=topology.device)
+def max_over_ranks(values: Sequence[float], topology: Topology) -> list[float]:
+    """Return the largest of all ranks' values one by one, on every rank."""
+    largest = torch.tensor(values, dtype=torch.float64, device=topology.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return float(largest)
+    numbers: list[float] = largest.tolist()
+    return numbers
 
 
 def numbers_of_ranks(values: Sequence[float], topology: Topology) -> list[list[float]]:

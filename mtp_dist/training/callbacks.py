@@ -31,7 +31,7 @@ class Reason(Enum):
     SPIKE = auto()
     """The loss jumped, and the configuration asks to go back."""
     SKIPS = auto()
-    """As many steps as it allows had a gradient that is not finite."""
+    """As many steps in a row as it allows had a gradient that is not finite."""
 
 
 class Callback:
@@ -166,8 +166,8 @@ def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: fl
 class MetricsLogger(Callback):
     """Writes the steps that are to be logged and each validation to all sinks. For rank 0 only.
 
-    Tokens per second are those of all steps since the last logged one, over the seconds of these steps:
-    validation and checkpoints in between do not count. Training does not depend on a sink.
+    Tokens per second are those of all steps since the last logged one, over the wall time since then:
+    only validation and checkpoints in between do not count. Training does not depend on a sink.
     """
 
     def __init__(self, sinks: Sequence[Sink], rates: Rates, total_steps: int) -> None:

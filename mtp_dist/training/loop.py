@@ -1,8 +1,8 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -14,7 +14,7 @@ from mtp_dist.checkpoint.files import RunState
 from mtp_dist.config import Config
 from mtp_dist.data.loading import Datasets
 from mtp_dist.loss.weights import HeadWeights, head_weights
-from mtp_dist.parallel.device import peak_memory
+from mtp_dist.parallel.device import peak_memory, reset_peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import max_over_ranks, numbers_of_ranks
 from mtp_dist.training.batches import Batches
@@ -37,6 +37,30 @@ class Ending:
     """Number of the one that stopped the run."""
 
 
+class TrainingClock:
+    """Wall time of training, without the parts that do not count as such."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap or restart that count."""
+        since, self._since = self._since, time.perf_counter()
+        return self._since - since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing in this context."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - started
+
+
 @dataclass
 class Trainer:
     """Makes updates, and tells callbacks of them; every rank has one."""
@@ -53,7 +77,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.spikes = SpikeDetector(self.config.train.spike_deviations)
         self._skips = 0
+        """In a row, up to the last step."""
         self._first_step = 1
+        self._clock = TrainingClock()
         self._measured = np.zeros(3)
         """Seconds of waiting for samples, of passes and of all micro-batches on this rank since the last log."""
 
@@ -81,12 +107,14 @@ class Trainer:
     def _train(self, batches: Batches) -> Ending:
         """From the first step to the end, whatever that is."""
         config, watchdog = self.config, self.watchdog
+        self._clock.restart()
+        reset_peak_memory(self.engine.topology.device)
         for step in range(self._first_step, config.train.steps + 1):
             watchdog.expect(f"step {step}")
             metrics, signal = self.make_step(step, batches)
             watchdog.expect(f"the log of step {step}")
             self.tell("on_step", metrics)
-            self._skips += metrics.skipped is not None
+            self._skips = self._skips + 1 if metrics.skipped else 0
             if self._skips == config.train.max_skipped_steps:
                 return Ending(Reason.SKIPS, step, batches.state())
             if not metrics.skipped and (spike := self.spikes.take(metrics.heads.losses[0])):
@@ -102,7 +130,8 @@ class Trainer:
             if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
                 watchdog.expect(f"the save after step {step}, or the one before")
                 state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.state())
-                self.save(state, stopping or step == config.train.steps)
+                with self._clock.paused():
+                    self.save(state, stopping or step == config.train.steps)
             if due and stopping:  # saved first: the time may be short, and a validation takes long
                 self._validate(step, batches)
             if stopping:
@@ -122,9 +151,9 @@ class Trainer:
         waited = time.perf_counter() - started
         rate, weights = learning_rate(config, step), head_weights(config, step)
         result = engine.train_step(batch, rate, weights)
-        finite = isfinite(result.grad_norm)
-        skipped = None if finite else f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}"
-        signal = int(max_over_ranks(self.stop_signals.received, topology))
+        signal, fault = max_over_ranks([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
+        # All ranks must decide the same: find_not_finite is a collective.
+        skipped = f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}" if fault else None
         self._measured += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
@@ -134,18 +163,19 @@ class Trainer:
             part_norms=result.part_norms,
             learning_rate=rate,
             tokens=config.train.global_batch_size * config.train.sequence_length,
-            seconds=time.perf_counter() - started,
+            seconds=self._clock.lap(),
             epochs=self.datasets.epochs(batches.samples_read),
             ranks=self._figures_of_ranks() if due else (),
             skipped=skipped,
         )
-        return metrics, signal
+        return metrics, int(signal)
 
     def _figures_of_ranks(self) -> list[RankFigures]:
         """Of the steps since the last log. A collective over all ranks."""
         topology = self.engine.topology
         of_ranks = numbers_of_ranks([*self._measured, peak_memory(topology.device)], topology)
         self._measured[:] = 0
+        reset_peak_memory(topology.device)
         return [
             RankFigures(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
             for rank, (waiting, busy, scheduled, memory) in enumerate(of_ranks)
@@ -155,9 +185,10 @@ class Trainer:
         """On all sets, with all heads."""
         self.watchdog.expect(f"the validation after step {step}")
         weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
-        for validation in self.datasets.validation:
-            sums = self.engine.evaluate(*batches.validation(validation.samples))
-            self.tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
+        with self._clock.paused():
+            for validation in self.datasets.validation:
+                sums = self.engine.evaluate(*batches.validation(validation.samples))
+                self.tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

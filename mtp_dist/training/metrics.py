@@ -38,7 +38,7 @@ class RankFigures:
     schedule_seconds: float
     """All micro-batches, with the wait for other stages."""
     peak_memory: int
-    """Largest memory so far, in bytes: allocated on the GPU, resident in RAM on the CPU."""
+    """Largest memory since the last logged step, in bytes: allocated on the GPU, resident in RAM on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StepMetrics:
     tokens: int
     """Trained positions of the step: global batch size * sequence length."""
     seconds: float
-    """Wall time of the step."""
+    """Wall time since the last step ended, without validation and saves in between."""
     epochs: Mapping[str, float]
     """By training source: how many times it has been read so far."""
     ranks: Sequence[RankFigures]

@@ -58,9 +58,9 @@ def fit_and_recover(
     saver.join()
     if ending.reason is Reason.SKIPS:
         raise ConfigError(
-            f"train.max_skipped_steps = {trainer.config.train.max_skipped_steps} steps were skipped, the last one was "
-            f"step {ending.step}: the log names ranks and weights; go on from an older checkpoint (checkpoint.resume) "
-            "or with a lower optimizer.lr"
+            f"train.max_skipped_steps = {trainer.config.train.max_skipped_steps} steps in a row were skipped, the last "
+            f"one was step {ending.step}: the log names ranks and weights; resume from an older checkpoint "
+            "(checkpoint.resume) or with a lower optimizer.lr"
         )
     return ending
 
