@@ -132,6 +132,23 @@ def test_the_stop_changes_no_bit_of_what_is_learned(array: dict[str, Submitted])
         assert (array[STOPPED].output_dir / last / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.regression("7.B3")
+def test_rank_0_ends_its_work_although_srun_waits_for_seconds_only(cluster: Cluster, project: Path) -> None:
+    """The sample at the end of the run takes longer than srun would wait for it after the end of another rank."""
+    script = (project / "launchers" / "slurm" / "pretrain.sbatch").read_text()
+    program = Path(__file__).with_name("train_with_long_sample.py")
+    assert "--wait 120" in script and "python launchers/pretrain.py" in script
+    script = script.replace("--wait 120", "--wait 1").replace("python launchers/pretrain.py", f"python {program}")
+    (project / "impatient.sbatch").write_text(script)
+    output_dir = project / "my runs" / "sampled"
+    keys = ("run.output_dir=my runs/sampled", "train.steps=2", "log.tensorboard=false")
+    job = ("--nodes", "2", "--ntasks-per-node", "1", "impatient.sbatch", "--config", "my configs/tiny.yaml", *keys)
+    run = Submitted(cluster, project, cluster.submit(*job, folder=project), output_dir)
+    run.wait_for_state(*ENDS)
+    assert run.state == "COMPLETED", run.log
+    assert '"sample": "def f"' in (output_dir / "summary.json").read_text()
+
+
 def test_a_cancelled_job_is_not_requeued(cluster: Cluster, project: Path) -> None:
     run = Submitted(cluster, project, submit(cluster, project), project / "my runs" / "%a")
     run.wait_for_steps(3)

@@ -1,11 +1,15 @@
 """What rank 0 keeps of earlier runs."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mtp_dist.training.reporting import set_earlier_run_aside
+from tests.integration import jobs
 from tests.parity.runs import tiny_config
+from tests.ranks import Ranks
+from tests.unit.training.ending_on_ranks import order_of_the_end
 
 
 def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,3 +65,14 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
         assert sorted(path.name for path in (scratch / aside).iterdir()) == ["latest", "step_00000010"]
         assert [path.name for path in (logs / aside).iterdir()] == ["events"]
         assert [path.name for path in (out / aside).iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.regression("7.B3")
+def test_no_rank_leaves_before_rank_0_has_done_its_last_work(tmp_path: Path, ranks: Ranks) -> None:
+    """srun counts `--wait` from the first rank that ends; what the run has to leave behind is written first."""
+    config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})
+    assert ranks.run(2, order_of_the_end, config) == [
+        ["sample, with a summary", "barrier", "close"],
+        ["barrier", "close"],
+    ]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["sample"] == "def f"

@@ -95,7 +95,6 @@ def test_a_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) ->
         assert process.wait(SECONDS_TO_WAIT) == 128 + number
 
 
-@pytest.mark.regression("7.B8")
 def test_signals_that_the_process_was_started_to_ignore_stay_ignored() -> None:
     """As SIGHUP under nohup, and SIGINT in a shell's background job."""
     program = "import signal\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n" + STUCK
