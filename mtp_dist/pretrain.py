@@ -21,6 +21,8 @@ from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from mtp_dist.checkpoint.resume import ResumePoint
     from mtp_dist.data.loading import Datasets
     from mtp_dist.data.sources.opened import RunSources
@@ -154,11 +156,10 @@ def pretrain(
     quieten_packages()
 
     # DeepSpeed and Megatron-core look at the device when they are imported.
-    from mtp_dist.checkpoint.folders import checkpoint_path
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import gather_over_ranks, initialize_topology, new_cpu_groups
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.preflight import Preflight
@@ -185,11 +186,28 @@ def pretrain(
     with Watchdog(config.run.step_timeout, topology.rank) as watchdog:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
         ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
-    close_topology()
-    if reporter and ending.reason is Reason.LAST_STEP:
-        checkpoint = checkpoint_path(config, config.train.steps)
-        reporter.show_result(checkpoint, sample=_sample(config, datasets.tokenizer, checkpoint))
+    finished = reporter if ending.reason is Reason.LAST_STEP else None
+    _end_together(config, finished, datasets.tokenizer, cpu_groups.all)
     return exit_status(ending.signal) if ending.signal else 0
+
+
+def _end_together(
+    config: Config, finished: "RunReporter | None", tokenizer: "Tokenizer", cpu_group: "dist.ProcessGroup"
+) -> None:
+    """Show the result of a finished run on rank 0, and leave the process groups when all ranks have come this far.
+
+    Launchers give the ranks that are left little time after the first one has ended: srun 120 seconds.
+    """
+    import torch.distributed as dist
+
+    from mtp_dist.checkpoint.folders import checkpoint_path
+    from mtp_dist.parallel.topology import close_topology
+
+    if finished:
+        checkpoint = checkpoint_path(config, config.train.steps)
+        finished.show_result(checkpoint, lambda: _sample(config, tokenizer, checkpoint))
+    dist.barrier(cpu_group)
+    close_topology()
 
 
 def _restore_samples(datasets: "Datasets", resumed: "ResumePoint | None", config: Config) -> int:

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from signal import Signals
@@ -193,8 +193,8 @@ class RunReporter(Callback):
         self.events.record(kind, text)
         self.logger.note(text)
 
-    def show_result(self, checkpoint: Path, sample: str | None) -> None:
-        """Write `summary.json` and show the table at the end of a run."""
+    def show_result(self, checkpoint: Path, make_sample: Callable[[], str | None]) -> None:
+        """Write `summary.json`, then add the sample, which may take minutes, and show the table."""
         results = [
             ValidationResult(
                 of_set.name, self.last_validation[of_set.name], of_set.unigram_entropy, of_set.bytes_per_token
@@ -207,9 +207,11 @@ class RunReporter(Callback):
             tokens_per_second=self.tokens / self.seconds,
             output_dir=self.config.output_dir,
             validation=results,
-            sample=sample,
             tensorboard_dir=self.tensorboard_dir,
             checkpoint=checkpoint,
         )
         write_summary(summary)
+        if (sample := make_sample()) is not None:
+            summary = replace(summary, sample=sample)
+            write_summary(summary)
         print_summary(summary)
