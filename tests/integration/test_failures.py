@@ -1,5 +1,6 @@
 """A rank that fails ends the whole job, soon, with an error, and leaves nothing running and nothing half-written."""
 
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -89,8 +90,9 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+@pytest.mark.regression("7.C8")
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
-    """The rank that waits for it says where, and the launcher ends what is left."""
+    """The rank that waits for it reports where and writes its last collectives; the launcher ends what is left."""
     config = jobs.write_config(tmp_path, run={"step_timeout": 8}, train={"steps": 100_000})
     with jobs.started(jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 3)
@@ -99,6 +101,10 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
         assert job.processes() == []
         assert re.search(r"error: rank 0: step \d+ takes longer than run.step_timeout = 8 s; all threads:", job.output)
         assert "in train_step" in job.output and "in fit" in job.output
+    record = pickle.loads((tmp_path / "out" / "flight_recorder" / "rank_00000").read_bytes())
+    last = record["entries"][-1]
+    assert last["profiling_name"].startswith("gloo:") and last["frames"], "which collective, and who called it"
+    assert f"rank 0: its last collective was {last['profiling_name']}" in job.output
 
 
 def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """What the tests of this folder run on every rank."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE
+from tests.parity.runs import VOCAB_SIZE, Run, sharded_run
 
 SILENT_HEAD = 2
 """Prediction distance of the head that has no valid target."""
@@ -98,3 +100,18 @@ def resources(config: Config, port: int, soft_limit: int) -> tuple[int, int, str
         os.environ |= environment
         torch.set_num_threads(1)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def train_with_flags(config: Config) -> tuple[Run | None, dict[str, object]]:
+    """A short training, and which settings for deterministic kernels it left in this process; they are undone."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
+    try:
+        run = sharded_run(config, 3)
+        flags = {"pytorch": torch.are_deterministic_algorithms_enabled()} | {
+            name: os.environ.get(name) for name in names
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in names:
+            os.environ.pop(name, None)
+    return run, flags
