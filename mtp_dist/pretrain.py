@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mtp_dist.config import Config, ConfigError, load_config
 from mtp_dist.config.notices import notices
+from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.output import make_output_optional
@@ -183,7 +184,7 @@ def pretrain(
     callbacks = _callbacks_of_rank_0(reporter, hosts) if reporter else []
     callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
     callbacks += profiling_callbacks(config, topology, memory_snapshot, heard[0])
-    with Watchdog(config.run.step_timeout, topology.rank) as watchdog:
+    with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
         ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
     finished = reporter if ending.reason is Reason.LAST_STEP else None

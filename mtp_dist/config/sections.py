@@ -139,6 +139,9 @@ class TrainConfig(Section):
     """Tokens of a sample, S; `heads.count` more are read as labels."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` keeps master weights, moments and accumulated gradients in fp32."""
+    deterministic: bool = False
+    """Let a run repeat bitwise on GPUs too: only deterministic kernels of PyTorch, cuBLAS and Megatron-core, and NCCL's
+    ring unless `NCCL_ALGO` is set. Slower. On a CPU runs repeat without it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass recomputes: nothing, each layer's MLP, or each layer whole."""
     grad_clip: NonNegativeFloat = 1.0

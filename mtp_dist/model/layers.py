@@ -108,6 +108,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=config.parallel.tensor,
         sequence_parallel=config.parallel.sequence,
+        deterministic_mode=config.train.deterministic,
         use_cpu_initialization=True,
         # Weights come from model/weights.py, independent of the layout.
         perform_initialization=False,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mtp_dist.config import Config, ConfigError
+from mtp_dist.distributed.determinism import use_deterministic_algorithms
 
 
 def select_device(config: Config) -> torch.device:
@@ -17,6 +18,8 @@ def select_device(config: Config) -> torch.device:
     if config.parallel.tensor > 1:
         # One hardware queue keeps the order in which collectives and matmuls are issued, so that they overlap.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.train.deterministic:
+        use_deterministic_algorithms()
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
         raise ConfigError(

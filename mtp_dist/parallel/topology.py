@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.flight_recorder import enable_flight_recorder
 from mtp_dist.distributed.threads import set_threads
 from mtp_dist.parallel.rendezvous import join
 
@@ -71,6 +72,7 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     if differs and os.environ["RANK"] == "0":
         print(differs, file=sys.stderr, flush=True)
     if not dist.is_initialized():
+        enable_flight_recorder()
         if os.environ["WORLD_SIZE"] == "1":
             # One process needs no rendezvous address, so any number of such runs can share a machine.
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from mtp_dist.checkpoint.folders import LATEST
 from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.config import Config
 from mtp_dist.data.loading import ValidationSet
+from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
@@ -37,6 +38,7 @@ WRITTEN_BY_A_RUN = (
     "checkpoints",
     PROFILE,
     PREFLIGHT,
+    FLIGHT_RECORDER,
     WANDB_FOLDER,
 )
 

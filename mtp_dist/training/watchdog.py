@@ -4,8 +4,11 @@ import faulthandler
 import os
 import sys
 import threading
+from pathlib import Path
 from time import monotonic
 from typing import Self
+
+from mtp_dist.distributed.flight_recorder import dump_flight_recorder
 
 HUNG = 70
 """Exit status. EX_SOFTWARE of sysexits.h."""
@@ -16,11 +19,13 @@ GRACE_SECONDS = 10.0
 class Watchdog:
     """Inside a `with`, ends the process where a part of the run takes longer than `seconds`; None never does.
 
-    It prints the Python stacks of all threads first. Each rank has its own, so that all that wait for a rank that hangs
-    tell where, and so does that rank unless it is stopped altogether.
+    It prints the Python stacks of all threads first, and writes the last collectives. Each rank has its own, so that
+    all that wait for a rank that hangs tell where, and so does that rank unless it is stopped altogether.
     """
 
-    def __init__(self, seconds: float | None, rank: int) -> None:
+    def __init__(self, seconds: float | None, rank: int, record_folder: Path | None = None) -> None:
+        """record_folder: where to write the flight recorder's record, a file for each rank; nowhere when None."""
+        self._record = record_folder and record_folder / f"rank_{rank:05d}"
         self._seconds = seconds
         self._rank = rank
         self._left = threading.Event()
@@ -50,4 +55,12 @@ class Watchdog:
         what = f"rank {self._rank}: {self._part} takes longer than run.step_timeout = {seconds:g} s"
         print(f"error: {what}; all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
-        os._exit(HUNG)
+        try:
+            # NCCL would write it only at its own time limit, which is longer.
+            if self._record and (last := dump_flight_recorder(self._record)):
+                print(f"rank {self._rank}: its last collective was {last}; more in {self._record}", file=sys.stderr)
+        except Exception as error:
+            print(f"rank {self._rank}: its last collectives cannot be written: {error}", file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(HUNG)

@@ -1,0 +1,37 @@
+"""PyTorch's flight recorder: the last collectives of each rank, for a run that hangs."""
+
+import os
+import pickle
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+FLIGHT_RECORDER = "flight_recorder"
+"""Folder in that of the run; its files are called rank_00000, rank_00001, ..., as `torchfrtrace` wants them."""
+RECORDED_COLLECTIVES = "2000"
+
+
+def enable_flight_recorder(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Record the last collectives of this process. To be called before the first process group opens."""
+    environment.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_COLLECTIVES)
+
+
+def dump_flight_recorder(path: Path) -> str | None:
+    """Write the record of this process and describe its last collective; return None if there is no record."""
+    from torch._C import _distributed_c10d as c10d  # here, as a program's start should not wait for torch
+
+    # NCCL has a record of its own, in CUDA builds only; the other one is gloo's.
+    for name in ("_dump_nccl_trace", "_dump_fr_trace"):
+        dump = getattr(c10d, name, None)
+        record: bytes = dump() if dump else pickle.dumps({})
+        if entries := pickle.loads(record).get("entries"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(record)
+            return _describe(entries[-1])
+    return None
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    number, label = entry["process_group"]
+    group = f"{number} ({label})" if label else number
+    return f"{entry['profiling_name']}, number {entry['collective_seq_id']} of group {group}, {entry['state']}"
