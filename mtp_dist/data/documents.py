@@ -181,6 +181,7 @@ def document_of_line(line: bytes, field: str, place: Callable[[], str]) -> bytes
 
     `place` is called where there is a mistake to speak of. Raises ConfigError.
     """
+    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs begin a file with
     if not line.strip():
         return b""
     try:
@@ -189,8 +190,13 @@ def document_of_line(line: bytes, field: str, place: Callable[[], str]) -> bytes
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise ConfigError(f"{place()} is not JSON that can be read ({reason}): fix or remove it") from None
+    return document_of_record(record, field, place)
+
+
+def document_of_record(record: object, field: str, place: Callable[[], str]) -> bytes:
+    """Return the document of a record; empty if the field is null. Raise ConfigError if it is not text."""
     if not isinstance(record, dict):
-        raise ConfigError(f"{place()} is not a JSON object with fields: mend or remove it")
+        raise ConfigError(f"{place()} is not a JSON object with fields: fix or remove it")
     if field not in record:
         raise missing_field(place(), field, record)
     return bytes_of_text(record[field], field, place)

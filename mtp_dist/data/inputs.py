@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.documents import (
-    LineList,
-    LineRange,
-    RowGroups,
-    RowList,
-    WholeFiles,
-    WorkUnit,
-    bytes_of_text,
-    missing_field,
-    row_place,
-)
+from mtp_dist.data.documents import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_place
+from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
+from mtp_dist.data.sources.kinds import FileKind, UnreadableFileError, recognize
+from mtp_dist.data.sources.records import record_units
 from mtp_dist.data.stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 
 UNIT_BYTES = 2 << 20
 """Text of one work unit, about: a second of work, so that at the end no process waits long for the last one."""
 ROWS_AT_ONCE = 256
-
-JSON_LINES = (".jsonl", ".ndjson")
-COMPRESSED_JSON_LINES = (".jsonl.gz", ".ndjson.gz", ".json.gz")
-UNREADABLE = (".gz", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".7z")
 
 
 @dataclass(frozen=True)
@@ -61,9 +49,49 @@ class InputOptions:
         return f"{self.key}.{option}" if self.key else f"--{option}"
 
 
+@dataclass
+class FileCounts:
+    """What files became."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    """Files by kind."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Files by reason."""
+    first_skipped: str | None = None
+
+    def skip(self, file: Path, reason: str) -> None:
+        self.skipped[reason] += 1
+        self.first_skipped = self.first_skipped or str(file)
+
+    def add(self, other: FileCounts) -> None:
+        self.read += other.read
+        self.skipped += other.skipped
+        self.first_skipped = self.first_skipped or other.first_skipped
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "read": dict(sorted(self.read.items())),
+            "skipped": dict(sorted(self.skipped.items())),
+            "first_skipped": self.first_skipped,
+        }
+
+    def describe(self) -> list[str]:
+        """Return a line about the files that were read, and one about those that were skipped if there are any."""
+        lines = []
+        for what, counts in (("", self.read), (" skipped", self.skipped)):
+            if total := counts.total():
+                kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(counts.items()))
+                lines.append(f"{total:,} files{what}: {kinds}")
+        if self.first_skipped:
+            lines[-1] += f"; the first: {self.first_skipped}"
+        return lines
+
+
 class Input(ABC):
     total: int | None
     """Sum of the units' sizes, None where nobody knows it before the end."""
+    files: FileCounts
+    """What the files became, as far as the units were read; empty for datasets."""
 
     @abstractmethod
     def identity(self) -> list[Any]:
@@ -95,9 +123,9 @@ def open_inputs(names: Sequence[str], options: InputOptions) -> list[Input]:
 def _open_input(name: str, options: InputOptions) -> Input:
     path = Path(name)
     if name == PYTHON_STDLIB:
-        return FilesInput(stdlib_files(_hashed_split(options)), options.field)
+        return FilesInput(stdlib_files(_hashed_split(options)), options.field, Counter())
     if path.is_dir() and not _is_saved_dataset(path):
-        return FilesInput(_files_of_folder(path, options), options.field)
+        return _files_of_folder(path, options)
     if path.exists() and not path.is_dir():
         if options.split:
             raise ConfigError(
@@ -123,25 +151,21 @@ def _is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
-def _files_of_folder(folder: Path, options: InputOptions) -> list[Path]:
-    """Sorted by POSIX relative path."""
+def _files_of_folder(folder: Path, options: InputOptions) -> FilesInput:
+    """The files in the order of their POSIX relative paths."""
     if options.glob is None:
         raise ConfigError(
             f"{options.named(folder)} is a folder: say which of its files with {options.option('glob')}, such as "
             "'**/*.py'"
         )
     try:
-        files = [file for file in folder.glob(options.glob) if file.is_file()]
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(
-            f"{options.option('glob')} {options.glob!r} is no pattern for files of a folder ({error})"
-        ) from None
+        files, skipped = files_below(folder, options.glob)
+    except ValueError as error:
+        raise ConfigError(f"{options.option('glob')} {options.glob!r} is not a valid pattern: {error}") from None
     split = _hashed_split(options)
-    # What relative_to takes ten times as long for.
-    relative = {file.as_posix().removeprefix(f"{folder.as_posix()}/"): file for file in files}
     chosen = [
         file
-        for name, file in sorted(relative.items())
+        for name, file in sorted(files.items())
         if split == "all" or in_validation_split(name) == (split == "validation")
     ]
     if not chosen:
@@ -149,32 +173,36 @@ def _files_of_folder(folder: Path, options: InputOptions) -> list[Path]:
             f"{options.named(folder)} has no file for {options.option('glob')} {options.glob!r} and "
             f"{options.option('split')} '{split}': give others"
         )
-    return chosen
+    return FilesInput(chosen, options.field, skipped)
 
 
 class FilesInput(Input):
-    """Files on a disk, told apart by the ends of their names; what is not JSONL or Parquet is one document a file."""
+    """Files on a disk; what is not a file of records is one document."""
 
-    def __init__(self, files: Sequence[Path], field: str) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[Path], field: str, skipped_entries: Counter[str] | None = None) -> None:
+        """`skipped_entries` of a folder, by reason; None for a file that was named, which must be readable."""
+        self._paths = list(files)
         self._field = field
-        self._stats = []
-        for file in self.files:
-            if file.name.endswith(UNREADABLE) and not file.name.endswith(COMPRESSED_JSON_LINES):
-                raise ConfigError(f"{file} is compressed: decompress it (only JSONL may be compressed, by gzip)")
-            self._stats.append(file.stat())
+        self._skipped_entries = skipped_entries
+        self.files = FileCounts()
+        if skipped_entries is None:
+            for file in self._paths:
+                self._recognize(file)
+        self._stats = [file.stat() for file in self._paths]
         self.total = sum(stat.st_size for stat in self._stats)
 
     def identity(self) -> list[Any]:
-        return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self.files, self._stats, strict=True)]
+        return [
+            [str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self._paths, self._stats, strict=True)
+        ]
 
     def fingerprint(self) -> str:
         """Of names and sizes, not of folders and times: it is the same on every machine."""
-        return _sha256([[file.name, stat.st_size] for file, stat in zip(self.files, self._stats, strict=True)])
+        return _sha256([[file.name, stat.st_size] for file, stat in zip(self._paths, self._stats, strict=True)])
 
     def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
         start = tuple(position or (0, 0))
-        source = str(self.files[0])
+        source = str(self._paths[0])
         try:
             for number, unit in enumerate(self.units(UNIT_BYTES)):
                 source = unit.source
@@ -187,89 +215,33 @@ class FilesInput(Input):
             raise ConfigError(f"cannot read {error.filename or source} ({error.strerror or error})") from None
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
+        self.files = FileCounts(skipped=Counter(self._skipped_entries))
         whole: list[Path] = []
         whole_size = 0
-        for file, stat in zip(self.files, self._stats, strict=True):
-            if (of_records := self._units_of_records(file, stat.st_size, unit_bytes)) is None:
+        for file, stat in zip(self._paths, self._stats, strict=True):
+            if (kind := self._recognize(file)) is None:
+                continue
+            self.files.read[kind.kind] += 1
+            if is_text := kind.kind == "text":
                 whole.append(file)
                 whole_size += stat.st_size
-            if whole and (of_records or whole_size >= unit_bytes):
+            if whole and (not is_text or whole_size >= unit_bytes):
                 yield WholeFiles(tuple(whole), size=whole_size)
                 whole, whole_size = [], 0
-            yield from of_records or ()
+            if not is_text:
+                yield from record_units(file, kind, stat.st_size, self._field, unit_bytes)
         if whole:
             yield WholeFiles(tuple(whole), size=whole_size)
 
-    def _units_of_records(self, file: Path, size: int, unit_bytes: int) -> Iterator[WorkUnit] | None:
-        """None where the file is one document."""
-        if file.name.endswith(JSON_LINES):
-            return _line_ranges(file, size, self._field, unit_bytes)
-        if file.name.endswith(COMPRESSED_JSON_LINES):
-            return _line_lists(file, self._field, unit_bytes)
-        if file.name.endswith(".parquet"):
-            return _row_groups(file, size, self._field, unit_bytes)
-        return None
-
-
-def _line_ranges(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
-    for start in range(0, size, unit_bytes):
-        end = min(size, start + unit_bytes)
-        yield LineRange(file, start, end, field, size=end - start)
-
-
-def _line_lists(file: Path, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
-    with file.open("rb") as compressed, gzip.open(compressed) as stream:
-        lines_before = position = 0
-        while lines := _read_lines(file, cast(IO[bytes], stream), unit_bytes):
-            yield LineList(file, lines_before, tuple(lines), field, size=compressed.tell() - position)
-            position = compressed.tell()
-            lines_before += len(lines)
-
-
-def _read_lines(file: Path, stream: IO[bytes], num_bytes: int) -> list[bytes]:
-    try:
-        return stream.readlines(num_bytes)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"{file} is no whole gzip file ({error}): give it anew") from None
-    except OSError as error:  # which has no name
-        raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
-
-
-def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file} is no whole Parquet file ({error}): give it anew") from None
-    except OSError as error:  # which has no name
-        raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
-    schema = metadata.schema.to_arrow_schema()
-    if field not in schema.names:
-        raise missing_field(str(file), field, schema.names)
-    if (columns := schema.names.count(field)) > 1:
-        raise ConfigError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
-    kind = schema.field(field).type
-    if not any(is_text(kind) for is_text in _text_types()):
-        raise ConfigError(f"{file}: the field {field!r} is not text but {kind}: choose another field")
-    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
-    groups: list[int] = []
-    text_bytes = rows = rows_before = 0
-    for group in range(metadata.num_row_groups):
-        groups.append(group)
-        text_bytes += metadata.row_group(group).column(column).total_uncompressed_size
-        rows += metadata.row_group(group).num_rows
-        if text_bytes >= unit_bytes or group == metadata.num_row_groups - 1:
-            yield RowGroups(file, tuple(groups), rows_before, field, size=size * rows // max(1, metadata.num_rows))
-            rows_before += rows
-            groups, text_bytes, rows = [], 0, 0
-
-
-def _text_types() -> list[Any]:
-    from pyarrow import types
-
-    return [types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary]
+    def _recognize(self, file: Path) -> FileKind | None:
+        """Return None if a file of a folder is skipped. Raise ConfigError if another one cannot be read."""
+        try:
+            return recognize(file, self._field)
+        except UnreadableFileError as error:
+            if self._skipped_entries is None:
+                raise ConfigError(f"{file} {error}") from None
+            self.files.skip(file, error.reason)
+            return None
 
 
 class DatasetInput(Input):
@@ -285,6 +257,7 @@ class DatasetInput(Input):
         self._split = options.split or "train"
         self.dataset = load_dataset(name, options)
         self.total = None if options.streaming else len(self.dataset)
+        self.files = FileCounts()
         columns = self.dataset.column_names
         if columns is not None and options.field not in columns:
             raise missing_field(self._named, options.field, columns)

@@ -23,7 +23,7 @@ from mtp_dist.data.disk import speaking_of, write_whole
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.encoding import UnitEncoder, UnitSummary
 from mtp_dist.data.indexed import beside
-from mtp_dist.data.inputs import UNIT_BYTES, Input, InputOptions, open_inputs
+from mtp_dist.data.inputs import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.data.unfinished import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
@@ -69,9 +69,15 @@ class Prepared:
     """The place of the first document that was left out because it has no tokens."""
     first_invalid: str | None = None
     """The place of the first document with invalid UTF-8."""
+    files: FileCounts = field(default_factory=FileCounts)
+    """What the files of the inputs became."""
 
     def as_json(self) -> dict[str, Any]:
-        return self.description.model_dump() | {"first_empty": self.first_empty, "first_invalid": self.first_invalid}
+        return self.description.model_dump() | {
+            "first_empty": self.first_empty,
+            "first_invalid": self.first_invalid,
+            "files": self.files.as_json(),
+        }
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
@@ -194,11 +200,19 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
                 first_invalid = unit.place(summary.first_invalid)
             progress.advance(unit.size, summary, reused)
         if not corpus.total.documents:
-            raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs")
+            files = "; ".join(_files_of(inputs).describe())
+            raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs ({files})")
         description = _describe(request, tokenizer, corpus)
         with speaking_of(request.folder, "write in"):
             corpus.finish(description.model_dump_json(indent=2) + "\n")
-    return Prepared(description, first_empty, first_invalid)
+    return Prepared(description, first_empty, first_invalid, _files_of(inputs))
+
+
+def _files_of(inputs: Sequence[Input]) -> FileCounts:
+    files = FileCounts()
+    for source in inputs:
+        files.add(source.files)
+    return files
 
 
 def _added(

@@ -72,6 +72,7 @@ def describe(prefix: Path, prepared: Prepared) -> str:
         f"{prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes / 1e6:,.1f} MB of text, "
         f"{corpus.bytes / corpus.tokens:.2f} bytes a token"
     ]
+    lines += prepared.files.describe()
     for number, what, first in (
         (corpus.empty_documents, "left out because they are empty", prepared.first_empty),
         (corpus.replaced_documents, "had invalid UTF-8 replaced", prepared.first_invalid),

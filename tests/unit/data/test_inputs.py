@@ -127,10 +127,10 @@ def message(name: Path | str, **options: object) -> str:
 def test_inputs_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     assert "say which of its files with --glob" in message(tmp_path)
     assert "has no file for --glob '*.py'" in message(tmp_path, glob="*.py")
-    assert "is no pattern" in message(tmp_path, glob="/*.py")
+    assert "is not a valid pattern" in message(tmp_path, glob="/*.py")
     assert "--split = 'test' is not known" in message(tmp_path, glob="*", split="test")
     (tmp_path / "a.tar.gz").touch()
-    assert "a.tar.gz is compressed: decompress it" in message(tmp_path / "a.tar.gz")
+    assert "a.tar.gz is an archive: unpack it" in message(tmp_path / "a.tar.gz")
     (tmp_path / "a.txt").touch()
     assert "--glob '*' chooses files of a folder" in message(tmp_path / "a.txt", glob="*")
     assert "--split = 'train' chooses a part" in message(tmp_path / "a.txt", split="train")
@@ -139,7 +139,7 @@ def test_inputs_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     assert "a.parquet is no whole Parquet file" in message(tmp_path / "a.parquet")
     whole = compressed_json_lines(tmp_path / "a.jsonl.gz").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    assert "a.jsonl.gz is no whole gzip file" in message(tmp_path / "a.jsonl.gz")
+    assert "a.jsonl.gz is not a complete gzip file" in message(tmp_path / "a.jsonl.gz")
 
 
 def test_a_run_is_told_the_keys_of_its_configuration(tmp_path: Path) -> None:

@@ -32,5 +32,6 @@ def test_the_result_tells_what_was_left_out(tmp_path: Path) -> None:
     said = describe(tmp_path / "a", made(request(tmp_path / "a.jsonl", tmp_path / "a")))
     assert said.splitlines() == [
         f"{tmp_path / 'a'}: 1 documents, 5 tokens, 0.0 MB of text, 0.80 bytes a token",
+        "1 files: 1 JSON lines",
         f"1 documents left out because they are empty, the first: {tmp_path / 'a.jsonl'}, line 2",
     ]
