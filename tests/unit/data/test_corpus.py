@@ -10,8 +10,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from mtp_dist.config import ConfigError
+from mtp_dist.config import ConfigError, build_config
 from mtp_dist.data.corpus import Corpus, check_ids, check_tokenizer, open_corpus
+from mtp_dist.data.loading import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
 from tests.unit.data.preparing import documents_of, made, request
 
@@ -206,3 +207,27 @@ def test_ids_are_not_read_where_the_description_vouches_for_them(prefix: Path) -
     path(prefix, "bin").write_bytes(b"\xff\xff" * 59)
     check_ids(open_corpus(prefix, "here"), 257)
     assert "token 0 of" in ids_message(open_corpus(prefix, "here"), 256)
+
+
+@pytest.mark.regression("7.A9")
+@pytest.mark.parametrize("ends", [[], [0], [256, 10]], ids=["no end", "another id", "an end that is not the last"])
+@pytest.mark.parametrize("key", ["loss_across_documents", "attention_across_documents"])
+def test_document_masks_need_documents_that_end(tmp_path: Path, ends: list[int], key: str) -> None:
+    """Megatron's tools write no end without --append-eod, or another tokenizer's: the masks would have no effect."""
+    texts = [[[*b"abcdef" * 9], [*b"g" * 9]], [[*b"xyz" * 20]]]
+    wrong = write_with_megatron(tmp_path / "wrong", [[*text[:-1], [*text[-1], *ends]] for text in texts])
+    right = write_with_megatron(tmp_path / "right", [[*text, [256]] for text in texts])
+
+    def load(prefix: Path, **keys: bool) -> None:
+        model = {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1}
+        train = {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8}
+        data = {"train": [{"path": str(prefix)}], **keys}
+        load_datasets(build_config({"model": model, "heads": {"count": 2}, "data": data, "train": train}))
+
+    load(wrong)
+    load(right, **{key: False})
+    with pytest.raises(ConfigError) as error:
+        load(wrong, **{key: False})
+    said = str(error.value)
+    assert said.startswith(f"data.train.0.path = '{wrong}': 2 of 2 documents looked at do not end with ")
+    assert "token 256" in said and f"data.{key} = false" in said and "--append-eod" in said
