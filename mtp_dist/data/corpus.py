@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from mtp_dist.data.indexed import Index, beside, read_index
 from mtp_dist.data.tokenizer import Tokenizer
 
 SCAN_BLOCK_TOKENS = 1 << 24
+DOCUMENTS_CHECKED = 1000
 
 
 class TokenizerDescription(Section):
@@ -173,6 +175,34 @@ def check_tokenizer(corpus: Corpus, tokenizer: Tokenizer) -> None:
         f"{_named(corpus)} was prepared with the tokenizer {theirs.name!r} (SHA-256 {theirs.sha256[:12]}...), which is "
         f"not {tokenizer.name!r} ({tokenizer.fingerprint[:12]}...): use that one, or prepare the corpus anew"
     )
+
+
+def check_document_ends(corpus: Corpus, tokenizer: Tokenizer, masks: str) -> None:
+    """Raise ConfigError if documents do not end with the token by which `masks`, named as in the configuration, find
+    their ends.
+
+    Up to DOCUMENTS_CHECKED documents are looked at, spread evenly. What `prepare` wrote needs no look.
+    """
+    if corpus.description or not corpus.documents:
+        return
+    lengths, boundaries = corpus.index.lengths, corpus.index.boundaries
+    numbers = np.unique(np.linspace(0, corpus.documents - 1, DOCUMENTS_CHECKED).astype(np.int64))
+    last_tokens, sequence, end = [], 0, 0
+    for number in numbers:
+        for stop in boundaries[number : number + 2]:
+            length = int(lengths[sequence:stop].sum(dtype=np.int64))
+            sequence, end = int(stop), end + length
+        if length:  # of the document itself
+            last_tokens.append(int(corpus.tokens[end - 1]))
+    wrong = Counter(last_tokens)
+    del wrong[tokenizer.end_of_document]
+    if wrong:
+        raise ConfigError(
+            f"{_named(corpus)}: {wrong.total()} of {len(last_tokens)} documents looked at do not end with the "
+            f"end-of-document token {tokenizer.end_of_document} of '{tokenizer.name}' (most of them end with "
+            f"{wrong.most_common(1)[0][0]}), by which {masks} finds documents: prepare the corpus with --append-eod "
+            "and this tokenizer, make that token its eos_token, or set the key to true"
+        )
 
 
 def check_ids(corpus: Corpus, vocab_size: int) -> None:

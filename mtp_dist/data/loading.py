@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import Config, ConfigError, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
-from mtp_dist.data.corpus import Corpus, check_tokenizer, tokens_below
+from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below
 from mtp_dist.data.encoding import encode_documents
 from mtp_dist.data.epochs import Cut
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
@@ -201,6 +201,9 @@ class _Corpora:
                     "out, or prepare what you want"
                 )
         check_tokenizer(corpus, self.sources.tokenizer)
+        keys = ("loss_across_documents", "attention_across_documents")
+        if masks := [f"data.{name} = false" for name in keys if not getattr(self.config.data, name)]:
+            check_document_ends(corpus, self.sources.tokenizer, " and ".join(masks))
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
         tokens = tokens_below(self.sources.vocab_size, corpus)
         return tokens, corpus.num_bytes, corpus.description.sha256 if corpus.description else counts
