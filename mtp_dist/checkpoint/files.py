@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.config import Config, ConfigError, config_to_save, saved_config
 from mtp_dist.disk import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -78,21 +78,19 @@ class Description:
     """Of the packages that wrote it; None for one that was not installed."""
 
     def write(self, folder: Path) -> None:
-        values = self.__dict__ | {
-            "config": self.config.model_dump(mode="json"),
-            "layout": asdict(self.layout) if self.layout else None,
-        }
+        layout = asdict(self.layout) if self.layout else None
+        values = self.__dict__ | config_to_save(self.config) | {"layout": layout}
         write_durably(folder / DESCRIPTION, json.dumps(values, indent=2))
 
 
 def read_description(folder: Path) -> Description:
-    """Raises ConfigError where it is missing or is not one of this version."""
+    """Return what `config.json` says. Raise ConfigError if it is missing, damaged or of a newer version."""
     try:
         values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
         return Description(
             **numbers,
-            config=build_config(values["config"]),
+            config=saved_config(values),
             samples=values["samples"],
             losses=tuple(values["losses"]),
             recent_losses=tuple(values["recent_losses"]),
@@ -101,7 +99,9 @@ def read_description(folder: Path) -> Description:
         )
     except OSError as error:
         raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
-    except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
+    except ConfigError as error:
+        raise ConfigError(f"{folder} cannot be opened: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} is not a checkpoint of ours, or a damaged one: {error}") from None
 
 

@@ -6,6 +6,7 @@ rank does work.
 
 from mtp_dist.config.base import ConfigError, Section
 from mtp_dist.config.heads import HeadsConfig
+from mtp_dist.config.migration import config_to_save, saved_config
 from mtp_dist.config.reading import build_config, load_config, override_values, read_values
 from mtp_dist.config.rotary import RopeScalingConfig
 from mtp_dist.config.sections import Config, ModelConfig, SourceConfig
@@ -19,7 +20,9 @@ __all__ = [
     "Section",
     "SourceConfig",
     "build_config",
+    "config_to_save",
     "load_config",
     "override_values",
     "read_values",
+    "saved_config",
 ]

@@ -142,12 +142,20 @@ def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
     return f"{key} = {error['input']!r} is wrong: it {', or it '.join(dict.fromkeys(messages))}"
 
 
-def build_config(values: Mapping[str, Any]) -> Config:
-    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+def typed_config(values: Mapping[str, Any]) -> Config:
+    """Return a configuration whose values have the right types, and may be incompatible with each other.
+
+    Raise ConfigError with one line for each that has not.
+    """
     try:
-        config = Config.model_validate(values)
+        return Config.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_describe(error.errors()))) from None
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+    config = typed_config(values)
     if wrong := list(contradictions(config)):
         raise ConfigError("\n".join(wrong))
     return config

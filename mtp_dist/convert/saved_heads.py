@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.config import Config, ConfigError, HeadsConfig, build_config
+from mtp_dist.config import Config, ConfigError, HeadsConfig, saved_config
 
 HEADS, HEADS_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 
@@ -22,11 +22,12 @@ class SavedHeads:
         self.file = source / HEADS
         try:
             if (source / HEADS_CONFIG).exists():
-                self.config = build_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8"))["config"])
+                self.config = saved_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8")))
             if self.config and self.file.exists():
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
-        # A ConfigError is a ValueError.
+        except ConfigError as error:
+            raise ConfigError(f"--from = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise ConfigError(f"--from = '{source}' is a damaged export: {HEADS_CONFIG} or {HEADS}: {error}") from None
 

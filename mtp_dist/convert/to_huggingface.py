@@ -14,7 +14,7 @@ from mtp_dist.checkpoint.files import MODEL, read_description
 from mtp_dist.checkpoint.manifest import Watch as BytesWatch
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.resume import whole_checkpoint_in
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config, ConfigError, config_to_save
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.files import Watch, new_folder, watched, write_tensors, write_weights
 from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
@@ -98,7 +98,7 @@ def export_checkpoint(
         ours = {
             "step": description.step,
             "vocab_size": description.vocab_size,
-            "config": config.model_dump(mode="json"),
+            **config_to_save(config),
         }
         _write_json(folder / HEADS_CONFIG, ours)
         card = model_card(target.name, source, description, dtype, end_token, list(others))
