@@ -141,16 +141,10 @@ def pretrain(
 
     Before, measure each rank if preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
     """
-    from mtp_dist.checkpoint.resume import find_resume_point
     from mtp_dist.data.loading import load_datasets
     from mtp_dist.parallel.device import select_device
 
-    resumed = find_resume_point(config, vocab_size := sources.vocab_size)
-    if resumed and resumed.step >= config.train.steps:
-        _say_finished(config, resumed)
-        return 0
-    if config.log.rank_logs:
-        copy_output(config.output_dir, _is_new(resumed, config))
+    vocab_size = sources.vocab_size
     datasets = load_datasets(config, sources)
     _print_notices(config, datasets)
     device = select_device(config)
@@ -160,7 +154,7 @@ def pretrain(
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import gather_over_ranks, initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.preflight import Preflight
@@ -171,9 +165,17 @@ def pretrain(
     if memory_snapshot:
         begin_memory_history(config, topology.rank)
     cpu_groups = new_cpu_groups(topology)
-    resumed = agree_on_resume_point(resumed, config, vocab_size, topology, cpu_groups.all)
+    resumed = agree_on_resume_point(config, vocab_size, topology, cpu_groups.all)
+    if resumed and resumed.step >= config.train.steps:
+        _say_finished(config, resumed)
+        close_topology()
+        return 0
+    if config.log.rank_logs:
+        copy_output(config.output_dir, _is_new(resumed, config))
     samples_read = _restore_samples(datasets, resumed, config)
-    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = TrainingEngine(
+        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device), initialize=not resumed
+    )
     if resumed:
         restore(engine, resumed.folder)
     reporter = _reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None

@@ -1,27 +1,37 @@
 """Opening a checkpoint at any layout, to train on or to use the model."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from time import sleep
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, read_description
 from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_content, check_weights, read_manifest, tensor_files
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.resume import ResumePoint, older_resume_point
+from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
+from mtp_dist.distributed.collectives import from_rank_0
+from mtp_dist.model.weights import blocks_of_part, cut, initial_weight, named_weights, parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import (
     MOMENTS,
     check_updates,
     ensure_state,
+    kept_rows,
     set_master_weight,
     set_moment,
     set_updates,
 )
-from mtp_dist.parallel.topology import Topology, gather_over_ranks
+from mtp_dist.parallel.topology import Topology, data_group, gather_over_ranks
+
+LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
+"""How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""
 
 
 def load_weights(folder: Path, watch: Watch = lambda done, total: None) -> tuple[Config, int, dict[str, Tensor]]:
@@ -36,54 +46,124 @@ def load_weights(folder: Path, watch: Watch = lambda done, total: None) -> tuple
 
 @torch.no_grad()
 def restore(engine: TrainingEngine, folder: Path) -> None:
-    """Give this rank its part of a checkpoint's weights and moments.
+    """Give this rank its part of a checkpoint's weights and moments. A collective over the data-parallel groups.
 
-    A weight that the checkpoint lacks, such as a new head's, gets its initial value. Before the first update, as in an
-    imported checkpoint, there are no moments: they start from 0. Raises ConfigError where the checkpoint is damaged.
+    A weight that the checkpoint lacks, such as a new head's, gets its initial value. Moments that its index does not
+    list, as in an imported checkpoint, start from 0. Raise ConfigError if the checkpoint is damaged.
     """
     updates_made = read_description(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates_made else None
     topology, shapes = engine.topology, parameter_shapes(engine.config, engine.vocab_size)
     ensure_state(engine.pipeline)
-    for name, weight in named_weights(engine.stage):
-        is_saved = name in model.homes
-
-        def part(whole: Tensor, weight: torch.nn.Parameter = weight) -> Tensor:
-            return cut(whole, weight, topology.tensor_rank, topology.tensor).to(weight.device)
-
-        set_master_weight(
-            weight, part(model.read(name) if is_saved else initial_weight(engine.config, name, shapes[name]))
-        )
+    weights = list(named_weights(engine.stage))
+    for (name, weight), rows in zip(
+        weights, _rows_by_reader([weight for _, weight in weights], topology.data), strict=True
+    ):
+        part = _Part(weight, shapes[name], topology, rows)
+        if name in model.homes:
+            values = part.read_together(model, name)
+        else:
+            whole = initial_weight(engine.config, name, shapes[name])
+            values = cut(whole, weight, topology.tensor_rank, topology.tensor).to(weight.device)
+        set_master_weight(weight, values)
         for key in MOMENTS:
-            moment = optimizer.read(f"{key}.{name}") if optimizer and is_saved else torch.zeros(shapes[name])
-            set_moment(engine.pipeline, key, weight, part(moment))
+            if optimizer is None or (moment := f"{key}.{name}") not in optimizer.homes:
+                values = torch.zeros(weight.shape, device=weight.device)
+            elif kept := kept_rows(weight):
+                values = part.read_alone(optimizer, moment, *kept)
+            else:
+                values = part.read_together(optimizer, moment)
+            set_moment(engine.pipeline, key, weight, values)
     set_updates(engine.pipeline, updates_made)
     check_updates(engine.pipeline, updates_made)
     engine.optimizer_updates = updates_made
 
 
-def agree_on_resume_point(
-    point: ResumePoint | None, config: Config, vocab_size: int, topology: Topology, cpu_group: dist.ProcessGroup
-) -> ResumePoint | None:
-    """`point`, or the newest one before it, whose tensors are what was written: each rank reads its share of them.
+def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[int]]:
+    """Return for each weight the row from which each of the readers reads, and the number of rows.
 
-    The same on every rank. Raises ConfigError where all are damaged, or where the ranks see different checkpoints.
+    The weights one after the other are cut into runs of the same size: a run lies in few files.
     """
-    while True:
-        starts = gather_over_ranks(point.folder.name if point else "the beginning", cpu_group)
-        if len(set(starts)) > 1:
-            raise ConfigError(
-                f"rank 0 would start from {starts[0]}, another rank from "
-                f"{next(start for start in starts if start != starts[0])}: checkpoint.directory must be the same "
-                "folder on all of them"
-            )
-        if point is None:
-            return None
+    total, before = sum(weight.numel() for weight in weights), 0
+    found = []
+    for weight in weights:
+        width = weight.numel() // len(weight)
+        ends = (round((total * reader / readers - before) / width) for reader in range(readers + 1))
+        found.append([min(max(end, 0), len(weight)) for end in ends])
+        before += weight.numel()
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank holds of a tensor, and which rank of its data-parallel group reads which rows of it."""
+
+    weight: nn.Parameter
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    topology: Topology
+    rows: Sequence[int]
+    """See `_rows_by_reader`."""
+
+    def read_together(self, reader: TensorReader, name: str) -> Tensor:
+        """Return all of the part. Each of its rows is read by one rank, which sends it to the others."""
+        values = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        for source, (first, last) in enumerate(pairwise(self.rows)):
+            if source == self.topology.data_rank:
+                values[first:last] = self._read(reader, name, first, last)
+            if self.topology.data > 1 and first < last:
+                dist.broadcast(values[first:last], group=data_group(), group_src=source)
+        return values
+
+    def read_alone(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
+        """Return the part with these rows; the others are 0."""
+        values = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
+        values[first:last] = self._read(reader, name, first, last)
+        return values
+
+    def _read(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
+        values = torch.zeros(last - first, *self.weight.shape[1:])
+        done = 0
+        for block in blocks_of_part(
+            self.shape, self.weight, self.topology.tensor_rank, self.topology.tensor, first, last
+        ):
+            read = reader.read_block(name, block)
+            values[done : done + len(read)] = read
+            done += len(read)
+        return values
+
+
+def agree_on_resume_point(
+    config: Config, vocab_size: int, topology: Topology, cpu_group: dist.ProcessGroup
+) -> ResumePoint | None:
+    """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
+
+    Rank 0 looks for it and tells the others; its tensors are what was written, each rank reads its share of them.
+    A collective over `cpu_group`, all ranks. Raise ConfigError, on every rank, where `find_resume_point` does, and if a
+    rank does not see the checkpoint.
+    """
+    point = from_rank_0(lambda: find_resume_point(config, vocab_size), cpu_group)
+    while point:
+        _await_folder(point.folder, cpu_group)
         found = gather_over_ranks(_damage_in_share(point.folder, topology), cpu_group)
         damage = next(filter(None, found), None)
         if damage is None:
             return point
-        point = older_resume_point(point, damage, config, vocab_size)
+        point = from_rank_0(partial(older_resume_point, point, damage, config, vocab_size), cpu_group)
+    return None
+
+
+def _await_folder(folder: Path, cpu_group: dist.ProcessGroup) -> None:
+    """Wait until every rank sees the folder: over NFS some may see it later than the one that made it."""
+    for _ in range(LOOKS):
+        seen = gather_over_ranks(folder.is_dir(), cpu_group)
+        if all(seen):
+            return
+        sleep(SECONDS_BETWEEN_LOOKS)
+    raise ConfigError(
+        f"rank 0 would start from {folder}, which rank {seen.index(False)} does not see: checkpoint.directory must be "
+        "the same folder on all ranks"
+    )
 
 
 def _damage_in_share(folder: Path, topology: Topology) -> str | None:

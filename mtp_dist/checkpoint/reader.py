@@ -20,6 +20,7 @@ class TensorReader:
     def __init__(self, folder: Path, kind: str) -> None:
         """Raise ConfigError if the index is missing or damaged, or names a file that the manifest does not have."""
         self.folder = folder
+        self._open: dict[str, Any] = {}
         records = read_manifest(folder)
         with self._errors_explained():
             index: dict[str, Any] = json.loads((folder / index_file(kind)).read_text(encoding="utf-8"))
@@ -30,9 +31,22 @@ class TensorReader:
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor, fp32 on the CPU. Raise ConfigError if its file is missing or damaged."""
+        # Opened for this tensor only: what was read of an open file stays in memory.
         with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        """Return a block of a tensor, fp32 on the CPU. Its file stays open for the blocks to come.
+
+        Raise ConfigError if the file is missing or damaged.
+        """
+        home = self.homes[name]
+        with self._errors_explained():
+            if home not in self._open:
+                self._open[home] = safe_open(self.folder / home, "pt")
+            values: Tensor = self._open[home].get_slice(name)[block]
+        return values
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return those of all tensors, without reading them. Raise ConfigError if a file is missing or damaged."""

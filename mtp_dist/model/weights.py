@@ -141,6 +141,31 @@ def cut(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
     return torch.cat([block.chunk(ranks, dim)[rank] for block in blocks], dim)
 
 
+def blocks_of_part(
+    shape: Sequence[int], weight: nn.Parameter, rank: int, ranks: int, first: int, last: int
+) -> Iterator[tuple[slice, ...]]:
+    """Yield which blocks of the whole tensor of that shape are rows first to last - 1 of what `cut` gives a rank.
+
+    They are in the order of the rows. Rows beyond the real vocabulary are in none of them.
+    """
+    if first == last:
+        return
+    if not is_cut(weight):
+        yield (slice(first, last),)
+        return
+    dim, stride = _partition(weight)
+    if dim == 1:
+        yield slice(first, last), slice(rank * weight.shape[1], (rank + 1) * weight.shape[1])
+        return
+    rows = weight.shape[0] // stride
+    for block in range(stride):
+        # Row 0 of this rank's part of the block is at `offset` more in the whole.
+        offset = block * rows * ranks + rank * rows - block * rows
+        begin, end = max(first, block * rows), min(last, (block + 1) * rows, shape[0] - offset)
+        if begin < end:
+            yield (slice(begin + offset, end + offset),)
+
+
 def join(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
     """The whole tensor of that shape from the parts of all tensor-parallel ranks, in rank order: undoes `cut`."""
     if not is_cut(weight):

@@ -45,7 +45,15 @@ class StepResult(NamedTuple):
 class TrainingEngine:
     """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop."""
 
-    def __init__(self, config: Config, vocab_size: int, topology: Topology, build_optimizer: BuildOptimizer) -> None:
+    def __init__(
+        self,
+        config: Config,
+        vocab_size: int,
+        topology: Topology,
+        build_optimizer: BuildOptimizer,
+        initialize: bool = True,
+    ) -> None:
+        """initialize: give the weights their initial values; False if a checkpoint is restored next."""
         self.config = config
         self.vocab_size = vocab_size
         self.topology = topology
@@ -59,7 +67,8 @@ class TrainingEngine:
                 optimizer=build_optimizer,
                 config=deepspeed_config(config, self.micro_batches),
             )
-        self._set_initial_weights()
+        if initialize:
+            self._set_initial_weights()
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip

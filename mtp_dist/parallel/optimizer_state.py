@@ -78,6 +78,19 @@ def set_moment(engine: PipelineEngine, name: str, weight: nn.Parameter, value: T
         engine.basic_optimizer.state[weight][name].copy_(value)
 
 
+def kept_rows(weight: nn.Parameter) -> tuple[int, int] | None:
+    """Return the first row of a weight that has moments on this rank under ZeRO or in bf16, and the one after the last.
+
+    None if this rank keeps the moments of all rows.
+    """
+    if not hasattr(weight, "_hp_mapping"):
+        return None
+    if weight._hp_mapping is None:
+        return 0, 0
+    kept, width = weight._hp_mapping.lp_fragment_address, weight.numel() // len(weight)
+    return kept.start // width, -(-(kept.start + kept.numel) // width)
+
+
 def set_master_weight(weight: nn.Parameter, value: Tensor) -> None:
     """Replace a weight, and the optimizer's fp32 copy where it keeps one; value is fp32 of the weight's shape."""
     safe_set_full_fp32_param(weight, value)

@@ -2,22 +2,19 @@
 
 from collections import Counter
 from pathlib import Path
-from time import sleep
 
 import torch.distributed as dist
 
 from mtp_dist.checkpoint.load import agree_on_resume_point, restore
-from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point
+from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import ConfigError
-from mtp_dist.parallel.topology import gather_over_ranks
 from mtp_dist.training.callbacks import Reason
 from mtp_dist.training.loop import Ending, Trainer
 from mtp_dist.training.reporting import RunReporter
 
 MOST_ROLLBACKS = 3
 """Times that a run goes back to the same checkpoint: more new samples would not help either."""
-SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def fit_and_recover(
@@ -66,13 +63,8 @@ def fit_and_recover(
 
 
 def _newest(trainer: Trainer, saver: CheckpointSaver, cpu_group: dist.ProcessGroup) -> ResumePoint | None:
-    """Of this run; a rank may see the newest folder later than the one that made it."""
+    """Return this run's newest checkpoint, the same on every rank."""
     config = trainer.config.model_copy(
         update={"checkpoint": trainer.config.checkpoint.model_copy(update={"resume": "auto"})}
     )
-    while True:  # the watchdog ends it
-        point = find_resume_point(config, saver.vocab_size)
-        if len(set(gather_over_ranks(point and point.folder.name, cpu_group))) == 1:
-            break
-        sleep(SECONDS_BETWEEN_LOOKS)
-    return agree_on_resume_point(point, config, saver.vocab_size, trainer.engine.topology, cpu_group)
+    return agree_on_resume_point(config, saver.vocab_size, trainer.engine.topology, cpu_group)
