@@ -115,3 +115,23 @@ def train_with_flags(config: Config) -> tuple[Run | None, dict[str, object]]:
         for name in names:
             os.environ.pop(name, None)
     return run, flags
+
+
+def join_with_other_seeds(config: Config, seeds: list[int], port: int) -> str | None:
+    """Open the topology with this rank's seed. Return what the user is shown if the ranks refuse to start."""
+    import os
+
+    import torch.distributed as dist
+
+    from mtp_dist.config import ConfigError
+    from mtp_dist.parallel.topology import initialize_topology
+
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seeds[rank]})})
+    try:
+        initialize_topology(config, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return None

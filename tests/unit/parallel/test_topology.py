@@ -1,11 +1,13 @@
-"""How long ranks wait for one another, and what a rank takes of its machine."""
+"""What ranks compare when they meet, how long they wait for one another, and what a rank takes of its machine."""
+
+import re
 
 import pytest
 
 from tests.integration import jobs
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
-from tests.unit.parallel.on_ranks import patience, resources
+from tests.unit.parallel.on_ranks import join_with_other_seeds, patience, resources
 
 
 @pytest.mark.parametrize(("step_timeout", "seconds"), [(7200.0, 7800), (None, 86400)])
@@ -19,3 +21,11 @@ def test_ranks_of_a_machine_share_its_cores(ranks: Ranks) -> None:
     """There are as many local ranks as cores, and OMP_NUM_THREADS is not set."""
     config = tiny_config(run={"join_timeout": 60}, parallel={"tensor": 2})
     assert [threads for threads, *_ in ranks.run(2, resources, config, jobs.free_port(), 512)] == [1, 1]
+
+
+@pytest.mark.regression("7.C2")
+def test_ranks_with_another_configuration_are_named(ranks: Ranks) -> None:
+    config = tiny_config(run={"join_timeout": 60})
+    first, *others = ranks.run(3, join_with_other_seeds, config, [1, 2, 1], jobs.free_port())
+    assert first and re.match(r"the configuration is \w+ on rank 1 \(.*\), and \w+ on the other 2 ranks: start ", first)
+    assert others == ["the ranks of this run do not agree: rank 0 says in what"] * 2
