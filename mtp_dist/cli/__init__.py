@@ -49,7 +49,10 @@ def selfcheck(
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.selfcheck import selfcheck as compare
 
-    topology = initialize_topology(settings, select_device(settings))
+    try:
+        topology = initialize_topology(settings, select_device(settings))
+    except ConfigError as error:
+        stop(error)
     comparisons = compare(settings, sources.vocab_size, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)

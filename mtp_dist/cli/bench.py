@@ -79,8 +79,8 @@ def checkpoint(
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
 
-    topology = initialize_topology(settings, select_device(settings))
     try:
+        topology = initialize_topology(settings, select_device(settings))
         result = measure_checkpoints(settings, sources.vocab_size, topology, folder, rounds, print)
     except ConfigError as error:
         stop(error)
@@ -139,8 +139,8 @@ def monitoring(
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
 
-    topology = initialize_topology(settings, select_device(settings))
     try:
+        topology = initialize_topology(settings, select_device(settings))
         result = measure_monitoring(settings, topology, rounds)
     except ConfigError as error:
         stop(error)

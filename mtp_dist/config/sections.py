@@ -20,13 +20,13 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights and of the order of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; `auto` takes the GPU where there is one."""
+    """Where to compute. `auto` takes the GPU if there is one, and refuses a machine whose GPU PyTorch cannot use."""
     step_timeout: Seconds | None = 1800.0
     """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python stacks
     and the run ends with status 70. `null`: no limit."""
     join_timeout: Seconds = 600.0
-    """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and says which
-    have not come."""
+    """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and names those
+    that have not come."""
 
 
 class ModelConfig(Section):

@@ -1,6 +1,7 @@
 """Which device computes; the only place that knows about machines without a GPU."""
 
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import torch
 
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.distributed.determinism import use_deterministic_algorithms
+from mtp_dist.distributed.gpus import has_nvidia_gpu
 
 
 def select_device(config: Config) -> torch.device:
     """The device of this rank, made current. To be called before anything imports DeepSpeed.
 
-    Raises ConfigError where `run.device` asks for a GPU that is not there.
+    Raise ConfigError if `run.device` asks for a GPU that PyTorch cannot use, or if `auto` would leave one idle.
     """
     if config.parallel.tensor > 1:
         # One hardware queue keeps the order in which collectives and matmuls are issued, so that they overlap.
@@ -26,10 +28,19 @@ def select_device(config: Config) -> torch.device:
             "run.device = 'cuda', but PyTorch sees no GPU on this machine: use 'cpu' or 'auto', or install a CUDA "
             "build of PyTorch"
         )
+    if config.run.device == "auto" and not available and has_nvidia_gpu():
+        build = "is a build for CPUs" if torch.version.cuda is None else "sees none: look at nvidia-smi"
+        raise ConfigError(
+            f"run.device = 'auto', but PyTorch cannot use the NVIDIA GPU of {socket.gethostname()}: torch "
+            f"{torch.__version__} {build}. Let the job or the container have GPUs, or train on the CPU with "
+            "run.device = 'cpu'"
+        )
     if config.run.device == "cpu" or not available:
         _use_cpu()
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.device_count() == 1:
+        local_rank = 0  # each task sees a GPU of its own; ranks that share one are found where they meet
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: start as many "

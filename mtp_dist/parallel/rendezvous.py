@@ -1,16 +1,18 @@
 """How the ranks of a job find each other: within a limit, and with a sentence about who is missing."""
 
+import json
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NoReturn
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from mtp_dist.config import ConfigError
+from mtp_dist.distributed.environment import find_differences
 
 SECONDS_OF_SILENCE = 30.0
 """After these rank 0 says whom it waits for."""
@@ -18,12 +20,17 @@ SECONDS_FOR_THE_OTHERS = 1.0
 """That rank 0 waits longer than they: with it ends the store, which they may be asking."""
 POLL_SECONDS = 0.2
 ALL_HERE = "all here"
+"""Key that rank 0 sets when all have come: to nothing, or to how they differ."""
+READ = "read"
+"""Key that counts the ranks that have read it."""
+SECONDS_TO_READ = 10.0
 
 
-def join(rank: int, world_size: int, seconds: float) -> Store:
+def join(rank: int, world_size: int, seconds: float, description: Mapping[str, str]) -> Store:
     """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; the store is what opens the process group.
 
-    Raises ConfigError after `seconds`, on rank 0 with the ranks that have not come.
+    Raise ConfigError after `seconds`, on rank 0 with the ranks that have not come, and if the ranks' descriptions (see
+    describe_rank) differ, on rank 0 with those that do.
     """
     address, port = _meeting_point(world_size)
     where, deadline = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)", time.monotonic() + seconds
@@ -37,8 +44,9 @@ def join(rank: int, world_size: int, seconds: float) -> Store:
         store = TCPStore(address, port, world_size, opens, timedelta(seconds=max(1.0, seconds)), wait_for_workers=False)
         # Ranks that torchrun starts again find the keys of the first start.
         keys = PrefixStore(f"join {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        keys.set(str(rank), socket.gethostname())
+        keys.set(str(rank), json.dumps(dict(description)))
         _await_all(keys, rank, world_size, deadline, where, limit)
+        _check_agreement(keys, rank, world_size)
     except DistError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
@@ -73,7 +81,7 @@ def _await_listener(address: str, port: int, deadline: float, failed: str) -> No
 
 
 def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: str, limit: str) -> None:
-    """Rank 0 looks who has come and tells the others when all have."""
+    """Wait on rank 0 for the other ranks, and on these for rank 0's word that all have come."""
 
     def missing() -> str:
         absent = [other for other in range(world_size) if not keys.check([str(other)])]
@@ -92,8 +100,24 @@ def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: 
         deadline += SECONDS_FOR_THE_OTHERS
     expected = [str(other) for other in range(world_size)] if rank == 0 else [ALL_HERE]
     _poll(lambda: keys.check(expected), deadline, complain, fail)
-    if rank == 0:
-        keys.set(ALL_HERE, "")
+
+
+def _check_agreement(keys: Store, rank: int, world_size: int) -> None:
+    """Raise ConfigError on every rank if they differ. Rank 0 compares them and leads the others on."""
+    if rank != 0:
+        if keys.get(ALL_HERE):
+            keys.add(READ, 1)
+            raise ConfigError("the ranks of this run do not agree: rank 0 says in what")
+        return
+    ranks = [json.loads(text) for text in keys.multi_get([str(other) for other in range(world_size)])]
+    differences = find_differences(ranks)
+    keys.set(ALL_HERE, differences or "")
+    if differences:
+        # With rank 0 ends the store.
+        deadline = time.monotonic() + SECONDS_TO_READ
+        while keys.add(READ, 0) < world_size - 1 and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        raise ConfigError(differences)
 
 
 def _poll(

@@ -25,6 +25,7 @@ LLAMA3_ROPE = {
 def tiny_config(**sections: dict[str, Any]) -> Config:
     """A model with everything that can go wrong in it, small enough for dozens of runs."""
     values: dict[str, dict[str, Any]] = {
+        "run": {"device": "cpu"},
         "model": {
             "hidden_size": 32,
             "trunk_layers": 4,

@@ -2,13 +2,18 @@
 
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
+import torch
 
 from mtp_dist.config import ConfigError
+from mtp_dist.distributed.environment import REMEDIES, describe_rank, find_differences
 from mtp_dist.parallel import rendezvous
 from mtp_dist.parallel.rendezvous import join
 from tests.integration.jobs import free_port
+from tests.parity.runs import tiny_config
 
 
 @pytest.fixture
@@ -20,13 +25,20 @@ def meeting_point(monkeypatch: pytest.MonkeyPatch) -> str:
     return f"127.0.0.1:{port}"
 
 
-def join_all(ranks: list[int], world_size: int, seconds: float) -> dict[int, object]:
+def described(**differing: str) -> dict[str, str]:
+    """A rank as all are, but for some of it."""
+    return {"host": "node-0", **dict.fromkeys(REMEDIES, "as usual"), **differing}
+
+
+def join_all(
+    ranks: list[int], world_size: int, seconds: float, differ: Mapping[int, Mapping[str, str]] = MappingProxyType({})
+) -> dict[int, object]:
     """What each rank gets, or the sentence it ends with; each is a thread here."""
     results: dict[int, object] = {}
 
     def run(rank: int) -> None:
         try:
-            results[rank] = join(rank, world_size, seconds)
+            results[rank] = join(rank, world_size, seconds, described(**differ.get(rank, {})))
         except ConfigError as error:
             results[rank] = str(error)
 
@@ -64,16 +76,16 @@ def test_nobody_listens(
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
     with pytest.raises(ConfigError, match=rf"rank 1 cannot reach {address}:\d+ .* within run.join_timeout = 1 s \("):
-        join(1, 2, 1)
+        join(1, 2, 1, described())
     assert capfd.readouterr().err == ""
 
 
 def test_rank_0_comes_later(meeting_point: str) -> None:
     stores: dict[int, object] = {}
-    thread = threading.Thread(target=lambda: stores.update({1: join(1, 2, 60)}))
+    thread = threading.Thread(target=lambda: stores.update({1: join(1, 2, 60, described())}))
     thread.start()
     time.sleep(0.5)
-    stores[0] = join(0, 2, 60)
+    stores[0] = join(0, 2, 60, described())
     thread.join()
     assert set(stores) == {0, 1}
 
@@ -81,7 +93,7 @@ def test_rank_0_comes_later(meeting_point: str) -> None:
 def test_a_port_that_is_taken(meeting_point: str) -> None:
     first = join_all([0, 1], 2, 60)
     with pytest.raises(ConfigError, match=r"rank 0 cannot open the meeting point .* choose another MASTER_PORT"):
-        join(0, 3, 1)
+        join(0, 3, 1, described())
     del first
 
 
@@ -90,4 +102,54 @@ def test_no_meeting_point(address: str, port: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ConfigError, match=f"WORLD_SIZE = 2 with MASTER_ADDR = '{address}' and MASTER_PORT = '{port}'"):
-        join(1, 2, 1)
+        join(1, 2, 1, described())
+
+
+def test_a_rank_that_differs_is_named_and_all_end(meeting_point: str) -> None:
+    said = join_all([0, 1, 2], 3, 60, {1: {"device": "cpu", "host": "node-7"}})
+    assert said == {
+        0: (
+            "the device is cpu on rank 1 (node-7), and as usual on 2 other ranks: look at nvidia-smi there, or set "
+            "run.device"
+        ),
+        1: "the ranks of this run do not agree: rank 0 says in what",
+        2: "the ranks of this run do not agree: rank 0 says in what",
+    }
+
+
+def test_what_ranks_compare() -> None:
+    here = describe_rank(tiny_config(), torch.device("cpu"))
+    assert find_differences([here] * 3) is None
+    for name in REMEDIES:
+        differing = find_differences([here | {name: "other"}, here, here])
+        assert differing and differing.startswith(
+            f"the {name} is other on rank 0 ({here['host']}), and {here[name]} on 2"
+        )
+    assert here["configuration"] != describe_rank(tiny_config(run={"seed": 7}), torch.device("cpu"))["configuration"]
+
+
+def test_each_difference_has_a_line() -> None:
+    ranks = [described(host=f"node-{number // 8}") for number in range(64)]
+    for number in range(8, 56):
+        ranks[number] |= {"version of torch": "2.12"}
+    ranks[3] |= {"configuration": "1234"}
+    configuration, torch_version = (find_differences(ranks) or "").splitlines()
+    assert configuration.startswith("the configuration is 1234 on rank 3 (node-0), and as usual on 63 other ranks: ")
+    assert torch_version.startswith("the version of torch is as usual on rank 0 (node-0), rank 1 (node-0), ")
+    assert "rank 63 (node-7), and 2.12 on 48 other ranks: " in torch_version
+    ranks[60] |= {"configuration": "5678"}
+    assert len((find_differences(ranks) or "").splitlines()) == 3
+
+
+def test_ranks_that_share_a_gpu_are_named() -> None:
+    ranks = [described(gpu=f"GPU-{number % 3}") for number in range(4)]
+    assert find_differences(ranks[:3]) is None
+    assert find_differences(ranks) == (
+        "rank 0 (node-0), rank 3 (node-0) have the same GPU: start as many ranks per node as it has GPUs"
+    )
+
+
+def test_a_list_of_ranks_has_an_end() -> None:
+    ranks = [described(device="cuda" if number < 40 else "cpu") for number in range(60)]
+    message = find_differences(ranks)
+    assert message and message.count("node-0") == 16 and "rank 55 (node-0) and 4 more, and cuda on 40" in message

@@ -1,0 +1,70 @@
+"""What the ranks of a run must have in common, and what each of them must have alone."""
+
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from mtp_dist.config import Config
+
+MAX_LISTED = 16
+REMEDIES = {
+    "device": "look at nvidia-smi there, or set run.device",
+    "configuration": "start every rank with the same file and the same overrides",
+    "version of torch": "all nodes need the same environment",
+    "version of NCCL": "all nodes need the same environment",
+    "version of deepspeed": "all nodes need the same environment",
+    "version of megatron-core": "all nodes need the same environment",
+    "version of mtp-dist": "all nodes need the same environment",
+}
+"""What all ranks must have in common, and what to do if they do not."""
+
+
+def describe_rank(config: Config, device: torch.device) -> dict[str, str]:
+    """Return what this rank shows the others where they meet."""
+    description = {
+        "host": socket.gethostname(),
+        "device": device.type,
+        # A hash, because thousands of configurations would fill the store.
+        "configuration": sha256(config.model_dump_json().encode()).hexdigest()[:12],
+        "version of torch": torch.__version__,
+        "version of NCCL": str(torch.cuda.nccl.version()) if device.type == "cuda" else "",
+    }
+    for package in ("deepspeed", "megatron-core", "mtp-dist"):
+        try:
+            description[f"version of {package}"] = version(package)
+        except PackageNotFoundError:  # a checkout that is not installed
+            description[f"version of {package}"] = "not installed"
+    if device.type == "cuda":
+        description["gpu"] = str(torch.cuda.get_device_properties(device).uuid)
+    return description
+
+
+def find_differences(ranks: Sequence[Mapping[str, str]]) -> str | None:
+    """Return a message, one line per difference, that names the ranks that are not as most of them are."""
+    lines = []
+    device_differs = len({rank["device"] for rank in ranks}) > 1
+    for name, remedy in REMEDIES.items():
+        values = [rank[name] for rank in ranks]
+        usual, count = Counter(values).most_common(1)[0]
+        # Only ranks on GPUs have NCCL.
+        if count == len(ranks) or (name == "version of NCCL" and device_differs):
+            continue
+        for value in sorted(set(values) - {usual}):
+            odd = [number for number, other in enumerate(values) if other == value]
+            where = list_ranks(odd, ranks)
+            lines.append(f"the {name} is {value} on {where}, and {usual} on {count} other ranks: {remedy}")
+    gpus = Counter(rank["gpu"] for rank in ranks if "gpu" in rank)
+    for gpu in (gpu for gpu, count in gpus.items() if count > 1):
+        sharing = [number for number, rank in enumerate(ranks) if rank.get("gpu") == gpu]
+        lines.append(f"{list_ranks(sharing, ranks)} have the same GPU: start as many ranks per node as it has GPUs")
+    return "\n".join(lines) or None
+
+
+def list_ranks(numbers: Sequence[int], ranks: Sequence[Mapping[str, str]]) -> str:
+    """Name the first of some ranks and their hosts."""
+    shown = ", ".join(f"rank {number} ({ranks[number]['host']})" for number in numbers[:MAX_LISTED])
+    return shown if len(numbers) <= MAX_LISTED else f"{shown} and {len(numbers) - MAX_LISTED} more"
