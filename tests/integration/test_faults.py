@@ -12,7 +12,7 @@ from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.progress import PreparationProgress
 from mtp_dist.training.watchdog import HUNG
 from tests.integration import jobs
-from tests.integration.test_failures import assert_checkpoints_are_whole
+from tests.integration.test_failures import STOPPED_CLOCK_PROGRAM, assert_checkpoints_are_whole
 
 
 def error_of(job: jobs.Job) -> str:
@@ -70,17 +70,18 @@ def test_a_stream_whose_file_vanishes(tmp_path: Path) -> None:
 def test_a_file_system_that_blocks(tmp_path: Path) -> None:
     """The thread that saves waits for it; the step that waits for that thread tells."""
     config = jobs.write_config(
-        tmp_path, run={"step_timeout": 15}, train={"steps": 100_000}, checkpoint={"every": 1, "keep_last": 3}
+        tmp_path, run={"step_timeout": 8}, train={"steps": 100_000}, checkpoint={"every": 1, "keep_last": 3}
     )
     events = tmp_path / "out" / "events.jsonl"
-    with jobs.started(jobs.plain(jobs.PRETRAIN, "--config", str(config)), tmp_path) as job:
+    with jobs.started(jobs.plain(STOPPED_CLOCK_PROGRAM, "--config", str(config)), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
         os.mkfifo(tmp_path / "blocks")  # to open it for writing lasts until somebody reads
         (tmp_path / "blocks").rename(events)
+        (tmp_path / "hang").touch()
         assert job.wait() == HUNG
         assert job.processes() == []
     part = r"the save after step \d+, or the one before"
-    assert re.search(rf"error: rank 0: {part} takes longer than run.step_timeout = 15 s; all threads:", job.stderr)
+    assert re.search(rf"error: rank 0: {part} takes longer than run.step_timeout = 8 s; all threads:", job.stderr)
     assert "in on_saved" in job.stderr and re.search(r"saver.py\", line \d+ in join", job.stderr)
     assert_checkpoints_are_whole(tmp_path / "out" / "checkpoints")
 

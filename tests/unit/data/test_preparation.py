@@ -232,10 +232,11 @@ def test_a_worker_that_dies_is_told_and_its_unit_read_again(corpus: Path, tmp_pa
     def kill_the_worker() -> None:
         while not units_in(asked):
             time.sleep(0.01)
-        time.sleep(0.3)
+        reader_has_opened_it = os.open(corpus / "pipe", os.O_WRONLY)
         for server in psutil.Process().children():
             for worker in server.children():
                 worker.send_signal(signal.SIGKILL)
+        os.close(reader_has_opened_it)
 
     killer = threading.Thread(target=kill_the_worker)
     killer.start()
