@@ -42,14 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     current step and with a checkpoint later.
     """
     make_output_optional()
-    with StopSignals() as stop_signals:
-        stop_signals.end_at_once()
-        status = run(arguments, stop_signals)
+    try:
+        with StopSignals() as stop_signals:
+            stop_signals.end_at_once()
+            status = run(arguments, stop_signals)
+    # From here on SIGTERM ends the process by default: the launcher sends it to the ranks that wait below.
+    except ConfigError as error:
+        stop(error)
+    except Exception:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # If another rank has ended, it has reported why, and the launcher ends this rank meanwhile.
+            time.sleep(SECONDS_FOR_A_PEER)
+        raise
     sys.exit(status)
 
 
 def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
-    """Train as the command line says and return the exit status; exit with 2 if the user made a mistake."""
+    """Train as the command line says and return the exit status. Raise ConfigError if the user made a mistake."""
     parser = argparse.ArgumentParser(description="Pretrain a multi-token prediction model.")
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
@@ -57,17 +66,9 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
     parser.add_argument("--preflight", action="store_true", help="measure matmuls and collectives of every rank first")
     parser.add_argument("--memory-snapshot", action="store_true", help="record what lies in the GPU's memory, and why")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        config = load_config(options.config, options.overrides)
-        sources = check_before_start(config, memory_snapshot=options.memory_snapshot)
-        return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
-    except ConfigError as error:
-        stop(error)
-    except Exception:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # Where it is that a peer has ended, the peer has said why, and the launcher ends this rank meanwhile.
-            time.sleep(SECONDS_FOR_A_PEER)
-        raise
+    config = load_config(options.config, options.overrides)
+    sources = check_before_start(config, memory_snapshot=options.memory_snapshot)
+    return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
 
 
 def stop(error: ConfigError) -> NoReturn:
