@@ -175,23 +175,81 @@ def test_older_programs_read_the_same_configuration(tmp_path: Path, scaling: dic
     assert values["eos_token_id"] == values["bos_token_id"] == 256
 
 
-def test_our_configuration_and_the_losses_are_told(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / f"step_{STEP:08d}"
-    write_checkpoint(checkpoint)
-    heads = [{"head": k, "loss": 1.0 + k, "bits_per_byte": 2.0 + k, "accuracy": None} for k in range(1, 5)]
-    summary = {"steps": STEP, "checkpoint": str(checkpoint), "validation": [{"name": "books", "heads": heads}]}
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    export_checkpoint(checkpoint.parent, tmp_path / "out", None)
+def test_our_configuration_is_told(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c")
+    export_checkpoint(tmp_path / "c", tmp_path / "out", None)
     told = json.loads((tmp_path / "out" / "mtp_config.json").read_text())
     assert (told["step"], told["vocab_size"]) == (STEP, VOCAB_SIZE)
     assert told["config"]["heads"]["count"] == 4
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| books | 2 | 3.0000 | 4.0000 | - |\n" in card
     assert "`heads.2`, `heads.3`, `heads.4`" in card and "{" not in card.split("```json")[0]
-    summary["steps"] = STEP + 1
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    export_checkpoint(checkpoint.parent, tmp_path / "other", None)
-    assert "Validation" not in (tmp_path / "other" / "README.md").read_text(), "those of another step"
+
+
+@pytest.mark.regression("7.E1")
+def test_the_card_begins_a_document_as_the_training_did(tmp_path: Path) -> None:
+    """With the run's own prompt; what its text is about is not known."""
+    for name, log, prompt in (
+        ("a", {"sample_prompt": 'Es "war"\n'}, '<|endoftext|>Es "war"\n'),
+        ("b", {}, "<|endoftext|>"),
+    ):
+        write_checkpoint(tmp_path / name, log=log)
+        export_checkpoint(tmp_path / name, tmp_path / f"out-{name}", None)
+        card = (tmp_path / f"out-{name}" / "README.md").read_text()
+        [line] = [line for line in card.splitlines() if line.startswith("prompt = tokenizer(")]
+        assert line == f'prompt = tokenizer({prompt!r}, return_tensors="pt")'
+        ids = AutoTokenizer.from_pretrained(tmp_path / f"out-{name}")(prompt).input_ids
+        assert ids == [256, *prompt.removeprefix("<|endoftext|>").encode()]
+
+
+def write_run(folder: Path, checkpoints: Path, **changes: Any) -> Path:
+    """A checkpoint, and the summary of its run in that folder."""
+    checkpoint = checkpoints / f"step_{STEP:08d}"
+    write_checkpoint(checkpoint, run={"name": "books", "output_dir": str(folder)})
+    heads = [{"head": k, "loss": 1.0 + k, "bits_per_byte": None, "accuracy": 0.5} for k in range(1, 5)]
+    summary = {"name": "books", "steps": STEP, "checkpoint": str(checkpoint)}
+    summary |= {"validation": [{"name": None, "heads": heads}]} | changes
+    folder.mkdir(exist_ok=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return checkpoint
+
+
+def losses_in_card(checkpoint: Path, to: Path) -> str:
+    export_checkpoint(checkpoint, to, None)
+    return (to / "README.md").read_text().partition("## Validation\n\n")[2].partition("\n\n")[0]
+
+
+@pytest.mark.regression("7.E1")
+def test_the_card_has_the_columns_that_have_figures(tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path / "run", tmp_path / "run" / "checkpoints")
+    rows = losses_in_card(checkpoint, tmp_path / "out").splitlines()
+    assert rows[0] == "| head | loss (nats per token) | accuracy |" and rows[2] == "| 1 | 2.0000 | 0.5000 |"
+    heads = [{"head": 1, "loss": None, "bits_per_byte": 2.5, "accuracy": None}]
+    sets = [{"name": name, "heads": heads} for name in ("prose", "co|de")]
+    checkpoint = write_run(tmp_path / "two", tmp_path / "two" / "checkpoints", validation=sets)
+    rows = losses_in_card(checkpoint, tmp_path / "both").splitlines()
+    assert rows[0] == "| set | head | bits per byte |" and rows[2:] == [
+        "| prose | 1 | 2.5000 |",
+        "| co\\|de | 1 | 2.5000 |",
+    ]
+
+
+@pytest.mark.regression("7.E1")
+def test_the_card_has_the_losses_of_its_own_run(tmp_path: Path) -> None:
+    """A folder of checkpoints may be elsewhere, where another run's summary is next to it."""
+    checkpoint = write_run(tmp_path / "run", tmp_path / "shared" / "checkpoints")
+    assert losses_in_card(checkpoint, tmp_path / "own"), "in the run folder, by the checkpoint's configuration"
+    other = json.loads((tmp_path / "run" / "summary.json").read_text()) | {"name": "code"}
+    (tmp_path / "shared" / "summary.json").write_text(json.dumps(other))
+    (tmp_path / "run" / "summary.json").unlink()
+    assert not losses_in_card(checkpoint, tmp_path / "another's")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": STEP + 1}, {"validation": []}, {"validation": None}, {"checkpoint": None}]
+)
+def test_the_card_has_no_losses_of_another_step(tmp_path: Path, changes: dict[str, Any]) -> None:
+    checkpoint = write_run(tmp_path / "run", tmp_path / "run" / "checkpoints", **changes)
+    assert not losses_in_card(checkpoint, tmp_path / "out")
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

@@ -1,0 +1,215 @@
+"""Other programs open an export as it is, and compute with it what our model computes."""
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import sentencepiece
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
+
+from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.import_config import ImportRequest
+from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.data.tokenizer import Tokenizer as OurTokenizer
+from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.model.reference import ReferenceModel
+from tests.unit.convert.folders import open_checkpoint, write_checkpoint, write_llama
+
+TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
+PROMPT, CONTINUATION = "def f(x):", " return x"
+KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama")
+
+
+@dataclass(frozen=True)
+class Export:
+    folder: Path
+    model: ReferenceModel
+    tokenizer: OurTokenizer
+
+    def logits(self, text: str) -> torch.Tensor:
+        return self.model.next_token_logits(torch.tensor([self.tokenizer.encode(text).tolist()]))[0]
+
+
+def byte_pairs(folder: Path) -> Path:
+    """A tokenizer as docs/data.md trains one."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    library.train_from_iterator([TEXT] * 9, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def sentencepiece_model(folder: Path) -> Path:
+    (folder / "text").write_text(TEXT * 9)
+    options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    return folder / "tokenizer.model"
+
+
+def llama_with_bos(folder: Path) -> None:
+    """A Llama of other people, whose tokenizer begins each text with a BOS."""
+    library = Tokenizer.from_file(str(byte_pairs(folder)))
+    library.add_special_tokens(["<s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", library.token_to_id("<s>"))]
+    )
+    library.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    write_llama(folder, None, vocab_size=library.get_vocab_size(), tie_word_embeddings=True)
+
+
+def exports_of(*red: str) -> pytest.MarkDecorator:
+    """All kinds of exports, with a mark on those that the program could not use at commit 9e30c7b."""
+    mark = pytest.mark.regression("7.E1")
+    cases = [pytest.param(kind, marks=mark if kind in red else ()) for kind in KINDS]
+    return pytest.mark.parametrize("export", cases, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
+    folder = tmp_path_factory.mktemp("export")
+    kind = request.param
+    if kind == "imported Llama":
+        llama_with_bos(folder / "llama")
+        import_llama(ImportRequest(folder / "llama", folder / "c"))
+        model, name = open_checkpoint(folder / "c"), str(folder / "c")
+    else:
+        names = {"byte pairs": byte_pairs, "bytes": lambda folder: "bytes", "SentencePiece": sentencepiece_model}
+        name = str(names[kind](folder))
+        sections = {"data": {"tokenizer": name}, "train": {"sequence_length": 128}}
+        model = write_checkpoint(folder / "c", build_tokenizer(name).vocab_size, **sections)
+    export_checkpoint(folder / "c", folder / "hf", "fp32")
+    return Export(folder / "hf", model, build_tokenizer(name))
+
+
+@exports_of("imported Llama")
+def test_a_pipeline_continues_a_text(export: Export) -> None:
+    generate = pipeline("text-generation", model=str(export.folder), device="cpu")
+    written = generate(PROMPT, max_new_tokens=5, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    ids = export.tokenizer.encode(PROMPT).tolist()
+    for _ in range(len(written) - len(ids)):
+        ids.append(int(export.model.next_token_logits(torch.tensor([ids]))[0, -1].argmax()))
+    assert written == ids
+
+
+@exports_of(*KINDS)
+def test_texts_of_several_lengths_make_a_batch(export: Export) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(export.folder)
+    llama = AutoModelForCausalLM.from_pretrained(export.folder)
+    batch = tokenizer([PROMPT, TEXT], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(llama(**batch).logits[0, -1], export.logits(PROMPT)[-1], rtol=1e-4, atol=1e-4)
+    collated = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(PROMPT), tokenizer(TEXT)])
+    assert collated["labels"].shape == batch["input_ids"].shape
+    end = export.tokenizer.end_of_document
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (end, end)
+
+
+@exports_of("SentencePiece", "imported Llama")
+def test_lm_eval_scores_a_text(export: Export) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    scorer = HFLM(pretrained=str(export.folder), device="cpu", batch_size=2, dtype="float32")
+    pairs = [(PROMPT, CONTINUATION), ("", PROMPT)]
+    requests = [Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    scores = [score for score, _ in scorer.loglikelihood(requests, disable_tqdm=True)]
+
+    def expected(before: list[int], text: list[int]) -> float:
+        log_probabilities = export.model.next_token_logits(torch.tensor([before + text]))[0].log_softmax(-1)
+        return sum(float(log_probabilities[len(before) - 1 + place, token]) for place, token in enumerate(text))
+
+    whole, prompt = (export.tokenizer.encode(text).tolist() for text in (PROMPT + CONTINUATION, PROMPT))
+    wanted = [expected(prompt, whole[len(prompt) :]), expected([export.tokenizer.end_of_document], prompt)]
+    assert scores == pytest.approx(wanted, rel=1e-4), "an empty context is the start of a document"
+
+
+@exports_of("byte pairs", "bytes")
+def test_ctranslate2_computes_the_same(export: Export, tmp_path: Path) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    gc.freeze()  # the converter collects garbage after each layer, which takes seconds with all that tests import
+    converted = ctranslate2.converters.TransformersConverter(str(export.folder)).convert(str(tmp_path / "ct2"))
+    gc.unfreeze()
+    generator = ctranslate2.Generator(converted, device="cpu", inter_threads=1, intra_threads=1)
+    tokens = AutoTokenizer.from_pretrained(export.folder).convert_ids_to_tokens(export.tokenizer.encode(TEXT).tolist())
+    logits = torch.from_numpy(np.array(generator.forward_batch([tokens])))[0]
+    torch.testing.assert_close(logits, export.logits(TEXT), rtol=1e-4, atol=1e-4)
+
+
+@exports_of()
+def test_peft_trains_an_adapter(export: Export) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    llama = AutoModelForCausalLM.from_pretrained(export.folder)
+    adapted = peft.get_peft_model(llama, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    ids = torch.tensor([export.tokenizer.encode(TEXT).tolist()])
+    output = adapted(ids, labels=ids)
+    torch.testing.assert_close(output.logits[0].detach(), export.logits(TEXT), rtol=1e-4, atol=1e-4)
+    output.loss.backward()
+    assert all(weight.grad is not None for weight in adapted.parameters() if weight.requires_grad)
+
+
+@exports_of(*KINDS)
+def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) -> None:
+    """What llama.cpp's converter takes from a folder, by its own classes, is written as GGUF and read again."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(export.folder)
+    special = gguf.SpecialVocab(export.folder, load_merges=True, n_vocab=len(tokenizer))
+    if (export.folder / "tokenizer.model").exists():  # the converter takes it before tokenizer.json
+        vocabulary = [text.decode() for text, _, _ in gguf.vocab.SentencePieceVocab(export.folder).all_tokens()]
+    else:
+        vocabulary = [tokenizer.convert_ids_to_tokens(token) for token in range(len(tokenizer))]
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_token_list(vocabulary)
+    special.add_to_gguf(writer, quiet=True)
+    llama = AutoModelForCausalLM.from_pretrained(export.folder)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llama.config.num_hidden_layers)
+    weights = {
+        names.get_name(name, (".weight",)): weight.numpy(force=True) for name, weight in llama.named_parameters()
+    }
+    for name, weight in weights.items():
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert {tensor.name for tensor in reader.tensors} == weights.keys()
+    assert all((tensor.data == weights[tensor.name]).all() for tensor in reader.tensors)
+    read = {name.removeprefix("tokenizer.ggml."): field.contents() for name, field in reader.fields.items()}
+    assert read["tokens"] == vocabulary and len(vocabulary) == export.tokenizer.vocab_size
+    end = export.tokenizer.end_of_document
+    assert (read["bos_token_id"], read["eos_token_id"], read["padding_token_id"]) == (end, end, end)
+    assert (read["add_bos_token"], read["add_eos_token"]) == (False, False)
+    # llama.cpp opens no vocabulary of byte pairs without merges, so it has no use for an export with bytes.
+    assert ("merges" in read) == (export.tokenizer.name != "bytes")
+
+
+def test_tokenizers_of_our_recipe_split_as_gpt_2_does(tmp_path: Path) -> None:
+    """llama.cpp implements this pre-tokenizer, by the name gpt-2."""
+    gpt2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    splitter = Tokenizer.from_file(str(byte_pairs(tmp_path))).pre_tokenizer
+    for text in (TEXT, "I've  12 dogs,\r\n\n they'll\tbark ... ", "日本 Übung x2"):
+        parts = [text[start:end] for _, (start, end) in splitter.pre_tokenize_str(text)]
+        assert parts == gpt2.findall(text)
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    assert "pre_tokenizers.ByteLevel(add_prefix_space=False)" in page
