@@ -25,12 +25,12 @@ Llama.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-prompt = tokenizer("def ", return_tensors="pt")
+prompt = tokenizer({prompt!r}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-In training every document ended with `{end}` and the next one followed, so a text that starts with that token starts as
-a document does. Samples were {length} tokens long.
+In training every document ended with `{end}` and the next one followed, so the prompt begins with that token, as a
+document does. Samples were {length} tokens long. The tokenizer adds no token of its own.
 
 {losses}{heads}## Configuration
 
@@ -40,6 +40,9 @@ a document does. Samples were {length} tokens long.
 {model}
 ```
 """
+
+FIGURES = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+"""Columns of the table of losses, by their key in summary.json."""
 
 HEADS = """\
 ## The other heads
@@ -72,7 +75,10 @@ logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabula
 def model_card(
     name: str, source: Path, description: Description, dtype: str, end_token: str, others: Sequence[str]
 ) -> str:
-    """Of the export of the checkpoint `source`; others: global names of the weights that are not in the Llama."""
+    """Return the card of the export of the checkpoint `source`.
+
+    others: global names of the weights that are not in the Llama.
+    """
     config = description.config
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
     shown = {"model": config.model.model_dump(mode="json"), "heads": config.heads.model_dump(mode="json")}
@@ -85,27 +91,42 @@ def model_card(
         dtype=dtype,
         end=end_token,
         length=config.train.sequence_length,
-        losses="".join(_losses(source, description.step)),
+        prompt=end_token + (config.log.sample_prompt or ""),
+        losses="".join(_losses(source, description)),
         heads=HEADS.format(names=", ".join(f"`{group}`" for group in groups)) if others else "",
         model=json.dumps(shown, indent=2),
     )
 
 
-def _losses(source: Path, step: int) -> Iterator[str]:
-    """The section on the losses of the run's validation at that step, from the summary beside its checkpoints."""
-    try:
-        summary: dict[str, Any] = json.loads((source.parent.parent / "summary.json").read_text(encoding="utf-8"))
-        if summary["steps"] != step or Path(summary["checkpoint"]).name != source.name:
-            return
-        sets = [(of_set["name"], of_set["heads"]) for of_set in summary["validation"]]
-    except (OSError, ValueError, KeyError, TypeError):  # no run of ours wrote it, or none at all
+def _losses(source: Path, description: Description) -> Iterator[str]:
+    """Yield the section on the losses of the run's last validation, if it was at that step."""
+    rows = [
+        (validation_set["name"] or "", head)
+        for validation_set in _validation(source, description)
+        for head in validation_set["heads"]
+    ]
+    columns = [key for key in FIGURES if any(head[key] is not None for _, head in rows)]
+    if not columns:
         return
-    if sets:
-        yield "## Validation\n\n| set | head | loss (nats a token) | bits per byte | accuracy |\n"
-        yield "| --- | --- | --- | --- | --- |\n"
-        for name, heads in sets:
-            for head in heads:
-                figures = (head["loss"], head["bits_per_byte"], head["accuracy"])
-                cells = ("-" if figure is None else f"{figure:.4f}" for figure in figures)
-                yield f"| {name or ''} | {head['head']} | {' | '.join(cells)} |\n"
-        yield "\n"
+    named = ["set"] if any(name for name, _ in rows) else []
+    titles = [*named, "head", *(FIGURES[key] for key in columns)]
+    yield f"## Validation\n\n| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|\n"
+    for name, head in rows:
+        cells = [name.replace("|", "\\|")] if named else []
+        cells += [str(head["head"]), *("" if head[key] is None else f"{head[key]:.4f}" for key in columns)]
+        yield f"| {' | '.join(cells)} |\n"
+    yield "\n"
+
+
+def _validation(source: Path, description: Description) -> list[dict[str, Any]]:
+    """Return the validation sets in the summary of the run that saved the checkpoint; none if it is of another step."""
+    config = description.config
+    for folder in (source.parent.parent, config.output_dir):
+        try:
+            summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            saved = (summary["name"], summary["steps"], Path(summary["checkpoint"]).name)
+            if saved == (config.run.name, description.step, source.name):
+                return summary["validation"] or []
+        except (OSError, ValueError, KeyError, TypeError):  # there is none, or not one of ours
+            continue
+    return []

@@ -39,8 +39,10 @@ def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
 def rope_to_llama(model: ModelConfig) -> dict[str, Any]:
     """The keys of config.json."""
     scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}
+    original = "original_max_position_embeddings"
     return {
         "rope_theta": model.rope_theta,
         "rope_scaling": scaling or None,
         "rope_parameters": {"rope_type": "default"} | scaling | {"rope_theta": model.rope_theta},
+        **({original: scaling[original]} if original in scaling else {}),  # where llama.cpp's converter reads it
     }
