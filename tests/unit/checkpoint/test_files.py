@@ -238,3 +238,19 @@ def test_only_files_of_the_manifest_are_read(tmp_path: Path, kind: str, case: st
     for read in (check_fully, load_weights, lambda folder: TensorReader(folder, kind).read(name)):
         with pytest.raises(ConfigError, match=r"outside\.safetensors"):
             read(folder)
+
+
+def test_tensors_are_read_without_the_engine() -> None:
+    program = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("deepspeed", "megatron"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+import mtp_dist.checkpoint.reader
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -40,7 +40,7 @@ def train_in(folder: Path, *overrides: str) -> list[list[float]]:
 
 @pytest.mark.parametrize(
     ("saved", "processes", "overrides", "largest_error"),
-    [("fp32", 1, [], 1e-6), ("bf16", 2, ["train.precision=bf16", "parallel.zero_stage=1"], 1e-3)],
+    [("fp32", 1, [], 1e-5), ("bf16", 2, ["train.precision=bf16", "parallel.zero_stage=1"], 1e-3)],
 )
 def test_a_run_of_the_first_version_is_resumed(
     ranks: Ranks, tmp_path: Path, saved: str, processes: int, overrides: list[str], largest_error: float
