@@ -23,7 +23,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FAULTY_COMMIT = "9e30c7b"
 FILE_TIMEOUT_S = 1200
-MOVED_MODULES = {"mtp_dist.config.validation": "mtp_dist.config.sections"}
+MOVED_MODULES = {
+    "mtp_dist.checkpoint.reader": "mtp_dist.checkpoint.files",
+    "mtp_dist.config.validation": "mtp_dist.config.sections",
+}
 """Modules that have another name at the faulty commit."""
 
 
