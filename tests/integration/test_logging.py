@@ -152,10 +152,13 @@ def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Pa
 @needs_wandb
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_run_that_fails_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     writer = WandbWriter("tests", "tiny", tmp_path)
     writer.write(1, {"loss/head_1": 2.0})
     writer.close(failed)
+    wandb.teardown()  # waits for the service, which writes the file
     [file] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     codes = [record.exit.exit_code for record in wandb_records(file) if record.HasField("exit")]
     assert codes == [int(failed)]
