@@ -1,7 +1,8 @@
 """Show that the regression tests fail at the commit whose faults they guard against.
 
-`python -m tests.regressions` checks that commit out beside this tree, gives it these tests and runs every test with the
-marker `regression`. It prints one row per test, and ends with status 1 if one of them does not fail there.
+`python -m tests.regressions` checks that commit out, gives it these tests and runs every test with the
+marker `regression`, or those of the given files. It prints one row per test, and ends with status 1 if one of them does
+not fail there.
 """
 
 import argparse
@@ -30,7 +31,7 @@ MOVED_MODULES = {
 """Modules that have another name at the faulty commit."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Recorder:
     """A pytest plugin that records each marked test's lines and why it failed."""
 
@@ -104,7 +105,7 @@ def _outcomes(tree: Path, tests: dict[str, list[str]], scratch: Path) -> Iterato
         mine = [test for test in tests if test.startswith(f"{file}::")]
         results = scratch / f"{file.replace('/', '.')}.json"
         try:
-            seen = _run_pytest(tree, results, "-c", "pytest.toml", "--rootdir", str(tree), file)
+            seen = _run_pytest(tree, results, "--config-file=pytest.toml", f"--rootdir={tree}", file)
         except subprocess.TimeoutExpired:
             return dict.fromkeys(mine, f"did not end within {FILE_TIMEOUT_S} s")
         absent = seen["failures"].get(file, "cannot be collected")
@@ -122,14 +123,15 @@ def _outcomes(tree: Path, tests: dict[str, list[str]], scratch: Path) -> Iterato
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--at", default=FAULTY_COMMIT, help="commit at which the tests must fail")
+    parser.add_argument("files", nargs="*", help="test files; all when absent")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)
     options, arguments = parser.parse_known_args()
     if options.record:
-        record(options.record, arguments)
+        record(options.record, [*arguments, *options.files])
         return
     with tempfile.TemporaryDirectory() as folder:
         scratch, tree = Path(folder), Path(folder) / "tree"
-        tests = _run_pytest(ROOT, scratch / "now.json", "--collect-only")["lines"]
+        tests = _run_pytest(ROOT, scratch / "now.json", "--collect-only", *options.files)["lines"]
         subprocess.run(["git", "worktree", "add", "--detach", str(tree), options.at], cwd=ROOT, check=True)
         try:
             _copy_tests(tree)
