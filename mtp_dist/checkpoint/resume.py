@@ -17,8 +17,8 @@ from mtp_dist.config import Config, ConfigError, SourceConfig
 FREE = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout run.join_timeout heads.loss_mode heads.chunk_tokens
-    data.validation train.micro_batch_size train.activation_checkpointing train.deterministic train.validate_every
-    train.validation_samples train.max_skipped_steps train.spike_deviations train.spike_rollback
+    data.validation data.max_text_loss train.micro_batch_size train.activation_checkpointing train.deterministic
+    train.validate_every train.validation_samples train.max_skipped_steps train.spike_deviations train.spike_rollback
     """.split()
 )
 """Keys that change what a run says, how fast it is or what it does about a fault, not what it learns without one."""

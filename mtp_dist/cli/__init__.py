@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mtp_dist.cli.bench import bench
 from mtp_dist.config import ConfigError, load_config
+from mtp_dist.config.sections import MAX_TEXT_LOSS
 from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.pretrain import check_before_start, quieten_packages, stop
 
@@ -82,6 +83,9 @@ def prepare(
     split: Annotated[str | None, typer.Option(help="of a dataset; of files: all, train or validation")] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="read a dataset while it downloads")] = False,
     invalid_utf8: Annotated[InvalidUtf8, typer.Option(help="what to do about it")] = "error",
+    max_text_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="share of the text that may not survive encoding and decoding")
+    ] = MAX_TEXT_LOSS,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of sentences")] = False,
 ) -> None:
     """Make text a corpus of tokens on disk, in Megatron-core's format.
@@ -95,9 +99,8 @@ def prepare(
     from mtp_dist.data.progress import PreparationProgress, describe
 
     options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
-    request = Request(
-        tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers or len(os.sched_getaffinity(0))
-    )
+    workers = workers or len(os.sched_getaffinity(0))
+    request = Request(tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers, max_text_loss=max_text_loss)
     try:
         with PreparationProgress(Console(stderr=True)) as progress:
             prepared = make(request, progress)

@@ -89,6 +89,9 @@ class ParallelConfig(Section):
     number, a list such as [4, 4, 3, 1] gives them one by one."""
 
 
+MAX_TEXT_LOSS = 0.01
+
+
 class SourceConfig(Section):
     path: PathText
     """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
@@ -120,6 +123,9 @@ class DataConfig(Section):
     tokenizer: PathText = "bytes"
     """`bytes`: one token a byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
     folder with one, or a name in the Hugging Face cache of this machine."""
+    max_text_loss: Annotated[float, Field(ge=0, le=1)] = MAX_TEXT_LOSS
+    """Share of a source's text, measured on a sample, that may not survive encoding and decoding: characters that the
+    tokenizer has no tokens for, or changes. A source that loses more is refused."""
     loss_across_documents: bool = True
     """`false`: a head's target counts only where it lies in the same document as the token at its position. A document
     ends with its end-of-document token. Token-order prediction ranks no tokens beyond it then."""

@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from mtp_dist.config import ConfigError, Section
 from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.data.indexed import Index, beside, read_index
+from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 
 SCAN_BLOCK_TOKENS = 1 << 24
@@ -53,6 +54,12 @@ class CorpusDescription(Section):
     """Of the documents' text."""
     empty_documents: NonNegativeInt
     """Left out, because they have no tokens."""
+    empty_bytes: NonNegativeInt = 0
+    """Of their text."""
+    checked_bytes: NonNegativeInt = 0
+    """Text that was decoded again; nothing by versions that did not measure it, and of tokenizers of bytes."""
+    lost_bytes: NonNegativeInt = 0
+    """Text that this did not bring back."""
     replaced_documents: NonNegativeInt
     """Documents of which invalid UTF-8 was replaced by U+FFFD."""
     skipped_documents: NonNegativeInt
@@ -92,6 +99,20 @@ class Corpus:
     def num_bytes(self) -> int | None:
         """Of the text, where it is known."""
         return self.description.bytes if self.description else None
+
+    @property
+    def loss(self) -> TextLoss:
+        """What did not survive encoding and decoding, as far as it was measured."""
+        found = self.description
+        return TextLoss(found.checked_bytes, found.lost_bytes) if found else TextLoss()
+
+    @property
+    def bytes_with_tokens(self) -> int | None:
+        """Text that tokens stand for, if the bytes were counted."""
+        found = self.description
+        if found is None or not found.lost_bytes:
+            return self.num_bytes
+        return self.loss.surviving(found.bytes + found.empty_bytes)
 
     def verify(self) -> None:
         """Read all of PREFIX.bin. Raises ConfigError where it is not what was written, or nobody knows what was."""

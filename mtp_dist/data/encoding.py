@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mtp_dist.config import ConfigError
 from mtp_dist.data.disk import speaking_of
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
+from mtp_dist.data.sources.text_loss import CHECKED_BYTES, measure_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer
 
 Item = TypeVar("Item")
@@ -31,11 +32,19 @@ class UnitSummary:
     tokens: int = 0
     bytes: int = 0
     empty: int = 0
+    empty_bytes: int = 0
+    """Text of the documents that have no tokens."""
     first_empty: int | None = None
     """The document's number in the work unit."""
     replaced: int = 0
     skipped: int = 0
     first_invalid: int | None = None
+    checked_bytes: int = 0
+    """Text that was decoded again."""
+    lost_bytes: int = 0
+    """Text that this did not bring back."""
+    first_lost: str = ""
+    """The characters that were lost most in the first batch in which any were."""
 
 
 @dataclass
@@ -95,7 +104,14 @@ class UnitEncoder:
             all_lengths += kept
             summary.documents += len(kept)
             summary.tokens += len(tokens)
-            summary.bytes += sum(len(text) for text, length in zip(texts, lengths, strict=True) if length)
+            num_bytes = sum(len(text) for text, length in zip(texts, lengths, strict=True) if length)
+            summary.bytes += num_bytes
+            summary.empty_bytes += sum(map(len, texts)) - num_bytes
+            if summary.checked_bytes < CHECKED_BYTES:
+                loss = measure_loss(self.tokenizer, texts, tokens, lengths)
+                summary.checked_bytes += loss.checked_bytes
+                summary.lost_bytes += loss.lost_bytes
+                summary.first_lost = summary.first_lost or loss.most_lost()
             if len(kept) < len(lengths):
                 summary.empty += len(lengths) - len(kept)
                 if summary.first_empty is None:

@@ -15,6 +15,7 @@ from rich.text import Text
 from mtp_dist.config import ConfigError
 from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer
 from mtp_dist.data.packing import entropy_of
+from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 
 
@@ -55,6 +56,10 @@ class CorpusReport:
     documents: int
     bytes: int | None
     """Of the text; None where the corpus does not tell."""
+    checked_bytes: int
+    """Text that was decoded again when it was prepared."""
+    lost_bytes: int
+    """Text that this did not bring back."""
     lengths: DocumentLengths
     distinct_tokens: int
     """Ids of the vocabulary that occur."""
@@ -88,6 +93,8 @@ def inspect_corpus(
         tokens=len(corpus.tokens),
         documents=corpus.documents,
         bytes=corpus.num_bytes,
+        checked_bytes=corpus.loss.checked_bytes,
+        lost_bytes=corpus.loss.lost_bytes,
         lengths=_lengths(corpus.document_lengths),
         distinct_tokens=int((counts > 0).sum()),
         vocab_size=tokenizer.vocab_size,
@@ -139,6 +146,12 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return text if text.isprintable() and text.strip() == text and text else repr(text)
 
 
+def _describe_loss(report: CorpusReport) -> str:
+    if report.lost_bytes:
+        return TextLoss(report.checked_bytes, report.lost_bytes).describe(report.tokenizer)
+    return f"all of the {report.checked_bytes:,} bytes checked survive" if report.checked_bytes else "not measured"
+
+
 def print_report(report: CorpusReport, console: Console) -> None:
     """For people."""
     lengths = report.lengths
@@ -150,6 +163,7 @@ def print_report(report: CorpusReport, console: Console) -> None:
         "Median and mean": f"{lengths.median:,.0f} and {lengths.mean:,.0f} tokens",
         "Longest": f"{lengths.longest:,} tokens, document {lengths.longest_document:,}",
         "Tokenizer": f"{report.tokenizer}, {report.vocab_size:,} tokens, {report.distinct_tokens:,} of them occur",
+        "Round trip": _describe_loss(report),
         "Unigram entropy": f"{report.unigram_entropy:.4f} nats a token",
     }
     for label, value in facts.items():

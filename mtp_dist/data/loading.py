@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -16,8 +17,10 @@ from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below
 from mtp_dist.data.encoding import encode_documents
 from mtp_dist.data.epochs import Cut
+from mtp_dist.data.inputs import Input
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 from mtp_dist.data.sources.opened import RunSources, contents_of
+from mtp_dist.data.sources.text_loss import CHECKED_BYTES, TextLoss, measure_loss
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import Tokenizer
 
@@ -79,6 +82,8 @@ class Datasets:
     fingerprints: tuple[str, ...]
     """Of the training sources: what tells their data from other data."""
     validation: tuple[ValidationSet, ...]
+    notices: tuple[str, ...] = ()
+    """A line about each source that was read or that the tokenizer loses text of."""
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """By source, how many times it has been read after the first `num_samples` samples."""
@@ -143,6 +148,7 @@ def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets
         fingerprints=fingerprints,
         train_names=tuple(source.name or str(index) for index, source in enumerate(config.data.train)),
         validation=tuple(validation),
+        notices=tuple(corpora.notices),
     )
 
 
@@ -152,6 +158,8 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
     weights = [source.weight for source in sources.values()]
     if config.data.train[0].stream:
         inputs = {key: corpora.sources.input(source, key) for key, source in sources.items()}
+        for key, of_key in inputs.items():
+            corpora.check_stream(of_key, key)
         streams = [
             TokenStream(of_key, corpora.sources.tokenizer, f"{key}.path = '{sources[key].path}'")
             for key, of_key in inputs.items()
@@ -178,6 +186,8 @@ class _Corpora:
         self.config = config
         self.sources = sources
         self._opened: dict[SourceConfig, _Opened] = {}
+        self.notices: list[str] = []
+        """What was read, and what was lost of it."""
 
     def open(self, source: SourceConfig, key: str) -> _Opened:
         """Raises ConfigError, naming `key`."""
@@ -204,34 +214,62 @@ class _Corpora:
         keys = ("loss_across_documents", "attention_across_documents")
         if masks := [f"data.{name} = false" for name in keys if not getattr(self.config.data, name)]:
             check_document_ends(corpus, self.sources.tokenizer, " and ".join(masks))
+        self._check_loss(corpus.loss, key)
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
         tokens = tokens_below(self.sources.vocab_size, corpus)
-        return tokens, corpus.num_bytes, corpus.description.sha256 if corpus.description else counts
+        return tokens, corpus.bytes_with_tokens, corpus.description.sha256 if corpus.description else counts
 
     def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:
-        """Tokens and bytes of the text, all in memory, and their fingerprint."""
+        """Return the tokens, all in memory, the bytes of text that they stand for, and their fingerprint."""
         named = f"{key}.path = '{source.path}'"
         enough = None
         if source.stream:  # only for validation: as many tokens as will be read
             train = self.config.train
             enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
-        parts, num_bytes, num_tokens = [], 0, 0
+        parts, num_bytes, num_tokens, num_documents = [], 0, 0, 0
+        of_key, loss = self.sources.input(source, key), TextLoss()
         try:
-            for unit in self.sources.input(source, key).units(READ_AT_ONCE_BYTES):
+            for unit in of_key.units(READ_AT_ONCE_BYTES):
                 documents = list(unit.documents())
-                parts.append(encode_documents(self.sources.tokenizer, documents, unit.place)[0])
+                tokens, lengths = encode_documents(self.sources.tokenizer, documents, unit.place)
+                loss.add(measure_loss(self.sources.tokenizer, documents, tokens, lengths))
+                parts.append(tokens)
                 num_bytes += sum(map(len, documents))
-                num_tokens += len(parts[-1])
+                num_documents += len(documents)
+                num_tokens += len(tokens)
                 if enough is not None and num_tokens >= enough:
                     break
         except OSError as error:
             raise ConfigError(f"{named}: cannot read {error.filename} ({error.strerror})") from None
         except ConfigError as error:
             raise ConfigError(str(error) if str(error).startswith(key) else f"{named}: {error}") from None
+        self._check_loss(loss, key)
+        became = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *of_key.files.describe()]
         if not num_tokens:
-            raise ConfigError(f"{named} has no document with text: give another source")
+            raise ConfigError(f"{named} has no document with text ({'; '.join(became)}): give another source")
+        self.notices.append(f"{key}: {'; '.join(became)}")
         tokens = np.concatenate(parts)
-        return tokens, num_bytes, hashlib.sha256(tokens.data).hexdigest()
+        return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
+
+    def check_stream(self, of_key: Input, key: str) -> None:
+        """Measure what the tokenizer loses of a stream's first documents, on rank 0: others need not read them too."""
+        if self.sources.tokenizer.takes_any_bytes or int(os.environ.get("RANK", 0)):
+            return
+        documents: list[bytes] = []
+        num_bytes = 0
+        for _, document in of_key.documents(None):
+            documents.append(document.decode(errors="replace").encode())
+            num_bytes += len(document)
+            if num_bytes >= CHECKED_BYTES:
+                break
+        tokens, lengths = self.sources.tokenizer.encode_documents(documents)
+        self._check_loss(measure_loss(self.sources.tokenizer, documents, tokens, lengths), key)
+
+    def _check_loss(self, loss: TextLoss, key: str) -> None:
+        name = self.sources.tokenizer.name
+        loss.check(self.config.data.max_text_loss, "data.max_text_loss", f"{key}.path", name)
+        if loss.lost_bytes:
+            self.notices.append(f"{key}: {loss.describe(name)}")
 
 
 def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from mtp_dist.config import ConfigError
+from mtp_dist.config.sections import MAX_TEXT_LOSS
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
 from mtp_dist.data.disk import speaking_of, write_whole
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.encoding import UnitEncoder, UnitSummary
 from mtp_dist.data.indexed import beside
 from mtp_dist.data.inputs import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
+from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.data.unfinished import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
@@ -53,6 +56,8 @@ class Request:
     invalid_utf8: InvalidUtf8 = "error"
     workers: int = 1
     unit_bytes: int = UNIT_BYTES
+    max_text_loss: float = MAX_TEXT_LOSS
+    """Share of the text that may not survive encoding and decoding."""
 
     @property
     def folder(self) -> Path:
@@ -71,6 +76,8 @@ class Prepared:
     """The place of the first document with invalid UTF-8."""
     files: FileCounts = field(default_factory=FileCounts)
     """What the files of the inputs became."""
+    loss: TextLoss = field(default_factory=TextLoss)
+    """What does not survive encoding and decoding."""
 
     def as_json(self) -> dict[str, Any]:
         return self.description.model_dump() | {
@@ -191,6 +198,7 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
     sizes = [source.total for source in inputs]
     progress.start(None if None in sizes else sum(size or 0 for size in sizes))
     first_empty = first_invalid = None
+    loss = TextLoss()
     encoder = UnitEncoder(tokenizer, request.invalid_utf8)
     with closing(corpus), closing(_added(request, corpus, encoder, inputs)) as units:
         for unit, summary, reused in units:
@@ -199,13 +207,15 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
             if first_invalid is None and summary.first_invalid is not None:
                 first_invalid = unit.place(summary.first_invalid)
             progress.advance(unit.size, summary, reused)
+            loss.add(TextLoss(summary.checked_bytes, summary.lost_bytes, Counter(summary.first_lost)))
+            loss.check(request.max_text_loss, "--max-text-loss", ", ".join(request.inputs), request.tokenizer)
         if not corpus.total.documents:
             files = "; ".join(_files_of(inputs).describe())
             raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs ({files})")
         description = _describe(request, tokenizer, corpus)
         with speaking_of(request.folder, "write in"):
             corpus.finish(description.model_dump_json(indent=2) + "\n")
-    return Prepared(description, first_empty, first_invalid, _files_of(inputs))
+    return Prepared(description, first_empty, first_invalid, _files_of(inputs), loss)
 
 
 def _files_of(inputs: Sequence[Input]) -> FileCounts:
@@ -253,6 +263,9 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
         documents=total.documents,
         tokens=total.tokens,
         bytes=total.bytes,
+        empty_bytes=total.empty_bytes,
+        checked_bytes=total.checked_bytes,
+        lost_bytes=total.lost_bytes,
         empty_documents=total.empty,
         replaced_documents=total.replaced,
         skipped_documents=total.skipped,

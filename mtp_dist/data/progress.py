@@ -73,8 +73,10 @@ def describe(prefix: Path, prepared: Prepared) -> str:
         f"{corpus.bytes / corpus.tokens:.2f} bytes a token"
     ]
     lines += prepared.files.describe()
+    if prepared.loss.lost_bytes:
+        lines.append(prepared.loss.describe(corpus.tokenizer.name))
     for number, what, first in (
-        (corpus.empty_documents, "left out because they are empty", prepared.first_empty),
+        (corpus.empty_documents, "left out because they have no tokens", prepared.first_empty),
         (corpus.replaced_documents, "had invalid UTF-8 replaced", prepared.first_invalid),
         (corpus.skipped_documents, "left out for invalid UTF-8", prepared.first_invalid),
     ):

@@ -33,5 +33,5 @@ def test_the_result_tells_what_was_left_out(tmp_path: Path) -> None:
     assert said.splitlines() == [
         f"{tmp_path / 'a'}: 1 documents, 5 tokens, 0.0 MB of text, 0.80 bytes a token",
         "1 files: 1 JSON lines",
-        f"1 documents left out because they are empty, the first: {tmp_path / 'a.jsonl'}, line 2",
+        f"1 documents left out because they have no tokens, the first: {tmp_path / 'a.jsonl'}, line 2",
     ]

@@ -119,7 +119,7 @@ def test_what_survives_is_said_only_by_inspect(tmp_path: Path, trained_tokenizer
         prepared = made(request(text, tmp_path / f"{number}", trained_tokenizers / name))
         assert prepared.description.checked_bytes == prepared.description.bytes
         assert prepared.description.lost_bytes == 0
-        assert "survive" not in describe(tmp_path / f"{number}", prepared)
+        assert "does not survive" not in describe(tmp_path / f"{number}", prepared)
     assert load_datasets(config(trained_tokenizers / name, {"path": str(tmp_path / "1")})).notices == ()
 
 
