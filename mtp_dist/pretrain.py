@@ -250,7 +250,8 @@ def _is_new(resumed: "ResumePoint | None", config: Config) -> bool:
 def _print_notices(config: Config, datasets: "Datasets") -> None:
     """Print the settings that are more often a mistake than a choice, and what was read, on rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
-        for line in notices(config, datasets.tokenizer.vocab_size):
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        for line in notices(config, datasets.tokenizer.vocab_size, world_size):
             print(f"warning: {line}", file=sys.stderr, flush=True)
         for line in datasets.notices:
             print(line, flush=True)

@@ -1,11 +1,12 @@
 """Settings that are allowed, but more often a mistake than a choice."""
 
 from collections.abc import Iterator
+from math import gcd
 
 from mtp_dist.config.sections import Config
 
 
-def notices(config: Config, tokenizer_vocab_size: int) -> Iterator[str]:
+def notices(config: Config, tokenizer_vocab_size: int, world_size: int = 1) -> Iterator[str]:
     """Yield one line for each such setting, with what follows from it."""
     warmup, steps = config.optimizer.warmup_steps, config.train.steps
     if warmup > steps:
@@ -18,4 +19,10 @@ def notices(config: Config, tokenizer_vocab_size: int) -> Iterator[str]:
         yield (
             f"model.vocab_size = {vocab_size} exceeds the {tokenizer_vocab_size} tokens of data.tokenizer = "
             f"'{config.data.tokenizer}': {vocab_size - tokenizer_vocab_size} token ids never occur in the data"
+        )
+    ranks = config.data_parallel_degree(world_size)
+    if config.data.train[0].stream and (parts := gcd(config.data.stream_shards, ranks)) < ranks:
+        yield (
+            f"data.stream_shards = {config.data.stream_shards} is not a multiple of the data-parallel degree {ranks}: "
+            f"each rank tokenizes 1/{parts} of the stream instead of 1/{ranks}"
         )

@@ -120,6 +120,10 @@ class DataConfig(Section):
     """Sources of the training samples."""
     validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
     """Validation sets, each with losses of its own; no validation when empty."""
+    stream_shards: PositiveInt = 1
+    """Shards of each streamed training source. Sample i comes from shard i modulo this number, whatever the layout, and
+    a data-parallel rank tokenizes only the shards of its samples: a multiple of every data-parallel degree that the run
+    may have, such as 64, divides the work evenly. 1: the order of the documents, and every rank tokenizes all."""
     tokenizer: PathText = "bytes"
     """`bytes`: one token a byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
     folder with one, or a name in the Hugging Face cache of this machine."""

@@ -119,6 +119,11 @@ def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:
             "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
             "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`"
         )
+    if data.stream_shards > 1 and not data.train[0].stream:
+        yield (
+            f"data.stream_shards = {data.stream_shards} splits streams: remove it, or give the training sources "
+            "`stream: true`"
+        )
     named = [source.name for source in data.train if source.name]
     if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
         yield f"data.train has sources with the names {named}: give each a `name` of its own that is no number"

@@ -79,8 +79,16 @@ class BlendedSamples:
         self._cuts = [Cut(corpus.sequence_length, corpus.lookahead, seed) for corpus in corpora]
         self._begin_phase(0, _starts(self._cuts))
 
-    def read(self, first: int, count: int) -> NDArray[np.int64]:
-        """Samples number first .. first + count - 1, [count, S + lookahead]. Raises ConfigError for a file cut off."""
+    shards = 1
+    """Every rank can read every sample."""
+
+    def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
+        """Return a rank's slice of the samples first .. first + count - 1, [count / ranks, S + lookahead].
+
+        Raise ConfigError if a file was cut off or has an id that the vocabulary lacks.
+        """
+        count //= ranks
+        first += rank * count
         for corpus in self.corpora:
             corpus.check_file()
         samples = np.empty((count, self.corpora[0].sample_length), dtype=np.int64)

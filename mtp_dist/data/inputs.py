@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -87,6 +87,20 @@ class FileCounts:
         return lines
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of the parts that an input is split into, the same on every machine."""
+
+    index: int
+    number_of: int
+
+    def __str__(self) -> str:
+        return f"shard {self.index} of {self.number_of}"
+
+
+WHOLE = Shard(0, 1)
+
+
 class Input(ABC):
     total: int | None
     """Sum of the units' sizes, None where nobody knows it before the end."""
@@ -106,10 +120,10 @@ class Input(ABC):
         """The work units in their order. Raises ConfigError or OSError where an input cannot be read."""
 
     @abstractmethod
-    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
-        """The documents from that position on, all of them from None, each with its own position, as JSON.
+    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+        """Yield a shard's documents from a position on, all of them from None, each with its own position, as JSON.
 
-        Raises ConfigError where the input cannot be read.
+        Raise ConfigError if the input cannot be read, or cannot be split into so many shards.
         """
 
 
@@ -200,13 +214,14 @@ class FilesInput(Input):
         """Of names and sizes, not of folders and times: it is the same on every machine."""
         return _sha256([[file.name, stat.st_size] for file, stat in zip(self._paths, self._stats, strict=True)])
 
-    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
+    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+        """Yield the documents of every work unit whose number has the shard's remainder."""
         start = tuple(position or (0, 0))
         source = str(self._paths[0])
         try:
             for number, unit in enumerate(self.units(UNIT_BYTES)):
                 source = unit.source
-                if number < start[0]:
+                if number < start[0] or number % shard.number_of != shard.index:
                     continue
                 for index, document in enumerate(unit.documents()):
                     if (number, index) >= start:
@@ -263,13 +278,15 @@ class DatasetInput(Input):
             raise missing_field(self._named, options.field, columns)
 
     def identity(self) -> list[Any]:
-        return [[self._name, self._subset, self._split, getattr(self.dataset, "_fingerprint", None)]]
+        fingerprint = None if self._options.streaming else self.dataset._fingerprint
+        return [[self._name, self._subset, self._split, fingerprint]]
 
     def fingerprint(self) -> str:
         return _sha256(self.identity())
 
-    def documents(self, position: Any) -> Iterator[tuple[Any, bytes]]:
-        dataset = load_dataset(self._name, replace(self._options, streaming=True))
+    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+        """Yield the documents of a part of a saved dataset, or of some of a streamed one's files."""
+        dataset = self._sharded(shard)
         if position is not None:
             dataset.load_state_dict(position)
         rows = iter(dataset)
@@ -284,6 +301,16 @@ class DatasetInput(Input):
             if self._field not in row:
                 raise missing_field(self._named, self._field, row)
             yield before, bytes_of_text(row[self._field], self._field, lambda: self._named)
+
+    def _sharded(self, shard: Shard) -> Any:
+        saved = hasattr(self.dataset, "to_iterable_dataset")
+        parts, what = (len(self.dataset), "documents") if saved else (self.dataset.num_shards, "files")
+        if shard.number_of > max(1, parts):
+            raise ConfigError(
+                f"{self._named} has only {parts} {what}: data.stream_shards = {shard.number_of} must be at most that"
+            )
+        dataset = self.dataset.to_iterable_dataset(num_shards=shard.number_of) if saved else self.dataset
+        return dataset.shard(num_shards=shard.number_of, index=shard.index, contiguous=False)
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         texts: list[bytes] = []
@@ -326,7 +353,7 @@ def load_dataset(name: str, options: InputOptions) -> Any:
                     f"{options.option('split')}"
                 )
             loaded = loaded[split]
-        return loaded.to_iterable_dataset() if streaming else loaded
+        return loaded
     try:
         return datasets.load_dataset(name, options.subset, split=split, streaming=streaming)
     except Exception as error:  # whatever the dataset's own code and the network raise

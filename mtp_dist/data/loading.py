@@ -17,7 +17,7 @@ from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below
 from mtp_dist.data.encoding import encode_documents
 from mtp_dist.data.epochs import Cut
-from mtp_dist.data.inputs import Input
+from mtp_dist.data.inputs import Input, Shard
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
 from mtp_dist.data.sources.opened import RunSources, contents_of
 from mtp_dist.data.sources.text_loss import CHECKED_BYTES, TextLoss, measure_loss
@@ -30,8 +30,14 @@ READ_AT_ONCE_BYTES = 16 << 20
 class TrainingSamples(Protocol):
     """The samples of a run by their numbers: number (step - 1) * global batch size + position in the batch."""
 
-    def read(self, first: int, count: int) -> NDArray[np.int64]:
-        """Samples number first .. first + count - 1, [count, S + lookahead]."""
+    shards: int
+    """Parts of each source; if there are several, each data-parallel rank knows the state of those it reads."""
+
+    def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
+        """Return a data-parallel rank's part of the samples first .. first + count - 1, [count / ranks, S + lookahead].
+
+        `count` is a multiple of `ranks`.
+        """
 
     def epochs(self, num_samples: int) -> list[float]:
         """How many times each source has been read after the first `num_samples` samples."""
@@ -160,8 +166,14 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
         inputs = {key: corpora.sources.input(source, key) for key, source in sources.items()}
         for key, of_key in inputs.items():
             corpora.check_stream(of_key, key)
+        number_of = config.data.stream_shards
         streams = [
-            TokenStream(of_key, corpora.sources.tokenizer, f"{key}.path = '{sources[key].path}'")
+            [
+                TokenStream(
+                    of_key, corpora.sources.tokenizer, f"{key}.path = '{sources[key].path}'", Shard(i, number_of)
+                )
+                for i in range(number_of)
+            ]
             for key, of_key in inputs.items()
         ]
         samples = StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)

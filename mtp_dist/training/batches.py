@@ -12,9 +12,10 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.data.loading import Datasets, ValidationSamples
+from mtp_dist.data.streaming import merge_states
 from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
 from mtp_dist.parallel.pipeline import MicroBatch
-from mtp_dist.parallel.topology import Topology
+from mtp_dist.parallel.topology import Topology, data_group, gather_over_ranks
 
 
 def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:
@@ -59,7 +60,7 @@ class Batches:
         self._next = samples_read
 
     def training(self) -> list[MicroBatch]:
-        """Of the next update; data-parallel rank r takes the r-th slice of the global batch."""
+        """Of the next update, this data-parallel rank's part of the global batch."""
         self.samples_read += self.config.train.global_batch_size
         if not self.reads:
             return []
@@ -71,17 +72,23 @@ class Batches:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """As JSON, what a run needs to go on after the last step that was asked for. Only of ranks that read."""
+        """As JSON, what this rank needs to go on after the last step that was asked for. Only of ranks that read."""
         return self.datasets.state(self.samples_read, self._state_of_train)
+
+    def gather_state(self) -> dict[str, Any]:
+        """Return what a run needs at any layout. A collective over the data-parallel ranks."""
+        state = self._state_of_train
+        if self.datasets.train.shards > 1 and self.topology.data > 1:
+            state = merge_states(gather_over_ranks(state, data_group()))
+        return self.datasets.state(self.samples_read, state)
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, first: int) -> tuple[list[MicroBatch], Any]:
         """This rank's part of the global batch that begins with sample `first`, and the samples' state after it."""
-        share = self.config.train.global_batch_size // self.topology.data
-        samples = self.datasets.train
-        batch = self._micro_batches(samples.read(first + self.topology.data_rank * share, share))
+        size, samples = self.config.train.global_batch_size, self.datasets.train
+        batch = self._micro_batches(samples.read(first, size, self.topology.data_rank, self.topology.data))
         return batch, samples.state()
 
     def validation(self, samples: ValidationSamples) -> tuple[list[MicroBatch], int]:

@@ -129,7 +129,7 @@ class Trainer:
                 self._validate(step, batches)
             if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
                 watchdog.expect(f"the save after step {step}, or the one before")
-                state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.state())
+                state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.gather_state())
                 with self._clock.paused():
                     self.save(state, stopping or step == config.train.steps)
             if due and stopping:  # saved first: the time may be short, and a validation takes long

@@ -72,11 +72,15 @@ def learned(folder: Path) -> list[list[float]]:
 
 
 def test_a_killed_stream_goes_on_where_it_was_at_another_degree(tmp_path: Path) -> None:
+    """In four shards, of which each of two ranks reads two."""
     documents = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" * (i % 5) for i in range(200)]
-    lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
-    (tmp_path / "documents.jsonl").write_text(lines)
-    source = {"path": str(tmp_path / "documents.jsonl"), "stream": True}
-    config = jobs.write_config(tmp_path, data={"train": [source], "validation": []}, checkpoint={"every": 2})
+    (tmp_path / "documents").mkdir()
+    for part in range(4):
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents[part::4])
+        (tmp_path / "documents" / f"{part}.jsonl").write_text(lines)
+    source = {"path": str(tmp_path / "documents"), "glob": "*.jsonl", "stream": True}
+    data = {"train": [source], "validation": [], "stream_shards": 4}
+    config = jobs.write_config(tmp_path, data=data, checkpoint={"every": 2})
 
     def arguments(output: str) -> list[str]:
         options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]

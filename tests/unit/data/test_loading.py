@@ -20,7 +20,6 @@ from mtp_dist.data.loading import TrainingSamples, ValidationSamples, load_datas
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.progress import PreparationProgress
-from mtp_dist.data.sources import opened
 from mtp_dist.data.streaming import StreamedSamples
 from mtp_dist.pretrain import main
 
@@ -92,6 +91,8 @@ def test_no_validation_source_means_no_validation(tmp_path: Path) -> None:
 
 
 def test_a_source_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mtp_dist.data.sources import opened
+
     named: list[list[str]] = []
     really_open = opened.open_inputs
 

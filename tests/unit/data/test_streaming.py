@@ -43,7 +43,7 @@ def stream_of(path: str, **options: Any) -> TokenStream:
 
 
 def samples_of(*paths: str, weights: tuple[float, ...] = (1.0,)) -> StreamedSamples:
-    return StreamedSamples([stream_of(path) for path in paths], weights, LENGTH, LOOKAHEAD)
+    return StreamedSamples([[stream_of(path)] for path in paths], weights, LENGTH, LOOKAHEAD)
 
 
 def packed(documents: list[str], passes: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
     ]
     expected = packed(documents, 3)
     for stream in streams:
-        first = StreamedSamples([stream], [1.0], LENGTH, LOOKAHEAD)
+        first = StreamedSamples([[stream]], [1.0], LENGTH, LOOKAHEAD)
         assert np.array_equal(first.read(0, 100), expected[:100])
         state = json.loads(json.dumps(first.state()))
         rest = first.read(100, len(expected) - 100)
@@ -152,7 +152,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, name: str) -> None:
     for part in ("first", "second"):
         (folder / part).mkdir(parents=True)
         WRITERS[name](folder / part / name, documents_of(1))
-    samples = StreamedSamples([stream_of(str(folder), glob=f"**/{name}")], (1.0,), LENGTH, LOOKAHEAD)
+    samples = StreamedSamples([[stream_of(str(folder), glob=f"**/{name}")]], (1.0,), LENGTH, LOOKAHEAD)
     samples.read(0, 2)
     (folder / "second" / name).unlink()
     with pytest.raises(ConfigError) as error:

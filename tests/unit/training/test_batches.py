@@ -36,9 +36,10 @@ class NumberedSamples:
             raise IndexError(index)
         return index * 100 + np.arange(LENGTH + HEADS)
 
-    def read(self, first: int, count: int) -> NDArray[np.int64]:
-        self.last = first + count
-        return np.stack([self[index] for index in range(first, first + count)])
+    def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
+        share = count // ranks
+        self.last = first + (rank + 1) * share
+        return np.stack([self[index] for index in range(first + rank * share, self.last)])
 
     def state(self) -> dict[str, int]:
         return {"read": self.last}
