@@ -88,6 +88,17 @@ def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
     assert np.array_equal(other.read(40, 20), samples.read(40, 20))
 
 
+def test_a_state_from_before_there_were_shards_is_read(path: str) -> None:
+    """It is rank 0's, which was then the first to have its part of the step."""
+    stream = stream_of(path)
+    for _ in range(4):
+        stream.take(LENGTH + LOOKAHEAD, LENGTH)
+    for rank in range(2):
+        samples = samples_of(path)
+        samples.restore(json.loads(json.dumps({"next": 4, "streams": [stream.state()]})), 8, [0])
+        assert np.array_equal(samples.read(8, 8, rank, 2), packed(documents_of(1), 3)[8 + 4 * rank :][:4])
+
+
 def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
     documents = [text for text in documents_of(3) if text]
     (tmp_path / "code").mkdir()
