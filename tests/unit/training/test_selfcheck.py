@@ -21,6 +21,8 @@ from mtp_dist.training.selfcheck import (
     with_small_batch,
 )
 from tests.parity.runs import tiny_config
+from tests.ranks import Ranks
+from tests.unit.training.selfcheck_on_ranks import selfcheck_of
 
 SEVEN_BILLION: dict[str, dict[str, Any]] = {
     "model": {
@@ -73,6 +75,9 @@ def check_reduction(config: Config, vocab_size: int, data: int) -> Config:
     assert (small.model.query_groups < small.model.num_attention_heads) == grouped
     assert small.model.tie_embeddings == config.model.tie_embeddings
     assert small_vocabulary <= vocab_size
+    assert small.train.sequence_length <= 2048
+    tokens, wanted = (c.train.micro_batch_size * c.train.sequence_length for c in (small, config))
+    assert wanted <= tokens < wanted + small.train.sequence_length, "sums over a micro-batch are as long"
     assert parameter_counts(small, small_vocabulary).total <= parameter_counts(config, vocab_size).total
     assert sum(trunk_layers_per_stage(small, small_vocabulary)) == small.model.trunk_layers
     return small
@@ -142,6 +147,31 @@ def test_every_valid_configuration_stays_valid(
     except ConfigError:
         assume(False)
     check_reduction(config, 50_000, data)
+
+
+@pytest.mark.regression("7.A3")
+def test_the_micro_batch_has_as_many_tokens_and_a_few_of_them_are_frequent() -> None:
+    train = {"micro_batch_size": 4, "global_batch_size": 8, "sequence_length": 1024}
+    small, vocab_size = reduced(tiny_config(train=train), 50_000)
+    assert (small.train.micro_batch_size, small.train.sequence_length) == (4, 1024)
+    counts = random_batch(small, vocab_size)[0].flatten().bincount(minlength=vocab_size)
+    assert counts.max() > 0.1 * counts.sum() and counts[0] < 0.001 * counts.sum(), "documents are long"
+
+
+@pytest.mark.regression("7.A3")
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_a_sum_over_tokens_in_bf16_is_found(ranks: Ranks, kind: str) -> None:
+    """The embedding's gradient as PyTorch computes it on a CPU."""
+    config = tiny_config(
+        model={"trunk_layers": 2},
+        heads={"kind": kind, "count": 2},
+        parallel={"tensor": 2},
+        train={"micro_batch_size": 16, "global_batch_size": 32, "sequence_length": 256, "precision": "bf16"},
+    )
+    right, wrong = (ranks.run(2, selfcheck_of, config, 257, fault)[0] for fault in (False, True))
+    assert all(comparison.passed for comparison in right), right
+    [failed] = [comparison for comparison in wrong if not comparison.passed]
+    assert (failed.quantity, failed.precision) == ("gradients", "bf16") and "embedding.weight" in failed.where
 
 
 def test_random_batch_is_masked_unevenly_and_shifted() -> None:
