@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
 from mtp_dist.model.rotary import rotary_frequencies
@@ -76,7 +77,7 @@ class ReferenceModel(nn.Module):
         """Tokens `[B, S]` -> z `[B, S, D]`."""
         hidden = F.embedding(tokens, self.weight("embedding.weight"))
         for index in range(self.config.model.trunk_layers):
-            hidden = self._layer(f"trunk.{index}", hidden, unseen)
+            hidden = self._recomputed_layer(f"trunk.{index}", hidden, unseen)
         return hidden
 
     def _states(self, z: Tensor, samples: Tensor, unseen: Tensor, last: int | None = None) -> dict[int, Tensor]:
@@ -110,7 +111,7 @@ class ReferenceModel(nn.Module):
             before = torch.cat(normed, -1) @ self.weight(f"{name}.eh_proj.weight").T
             name += ".layers"
         for depth in range(heads.layers_per_head):
-            before = self._layer(f"{name}.{depth}", before, unseen)
+            before = self._recomputed_layer(f"{name}.{depth}", before, unseen)
         return before
 
     def _logits(self, k: int, state: Tensor) -> Tensor:
@@ -126,6 +127,13 @@ class ReferenceModel(nn.Module):
         if self.config.heads.unembedding == "separate":
             return f"unembeddings.{k}.weight"
         return "embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight"
+
+    def _recomputed_layer(self, name: str, hidden: Tensor, unseen: Tensor) -> Tensor:
+        """Apply `_layer` so that the attention scores `[B, heads, S, S]` of only one layer are in memory."""
+        if not torch.is_grad_enabled():
+            return self._layer(name, hidden, unseen)
+        output: Tensor = checkpoint(self._layer, name, hidden, unseen, use_reentrant=False, preserve_rng_state=False)
+        return output
 
     def _layer(self, name: str, hidden: Tensor, unseen: Tensor) -> Tensor:
         eps = self.config.model.norm_eps
@@ -174,12 +182,18 @@ class ReferenceLosses(NamedTuple):
 
 
 def reference_losses(
-    model: ReferenceModel, samples: Tensor, targets: Tensor, documents: Tensor | None = None
+    model: ReferenceModel,
+    samples: Tensor,
+    targets: Tensor,
+    documents: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> ReferenceLosses:
     """samples `[B, S + lookahead]`, targets `[n, B, S]` with IGNORE_INDEX where none counts.
 
     documents, shaped like samples: which one each token lies in, for a configuration that stops at them.
+    counts `[n]`: numbers of valid targets to divide by, if these samples are a part of the batch.
     """
+    counts = (targets != IGNORE_INDEX).sum((1, 2)) if counts is None else counts
     heads, data = model.config.heads, model.config.data
     losses, distillation, objectives = [], [], []
     all_logits = model(samples, targets.shape[-1], None if data.attention_across_documents else documents)
@@ -190,7 +204,7 @@ def reference_losses(
         taught = torch.zeros_like(total)
         if heads.distillation and k > 1:
             taught = _distillation_sum(all_logits[1], logits, valid, heads.distances[k - 1], heads.distillation_top)
-        targets_of_head = valid.sum().clamp(min=1)
+        targets_of_head = counts[k - 1].clamp(min=1)
         losses.append(total / targets_of_head)
         distillation.append(taught / targets_of_head)
         objectives.append((total + heads.z_loss * squares + heads.distillation * taught) / targets_of_head)
@@ -201,7 +215,7 @@ def reference_losses(
         scores = _token_order_scores(samples, all_logits[TOKEN_ORDER], heads.token_order_window, ranked)
         probabilities = scores.softmax(-1).where(valid.unsqueeze(-1), 0.0)  # NaN where nothing is ranked
         cross_entropies = -(probabilities * all_logits[TOKEN_ORDER].log_softmax(-1)).sum(-1)
-        order = cross_entropies.sum() / valid.sum().clamp(min=1)
+        order = cross_entropies.sum() / counts[0].clamp(min=1)
     return ReferenceLosses(torch.stack(losses), torch.stack(distillation), torch.stack(objectives), order)
 
 
