@@ -20,7 +20,7 @@ RUN := PATH="$(VENV)/bin:$$PATH"
 stop = { echo 'error: $(1)' >&2; exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slurm check format clean
+.PHONY: help install demo test test-gpu test-slurm check format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ demo: $(STAMP) ## Train a small model on two processes and show the result
 
 test: $(STAMP) ## Run all tests
 	$(RUN) $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## Run the tests that need an NVIDIA GPU
+	$(RUN) $(VENV)/bin/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## Install SLURM where it is missing (Debian, as root) and run the tests that need it
 	@missing=$$(for daemon in slurmctld slurmd munged; do \

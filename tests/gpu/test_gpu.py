@@ -1,0 +1,110 @@
+"""What only an NVIDIA GPU shows: the kernels, NCCL, and a resume on them. Skipped on other machines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, linear_cross_entropy
+from mtp_dist.model.targets import IGNORE_INDEX
+from tests.errors import norm_error
+from tests.integration import jobs
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPUS == 0, reason="PyTorch sees no NVIDIA GPU on this machine"),
+]
+ON_GPU = ["env", "DS_ACCELERATOR=cuda"]
+"""The jobs of the other tests run on the CPU."""
+two_gpus = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs 2 NVIDIA GPUs, this machine has {GPUS}")]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_the_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype).cuda() for size in (300, 5000))
+    targets = torch.randint(0, 5000, (300,), generator=generator).cuda()
+    request = GradientRequest(
+        torch.tensor(0.5, device="cuda"), 0.0, torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    )
+    vocabulary = Vocabulary(5000, IGNORE_INDEX, dist.ProcessGroup(0, 1))
+    sums = linear_cross_entropy(hidden, weight, targets, vocabulary, 64, request)
+    exact_hidden, exact_weight = (tensor.double().requires_grad_() for tensor in (hidden, weight))
+    truth = F.cross_entropy(exact_hidden @ exact_weight.T, targets, reduction="sum")
+    (0.5 * truth).backward()
+    assert abs(float(sums.cross_entropy) / float(truth.detach()) - 1) < 1e-6
+    assert request.weight is not None and exact_hidden.grad is not None and exact_weight.grad is not None
+    assert norm_error(request.hidden, exact_hidden.grad) <= bound
+    assert norm_error(request.weight, exact_weight.grad) <= bound
+
+
+LAYOUTS = [
+    pytest.param(1, [], id="one GPU"),
+    pytest.param(2, ["parallel.tensor=2", "parallel.sequence=true"], marks=two_gpus, id="tensor 2"),
+    pytest.param(2, ["parallel.pipeline=2"], marks=two_gpus, id="pipeline 2"),
+    pytest.param(2, ["parallel.zero_stage=1"], marks=two_gpus, id="data 2"),
+]
+
+
+@pytest.mark.parametrize(("processes", "overrides"), LAYOUTS)
+def test_parity_with_the_reference(tmp_path: Path, processes: int, overrides: list[str]) -> None:
+    """NCCL, PyTorch's attention and the optimizer of the machine, in fp32 and in bf16."""
+    config = jobs.write_config(tmp_path, run={"device": "cuda"}, train={"precision": "bf16", "sequence_length": 128})
+    command = jobs.torchrun(
+        "-m", "mtp_dist.cli", "selfcheck", "--config", str(config), "--json", *overrides, processes=processes
+    )
+    result = jobs.run([*ON_GPU, *command])
+    assert result.status == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["passed"] and {row["precision"] for row in report["comparisons"]} == {"fp32", "bf16"}
+
+
+def test_a_resumed_run_learns_the_same_bits(tmp_path: Path) -> None:
+    """With `train.deterministic`: 6 steps, and 3 steps that are resumed up to step 6."""
+    learned = {}
+    for name, parts in {"whole": [6], "resumed": [3, 6]}.items():
+        (tmp_path / name).mkdir()
+        config = jobs.write_config(
+            tmp_path / name,
+            run={"device": "cuda"},
+            train={"deterministic": True, "precision": "bf16", "validate_every": 3},
+            optimizer={"schedule": "constant"},
+            checkpoint={"allow_changes": ["train.steps"]},
+        )
+        for steps in parts:
+            command = jobs.plain(jobs.PRETRAIN, "--config", str(config), f"train.steps={steps}")
+            result = jobs.run([*ON_GPU, *command])
+            assert result.status == 0, result.output
+        learned[name] = jobs.learned(tmp_path / name / "out")
+    assert [line["step"] for line in learned["whole"]] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert learned["resumed"] == learned["whole"]
+
+
+NCCL_PROGRAM = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from mtp_dist.distributed.flight_recorder import dump_flight_recorder, enable_flight_recorder
+
+enable_flight_recorder()
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(4, device="cuda"))
+torch.cuda.synchronize()
+print(dump_flight_recorder(Path(sys.argv[1])))
+dist.destroy_process_group()
+"""
+
+
+def test_the_flight_recorder_has_the_collectives_of_nccl(tmp_path: Path) -> None:
+    path = tmp_path / "rank_00000"
+    ended = subprocess.run(
+        [sys.executable, "-c", NCCL_PROGRAM, str(path)], cwd=jobs.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("nccl:all_reduce, number ") and path.stat().st_size > 0
