@@ -1,6 +1,8 @@
 """What launchers/slurm/pretrain.sbatch makes of SLURM's variables. tests/slurm runs it on a real SLURM."""
 
 import os
+import re
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.training.stopping import REQUEUE
+from tests.integration import jobs
 
 PROJECT = Path(__file__).resolve().parents[3]
 SCRIPT = PROJECT / "launchers" / "slurm" / "pretrain.sbatch"
@@ -21,7 +24,11 @@ exit "${STATUS:-0}"
 SCONTROL = """#!/bin/bash
 case "$1 $2" in
 "show hostnames") printf '%s\\n' gpu-7 gpu-8 ;;
-"show node") printf '%s\\n' "NodeName=$3 CoresPerSocket=8" "   NodeAddr=10.0.0.7 NodeHostName=$3" ;;
+"show node")
+    [[ -z $PRIVATE_DATA ]] || { echo "Node $3 not found"; exit 1; }
+    printf '%s\\n' "NodeName=$3 CoresPerSocket=8" "   NodeAddr=10.0.0.7 NodeHostName=$3" "   ThreadsPerCore=2" ;;
+"show config") echo "GresTypes               = ${GRES_TYPES-(null)}" ;;
+"show job") printf '%s\\n' "JobId=$4 JobName=mtp-dist" "$JOB_NODES" ;;
 requeue*) echo "$2" > requeued.txt ;;
 esac
 """
@@ -52,6 +59,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
+    """Run the file as a job would; without arguments it is given a configuration."""
+    arguments = arguments or ("--config", "c.yaml")
     job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "gpu-[7-8]", "SLURM_CPUS_ON_NODE": "64"}
     environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", **job, **variables}
     result = subprocess.run(["bash", SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
@@ -147,6 +156,99 @@ def test_containers(folder: Path) -> None:
     inside = apptainer[apptainer.index("rank") + 1 :]
     options = ["--nv", "--bind", str(folder), "--pwd", str(folder)]
     assert inside == ["apptainer", "exec", *options, "my images/x.sif", "python", *pyxis[-3:]]
+
+
+def refusal(outcome: Outcome) -> str:
+    """Return the only line of a job that has started nothing."""
+    assert outcome.status == 2 and not outcome.srun, outcome
+    [sentence] = outcome.output.splitlines()
+    assert sentence.startswith("error: ")
+    return sentence
+
+
+@pytest.mark.regression("7.C7")
+def test_a_job_that_exports_nothing_gives_its_ranks_what_they_need(folder: Path) -> None:
+    """After `sbatch --export=NONE`, which sites recommend, srun passes nothing on unless it is told to."""
+    outcome = run(folder, SLURM_EXPORT_ENV="NONE")
+    assert value(outcome.srun, "--export") == "ALL"
+    assert "PYTHONUNBUFFERED=1" in outcome.environment, "a rank that is killed leaves its last lines"
+
+
+@pytest.mark.regression("7.C7")
+def test_a_cluster_that_hides_its_nodes(folder: Path) -> None:
+    """PrivateData=nodes: `scontrol show node` finds none."""
+    outcome = run(folder, PRIVATE_DATA="nodes")
+    assert outcome.status == 0, outcome.output
+    assert outcome.variables == ["2", "gpu-7", "10042"]
+
+
+@pytest.mark.regression("7.C7")
+def test_every_task_sees_all_gpus_of_its_node(folder: Path) -> None:
+    """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
+    per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
+    outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **per_task)
+    assert value(outcome.srun, "--gpu-bind") == "none"
+    assert not [line for line in outcome.environment if line.partition("=")[0] in per_task]
+
+
+@pytest.mark.regression("7.C7")
+@pytest.mark.parametrize(("cpus", "per_task"), [("104(x2)", 12), ("64,52", 6), ("64(x3),26", 2), ("8(x2)", 1)])
+def test_tasks_get_whole_cores_of_the_smallest_node(folder: Path, cpus: str, per_task: int) -> None:
+    """SLURM rounds odd numbers of hardware threads up to cores, and the step does not fit."""
+    outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_CPUS_ON_NODE="104", SLURM_JOB_CPUS_PER_NODE=cpus)
+    assert value(outcome.srun, "--cpus-per-task") == str(per_task)
+
+
+@pytest.mark.regression("7.C7")
+def test_nodes_with_different_gpus_are_refused(folder: Path) -> None:
+    lines = [
+        "     Nodes=gpu-7 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)",
+        "     Nodes=gpu-8 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:4(IDX:0,2-4)",
+    ]
+    outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES="\n".join(lines))
+    assert "different numbers of GPUs (4 8): name it with --gpus-per-node" in refusal(outcome)
+    alike = "\n".join(lines).replace("a100:4", "a100:8")
+    assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=alike).status == 0
+
+
+@pytest.mark.regression("7.C7")
+def test_a_heterogeneous_job_is_refused(folder: Path) -> None:
+    assert "heterogeneous" in refusal(run(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2"))
+
+
+@pytest.mark.regression("7.C7")
+def test_no_gpu_asked_for_on_a_cluster_with_gpus_is_refused(folder: Path) -> None:
+    assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu,craynetwork"))
+    assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8"))
+    on_cpus = run(folder, "--config", "c.yaml", "run.device=cpu", GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="4")
+    assert (on_cpus.status, value(on_cpus.srun, "--ntasks")) == (0, "8")
+    assert run(folder, GRES_TYPES="gpu", SLURM_GPUS_ON_NODE="8").status == 0
+    assert run(folder, GRES_TYPES="bandwidth").status == 0
+
+
+@pytest.mark.regression("7.C7")
+def test_a_port_in_use_is_left_alone(folder: Path) -> None:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", jobs.free_port()))
+        port = first.getsockname()[1]
+        second.bind(("", port + 1))
+        for taken in (first, second):
+            taken.listen()
+        outcome = run(folder, SLURM_JOB_ID=str(port - 10_000))
+    assert int(outcome.variables[2]) > port + 1
+
+
+@pytest.mark.regression("7.C7")
+def test_no_array_is_empty() -> None:
+    """Before version 4.4 bash takes the elements of an empty array for an unset variable, which `set -u` forbids."""
+    assert not re.findall(r"\w+=\(\)", SCRIPT.read_text())
+
+
+def test_a_job_without_a_configuration_is_refused(folder: Path) -> None:
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "gpu-7", "SLURM_CPUS_ON_NODE": "64"}
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    result = subprocess.run(["bash", SCRIPT], cwd=folder, env={"PATH": path, **job}, capture_output=True, text=True)
+    assert result.returncode == 2 and "--config" in result.stderr
 
 
 def test_another_folder_is_refused(folder: Path) -> None:
