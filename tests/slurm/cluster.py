@@ -22,6 +22,8 @@ from tests.integration import jobs
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("node-0", "node-1")
 CPUS_OF_A_NODE = 4
+GPUS_OF_A_NODE = 2
+"""Empty files that jobs can ask for."""
 SECONDS_TO_START = 120
 SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 """The daemons are not for users, so their folder is not in every PATH."""
@@ -54,6 +56,7 @@ MessageTimeout=60
 KillWait=30
 ReturnToService=2
 MinJobAge=86400
+GresTypes=gpu
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=60 OverSubscribe=NO
 """
@@ -91,13 +94,17 @@ class Cluster:
     def _write_settings(self) -> None:
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={jobs.free_port()} CPUs={CPUS_OF_A_NODE}"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={jobs.free_port()} CPUs={CPUS_OF_A_NODE} "
+            f"Gres=gpu:{GPUS_OF_A_NODE}"
             for node in NODES
         )
         settings = SETTINGS.format(
             host=host, user=getpass.getuser(), controller_port=jobs.free_port(), folder=self.folder, nodes=nodes
         )
         (self.folder / "slurm.conf").write_text(settings)
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS_OF_A_NODE - 1}]\n")
+        for number in range(GPUS_OF_A_NODE):
+            (self.folder / f"gpu{number}").touch()
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
 

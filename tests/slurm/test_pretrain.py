@@ -90,10 +90,12 @@ class Submitted:
 
 def submit(cluster: Cluster, project: Path, *options: str) -> str:
     # Nodes that jobs share, unlike the file's --exclusive: that is what ports must stand.
-    on_both_nodes = ("--nodes", "2", "--ntasks-per-node", "1", "--oversubscribe", *options)
+    on_both_nodes = ("--nodes", "2", "--ntasks-per-node", "1", "--gpus-per-task", "1", "--oversubscribe", *options)
+    # As on sites where jobs export nothing: what the ranks need, srun has to be told to pass on.
+    exported = ("--export", "SLURM_CONF,PATH")
     # resume=none holds for the first start only.
     arguments = ("--config", "my configs/tiny.yaml", "run.output_dir=my runs/%a", "checkpoint.resume=none")
-    return cluster.submit(*on_both_nodes, "launchers/slurm/pretrain.sbatch", *arguments, folder=project)
+    return cluster.submit(*on_both_nodes, *exported, "launchers/slurm/pretrain.sbatch", *arguments, folder=project)
 
 
 @pytest.fixture(scope="module")
