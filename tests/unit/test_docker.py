@@ -1,38 +1,68 @@
 """What hadolint does not know of the Dockerfile."""
 
-import json
 import re
 import tomllib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
-
-from mtp_dist.config import load_config
+from packaging.utils import canonicalize_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (PROJECT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 
 
-def test_the_health_check_can_run() -> None:
-    [command] = re.findall(r"^HEALTHCHECK .*CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
-    program, subcommand, option, config, *overrides = json.loads(command)
-    assert (program, subcommand, option) == ("mtp-dist", "selfcheck", "--config")
-    [home] = re.findall(r"^WORKDIR (/opt/.*)$", DOCKERFILE, re.MULTILINE)
-    settings = load_config(PROJECT / Path(config).relative_to(home), overrides)
-    assert settings.micro_batches(world_size=1) and settings.run.device == "cpu"
+@pytest.mark.regression("7.C11")
+def test_nothing_runs_beside_the_training() -> None:
+    """A check of health would take memory and time from it, and only Docker would run it."""
+    assert "HEALTHCHECK" not in DOCKERFILE
+
+
+@pytest.mark.regression("7.C11")
+def test_the_build_is_sent_what_it_copies_and_no_more() -> None:
+    ignored, *kept = (PROJECT / ".dockerignore").read_text().split()
+    copied = [name for names in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()]
+    assert ignored == "*" and sorted(kept) == sorted([*(f"!{name}" for name in copied), "**/__pycache__"])
 
 
 def test_nobody_is_root() -> None:
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["10001"]
 
 
-def test_versions_are_exact_and_allowed() -> None:
+def pins() -> dict[str, str]:
     lines = (PROJECT / "docker" / "constraints.txt").read_text().splitlines()
-    pins = {pin.name: pin.specifier for pin in (Requirement(line) for line in lines if not line.startswith("#"))}
-    assert all(re.fullmatch(r"==[\d.]+", str(specifier)) for specifier in pins.values())
+    found = {}
+    for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
+        [exact] = requirement.specifier
+        assert exact.operator == "==" and "*" not in exact.version, requirement
+        found[canonicalize_name(requirement.name)] = exact.version
+    return found
+
+
+def wanted() -> list[Requirement]:
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    wanted = {requirement.name: requirement for requirement in map(Requirement, project["dependencies"])}
-    assert pins.keys() <= wanted.keys()
-    for name, specifier in pins.items():
-        assert wanted[name].specifier.contains(str(specifier).removeprefix("==")), name
+    return [Requirement(text) for text in project["dependencies"]]
+
+
+@pytest.mark.regression("7.C11")
+def test_every_version_is_pinned() -> None:
+    """What the image brings is pinned by its tag: PyTorch, and setuptools, which builds."""
+    versions, missing = pins(), {canonicalize_name(requirement.name) for requirement in wanted()} - set(pins())
+    for name in versions:
+        with suppress(PackageNotFoundError):
+            # The requirements of another version than the pinned one say nothing about that.
+            if version(name) == versions[name]:
+                needed = [Requirement(text) for text in requires(name) or []]
+                here = [need.name for need in needed if not need.marker or need.marker.evaluate({"extra": ""})]
+                missing |= {canonicalize_name(need) for need in here} - versions.keys()
+    assert missing <= {"torch", "setuptools"}
     assert re.search(r"^FROM \S+:\d\d\.\d\d-py3$", DOCKERFILE, re.MULTILINE)
+
+
+def test_the_pinned_versions_are_allowed() -> None:
+    versions = pins()
+    for requirement in wanted():
+        if (name := canonicalize_name(requirement.name)) in versions:
+            assert requirement.specifier.contains(versions[name]), name
