@@ -31,14 +31,19 @@ def described(**differing: str) -> dict[str, str]:
 
 
 def join_all(
-    ranks: list[int], world_size: int, seconds: float, differ: Mapping[int, Mapping[str, str]] = MappingProxyType({})
+    ranks: list[int],
+    world_size: int,
+    seconds: float,
+    differ: Mapping[int, Mapping[str, str]] = MappingProxyType({}),
+    refusal: str | None = None,
 ) -> dict[int, object]:
     """What each rank gets, or the sentence it ends with; each is a thread here."""
     results: dict[int, object] = {}
 
     def run(rank: int) -> None:
         try:
-            results[rank] = join(rank, world_size, seconds, described(**differ.get(rank, {})))
+            description = described(**differ.get(rank, {}))
+            results[rank] = join(rank, world_size, seconds, description, None if rank else refusal)
         except ConfigError as error:
             results[rank] = str(error)
 
@@ -54,6 +59,17 @@ def test_all_ranks_share_a_store(meeting_point: str) -> None:
     stores = join_all([2, 0, 1], 3, 60)
     stores[2].set("word", "heard")  # type: ignore[attr-defined]
     assert [stores[rank].get("word") for rank in (0, 1)] == [b"heard"] * 2  # type: ignore[attr-defined]
+
+
+def test_rank_0_ends_the_start_of_all(meeting_point: str) -> None:
+    """If it knows a reason, it alone has the words; a port that another run uses is not that reason."""
+    assert join_all([0, 1, 2], 3, 60, refusal="in use") == {
+        0: "in use",
+        1: "this run cannot start: rank 0 reports why",
+        2: "this run cannot start: rank 0 reports why",
+    }
+    other_run = join(0, 1, 60, described())
+    assert other_run and join_all([0], 3, 60, refusal="in use") == {0: "in use"}
 
 
 def test_missing_ranks_are_named(
@@ -112,8 +128,8 @@ def test_a_rank_that_differs_is_named_and_all_end(meeting_point: str) -> None:
             "the device is cpu on rank 1 (node-7), and as usual on 2 other ranks: look at nvidia-smi there, or set "
             "run.device"
         ),
-        1: "the ranks of this run do not agree: rank 0 says in what",
-        2: "the ranks of this run do not agree: rank 0 says in what",
+        1: "this run cannot start: rank 0 reports why",
+        2: "this run cannot start: rank 0 reports why",
     }
 
 
