@@ -18,6 +18,7 @@ from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.output import make_output_optional
 from mtp_dist.training.rank_logs import copy_output
+from mtp_dist.training.run_lock import hold_folders
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.watchdog import Watchdog
 
@@ -68,7 +69,8 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     sources = check_before_start(config, memory_snapshot=options.memory_snapshot)
-    return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
+    with hold_folders(config, stop_signals):
+        return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
 
 
 def stop(error: ConfigError) -> NoReturn:

@@ -20,17 +20,20 @@ SECONDS_FOR_THE_OTHERS = 1.0
 """That rank 0 waits longer than they: with it ends the store, which they may be asking."""
 POLL_SECONDS = 0.2
 ALL_HERE = "all here"
-"""Key that rank 0 sets when all have come: to nothing, or to how they differ."""
+"""Key that rank 0 sets when all have come: to nothing, or to why the run cannot start."""
 READ = "read"
 """Key that counts the ranks that have read it."""
 SECONDS_TO_READ = 10.0
 
 
-def join(rank: int, world_size: int, seconds: float, description: Mapping[str, str]) -> Store:
+def join(
+    rank: int, world_size: int, seconds: float, description: Mapping[str, str], refusal: str | None = None
+) -> Store:
     """Wait until all ranks have come to MASTER_ADDR:MASTER_PORT; the store is what opens the process group.
 
     Raise ConfigError after `seconds`, on rank 0 with the ranks that have not come, and if the ranks' descriptions (see
-    describe_rank) differ, on rank 0 with those that do.
+    describe_rank) differ, on rank 0 with those that do. refusal: why the run must not start, if rank 0 knows a reason;
+    it is raised on rank 0 without waiting for all.
     """
     address, port = _meeting_point(world_size)
     where, deadline = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)", time.monotonic() + seconds
@@ -45,9 +48,13 @@ def join(rank: int, world_size: int, seconds: float, description: Mapping[str, s
         # Ranks that torchrun starts again find the keys of the first start.
         keys = PrefixStore(f"join {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         keys.set(str(rank), json.dumps(dict(description)))
+        if refusal:
+            _end_start(keys, world_size, refusal)
         _await_all(keys, rank, world_size, deadline, where, limit)
         _check_agreement(keys, rank, world_size)
     except DistError as error:
+        if refusal:  # which may be the run that uses the port
+            raise ConfigError(refusal) from None
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ConfigError(
             f"rank {rank} cannot {'open' if opens else 'use'} the meeting point {where}: {reason}; look at rank 0, or "
@@ -107,17 +114,21 @@ def _check_agreement(keys: Store, rank: int, world_size: int) -> None:
     if rank != 0:
         if keys.get(ALL_HERE):
             keys.add(READ, 1)
-            raise ConfigError("the ranks of this run do not agree: rank 0 says in what")
+            raise ConfigError("this run cannot start: rank 0 reports why")
         return
     ranks = [json.loads(text) for text in keys.multi_get([str(other) for other in range(world_size)])]
-    differences = find_differences(ranks)
-    keys.set(ALL_HERE, differences or "")
-    if differences:
-        # With rank 0 ends the store.
-        deadline = time.monotonic() + SECONDS_TO_READ
-        while keys.add(READ, 0) < world_size - 1 and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
-        raise ConfigError(differences)
+    if differences := find_differences(ranks):
+        _end_start(keys, world_size, differences)
+    keys.set(ALL_HERE, "")
+
+
+def _end_start(keys: Store, world_size: int, reason: str) -> NoReturn:
+    """Raise ConfigError on rank 0, and let the other ranks do so: with rank 0 ends the store."""
+    keys.set(ALL_HERE, reason)
+    deadline = time.monotonic() + SECONDS_TO_READ
+    while keys.add(READ, 0) < world_size - 1 and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    raise ConfigError(reason)
 
 
 def _poll(

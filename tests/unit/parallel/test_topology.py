@@ -28,4 +28,4 @@ def test_ranks_with_another_configuration_are_named(ranks: Ranks) -> None:
     config = tiny_config(run={"join_timeout": 60})
     first, *others = ranks.run(3, join_with_other_seeds, config, [1, 2, 1], jobs.free_port())
     assert first and re.match(r"the configuration is \w+ on rank 1 \(.*\), and \w+ on 2 other ranks: start ", first)
-    assert others == ["the ranks of this run do not agree: rank 0 says in what"] * 2
+    assert others == ["this run cannot start: rank 0 reports why"] * 2

@@ -1,0 +1,301 @@
+"""A lock on the folders that a run writes into, which rank 0 holds and which names its holder.
+
+It is a file of ours: the operating system's locks do not name their holder, are refused or kept on one machine by some
+network file systems, and stay for as long as the server likes if a client is killed. Whether the holder still runs is
+seen from its process on the same machine, from the restart of its SLURM job, or from the number that it counts up.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from mtp_dist.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from mtp_dist.training.stopping import StopSignals
+
+LOCK = "run.lock"
+REFRESH_EVERY_S = 10.0
+STALE_AFTER_S = 60.0
+"""The lock of a run on another machine that is not refreshed for as long counts no more."""
+LOOK_EVERY_S = 1.0
+SETTLE_S = 1.0
+"""How long two starts that take over the same lock wait to see whose it is in the end."""
+
+Record = dict[str, str]
+
+
+def describe_process() -> Record:
+    """Return what a lock contains of this process; an empty `process` if the machine cannot be told from others."""
+    return {
+        "host": socket.gethostname(),
+        "pid": str(os.getpid()),
+        "process": _process_identity(os.getpid()) or "",
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "started": datetime.now(UTC).isoformat(" ", timespec="seconds"),
+    }
+
+
+def _machine_identity() -> str | None:
+    """Return what processes that see each other's numbers have in common: a boot, and a namespace of a container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def _process_identity(pid: int) -> str | None:
+    """Return what no other process has, also if it gets the same number later; None if there is no such process."""
+    try:
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    start_time = fields[18]
+    return None if state in "ZX" else f"{_machine_identity()} {start_time}"
+
+
+def _describe(record: Record) -> str:
+    job = f", SLURM job {record['job']}" if record["job"] else ""
+    return f"a run on {record['host']} (process {record['pid']}{job}), started {record['started']}"
+
+
+def _parse(content: str) -> Record | None:
+    """Return what a lock contains, or None if it was not written to its end."""
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return None
+    known = isinstance(record, dict) and {*describe_process(), "token"} <= record.keys()
+    return record if known and all(isinstance(value, str) for value in record.values()) else None
+
+
+class FolderLock:
+    """One lock file."""
+
+    def __init__(
+        self, key: str, folder: Path, path: Path, monotonic: Callable[[], float], sleep: Callable[[float], None]
+    ) -> None:
+        self.key = key
+        self.folder = folder
+        self.path = path
+        self._monotonic = monotonic
+        self._sleep = sleep
+        self._token = uuid.uuid4().hex
+        self._record = describe_process() | {"token": self._token}
+        self._created: list[Path] = []
+
+    def acquire(self) -> None:
+        """Raise ConfigError if another run holds it, after up to STALE_AFTER_S of looking whether that still runs."""
+        try:
+            parent = self.path.parent
+            self._created = [path for path in (parent, *parent.parents) if not path.exists()]
+            parent.mkdir(parents=True, exist_ok=True)
+            while not self._create():
+                self._take_over_or_refuse(self._read())
+        except OSError as error:
+            raise ConfigError(
+                f"{self.key} = '{self.folder}' cannot be written: {error.filename or self.path}: {error.strerror}"
+            ) from None
+
+    def _content(self, beat: int = 0) -> bytes:
+        return f"{json.dumps(self._record | {'beat': f'{beat:010d}'})}\n".encode()
+
+    def _create(self) -> bool:
+        if self._is_ours(self._read()):
+            return True  # it was taken over
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(self._content())
+        return True
+
+    def _read(self) -> str | None:
+        """Return its content, or None if it does not exist."""
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def _is_ours(self, content: str | None) -> bool:
+        record = _parse(content) if content else None
+        return record is not None and record["token"] == self._token
+
+    def _take_over_or_refuse(self, content: str | None) -> None:
+        """Return when the lock may be free; raise ConfigError if its holder still runs."""
+        if content is None:
+            return
+        record = _parse(content)
+        who = _describe(record) if record else "a run"
+        reason = self._evidence_of_end(record)
+        if reason is None:
+            if record and self._is_alive(record):
+                raise ConfigError(self._refusal(record))
+            now = self._wait_for_a_change(content, who)
+            if now != content:
+                changed = _parse(now) if now else None
+                if record and changed and changed["token"] == record["token"]:
+                    raise ConfigError(self._refusal(record))
+                return
+            reason = f"it was not refreshed for {STALE_AFTER_S:g} s"
+        if self._read() == content:
+            print(f"{self.folder}: takes over the lock of {who}: {reason}", file=sys.stderr, flush=True)
+            mine = self.path.with_name(f"{self.path.name}.{self._token}")
+            mine.write_bytes(self._content())
+            mine.replace(self.path)
+            self._sleep(SETTLE_S)
+
+    def _is_alive(self, record: Record) -> bool:
+        """Whether its process is seen to run on this machine."""
+        return bool(record["process"]) and _process_identity(int(record["pid"])) == record["process"]
+
+    def _evidence_of_end(self, record: Record | None) -> str | None:
+        """Return why the holder is known to have ended, or None if that is not known yet."""
+        if record is None or self._is_alive(record):
+            return None
+        machine = _machine_identity()
+        if machine and record["process"].rpartition(" ")[0] == machine:
+            return "that process has ended"
+        job, restarts = self._record["job"], self._record["restarts"]
+        if job and job == record["job"] and int(restarts) > int(record["restarts"]):
+            return "SLURM has started its job again"
+        return None
+
+    def _wait_for_a_change(self, content: str, who: str) -> str | None:
+        """Return the content as soon as it differs, or after STALE_AFTER_S. No clock of another machine counts."""
+        print(
+            f"{self.folder} is locked by {who}: waits up to {STALE_AFTER_S:g} s to see whether it still runs",
+            file=sys.stderr,
+            flush=True,
+        )
+        deadline = self._monotonic() + STALE_AFTER_S
+        while (now := self._read()) == content and self._monotonic() < deadline:
+            self._sleep(LOOK_EVERY_S)
+        return now
+
+    def _refusal(self, record: Record) -> str:
+        stop = f"`scancel {record['job']}`" if record["job"] else f"`kill {record['pid']}` on {record['host']}"
+        return (
+            f"{self.key} = '{self.folder}' is in use by {_describe(record)}. Two runs in one folder would replace each "
+            f"other's files: wait until it has ended, stop it with {stop}, which saves, or choose another {self.key} "
+            f"({self.path} is its lock)"
+        )
+
+    def refresh(self, beat: int, on_loss: Callable[[str], None]) -> None:
+        """Write the next number into it. Call `on_loss` with a message if another run has taken it over."""
+        with suppress(OSError), self.path.open("r+b", buffering=0) as file:  # an error may be over next time
+            content = file.read().decode(errors="replace")
+            if self._is_ours(content):
+                file.seek(0)
+                file.write(self._content(beat))
+            elif record := _parse(content):
+                on_loss(
+                    f"{self.key} = '{self.folder}' was taken over by {_describe(record)}, because this run has not "
+                    f"refreshed {self.path} for {STALE_AFTER_S:g} s"
+                )
+
+    def release(self) -> None:
+        """Remove it if it is still this run's, and the folders that were created for it if nothing else is in them."""
+        with suppress(OSError):
+            if self._is_ours(self._read()):
+                self.path.unlink()
+                for folder in self._created:
+                    folder.rmdir()
+
+
+class RunLock:
+    """The locks of a run's folder and of its folder of checkpoints, held inside a `with`. For rank 0 only."""
+
+    def __init__(
+        self,
+        config: Config,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        places = {
+            "run.output_dir": (config.output_dir, config.output_dir / LOCK),
+            "checkpoint.directory": (config.checkpoint_dir, _beside(config.checkpoint_dir)),
+        }
+        self._locks = [FolderLock(key, *folder_and_path, monotonic, sleep) for key, folder_and_path in places.items()]
+        self._ended = threading.Event()
+        self._beat = 0
+
+    def __enter__(self) -> Self:
+        try:
+            for lock in self._locks:
+                lock.acquire()
+        except BaseException:
+            self.release()
+            raise
+        threading.Thread(target=self._keep_refreshing, name="run lock", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Release what is held; any thread may call it, more than once."""
+        self._ended.set()
+        for lock in reversed(self._locks):
+            lock.release()
+
+    def refresh(self, on_loss: Callable[[str], None]) -> None:
+        """Show that this run still lives. Call `on_loss` with a message if another run has taken a folder over."""
+        self._beat += 1
+        for lock in self._locks:
+            lock.refresh(self._beat, on_loss)
+
+    def _keep_refreshing(self) -> None:
+        while not self._ended.wait(REFRESH_EVERY_S):
+            self.refresh(_end_process)
+
+
+def _beside(checkpoint_dir: Path) -> Path:
+    """Return where a folder of checkpoints has its lock: beside it, so that it need not exist and may be moved.
+
+    In it if it is a file system of its own, or if the folder around it cannot be written.
+    """
+    folder = checkpoint_dir.resolve()
+    if folder.is_mount() or (folder.exists() and not os.access(folder.parent, os.W_OK)):
+        return folder / LOCK
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _end_process(text: str) -> None:
+    """End this run, which must not write any more, from whatever thread."""
+    with suppress(OSError):
+        os.write(2, f"error: {text}\n".encode())
+    os._exit(2)
+
+
+@contextmanager
+def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
+    """Hold the RunLock on rank 0. If another run holds it, end the start of all ranks and raise ConfigError."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with ExitStack() as held:
+        if rank == 0:
+            lock = RunLock(config)
+            stop_signals.end_at_once(lock.release)
+            try:
+                held.enter_context(lock)
+            except ConfigError as error:
+                if world_size > 1:
+                    from mtp_dist.parallel.rendezvous import join
+
+                    join(rank, world_size, config.run.join_timeout, {}, refusal=str(error))
+                raise
+        yield
