@@ -32,7 +32,7 @@ install: $(STAMP) ## Create .venv and install everything into it, once
 
 demo: $(STAMP) ## Train a small model on two processes and show the result
 	$(RUN) $(if $(filter 0 1,$(GPUS)),DS_ACCELERATOR=cpu) \
-		deepspeed --quiet --num_gpus 2 launchers/pretrain.py --config configs/demo.yaml \
+		mtp-dist launch --ranks 2 --config configs/demo.yaml \
 		$(if $(filter 0 1,$(GPUS)),run.device=cpu)
 
 test: $(STAMP) ## Run all tests

@@ -77,7 +77,7 @@ def configuration_page() -> str:
         "# Configuration\n",
         "A run is one YAML file, such as [configs/demo.yaml](../configs/demo.yaml), and any number of overrides on the "
         "command line:\n",
-        "    deepspeed launchers/pretrain.py --config configs/demo.yaml train.steps=50 parallel.pipeline=1\n",
+        "    mtp-dist launch --config configs/demo.yaml train.steps=50 parallel.pipeline=1\n",
         "A wrong key or value ends with one sentence and exit status 2 before any rank does work. This page is made "
         "from the docstrings in [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
     ]

@@ -8,6 +8,9 @@ ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 project=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # the code of this folder, whatever is installed
 
+# Seconds from a signal, which torchrun gives to its ranks, to their SIGKILL: for a step, a save and a validation, not 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+
 program=(python)
 # torchrun sets OMP_NUM_THREADS to 1 if it is not set; without it each rank takes its part of the cores.
 [[ -n ${OMP_NUM_THREADS:-} ]] || program=(env -u OMP_NUM_THREADS python)

@@ -29,6 +29,26 @@ def _options(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True
 app.add_typer(bench, name="bench")
 
 
+@app.command("launch", context_settings={"ignore_unknown_options": True})
+def launch_command(
+    arguments: Annotated[list[str], typer.Argument(metavar="--config FILE [section.key=value]...")],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="processes; one per GPU of this machine, or one without a GPU")
+    ] = None,
+) -> None:
+    """Train on this machine. All else is as in launchers/pretrain.py: --config, --preflight, keys.
+
+    Ctrl-C, SIGTERM and SIGUSR1 reach every rank: the run saves and ends with the exit status of the ranks.
+    """
+    from mtp_dist.cli.launch import launch
+
+    if ranks is None:
+        import torch
+
+        ranks = max(1, torch.cuda.device_count())
+    raise typer.Exit(launch(ranks, arguments))
+
+
 @app.command()
 def selfcheck(
     config: Annotated[str, typer.Option(help="YAML file of the run")],

@@ -40,7 +40,7 @@ class Imported:
         if self.unused:
             lines.append(f"Not used: {', '.join(self.unused)}")
         lines.append(
-            f"Train from it: deepspeed launchers/pretrain.py --config {self.folder / RUN} "
+            f"Train from it: mtp-dist launch --config {self.folder / RUN} "
             f"checkpoint.resume={self.folder} run.name=... data.train=... train.steps=..."
         )
         return "\n".join(lines)
