@@ -97,7 +97,7 @@ def prepare(
     to: Annotated[str, typer.Option(help="path of the corpus without .bin, .idx and .json")],
     tokenizer: Annotated[str, typer.Option(help="as in data.tokenizer")],
     workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as there are cores")] = None,
-    field: Annotated[str, typer.Option(help="of JSONL, Parquet and datasets: which one is the text")] = "text",
+    field: Annotated[str, typer.Option(help="of JSON, CSV, Parquet and datasets: which one is the text")] = "text",
     glob: Annotated[str | None, typer.Option(help="which files of a folder, such as '**/*.py'")] = None,
     subset: Annotated[str | None, typer.Option(help="of a dataset that has several")] = None,
     split: Annotated[str | None, typer.Option(help="of a dataset; of files: all, train or validation")] = None,
@@ -110,7 +110,7 @@ def prepare(
 ) -> None:
     """Make text a corpus of tokens on disk, in Megatron-core's format.
 
-    INPUT is a folder (with --glob), a text or code file, .jsonl or .jsonl.gz, .parquet, python-stdlib, or a Hugging
+    INPUT is a folder (with --glob), a file of text or code, JSON lines, JSON, CSV or Parquet, python-stdlib, or a Hugging
     Face dataset. What was killed goes on with the same command.
     """
     from mtp_dist.data.inputs import InputOptions

@@ -95,7 +95,7 @@ MAX_TEXT_LOSS = 0.01
 class SourceConfig(Section):
     path: PathText
     """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
-    tokenized at each start: a folder, a file, JSONL (`.jsonl`, `.jsonl.gz`), Parquet, the name of a Hugging Face
+    tokenized at each start: a folder, a file of text, JSON lines, JSON, CSV or Parquet, the name of a Hugging Face
     dataset, or `python-stdlib`, the standard library of this Python."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """In logs; several validation sets need one each."""
@@ -105,9 +105,10 @@ class SourceConfig(Section):
     """Part of the source: of files `train` or `validation`, to which about one in twenty belongs by a hash of its
     relative path; of a Hugging Face dataset one of its splits, `train` when absent."""
     glob: PathText = "**/*.py"
-    """Which files of a folder."""
+    """Which files of a folder. Linked folders are followed, and what begins with a dot is left out unless a part of the
+    pattern does."""
     field: str = "text"
-    """Which field of JSONL, Parquet and datasets is the document."""
+    """Which field of JSON, CSV, Parquet and datasets is the document."""
     stream: bool = False
     """Train on the documents in their order while they are read, without tokenizing all of them first: for datasets
     that are too large for memory and are not worth preparing."""
