@@ -110,8 +110,8 @@ def prepare(
 ) -> None:
     """Make text a corpus of tokens on disk, in Megatron-core's format.
 
-    INPUT is a folder (with --glob), a file of text or code, JSON lines, JSON, CSV or Parquet, python-stdlib, or a Hugging
-    Face dataset. What was killed goes on with the same command.
+    INPUT is a folder (with --glob), a file of text or code, JSON lines, JSON, CSV or Parquet, python-stdlib, or a
+    Hugging Face dataset. What was killed goes on with the same command.
     """
     from mtp_dist.data.inputs import InputOptions
     from mtp_dist.data.preparation import Request

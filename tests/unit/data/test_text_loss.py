@@ -26,12 +26,14 @@ GERMAN = "für größere Übungen heißt es üben. "
 JAPANESE = "日本語のテキストは消えてしまう。"
 
 
-@pytest.fixture(scope="module")
-def lossy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte pairs trained without an initial alphabet: bytes that are not in the English text have no token."""
+@pytest.fixture(scope="module", params=["bytes", "characters"])
+def lossy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs trained without an initial alphabet: what is not in the English text has no token."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    if request.param == "bytes":
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=80, special_tokens=["<|endoftext|>"], show_progress=False)
     tokenizer.train_from_iterator([ENGLISH], trainer)
     file = tmp_path_factory.mktemp("lossy") / "tokenizer.json"
