@@ -229,9 +229,11 @@ def _restore_samples(datasets: "Datasets", resumed: "ResumePoint | None", config
 def _reporter(
     config: Config, vocab_size: int, datasets: "Datasets", engine: "TrainingEngine", resumed: "ResumePoint | None"
 ) -> "RunReporter":
-    """Rank 0's, in a folder that has no other run's files."""
+    """Rank 0's, in a folder that has no other run's files. Print what was read of the sources first."""
     from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
 
+    for line in datasets.notices:
+        print(line, flush=True)
     if _is_new(resumed, config):
         set_earlier_run_aside(config)
     return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
@@ -250,13 +252,11 @@ def _is_new(resumed: "ResumePoint | None", config: Config) -> bool:
 
 
 def _print_notices(config: Config, datasets: "Datasets") -> None:
-    """Print the settings that are more often a mistake than a choice, and what was read, on rank 0."""
+    """Print the settings that are more often a mistake than a choice, on rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         for line in notices(config, datasets.tokenizer.vocab_size, world_size):
             print(f"warning: {line}", file=sys.stderr, flush=True)
-        for line in datasets.notices:
-            print(line, flush=True)
 
 
 def _say_finished(config: Config, resumed: "ResumePoint") -> None:

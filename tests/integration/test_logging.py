@@ -54,6 +54,7 @@ def test_each_rank_has_a_log_that_a_restart_continues(run: Run) -> None:
         lines = (run.folder / "logs/rank_00000.log").read_text().splitlines()
         assert set(start.stdout.splitlines()) <= set(lines)
         assert start.stdout.count(f"step {STEPS}/{STEPS} ") == 1
+        assert start.stdout.count("data.train.0: ") == 1 and " bytes of text; " in start.stdout, "what rank 0 read"
 
 
 def test_tensorboard_has_the_configuration_as_text(run: Run) -> None:

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError
+from mtp_dist.config import ConfigError, build_config
+from mtp_dist.data.loading import load_datasets
 from mtp_dist.data.progress import describe
 from tests.unit.data.preparing import made, request, texts_of
 from tests.unit.data.test_inputs import TEXTS, documents, message, units
@@ -136,6 +137,28 @@ def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
     said = describe(tmp_path / "corpus", prepared)
     assert "4 files: 1 CSV, 1 JSON lines, 1 Parquet, 1 text" in said
     assert "13 files skipped: 3 JSON without records, 2 JSON without the field 'text', 2 UTF-16, 4 binary, " in said
+
+
+@pytest.mark.regression("7.D1")
+def test_a_run_reports_what_the_files_of_its_sources_became(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    tree(folder, "a.py", "b.py")
+    (folder / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+
+    def load(glob: str) -> tuple[str, ...]:
+        model = {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1}
+        train = {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 4}
+        data = {"train": [{"path": str(folder), "glob": glob}]}
+        return load_datasets(
+            build_config({"model": model, "heads": {"count": 1}, "data": data, "train": train})
+        ).notices
+
+    assert load("*.py") == (
+        "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
+        f"{folder / 'picture.py'}",
+    )
+    with pytest.raises(ConfigError, match=r"has no document with text \(0 documents, .* 1 files skipped: 1 binary"):
+        load("p*.py")
 
 
 @pytest.mark.regression("7.D1")
