@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from mtp_dist.config import ConfigError
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
+from mtp_dist.convert.sentencepiece_model import convert_sentencepiece
 from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, SentencePieceTokenizer, tokenizer_file
 from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
 from mtp_dist.data.tokenizer import Tokenizer as OurTokenizer
@@ -50,7 +50,7 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
         file = tokenizer_file(name, f"data.tokenizer = {name!r}")
         if isinstance(tokenizer, SentencePieceTokenizer):
             shutil.copyfile(file, folder / TOKENIZER_MODEL)
-            library, of_model = _from_sentencepiece(folder)
+            library, of_model = convert_sentencepiece(file)
             settings |= of_model
         else:
             library = Tokenizer.from_file(str(file))
@@ -85,33 +85,16 @@ def _settings_beside(folder: Path, library: Tokenizer) -> dict[str, Any]:
     return kept
 
 
-def _from_sentencepiece(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return a SentencePiece model as transformers converts it, and its settings."""
-    from transformers import PreTrainedTokenizerFast
-
-    # With legacy=True each text gets the dummy prefix, as SentencePiece gives it.
-    library: Tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, legacy=True).backend_tokenizer
-    processor = SentencePieceProcessor(model_file=str(folder / TOKENIZER_MODEL))
-    steps = list(library.normalizer)
-    if steps and isinstance(steps[0], normalizers.Precompiled):
-        # The library's character map takes a line's end of Windows for one character, SentencePiece for two.
-        both = "".join(steps[0].normalize_str(character) for character in "\r\n")
-        library.normalizer = normalizers.Sequence([normalizers.Replace("\r\n", both), *steps])
-    settings = {
-        # llama.cpp goes by tokenizer.model and this key.
-        "add_prefix_space": "".join(processor.encode("x", out_type=str)).startswith("▁"),
-        "unk_token": processor.id_to_piece(processor.unk_id()),
-    }
-    if processor.pad_id() >= 0:
-        settings["pad_token"] = processor.id_to_piece(processor.pad_id())
-    return library, settings
-
-
 def _verify(tokenizer: OurTokenizer, folder: Path) -> None:
     """Raise ConfigError if transformers gives a text other ids than the training."""
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder)
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what transformers raises has no common class
+        raise ConfigError(
+            f"data.tokenizer = '{tokenizer.name}' cannot be exported: AutoTokenizer does not open it ({error})"
+        ) from None
     for text in SAMPLE_TEXTS:
         try:
             expected = tokenizer.encode(text).tolist()

@@ -204,6 +204,12 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
     assert ("merges" in read) == (export.tokenizer.name != "bytes")
 
 
+@exports_of()
+def test_an_import_has_the_tokenizer_of_the_training(export: Export, tmp_path: Path) -> None:
+    imported = import_llama(ImportRequest(export.folder, tmp_path / "c")).config
+    assert build_tokenizer(imported.data.tokenizer).fingerprint == export.tokenizer.fingerprint
+
+
 def test_tokenizers_of_our_recipe_split_as_gpt_2_does(tmp_path: Path) -> None:
     """llama.cpp implements this pre-tokenizer, by the name gpt-2."""
     gpt2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
