@@ -63,6 +63,8 @@ def _reason(text: str) -> str:
 
 def record(target: Path, arguments: Sequence[str]) -> None:
     """Run pytest in this process and write what the recorder has seen as JSON."""
+    # An editable install finds modules that this tree does not have yet in the tree that is installed.
+    sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
     recorder = Recorder()
     pytest.main([*arguments, "-m", "regression", "--continue-on-collection-errors"], plugins=[recorder])
     target.write_text(json.dumps(vars(recorder)))
