@@ -22,8 +22,8 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. `auto` takes the GPU if there is one, and refuses a machine whose GPU PyTorch cannot use."""
     step_timeout: Seconds | None = 1800.0
-    """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python stacks
-    and the run ends with status 70. `null`: no limit."""
+    """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python
+    stacks, writes its last collectives, and the run ends with status 70. `null`: no limit."""
     join_timeout: Seconds = 600.0
     """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and names those
     that have not come."""
