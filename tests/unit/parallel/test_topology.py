@@ -1,7 +1,9 @@
 """What ranks compare when they meet, how long they wait for one another, and what a rank takes of its machine."""
 
 import re
+import resource
 
+import psutil
 import pytest
 
 from tests.integration import jobs
@@ -29,3 +31,15 @@ def test_ranks_with_another_configuration_are_named(ranks: Ranks) -> None:
     first, *others = ranks.run(3, join_with_other_seeds, config, [1, 2, 1], jobs.free_port())
     assert first and re.match(r"the configuration is \w+ on rank 1 \(.*\), and \w+ on 2 other ranks: start ", first)
     assert others == ["this run cannot start: rank 0 reports why"] * 2
+
+
+@pytest.mark.regression("7.C6")
+def test_a_mesh_of_all_ranks_has_open_files_and_an_interface(ranks: Ranks) -> None:
+    """gloo connects each rank with all others, and alone it takes the interface that the host's name stands for."""
+    config = tiny_config(run={"join_timeout": 60}, parallel={"tensor": 2})
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    [loopback] = [
+        name for name, addresses in psutil.net_if_addrs().items() if "127.0.0.1" in {a.address for a in addresses}
+    ]
+    opened = ranks.run(2, resources, config, jobs.free_port(), 512)
+    assert [limits for _, *limits in opened] == [[min(hard, 65_536), loopback]] * 2
