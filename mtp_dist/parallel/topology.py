@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from mtp_dist.config import Config
 from mtp_dist.distributed.environment import describe_rank
 from mtp_dist.distributed.flight_recorder import enable_flight_recorder
+from mtp_dist.distributed.sockets import choose_gloo_interface, raise_open_files_limit
 from mtp_dist.distributed.threads import set_threads
 from mtp_dist.parallel.rendezvous import join
 
@@ -79,6 +80,8 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            raise_open_files_limit(world_size)
+            choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
             store = join(rank, world_size, config.run.join_timeout, describe_rank(config, device))
             store.set_timeout(
                 _patience(config)
