@@ -94,6 +94,7 @@ def test_a_killed_run_on_this_machine_counts_no_more(tmp_path: Path, capsys: pyt
 def test_another_process_with_the_same_number_is_not_taken_for_it(tmp_path: Path) -> None:
     from mtp_dist.training.run_lock import describe_process
 
+    assert describe_process()["process"] != ended_process()["process"]
     machine, _, _ = describe_process()["process"].rpartition(" ")
     write_lock(tmp_path, process=f"{machine} 1")
     with lock_of(tmp_path):
