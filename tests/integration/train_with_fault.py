@@ -10,11 +10,11 @@ FIRST_SAMPLE_OF_STEP_2 = 8
 read_samples = BlendedSamples.read
 
 
-def read_or_raise(self, first, count):
+def read_or_raise(self, first, *of_rank):
     if os.environ["RANK"] == os.environ["FAULTY_RANK"] and first >= FIRST_SAMPLE_OF_STEP_2:
         Path("raised").touch()
         raise RuntimeError("this sample cannot be read")
-    return read_samples(self, first, count)
+    return read_samples(self, first, *of_rank)
 
 
 if __name__ == "__main__":
