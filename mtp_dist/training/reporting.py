@@ -20,7 +20,7 @@ from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Reason, Sink
 from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter
-from mtp_dist.training.events import EventLog, Kind
+from mtp_dist.training.events import EVENTS, EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.preflight import PREFLIGHT
 from mtp_dist.training.profiling import PROFILE
@@ -28,7 +28,7 @@ from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.rank_logs import earlier_logs
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
-EVENTS, RUN = "events.jsonl", "run.json"
+RUN = "run.json"
 WRITTEN_BY_A_RUN = (
     "metrics.jsonl",
     EVENTS,

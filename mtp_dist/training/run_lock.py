@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from mtp_dist.config import Config, ConfigError
+from mtp_dist.training.events import EVENTS, check_progress
 
 if TYPE_CHECKING:
     from mtp_dist.training.stopping import StopSignals
@@ -284,13 +285,14 @@ def _end_process(text: str) -> None:
 
 @contextmanager
 def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
-    """Hold the RunLock on rank 0. If another run holds it, end the start of all ranks and raise ConfigError."""
+    """Hold the RunLock on rank 0. If another run holds it, or this one makes no progress, raise ConfigError on all."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as held:
         if rank == 0:
             lock = RunLock(config)
             stop_signals.end_at_once(lock.release)
             try:
+                check_progress(config.output_dir / EVENTS)
                 held.enter_context(lock)
             except ConfigError as error:
                 if world_size > 1:
