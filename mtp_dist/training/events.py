@@ -54,8 +54,8 @@ def check_progress(path: Path) -> None:
     if restarts > MAX_RESTARTS_WITHOUT_CHECKPOINT:
         raise ConfigError(
             f"SLURM has restarted job {start['slurm_job']} {restarts} times since its last checkpoint, and the next "
-            "time would be no different: look for the reason in its log (a --time that is shorter than the start and the "
-            "seconds of --signal, a node that fails), then submit it again"
+            "time would be no different: look for the reason in its log (a --time shorter than the start, a node "
+            "that fails), then submit it again"
         )
 
 
