@@ -120,17 +120,6 @@ def test_mistake_in_the_configuration(capsys: pytest.CaptureFixture[str], config
     assert all(part in message for part in named), message
 
 
-@pytest.mark.regression("7.C7")
-def test_a_job_that_slurm_restarts_without_end(
-    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For example because its time limit is shorter than its start."""
-    monkeypatch.setenv("SLURM_JOB_ID", "20042")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
-    message = error_of(capsys, config)
-    assert "SLURM has restarted job 20042 4 times since its last checkpoint" in message and "--time" in message
-
-
 def test_weights_and_biases_not_installed(
     capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from mtp_dist.data.inputs import InputOptions
@@ -95,4 +96,15 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
         error = error_of(job)
     assert error.startswith("error: within run.join_timeout = 2 s only 1 of 2 ranks came to 127.0.0.1:")
     assert "missing: 1" in error and "frame #" not in job.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.regression("7.C7")
+def test_a_job_that_slurm_restarts_without_end(tmp_path: Path) -> None:
+    """For example because its time limit is shorter than its start."""
+    config = jobs.write_config(tmp_path)
+    variables = ["env", "SLURM_JOB_ID=20042", "SLURM_RESTART_COUNT=4"]
+    with jobs.started([*variables, *jobs.plain(jobs.PRETRAIN, "--config", str(config))], tmp_path) as job:
+        error = error_of(job)
+    assert "SLURM has restarted job 20042 4 times since its last checkpoint" in error and "--time" in error
     assert not (tmp_path / "out").exists()
