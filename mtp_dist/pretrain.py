@@ -111,7 +111,8 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
         if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
             check_wandb(config)
     device = select_device(config)
-    check_memory(config, sources.vocab_size, world_size, device)
+    if needs_data:  # without, what is computed is smaller than the configuration's model
+        check_memory(config, sources.vocab_size, world_size, device)
     check_profile(config, world_size, memory_snapshot, device)
     if config.deepspeed:
         # DeepSpeed looks at the device when it is imported.

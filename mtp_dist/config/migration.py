@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from mtp_dist.config.base import ConfigError
+from mtp_dist.config.base import MAX_INTEGER, ConfigError
 from mtp_dist.config.reading import typed_config
 from mtp_dist.config.sections import Config
 
@@ -15,13 +15,19 @@ VERSION = 2
 """That of the keys in config/sections.py; a file without a version has the first."""
 
 
-def _gradients_have_a_key_of_their_own(values: dict[str, Any]) -> None:
+def _from_version_1(values: dict[str, Any]) -> None:
+    """Give the gradients' type a key of its own, and lower counts to the limit that they have now."""
     given = values.get("deepspeed", {}).pop("communication_data_type", None)
     if given in ("bf16", "bfp16", "bfloat16") and values["train"]["precision"] == "bf16":
         values["parallel"]["grad_reduce_dtype"] = "bf16"
+    for name, section in values.items():
+        for key, value in section.items():
+            # Such as a `checkpoint.every` of 10 billion, for never.
+            if (name, key) != ("run", "seed") and isinstance(value, int) and value > MAX_INTEGER:
+                section[key] = MAX_INTEGER
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _gradients_have_a_key_of_their_own}
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_version_1}
 """By version, what changes a configuration in place into one of the next version."""
 
 

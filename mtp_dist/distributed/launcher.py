@@ -4,10 +4,18 @@ import os
 
 from mtp_dist.config import ConfigError
 
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+"""What torchrun and DeepSpeed's launcher call the number of ranks on this machine."""
+
+
+def local_ranks() -> int | None:
+    """Return the number of ranks on this machine; None if no launcher has set it."""
+    return next((int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name)), None)
+
 
 def check_launcher_variables() -> None:
-    """Raise ConfigError if RANK, LOCAL_RANK or WORLD_SIZE is set to anything but a number."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    """Raise ConfigError if a variable that numbers the ranks is set to anything but a number."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", *LOCAL_SIZES):
         value = os.environ.get(name, "0")
         if not value.isdecimal():
             raise ConfigError(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from mtp_dist.distributed.launcher import local_ranks
+
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
@@ -30,10 +32,8 @@ def cores_per_rank() -> int:
     """Return the number of cores that this process may use, divided by the ranks that share them."""
     mask = os.sched_getaffinity(0)
     cores = len({_core(cpu) for cpu in mask})
-    # torchrun's name and DeepSpeed's
-    local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    if local_ranks:
-        return max(1, min(cores, _cgroup_cpus(cores)) // int(local_ranks))
+    if ranks := local_ranks():
+        return max(1, min(cores, _cgroup_cpus(cores)) // ranks)
     # srun gives each task CPUs of its own, but only some clusters bind it to them.
     cpus_per_task = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(mask))
     return max(1, min(cores, _cgroup_cpus(cores), cpus_per_task * cores // len(mask)))

@@ -37,11 +37,14 @@ class _ReadRecorder(dict[str, Any]):
         return super().__iter__()
 
     def unread(self, prefix: str = "") -> Iterator[str]:
-        """Yield the full names of the keys that were not read."""
+        """Yield the full names of the keys that were not read.
+
+        A mapping of which no key was read went to pydantic as a whole, which forbids unknown keys itself.
+        """
         for key, value in self.items():
             if key not in self.read:
                 yield f"{prefix}{key}"
-            elif isinstance(value, _ReadRecorder):
+            elif isinstance(value, _ReadRecorder) and value.read:
                 yield from value.unread(f"{prefix}{key}.")
 
 

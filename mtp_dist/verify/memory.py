@@ -1,11 +1,10 @@
 """Refuse, before anything is allocated, a run that this machine's memory cannot hold."""
 
-import os
-
 import psutil
 import torch
 
 from mtp_dist.config import Config, ConfigError
+from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.memory import least_parameter_bytes, step_token_bytes
 
@@ -15,8 +14,7 @@ def check_memory(config: Config, vocab_size: int, world_size: int, device: torch
 
     Only what is needed at the least is counted, so a run that passes may still run out of memory.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    host = psutil.virtual_memory().total // local_ranks
+    host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
     if (needed := least_parameter_bytes(config, vocab_size, world_size)) > memory:
         total = parameter_counts(config, vocab_size).total

@@ -142,7 +142,7 @@ def test_degree_that_does_not_divide_the_world(
 
 
 @pytest.mark.regression("7.D3")
-@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
 def test_empty_variable_of_a_launcher(
     capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:

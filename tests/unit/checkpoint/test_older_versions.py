@@ -16,6 +16,7 @@ from mtp_dist.checkpoint.manifest import check_fully, record_of
 from mtp_dist.config import ConfigError
 from mtp_dist.convert.saved_heads import SavedHeads
 from tests.integration.jobs import write_corpus
+from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.checkpoint.folders import config_in, write_checkpoint
 from tests.unit.checkpoint.on_ranks import train_part
@@ -102,6 +103,17 @@ def test_settings_that_are_refused_today_are_no_reason_not_to_open(tmp_path: Pat
     config, _, weights = load_weights(changed(FIRST / "fp32" / f"step_{STEP:08d}", tmp_path / "checkpoint", change))
     assert config.parallel.sequence and weights
     assert SavedHeads(changed(FIRST / "export", tmp_path / "export", change, "mtp_config.json")).config
+
+
+def test_counts_above_the_limit_that_came_later_are_lowered() -> None:
+    from mtp_dist.config.migration import saved_config
+
+    values = json.loads(json.dumps(tiny_config().model_dump(mode="json")))
+    values["checkpoint"]["every"] = 10**10
+    values["run"]["seed"] = 2**60
+    values["model"]["rope_theta"] = 1e10
+    config = saved_config({"config": values})
+    assert (config.checkpoint.every, config.run.seed, config.model.rope_theta) == (2**31 - 1, 2**60, 1e10)
 
 
 @pytest.mark.regression("7.B5")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from mtp_dist.config import ConfigError
 from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from tests.parity.runs import tiny_config
@@ -61,3 +62,19 @@ def test_deepspeed_understands_it() -> None:
     assert parsed.bfloat16_config.enabled and parsed.zero_optimization_stage == 1
     assert parsed.pipeline["pipe_partitioned"] is False
     assert parsed.grad_accum_dtype == "fp32"
+
+
+def test_sections_that_deepspeed_hands_on_as_a_whole_are_read() -> None:
+    from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
+
+    for section in (
+        {"csv_monitor": {"enabled": True, "output_path": "csv", "job_name": "j"}},
+        {"tensorboard": {"enabled": False}},
+        {"comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}},
+        {"flops_profiler": {"enabled": False}},
+        {"autotuning": {"enabled": False, "arg_mappings": {"a": "b"}}},
+    ):
+        check_deepspeed_section(section)
+    for section in ({"csv_monitor": {"enabeld": True}}, {"flops_profiler": {"enabeld": True}}, {"wall_clok": True}):
+        with pytest.raises(ConfigError, match=r"enabeld|wall_clok"):
+            check_deepspeed_section(section)
