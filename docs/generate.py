@@ -53,15 +53,12 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
 
 
 def bounds_of(metadata: Iterable[Any]) -> str:
-    """Return the bounds of a number that say more than that a machine can count so far."""
-    flat = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
-    bounds = {
-        sign: getattr(item, name)
-        for item in flat
-        for sign, name in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le"))
-        if getattr(item, name, None) is not None and getattr(item, name) < MAX_INTEGER
-    }
-    return f" {', '.join(f'{sign} {bound:,}' for sign, bound in bounds.items())}" if bounds else ""
+    """Return the bounds of a number, but for the limit that every count has."""
+    items = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = {signs[name]: getattr(item, name) for item in items for name in signs if hasattr(item, name)}
+    shown = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound != MAX_INTEGER]
+    return f" {', '.join(shown)}" if shown else ""
 
 
 def field_rows(section: type[Section]) -> Iterator[list[str]]:

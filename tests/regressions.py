@@ -94,9 +94,9 @@ def _copy_tests(tree: Path) -> None:
 
 @cache
 def _commit_of(test: str) -> str:
-    """Return the commit that added a test."""
-    file, _, function = test.partition("[")[0].rpartition("::")
-    search = ["git", "log", "--reverse", "--format=%h", f"-Sdef {function}(", "--", file]
+    """Return the commit that added a test, whatever file it was in then."""
+    function = test.partition("[")[0].rpartition("::")[2]
+    search = ["git", "log", "--reverse", "--format=%h", f"-Sdef {function}(", "--", "tests"]
     return subprocess.run(search, cwd=ROOT, capture_output=True, text=True, check=True).stdout.partition("\n")[0]
 
 
