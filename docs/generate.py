@@ -20,7 +20,7 @@ from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
 from mtp_dist.config.base import MAX_INTEGER
 
 DOCS = Path(__file__).parent
-NAMES_OF_TYPES = {int: "integer", float: "number", bool: "true / false", str: "text"}
+NAMES_OF_TYPES = {int: "integer", float: "number", bool: "true / false", str: "text", dict: "mapping"}
 HEAD_LOSS_IMAGES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
@@ -45,11 +45,9 @@ def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         return "list of sources" if arguments[0] is SourceConfig else f"list of {describe_type(arguments[0])}"
     if origin is tuple:
         return f"[{', '.join(map(describe_type, arguments))}]"
-    if origin is dict:
-        return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "keys below"
-    return NAMES_OF_TYPES[annotation] + bounds_of(metadata)
+    return NAMES_OF_TYPES[origin or annotation] + bounds_of(metadata)
 
 
 def bounds_of(metadata: Iterable[Any]) -> str:
@@ -57,15 +55,15 @@ def bounds_of(metadata: Iterable[Any]) -> str:
     items = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = {signs[name]: getattr(item, name) for item in items for name in signs if hasattr(item, name)}
-    shown = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound != MAX_INTEGER]
+    shown = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound < MAX_INTEGER]
     return f" {', '.join(shown)}" if shown else ""
 
 
 def field_rows(section: type[Section]) -> Iterator[list[str]]:
     for key, field in section.model_fields.items():
         default = "**required**" if field.is_required() else "absent" if field.default is None else f"`{field.default}`"
-        description = " ".join((field.description or "").split())
-        yield [f"`{key}`", describe_type(field.annotation, field.metadata), default, description]
+        kind = describe_type(field.annotation, field.metadata)
+        yield [f"`{key}`", kind, default, " ".join((field.description or "").split())]
 
 
 def configuration_page() -> str:
