@@ -80,6 +80,29 @@ def test_a_checkpoint_folder_is_one_runs_too(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.parametrize("obstacle", ["a mount point", "a parent that cannot be written"])
+def test_one_folder_for_a_run_and_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
+) -> None:
+    """Its checkpoints cannot have their lock beside it: it has one lock, under whichever of its names."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "link").symlink_to(out)
+    if obstacle == "a mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with lock_of(tmp_path / "link", checkpoint={"directory": str(out)}):
+        assert [path.name for path in out.iterdir()] == ["run.lock"]
+        with pytest.raises(ConfigError) as refused:
+            lock_of(out, checkpoint={"directory": str(out)}).__enter__()
+        assert str(refused.value).startswith(f"run.output_dir = '{out}' is in use by ")
+        with pytest.raises(ConfigError) as refused:
+            lock_of(tmp_path / "b", checkpoint={"directory": str(out)}).__enter__()
+        assert str(refused.value).startswith(f"checkpoint.directory = '{out}' is in use by ")
+    assert list(out.iterdir()) == []
+
+
 def test_a_killed_run_on_this_machine_counts_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
     write_lock(tmp_path, **ended_process())
