@@ -227,11 +227,14 @@ class RunLock:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        places = {
-            "run.output_dir": (config.output_dir, config.output_dir / LOCK),
-            "checkpoint.directory": (config.checkpoint_dir, _beside(config.checkpoint_dir)),
-        }
-        self._locks = [FolderLock(key, *folder_and_path, monotonic, sleep) for key, folder_and_path in places.items()]
+        places = (
+            ("run.output_dir", config.output_dir, config.output_dir / LOCK),
+            ("checkpoint.directory", config.checkpoint_dir, _beside(config.checkpoint_dir)),
+        )
+        locks: dict[Path, FolderLock] = {}
+        for key, folder, path in places:  # which may be one folder, and then one file
+            locks.setdefault(path.resolve(), FolderLock(key, folder, path, monotonic, sleep))
+        self._locks = list(locks.values())
         self._ended = threading.Event()
         self._beat = 0
 
