@@ -254,6 +254,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
         "has rope_scaling = 'linear' .*it is not a JSON object",
     ),
     "partly rotary": (change_config(partial_rotary_factor=0.5), "has partial_rotary_factor = 0.5 in config.json: our"),
+    "partly rotary since transformers 5": (
+        change_config(rope_parameters=ROPE_500 | {"partial_rotary_factor": 0.5}),
+        "has rope_scaling = .*: our rotary embeddings rotate all channels$",
+    ),
     "missing weight": (
         change_weights(lambda tensors: tensors.pop("model.norm.weight")),
         "lacks 1 weights, the first is model.norm.weight",

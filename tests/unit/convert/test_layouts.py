@@ -116,6 +116,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str | None, t
         None,
         (RED,),
     ),
+    "a rotation of all channels, named": ({"partial_rotary_factor": 1.0}, lambda folder: None, None, (RED,)),
 }
 
 
