@@ -21,8 +21,10 @@ def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     kind = str(written.get("rope_type", written.get("type", "default")))
     if kind not in KEYS:
         raise ConfigError(f"{where}only the types {', '.join(KEYS)} map to ours")
-    if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", *LLAMA3}):
+    if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3}):
         raise ConfigError(f"{where}ours have no {', '.join(unknown)}")
+    if written.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(f"{where}our rotary embeddings rotate all channels")
     known = {"original_max_position_embeddings": values["max_position_embeddings"]} | written
     if values["original_max_position_embeddings"] is not None:  # transformers 5 prefers it to the scaling's own
         known["original_max_position_embeddings"] = values["original_max_position_embeddings"]
