@@ -11,7 +11,15 @@ import pytest
 from mtp_dist.config import ConfigError
 from mtp_dist.distributed import sockets
 
-INTERFACES = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "eth1": "192.168.0.7", "ib0": "10.1.0.7", "docker0": "172.17.0.1"}
+INTERFACES = {
+    "lo": "127.0.0.1",
+    "eth0": "10.0.0.7",
+    "eth1": "192.168.0.7",
+    "ib0": "10.1.0.7",
+    "docker0": "172.17.0.1",
+    "link0": "169.254.3.7",
+    "link1": "fe80::7%link1",
+}
 
 
 @pytest.fixture
@@ -58,9 +66,33 @@ def test_a_host_whose_name_stands_for_the_loopback(routes: dict[str, str]) -> No
     routes["node-0"] = "127.0.1.1"
     sockets.choose_gloo_interface("node-0")
     assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth1"
+
+
+@pytest.mark.parametrize(
+    ("interfaces", "nccl", "interface"),
+    [
+        ("lo eth0 eth1 docker0", None, "eth0"),
+        ("lo eth0 eth1 docker0", "^docker,eth0", "eth1"),
+        ("lo link0 link1 eth1 eth0", None, "eth1"),
+        ("lo link0 link1", None, "lo"),
+        ("lo", None, "lo"),
+    ],
+)
+def test_rank_0_without_a_default_route(
+    routes: dict[str, str], monkeypatch: pytest.MonkeyPatch, interfaces: str, nccl: str | None, interface: str
+) -> None:
+    """Other nodes cannot reach the loopback: it is taken only if there is no other address."""
+    routes["node-0"] = "127.0.1.1"
     del routes["192.0.2.1"]
+    addresses = psutil.net_if_addrs()
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {name: addresses[name] for name in interfaces.split()})
+    if nccl:
+        os.environ["NCCL_SOCKET_IFNAME"] = nccl
     sockets.choose_gloo_interface("node-0")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo", "a machine without a network"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+    del os.environ["GLOO_SOCKET_IFNAME"]
+    sockets.choose_gloo_interface("localhost")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_the_user_s_interface_stays(routes: dict[str, str]) -> None:
