@@ -3,7 +3,9 @@
 import os
 import resource
 import socket
+from collections.abc import Iterable
 from ipaddress import ip_address
+from itertools import chain
 
 import psutil
 
@@ -37,9 +39,9 @@ def choose_gloo_interface(master_address: str) -> None:
         name: {address.address.partition("%")[0] for address in addresses if address.family != psutil.AF_LINK}
         for name, addresses in psutil.net_if_addrs().items()
     }
-    allowed = [name for name, addresses in interfaces.items() if addresses and _nccl_allows(name)]
-    address = _source_address(master_address)
-    leading = [name for name in allowed if address in interfaces[name]]
+    allowed = {name: addresses for name, addresses in interfaces.items() if addresses and _nccl_allows(name)}
+    address = _source_address(master_address, chain.from_iterable(allowed.values()))
+    leading = [name for name, addresses in allowed.items() if address in addresses]
     if name := next(iter(leading or allowed if os.environ.get("NCCL_SOCKET_IFNAME") else leading), None):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
@@ -53,14 +55,18 @@ def _nccl_allows(interface: str) -> bool:
     return not names or matches != excludes
 
 
-def _source_address(master_address: str) -> str | None:
-    """Return the address from which this machine talks to rank 0's."""
+def _source_address(master_address: str, allowed: Iterable[str]) -> str | None:
+    """Return the address from which this machine talks to rank 0's; on that one, from which to the other nodes."""
     source = _route(master_address)
     if not source or not _is_loopback(source):
         return source
     if master_address != "localhost" and not _is_loopback(master_address):
         # Rank 0's own machine, whose name stands for itself here only. A documentation address: any beyond a router.
-        source = _route("192.0.2.1") or source
+        # Without a router any network, as no other node reaches the loopback; a machine that has none is alone.
+        networks = (
+            address for address in allowed if not ip_address(address).is_link_local and not _is_loopback(address)
+        )
+        source = _route("192.0.2.1") or next(networks, source)
     return "127.0.0.1" if _is_loopback(source) else source
 
 
