@@ -146,3 +146,19 @@ def test_logs_of_an_earlier_run_are_set_aside_by_a_run_without_logs(tmp_path: Pa
     set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
     assert not (tmp_path / "logs").exists()
     assert log(tmp_path / "earlier-1")[1:] == ["one"]
+
+
+def test_logs_in_a_linked_folder_are_set_aside_within_it(tmp_path: Path) -> None:
+    """They may be on another disk, where no file can be moved from there to the run's folder."""
+    shared, out = tmp_path / "shared", tmp_path / "out"
+    for folder in (out, shared / "earlier"):
+        folder.mkdir(parents=True)
+    (out / "logs").symlink_to(shared)
+    for name in ("rank_00000.log", "earlier/rank_00000.log", "earlier/rank_00001.log", "others.log"):
+        (shared / name).write_text(name)
+    set_earlier_run_aside(tiny_config(run={"output_dir": str(out)}, log={"rank_logs": True}))
+    assert [path.name for path in out.iterdir()] == ["logs"]
+    aside = {path.name: path.read_text() for path in (shared / "earlier-1").iterdir()}
+    assert aside == {name: f"earlier/{name}" for name in ("rank_00000.log", "rank_00001.log")}
+    left = ["earlier", "earlier-1", "others.log", "rank_00000.log"]
+    assert sorted(path.name for path in shared.iterdir()) == left

@@ -56,15 +56,61 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
     for _ in range(2):
         (scratch / "step_00000010").mkdir()
         (scratch / "latest").write_text("step_00000010\n")
-        (logs / "events").touch()
+        (logs / "events.out.tfevents.1700000000.node-3.4711.0").touch()
         (out / "metrics.jsonl").touch()
         set_earlier_run_aside(config)
     assert (out / "checkpoints").resolve() == scratch and (out / "tensorboard").resolve() == logs
     for number in (1, 2):
         aside = f"earlier-{number}"
         assert sorted(path.name for path in (scratch / aside).iterdir()) == ["latest", "step_00000010"]
-        assert [path.name for path in (logs / aside).iterdir()] == ["events"]
+        assert [path.name for path in (logs / aside).iterdir()] == ["events.out.tfevents.1700000000.node-3.4711.0"]
         assert [path.name for path in (out / aside).iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.regression("7.B6")
+@pytest.mark.parametrize("place", ["link", "mount point"])
+def test_other_files_stay_in_folders_that_others_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """What lies in a folder of the run itself is moved whole; elsewhere only what a run writes is, by its name."""
+    written = {
+        "checkpoints": ["latest", "latest.unfinished", "step_00000010", "step_00000020.unfinished"],
+        "tensorboard": ["events.out.tfevents.1700000000.node-3.4711.0"],
+        "wandb": ["offline-run-20261125_201003-0123abc", "run-20261125_201003-0123abc", "run_id"],
+        "profile": [
+            "memory_rank_00000.pickle",
+            "rank_00000_steps_3-4.json.gz",
+            "unfinished_rank_00001_steps_3-4.json.gz",
+        ],
+        "flight_recorder": ["rank_00000", "rank_00001"],
+        "logs": ["rank_00000.log", "rank_100000.log"],
+    }
+    others = [
+        "another run",
+        "data.bin",
+        "latest_results",
+        "run-20261125_201003-fedcba9",
+        "step_by_step",
+        "trace.json.gz",
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    for folder, names in written.items():
+        target = out / folder
+        if place == "link":
+            target = tmp_path / f"shared {folder}"
+            (out / folder).symlink_to(target)
+        for name in [*names, *others]:
+            (target / name).mkdir(parents=True)
+    (out / "wandb" / "run_id").rmdir()
+    (out / "wandb" / "run_id").write_text("0123abc")
+    if place == "mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path.parent == out and path.name in written)
+    set_earlier_run_aside(tiny_config(run={"output_dir": str(out)}))
+    assert not (out / "earlier-1").exists()
+    for folder, names in written.items():
+        assert sorted(path.name for path in (out / folder).iterdir()) == sorted([*others, "earlier-1"]), folder
+        assert sorted(path.name for path in (out / folder / "earlier-1").iterdir()) == names, folder
 
 
 @pytest.mark.regression("7.B3")
