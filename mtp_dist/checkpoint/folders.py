@@ -19,6 +19,8 @@ from mtp_dist.disk import sync, write_durably
 
 LATEST = "latest"
 UNFINISHED, REPLACED, DELETED = ".unfinished", ".replaced", ".deleted"
+CHECKPOINT_FILES = (f"step_{'[0-9]' * 8}*", LATEST, f"{LATEST}{UNFINISHED}")
+"""Patterns of everything that this program writes into the folder."""
 _FINISHED = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 

@@ -3,6 +3,7 @@
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from mtp_dist.training.callbacks import Scalars, Sink, validation_prefix, warn
 
 WANDB_FOLDER = "wandb"
 """What W&B calls its folder itself."""
+RUN_ID = "run_id"
+"""Our file in it, with the id that this run has on W&B."""
 WANDB_FINISH_SECONDS = 60.0
 """Time for the upload of what is left at the end of a run; it stays on the disk in any case."""
 
@@ -83,6 +86,14 @@ def check_wandb(config: Config) -> None:
         ) from None
 
 
+def wandb_files(folder: Path) -> tuple[str, ...]:
+    """Return patterns of what belongs to the run whose id is in the folder; W&B ends its folders' names with the id."""
+    try:
+        return RUN_ID, f"*run-*-{escape((folder / RUN_ID).read_text(encoding='utf-8'))}"
+    except FileNotFoundError:
+        return ()
+
+
 class WandbWriter(Sink):
     """A run on Weights & Biases, the same one over all starts of the run in `output_dir`."""
 
@@ -90,7 +101,7 @@ class WandbWriter(Sink):
         """Where the service cannot be reached, the data stays on the disk: training does not depend on it."""
         import wandb
 
-        id_file = output_dir / WANDB_FOLDER / "run_id"
+        id_file = output_dir / WANDB_FOLDER / RUN_ID
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
             id_file.write_text(uuid.uuid4().hex, encoding="utf-8")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # what it imports looks at the device, which is not chosen ye
 
 PROFILE = "profile"
 """Folder in `run.output_dir`."""
+PROFILE_FILES = ("rank_*_steps_*.json.gz", "unfinished_rank_*_steps_*.json.gz", "memory_rank_*.pickle")
+"""Patterns of what is written there."""
 SNAPSHOT_STEP = 2
 """After which memory is looked at where no steps are profiled: the first one allocates what later ones find."""
 HISTORY_ENTRIES = 100_000

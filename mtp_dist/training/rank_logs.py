@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 LOGS = "logs"
+LOG_FILES = ("rank_*.log",)
 EARLIER = "earlier"
 """Folder in `logs/` for the files of an earlier run, until rank 0 sets all of that run aside."""
 NOT_FOR_COPIERS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -89,10 +90,9 @@ def _end(copies: list[tuple[int, int, subprocess.Popen[bytes]]]) -> None:
             continue
 
 
-def earlier_logs(output_dir: Path, copied: bool) -> dict[Path, str]:
-    """What an earlier run's logs lie in, and the name that they get where that run is set aside.
+def earlier_logs(logs: Path, copied: bool) -> Path:
+    """Return the folder that has the logs of an earlier run.
 
     copied: this run copies its output too, so that `logs/` is its own by now.
     """
-    folder = output_dir / LOGS
-    return {folder / EARLIER if copied else folder: LOGS}
+    return logs / EARLIER if copied else logs

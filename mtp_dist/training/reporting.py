@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from signal import Signals
 
 from mtp_dist.checkpoint.files import installed_versions
-from mtp_dist.checkpoint.folders import LATEST
+from mtp_dist.checkpoint.folders import CHECKPOINT_FILES
 from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.config import Config
 from mtp_dist.data.loading import ValidationSet
@@ -19,28 +19,25 @@ from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Reason, Sink
-from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter
+from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter, wandb_files
 from mtp_dist.training.events import EVENTS, EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
 from mtp_dist.training.preflight import PREFLIGHT
-from mtp_dist.training.profiling import PROFILE
+from mtp_dist.training.profiling import PROFILE, PROFILE_FILES
 from mtp_dist.training.progress import ProgressBar
-from mtp_dist.training.rank_logs import earlier_logs
+from mtp_dist.training.rank_logs import LOG_FILES, LOGS, earlier_logs
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
 
 RUN = "run.json"
-WRITTEN_BY_A_RUN = (
-    "metrics.jsonl",
-    EVENTS,
-    RUN,
-    "tensorboard",
-    "summary.json",
-    "checkpoints",
-    PROFILE,
-    PREFLIGHT,
-    FLIGHT_RECORDER,
-    WANDB_FOLDER,
-)
+FILES = ("metrics.jsonl", EVENTS, RUN, "summary.json", PREFLIGHT)
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("events.out.tfevents.*",),
+    "checkpoints": CHECKPOINT_FILES,
+    PROFILE: PROFILE_FILES,
+    FLIGHT_RECORDER: ("rank_[0-9]*",),
+    LOGS: LOG_FILES,
+}
+"""By folder that a run makes in its own, patterns of what it writes there."""
 
 ANEW = "begins"
 EARLIER = "earlier-"
@@ -50,18 +47,24 @@ EARLIER = "earlier-"
 def set_earlier_run_aside(config: Config) -> None:
     """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix.
 
-    Folders of the run that are links are followed: their content is moved within the folder that they lead to.
+    A folder of the run that is a link or a mount point stays, and may be used by others too: of what is in it only that
+    which a run writes is moved, within it.
     """
-    written = {config.output_dir / name: name for name in WRITTEN_BY_A_RUN}
-    # A link was made so that the files land on another disk: it stays, and what it leads to is moved there.
-    for link in [path for path in written if path.is_symlink() and path.is_dir()]:
-        del written[link]
-        if link.resolve() != config.checkpoint_dir.resolve():
-            kept = (path for path in link.iterdir() if not path.name.startswith(EARLIER))
-            _set_aside(link, {path: path.name for path in kept})
-    _set_aside(config.output_dir, written | earlier_logs(config.output_dir, config.log.rank_logs))
-    saved = [*sorted(config.checkpoint_dir.glob("step_*")), config.checkpoint_dir / LATEST]
-    _set_aside(config.checkpoint_dir, {path: path.name for path in saved})
+    output_dir = config.output_dir
+    moved = {output_dir / name: name for name in FILES}
+    for name, patterns in (FOLDERS | {WANDB_FOLDER: wandb_files(output_dir / WANDB_FOLDER)}).items():
+        folder = output_dir / name
+        content = earlier_logs(folder, config.log.rank_logs) if name == LOGS else folder
+        if folder.is_symlink() or folder.is_mount():
+            _set_aside(folder, _matching(content, patterns))
+        else:
+            moved[content] = name
+    _set_aside(output_dir, moved)
+    _set_aside(config.checkpoint_dir, _matching(config.checkpoint_dir, CHECKPOINT_FILES))
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> dict[Path, str]:
+    return {path: path.name for pattern in patterns for path in sorted(folder.glob(pattern))}
 
 
 def _set_aside(folder: Path, names: Mapping[Path, str]) -> None:
