@@ -28,7 +28,10 @@ case "$1 $2" in
     [[ -z $PRIVATE_DATA ]] || { echo "Node $3 not found"; exit 1; }
     printf '%s\\n' "NodeName=$3 CoresPerSocket=8" "   NodeAddr=10.0.0.7 NodeHostName=$3" "   ThreadsPerCore=2" ;;
 "show config") echo "GresTypes               = ${GRES_TYPES-(null)}" ;;
-"show job") printf '%s\\n' "JobId=$4 JobName=mtp-dist" "$JOB_NODES" ;;
+"show job")
+    printf '%s\\n' "JobId=$4 JobName=mtp-dist" "$JOB_NODES"
+    # The id of a whole array shows all of its jobs, also those that have ended.
+    [[ $4 != "$SLURM_ARRAY_JOB_ID" ]] || echo "     Nodes=gpu-[7-8] CPU_IDs=0-63 Mem=0 GRES=" ;;
 requeue*) echo "$2" > requeued.txt ;;
 esac
 """
@@ -132,6 +135,14 @@ def test_only_a_run_that_has_saved_is_requeued(folder: Path, status: int, requeu
 def test_one_job_of_an_array_is_requeued_alone(folder: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
     assert run(folder, STATUS=str(REQUEUE), **array).requeued == "20042_9"
+
+
+def test_other_jobs_of_an_array_have_gpus_of_their_own(folder: Path) -> None:
+    """Such as one that has ended and has none any more."""
+    array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
+    nodes = "     Nodes=gpu-[7-8] CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)"
+    outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=nodes, **array)
+    assert outcome.status == 0, outcome.output
 
 
 def test_the_python_of_the_environment(folder: Path) -> None:
