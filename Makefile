@@ -15,8 +15,6 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := $(VENV)/constraints.txt
 # ninja, which compiles DeepSpeed's operators at run time, is found by PATH.
 RUN := PATH="$(VENV)/bin:$$PATH"
-# Each of the tests' two processes has one of two cores.
-RUN_TESTS := $(RUN) OMP_NUM_THREADS=1
 
 # Commas separate the arguments of a make function: the message must have none.
 stop = { echo 'error: $(1)' >&2; exit 1; }
@@ -38,7 +36,7 @@ demo: $(STAMP) ## Train a small model on two processes and show the result
 		$(if $(filter 0 1,$(GPUS)),run.device=cpu)
 
 test: $(STAMP) ## Run all tests
-	$(RUN_TESTS) $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(RUN) $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## Run the tests that need an NVIDIA GPU
 	$(RUN) $(VENV)/bin/python -m pytest -m gpu tests/gpu $(PYTEST_ARGS)
@@ -50,7 +48,7 @@ test-slurm: $(STAMP) ## Install SLURM where it is missing (Debian, as root) and 
 		$(call stop,these daemons of SLURM and munge are missing and only root on a Debian installs them here: '$$missing'); \
 	[ -z "$$missing" ] || { apt-get update && DEBIAN_FRONTEND=noninteractive \
 		apt-get install --yes --no-install-recommends slurm-wlm munge; }
-	$(RUN_TESTS) $(VENV)/bin/python -m pytest tests/slurm $(PYTEST_ARGS)
+	$(RUN) $(VENV)/bin/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint Python, shell scripts and the Dockerfile, check the format and the types
 	$(VENV)/bin/ruff check .
