@@ -60,6 +60,8 @@ class CorpusDescription(Section):
     """Text that was decoded again; nothing by versions that did not measure it, and of tokenizers of bytes."""
     lost_bytes: NonNegativeInt = 0
     """Text that this did not bring back."""
+    lost_whitespace: NonNegativeInt = 0
+    """Bytes of whitespace in it."""
     replaced_documents: NonNegativeInt
     """Documents of which invalid UTF-8 was replaced by U+FFFD."""
     skipped_documents: NonNegativeInt
@@ -104,7 +106,7 @@ class Corpus:
     def loss(self) -> TextLoss:
         """What did not survive encoding and decoding, as far as it was measured."""
         found = self.description
-        return TextLoss(found.checked_bytes, found.lost_bytes) if found else TextLoss()
+        return TextLoss(found.checked_bytes, found.lost_bytes, found.lost_whitespace) if found else TextLoss()
 
     @property
     def bytes_with_tokens(self) -> int | None:
@@ -206,15 +208,11 @@ def check_document_ends(corpus: Corpus, tokenizer: Tokenizer, masks: str) -> Non
     """
     if corpus.description or not corpus.documents:
         return
-    lengths, boundaries = corpus.index.lengths, corpus.index.boundaries
     numbers = np.unique(np.linspace(0, corpus.documents - 1, DOCUMENTS_CHECKED).astype(np.int64))
-    last_tokens, sequence, end = [], 0, 0
-    for number in numbers:
-        for stop in boundaries[number : number + 2]:
-            length = int(lengths[sequence:stop].sum(dtype=np.int64))
-            sequence, end = int(stop), end + length
-        if length:  # of the document itself
-            last_tokens.append(int(corpus.tokens[end - 1]))
+    # A document is as long as its sequences; one may be empty.
+    starts = [corpus.index.first_token(sequence) for sequence in corpus.index.boundaries[numbers]]
+    ends = [corpus.index.first_token(sequence) for sequence in corpus.index.boundaries[numbers + 1]]
+    last_tokens = [int(corpus.tokens[end - 1]) for start, end in zip(starts, ends, strict=True) if end > start]
     wrong = Counter(last_tokens)
     del wrong[tokenizer.end_of_document]
     if wrong:

@@ -43,6 +43,8 @@ class UnitSummary:
     """Text that was decoded again."""
     lost_bytes: int = 0
     """Text that this did not bring back."""
+    lost_whitespace: int = 0
+    """The whitespace in it."""
     first_lost: str = ""
     """The characters that were lost most in the first batch in which any were."""
 
@@ -111,6 +113,7 @@ class UnitEncoder:
                 loss = measure_loss(self.tokenizer, texts, tokens, lengths)
                 summary.checked_bytes += loss.checked_bytes
                 summary.lost_bytes += loss.lost_bytes
+                summary.lost_whitespace += loss.lost_whitespace
                 summary.first_lost = summary.first_lost or loss.most_lost()
             if len(kept) < len(lengths):
                 summary.empty += len(lengths) - len(kept)

@@ -35,10 +35,16 @@ class Index:
     """Of the tokens."""
     lengths: NDArray[np.int32]
     """Tokens of each sequence; a document is one sequence or several."""
+    pointers: NDArray[np.int64]
+    """Byte of the tokens' file at which each sequence begins."""
     boundaries: NDArray[np.int64]
     """Document d has the sequences boundaries[d] .. boundaries[d + 1] - 1."""
     tokens: int
     """The sum of `lengths`."""
+
+    def first_token(self, sequence: int) -> int:
+        """Return the number of a sequence's first token; of all tokens for the one after the last sequence."""
+        return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self.pointers) else self.tokens
 
 
 def read_index(file: Path) -> Index:
@@ -87,4 +93,4 @@ def _checked(file: Path, dtype: np.dtype[Any], sequences: int, num_boundaries: i
             f"{file}: its document boundaries do not rise from 0 to its {sequences} sequences: it is damaged, copy or "
             "prepare it anew"
         )
-    return Index(dtype, lengths, boundaries, tokens)
+    return Index(dtype, lengths, pointers, boundaries, tokens)

@@ -16,8 +16,8 @@ from mtp_dist.config import ConfigError
 from mtp_dist.data.documents import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_place
 from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
-from mtp_dist.data.sources.kinds import FileKind, UnreadableFileError, recognize
-from mtp_dist.data.sources.records import record_units
+from mtp_dist.data.sources.kinds import FileKind, UnreadableFileError, kind_by_name, recognize
+from mtp_dist.data.sources.records import check_columns, record_units
 from mtp_dist.data.stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 
 UNIT_BYTES = 2 << 20
@@ -199,20 +199,24 @@ class FilesInput(Input):
         self._field = field
         self._skipped_entries = skipped_entries
         self.files = FileCounts()
-        if skipped_entries is None:
-            for file in self._paths:
-                self._recognize(file)
         self._stats = [file.stat() for file in self._paths]
+        self._kinds = [self._recognize(file) for file in self._paths]
         self.total = sum(stat.st_size for stat in self._stats)
 
     def identity(self) -> list[Any]:
         return [
-            [str(file), stat.st_size, stat.st_mtime_ns] for file, stat in zip(self._paths, self._stats, strict=True)
+            [str(file), stat.st_size, stat.st_mtime_ns, *_more_than_its_name(file, kind)]
+            for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
         ]
 
     def fingerprint(self) -> str:
-        """Of names and sizes, not of folders and times: it is the same on every machine."""
-        return _sha256([[file.name, stat.st_size] for file, stat in zip(self._paths, self._stats, strict=True)])
+        """Return the hash of names, sizes and kinds, not of folders and times: it is the same on every machine."""
+        return _sha256(
+            [
+                [file.name, stat.st_size, *_more_than_its_name(file, kind)]
+                for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
+            ]
+        )
 
     def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
         """Yield the documents of every work unit whose number has the shard's remainder."""
@@ -233,8 +237,9 @@ class FilesInput(Input):
         self.files = FileCounts(skipped=Counter(self._skipped_entries))
         whole: list[Path] = []
         whole_size = 0
-        for file, stat in zip(self._paths, self._stats, strict=True):
-            if (kind := self._recognize(file)) is None:
+        for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True):
+            if isinstance(kind, UnreadableFileError):
+                self.files.skip(file, kind.reason)
                 continue
             self.files.read[kind.kind] += 1
             if is_text := kind.kind == "text":
@@ -248,15 +253,25 @@ class FilesInput(Input):
         if whole:
             yield WholeFiles(tuple(whole), size=whole_size)
 
-    def _recognize(self, file: Path) -> FileKind | None:
-        """Return None if a file of a folder is skipped. Raise ConfigError if another one cannot be read."""
+    def _recognize(self, file: Path) -> FileKind | UnreadableFileError:
+        """Return what the file is; why it is skipped if it is one of a folder."""
         try:
-            return recognize(file, self._field)
+            kind = recognize(file, self._field)
+            check_columns(file, kind, self._field)
+            return kind
         except UnreadableFileError as error:
             if self._skipped_entries is None:
                 raise ConfigError(f"{file} {error}") from None
-            self.files.skip(file, error.reason)
-            return None
+            return error
+        except OSError as error:
+            raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
+
+
+def _more_than_its_name(file: Path, kind: FileKind | UnreadableFileError) -> list[Any]:
+    """Return the kind of a file if its name does not imply it, as JSON: it decides which work units there are."""
+    if isinstance(kind, UnreadableFileError):
+        return ["skipped"]
+    return [] if kind == kind_by_name(file) else [kind.kind, kind.compression]
 
 
 class DatasetInput(Input):

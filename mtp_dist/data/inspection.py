@@ -60,6 +60,8 @@ class CorpusReport:
     """Text that was decoded again when it was prepared."""
     lost_bytes: int
     """Text that this did not bring back."""
+    lost_whitespace: int
+    """Bytes of whitespace in it."""
     lengths: DocumentLengths
     distinct_tokens: int
     """Ids of the vocabulary that occur."""
@@ -95,6 +97,7 @@ def inspect_corpus(
         bytes=corpus.num_bytes,
         checked_bytes=corpus.loss.checked_bytes,
         lost_bytes=corpus.loss.lost_bytes,
+        lost_whitespace=corpus.loss.lost_whitespace,
         lengths=_lengths(corpus.document_lengths),
         distinct_tokens=int((counts > 0).sum()),
         vocab_size=tokenizer.vocab_size,
@@ -148,7 +151,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def _describe_loss(report: CorpusReport) -> str:
     if report.lost_bytes:
-        return TextLoss(report.checked_bytes, report.lost_bytes).describe(report.tokenizer)
+        loss = TextLoss(report.checked_bytes, report.lost_bytes, report.lost_whitespace)
+        return loss.describe(report.tokenizer)
     return f"all of the {report.checked_bytes:,} bytes checked survive" if report.checked_bytes else "not measured"
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -196,9 +198,15 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
     with speaking_of(request.folder, "read"):
         corpus = UnfinishedCorpus(request.folder, request.prefix, tokenizer.dtype)
     sizes = [source.total for source in inputs]
-    progress.start(None if None in sizes else sum(size or 0 for size in sizes))
+    # Files have bytes and datasets rows, which have no sum.
+    mixed = len(set(map(type, inputs))) > 1
+    total = None if mixed or None in sizes else sum(size or 0 for size in sizes)
+    progress.start(total)
     first_empty = first_invalid = None
+    done = text_bytes = 0
     loss = TextLoss()
+    names = ", ".join(request.inputs)
+    check_loss = partial(loss.check, request.max_text_loss, "--max-text-loss", names, request.tokenizer)
     encoder = UnitEncoder(tokenizer, request.invalid_utf8)
     with closing(corpus), closing(_added(request, corpus, encoder, inputs)) as units:
         for unit, summary, reused in units:
@@ -207,11 +215,17 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
             if first_invalid is None and summary.first_invalid is not None:
                 first_invalid = unit.place(summary.first_invalid)
             progress.advance(unit.size, summary, reused)
-            loss.add(TextLoss(summary.checked_bytes, summary.lost_bytes, Counter(summary.first_lost)))
-            loss.check(request.max_text_loss, "--max-text-loss", ", ".join(request.inputs), request.tokenizer)
+            most = Counter(summary.first_lost)
+            loss.add(TextLoss(summary.checked_bytes, summary.lost_bytes, summary.lost_whitespace, most))
+            done += unit.size
+            text_bytes += summary.bytes + summary.empty_bytes
+            # The most text that is left: none is longer than its file, but compressed files and rows may be as before.
+            longest = max(1, text_bytes / max(1, done))
+            check_loss(unread_bytes=math.inf if total is None else max(0, total - done) * longest)
+        check_loss()
         if not corpus.total.documents:
             files = "; ".join(_files_of(inputs).describe())
-            raise ConfigError(f"{', '.join(request.inputs)}: no document has any text: give other inputs ({files})")
+            raise ConfigError(f"{names}: no document has any text: give other inputs ({files})")
         description = _describe(request, tokenizer, corpus)
         with speaking_of(request.folder, "write in"):
             corpus.finish(description.model_dump_json(indent=2) + "\n")
@@ -266,6 +280,7 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
         empty_bytes=total.empty_bytes,
         checked_bytes=total.checked_bytes,
         lost_bytes=total.lost_bytes,
+        lost_whitespace=total.lost_whitespace,
         empty_documents=total.empty,
         replaced_documents=total.replaced,
         skipped_documents=total.skipped,

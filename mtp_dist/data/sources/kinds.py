@@ -6,10 +6,12 @@ import bz2
 import codecs
 import gzip
 import io
+import itertools
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,8 @@ Kind = Literal["text", "JSON lines", "JSON array", "CSV", "Parquet"]
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]
 
 HEAD_BYTES = 8 << 10
-FIRST_RECORD_BYTES = 4 << 20
-"""Read of a file that begins like JSON, to find its first record."""
+JSON_HEAD_BYTES = 4 << 20
+"""Read of a file that begins like JSON, to see whether all of it are records."""
 
 MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b": "gzip",
@@ -39,6 +41,7 @@ CONTROL_CHARACTERS = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 TABLE_SUFFIXES = (".csv", ".tsv")
+BETWEEN_RECORDS = re.compile(r"[\s,]*")
 DATA_SUFFIXES = ("", ".json", ".txt")
 """Of files which are not read as text if they are records without the field."""
 
@@ -74,15 +77,24 @@ def recognize(file: Path, field: str) -> FileKind:
         return FileKind("Parquet")
     if suffix in JSON_LINES_SUFFIXES:
         return FileKind("JSON lines", compression)
-    head = _read_head(file, compression)
-    _check_text(head)
+    head, cut = _read_head(file, compression)
+    _check_text(head[:HEAD_BYTES])
     if suffix in TABLE_SUFFIXES:
         return FileKind("CSV", compression, delimiter="\t" if suffix == ".tsv" else ",")
-    if records := _kind_of_records(head, field, suffix):
+    if records := _kind_of_records(head, cut, field, suffix):
         return FileKind(records, compression)
     if compression:
         raise UnreadableFileError("compressed", "is compressed: decompress it (only records are read compressed)")
     return FileKind("text")
+
+
+def kind_by_name(file: Path) -> FileKind:
+    """Return what the name alone implies. Positions in streams depend on it: they were saved before there were more."""
+    if file.name.endswith((".jsonl", ".ndjson")):
+        return FileKind("JSON lines")
+    if file.name.endswith((".jsonl.gz", ".ndjson.gz", ".json.gz")):
+        return FileKind("JSON lines", "gzip")
+    return FileKind("Parquet" if file.name.endswith(".parquet") else "text")
 
 
 def _suffix_of_content(file: Path) -> str:
@@ -91,16 +103,14 @@ def _suffix_of_content(file: Path) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path).suffix
 
 
-def _read_head(file: Path, compression: Compression | None) -> bytes:
-    """Read the beginning of the content, up to the end of the first record if it looks like JSON."""
+def _read_head(file: Path, compression: Compression | None) -> tuple[bytes, bool]:
+    """Return the beginning of the content, and whether more follows after it if it looks like JSON."""
     with open_decompressed(file, compression) as (_, content), reading_compressed(file, compression):
         head = content.read(HEAD_BYTES)
-        begin = head.removeprefix(UTF8_MARK).lstrip()[:1]
-        if begin == b"{" and b"\n" not in head:
-            head += content.readline(FIRST_RECORD_BYTES)
-        elif begin == b"[":
-            head += content.read(FIRST_RECORD_BYTES)
-    return head
+        if head.removeprefix(UTF8_MARK).lstrip()[:1] not in (b"{", b"["):
+            return head, False
+        more = content.read(JSON_HEAD_BYTES)
+    return head + more, len(more) == JSON_HEAD_BYTES
 
 
 def _check_text(head: bytes) -> None:
@@ -117,45 +127,66 @@ def _check_text(head: bytes) -> None:
         raise UnreadableFileError("binary", "is binary, not text: leave it out, or convert it to text")
 
 
-def _kind_of_records(head: bytes, field: str, suffix: str) -> Kind | None:
-    """Return None for text. Raise UnreadableFileError for JSON that holds no records with the field."""
-    text = head.removeprefix(UTF8_MARK).decode(errors="surrogateescape").lstrip()
-    if not text:
+def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None:
+    """Return None for text. Raise UnreadableFileError for JSON that holds no records with the field.
+
+    `cut`: the file is longer than `head`.
+    """
+    text = head.removeprefix(UTF8_MARK).decode(errors="surrogateescape")
+    first = text.lstrip()[:1]
+    if not first:
         return "JSON lines" if suffix == ".json" else None
-    kind, first = _first_record(text)
-    if kind is None:
+    kind: Kind = "JSON array" if first == "[" else "JSON lines"
+    try:
+        records = list(_array_records(text, cut) if first == "[" else _line_records(text, cut))
+    except (ValueError, RecursionError):
+        records = [("", None)]
+    if not all(isinstance(record, dict) for _, record in records) or first not in ("{", "["):
         if suffix == ".json":
             raise UnreadableFileError(
                 "JSON without records",
                 "is JSON, but neither one object per line nor an array of objects: convert it to one of these",
             )
         return None
-    if not first or field in first:
+    if not records:
+        return kind if suffix == ".json" else None
+    without = next(((place, record) for place, record in records if field not in record), None)
+    if without is None:
         return kind
     if suffix not in DATA_SUFFIXES:
         return None
-    present = ", ".join(map(repr, first))
-    raise UnreadableFileError(
-        f"JSON without the field {field!r}", f"has no field {field!r}, it has {present}: choose another field"
+    raise lacks_field("JSON", field, without[1], f" in {without[0]}")
+
+
+def lacks_field(kind: str, field: str, present: Iterable[str], place: str = "") -> UnreadableFileError:
+    """Return the error for a file of records without the field. `place` is that of the record, such as " in line 2"."""
+    there = ", ".join(map(repr, present)) or "none"
+    return UnreadableFileError(
+        f"{kind} without the field {field!r}", f"has no field {field!r}, it has {there}{place}: choose another field"
     )
 
 
-def _first_record(text: str) -> tuple[Kind | None, dict[str, Any]]:
-    """Return the kind of records that text is, None if there are none, and the first one if it is known."""
-    first: object = None
-    kind: Kind = "JSON array" if text[0] == "[" else "JSON lines"
-    try:
-        if text[0] == "[":
-            begin = text[1:].lstrip()
-            if begin.startswith("]"):
-                return kind, {}
-            if begin.startswith("{"):
-                first, _ = json.JSONDecoder().raw_decode(begin)
-        elif text[0] == "{":
-            first = json.loads(text.partition("\n")[0])
-    except (ValueError, RecursionError):
-        return (kind, {}) if len(text) >= FIRST_RECORD_BYTES else (None, {})
-    return (kind, first) if isinstance(first, dict) else (None, {})
+def _line_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
+    """Yield what each line holds, with its place. Raise ValueError if that is not JSON."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[:-1] if cut else lines, 1):
+        if line.strip():
+            yield f"line {number}", json.loads(line)
+
+
+def _array_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
+    """Yield what an array holds, with its place. Raise ValueError if that is not JSON."""
+    if not cut:
+        yield from ((f"row {number}", record) for number, record in enumerate(json.loads(text)))
+        return
+    position = text.index("[") + 1
+    for number in itertools.count():
+        position = cast(re.Match[str], BETWEEN_RECORDS.match(text, position)).end()
+        try:
+            record, position = json.JSONDecoder().raw_decode(text, position)
+        except ValueError:  # it is cut here
+            return
+        yield f"row {number}", record
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from mtp_dist.data.documents import (
     WorkUnit,
     bytes_of_text,
     document_of_record,
-    missing_field,
     row_place,
 )
-from mtp_dist.data.sources.kinds import UTF8_MARK, FileKind, open_decompressed, reading_compressed
+from mtp_dist.data.sources.kinds import UTF8_MARK, FileKind, lacks_field, open_decompressed, reading_compressed
 
 
 def record_units(file: Path, kind: FileKind, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
-    """Yield the units of a file of records of `size` bytes. Raise ConfigError or OSError if it cannot be read."""
+    """Yield the units of a file of `size` bytes of records, whose columns were checked.
+
+    Raise ConfigError or OSError if it cannot be read.
+    """
     if kind.kind == "Parquet":
         return _row_groups(file, size, field, unit_bytes)
     if kind.kind == "CSV":
@@ -73,41 +76,47 @@ def _rows(file: Path, rows: Iterator[tuple[bytes, int]], unit_bytes: int) -> Ite
         yield RowList(str(file), rows_before, tuple(texts), size=position - begin)
 
 
+def check_columns(file: Path, kind: FileKind, field: str) -> None:
+    """Raise UnreadableFileError if a table does not have the field, ConfigError or OSError if it cannot be read."""
+    columns = None
+    if kind.kind == "Parquet":
+        columns = _parquet_metadata(file).schema.to_arrow_schema().names
+    elif kind.kind == "CSV":
+        with closing(_csv_lines(file, kind)) as lines:
+            columns, _, _ = next(lines, (None, 0, 0))
+    if columns is not None and field not in columns:
+        raise lacks_field(kind.kind, field, columns)
+
+
 def _csv_rows(file: Path, kind: FileKind, field: str) -> Iterator[tuple[bytes, int]]:
+    lines = _csv_lines(file, kind)
+    header, _, _ = next(lines, ([], 0, 0))
+    if header.count(field) > 1:
+        raise ConfigError(f"{file} has {header.count(field)} fields {field!r}: rename all but one")
+    for number, (row, line, position) in enumerate(lines):
+        if len(row) != len(header):
+            raise ConfigError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
+        yield bytes_of_text(row[header.index(field)], field, partial(row_place, file, number)), position
+
+
+def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, int]]:
+    """Yield the fields of the lines that are not blank, each with the line's number and the position after it."""
     csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that the library allows
     with open_decompressed(file, kind.compression) as (raw, content):
         # Bytes that are not UTF-8 come out as they went in, as for JSON lines.
         text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=kind.delimiter, strict=True)
-        rows = _read_csv(file, kind, reader)
-        header = next(rows, None)
-        if header is None:
-            return
-        if header.count(field) > 1:
-            raise ConfigError(f"{file} has {header.count(field)} fields {field!r}: rename all but one")
-        if field not in header:
-            raise missing_field(str(file), field, header)
-        column = header.index(field)
-        for number, row in enumerate(rows):
-            if len(row) != len(header):
-                raise ConfigError(
-                    f"{file}, line {reader.line_num} has {len(row)} fields, the header has {len(header)}: fix it"
-                )
-            yield bytes_of_text(row[column], field, partial(row_place, file, number)), raw.tell()
-
-
-def _read_csv(file: Path, kind: FileKind, reader: Any) -> Iterator[list[str]]:
-    """Yield the lines that are not blank."""
-    while True:
-        try:
-            with reading_compressed(file, kind.compression):
-                row = next(reader, None)
-        except csv.Error as error:
-            raise ConfigError(f"{file}, line {reader.line_num} is not CSV that can be read ({error}): fix it") from None
-        if row is None:
-            return
-        if row:
-            yield row
+        while True:
+            try:
+                with reading_compressed(file, kind.compression):
+                    row = next(reader, None)
+            except csv.Error as error:
+                reason = f"is not CSV that can be read ({error})"
+                raise ConfigError(f"{file}, line {reader.line_num} {reason}: fix it") from None
+            if row is None:
+                return
+            if row:
+                yield row, reader.line_num, raw.tell()
 
 
 def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[tuple[bytes, int]]:
@@ -124,19 +133,21 @@ def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[t
         yield document_of_record(record, field, place), size * (number + 1) // len(records)
 
 
-def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+def _parquet_metadata(file: Path) -> Any:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        metadata = pyarrow.parquet.read_metadata(file)
+        return pyarrow.parquet.read_metadata(file)
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{file} is no whole Parquet file ({error}): give it anew") from None
     except OSError as error:  # which has no name
         raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
+
+
+def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+    metadata = _parquet_metadata(file)
     schema = metadata.schema.to_arrow_schema()
-    if field not in schema.names:
-        raise missing_field(str(file), field, schema.names)
     if (columns := schema.names.count(field)) > 1:
         raise ConfigError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
     kind = schema.field(field).type

@@ -20,35 +20,41 @@ class TextLoss:
 
     checked_bytes: int = 0
     lost_bytes: int = 0
+    lost_whitespace: int = 0
+    """Those of the lost bytes that are whitespace, which many tokenizers fold on purpose."""
     characters: Counter[str] = field(default_factory=Counter)
-    """How often characters were lost."""
-
-    @property
-    def share(self) -> float:
-        return self.lost_bytes / self.checked_bytes if self.checked_bytes else 0.0
+    """How often characters were lost that are not whitespace."""
 
     def add(self, other: TextLoss) -> None:
         self.checked_bytes += other.checked_bytes
         self.lost_bytes += other.lost_bytes
+        self.lost_whitespace += other.lost_whitespace
         self.characters += other.characters
+
+    @property
+    def _lost_text(self) -> int:
+        return self.lost_bytes - self.lost_whitespace
 
     def surviving(self, num_bytes: int) -> int:
         """Return how many of these bytes of text tokens stand for."""
-        return round(num_bytes * (1 - self.share)) if self.lost_bytes else num_bytes
+        return round(num_bytes * (1 - self.lost_bytes / self.checked_bytes)) if self.lost_bytes else num_bytes
 
     def most_lost(self) -> str:
         return "".join(character for character, _ in self.characters.most_common(CHARACTERS_SHOWN))
 
     def describe(self, tokenizer: str) -> str:
         most = f", most of all {', '.join(map(repr, self.most_lost()))}" if self.characters else ""
+        whitespace = self.lost_whitespace / max(1, self.checked_bytes)
+        besides = f"; whitespace is lost in addition, {whitespace:.2%} of the text" if whitespace else ""
         return (
-            f"{self.share:.2%} of the text does not survive encoding and decoding with '{tokenizer}' (of "
-            f"{self.checked_bytes:,} bytes checked){most}"
+            f"{self._lost_text / max(1, self.checked_bytes):.2%} of the text does not survive encoding and decoding "
+            f"with '{tokenizer}' (of {self.checked_bytes:,} bytes checked){most}{besides}"
         )
 
-    def check(self, limit: float, option: str, named: str, tokenizer: str) -> None:
-        """Raise ConfigError, which begins with `named`, if the share exceeds the limit that `option` sets."""
-        if self.share > limit:
+    def check(self, limit: float, option: str, named: str, tokenizer: str, unread_bytes: float = 0) -> None:
+        """Raise ConfigError, which begins with `named`, if the share of the text that is lost, whitespace apart,
+        exceeds the limit that `option` sets, even if `unread_bytes` more of it survive."""
+        if self._lost_text > limit * (self.checked_bytes + unread_bytes):
             raise ConfigError(
                 f"{named}: {self.describe(tokenizer)}; {option} = {limit:g} allows less: use a tokenizer with a token "
                 "for every byte, such as byte pairs trained with initial_alphabet=ByteLevel.alphabet(), or raise "
@@ -67,9 +73,14 @@ def measure_loss(tokenizer: Tokenizer, documents: Sequence[bytes], tokens: Ids, 
             break
         decoded = tokenizer.decode(tokens[begin : begin + length - 1]) if length else ""
         lost = lost_characters(document.decode(), decoded)
-        loss.add(TextLoss(len(document), sum(len(c.encode()) * count for c, count in lost.items()), lost))
+        whitespace = Counter({character: count for character, count in lost.items() if character.isspace()})
+        loss.add(TextLoss(len(document), _num_bytes(lost), _num_bytes(whitespace), lost - whitespace))
         begin += length
     return loss
+
+
+def _num_bytes(characters: Counter[str]) -> int:
+    return sum(len(character.encode()) * count for character, count in characters.items())
 
 
 def lost_characters(text: str, decoded: str) -> Counter[str]:

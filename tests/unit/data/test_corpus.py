@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from mtp_dist.config import ConfigError, build_config
-from mtp_dist.data.corpus import Corpus, check_ids, check_tokenizer, open_corpus
+from mtp_dist.data.corpus import Corpus, check_document_ends, check_ids, check_tokenizer, open_corpus
 from mtp_dist.data.loading import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
 from tests.unit.data.preparing import documents_of, made, request
@@ -231,3 +232,20 @@ def test_document_masks_need_documents_that_end(tmp_path: Path, ends: list[int],
     said = str(error.value)
     assert said.startswith(f"data.train.0.path = '{wrong}': 2 of 2 documents looked at do not end with ")
     assert "token 256" in said and f"data.{key} = false" in said and "--append-eod" in said
+
+
+def test_the_ends_of_documents_are_found_without_reading_all_lengths(tmp_path: Path) -> None:
+    """Which a large corpus has gigabytes of; a document's last sequence may be empty."""
+
+    class Unread:
+        def __getitem__(self, part: object) -> None:
+            raise AssertionError(f"lengths {part} are read")
+
+    for end, documents in ((256, [[[1, 2], [3, 256]], [[4, 256], []], [[]]]), (7, [[[1, 2], [3, 7]], [[4, 256], []]])):
+        corpus = open_corpus(write_with_megatron(tmp_path / f"{end}", documents), "here")
+        corpus = replace(corpus, index=replace(corpus.index, lengths=Unread()))
+        if end == 256:
+            check_document_ends(corpus, build_tokenizer("bytes"), "masks")
+        else:
+            with pytest.raises(ConfigError, match=r"1 of 2 documents .* \(most of them end with 7\)"):
+                check_document_ends(corpus, build_tokenizer("bytes"), "masks")

@@ -92,6 +92,7 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "numbers.json": (b"[1, 2, 3]", "is JSON, but neither one object per line nor an array of objects"),
     "other.json": (b'{"content": "a"}\n{"content": "b"}\n', "has no field 'text', it has 'content'"),
     "other.txt": (b'{"content": "a"}\n{"content": "b"}\n', "has no field 'text', it has 'content'"),
+    "mixed.json": (b'[{"text": "a"}, {"name": "b"}]', "has no field 'text', it has 'name' in row 1"),
     "deep.json": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is JSON, but neither"),
     "text.txt.GZ": (gzip.compress(b"text " * 99), "is compressed: decompress it"),
     "renamed.txt": (b"PK\x03\x04" + b"text" * 9, "is binary"),
@@ -119,6 +120,8 @@ def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
         (folder / name).write_bytes(content)
     for name in ("lines.json", "a.csv", "a.PARQUET"):
         (folder / name).write_bytes(FILES_OF_RECORDS[name]())
+    (folder / "results.csv").write_text('"run\nname",loss\na,2.5\n')
+    pyarrow.parquet.write_table(pyarrow.table({"loss": [2.5]}), folder / "results.parquet")
     (folder / "a.py").write_text("x = 1\n")
     (folder / "gone.py").symlink_to("missing")
     prepared = made(request(folder, tmp_path / "corpus", glob="**/*"))
@@ -127,8 +130,10 @@ def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
     files = prepared.as_json()["files"]
     assert files["read"] == {"CSV": 1, "JSON lines": 1, "Parquet": 1, "text": 1}
     assert files["skipped"] == {
+        "CSV without the field 'text'": 1,
         "JSON without records": 3,
-        "JSON without the field 'text'": 2,
+        "JSON without the field 'text'": 3,
+        "Parquet without the field 'text'": 1,
         "UTF-16": 2,
         "binary": 4,
         "broken link": 1,
@@ -136,7 +141,36 @@ def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
     }
     said = describe(tmp_path / "corpus", prepared)
     assert "4 files: 1 CSV, 1 JSON lines, 1 Parquet, 1 text" in said
-    assert "13 files skipped: 3 JSON without records, 2 JSON without the field 'text', 2 UTF-16, 4 binary, " in said
+    assert "16 files skipped: 1 CSV without the field 'text', 3 JSON without records, 3 JSON without the field" in said
+
+
+RECORD = b'{"text": "a"}'
+TEXTS_LIKE_RECORDS = {
+    "app.js.map": b'{"version": 3, "text": "' + b"a" * (5 << 20) + b'"}',
+    "array.js": b'[{"version": 3, "text": "' + b"a" * (5 << 20) + b'"}]',
+    "log.txt": RECORD + b"\nand then text\n",
+    "part-0": RECORD + b"\n" + RECORD + b"\n[not a record]\n",
+    "notebook.ipynb": b'{"cells": []}',
+    "mixed.log": RECORD + b'\n{"name": "b"}\n',
+    "braces.tex": b"{\\bf text}\n",
+    "links.md": b"[text](link)\n",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS_LIKE_RECORDS)
+def test_only_files_whose_every_record_is_known_are_records(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(TEXTS_LIKE_RECORDS[name])
+    for read in (units(tmp_path / name), units(tmp_path, glob="**/*")):
+        assert documents(read) == [TEXTS_LIKE_RECORDS[name].decode()]
+
+
+@pytest.mark.parametrize("brackets", [("", "\n", ""), ("[", ",\n", "]")], ids=["lines", "array"])
+def test_records_that_are_longer_than_what_is_looked_at(tmp_path: Path, brackets: tuple[str, str, str]) -> None:
+    begin, between, end = brackets
+    for lengths in ((5 << 20, 1), (1, 5 << 20), (3 << 20, 3 << 20)):
+        texts = ["a" * length for length in lengths]
+        (tmp_path / "a.json").write_text(begin + between.join(json.dumps({"text": text}) for text in texts) + end)
+        assert documents(units(tmp_path / "a.json")) == texts
 
 
 @pytest.mark.regression("7.D1")

@@ -1,6 +1,7 @@
 """Samples of a stream are those of its documents packed whole, wherever it was stopped and at any layout."""
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 from random import Random
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.inputs import InputOptions, open_inputs
+from mtp_dist.data.loading import load_datasets
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import ByteTokenizer
+from tests.parity.runs import tiny_config
 
 LENGTH, LOOKAHEAD = 7, 3
 
@@ -195,3 +198,55 @@ def test_a_parquet_file_that_is_cut_off_before_its_rows_are_read(tmp_path: Path)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ConfigError, match=r"a\.parquet is no whole Parquet file"):
         list(unit.documents())
+
+
+def older_folder(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "a.py").write_text("x = 1\n" * 3)
+    (folder / "b.txt").write_text("{braces} are text\n")
+    (folder / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "d.md").write_text("[a link](b)\n")
+    (folder / "e.txt").write_text('{"text": "a line"}\nand a text\n')
+    return str(folder)
+
+
+OLDER_STATE = {"next": 6, "streams": [{"passes": 0, "position": [2, 0], "offset": 2}]}
+OLDER_FINGERPRINT = "e4d88ebb5fac5c27a779e5a75a1f615cc251e70330b108f5f4c8667f18dac96c"
+OLDER_SAMPLES = [b" link](b)", [*b")\n", 256, *b'{"text'], b't": "a li', b'ine"}\nand']
+
+
+def test_a_folder_whose_kinds_are_those_of_their_names_resumes_from_an_older_checkpoint(tmp_path: Path) -> None:
+    """Its units were told apart by names alone; state, fingerprint and samples are what that version wrote."""
+    source = {"path": older_folder(tmp_path / "folder"), "glob": "*", "stream": True}
+    config = tiny_config(
+        data={"train": [source]},
+        train={"global_batch_size": 2, "micro_batch_size": 1, "sequence_length": 8},
+        heads={"count": 1},
+    )
+    datasets = load_datasets(config)
+    state = {"read": 6, "fingerprints": [OLDER_FINGERPRINT], "train": OLDER_STATE}
+    assert datasets.restore(state, may_change=False) == 6
+    assert datasets.train.read(6, 4).tolist() == [list(sample) for sample in OLDER_SAMPLES]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.json", b'{"text": "one"}\n'),
+        ("f.csv", b"text\none\n"),
+        ("f.txt", b'{"text": "one"}\n'),
+        ("f.txt", b"\0\1"),
+        ("f.csv", b"name\none\n"),
+        ("f.JSONL", b'{"text": "one"}\n'),
+    ],
+)
+def test_a_folder_whose_files_were_once_read_otherwise_does_not_resume(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    folder = Path(older_folder(tmp_path / "folder"))
+    (folder / name).write_bytes(content)
+    older = [[file.name, file.stat().st_size] for file in sorted(folder.iterdir(), key=lambda file: file.name)]
+    fingerprint = hashlib.sha256(json.dumps(older).encode()).hexdigest()
+    datasets = load_datasets(tiny_config(data={"train": [{"path": str(folder), "glob": "*", "stream": True}]}))
+    with pytest.raises(ConfigError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
+        datasets.restore({"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}, may_change=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,10 +20,11 @@ from mtp_dist.data.inspection import inspect_corpus, print_report
 from mtp_dist.data.loading import Datasets, load_datasets
 from mtp_dist.data.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
-from tests.unit.data.preparing import made, request
+from tests.unit.data.preparing import made, request, units_in
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
 GERMAN = "für größere Übungen heißt es üben. "
+CODE = "def fox(box):\n    for dog in box:\n\n        yield dog  # the lazy one\n"
 JAPANESE = "日本語のテキストは消えてしまう。"
 
 
@@ -123,6 +125,55 @@ def test_what_survives_is_said_only_by_inspect(tmp_path: Path, trained_tokenizer
         assert prepared.description.lost_bytes == 0
         assert "does not survive" not in describe(tmp_path / f"{number}", prepared)
     assert load_datasets(config(trained_tokenizers / name, {"path": str(tmp_path / "1")})).notices == ()
+
+
+@pytest.fixture(scope="module")
+def folding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model with the trainer's own defaults: runs of whitespace become one space."""
+    file = tmp_path_factory.mktemp("folding") / "tokenizer.model"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([CODE, ENGLISH]), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    file.write_bytes(model.getvalue())
+    return file
+
+
+def test_whitespace_that_a_tokenizer_folds_is_reported_and_not_limited(tmp_path: Path, folding: Path) -> None:
+    texts = [CODE] * 20
+    prepared = made(request(json_lines(tmp_path / "a.jsonl", texts), tmp_path / "c", folding))
+    said = describe(tmp_path / "c", prepared)
+    folded = len(" ".join(CODE.split()))
+    assert prepared.description.lost_bytes == prepared.description.lost_whitespace == 20 * (len(CODE) - folded)
+    assert f"; whitespace is lost in addition, {1 - folded / len(CODE):.2%} of the text" in said
+    tokens = len(build_tokenizer(str(folding)).encode(CODE)) + 1
+    for path in ("c", "a.jsonl"):
+        datasets = load_datasets(config(folding, {"path": str(tmp_path / path)}, max_text_loss=0.0))
+        assert any("whitespace is lost in addition" in line for line in datasets.notices)
+        assert datasets.validation[0].bytes_per_token == pytest.approx(folded / tokens), "bytes that tokens stand for"
+    shown = io.StringIO()
+    corpus = open_corpus(tmp_path / "c", "DATA")
+    report = inspect_corpus(corpus, build_tokenizer(str(folding)), 2, 4, 1, 3, watch=lambda done: None)
+    print_report(report, Console(file=shown, width=120))
+    assert "whitespace is lost in addition" in shown.getvalue()
+
+    with pytest.raises(ConfigError, match=r"most of all '日', .*'; whitespace is lost in addition"):
+        made(request(json_lines(tmp_path / "b.jsonl", [CODE + JAPANESE]), tmp_path / "d", folding))
+
+
+def test_prepare_judges_the_loss_of_the_whole_corpus(tmp_path: Path, lossy: Path) -> None:
+    """It ends early only if what is left cannot make up for what was lost."""
+    texts = [GERMAN, *[ENGLISH] * 100]
+    asked = request(json_lines(tmp_path / "a.jsonl", texts), tmp_path / "c", lossy, unit_bytes=len(GERMAN))
+    prepared = made(asked)
+    assert 0 < prepared.loss.lost_bytes < 0.01 * prepared.loss.checked_bytes
+
+    for name, texts in (("early", [ENGLISH + JAPANESE] * 100), ("late", [ENGLISH] * 95 + [ENGLISH + JAPANESE] * 5)):
+        asked = request(json_lines(tmp_path / f"{name}.jsonl", texts), tmp_path / name, lossy, unit_bytes=90)
+        with pytest.raises(ConfigError, match=r"% of the text does not survive"):
+            made(asked)
+        assert (units_in(asked) < 50) == (name == "early")
+        made(replace(asked, max_text_loss=1.0))
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
