@@ -104,7 +104,10 @@ def prepare(
     streaming: Annotated[bool, typer.Option("--streaming", help="read a dataset while it downloads")] = False,
     invalid_utf8: Annotated[InvalidUtf8, typer.Option(help="what to do about it")] = "error",
     max_text_loss: Annotated[
-        float, typer.Option(min=0, max=1, help="share of the text that may not survive encoding and decoding")
+        float,
+        typer.Option(
+            min=0, max=1, help="share of the text, except whitespace, that may be lost by encoding and decoding"
+        ),
     ] = MAX_TEXT_LOSS,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of sentences")] = False,
 ) -> None:

@@ -130,7 +130,7 @@ class DataConfig(Section):
     folder with one, or a name in the Hugging Face cache of this machine."""
     max_text_loss: Annotated[float, Field(ge=0, le=1)] = MAX_TEXT_LOSS
     """Share of a source's text, measured on a sample, that may not survive encoding and decoding: characters that the
-    tokenizer has no tokens for, or changes. A source that loses more is refused."""
+    tokenizer has no tokens for, or changes, except whitespace. A source that loses more is refused."""
     loss_across_documents: bool = True
     """`false`: a head's target counts only where it lies in the same document as the token at its position. A document
     ends with its end-of-document token. Token-order prediction ranks no tokens beyond it then."""
