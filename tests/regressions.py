@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -102,24 +102,29 @@ def _commit_of(test: str) -> str:
 
 def _outcomes(tree: Path, tests: dict[str, list[str]], scratch: Path) -> Iterator[tuple[str, str | None]]:
     """Yield each test's id and why it failed in `tree`, or None if it did not fail. One pytest process per file."""
-
-    def run_file(file: str) -> dict[str, str | None]:
-        mine = [test for test in tests if test.startswith(f"{file}::")]
-        results = scratch / f"{file.replace('/', '.')}.json"
-        try:
-            seen = _run_pytest(tree, results, "--config-file=pytest.toml", f"--rootdir={tree}", file)
-        except subprocess.TimeoutExpired:
-            return dict.fromkeys(mine, f"did not end within {FILE_TIMEOUT_S} s")
-        absent = seen["failures"].get(file, "cannot be collected")
-        return {
-            test: None if test in seen["passed"] else seen["failures"].get(test, absent if not seen["lines"] else None)
-            for test in mine
-        }
-
     files = sorted({test.partition("::")[0] for test in tests})
     with ThreadPoolExecutor(2) as pool:
-        for outcomes in pool.map(run_file, files):
+        groups = [[test for test in tests if test.startswith(f"{file}::")] for file in files]
+        for outcomes in pool.map(partial(_outcomes_of, tree, scratch), files, groups):
             yield from outcomes.items()
+
+
+def _outcomes_of(tree: Path, scratch: Path, selected: str, tests: Sequence[str]) -> dict[str, str | None]:
+    """Return the outcome of tests that pytest runs if it is given `selected`, a file or a test's id.
+
+    A test may end pytest itself. Then each one of the file gets a process of its own.
+    """
+    results = scratch / f"{abs(hash(selected))}.json"
+    try:
+        seen = _run_pytest(tree, results, "--config-file=pytest.toml", f"--rootdir={tree}", selected)
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(tests, f"did not end within {FILE_TIMEOUT_S} s")
+    except FileNotFoundError:
+        if selected in tests:
+            return {selected: "ended pytest itself"}
+        return {test: _outcomes_of(tree, scratch, test, [test])[test] for test in tests}
+    absent = None if seen["lines"] else seen["failures"].get(selected.partition("::")[0], "cannot be collected")
+    return {test: None if test in seen["passed"] else seen["failures"].get(test, absent) for test in tests}
 
 
 def main() -> None:
