@@ -8,13 +8,19 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 600
 """Longest time of one task: some seconds on an idle machine, with the imports a minute and more on a crowded one."""
+
+OPENING = timedelta(minutes=5)
+"""Longest time of opening a process group, of which most is the imports of the slowest rank."""
+OPENINGS = 3
+"""gloo now and then closes a connection while it connects the ranks of a crowded machine."""
 
 
 class RankError(AssertionError):
@@ -40,8 +46,15 @@ def _serve(rank: int, connection: Connection) -> None:
         function, arguments, world_size, store = task
         os.environ["WORLD_SIZE"] = str(world_size)
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-            connection.send((True, function(*arguments)))
+            try:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{store}", timeout=OPENING, rank=rank, world_size=world_size
+                )
+                connection.send(None)
+            except Exception:
+                connection.send(traceback.format_exc())
+            if connection.recv():
+                connection.send((True, function(*arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
         finally:
@@ -65,6 +78,7 @@ def _close_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 0  # an opening that failed counts on some ranks only, and names differ
     deepspeed.comm.comm.cdb = None
     gc.collect()
 
@@ -88,11 +102,8 @@ class Ranks:
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the function, of an importable module, returns on each rank. Raises RankError with a traceback."""
-        self.tasks += 1
-        store = Path(self.folder.name) / f"store_{self.tasks}"
         used = self.connections[:world_size]
-        for connection in used:
-            connection.send((function, arguments, world_size, store))
+        self._open_group(used, function, arguments)
         answers, errors = [], []
         for rank, connection in enumerate(used):
             # What one rank raises is why others are silent: do not wait as long for each of them.
@@ -104,6 +115,24 @@ class Ranks:
         if errors:
             raise RankError(max(errors, key=len))
         return answers
+
+    def _open_group(self, used: Sequence[Connection], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        """Give each rank the task, and let them begin it as soon as all have opened their process group."""
+        for _ in range(OPENINGS):
+            self.tasks += 1
+            store = Path(self.folder.name) / f"store_{self.tasks}"
+            for connection in used:
+                connection.send((function, arguments, len(used), store))
+            errors = [
+                connection.recv() if connection.poll(TIMEOUT_SECONDS) else "a rank did not open its process group"
+                for connection in used
+            ]
+            opened = not any(errors)
+            for connection in used:
+                connection.send(opened)
+            if opened:
+                return
+        raise RankError(max(filter(None, errors), key=len))
 
     def close(self) -> None:
         for connection in self.connections:
