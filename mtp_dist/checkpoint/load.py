@@ -17,7 +17,7 @@ from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.distributed.collectives import from_rank_0
-from mtp_dist.model.weights import blocks_of_part, cut, initial_weight, named_weights, parameter_shapes
+from mtp_dist.model.weights import blocks_of_part, named_weights, parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import (
     MOMENTS,
@@ -60,11 +60,8 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
         weights, _rows_by_reader([weight for _, weight in weights], topology.data), strict=True
     ):
         part = _Part(weight, shapes[name], topology, rows)
-        if name in model.homes:
-            values = part.read_together(model, name)
-        else:
-            whole = initial_weight(engine.config, name, shapes[name])
-            values = cut(whole, weight, topology.tensor_rank, topology.tensor).to(weight.device)
+        is_saved = name in model.homes
+        values = part.read_together(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
         set_master_weight(weight, values)
         for key in MOMENTS:
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.homes:

@@ -85,10 +85,12 @@ class TrainingEngine:
         # Not before there is the optimizer: its fp32 copies would be those of weights that are rounded to bf16.
         shapes = parameter_shapes(self.config, self.vocab_size)
         for name, weight in named_weights(self.stage):
-            part = cut(
-                initial_weight(self.config, name, shapes[name]), weight, self.topology.tensor_rank, self.topology.tensor
-            )
-            set_master_weight(weight, part.to(weight.device))
+            set_master_weight(weight, self.initial_values(name, weight, shapes[name]))
+
+    def initial_values(self, name: str, weight: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
+        """Return this rank's part of a weight's initial values, in fp32. shape: that of the whole weight."""
+        whole = initial_weight(self.config, name, shape)
+        return cut(whole, weight, self.topology.tensor_rank, self.topology.tensor).to(weight.device)
 
     @property
     def optimizer_name(self) -> str:
