@@ -158,7 +158,7 @@ def pretrain(
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import close_topology, gather_over_ranks, initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.preflight import Preflight
@@ -168,8 +168,8 @@ def pretrain(
     topology = initialize_topology(config, device)
     if memory_snapshot:
         begin_memory_history(config, topology.rank)
-    cpu_groups = new_cpu_groups(topology)
-    resumed = agree_on_resume_point(config, vocab_size, topology, cpu_groups.all)
+    gloo_groups = new_gloo_groups(topology)
+    resumed = agree_on_resume_point(config, vocab_size, topology, gloo_groups.all)
     if resumed and resumed.step >= config.train.steps:
         _say_finished(config, resumed)
         close_topology()
@@ -184,22 +184,22 @@ def pretrain(
         restore(engine, resumed.folder)
     reporter = _reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None
     heard = (reporter.note, reporter.on_saved) if reporter else (print, print)  # of other ranks nobody hears
-    saver = CheckpointSaver(config, vocab_size, engine, cpu_groups, *heard)
+    saver = CheckpointSaver(config, vocab_size, engine, gloo_groups, *heard)
     stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
-    hosts = gather_over_ranks(socket.gethostname(), cpu_groups.all)
+    hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     callbacks = _callbacks_of_rank_0(reporter, hosts) if reporter else []
-    callbacks += [Preflight(config, topology, cpu_groups.all, heard[0])] if preflight else []
+    callbacks += [Preflight(config, topology, gloo_groups.all, heard[0])] if preflight else []
     callbacks += profiling_callbacks(config, topology, memory_snapshot, heard[0])
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
-        ending = fit_and_recover(trainer, saver, cpu_groups.all, reporter, resumed, samples_read)
+        ending = fit_and_recover(trainer, saver, gloo_groups.all, reporter, resumed, samples_read)
     finished = reporter if ending.reason is Reason.LAST_STEP else None
-    _end_together(config, finished, datasets.tokenizer, cpu_groups.all)
+    _end_together(config, finished, datasets.tokenizer, gloo_groups.all)
     return exit_status(ending.signal) if ending.signal else 0
 
 
 def _end_together(
-    config: Config, finished: "RunReporter | None", tokenizer: "Tokenizer", cpu_group: "dist.ProcessGroup"
+    config: Config, finished: "RunReporter | None", tokenizer: "Tokenizer", gloo_group: "dist.ProcessGroup"
 ) -> None:
     """Show the result of a finished run on rank 0, and leave the process groups when all ranks have come this far.
 
@@ -213,7 +213,7 @@ def _end_together(
     if finished:
         checkpoint = checkpoint_path(config, config.train.steps)
         finished.show_result(checkpoint, lambda: _sample(config, tokenizer, checkpoint))
-    dist.barrier(cpu_group)
+    dist.barrier(gloo_group)
     close_topology()
 
 

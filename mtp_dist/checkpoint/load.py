@@ -28,7 +28,7 @@ from mtp_dist.parallel.optimizer_state import (
     set_moment,
     set_updates,
 )
-from mtp_dist.parallel.topology import Topology, data_group, gather_over_ranks
+from mtp_dist.parallel.topology import Topology, all_gather_objects, dp_group
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
 """How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""
@@ -57,7 +57,7 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     ensure_state(engine.pipeline)
     weights = list(named_weights(engine.stage))
     for (name, weight), rows in zip(
-        weights, _rows_by_reader([weight for _, weight in weights], topology.data), strict=True
+        weights, _rows_by_reader([weight for _, weight in weights], topology.dp_size), strict=True
     ):
         part = _Part(weight, shapes[name], topology, rows)
         is_saved = name in model.homes
@@ -106,10 +106,10 @@ class _Part:
         """Return all of the part. Each of its rows is read by one rank, which sends it to the others."""
         values = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         for source, (first, last) in enumerate(pairwise(self.rows)):
-            if source == self.topology.data_rank:
+            if source == self.topology.dp_rank:
                 values[first:last] = self._read(reader, name, first, last)
-            if self.topology.data > 1 and first < last:
-                dist.broadcast(values[first:last], group=data_group(), group_src=source)
+            if self.topology.dp_size > 1 and first < last:
+                dist.broadcast(values[first:last], group=dp_group(), group_src=source)
         return values
 
     def read_alone(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
@@ -121,9 +121,7 @@ class _Part:
     def _read(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
         values = torch.zeros(last - first, *self.weight.shape[1:])
         done = 0
-        for block in blocks_of_part(
-            self.shape, self.weight, self.topology.tensor_rank, self.topology.tensor, first, last
-        ):
+        for block in blocks_of_part(self.shape, self.weight, self.topology.tp_rank, self.topology.tp_size, first, last):
             read = reader.read_block(name, block)
             values[done : done + len(read)] = read
             done += len(read)
@@ -131,7 +129,7 @@ class _Part:
 
 
 def agree_on_resume_point(
-    config: Config, vocab_size: int, topology: Topology, cpu_group: dist.ProcessGroup
+    config: Config, vocab_size: int, topology: Topology, gloo_group: dist.ProcessGroup
 ) -> ResumePoint | None:
     """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
 
@@ -139,21 +137,21 @@ def agree_on_resume_point(
     A collective over `cpu_group`, all ranks. Raise ConfigError, on every rank, where `find_resume_point` does, and if a
     rank does not see the checkpoint.
     """
-    point = from_rank_0(lambda: find_resume_point(config, vocab_size), cpu_group)
+    point = from_rank_0(lambda: find_resume_point(config, vocab_size), gloo_group)
     while point:
-        _await_folder(point.folder, cpu_group)
-        found = gather_over_ranks(_damage_in_share(point.folder, topology), cpu_group)
+        _await_folder(point.folder, gloo_group)
+        found = all_gather_objects(_damage_in_share(point.folder, topology), gloo_group)
         damage = next(filter(None, found), None)
         if damage is None:
             return point
-        point = from_rank_0(partial(older_resume_point, point, damage, config, vocab_size), cpu_group)
+        point = from_rank_0(partial(older_resume_point, point, damage, config, vocab_size), gloo_group)
     return None
 
 
-def _await_folder(folder: Path, cpu_group: dist.ProcessGroup) -> None:
+def _await_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
     """Wait until every rank sees the folder: over NFS some may see it later than the one that made it."""
     for _ in range(LOOKS):
-        seen = gather_over_ranks(folder.is_dir(), cpu_group)
+        seen = all_gather_objects(folder.is_dir(), gloo_group)
         if all(seen):
             return
         sleep(SECONDS_BETWEEN_LOOKS)

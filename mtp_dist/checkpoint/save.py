@@ -51,9 +51,9 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
     """Of the state after update `state.step`. A collective over all ranks."""
     topology = engine.topology
     layout = SavedLayout(
-        tensor=topology.tensor,
-        pipeline=topology.pipeline,
-        data=topology.data,
+        tensor=topology.tp_size,
+        pipeline=topology.pp_size,
+        data=topology.dp_size,
         world_size=topology.world_size,
         zero_stage=engine.pipeline.zero_optimization_stage(),
     )
@@ -83,12 +83,12 @@ def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...
     return parts
 
 
-def whole_share(snapshot: Snapshot, topology: Topology, tensor_group: dist.ProcessGroup) -> dict[str, Tensors]:
+def whole_share(snapshot: Snapshot, topology: Topology, tp_group: dist.ProcessGroup) -> dict[str, Tensors]:
     """The whole tensors that this rank writes, by kind of file; the snapshot's parts become these.
 
     A collective over `tensor_group`, a tensor-parallel group for the CPU.
     """
-    return {kind: joined_parts(parts, topology, tensor_group) for kind, parts in snapshot.parts.items()}
+    return {kind: joined_parts(parts, topology, tp_group) for kind, parts in snapshot.parts.items()}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, 
 from mtp_dist.checkpoint.save import Snapshot, Tensors, take_snapshot, whole_share, write_rest, write_share
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import CpuGroups, gather_over_ranks
+from mtp_dist.parallel.topology import GlooGroups, all_gather_objects
 
 PAUSES = (2.0, 10.0, 60.0)
 """Seconds before the second, third, .. time that a checkpoint is tried to be written."""
@@ -37,7 +37,7 @@ class CheckpointSaver:
         config: Config,
         vocab_size: int,
         engine: TrainingEngine,
-        groups: CpuGroups,
+        groups: GlooGroups,
         note: Callable[[str], None],
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -138,7 +138,7 @@ class CheckpointSaver:
             result = action()
         except OSError as error:
             wrong = f"cannot write into checkpoint.directory: {error.filename or folder}: {error.strerror or error}"
-        answers = gather_over_ranks((wrong, result), self._groups.all)
+        answers = all_gather_objects((wrong, result), self._groups.all)
         for rank, (of_rank, _) in enumerate(answers):
             if of_rank:
                 raise _NotWrittenError(of_rank if rank == 0 else f"rank {rank} {of_rank}")

@@ -77,7 +77,7 @@ def selfcheck(
     comparisons = compare(settings, sources.vocab_size, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
-    layout = f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}"
+    layout = f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}"
     if topology.rank == 0 and as_json:
         rows = [asdict(comparison) | {"passed": comparison.passed} for comparison in comparisons]
         print(json.dumps({"layout": layout, "passed": passed, "comparisons": rows}), flush=True)

@@ -22,7 +22,7 @@ from mtp_dist.parallel.gradients import clip_by_global_norm
 from mtp_dist.parallel.optimizer_state import set_master_weight
 from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, quiet
 from mtp_dist.parallel.stage_clock import StageClock
-from mtp_dist.parallel.topology import Topology, data_group
+from mtp_dist.parallel.topology import Topology, dp_group
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -90,7 +90,7 @@ class TrainingEngine:
     def initial_values(self, name: str, weight: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
         """Return this rank's part of a weight's initial values, in fp32. shape: that of the whole weight."""
         whole = initial_weight(self.config, name, shape)
-        return cut(whole, weight, self.topology.tensor_rank, self.topology.tensor).to(weight.device)
+        return cut(whole, weight, self.topology.tp_rank, self.topology.tp_size).to(weight.device)
 
     @property
     def optimizer_name(self) -> str:
@@ -141,8 +141,8 @@ class TrainingEngine:
             return
         valid = sum((micro_batch.targets != IGNORE_INDEX).sum((1, 2)) for micro_batch in batch)
         counts = torch.as_tensor(valid, dtype=torch.float64, device=self.topology.device)
-        dist.all_reduce(counts, group=data_group())
-        averaged_over = micro_batches * self.topology.data
+        dist.all_reduce(counts, group=dp_group())
+        averaged_over = micro_batches * self.topology.dp_size
         per_target = averaged_over / counts.clamp(min=1)
         scales = counts.new_tensor(weights.weights) * per_target
         token_order_scale = self.config.heads.token_order * per_target[0]
@@ -157,7 +157,7 @@ class TrainingEngine:
         over this rank's micro-batches, 0 where another rank has them; in head 1's place of the last row the
         cross-entropies to the tokens' order."""
         sums = torch.zeros(5, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
-        if self.topology.is_last_stage and self.topology.tensor_rank == 0:
+        if self.topology.is_last_stage and self.topology.tp_rank == 0:
             heads = self.stage.heads.sums
             token_order = torch.zeros_like(heads.losses)
             token_order[0] = heads.token_order

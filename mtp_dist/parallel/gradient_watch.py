@@ -13,7 +13,7 @@ from mtp_dist.model.weights import named_weights
 from mtp_dist.parallel.gradients import counts
 from mtp_dist.parallel.instructions import Execute, wrap_instruction
 from mtp_dist.parallel.pipeline import MultiTokenPipeline
-from mtp_dist.parallel.topology import Topology, gather_over_ranks
+from mtp_dist.parallel.topology import Topology, all_gather_objects
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class GradientWatch:
             self.squares.index_add_(0, self._index(tuple(self._parts[name] for name in owned)), squares)
         if norms:
             self.fault = 0 * torch.stack(list(norms.values())).double().sum()
-        counted = (name for name in gradients if counts(self._weights[name], self._topology.tensor_rank))
+        counted = (name for name in gradients if counts(self._weights[name], self._topology.tp_rank))
         self._counted = next((gradients[name] for name in counted), None)
         execute()
 
@@ -116,8 +116,8 @@ class GradientWatch:
 
     def _owns(self, weight: nn.Parameter) -> bool:
         """Return whether this rank answers for what it has of a reduced gradient: each element is one rank's only."""
-        is_replicated = _is_whole(weight) and self._topology.data_rank > 0
-        return counts(weight, self._topology.tensor_rank) and not is_replicated
+        is_replicated = _is_whole(weight) and self._topology.dp_rank > 0
+        return counts(weight, self._topology.tp_rank) and not is_replicated
 
     def find_not_finite(self) -> NotFinite:
         """Where the last step's gradient was not finite. A collective over all ranks."""
@@ -130,8 +130,8 @@ class GradientWatch:
             of_heads = self._stage.heads.sums.losses.isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
         topology = self._topology
-        mine = NotFinite(topology.rank, topology.pipeline_rank, weight, losses) if weight or losses else None
-        found = [of_rank for of_rank in gather_over_ranks(mine) if of_rank]
+        mine = NotFinite(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
+        found = [of_rank for of_rank in all_gather_objects(mine) if of_rank]
         last_stage = max((of_rank.stage for of_rank in found), default=0)
         return next((of_rank for of_rank in found if of_rank.stage == last_stage), NotFinite(None))
 

@@ -17,12 +17,12 @@ def is_copy(weight: nn.Parameter) -> bool:
     return getattr(weight, "ds_pipe_replicated", False)
 
 
-def counts(weight: nn.Parameter, tensor_rank: int) -> bool:
+def counts(weight: nn.Parameter, tp_rank: int) -> bool:
     """Whether a norm over all ranks has this rank's part of a weight in it, so that every weight is in it once.
 
     Replicated weights are on tensor-parallel rank 0, tied ones on their first stage.
     """
-    return (tensor_rank == 0 or is_cut(weight)) and not is_copy(weight)
+    return (tp_rank == 0 or is_cut(weight)) and not is_copy(weight)
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:

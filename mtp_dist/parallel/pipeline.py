@@ -21,7 +21,7 @@ from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
 from mtp_dist.model.weights import padded_vocab_size, tag_shards
 from mtp_dist.parallel.partition import trunk_layers_per_stage
-from mtp_dist.parallel.topology import Topology, tensor_group
+from mtp_dist.parallel.topology import Topology, tp_group
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ class HeadsWithLoss(PredictionHeads):
             targets=targets,
             active=self.active,
             scales=self.scales,
-            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tensor_group()),
+            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tp_group()),
             z_loss=self.config.heads.z_loss,
             chunk_tokens=self.config.heads.chunk_tokens,
             sequence_parallel=self.config.parallel.sequence,
@@ -148,7 +148,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.device = topology.device
         self.queue: deque[MicroBatch] = deque()
         self.bounds = _stage_bounds(config, vocab_size)
-        axes = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+        axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
         with quiet(), torch.no_grad():
             super().__init__(_layer_specs(config, vocab_size), topology=axes)

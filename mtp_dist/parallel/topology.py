@@ -25,45 +25,45 @@ from mtp_dist.parallel.rendezvous import join
 
 T = TypeVar("T")
 
-PATIENCE_AFTER_THE_WATCHDOG = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT_MARGIN = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Topology:
     """Degrees of the axes and this rank's index on each."""
 
-    tensor: int
-    pipeline: int
-    data: int
-    tensor_rank: int
-    pipeline_rank: int
-    data_rank: int
+    tp_size: int
+    pp_size: int
+    dp_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
     device: torch.device
 
     @property
     def degrees(self) -> dict[str, int]:
         """By axis, as logs and results have them."""
-        return {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        return {"tensor": self.tp_size, "pipeline": self.pp_size, "data": self.dp_size}
 
     @property
     def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
+        return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline - 1
+        return self.pp_rank == self.pp_size - 1
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tp_size * self.pp_size * self.dp_size
 
     @property
     def rank(self) -> int:
-        return self.tensor_rank + self.tensor * (self.data_rank + self.data * self.pipeline_rank)
+        return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
 
     def stage_of(self, rank: int) -> int:
         """Pipeline stage of any rank."""
-        return rank // (self.tensor * self.data)
+        return rank // (self.tp_size * self.dp_size)
 
 
 def initialize_topology(config: Config, device: torch.device) -> Topology:
@@ -84,10 +84,10 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
             choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
             store = join(rank, world_size, config.run.join_timeout, describe_rank(config, device))
             store.set_timeout(
-                _patience(config)
+                _collective_timeout(config)
             )  # what the groups tell each other through it has nothing to do with joining
             dist.init_process_group(
-                _backend(device), timeout=_patience(config), store=store, rank=rank, world_size=world_size
+                _backend(device), timeout=_collective_timeout(config), store=store, rank=rank, world_size=world_size
             )
     # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -97,41 +97,41 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
         config.parallel.tensor,
         config.parallel.pipeline,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=int(_patience(config) / timedelta(minutes=1)),
+        distributed_timeout_minutes=int(_collective_timeout(config) / timedelta(minutes=1)),
     )
     topology = Topology(
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        data=data,
-        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        data_rank=parallel_state.get_data_parallel_rank(),
+        tp_size=config.parallel.tensor,
+        pp_size=config.parallel.pipeline,
+        dp_size=data,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
     )
     assert topology.rank == dist.get_rank()
     return topology
 
 
-def _patience(config: Config) -> timedelta:
+def _collective_timeout(config: Config) -> timedelta:
     """How long a collective waits for a rank: longer than the watchdog, which says where all of them are."""
     seconds = config.run.step_timeout
-    return timedelta(days=1) if seconds is None else timedelta(seconds=seconds) + PATIENCE_AFTER_THE_WATCHDOG
+    return timedelta(days=1) if seconds is None else timedelta(seconds=seconds) + COLLECTIVE_TIMEOUT_MARGIN
 
 
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
-def tensor_group() -> dist.ProcessGroup:
+def tp_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
-def data_group() -> dist.ProcessGroup:
+def dp_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
 
 @dataclass(frozen=True)
-class CpuGroups:
+class GlooGroups:
     """Ranks once more, over gloo: for what is in host memory, also while another thread trains."""
 
     all: dist.ProcessGroup
@@ -139,14 +139,14 @@ class CpuGroups:
     """This rank's tensor-parallel group."""
 
 
-def new_cpu_groups(topology: Topology) -> CpuGroups:
+def new_gloo_groups(topology: Topology) -> GlooGroups:
     # A rank that has written its files waits for the slowest one.
     patience = timedelta(days=1)
-    tensor, _ = dist.new_subgroups(topology.tensor, timeout=patience, backend="gloo")
-    return CpuGroups(dist.new_group(backend="gloo", timeout=patience), tensor)
+    tensor, _ = dist.new_subgroups(topology.tp_size, timeout=patience, backend="gloo")
+    return GlooGroups(dist.new_group(backend="gloo", timeout=patience), tensor)
 
 
-def gather_over_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks, or of a group's, by rank, on every rank. They must survive pickling."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
@@ -159,7 +159,7 @@ def close_topology() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def max_over_ranks(values: Sequence[float], topology: Topology) -> list[float]:
+def all_reduce_max(values: Sequence[float], topology: Topology) -> list[float]:
     """Return the largest of all ranks' values one by one, on every rank."""
     largest = torch.tensor(values, dtype=torch.float64, device=topology.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -167,7 +167,7 @@ def max_over_ranks(values: Sequence[float], topology: Topology) -> list[float]:
     return numbers
 
 
-def numbers_of_ranks(values: Sequence[float], topology: Topology) -> list[list[float]]:
+def all_gather_floats(values: Sequence[float], topology: Topology) -> list[list[float]]:
     """The values of all ranks, by rank, on every rank."""
     mine = torch.tensor(values, dtype=torch.float64, device=topology.device)
     of_all = mine.new_empty(topology.world_size * len(values))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mtp_dist.model.weights import is_cut, join, named_weights
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.gradients import before_update, is_copy, reduced_gradient
-from mtp_dist.parallel.topology import Topology, tensor_group
+from mtp_dist.parallel.topology import Topology, tp_group
 
 
 def master_weight(weight: nn.Parameter) -> Tensor:
@@ -38,13 +38,13 @@ def whole_tensors(
     local gives this rank's part for one of its weights: its value, its gradient or a moment. A tied weight comes from
     its first stage only.
     """
-    group = tensor_group()
+    group = tp_group()
     for name, weight in named_weights(stage):
         part = local(weight).contiguous()
         if is_copy(weight):
             continue
-        if topology.tensor > 1 and is_cut(weight):
-            parts = [torch.empty_like(part) for _ in range(topology.tensor)]
+        if topology.tp_size > 1 and is_cut(weight):
+            parts = [torch.empty_like(part) for _ in range(topology.tp_size)]
             dist.all_gather(parts, part, group=group)
         else:
             parts = [part]
@@ -61,10 +61,10 @@ def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topo
     The ranks of a stage each get a run of its weights, of about the same size.
     """
     sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not is_copy(weight)}
-    ranks, total = topology.tensor * topology.data, sum(sizes.values())
+    ranks, total = topology.tp_size * topology.dp_size, sum(sizes.values())
     middles = (end - size / 2 for end, size in zip(accumulate(sizes.values()), sizes.values(), strict=True))
     return {
-        name: divmod(int(ranks * middle / total), topology.tensor) for name, middle in zip(sizes, middles, strict=True)
+        name: divmod(int(ranks * middle / total), topology.tp_size) for name, middle in zip(sizes, middles, strict=True)
     }
 
 
@@ -92,10 +92,10 @@ def local_parts(
     parts: dict[str, LocalPart] = {}
     for name, weight in named_weights(stage):
         values = local(weight)  # of every weight: it may be a collective
-        if is_copy(weight) or owners[name][0] != topology.data_rank:
+        if is_copy(weight) or owners[name][0] != topology.dp_rank:
             continue
         owner = owners[name][1]
-        if is_cut(weight) or owner == topology.tensor_rank:
+        if is_cut(weight) or owner == topology.tp_rank:
             parts[name] = LocalPart(_copied(values), weight, shapes[name], owner)
     return parts
 
@@ -110,9 +110,9 @@ def joined_parts(parts: dict[str, LocalPart], topology: Topology, group: dist.Pr
     for name in list(parts):
         part = parts.pop(name)
         of_all = [part.values]
-        if topology.tensor > 1 and is_cut(part.weight):
-            mine = part.owner == topology.tensor_rank
-            of_all = [torch.empty_like(part.values) for _ in range(topology.tensor)] if mine else []
+        if topology.tp_size > 1 and is_cut(part.weight):
+            mine = part.owner == topology.tp_rank
+            of_all = [torch.empty_like(part.values) for _ in range(topology.tp_size)] if mine else []
             dist.gather(part.values, of_all or None, group=group, group_dst=part.owner)
         if of_all:
             wholes[name] = join(of_all, part.weight, part.shape).contiguous()

@@ -15,7 +15,7 @@ from mtp_dist.data.loading import Datasets, ValidationSamples
 from mtp_dist.data.streaming import merge_states
 from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
 from mtp_dist.parallel.pipeline import MicroBatch
-from mtp_dist.parallel.topology import Topology, data_group, gather_over_ranks
+from mtp_dist.parallel.topology import Topology, all_gather_objects, dp_group
 
 
 def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:
@@ -78,8 +78,8 @@ class Batches:
     def gather_state(self) -> dict[str, Any]:
         """Return what a run needs at any layout. A collective over the data-parallel ranks."""
         state = self._state_of_train
-        if self.datasets.train.shards > 1 and self.topology.data > 1:
-            state = merge_states(gather_over_ranks(state, data_group()))
+        if self.datasets.train.shards > 1 and self.topology.dp_size > 1:
+            state = merge_states(all_gather_objects(state, dp_group()))
         return self.datasets.state(self.samples_read, state)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Batches:
     def _read(self, first: int) -> tuple[list[MicroBatch], Any]:
         """This rank's part of the global batch that begins with sample `first`, and the samples' state after it."""
         size, samples = self.config.train.global_batch_size, self.datasets.train
-        batch = self._micro_batches(samples.read(first, size, self.topology.data_rank, self.topology.data))
+        batch = self._micro_batches(samples.read(first, size, self.topology.dp_rank, self.topology.dp_size))
         return batch, samples.state()
 
     def validation(self, samples: ValidationSamples) -> tuple[list[MicroBatch], int]:
@@ -96,11 +96,11 @@ class Batches:
 
         Each sample counts once at every layout: what fills up the last micro-batches has no valid target.
         """
-        share = self.config.train.micro_batch_size * self.topology.data
+        share = self.config.train.micro_batch_size * self.topology.dp_size
         micro_batches = -(-len(samples) // share)
         if not self.reads:
             return [], micro_batches
-        first = self.topology.data_rank * micro_batches * self.config.train.micro_batch_size
+        first = self.topology.dp_rank * micro_batches * self.config.train.micro_batch_size
         indices = range(first, first + micro_batches * self.config.train.micro_batch_size)
         batch = self._micro_batches(np.stack([samples[index % len(samples)] for index in indices]))
         repeated = torch.tensor([index >= len(samples) for index in indices]).split(self.config.train.micro_batch_size)

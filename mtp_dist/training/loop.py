@@ -16,7 +16,7 @@ from mtp_dist.data.loading import Datasets
 from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.parallel.device import peak_memory, reset_peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import max_over_ranks, numbers_of_ranks
+from mtp_dist.parallel.topology import all_gather_floats, all_reduce_max
 from mtp_dist.training.batches import Batches
 from mtp_dist.training.callbacks import Callback, Reason
 from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
@@ -151,7 +151,7 @@ class Trainer:
         waited = time.perf_counter() - started
         rate, weights = learning_rate(config, step), head_weights(config, step)
         result = engine.train_step(batch, rate, weights)
-        signal, fault = max_over_ranks([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
+        signal, fault = all_reduce_max([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
         # All ranks must decide the same: find_not_finite is a collective.
         skipped = f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}" if fault else None
         self._measured += waited, result.busy_seconds, result.schedule_seconds
@@ -173,7 +173,7 @@ class Trainer:
     def _figures_of_ranks(self) -> list[RankFigures]:
         """Of the steps since the last log. A collective over all ranks."""
         topology = self.engine.topology
-        of_ranks = numbers_of_ranks([*self._measured, peak_memory(topology.device)], topology)
+        of_ranks = all_gather_floats([*self._measured, peak_memory(topology.device)], topology)
         self._measured[:] = 0
         reset_peak_memory(topology.device)
         return [

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.parallel.device import device_name
-from mtp_dist.parallel.topology import Topology, data_group, gather_over_ranks, tensor_group
+from mtp_dist.parallel.topology import Topology, all_gather_objects, dp_group, tp_group
 from mtp_dist.training.callbacks import Callback
 
 PREFLIGHT = "preflight.json"
@@ -100,11 +100,11 @@ class Preflight(Callback):
     """Measures on every rank before the first step; rank 0 shows, writes and notes the result. The run goes on."""
 
     def __init__(
-        self, config: Config, topology: Topology, cpu_group: dist.ProcessGroup, note: Callable[[str], None]
+        self, config: Config, topology: Topology, gloo_group: dist.ProcessGroup, note: Callable[[str], None]
     ) -> None:
         self._config = config
         self._topology = topology
-        self._cpu_group = cpu_group
+        self._cpu_group = gloo_group
         self._note = note
         self._is_done = False
 
@@ -112,7 +112,7 @@ class Preflight(Callback):
         if self._is_done:
             return
         self._is_done = True
-        reports = gather_over_ranks(measure(self._config, self._topology), self._cpu_group)
+        reports = all_gather_objects(measure(self._config, self._topology), self._cpu_group)
         if self._topology.rank:
             return
         slow = find_slow(reports)
@@ -130,17 +130,17 @@ def measure(config: Config, topology: Topology) -> RankReport:
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     values, groups = {"matmul": matmul_rate(device, dtype)}, {"matmul": [rank]}
     message = torch.zeros(MESSAGE_BYTES[device.type] // dtype.itemsize, dtype=dtype, device=device)
-    for axis, group in (("tensor", tensor_group()), ("data", data_group())):
+    for axis, group in (("tensor", tp_group()), ("data", dp_group())):
         if group.size() > 1:
             groups[f"all-reduce, {axis}"] = dist.get_process_group_ranks(group)
             values[f"all-reduce, {axis}"] = all_reduce_rate(message, group)
-    stage_ranks = topology.tensor * topology.data
-    for stage in range(topology.pipeline - 1):  # one link after the other
+    stage_ranks = topology.tp_size * topology.dp_size
+    for stage in range(topology.pp_size - 1):  # one link after the other
         dist.barrier()
-        if topology.pipeline_rank == stage:
+        if topology.pp_rank == stage:
             groups["to the next stage"] = [rank, rank + stage_ranks]
             values["to the next stage"] = round_trip_rate(message, rank + stage_ranks)
-        elif topology.pipeline_rank == stage + 1:
+        elif topology.pp_rank == stage + 1:
             answer_round_trips(message, rank - stage_ranks)
     del message
     if device.type == "cuda":

@@ -20,7 +20,7 @@ MOST_ROLLBACKS = 3
 def fit_and_recover(
     trainer: Trainer,
     saver: CheckpointSaver,
-    cpu_group: dist.ProcessGroup,
+    gloo_group: dist.ProcessGroup,
     reporter: RunReporter | None,
     begun_from: ResumePoint | None,
     samples_read: int,
@@ -37,7 +37,7 @@ def fit_and_recover(
     while ending.reason is Reason.SPIKE:
         trainer.watchdog.expect(f"the way back from step {ending.step} to a checkpoint")
         saver.join()
-        point = _newest(trainer, saver, cpu_group) or begun_from
+        point = _newest(trainer, saver, gloo_group) or begun_from
         if point:
             times[point.folder] += 1
             if times[point.folder] > MOST_ROLLBACKS:
@@ -62,9 +62,9 @@ def fit_and_recover(
     return ending
 
 
-def _newest(trainer: Trainer, saver: CheckpointSaver, cpu_group: dist.ProcessGroup) -> ResumePoint | None:
+def _newest(trainer: Trainer, saver: CheckpointSaver, gloo_group: dist.ProcessGroup) -> ResumePoint | None:
     """Return this run's newest checkpoint, the same on every rank."""
     config = trainer.config.model_copy(
         update={"checkpoint": trainer.config.checkpoint.model_copy(update={"resume": "auto"})}
     )
-    return agree_on_resume_point(config, saver.vocab_size, trainer.engine.topology, cpu_group)
+    return agree_on_resume_point(config, saver.vocab_size, trainer.engine.topology, gloo_group)

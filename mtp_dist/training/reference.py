@@ -57,8 +57,8 @@ def local_micro_batches(config: Config, topology: Topology, samples: Tensor, tar
     """This data-parallel rank's slice of a global batch, as micro-batches."""
     size = config.train.micro_batch_size
     samples, targets = (
-        samples.chunk(topology.data)[topology.data_rank],
-        targets.chunk(topology.data, 1)[topology.data_rank],
+        samples.chunk(topology.dp_size)[topology.dp_rank],
+        targets.chunk(topology.dp_size, 1)[topology.dp_rank],
     )
     documents = document_ids(samples, END_OF_DOCUMENT)
     parts = zip(samples.split(size), targets.split(size, 1), documents.split(size), strict=True)

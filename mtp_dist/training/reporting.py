@@ -135,7 +135,7 @@ class RunReporter(Callback):
             f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
             f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
             f"{config.train.precision} on {device_name(topology.device)}, {self.optimizer_name}\n"
-            f"tensor {topology.tensor} x pipeline {topology.pipeline} x data {topology.data}, trunk layers of each "
+            f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers of each "
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
         kind, begins = self._begins

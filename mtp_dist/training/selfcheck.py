@@ -203,13 +203,13 @@ def selfcheck(config: Config, vocab_size: int, topology: Topology) -> list[Compa
     """Return every comparison at the configuration's layout: in fp32, where agreement must be close, then in its
     precision."""
     config, vocab_size = reduced(config, vocab_size)
-    config = with_small_batch(with_gentle_step(config), topology.data)
+    config = with_small_batch(with_gentle_step(config), topology.dp_size)
     truth = reference_truth(config, vocab_size, topology)
     comparisons = []
     for precision in dict.fromkeys(["fp32", config.train.precision]):
         train = config.train.model_copy(update={"precision": precision})
         in_precision = config.model_copy(update={"train": train})
-        bounds = tolerances(in_precision, vocab_size, topology.data)
+        bounds = tolerances(in_precision, vocab_size, topology.dp_size)
         for quantity, of_names in errors_of_sharded(in_precision, vocab_size, topology, truth).items():
             error, where = worst(of_names)
             comparisons.append(Comparison(quantity, precision, error, bounds[quantity], where))

@@ -110,7 +110,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
             losses.append(mean_losses(sums))
             norms.append(norm)
     weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
-    if topology.tensor_rank or topology.data_rank:
+    if topology.tp_rank or topology.dp_rank:
         return None
     return Run(torch.stack(losses), torch.tensor(norms), gradients, weights)
 

@@ -23,7 +23,7 @@ from mtp_dist.config import Config
 from mtp_dist.loss.weights import head_weights
 from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import CpuGroups, Topology, new_cpu_groups
+from mtp_dist.parallel.topology import GlooGroups, Topology, new_gloo_groups
 from mtp_dist.training.optimizer import build_optimizer, learning_rate
 from mtp_dist.training.reference import local_micro_batches, random_batch
 
@@ -37,7 +37,7 @@ class _Subject:
     config: Config
     vocab_size: int
     engine: TrainingEngine
-    groups: CpuGroups
+    groups: GlooGroups
     saver: CheckpointSaver
     plain_file: Path
     """Of this rank, by torch.save."""
@@ -109,7 +109,7 @@ def _subject(
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
     engine.train_step(batch, learning_rate(config, STEP), head_weights(config, STEP))
-    groups = new_cpu_groups(topology)
+    groups = new_gloo_groups(topology)
     saver = CheckpointSaver(config, vocab_size, engine, groups, report)
     subject = _Subject(config, vocab_size, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
     # Once to warm up; it also makes the folder.

@@ -88,12 +88,12 @@ class _Benchmark:
 
     def __init__(self, settings: Settings, topology: "Topology") -> None:
         from mtp_dist.bench.head_loss.problem import Problem
-        from mtp_dist.parallel.topology import tensor_group
+        from mtp_dist.parallel.topology import tp_group
 
         self.settings = settings
         self.device = topology.device
         self.is_first = topology.rank == 0
-        self.group = tensor_group()
+        self.group = tp_group()
         self.problem = Problem(
             settings.config, settings.tokens, settings.vocab, DTYPES[settings.dtype], self.device, self.group
         )

@@ -35,7 +35,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment
-    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
     from mtp_dist.parallel.weights import master_weight, whole_tensors
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
     from mtp_dist.training.reference import local_micro_batches
@@ -60,7 +60,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
         part.moments |= {f"{key}.{name}": tensor.clone() for name, tensor in of_stage}
     if save:
         # Twice: a second save of the same step replaces the first.
-        saver = CheckpointSaver(config, VOCAB_SIZE, engine, new_cpu_groups(topology), print)
+        saver = CheckpointSaver(config, VOCAB_SIZE, engine, new_gloo_groups(topology), print)
         for _ in range(2):
             saver.save(RunState(last, [float("nan") if loss is None else loss for loss in LOSSES], RECENT))
             saver.wait()

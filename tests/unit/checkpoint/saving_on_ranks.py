@@ -41,7 +41,7 @@ class Training:
     def __init__(self, config: Config) -> None:
         from mtp_dist.parallel.device import select_device
         from mtp_dist.parallel.engine import TrainingEngine
-        from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+        from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
         from mtp_dist.training.optimizer import build_optimizer
 
         device = select_device(config)
@@ -50,7 +50,7 @@ class Training:
         self.engine = TrainingEngine(
             config, VOCAB_SIZE, self.topology, lambda weights: build_optimizer(config, weights, device)
         )
-        self.groups = new_cpu_groups(self.topology)
+        self.groups = new_gloo_groups(self.topology)
         self.reports: list[str] = []
 
     def step(self, step: int) -> None:
@@ -188,10 +188,10 @@ def start_from_damaged(config: Config, directory: Path) -> Seen:
     from mtp_dist.checkpoint import load
     from mtp_dist.checkpoint.load import agree_on_resume_point
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
 
     topology, seen = initialize_topology(config, select_device(config)), Seen()
-    group = new_cpu_groups(topology).all
+    group = new_gloo_groups(topology).all
 
     def start(name: str) -> None:
         dist.barrier()

@@ -118,7 +118,7 @@ def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
 
     def restore(engine: Any, *arguments: Any) -> None:
         numbers = sum(weight.numel() for _, weight in weights.named_weights(engine.stage))
-        seen.share = 12 * numbers / engine.topology.data
+        seen.share = 12 * numbers / engine.topology.dp_size
         restore_really(engine, *arguments)
 
     def draw(config: Any, name: str, shape: Any) -> Any:

@@ -24,10 +24,10 @@ def teachings(config: Config, cases: list[TeacherCase]) -> list[tuple[Tensor, Te
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.model.weights import padded_vocab_size
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     initialize_topology(config, select_device(config))
-    group = tensor_group()
+    group = tp_group()
     answers = []
     for case in cases:
         tokens, vocab_size = case.logits.shape

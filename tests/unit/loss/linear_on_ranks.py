@@ -93,10 +93,10 @@ def dense_of(entries: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
 
 def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     initialize_topology(config, select_device(config))
-    return [_answer(case, tensor_group()) for case in cases]
+    return [_answer(case, tp_group()) for case in cases]
 
 
 def _answer(case: LinearCase, group: Any) -> LinearAnswer:

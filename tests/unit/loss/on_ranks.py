@@ -35,7 +35,7 @@ def losses_of(config: Config, cases: list[Case]) -> list[Answer]:
     topology = initialize_topology(config, select_device(config))
     answers = []
     for case in cases:
-        leaf = case.logits.chunk(topology.tensor, -1)[topology.tensor_rank].clone().requires_grad_()
+        leaf = case.logits.chunk(topology.tp_size, -1)[topology.tp_rank].clone().requires_grad_()
         logits = leaf * 1.0  # as the model gives them: not a leaf
         correct = int(count_correct(logits, case.targets))
         loss = cross_entropy_sum(logits, case.targets, IGNORE_INDEX)
@@ -53,13 +53,13 @@ def hits_of_almost_ties(config: Config) -> float:
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
     from mtp_dist.model.targets import IGNORE_INDEX
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     initialize_topology(config, select_device(config))
     logits = torch.zeros(4, 1, 8)
     logits[..., 5], logits[..., 2] = 1e-9, 5e-10
     sums = HeadSums.zeros(1, logits.device)
     heads = Heads([[1]], (), lambda k, z: z, lambda k, state: state, lambda k, hidden: hidden * 1.0, [], [])
-    objective = Objective(torch.full((1, 1, 4), 5), 1, torch.ones(1), Vocabulary(8, IGNORE_INDEX, tensor_group()))
+    objective = Objective(torch.full((1, 1, 4), 5), 1, torch.ones(1), Vocabulary(8, IGNORE_INDEX, tp_group()))
     naive_heads_loss(heads, logits, objective, sums)
     return float(sums.correct[0])

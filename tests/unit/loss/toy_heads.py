@@ -155,9 +155,9 @@ def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
     from mtp_dist.loss.heads import Objective
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
     from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.parallel.topology import tensor_group
+    from mtp_dist.parallel.topology import tp_group
 
-    vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tensor_group())
+    vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tp_group())
     return Objective(
         targets=targets,
         active=active_heads(case),
@@ -236,7 +236,7 @@ def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[
 def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswer:
     from mtp_dist.loss.heads import HeadSums
 
-    rank, ranks = topology.tensor_rank, topology.tensor
+    rank, ranks = topology.tp_rank, topology.tp_size
     weights = toy_weights(case, rank, ranks)
     heads, sums = toy_heads(case, weights, config, rank), HeadSums.zeros(case.heads, torch.device("cpu"))
     answer = ToyAnswer([], [], {})

@@ -35,17 +35,17 @@ def upstream_gradient(config: Config, dtype: torch.dtype) -> Tensor:
 def embedding_gradients(config: Config, dtype: torch.dtype) -> EmbeddingGradients:
     from mtp_dist.model.trunk import TokenEmbedding, embed_tokens
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     topology = initialize_topology(config, select_device(config))
     tokens, grad = token_ids(config), upstream_gradient(config, dtype)
     if config.parallel.sequence:
-        grad = grad.chunk(topology.tensor)[topology.tensor_rank]
+        grad = grad.chunk(topology.tp_size)[topology.tp_rank]
     embedding = TokenEmbedding(config, VOCAB_SIZE).to(dtype)
     embedding(tokens).backward(grad)
     weight = embedding.weight.detach().clone().requires_grad_()
     embed_tokens(weight, tokens, config.parallel.sequence).backward(grad)
-    return EmbeddingGradients(*(_gathered(local, tensor_group()) for local in (embedding.weight.grad, weight.grad)))
+    return EmbeddingGradients(*(_gathered(local, tp_group()) for local in (embedding.weight.grad, weight.grad)))
 
 
 def _gathered(local: Tensor | None, group: torch.distributed.ProcessGroup) -> Tensor:

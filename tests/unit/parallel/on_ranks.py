@@ -63,12 +63,12 @@ def patience(config: Config, port: int) -> list[float]:
 
     import torch.distributed as dist
 
-    from mtp_dist.parallel.topology import initialize_topology, tensor_group
+    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     initialize_topology(config, torch.device("cpu"))
-    groups = [dist.distributed_c10d._get_default_group(), tensor_group()]
+    groups = [dist.distributed_c10d._get_default_group(), tp_group()]
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     return [time.total_seconds() for time in (*timeouts, dist.distributed_c10d._get_default_store().timeout)]
 

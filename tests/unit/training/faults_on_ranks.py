@@ -90,7 +90,7 @@ def train(
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
     from mtp_dist.training.loop import Trainer
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.recovery import fit_and_recover
@@ -100,7 +100,7 @@ def train(
     config = load_config(path)
     device, vocab_size = select_device(config), vocabulary_size(config)
     topology = initialize_topology(config, device)
-    groups = new_cpu_groups(topology)
+    groups = new_gloo_groups(topology)
     datasets = load_datasets(config)
     engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
     point, samples_read = None, 0

@@ -10,7 +10,7 @@ SLOWED = 2
 def preflight(config: Config, slowed: bool) -> list[str]:
     """What this rank notes."""
     from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, new_cpu_groups
+    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
     from mtp_dist.training import preflight as module
 
     topology = initialize_topology(config, select_device(config))
@@ -23,5 +23,5 @@ def preflight(config: Config, slowed: bool) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "matmul_rate", matmul_rate)
-        module.Preflight(config, topology, new_cpu_groups(topology).all, notes.append).on_start(0)
+        module.Preflight(config, topology, new_gloo_groups(topology).all, notes.append).on_start(0)
     return notes

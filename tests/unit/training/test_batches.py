@@ -54,23 +54,23 @@ def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: in
     )
 
 
-def topology_of(config: Config, data: int, data_rank: int, pipeline_rank: int = 0, tensor_rank: int = 0) -> Topology:
+def topology_of(config: Config, data: int, dp_rank: int, pp_rank: int = 0, tp_rank: int = 0) -> Topology:
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    return Topology(tensor, pipeline, data, tensor_rank, pipeline_rank, data_rank, torch.device("cpu"))
+    return Topology(tensor, pipeline, data, tp_rank, pp_rank, dp_rank, torch.device("cpu"))
 
 
 def batches_of(
     config: Config,
     data: int,
-    data_rank: int,
-    pipeline_rank: int = 0,
-    tensor_rank: int = 0,
+    dp_rank: int,
+    pp_rank: int = 0,
+    tp_rank: int = 0,
     updates_made: int = 0,
     samples: int = 10**6,
 ) -> Batches:
     tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
     datasets = Datasets(cast(Tokenizer, tokenizer), cast(TrainingSamples, NumberedSamples(samples)), ("a",), ("f",), ())
-    topology = topology_of(config, data, data_rank, pipeline_rank, tensor_rank)
+    topology = topology_of(config, data, dp_rank, pp_rank, tp_rank)
     return Batches(config, topology, datasets, updates_made, updates_made * config.train.global_batch_size)
 
 
@@ -124,10 +124,10 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
 
 @pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
 @pytest.mark.parametrize("pipeline_rank", range(4))
-def test_middle_stages_read_for_their_attention_only(pipeline_rank: int, data: dict[str, bool]) -> None:
+def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[str, bool]) -> None:
     config = config_of(4, 2, pipeline=4, **data)
-    reads = pipeline_rank in (0, 3) or "attention_across_documents" in data
-    batches = batches_of(config, 1, 0, pipeline_rank)
+    reads = pp_rank in (0, 3) or "attention_across_documents" in data
+    batches = batches_of(config, 1, 0, pp_rank)
     training, (validation, announced) = batches.training(), batches.validation(NumberedSamples(7))
     assert announced == 4
     assert (len(training), len(validation)) == ((2, 4) if reads else (0, 0))
@@ -135,7 +135,7 @@ def test_middle_stages_read_for_their_attention_only(pipeline_rank: int, data: d
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2, attention_across_documents=False)
-    first, second = (batches_of(config, 1, 0, tensor_rank=rank, updates_made=1).training() for rank in (0, 1))
+    first, second = (batches_of(config, 1, 0, tp_rank=rank, updates_made=1).training() for rank in (0, 1))
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
 
 

@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def topology_of(rank: int) -> Topology:
-    return Topology(tensor=1, pipeline=1, data=4, tensor_rank=0, pipeline_rank=0, data_rank=rank, device=CPU)
+    return Topology(tensor=1, pipeline=1, data=4, tp_rank=0, pp_rank=0, dp_rank=rank, device=CPU)
 
 
 def callbacks_of(folder: Path, rank: int, said: list[str], memory: bool = False, **log: Any) -> Any:
