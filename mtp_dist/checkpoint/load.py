@@ -23,7 +23,7 @@ from mtp_dist.parallel.optimizer_state import (
     MOMENTS,
     check_updates,
     ensure_state,
-    kept_rows,
+    owned_rows,
     set_master_weight,
     set_moment,
     set_updates,
@@ -66,7 +66,7 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
         for key in MOMENTS:
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.homes:
                 values = torch.zeros(weight.shape, device=weight.device)
-            elif kept := kept_rows(weight):
+            elif kept := owned_rows(weight):
                 values = part.read_alone(optimizer, moment, *kept)
             else:
                 values = part.read_together(optimizer, moment)

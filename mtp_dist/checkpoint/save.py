@@ -31,10 +31,10 @@ from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.optimizer_state import MOMENTS, check_updates, ensure_state, moment
 from mtp_dist.parallel.topology import Topology
-from mtp_dist.parallel.weights import LocalPart, joined_parts, local_parts, master_weight
+from mtp_dist.parallel.weights import TensorShard, gather_full_tensors, local_shards, master_weight
 
 Tensors = dict[str, Tensor]
-Parts = dict[str, LocalPart]
+Parts = dict[str, TensorShard]
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,19 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
 def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Parts]:
     """By kind of file."""
     stage, topology = engine.stage, engine.topology
-    parts: dict[str, Parts] = {MODEL: local_parts(stage, shapes, topology, master_weight), OPTIMIZER: {}}
+    parts: dict[str, Parts] = {MODEL: local_shards(stage, shapes, topology, master_weight), OPTIMIZER: {}}
     for key in MOMENTS:
-        of_moment = local_parts(stage, shapes, topology, partial(moment, engine.pipeline, key))
+        of_moment = local_shards(stage, shapes, topology, partial(moment, engine.pipeline, key))
         parts[OPTIMIZER] |= {f"{key}.{name}": part for name, part in of_moment.items()}
     return parts
 
 
-def whole_share(snapshot: Snapshot, topology: Topology, tp_group: dist.ProcessGroup) -> dict[str, Tensors]:
+def gather_owned_tensors(snapshot: Snapshot, topology: Topology, tp_group: dist.ProcessGroup) -> dict[str, Tensors]:
     """The whole tensors that this rank writes, by kind of file; the snapshot's parts become these.
 
     A collective over `tensor_group`, a tensor-parallel group for the CPU.
     """
-    return {kind: joined_parts(parts, topology, tp_group) for kind, parts in snapshot.parts.items()}
+    return {kind: gather_full_tensors(parts, topology, tp_group) for kind, parts in snapshot.parts.items()}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class TensorFile:
     """Of the tensors in it, by name."""
 
 
-def write_share(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, TensorFile]:
+def write_tensor_files(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, TensorFile]:
     """Write this rank's files, read them back and return what they are, by name. Raise OSError if that fails."""
     if not folder.is_dir():
         raise OSError(None, f"rank 0 made this folder, rank {topology.rank} does not see it: it must be shared", folder)
@@ -140,7 +140,7 @@ def _forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_rest(folder: Path, description: Description, tensor_files: Mapping[str, TensorFile]) -> None:
+def write_metadata(folder: Path, description: Description, tensor_files: Mapping[str, TensorFile]) -> None:
     """Write what rank 0 writes when the files of all ranks are there. Raise OSError if that fails.
 
     tensor_files: those of all ranks, by name.

@@ -9,7 +9,14 @@ from typing import TypeVar
 
 from mtp_dist.checkpoint.files import Description, RunState
 from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, remove_surplus, with_ending
-from mtp_dist.checkpoint.save import Snapshot, Tensors, take_snapshot, whole_share, write_rest, write_share
+from mtp_dist.checkpoint.save import (
+    Snapshot,
+    Tensors,
+    gather_owned_tensors,
+    take_snapshot,
+    write_metadata,
+    write_tensor_files,
+)
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import GlooGroups, all_gather_objects
@@ -90,7 +97,7 @@ class CheckpointSaver:
         final = checkpoint_path(self.config, snapshot.description.step)
         unfinished = with_ending(final, UNFINISHED)
         what = f"checkpoint of step {snapshot.description.step}"
-        tensors = whole_share(snapshot, self.engine.topology, self._groups.tensor)
+        tensors = gather_owned_tensors(snapshot, self.engine.topology, self._groups.tensor)
         for pause in (*PAUSES, None):
             try:
                 self._write(snapshot.description, tensors, unfinished, final)
@@ -110,11 +117,11 @@ class CheckpointSaver:
     def _write(self, description: Description, tensors: dict[str, Tensors], unfinished: Path, final: Path) -> None:
         topology = self.engine.topology
         self._on_rank_0(lambda: make_room(unfinished), unfinished)
-        written = self._on_all_ranks(lambda: write_share(unfinished, tensors, topology), unfinished)
+        written = self._on_all_ranks(lambda: write_tensor_files(unfinished, tensors, topology), unfinished)
         tensor_files = {name: file for of_rank in written if of_rank for name, file in of_rank.items()}
 
         def finish() -> None:
-            write_rest(unfinished, description, tensor_files)
+            write_metadata(unfinished, description, tensor_files)
             publish(unfinished, final)
 
         self._on_rank_0(finish, unfinished)

@@ -116,7 +116,7 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{prefix}.{name}".removeprefix(".").replace("embedding.lookup.", "embedding."), weight
 
 
-def is_cut(weight: nn.Parameter) -> bool:
+def is_sharded(weight: nn.Parameter) -> bool:
     """Whether tensor-parallel ranks hold different parts of this weight; they hold the same values where not."""
     return getattr(weight, "tensor_model_parallel", False)
 
@@ -126,12 +126,12 @@ def _partition(weight: nn.Parameter) -> tuple[int, int]:
     return weight.partition_dim, weight.partition_stride  # type: ignore[attr-defined]
 
 
-def cut(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
+def shard(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
     """The part of the `whole` tensor that tensor-parallel rank `rank` of `ranks` holds in `weight`.
 
     Rows of a vocabulary beyond the real one are 0.
     """
-    if not is_cut(weight):
+    if not is_sharded(weight):
         return whole
     dim, stride = _partition(weight)
     missing = weight.shape[dim] * ranks - whole.shape[dim]
@@ -150,7 +150,7 @@ def blocks_of_part(
     """
     if first == last:
         return
-    if not is_cut(weight):
+    if not is_sharded(weight):
         yield (slice(first, last),)
         return
     dim, stride = _partition(weight)
@@ -166,9 +166,9 @@ def blocks_of_part(
             yield (slice(begin + offset, end + offset),)
 
 
-def join(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
+def unshard(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
     """The whole tensor of that shape from the parts of all tensor-parallel ranks, in rank order: undoes `cut`."""
-    if not is_cut(weight):
+    if not is_sharded(weight):
         return parts[0]
     dim, stride = _partition(weight)
     blocks = zip(*(part.chunk(stride, dim) for part in parts), strict=True)

@@ -15,7 +15,7 @@ from torch.profiler import record_function
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.weights import cut, initial_weight, named_weights, parameter_shapes
+from mtp_dist.model.weights import initial_weight, named_weights, parameter_shapes, shard
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
 from mtp_dist.parallel.gradient_watch import GradientWatch, part_of
 from mtp_dist.parallel.gradients import clip_by_global_norm
@@ -90,7 +90,7 @@ class TrainingEngine:
     def initial_values(self, name: str, weight: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
         """Return this rank's part of a weight's initial values, in fp32. shape: that of the whole weight."""
         whole = initial_weight(self.config, name, shape)
-        return cut(whole, weight, self.topology.tp_rank, self.topology.tp_size).to(weight.device)
+        return shard(whole, weight, self.topology.tp_rank, self.topology.tp_size).to(weight.device)
 
     @property
     def optimizer_name(self) -> str:

@@ -9,10 +9,10 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from mtp_dist.model.weights import is_cut
+from mtp_dist.model.weights import is_sharded
 
 
-def is_copy(weight: nn.Parameter) -> bool:
+def is_tied_replica(weight: nn.Parameter) -> bool:
     """Whether this is a tied weight on a stage after its first."""
     return getattr(weight, "ds_pipe_replicated", False)
 
@@ -22,7 +22,7 @@ def counts(weight: nn.Parameter, tp_rank: int) -> bool:
 
     Replicated weights are on tensor-parallel rank 0, tied ones on their first stage.
     """
-    return (tp_rank == 0 or is_cut(weight)) and not is_copy(weight)
+    return (tp_rank == 0 or is_sharded(weight)) and not is_tied_replica(weight)
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:

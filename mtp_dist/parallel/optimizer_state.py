@@ -78,7 +78,7 @@ def set_moment(engine: PipelineEngine, name: str, weight: nn.Parameter, value: T
         engine.basic_optimizer.state[weight][name].copy_(value)
 
 
-def kept_rows(weight: nn.Parameter) -> tuple[int, int] | None:
+def owned_rows(weight: nn.Parameter) -> tuple[int, int] | None:
     """Return the first row of a weight that has moments on this rank under ZeRO or in bf16, and the one after the last.
 
     None if this rank keeps the moments of all rows.

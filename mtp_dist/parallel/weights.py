@@ -11,9 +11,9 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from mtp_dist.model.weights import is_cut, join, named_weights
+from mtp_dist.model.weights import is_sharded, named_weights, unshard
 from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.gradients import before_update, is_copy, reduced_gradient
+from mtp_dist.parallel.gradients import before_update, is_tied_replica, reduced_gradient
 from mtp_dist.parallel.topology import Topology, tp_group
 
 
@@ -27,7 +27,7 @@ def master_weight(weight: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def whole_tensors(
+def full_tensors(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
@@ -41,14 +41,14 @@ def whole_tensors(
     group = tp_group()
     for name, weight in named_weights(stage):
         part = local(weight).contiguous()
-        if is_copy(weight):
+        if is_tied_replica(weight):
             continue
-        if topology.tp_size > 1 and is_cut(weight):
+        if topology.tp_size > 1 and is_sharded(weight):
             parts = [torch.empty_like(part) for _ in range(topology.tp_size)]
             dist.all_gather(parts, part, group=group)
         else:
             parts = [part]
-        yield name, _copied(join(parts, weight, shapes[name]))
+        yield name, _copied(unshard(parts, weight, shapes[name]))
 
 
 def _copied(tensor: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topo
 
     The ranks of a stage each get a run of its weights, of about the same size.
     """
-    sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not is_copy(weight)}
+    sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not is_tied_replica(weight)}
     ranks, total = topology.tp_size * topology.dp_size, sum(sizes.values())
     middles = (end - size / 2 for end, size in zip(accumulate(sizes.values()), sizes.values(), strict=True))
     return {
@@ -69,7 +69,7 @@ def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topo
 
 
 @dataclass(frozen=True)
-class LocalPart:
+class TensorShard:
     """A copy in host memory of what this rank has of a tensor."""
 
     values: Tensor
@@ -81,27 +81,29 @@ class LocalPart:
 
 
 @torch.no_grad()
-def local_parts(
+def local_shards(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
     local: Callable[[nn.Parameter], Tensor],
-) -> dict[str, LocalPart]:
+) -> dict[str, TensorShard]:
     """This rank's contribution to its stage's tensors, by global name. `local` is that of `whole_tensors`."""
     owners = _owners(stage, shapes, topology)
-    parts: dict[str, LocalPart] = {}
+    parts: dict[str, TensorShard] = {}
     for name, weight in named_weights(stage):
         values = local(weight)  # of every weight: it may be a collective
-        if is_copy(weight) or owners[name][0] != topology.dp_rank:
+        if is_tied_replica(weight) or owners[name][0] != topology.dp_rank:
             continue
         owner = owners[name][1]
-        if is_cut(weight) or owner == topology.tp_rank:
-            parts[name] = LocalPart(_copied(values), weight, shapes[name], owner)
+        if is_sharded(weight) or owner == topology.tp_rank:
+            parts[name] = TensorShard(_copied(values), weight, shapes[name], owner)
     return parts
 
 
 @torch.no_grad()
-def joined_parts(parts: dict[str, LocalPart], topology: Topology, group: dist.ProcessGroup) -> dict[str, Tensor]:
+def gather_full_tensors(
+    parts: dict[str, TensorShard], topology: Topology, group: dist.ProcessGroup
+) -> dict[str, Tensor]:
     """The whole tensors that this rank answers for. Empties `parts`, so that memory holds each tensor once.
 
     A collective over `group`, the ranks of the tensor-parallel group, of a backend for the CPU.
@@ -110,23 +112,23 @@ def joined_parts(parts: dict[str, LocalPart], topology: Topology, group: dist.Pr
     for name in list(parts):
         part = parts.pop(name)
         of_all = [part.values]
-        if topology.tp_size > 1 and is_cut(part.weight):
+        if topology.tp_size > 1 and is_sharded(part.weight):
             mine = part.owner == topology.tp_rank
             of_all = [torch.empty_like(part.values) for _ in range(topology.tp_size)] if mine else []
             dist.gather(part.values, of_all or None, group=group, group_dst=part.owner)
         if of_all:
-            wholes[name] = join(of_all, part.weight, part.shape).contiguous()
+            wholes[name] = unshard(of_all, part.weight, part.shape).contiguous()
     return wholes
 
 
 @contextmanager
-def first_gradients(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
+def capture_first_gradients(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
     """Yield a mapping that the first step in this context fills: this stage's whole gradients before clipping."""
     gradients: dict[str, Tensor] = {}
 
     def look() -> None:
         if not gradients:
-            gradients.update(whole_tensors(engine.stage, shapes, engine.topology, reduced_gradient))
+            gradients.update(full_tensors(engine.stage, shapes, engine.topology, reduced_gradient))
 
     with before_update(engine.pipeline, look):
         yield gradients

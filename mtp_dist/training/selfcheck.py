@@ -14,7 +14,7 @@ from mtp_dist.loss.weights import HeadWeights, head_weights
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
-from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
+from mtp_dist.parallel.weights import capture_first_gradients, full_tensors, master_weight
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.optimizer import build_optimizer
 from mtp_dist.training.reference import ReferenceStep, ReferenceTraining, local_micro_batches, mean_losses, random_batch
@@ -176,9 +176,9 @@ def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth
     )
     shapes = parameter_shapes(config, vocab_size)
     batch = local_micro_batches(config, topology, truth.samples, truth.targets)
-    with first_gradients(engine, shapes) as gradients:
+    with capture_first_gradients(engine, shapes) as gradients:
         sums, sharded_norm, *_ = engine.train_step(batch, config.optimizer.lr, first_head_weights(config))
-    updated = dict(whole_tensors(engine.stage, shapes, topology, master_weight))
+    updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared_by_any = [names_over_ranks(tensors) for tensors in (gradients, updated)]
     assert compared_by_any == [set(shapes)] * 2, "every weight is compared"
     kinds = ("head", "distillation of head", "token order of head")

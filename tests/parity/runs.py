@@ -94,7 +94,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import first_gradients, master_weight, whole_tensors
+    from mtp_dist.parallel.weights import capture_first_gradients, full_tensors, master_weight
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
     from mtp_dist.training.reference import local_micro_batches, mean_losses
 
@@ -103,13 +103,13 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
     shapes = parameter_shapes(config, VOCAB_SIZE)
     losses, norms = [], []
-    with first_gradients(engine, shapes) as gradients:
+    with capture_first_gradients(engine, shapes) as gradients:
         for step, (samples, targets) in enumerate(global_batches(config, steps), 1):
             batch = local_micro_batches(config, topology, samples, targets)
             sums, norm, *_ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
             losses.append(mean_losses(sums))
             norms.append(norm)
-    weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
     if topology.tp_rank or topology.dp_rank:
         return None
     return Run(torch.stack(losses), torch.tensor(norms), gradients, weights)

@@ -17,7 +17,7 @@ from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_
 from mtp_dist.checkpoint.files import RunState
 from mtp_dist.checkpoint.folders import checkpoint_path
 from mtp_dist.checkpoint.load import restore
-from mtp_dist.checkpoint.save import take_snapshot, whole_share
+from mtp_dist.checkpoint.save import gather_owned_tensors, take_snapshot
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.loss.weights import head_weights
@@ -52,7 +52,7 @@ class _Subject:
     def save_plainly(self) -> None:
         """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
         snapshot = take_snapshot(self.config, self.vocab_size, self.engine, RunState(STEP))
-        tensors = whole_share(snapshot, self.engine.topology, self.groups.tensor)
+        tensors = gather_owned_tensors(snapshot, self.engine.topology, self.groups.tensor)
         with self.plain_file.open("wb") as stream:
             torch.save(tensors, stream)
             stream.flush()

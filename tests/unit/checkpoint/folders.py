@@ -7,7 +7,7 @@ import torch
 
 from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout
 from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, with_ending
-from mtp_dist.checkpoint.save import write_rest, write_share
+from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
 from mtp_dist.config import Config
 from mtp_dist.model.weights import parameter_shapes
 from mtp_dist.parallel.optimizer_state import MOMENTS
@@ -29,10 +29,10 @@ def write_unfinished(config: Config, step: int) -> Path:
         topology = Topology(2, 1, 1, rank, 0, 0, torch.device("cpu"))
         weights = {name: torch.full(shape, step + 0.5) for name, shape in list(shapes.items())[rank::2]}
         moments = {f"{key}.{name}": weight.clone() for key in MOMENTS for name, weight in weights.items()}
-        records |= write_share(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
+        records |= write_tensor_files(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
     layout = SavedLayout(tensor=2, pipeline=1, data=1, world_size=2, zero_stage=0)
     description = Description(step, VOCAB_SIZE, step, config, losses=(3.5, None), layout=layout)
-    write_rest(unfinished, description, records)
+    write_metadata(unfinished, description, records)
     return unfinished
 
 

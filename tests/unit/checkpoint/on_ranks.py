@@ -36,7 +36,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment
     from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.parallel.weights import full_tensors, master_weight
     from mtp_dist.training.optimizer import build_optimizer, learning_rate
     from mtp_dist.training.reference import local_micro_batches
 
@@ -52,9 +52,9 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
         part.losses.append(sums)
     shapes = parameter_shapes(config, VOCAB_SIZE)
     ensure_state(engine.pipeline)
-    part.weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    part.weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
     for key in MOMENTS:
-        of_stage = whole_tensors(
+        of_stage = full_tensors(
             engine.stage, shapes, topology, lambda weight, key=key: moment(engine.pipeline, key, weight)
         )
         part.moments |= {f"{key}.{name}": tensor.clone() for name, tensor in of_stage}

@@ -75,11 +75,11 @@ def writing_held_back() -> Iterator[Callable[[], None]]:
     from mtp_dist.checkpoint import saver
 
     release = threading.Event()
-    write_share = saver.write_share
+    write_tensor_files = saver.write_tensor_files
 
     def wait_first(*arguments: Any) -> Any:
         assert release.wait(60)
-        return write_share(*arguments)
+        return write_tensor_files(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "write_share", wait_first)

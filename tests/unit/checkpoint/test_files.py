@@ -19,7 +19,7 @@ from mtp_dist.checkpoint.files import SavedLayout, read_description
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.save import write_share
+from mtp_dist.checkpoint.save import write_tensor_files
 from mtp_dist.config import ConfigError
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.weights import initial_weight, parameter_shapes
@@ -119,7 +119,7 @@ def test_what_is_almost_a_checkpoint(tmp_path: Path, broken: str) -> None:
 def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     topology = Topology(1, 1, 1, 0, 0, 0, torch.device("cpu"))
     tensors = {"model": {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(3)}}
-    [(name, written)] = write_share(tmp_path, tensors, topology).items()
+    [(name, written)] = write_tensor_files(tmp_path, tensors, topology).items()
     assert name == "model-00001-of-00001.safetensors" and written.record == record_of(tmp_path / name)
 
     def write_one_bit_wrong(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -128,7 +128,7 @@ def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("mtp_dist.checkpoint.save.save_file", write_one_bit_wrong)
     with pytest.raises(OSError, match="b reads back as something else than was written") as error:
-        write_share(tmp_path, tensors, topology)
+        write_tensor_files(tmp_path, tensors, topology)
     assert error.value.filename == tmp_path / name
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
-from mtp_dist.model.weights import cut, initial_weight, is_cut, join, padded_vocab_size, parameter_shapes
+from mtp_dist.model.weights import initial_weight, is_sharded, padded_vocab_size, parameter_shapes, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
 from tests.parity.runs import tiny_config
 
@@ -32,7 +32,7 @@ def numbered(*shape: int) -> Tensor:
 
 
 def cut_all(whole: Tensor, weight: nn.Parameter, ranks: int) -> list[Tensor]:
-    parts = [cut(whole, weight, rank, ranks) for rank in range(ranks)]
+    parts = [shard(whole, weight, rank, ranks) for rank in range(ranks)]
     assert {part.shape for part in parts} == {weight.shape}
     return parts
 
@@ -43,7 +43,7 @@ def test_plain_cut_and_join(ranks: int, rows: int, columns: int, dim: int) -> No
     whole, weight = numbered(*shape), tagged((rows, columns), dim, 1)
     parts = cut_all(whole, weight, ranks)
     assert torch.equal(torch.cat(parts, dim), whole), "neighbouring ranks hold neighbouring parts"
-    assert torch.equal(join(parts, weight, shape), whole)
+    assert torch.equal(unshard(parts, weight, shape), whole)
 
 
 @given(ranks=RANKS, half=st.integers(1, 6), columns=st.integers(1, 6))
@@ -54,7 +54,7 @@ def test_stride_2_gives_every_rank_a_part_of_both_halves(ranks: int, half: int, 
     for rank, part in enumerate(parts):
         rows = slice(rank * half, (rank + 1) * half)
         assert torch.equal(part, torch.cat([gate[rows], linear[rows]]))
-    assert torch.equal(join(parts, weight, whole.shape), whole)
+    assert torch.equal(unshard(parts, weight, whole.shape), whole)
 
 
 @given(ranks=RANKS, vocab_size=st.integers(1, 600))
@@ -64,13 +64,13 @@ def test_vocabulary_is_padded_with_zeros_that_join_drops(ranks: int, vocab_size:
     parts = cut_all(whole, weight, ranks)
     together = torch.cat(parts)
     assert torch.equal(together[:vocab_size], whole) and not together[vocab_size:].any()
-    assert torch.equal(join(parts, weight, whole.shape), whole)
+    assert torch.equal(unshard(parts, weight, whole.shape), whole)
 
 
 def test_replicated_weights_are_whole_everywhere() -> None:
     weight, whole = nn.Parameter(torch.empty(5)), numbered(5)
-    assert not is_cut(weight)
-    assert torch.equal(cut(whole, weight, 1, 2), whole) and torch.equal(join([whole, whole], weight, (5,)), whole)
+    assert not is_sharded(weight)
+    assert torch.equal(shard(whole, weight, 1, 2), whole) and torch.equal(unshard([whole, whole], weight, (5,)), whole)
 
 
 @given(vocab_size=st.integers(1, 300_000), ranks=st.sampled_from([1, 2, 4, 8]))

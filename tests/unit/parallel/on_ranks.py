@@ -18,7 +18,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.parallel.weights import full_tensors, master_weight
     from mtp_dist.training.optimizer import build_optimizer
 
     device = select_device(config)
@@ -26,7 +26,7 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
     for name, weight in named_weights(engine.stage):  # the copy of a tied weight too
         assert torch.equal(weight, master_weight(weight).to(weight.dtype)), name
-    return dict(whole_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), topology, master_weight))
+    return dict(full_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), topology, master_weight))
 
 
 def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
@@ -37,7 +37,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import master_weight, whole_tensors
+    from mtp_dist.parallel.weights import full_tensors, master_weight
     from mtp_dist.training.optimizer import build_optimizer
     from mtp_dist.training.reference import local_micro_batches, random_batch
 
@@ -53,7 +53,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
     evaluated = engine.evaluate(batch, len(batch))
     shapes = parameter_shapes(config, VOCAB_SIZE)
-    weights = {n: w.clone() for n, w in whole_tensors(engine.stage, shapes, topology, master_weight)}
+    weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
     return list(sums), list(norms), weights, evaluated
 
 
