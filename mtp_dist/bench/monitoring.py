@@ -71,18 +71,18 @@ def _timed_instructions(stopwatch: _Stopwatch) -> Iterator[None]:
 @contextmanager
 def _unwatched(engine: TrainingEngine) -> Iterator[None]:
     """DeepSpeed's instructions as they are, and nothing measured."""
-    pipeline, watch, clock = engine.pipeline, engine.gradient_watch, engine.clock
+    pipeline, watch, clock = engine.pipeline, engine.gradient_monitor, engine.clock
     wrapped = pipeline._INSTRUCTION_MAP
     pipeline._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
     nothing = SimpleNamespace(
         parts=(), squares=watch.squares.new_empty(0), fault=watch.squares.new_zeros(()), spread=lambda _: None
     )
-    engine.gradient_watch = nothing  # type: ignore[assignment]
+    engine.gradient_monitor = nothing  # type: ignore[assignment]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (0.0, 0.0))  # type: ignore[assignment]
     try:
         yield
     finally:
-        pipeline._INSTRUCTION_MAP, engine.gradient_watch, engine.clock = wrapped, watch, clock
+        pipeline._INSTRUCTION_MAP, engine.gradient_monitor, engine.clock = wrapped, watch, clock
 
 
 def _training(

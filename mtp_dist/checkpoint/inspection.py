@@ -54,7 +54,7 @@ def inspect_checkpoint(folder: Path, watch: Watch) -> CheckpointReport:
     shapes = TensorReader(folder, MODEL).shapes()
     parameters: Counter[str] = Counter()
     for name, shape in shapes.items():
-        parameters[part_of(name)] += prod(shape)
+        parameters[module_group(name)] += prod(shape)
     groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), shape) for name, shape in shapes.items())
     return CheckpointReport(
         folder=str(folder),
@@ -72,7 +72,7 @@ def inspect_checkpoint(folder: Path, watch: Watch) -> CheckpointReport:
     )
 
 
-def part_of(name: str) -> str:
+def module_group(name: str) -> str:
     """Which part of the model a weight is in."""
     first, second, *_ = name.split(".")
     if first == "heads":

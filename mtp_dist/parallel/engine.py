@@ -17,11 +17,11 @@ from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.model.weights import initial_weight, named_weights, parameter_shapes, shard
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
-from mtp_dist.parallel.gradient_watch import GradientWatch, part_of
+from mtp_dist.parallel.gradient_monitor import GradientMonitor, module_group
 from mtp_dist.parallel.gradients import clip_by_global_norm
 from mtp_dist.parallel.optimizer_state import set_master_weight
-from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, quiet
-from mtp_dist.parallel.stage_clock import StageClock
+from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, suppress_stdout
+from mtp_dist.parallel.stage_clock import StageTimer
 from mtp_dist.parallel.topology import Topology, dp_group
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
     """Per-head sums of the whole global batch, see `TrainingEngine._sums`."""
     grad_norm: float
     """Global norm of the gradient before clipping; where it is not finite no weight was changed."""
-    part_norms: dict[str, float]
+    grad_norms_by_module: dict[str, float]
     """The same norm of parts of the model: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
     busy_seconds: float
     """This rank's forward and backward passes, with the collectives within its stage."""
@@ -60,7 +60,7 @@ class TrainingEngine:
         self.micro_batches = config.micro_batches(topology.world_size)
         self.stage = MultiTokenPipeline(config, vocab_size, topology)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with quiet():
+        with suppress_stdout():
             self.pipeline, *_ = deepspeed.initialize(
                 model=self.stage,
                 model_parameters=list(self.stage.parameters()),
@@ -72,11 +72,11 @@ class TrainingEngine:
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
-        parts = tuple(dict.fromkeys(map(part_of, parameter_shapes(config, vocab_size))))
-        self.gradient_watch = GradientWatch(self.pipeline, self.stage, topology, parts)
+        parts = tuple(dict.fromkeys(map(module_group, parameter_shapes(config, vocab_size))))
+        self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, parts)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._totals: list[Tensor] = []
-        self.clock = StageClock(self.pipeline, topology.device)
+        self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
         """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
 
@@ -110,7 +110,7 @@ class TrainingEngine:
         for timer in self.pipeline.timers.get_timers().values():
             timer.reset()
         sums, squares, _ = self._totals
-        norms = dict(zip(self.gradient_watch.parts, squares.sqrt().tolist(), strict=True))
+        norms = dict(zip(self.gradient_monitor.parts, squares.sqrt().tolist(), strict=True))
         grad_norm = float(self.pipeline.get_global_grad_norm())
         self.optimizer_updates += isfinite(grad_norm)
         return StepResult(sums.cpu(), grad_norm, norms, *self.clock.seconds())
@@ -124,7 +124,7 @@ class TrainingEngine:
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it asks only the ranks of one replica."""
-        watch = self.gradient_watch
+        watch = self.gradient_monitor
         # One collective for all.
         self._totals = self._over_ranks(self._sums(), watch.squares, watch.fault)
         sums, _, fault = self._totals

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from mtp_dist.model.weights import named_weights
 from mtp_dist.parallel.gradients import counts
-from mtp_dist.parallel.instructions import Execute, wrap_instruction
+from mtp_dist.parallel.instructions import RunInstruction, hook_instruction
 from mtp_dist.parallel.pipeline import MultiTokenPipeline
 from mtp_dist.parallel.topology import Topology, all_gather_objects
 
 
 @dataclass(frozen=True)
-class NotFinite:
+class NonFiniteGradient:
     """Where a gradient that is not finite came from; its text is a sentence's part for the user."""
 
     rank: int | None
@@ -38,7 +38,7 @@ class NotFinite:
         return f"first on rank {self.rank} (stage {self.stage}): {' and '.join(found)}"
 
 
-def part_of(name: str) -> str:
+def module_group(name: str) -> str:
     """The part of the model that a weight's global name belongs to, such as `head_2`."""
     if match := re.match(r"(?:heads|unembeddings)\.(\d+)\.", name):
         return f"head_{match[1]}"
@@ -47,7 +47,7 @@ def part_of(name: str) -> str:
     return "trunk" if name.startswith("trunk.") else "shared"
 
 
-class GradientWatch:
+class GradientMonitor:
     """Looks at the gradients before the data-parallel ranks sum them, and again before the update."""
 
     def __init__(
@@ -58,7 +58,7 @@ class GradientWatch:
         self._topology = topology
         self.parts = parts
         self._weights = {name: weight for name, weight in named_weights(stage) if weight.requires_grad}
-        self._parts = {name: parts.index(part_of(name)) for name in self._weights}
+        self._parts = {name: parts.index(module_group(name)) for name in self._weights}
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._local: dict[str, Tensor] = {}
         self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
@@ -67,11 +67,11 @@ class GradientWatch:
         self.fault = torch.zeros((), dtype=torch.float64, device=topology.device)
         """0, or NaN if a gradient that this rank's optimizer reads in the last step is not finite."""
         self._counted: Tensor | None = None
-        wrap_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
-        wrap_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
+        hook_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
+        hook_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
 
     @torch.no_grad()
-    def _look_before_reduction(self, execute: Execute) -> None:
+    def _look_before_reduction(self, execute: RunInstruction) -> None:
         gradients = {
             name: gradient
             for name, weight in self._weights.items()
@@ -81,7 +81,7 @@ class GradientWatch:
         execute()
 
     @torch.no_grad()
-    def _look_before_update(self, execute: Execute) -> None:
+    def _look_before_update(self, execute: RunInstruction) -> None:
         gradients = {
             name: gradient
             for name, weight in self._weights.items()
@@ -119,21 +119,21 @@ class GradientWatch:
         is_replicated = _is_whole(weight) and self._topology.dp_rank > 0
         return counts(weight, self._topology.tp_rank) and not is_replicated
 
-    def find_not_finite(self) -> NotFinite:
+    def find_non_finite(self) -> NonFiniteGradient:
         """Where the last step's gradient was not finite. A collective over all ranks."""
         weights = [name for name, norm in reversed(self._local.items()) if not norm.isfinite()]
         # What all heads share is not finite either where one head's are not.
-        own = [name for name in weights if part_of(name) != "shared"]
+        own = [name for name in weights if module_group(name) != "shared"]
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
         if self._topology.is_last_stage:
             of_heads = self._stage.heads.sums.losses.isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
         topology = self._topology
-        mine = NotFinite(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
+        mine = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
         found = [of_rank for of_rank in all_gather_objects(mine) if of_rank]
         last_stage = max((of_rank.stage for of_rank in found), default=0)
-        return next((of_rank for of_rank in found if of_rank.stage == last_stage), NotFinite(None))
+        return next((of_rank for of_rank in found if of_rank.stage == last_stage), NonFiniteGradient(None))
 
 
 def _local_gradient(weight: nn.Parameter) -> Tensor | None:

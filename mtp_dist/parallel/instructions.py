@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-Execute = Callable[[], None]
+RunInstruction = Callable[[], None]
 
 
-def wrap_instruction(pipeline: PipelineEngine, instruction: type, wrapper: Callable[[Execute], None]) -> None:
+def hook_instruction(pipeline: PipelineEngine, instruction: type, wrapper: Callable[[RunInstruction], None]) -> None:
     """From now on `wrapper` is called with each instruction of that type, and is to execute it."""
     method = pipeline._INSTRUCTION_MAP[instruction]
 

@@ -25,7 +25,7 @@ from mtp_dist.parallel.topology import Topology, tp_group
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def suppress_stdout() -> Iterator[None]:
     """Drop what DeepSpeed prints while it builds: its topology, partition and memory."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
@@ -150,7 +150,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.bounds = _stage_bounds(config, vocab_size)
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
-        with quiet(), torch.no_grad():
+        with suppress_stdout(), torch.no_grad():
             super().__init__(_layer_specs(config, vocab_size), topology=axes)
         tag_shards(self)
 

@@ -137,7 +137,7 @@ def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | N
     longest_wait = max(figures.waiting_seconds for figures in metrics.ranks)
     return _head_scalars(metrics.heads) | {
         "train/grad_norm": metrics.grad_norm,
-        **{f"train/grad_norm/{part}": norm for part, norm in metrics.part_norms.items()},
+        **{f"train/grad_norm/{part}": norm for part, norm in metrics.grad_norms_by_module.items()},
         "train/learning_rate": metrics.learning_rate,
         "throughput/tokens_per_second": interval.tokens / interval.seconds,
         "throughput/model_flops_per_second": flops_per_second,

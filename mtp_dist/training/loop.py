@@ -153,14 +153,14 @@ class Trainer:
         result = engine.train_step(batch, rate, weights)
         signal, fault = all_reduce_max([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
         # All ranks must decide the same: find_not_finite is a collective.
-        skipped = f"the gradient is not finite, {engine.gradient_watch.find_not_finite()}" if fault else None
+        skipped = f"the gradient is not finite, {engine.gradient_monitor.find_non_finite()}" if fault else None
         self._measured += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
             step=step,
             heads=head_metrics(config, result.sums, weights),
             grad_norm=result.grad_norm,
-            part_norms=result.part_norms,
+            grad_norms_by_module=result.grad_norms_by_module,
             learning_rate=rate,
             tokens=config.train.global_batch_size * config.train.sequence_length,
             seconds=self._clock.lap(),

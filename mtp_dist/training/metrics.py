@@ -50,7 +50,7 @@ class StepMetrics:
     heads: HeadMetrics
     grad_norm: float
     """Global norm of the gradient before clipping; not finite where the step was skipped."""
-    part_norms: Mapping[str, float]
+    grad_norms_by_module: Mapping[str, float]
     """The same of the parts of the model, see `StepResult`."""
     learning_rate: float
     tokens: int

@@ -92,7 +92,7 @@ def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
 
     def noting(engine: TrainingEngine, *arguments: Any) -> Any:
         result = train_step(engine, *arguments)
-        watched.append(bool(result.part_norms) and result.busy_seconds > 0)
+        watched.append(bool(result.grad_norms_by_module) and result.busy_seconds > 0)
         return result
 
     with pytest.MonkeyPatch.context() as patch:

@@ -3,8 +3,8 @@
 import math
 
 import pytest
+from mtp_dist.parallel.gradient_monitor import module_group
 
-from mtp_dist.parallel.gradient_watch import part_of
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.parallel.watch_on_ranks import Watched, break_a_sum, watch
@@ -53,9 +53,11 @@ def test_norms_of_parts_make_the_whole_and_one_rank_is_named(
     several = watched(ranks, layout, precision, zero_stage, weight=HEAD_WEIGHT)
     stage = layout[1] - 1
     assert several.found == f"first on rank 3 (stage {stage}): the gradient of {HEAD_WEIGHT}"
-    assert set(several.part_norms) == {"trunk", "shared", "head_1", "head_2", "head_3", "head_4"}
-    assert math.hypot(*several.part_norms.values()) == pytest.approx(several.grad_norm, rel=1e-6)
-    assert several.part_norms == pytest.approx(one.part_norms, rel=1e-2 if precision == "bf16" else 1e-5)
+    assert set(several.grad_norms_by_module) == {"trunk", "shared", "head_1", "head_2", "head_3", "head_4"}
+    assert math.hypot(*several.grad_norms_by_module.values()) == pytest.approx(several.grad_norm, rel=1e-6)
+    assert several.grad_norms_by_module == pytest.approx(
+        one.grad_norms_by_module, rel=1e-2 if precision == "bf16" else 1e-5
+    )
 
 
 def test_a_rank_of_an_earlier_stage_is_named_where_the_last_one_is_well(ranks: Ranks) -> None:
@@ -100,4 +102,4 @@ def test_all_ranks_drop_a_step_that_one_must_drop(ranks: Ranks, layout: tuple[in
     ],
 )
 def test_parts_of_the_model(name: str, part: str) -> None:
-    assert part_of(name) == part
+    assert module_group(name) == part

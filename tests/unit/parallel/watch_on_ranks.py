@@ -11,7 +11,7 @@ from tests.parity.runs import VOCAB_SIZE, global_batches
 
 class Watched(NamedTuple):
     grad_norm: float
-    part_norms: dict[str, float]
+    grad_norms_by_module: dict[str, float]
     """Of a step in which all is well."""
     bad_norm: float
     """The gradient's, of the step after it."""
@@ -52,9 +52,9 @@ def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Wa
 
         heads.forward = with_infinite_loss  # type: ignore[method-assign]
     bad = engine.train_step(batch, 1e-3, head_weights(config, 1))
-    found = str(engine.gradient_watch.find_not_finite())
+    found = str(engine.gradient_monitor.find_non_finite())
     unchanged = all(torch.equal(before[name], value) for name, value in weights.items())
-    return Watched(well.grad_norm, well.part_norms, bad.grad_norm, found, unchanged, bad[-2:])
+    return Watched(well.grad_norm, well.grad_norms_by_module, bad.grad_norm, found, unchanged, bad[-2:])
 
 
 class Dropped(NamedTuple):
@@ -71,7 +71,7 @@ def break_a_sum(config: Config, rank: int) -> Dropped:
     from mtp_dist.model.weights import named_weights
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.instructions import wrap_instruction
+    from mtp_dist.parallel.instructions import hook_instruction
     from mtp_dist.parallel.topology import initialize_topology
     from mtp_dist.parallel.weights import master_weight
     from mtp_dist.training.optimizer import build_optimizer
@@ -91,8 +91,8 @@ def break_a_sum(config: Config, rank: int) -> Dropped:
             gradient.view(-1)[-1] = float("nan")
         execute()
 
-    wrap_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
+    hook_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
     batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
     norm = engine.train_step(batch, 1e-3, head_weights(config, 1)).grad_norm
     unchanged = all(torch.equal(before[name], master_weight(weight)) for name, weight in weights.items())
-    return Dropped(norm, str(engine.gradient_watch.find_not_finite()), unchanged)
+    return Dropped(norm, str(engine.gradient_monitor.find_non_finite()), unchanged)
