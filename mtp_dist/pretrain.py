@@ -15,9 +15,9 @@ from mtp_dist.config import Config, ConfigError, load_config
 from mtp_dist.config.notices import notices
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.launcher import check_launcher_variables
-from mtp_dist.training.callbacks import Callback, Reason
+from mtp_dist.training.callbacks import Callback, StopReason
 from mtp_dist.training.output import make_output_optional
-from mtp_dist.training.rank_logs import copy_output
+from mtp_dist.training.rank_logs import tee_output
 from mtp_dist.training.run_lock import hold_folders
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.watchdog import Watchdog
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mtp_dist.parallel.engine import TrainingEngine
     from mtp_dist.training.reporting import RunReporter
 
-SECONDS_FOR_RANK_0 = 10
-SECONDS_FOR_A_PEER = 3
+RANK0_REPORT_GRACE_S = 10
+PEER_EXIT_GRACE_S = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status = run(arguments, stop_signals)
     # From here on SIGTERM ends the process by default: the launcher sends it to the ranks that wait below.
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     except Exception:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             # If another rank has ended, it has reported why, and the launcher ends this rank meanwhile.
-            time.sleep(SECONDS_FOR_A_PEER)
+            time.sleep(PEER_EXIT_GRACE_S)
         raise
     sys.exit(status)
 
@@ -73,13 +73,13 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
         return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
 
 
-def stop(error: ConfigError) -> NoReturn:
+def exit_with_error(error: ConfigError) -> NoReturn:
     """Say why and end this process with status 2; only rank 0 speaks of what all ranks see."""
     rank, prefix = os.environ.get("RANK", "0"), "error"
     if rank.isdecimal() and int(rank):
         # Launchers kill the other ranks as soon as one has ended, so rank 0 must get to say why. Whoever still lives
         # after that has a mistake that rank 0 has not, such as a missing GPU.
-        time.sleep(SECONDS_FOR_RANK_0)
+        time.sleep(RANK0_REPORT_GRACE_S)
         prefix = f"error on rank {rank}"
     print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
     if (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
@@ -152,7 +152,7 @@ def pretrain(
     datasets = load_datasets(config, sources)
     _print_notices(config, datasets)
     device = select_device(config)
-    quieten_packages()
+    silence_import_warnings()
 
     # DeepSpeed and Megatron-core look at the device when they are imported.
     from mtp_dist.checkpoint.load import agree_on_resume_point, restore
@@ -175,7 +175,7 @@ def pretrain(
         close_topology()
         return 0
     if config.log.rank_logs:
-        copy_output(config.output_dir, _is_new(resumed, config))
+        tee_output(config.output_dir, _is_new(resumed, config))
     samples_read = _restore_samples(datasets, resumed, config)
     engine = TrainingEngine(
         config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device), initialize=not resumed
@@ -193,7 +193,7 @@ def pretrain(
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
         ending = fit_and_recover(trainer, saver, gloo_groups.all, reporter, resumed, samples_read)
-    finished = reporter if ending.reason is Reason.LAST_STEP else None
+    finished = reporter if ending.reason is StopReason.LAST_STEP else None
     _end_together(config, finished, datasets.tokenizer, gloo_groups.all)
     return exit_status(ending.signal) if ending.signal else 0
 
@@ -231,12 +231,12 @@ def _reporter(
     config: Config, vocab_size: int, datasets: "Datasets", engine: "TrainingEngine", resumed: "ResumePoint | None"
 ) -> "RunReporter":
     """Rank 0's, in a folder that has no other run's files. Print what was read of the sources first."""
-    from mtp_dist.training.reporting import RunReporter, set_earlier_run_aside
+    from mtp_dist.training.reporting import RunReporter, archive_previous_run
 
     for line in datasets.notices:
         print(line, flush=True)
     if _is_new(resumed, config):
-        set_earlier_run_aside(config)
+        archive_previous_run(config)
     return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
 
 
@@ -269,7 +269,7 @@ def _say_finished(config: Config, resumed: "ResumePoint") -> None:
         )
 
 
-def quieten_packages() -> None:
+def silence_import_warnings() -> None:
     """Drop what Megatron-core says at each import on each rank; warnings of a run stay."""
     for known in (
         "Transformer Engine and Apex are not installed",

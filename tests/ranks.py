@@ -32,10 +32,10 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from mtp_dist.pretrain import quieten_packages
+    from mtp_dist.pretrain import silence_import_warnings
 
     torch.set_num_threads(1)
-    quieten_packages()
+    silence_import_warnings()
     import mtp_dist.parallel.engine  # noqa: F401
 
     # Of the half million objects of the packages none is ever garbage, and to look at them at the end of each task

@@ -28,7 +28,7 @@ from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.batches import Batches
-from mtp_dist.training.callbacks import Reason
+from mtp_dist.training.callbacks import StopReason
 from mtp_dist.training.loop import Trainer
 from mtp_dist.training.optimizer import build_optimizer, learning_rate
 from mtp_dist.training.reporting import RunReporter
@@ -123,8 +123,8 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
                 stopwatch.seconds = 0.0
             for _ in range(config.log.every):
                 made += 1
-                watchdog.expect(f"step {made}")
-                metrics, _ = trainer.make_step(made, batches)
+                watchdog.enter(f"step {made}")
+                metrics, _ = trainer.train_step(made, batches)
                 trainer.tell("on_step", metrics)
                 trainer.spikes.take(metrics.heads.losses[0])
             elsewhere.append(training.seconds - (wrapped.seconds - instructions.seconds))
@@ -143,7 +143,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
         with_all()
         without()
         seconds = paired_seconds({"with": with_all, "without": without}, rounds, topology.device)
-        trainer.tell("on_end", Reason.LAST_STEP)
+        trainer.tell("on_end", StopReason.LAST_STEP)
         batches.close()
     within = sum(seconds["with"]) - sum(elsewhere[1:])
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]

@@ -51,8 +51,8 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     A weight that the checkpoint lacks, such as a new head's, gets its initial value. Moments that its index does not
     list, as in an imported checkpoint, start from 0. Raise ConfigError if the checkpoint is damaged.
     """
-    updates_made = read_description(folder).optimizer_updates
-    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates_made else None
+    completed_steps = read_description(folder).optimizer_updates
+    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if completed_steps else None
     topology, shapes = engine.topology, parameter_shapes(engine.config, engine.vocab_size)
     ensure_state(engine.pipeline)
     weights = list(named_weights(engine.stage))
@@ -71,9 +71,9 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
             else:
                 values = part.read_together(optimizer, moment)
             set_moment(engine.pipeline, key, weight, values)
-    set_updates(engine.pipeline, updates_made)
-    check_updates(engine.pipeline, updates_made)
-    engine.optimizer_updates = updates_made
+    set_updates(engine.pipeline, completed_steps)
+    check_updates(engine.pipeline, completed_steps)
+    engine.optimizer_updates = completed_steps
 
 
 def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[int]]:

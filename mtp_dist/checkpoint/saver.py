@@ -21,7 +21,7 @@ from mtp_dist.config import Config, ConfigError
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import GlooGroups, all_gather_objects
 
-PAUSES = (2.0, 10.0, 60.0)
+RETRY_DELAYS_S = (2.0, 10.0, 60.0)
 """Seconds before the second, third, .. time that a checkpoint is tried to be written."""
 
 T = TypeVar("T")
@@ -98,7 +98,7 @@ class CheckpointSaver:
         unfinished = with_ending(final, UNFINISHED)
         what = f"checkpoint of step {snapshot.description.step}"
         tensors = gather_owned_tensors(snapshot, self.engine.topology, self._groups.tensor)
-        for pause in (*PAUSES, None):
+        for pause in (*RETRY_DELAYS_S, None):
             try:
                 self._write(snapshot.description, tensors, unfinished, final)
                 if self.engine.topology.rank == 0:

@@ -16,7 +16,7 @@ from mtp_dist.cli.bench import bench
 from mtp_dist.config import ConfigError, load_config
 from mtp_dist.config.sections import MAX_TEXT_LOSS
 from mtp_dist.data.documents import InvalidUtf8
-from mtp_dist.pretrain import check_before_start, quieten_packages, stop
+from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -64,8 +64,8 @@ def selfcheck(
         settings = load_config(config, overrides or [])
         sources = check_before_start(settings, needs_data=False)
     except ConfigError as error:
-        stop(error)
-    quieten_packages()
+        exit_with_error(error)
+    silence_import_warnings()
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
     from mtp_dist.training.selfcheck import selfcheck as compare
@@ -73,7 +73,7 @@ def selfcheck(
     try:
         topology = initialize_topology(settings, select_device(settings))
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     comparisons = compare(settings, sources.vocab_size, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
@@ -128,7 +128,7 @@ def prepare(
         with PreparationProgress(Console(stderr=True)) as progress:
             prepared = make(request, progress)
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the finished parts", file=sys.stderr, flush=True)
         raise typer.Exit(130) from None
@@ -163,7 +163,7 @@ def _show_checkpoints(folder: Path, as_json: bool) -> bool:
                 folder, lambda done, total: progress.update(task, completed=done, total=total)
             )
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
     else:
@@ -218,7 +218,7 @@ def inspect(
                 watch=lambda done: progress.update(task, completed=done),
             )
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
     else:
@@ -233,7 +233,7 @@ def export_command(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a sentence")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: trunk and head 1 as a Llama, the other heads beside it."""
-    quieten_packages()
+    silence_import_warnings()
     from mtp_dist.convert.to_huggingface import export_checkpoint
 
     try:
@@ -247,7 +247,7 @@ def export_command(
                 lambda done, total: progress.update(checked, completed=done, total=total),
             )
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     print(json.dumps(asdict(exported)) if as_json else exported.describe(), flush=True)
 
 
@@ -265,7 +265,7 @@ def import_command(
     The layers that head 1 has of its own are the last ones of that model. The other heads are those of an export of
     ours, or new.
     """
-    quieten_packages()
+    silence_import_warnings()
     from mtp_dist.convert.from_huggingface import import_llama
     from mtp_dist.convert.import_config import ImportRequest
 
@@ -276,7 +276,7 @@ def import_command(
             task = progress.add_task("weights")
             imported = import_llama(request, lambda done, total: progress.update(task, completed=done, total=total))
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     print(imported.describe(), flush=True)
 
 
@@ -294,7 +294,7 @@ def report(
     try:
         page = write_report(folders, Path(to).expanduser() if to else folders[0] / "report")
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     print(page, flush=True)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_dist.config import ConfigError, load_config
-from mtp_dist.pretrain import check_before_start, quieten_packages, stop
+from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a part of this project beside its peers.")
 
@@ -47,9 +47,9 @@ def head_loss(
 
     try:
         settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
-        result = measure_head_loss(settings, quieten_packages)
+        result = measure_head_loss(settings, silence_import_warnings)
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     _show(result, as_json, table(result))
 
 
@@ -72,8 +72,8 @@ def checkpoint(
         if folder.exists():
             raise ConfigError(f"--to = '{to}' exists: name a new folder")
     except ConfigError as error:
-        stop(error)
-    quieten_packages()
+        exit_with_error(error)
+    silence_import_warnings()
     from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
     from mtp_dist.bench.checkpoint.report import table
     from mtp_dist.parallel.device import select_device
@@ -83,7 +83,7 @@ def checkpoint(
         topology = initialize_topology(settings, select_device(settings))
         result = measure_checkpoints(settings, sources.vocab_size, topology, folder, rounds, print)
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     close_topology()
     if topology.rank == 0:
         _show(result, as_json, table(result))
@@ -110,9 +110,9 @@ def data(
     try:
         preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     machine = {"processor": processor_name(), "cores": usable_cores()}
-    quieten_packages()
+    silence_import_warnings()
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
     _show(result, as_json, *tables(result))
@@ -133,8 +133,8 @@ def monitoring(
         settings = load_config(config, overrides or [])
         check_before_start(settings)
     except ConfigError as error:
-        stop(error)
-    quieten_packages()
+        exit_with_error(error)
+    silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring, table
     from mtp_dist.parallel.device import select_device
     from mtp_dist.parallel.topology import close_topology, initialize_topology
@@ -143,7 +143,7 @@ def monitoring(
         topology = initialize_topology(settings, select_device(settings))
         result = measure_monitoring(settings, topology, rounds)
     except ConfigError as error:
-        stop(error)
+        exit_with_error(error)
     close_topology()
     if topology.rank == 0:
         _show(result, as_json, table(result))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from mtp_dist.training.stopping import STOPPING, exit_status
+from mtp_dist.training.stopping import STOP_SIGNALS, exit_status
 
 SECONDS_AFTER_A_FAILURE = 15.0
 """Given to the ranks that are left when one has failed, to print what they know."""
@@ -32,7 +32,7 @@ class _Ranks:
     def __init__(self, count: int, command: Sequence[str]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._received = 0
-        for number in STOPPING:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as of SIGHUP under nohup, which ranks inherit
                 signal.signal(number, self._forward)
         for rank in range(count):

@@ -136,7 +136,7 @@ class TrainingEngine:
 
         DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
         """
-        self.stage.expect(batch)
+        self.stage.enqueue(batch)
         if not self.topology.is_last_stage:
             return
         valid = sum((micro_batch.targets != IGNORE_INDEX).sum((1, 2)) for micro_batch in batch)

@@ -159,7 +159,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
 
-    def expect(self, batch: Sequence[MicroBatch]) -> None:
+    def enqueue(self, batch: Sequence[MicroBatch]) -> None:
         """Queue the micro-batches of a batch in the order of the forward passes."""
         assert not self.queue, "micro-batches of the last batch were never used"
         self.queue.extend(batch)

@@ -14,9 +14,9 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: i
 from mtp_dist.config import ConfigError
 from mtp_dist.distributed.environment import find_differences
 
-SECONDS_OF_SILENCE = 30.0
+FIRST_STATUS_AFTER_S = 30.0
 """After these rank 0 says whom it waits for."""
-SECONDS_FOR_THE_OTHERS = 1.0
+STORE_SHUTDOWN_GRACE_S = 1.0
 """That rank 0 waits longer than they: with it ends the store, which they may be asking."""
 POLL_SECONDS = 0.2
 ALL_HERE = "all here"
@@ -104,7 +104,7 @@ def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: 
             print(f"{missing()}; waits {limit}", file=sys.stderr, flush=True)
 
     if rank == 0:
-        deadline += SECONDS_FOR_THE_OTHERS
+        deadline += STORE_SHUTDOWN_GRACE_S
     expected = [str(other) for other in range(world_size)] if rank == 0 else [ALL_HERE]
     _poll(lambda: keys.check(expected), deadline, complain, fail)
 
@@ -134,7 +134,7 @@ def _end_start(keys: Store, world_size: int, reason: str) -> NoReturn:
 def _poll(
     happened: Callable[[], bool], deadline: float, complain: Callable[[], None], fail: Callable[[], NoReturn]
 ) -> None:
-    silent_until = time.monotonic() + SECONDS_OF_SILENCE
+    silent_until = time.monotonic() + FIRST_STATUS_AFTER_S
     while not happened():
         if time.monotonic() > deadline:
             fail()

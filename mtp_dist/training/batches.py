@@ -42,7 +42,7 @@ class Batches:
     """
 
     def __init__(
-        self, config: Config, topology: Topology, datasets: Datasets, updates_made: int = 0, samples_read: int = 0
+        self, config: Config, topology: Topology, datasets: Datasets, completed_steps: int = 0, samples_read: int = 0
     ) -> None:
         """The first step will be `updates_made` + 1 and begin with sample number `samples_read`."""
         self.config = config
@@ -56,7 +56,7 @@ class Batches:
         # One thread: streams are read in the order of the steps.
         self._reader = ThreadPoolExecutor(1, "batches")
         self._ahead: deque[Future[tuple[list[MicroBatch], Any]]] = deque()
-        self._steps_left = config.train.steps - updates_made
+        self._steps_left = config.train.steps - completed_steps
         self._next = samples_read
 
     def training(self) -> list[MicroBatch]:

@@ -1,6 +1,6 @@
 """What the loop reports to while it trains, and how a step becomes the scalars of every log.
 
-`MetricsLogger` turns metrics into named scalars once and hands the same mapping to each sink, so that
+`MetricsLogger` turns metrics into named scalars once and hands the same mapping to each writer, so that
 `metrics.jsonl`, TensorBoard and the terminal cannot disagree.
 """
 
@@ -22,7 +22,7 @@ Scalars = Mapping[str, float | None]
 """Values by name; None is the loss or accuracy of a head without a valid target."""
 
 
-class Reason(Enum):
+class StopReason(Enum):
     """Why the loop ended."""
 
     LAST_STEP = auto()
@@ -37,7 +37,7 @@ class Reason(Enum):
 class Callback:
     """Hooks of the training loop; a subclass overrides those it needs."""
 
-    def on_start(self, updates_made: int) -> None:
+    def on_start(self, completed_steps: int) -> None:
         """Before the first step, and again where the run has gone back."""
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -52,11 +52,11 @@ class Callback:
     def on_stop(self, step: int, signal: int) -> None:
         """After the step that a signal makes the run's last for now, before its validation and its save."""
 
-    def on_end(self, reason: Reason | None) -> None:
+    def on_end(self, reason: StopReason | None) -> None:
         """After the last step before the run ends or goes back; None where an exception ends it."""
 
 
-class Sink:
+class MetricsWriter:
     """A place for scalars; a subclass overrides what it can show. An OSError that it raises is told, and no more."""
 
     name = ""
@@ -79,7 +79,7 @@ class Sink:
 
 
 @dataclass(frozen=True)
-class Rates:
+class ThroughputUnits:
     """What turns tokens and nats into the units of the logs."""
 
     flops_per_token: Sequence[int]
@@ -105,7 +105,7 @@ def _head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
 
 
 @dataclass
-class Interval:
+class ThroughputWindow:
     """What the steps since the last logged one have in sum."""
 
     tokens: int = 0
@@ -131,7 +131,7 @@ def _stage_scalars(metrics: StepMetrics) -> dict[str, float]:
     return memory | {"throughput/pipeline_bubble": 1 - busy / longest}
 
 
-def step_scalars(metrics: StepMetrics, interval: Interval, peak_flops: float | None) -> dict[str, float | None]:
+def step_scalars(metrics: StepMetrics, interval: ThroughputWindow, peak_flops: float | None) -> dict[str, float | None]:
     """The scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
     flops_per_second = interval.flops / interval.seconds
     longest_wait = max(figures.waiting_seconds for figures in metrics.ranks)
@@ -164,38 +164,38 @@ def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: fl
 
 
 class MetricsLogger(Callback):
-    """Writes the steps that are to be logged and each validation to all sinks. For rank 0 only.
+    """Writes the steps that are to be logged and each validation to all writers. For rank 0 only.
 
     Tokens per second are those of all steps since the last logged one, over the wall time since then:
-    only validation and checkpoints in between do not count. Training does not depend on a sink.
+    only validation and checkpoints in between do not count. Training does not depend on a writer.
     """
 
-    def __init__(self, sinks: Sequence[Sink], rates: Rates, total_steps: int) -> None:
-        self._sinks = sinks
+    def __init__(self, writers: Sequence[MetricsWriter], rates: ThroughputUnits, total_steps: int) -> None:
+        self._sinks = writers
         self._rates = rates
         self._total_steps = total_steps
-        self._interval = Interval()
-        self._faulty: set[Sink] = set()
+        self._interval = ThroughputWindow()
+        self._faulty: set[MetricsWriter] = set()
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        self._each(lambda sink: sink.describe(description))
+        self._each(lambda writer: writer.describe(description))
 
-    def on_start(self, updates_made: int) -> None:
+    def on_start(self, completed_steps: int) -> None:
         if self._rates.peak_flops is None:
             self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._interval.add(metrics, self._rates.flops_per_token[len(metrics.heads.losses) - 1])
-        self._each(lambda sink: sink.advance(metrics.step))
+        self._each(lambda writer: writer.advance(metrics.step))
         if metrics.ranks:
             self._write(metrics.step, step_scalars(metrics, self._interval, self._rates.peak_flops))
-            self._interval = Interval()
+            self._interval = ThroughputWindow()
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         self._write(step, validation_scalars(heads, name, self._rates.bytes_per_token[name]))
 
     def note(self, text: str) -> None:
-        self._each(lambda sink: sink.note(text))
+        self._each(lambda writer: writer.note(text))
 
     def on_stop(self, step: int, signal: int) -> None:
         self.note(
@@ -203,21 +203,21 @@ class MetricsLogger(Callback):
             "command goes on from there"
         )
 
-    def on_end(self, reason: Reason | None) -> None:
-        failed = reason not in (Reason.LAST_STEP, Reason.SIGNAL)
-        self._each(lambda sink: sink.close(failed))
+    def on_end(self, reason: StopReason | None) -> None:
+        failed = reason not in (StopReason.LAST_STEP, StopReason.SIGNAL)
+        self._each(lambda writer: writer.close(failed))
 
     def _write(self, step: int, scalars: Scalars) -> None:
-        self._each(lambda sink: sink.write(step, scalars))
+        self._each(lambda writer: writer.write(step, scalars))
 
-    def _each(self, action: Callable[[Sink], None]) -> None:
-        for sink in self._sinks:
+    def _each(self, action: Callable[[MetricsWriter], None]) -> None:
+        for writer in self._sinks:
             try:
-                action(sink)
+                action(writer)
             except OSError as error:
-                if sink not in self._faulty:
-                    self._faulty.add(sink)
-                    warn(f"{sink.name} cannot be written, training goes on: {error}")
+                if writer not in self._faulty:
+                    self._faulty.add(writer)
+                    warn(f"{writer.name} cannot be written, training goes on: {error}")
 
 
 def warn(text: str) -> None:
@@ -239,7 +239,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-class MetricsFile(Sink):
+class MetricsFile(MetricsWriter):
     """`metrics.jsonl`: one JSON object a line, `step` and the scalars in full precision.
 
     What a full disk has no room for is written with the next line that it has room for.
@@ -247,11 +247,11 @@ class MetricsFile(Sink):
 
     name = "metrics.jsonl"
 
-    def __init__(self, path: Path, updates_made: int = 0) -> None:
+    def __init__(self, path: Path, completed_steps: int = 0) -> None:
         """Keep the lines up to update `updates_made`; later ones are of steps that will be made again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= updates_made]
+        kept = [line for line in lines if _step_of(line) <= completed_steps]
         unfinished = path.with_name(f"{path.name}.unfinished")
         unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         unfinished.replace(path)

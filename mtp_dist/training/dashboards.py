@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.training.callbacks import Scalars, Sink, validation_prefix, warn
+from mtp_dist.training.callbacks import MetricsWriter, Scalars, validation_prefix, warn
 
 WANDB_FOLDER = "wandb"
 """What W&B calls its folder itself."""
@@ -21,18 +21,18 @@ WANDB_FINISH_SECONDS = 60.0
 """Time for the upload of what is left at the end of a run; it stays on the disk in any case."""
 
 
-class TensorBoardWriter(Sink):
+class TensorBoardWriter(MetricsWriter):
     """TensorBoard event files; its "Custom Scalars" page shows the curves of all heads in one chart."""
 
     name = "TensorBoard's file"
 
-    def __init__(self, directory: Path, validation_sets: Sequence[str | None], updates_made: int = 0) -> None:
+    def __init__(self, directory: Path, validation_sets: Sequence[str | None], completed_steps: int = 0) -> None:
         """What was written of steps after `updates_made` is hidden: they will be made again."""
         # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._step = updates_made
-        self._writer = SummaryWriter(directory, purge_step=updates_made + 1 if updates_made else None)
+        self._step = completed_steps
+        self._writer = SummaryWriter(directory, purge_step=completed_steps + 1 if completed_steps else None)
         self._is_closed = False
         kinds = ["loss", "accuracy", "train/grad_norm"]
         for name in validation_sets:
@@ -94,7 +94,7 @@ def wandb_files(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-class WandbWriter(Sink):
+class WandbWriter(MetricsWriter):
     """A run on Weights & Biases, the same one over all starts of the run in `output_dir`."""
 
     def __init__(self, project: str, name: str, output_dir: Path) -> None:

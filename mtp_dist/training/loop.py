@@ -18,8 +18,8 @@ from mtp_dist.parallel.device import peak_memory, reset_peak_memory
 from mtp_dist.parallel.engine import TrainingEngine
 from mtp_dist.parallel.topology import all_gather_floats, all_reduce_max
 from mtp_dist.training.batches import Batches
-from mtp_dist.training.callbacks import Callback, Reason
-from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from mtp_dist.training.callbacks import Callback, StopReason
+from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.training.optimizer import learning_rate
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
@@ -27,8 +27,8 @@ from mtp_dist.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Ending:
-    reason: Reason
+class FitResult:
+    reason: StopReason
     step: int
     """The last one made."""
     samples: Any
@@ -83,44 +83,44 @@ class Trainer:
         self._measured = np.zeros(3)
         """Seconds of waiting for samples, of passes and of all micro-batches on this rank since the last log."""
 
-    def fit(self, updates_made: int = 0, samples_read: int = 0) -> Ending:
+    def fit(self, completed_steps: int = 0, samples_read: int = 0) -> FitResult:
         """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
         updates_made and samples_read are those of the state that the engine is in. Every rank comes to the same end.
         """
-        self._first_step, self._measured[:] = updates_made + 1, 0
-        ending: Ending | None = None
+        self._first_step, self._measured[:] = completed_steps + 1, 0
+        ending: FitResult | None = None
 
         def tell_end(callback: Callback) -> None:
             callback.on_end(ending.reason if ending else None)
 
         with ExitStack() as ends:
-            batches = Batches(self.config, self.engine.topology, self.datasets, updates_made, samples_read)
+            batches = Batches(self.config, self.engine.topology, self.datasets, completed_steps, samples_read)
             ends.callback(batches.close)
-            self.watchdog.expect("the start")
+            self.watchdog.enter("the start")
             for callback in self.callbacks:
                 ends.callback(tell_end, callback)
-                callback.on_start(updates_made)
+                callback.on_start(completed_steps)
             ending = self._train(batches)
         return ending
 
-    def _train(self, batches: Batches) -> Ending:
+    def _train(self, batches: Batches) -> FitResult:
         """From the first step to the end, whatever that is."""
         config, watchdog = self.config, self.watchdog
         self._clock.restart()
         reset_peak_memory(self.engine.topology.device)
         for step in range(self._first_step, config.train.steps + 1):
-            watchdog.expect(f"step {step}")
-            metrics, signal = self.make_step(step, batches)
-            watchdog.expect(f"the log of step {step}")
+            watchdog.enter(f"step {step}")
+            metrics, signal = self.train_step(step, batches)
+            watchdog.enter(f"the log of step {step}")
             self.tell("on_step", metrics)
             self._skips = self._skips + 1 if metrics.skipped else 0
             if self._skips == config.train.max_skipped_steps:
-                return Ending(Reason.SKIPS, step, batches.state())
+                return FitResult(StopReason.SKIPS, step, batches.state())
             if not metrics.skipped and (spike := self.spikes.take(metrics.heads.losses[0])):
                 self.tell("on_spike", step, spike)
                 if config.train.spike_rollback:
-                    return Ending(Reason.SPIKE, step, batches.state())
+                    return FitResult(StopReason.SPIKE, step, batches.state())
             stopping = signal > 0 and step < config.train.steps
             if stopping:
                 self.tell("on_stop", step, signal)
@@ -128,22 +128,22 @@ class Trainer:
             if due and not stopping:
                 self._validate(step, batches)
             if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
-                watchdog.expect(f"the save after step {step}, or the one before")
+                watchdog.enter(f"the save after step {step}, or the one before")
                 state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.gather_state())
                 with self._clock.paused():
                     self.save(state, stopping or step == config.train.steps)
             if due and stopping:  # saved first: the time may be short, and a validation takes long
                 self._validate(step, batches)
             if stopping:
-                return Ending(Reason.SIGNAL, step, batches.state(), signal)
-        return Ending(Reason.LAST_STEP, config.train.steps, batches.state())
+                return FitResult(StopReason.SIGNAL, step, batches.state(), signal)
+        return FitResult(StopReason.LAST_STEP, config.train.steps, batches.state())
 
     def tell(self, event: str, *arguments: object) -> None:
         """Call the hook of that name of all callbacks."""
         for callback in self.callbacks:
             getattr(callback, event)(*arguments)
 
-    def make_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
+    def train_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
         """One update. Returns what it reports, and the number of a signal that has reached a rank, or 0."""
         config, engine, topology = self.config, self.engine, self.engine.topology
         started = time.perf_counter()
@@ -165,25 +165,25 @@ class Trainer:
             tokens=config.train.global_batch_size * config.train.sequence_length,
             seconds=self._clock.lap(),
             epochs=self.datasets.epochs(batches.samples_read),
-            ranks=self._figures_of_ranks() if due else (),
+            ranks=self._gather_rank_stats() if due else (),
             skipped=skipped,
         )
         return metrics, int(signal)
 
-    def _figures_of_ranks(self) -> list[RankFigures]:
+    def _gather_rank_stats(self) -> list[RankStats]:
         """Of the steps since the last log. A collective over all ranks."""
         topology = self.engine.topology
         of_ranks = all_gather_floats([*self._measured, peak_memory(topology.device)], topology)
         self._measured[:] = 0
         reset_peak_memory(topology.device)
         return [
-            RankFigures(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
+            RankStats(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
             for rank, (waiting, busy, scheduled, memory) in enumerate(of_ranks)
         ]
 
     def _validate(self, step: int, batches: Batches) -> None:
         """On all sets, with all heads."""
-        self.watchdog.expect(f"the validation after step {step}")
+        self.watchdog.enter(f"the validation after step {step}")
         weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
         with self._clock.paused():
             for validation in self.datasets.validation:

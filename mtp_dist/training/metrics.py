@@ -26,7 +26,7 @@ class HeadMetrics:
 
 
 @dataclass(frozen=True)
-class RankFigures:
+class RankStats:
     """What one rank measured in the steps since the last logged one."""
 
     stage: int
@@ -59,7 +59,7 @@ class StepMetrics:
     """Wall time since the last step ended, without validation and saves in between."""
     epochs: Mapping[str, float]
     """By training source: how many times it has been read so far."""
-    ranks: Sequence[RankFigures]
+    ranks: Sequence[RankStats]
     """By rank; empty where the step is not to be logged."""
     skipped: str | None = None
     """Why the step changed no weight."""

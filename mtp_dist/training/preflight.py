@@ -108,7 +108,7 @@ class Preflight(Callback):
         self._note = note
         self._is_done = False
 
-    def on_start(self, updates_made: int) -> None:
+    def on_start(self, completed_steps: int) -> None:
         if self._is_done:
             return
         self._is_done = True

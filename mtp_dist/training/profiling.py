@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.training.callbacks import Callback, Reason
+from mtp_dist.training.callbacks import Callback, StopReason
 from mtp_dist.training.metrics import StepMetrics
 
 if TYPE_CHECKING:  # what it imports looks at the device, which is not chosen yet where the configuration is checked
@@ -86,8 +86,8 @@ class StepProfiler(Callback):
         self._began = 0
         self._made = 0
 
-    def on_start(self, updates_made: int) -> None:
-        self._made = updates_made
+    def on_start(self, completed_steps: int) -> None:
+        self._made = completed_steps
         if self._rank == 0 and self._made < self._last:
             steps = f"{max(self._first, self._made + 1)}-{self._last}"
             self._note(f"profile: traces of steps {steps} on ranks {self._ranks} will be in {self._folder}")
@@ -99,7 +99,7 @@ class StepProfiler(Callback):
             self._finish()
         self._begin_where_due()
 
-    def on_end(self, reason: Reason | None) -> None:
+    def on_end(self, reason: StopReason | None) -> None:
         self._finish()  # of a run that ends before
 
     def _begin_where_due(self) -> None:
@@ -143,11 +143,11 @@ class MemorySnapshot(Callback):
         if metrics.step == self._step:
             self._write(f"after step {self._step}")
 
-    def on_end(self, reason: Reason | None) -> None:
+    def on_end(self, reason: StopReason | None) -> None:
         # The loop calls this while an exception passes through it, with all tensors of the failed step still alive.
         if isinstance(sys.exception(), torch.OutOfMemoryError):
             self._write("out of memory")
-        if reason is not Reason.SPIKE:  # after one the run goes on
+        if reason is not StopReason.SPIKE:  # after one the run goes on
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, when: str) -> None:

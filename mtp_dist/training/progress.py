@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from mtp_dist.training.callbacks import Scalars, Sink
+from mtp_dist.training.callbacks import MetricsWriter, Scalars
 
 
 def _numbers(scalars: Scalars, prefix: str) -> str:
@@ -56,7 +56,7 @@ class _Bar(Progress):
         yield Text(self.status)
 
 
-class ProgressBar(Sink):
+class ProgressBar(MetricsWriter):
     """Steps done, time left and the last logged scalars: a bar on a terminal, else one line a logged step."""
 
     name = "standard output"

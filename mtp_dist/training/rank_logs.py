@@ -18,7 +18,7 @@ NOT_FOR_COPIERS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM,
 SECONDS_TO_END = 5.0
 
 
-def copy_output(output_dir: Path, anew: bool) -> None:
+def tee_output(output_dir: Path, anew: bool) -> None:
     """From now on copy what this process and its children write to file descriptors 1 and 2 into this rank's file.
 
     The copying is done by processes of their own, so that nothing is lost where this one is killed. anew: the run does

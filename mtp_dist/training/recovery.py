@@ -9,11 +9,11 @@ from mtp_dist.checkpoint.load import agree_on_resume_point, restore
 from mtp_dist.checkpoint.resume import ResumePoint
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import ConfigError
-from mtp_dist.training.callbacks import Reason
-from mtp_dist.training.loop import Ending, Trainer
+from mtp_dist.training.callbacks import StopReason
+from mtp_dist.training.loop import FitResult, Trainer
 from mtp_dist.training.reporting import RunReporter
 
-MOST_ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 """Times that a run goes back to the same checkpoint: more new samples would not help either."""
 
 
@@ -24,7 +24,7 @@ def fit_and_recover(
     reporter: RunReporter | None,
     begun_from: ResumePoint | None,
     samples_read: int,
-) -> Ending:
+) -> FitResult:
     """`trainer.fit` from `begun_from` on, and after each SPIKE from the newest checkpoint, with the samples after it.
 
     cpu_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
@@ -34,15 +34,15 @@ def fit_and_recover(
     if begun_from:
         trainer.spikes.restore(begun_from.recent_losses)
     ending = trainer.fit(begun_from.step if begun_from else 0, samples_read)
-    while ending.reason is Reason.SPIKE:
-        trainer.watchdog.expect(f"the way back from step {ending.step} to a checkpoint")
+    while ending.reason is StopReason.SPIKE:
+        trainer.watchdog.enter(f"the way back from step {ending.step} to a checkpoint")
         saver.join()
         point = _newest(trainer, saver, gloo_group) or begun_from
         if point:
             times[point.folder] += 1
-            if times[point.folder] > MOST_ROLLBACKS:
+            if times[point.folder] > MAX_ROLLBACKS:
                 raise ConfigError(
-                    f"the loss has jumped {MOST_ROLLBACKS + 1} times after {point.folder}, each time with "
+                    f"the loss has jumped {MAX_ROLLBACKS + 1} times after {point.folder}, each time with "
                     "other samples: go on from an older checkpoint (checkpoint.resume), or with a lower optimizer.lr"
                 )
             restore(trainer.engine, point.folder)
@@ -50,10 +50,10 @@ def fit_and_recover(
         step = point.step if point else ending.step
         if reporter:
             where = f"to {point.folder}" if point else "nowhere, having no checkpoint"
-            reporter.go_back(step, f"goes back from step {ending.step} {where}, on with new samples")
+            reporter.roll_back(step, f"goes back from step {ending.step} {where}, on with new samples")
         ending = trainer.fit(step, trainer.datasets.restore(ending.samples, may_change=True))
     saver.join()
-    if ending.reason is Reason.SKIPS:
+    if ending.reason is StopReason.SKIPS:
         raise ConfigError(
             f"train.max_skipped_steps = {trainer.config.train.max_skipped_steps} steps in a row were skipped, the last "
             f"one was step {ending.step}: the log names ranks and weights; resume from an older checkpoint "

@@ -18,7 +18,7 @@ from mtp_dist.parallel.device import device_name
 from mtp_dist.parallel.partition import trunk_layers_per_stage
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
-from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, Rates, Reason, Sink
+from mtp_dist.training.callbacks import Callback, MetricsFile, MetricsLogger, MetricsWriter, StopReason, ThroughputUnits
 from mtp_dist.training.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter, wandb_files
 from mtp_dist.training.events import EVENTS, EventLog, Kind
 from mtp_dist.training.metrics import HeadMetrics, StepMetrics
@@ -44,7 +44,7 @@ EARLIER = "earlier-"
 """What the folders' names begin with that the files of earlier runs are moved into."""
 
 
-def set_earlier_run_aside(config: Config) -> None:
+def archive_previous_run(config: Config) -> None:
     """Move what an earlier run wrote into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix.
 
     A folder of the run that is a link or a mount point stays, and may be used by others too: of what is in it only that
@@ -56,18 +56,18 @@ def set_earlier_run_aside(config: Config) -> None:
         folder = output_dir / name
         content = earlier_logs(folder, config.log.rank_logs) if name == LOGS else folder
         if folder.is_symlink() or folder.is_mount():
-            _set_aside(folder, _matching(content, patterns))
+            _archive(folder, _matching(content, patterns))
         else:
             moved[content] = name
-    _set_aside(output_dir, moved)
-    _set_aside(config.checkpoint_dir, _matching(config.checkpoint_dir, CHECKPOINT_FILES))
+    _archive(output_dir, moved)
+    _archive(config.checkpoint_dir, _matching(config.checkpoint_dir, CHECKPOINT_FILES))
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> dict[Path, str]:
     return {path: path.name for pattern in patterns for path in sorted(folder.glob(pattern))}
 
 
-def _set_aside(folder: Path, names: Mapping[Path, str]) -> None:
+def _archive(folder: Path, names: Mapping[Path, str]) -> None:
     """names: of paths in the folder, what they are called afterwards."""
     left = [path for path in names if path.exists()]
     if not left:
@@ -96,7 +96,7 @@ class RunReporter(Callback):
         self.validation = validation
         self.topology = topology
         self.optimizer_name = optimizer_name
-        self._updates_made = resumed.step if resumed else 0
+        self._completed_steps = resumed.step if resumed else 0
         self._begins: tuple[Kind, str] = ("start", ANEW)
         if resumed:
             self._begins = ("start", f"goes on after step {resumed.step} from {resumed.folder}")
@@ -105,28 +105,31 @@ class RunReporter(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self.logger = self._build_logger()
-        self.events = EventLog(config.output_dir / EVENTS, self._updates_made)
+        self.events = EventLog(config.output_dir / EVENTS, self._completed_steps)
 
     def _build_logger(self) -> MetricsLogger:
         config = self.config
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        made = self._updates_made
-        sinks: list[Sink] = [ProgressBar(config.train.steps), MetricsFile(config.output_dir / "metrics.jsonl", made)]
+        made = self._completed_steps
+        writers: list[MetricsWriter] = [
+            ProgressBar(config.train.steps),
+            MetricsFile(config.output_dir / "metrics.jsonl", made),
+        ]
         if self.tensorboard_dir:
-            sinks.append(TensorBoardWriter(self.tensorboard_dir, [of_set.name for of_set in self.validation], made))
+            writers.append(TensorBoardWriter(self.tensorboard_dir, [of_set.name for of_set in self.validation], made))
         if config.log.wandb:
-            sinks.append(WandbWriter(config.log.wandb, config.run.name, config.output_dir))
+            writers.append(WandbWriter(config.log.wandb, config.run.name, config.output_dir))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
-        rates = Rates(
+        rates = ThroughputUnits(
             flops_per_token=[
                 model_flops_per_token(config, self.vocab_size, active) for active in range(1, config.heads.count + 1)
             ],
             peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token={of_set.name: of_set.bytes_per_token for of_set in self.validation},
         )
-        return MetricsLogger(sinks, rates, config.train.steps)
+        return MetricsLogger(writers, rates, config.train.steps)
 
-    def on_start(self, updates_made: int) -> None:
+    def on_start(self, completed_steps: int) -> None:
         config, topology = self.config, self.topology
         counts = parameter_counts(config, self.vocab_size)
         stages = list(trunk_layers_per_stage(config, self.vocab_size))
@@ -144,7 +147,7 @@ class RunReporter(Callback):
         sys.stdout.flush()
         self._describe_run(asdict(counts))
         self.events.record(kind, f"{begins}, {topology.world_size} ranks")
-        self.logger.on_start(updates_made)
+        self.logger.on_start(completed_steps)
 
     def _describe_run(self, parameters: dict[str, int]) -> None:
         topology = self.topology
@@ -166,9 +169,9 @@ class RunReporter(Callback):
             self._tell("skip", f"step {metrics.step} changed no weight: {metrics.skipped}")
         self.logger.on_step(metrics)
 
-    def go_back(self, step: int, text: str) -> None:
+    def roll_back(self, step: int, text: str) -> None:
         """Between two passes of the loop: the next one begins after `step`; what was written of later ones goes."""
-        self._updates_made = self.events.step = step
+        self._completed_steps = self.events.step = step
         self._begins = ("rollback", text)
         self.logger = self._build_logger()
 
@@ -187,7 +190,7 @@ class RunReporter(Callback):
         """A checkpoint is written; another thread may call it."""
         self.events.record("checkpoint", f"of step {step}")
 
-    def on_end(self, reason: Reason | None) -> None:
+    def on_end(self, reason: StopReason | None) -> None:
         self.logger.on_end(reason)
 
     def note(self, text: str) -> None:

@@ -8,19 +8,19 @@ from contextlib import suppress
 from time import monotonic
 from typing import Self
 
-REQUEUE = 75
+EXIT_PREEMPTED = 75
 """Exit status of a run that SIGTERM or SIGUSR1 stopped: the same command continues. EX_TEMPFAIL of sysexits.h."""
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-BY_HAND = (signal.SIGINT, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+INTERACTIVE_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 """Ctrl-C and a closed terminal: the run must not start again by itself."""
-SECONDS_OF_ONE_REQUEST = 1.0
+SIGNAL_DEBOUNCE_S = 1.0
 """Signals so close together are one request: a launcher may pass on what its ranks have received themselves."""
 
 
 def exit_status(number: int) -> int:
     """Return the exit status of a run that this signal stopped: REQUEUE, or what a shell expects after Ctrl-C."""
-    return 128 + number if number in BY_HAND else REQUEUE
+    return 128 + number if number in INTERACTIVE_SIGNALS else EXIT_PREEMPTED
 
 
 class StopSignals:
@@ -44,7 +44,7 @@ class StopSignals:
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handlers_before = {
             number: signal.signal(number, lambda *_: None)
-            for number in STOPPING
+            for number in STOP_SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         for number in self._handlers_before:
@@ -86,13 +86,13 @@ class StopSignals:
         with open(reading, "rb", buffering=0) as pipe:
             while byte := pipe.read(1):
                 number = byte[0]
-                if number not in STOPPING:
+                if number not in STOP_SIGNALS:
                     continue
-                if self.received not in BY_HAND:
+                if self.received not in INTERACTIVE_SIGNALS:
                     self.received = number
                 if self._before_ending:
                     self._end()
                 if number != signal.SIGUSR1:
-                    if first_request and monotonic() - first_request > SECONDS_OF_ONE_REQUEST:
+                    if first_request and monotonic() - first_request > SIGNAL_DEBOUNCE_S:
                         os._exit(128 + number)
                     first_request = first_request or monotonic()

@@ -5,13 +5,13 @@ from itertools import groupby
 from statistics import median_low
 
 from mtp_dist.training.callbacks import Callback
-from mtp_dist.training.metrics import RankFigures, StepMetrics
+from mtp_dist.training.metrics import RankStats, StepMetrics
 
-SLOWER = 1.3
+SLOW_RATIO = 1.3
 """Times the median of the ranks that do the same work: what a rank needs to be called slow."""
-INTERVALS = 3
+CONSECUTIVE_INTERVALS = 3
 """Log intervals in a row that it takes: a machine's noise comes and goes."""
-WAITING_SHARE = 0.1
+MAX_DATA_WAIT_FRACTION = 0.1
 """Of an interval that a rank may wait for its samples."""
 
 
@@ -29,7 +29,7 @@ class Stragglers(Callback):
         self._slow_intervals = [0] * len(hosts)
         self._late_intervals = [0] * len(hosts)
 
-    def on_start(self, updates_made: int) -> None:
+    def on_start(self, completed_steps: int) -> None:
         self._seconds = 0.0  # the ranks' figures begin anew, too
 
     def on_step(self, metrics: StepMetrics) -> None:
@@ -39,22 +39,26 @@ class Stragglers(Callback):
             self._compare_waiting(metrics.ranks)
             self._seconds = 0.0
 
-    def _compare_stages(self, figures: Sequence[RankFigures]) -> None:
+    def _compare_stages(self, figures: Sequence[RankStats]) -> None:
         for stage, of_stage in groupby(range(len(figures)), key=lambda rank: figures[rank].stage):
             ranks = list(of_stage)
             median = median_low([figures[rank].busy_seconds for rank in ranks])
             for rank in ranks:
                 times = figures[rank].busy_seconds / median if median else 1.0
                 what = f"takes {times:.2g} times as long as the median rank of stage {stage}"
-                self._count(self._slow_intervals, rank, times > SLOWER, what)
+                self._count(self._slow_intervals, rank, times > SLOW_RATIO, what)
 
-    def _compare_waiting(self, figures: Sequence[RankFigures]) -> None:
+    def _compare_waiting(self, figures: Sequence[RankStats]) -> None:
         for rank, of_rank in enumerate(figures):
             share = of_rank.waiting_seconds / self._seconds
-            self._count(self._late_intervals, rank, share > WAITING_SHARE, f"waits {share:.0%} of the time for samples")
+            self._count(
+                self._late_intervals, rank, share > MAX_DATA_WAIT_FRACTION, f"waits {share:.0%} of the time for samples"
+            )
 
     def _count(self, intervals: list[int], rank: int, is_slow: bool, what: str) -> None:
         """Say it once, until it is over."""
         intervals[rank] = intervals[rank] + 1 if is_slow else 0
-        if intervals[rank] == INTERVALS:
-            self._note(f"straggler: rank {rank} on {self._hosts[rank]} {what}, {INTERVALS} log intervals in a row")
+        if intervals[rank] == CONSECUTIVE_INTERVALS:
+            self._note(
+                f"straggler: rank {rank} on {self._hosts[rank]} {what}, {CONSECUTIVE_INTERVALS} log intervals in a row"
+            )

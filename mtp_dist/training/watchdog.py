@@ -10,7 +10,7 @@ from typing import Self
 
 from mtp_dist.distributed.flight_recorder import dump_flight_recorder
 
-HUNG = 70
+EXIT_HUNG = 70
 """Exit status. EX_SOFTWARE of sysexits.h."""
 GRACE_SECONDS = 10.0
 """Given to this class's own thread, which runs only while no other keeps Python's lock."""
@@ -29,11 +29,11 @@ class Watchdog:
         self._seconds = seconds
         self._rank = rank
         self._left = threading.Event()
-        self._part = ""
+        self._phase = ""
         self._began = monotonic()
 
     def __enter__(self) -> Self:
-        self.expect("the start")
+        self.enter("the start")
         if self._seconds is not None:
             threading.Thread(target=self._watch, args=(self._seconds,), name="watchdog", daemon=True).start()
         return self
@@ -42,9 +42,9 @@ class Watchdog:
         self._left.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def expect(self, part: str) -> None:
+    def enter(self, phase: str) -> None:
         """From now on it is this that takes its time."""
-        self._part, self._began = part, monotonic()
+        self._phase, self._began = phase, monotonic()
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds + GRACE_SECONDS, exit=True)
 
@@ -52,7 +52,7 @@ class Watchdog:
         while (left := self._began + seconds - monotonic()) > 0:
             if self._left.wait(left):
                 return
-        what = f"rank {self._rank}: {self._part} takes longer than run.step_timeout = {seconds:g} s"
+        what = f"rank {self._rank}: {self._phase} takes longer than run.step_timeout = {seconds:g} s"
         print(f"error: {what}; all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback()
         try:
@@ -63,4 +63,4 @@ class Watchdog:
             print(f"rank {self._rank}: its last collectives cannot be written: {error}", file=sys.stderr)
         finally:
             sys.stderr.flush()
-            os._exit(HUNG)
+            os._exit(EXIT_HUNG)

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-SECONDS_FOR_THE_OTHERS = 1
+STORE_SHUTDOWN_GRACE_S = 1
 """What the ranks that live on get after one has failed, as under a launcher."""
 IMPORTED = ("mtp_dist.checkpoint.saver", "mtp_dist.training.loop", "mtp_dist.training.reporting")
 FORK = multiprocessing.get_context("fork")
@@ -45,9 +45,9 @@ class _Task:
 
 def _serve(connection: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    from mtp_dist.pretrain import quieten_packages
+    from mtp_dist.pretrain import silence_import_warnings
 
-    quieten_packages()
+    silence_import_warnings()
     for name in IMPORTED:
         importlib.import_module(name)
     with suppress(EOFError):  # the tests have ended
@@ -69,7 +69,7 @@ def _status(ranks: Sequence[BaseProcess]) -> int:
             running.remove(process)
             if process.exitcode:
                 for other in running:
-                    other.join(SECONDS_FOR_THE_OTHERS)
+                    other.join(STORE_SHUTDOWN_GRACE_S)
                     other.kill()
                     other.join()
                 return process.exitcode

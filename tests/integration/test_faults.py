@@ -11,7 +11,7 @@ from rich.console import Console
 from mtp_dist.data.inputs import InputOptions
 from mtp_dist.data.preparation import Request, prepare
 from mtp_dist.data.progress import PreparationProgress
-from mtp_dist.training.watchdog import HUNG
+from mtp_dist.training.watchdog import EXIT_HUNG
 from tests.integration import jobs
 from tests.integration.test_failures import STOPPED_CLOCK_PROGRAM, assert_checkpoints_are_whole
 
@@ -79,7 +79,7 @@ def test_a_file_system_that_blocks(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "blocks")  # to open it for writing lasts until somebody reads
         (tmp_path / "blocks").rename(events)
         (tmp_path / "hang").touch()
-        assert job.wait() == HUNG
+        assert job.wait() == EXIT_HUNG
         assert job.processes() == []
     part = r"the save after step \d+, or the one before"
     assert re.search(rf"error: rank 0: {part} takes longer than run.step_timeout = 8 s; all threads:", job.stderr)

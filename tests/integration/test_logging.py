@@ -11,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtp_dist.training.dashboards import WandbWriter
-from mtp_dist.training.stopping import REQUEUE
+from mtp_dist.training.stopping import EXIT_PREEMPTED
 from tests.integration import jobs
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
@@ -145,7 +145,7 @@ def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Pa
         assert len(processes) > 1, "the service is one of its own"
         for process in processes:
             process.terminate()
-        assert job.wait() == REQUEUE, job.output
+        assert job.wait() == EXIT_PREEMPTED, job.output
     assert "warning: Weights & Biases gets nothing more, training goes on: " in job.stderr
     assert (out / f"checkpoints/step_{jobs.learned(out)[-1]['step']:08d}").is_dir()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mtp_dist.training.stopping import REQUEUE
+from mtp_dist.training.stopping import EXIT_PREEMPTED
 from tests.integration import jobs
 
 STEPS = 60
@@ -24,7 +24,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     with jobs.started(jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
         job.rank(1).send_signal(signal.SIGTERM)
-        assert job.wait() == REQUEUE, job.output
+        assert job.wait() == EXIT_PREEMPTED, job.output
         assert job.processes() == []
     [said] = re.findall(r"SIGTERM: stops after step (\d+) of 60 with a checkpoint", job.output)
     assert "Traceback" not in job.output
@@ -36,7 +36,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
 @pytest.mark.regression("7.B8")
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
+    [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
 )
 def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals, status: int) -> None:
     """It ends the process at once: here while it reads its configuration, the first thing that it does."""
@@ -112,7 +112,7 @@ def test_the_launcher_gives_its_ranks_the_signal_and_the_time_to_save(tmp_path: 
     with jobs.started(launch("--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
         job.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
-        assert job.wait() == REQUEUE, job.output
+        assert job.wait() == EXIT_PREEMPTED, job.output
         assert job.processes() == []
     [step] = re.findall(r"SIGTERM: stops after step (\d+) of 100000 with a checkpoint", job.output)
     assert "Traceback" not in job.output

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from mtp_dist.training.callbacks import Interval, step_scalars
+from mtp_dist.training.callbacks import ThroughputWindow, step_scalars
 from mtp_dist.training.dashboards import TensorBoardWriter
-from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
 from tests.integration import jobs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,8 +40,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         writer.describe(DESCRIPTION)
         for step in range(first, last + 1):
             heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
-            metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankFigures(0, 0.0, 0.1, 0.2, 1)])
-            writer.write(step, step_scalars(metrics, Interval(100, 1, 0.5), None))
+            metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankStats(0, 0.0, 0.1, 0.2, 1)])
+            writer.write(step, step_scalars(metrics, ThroughputWindow(100, 1, 0.5), None))
         writer.close(failed=False)
     port = jobs.free_port()
     options = ["--logdir", str(folder / "files"), "--host", "127.0.0.1", "--port", str(port)]

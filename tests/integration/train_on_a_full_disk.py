@@ -9,5 +9,5 @@ ROOM = 40_000
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM))
-    saver.PAUSES = (0.1,)
+    saver.RETRY_DELAYS_S = (0.1,)
     main()

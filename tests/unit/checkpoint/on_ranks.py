@@ -24,7 +24,7 @@ class Part:
     moments: dict[str, Tensor] = field(default_factory=dict)
 
 
-def train_part(config: Config, updates_made: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
+def train_part(config: Config, completed_steps: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
     """Updates updates_made + 1 .. last, from a checkpoint if given; then a checkpoint."""
     from mtp_dist.checkpoint.files import RunState
     from mtp_dist.checkpoint.folders import checkpoint_path
@@ -46,7 +46,7 @@ def train_part(config: Config, updates_made: int, last: int, resume: Path | None
     if resume:
         restore(engine, resume)
     part = Part([])
-    for step, (samples, targets) in list(enumerate(global_batches(config, last), 1))[updates_made:]:
+    for step, (samples, targets) in list(enumerate(global_batches(config, last), 1))[completed_steps:]:
         batch = local_micro_batches(config, topology, samples, targets)
         sums, *_ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
         part.losses.append(sums)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.training.stopping import REQUEUE
+from mtp_dist.training.stopping import EXIT_PREEMPTED
 from tests.integration import jobs
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -125,7 +125,9 @@ def test_a_restart_goes_on_from_its_own_checkpoints(folder: Path) -> None:
     assert run(folder, *given, SLURM_RESTART_COUNT="1").srun[-2:] == [given[-1], "checkpoint.resume=auto"]
 
 
-@pytest.mark.parametrize(("status", "requeued"), [(0, ""), (1, ""), (2, ""), (137, ""), (143, ""), (REQUEUE, "20042")])
+@pytest.mark.parametrize(
+    ("status", "requeued"), [(0, ""), (1, ""), (2, ""), (137, ""), (143, ""), (EXIT_PREEMPTED, "20042")]
+)
 def test_only_a_run_that_has_saved_is_requeued(folder: Path, status: int, requeued: str) -> None:
     outcome = run(folder, "--config", "c.yaml", STATUS=str(status))
     assert outcome.requeued == requeued
@@ -134,7 +136,7 @@ def test_only_a_run_that_has_saved_is_requeued(folder: Path, status: int, requeu
 
 def test_one_job_of_an_array_is_requeued_alone(folder: Path) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
-    assert run(folder, STATUS=str(REQUEUE), **array).requeued == "20042_9"
+    assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).requeued == "20042_9"
 
 
 def test_other_jobs_of_an_array_have_gpus_of_their_own(folder: Path) -> None:

@@ -50,12 +50,12 @@ class Listening(Watchdog):
         self.parts.append(part)
 
 
-def skipping(make_step: MakeStep, skips: Collection[int]) -> MakeStep:
+def skipping(train_step: MakeStep, skips: Collection[int]) -> MakeStep:
     """The same, which calls chosen ones of all steps that are made skipped, counted from 1."""
     made = itertools.count(1)
 
     def make(*arguments: Any) -> tuple[StepMetrics, int]:
-        metrics, signal = make_step(*arguments)
+        metrics, signal = train_step(*arguments)
         return replace(metrics, skipped="a fault" if next(made) in skips else None), signal
 
     return make
@@ -117,7 +117,7 @@ def train(
         callbacks = [reporter]
     saver = CheckpointSaver(config, vocab_size, engine, groups, print)
     trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
-    trainer.make_step = skipping(trainer.make_step, skips)  # type: ignore[method-assign]
+    trainer.train_step = skipping(trainer.train_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
     trainer.spikes = Jumps(jumps)
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import load_config
-from mtp_dist.training.callbacks import Callback, Reason
+from mtp_dist.training.callbacks import Callback, StopReason
 from mtp_dist.training.metrics import StepMetrics
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
@@ -55,4 +55,4 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
         callback.events.append(f"save {state.step}")
 
     trainer = Trainer(config, engine, load_datasets(config), [callback], save, signals, Watchdog(None, topology.rank))
-    return trainer.fit().reason is Reason.LAST_STEP, ", ".join(callback.events)
+    return trainer.fit().reason is StopReason.LAST_STEP, ", ".join(callback.events)

@@ -65,13 +65,13 @@ def batches_of(
     dp_rank: int,
     pp_rank: int = 0,
     tp_rank: int = 0,
-    updates_made: int = 0,
+    completed_steps: int = 0,
     samples: int = 10**6,
 ) -> Batches:
     tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
     datasets = Datasets(cast(Tokenizer, tokenizer), cast(TrainingSamples, NumberedSamples(samples)), ("a",), ("f",), ())
     topology = topology_of(config, data, dp_rank, pp_rank, tp_rank)
-    return Batches(config, topology, datasets, updates_made, updates_made * config.train.global_batch_size)
+    return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
 
 
 def numbers(tokens: torch.Tensor) -> list[int]:
@@ -93,7 +93,7 @@ def test_training_reads_the_global_batch_in_order(data: int, micro_batch: int, a
     config = config_of(size, micro_batch)
     read: list[int] = []
     for rank in range(data):
-        batches = batches_of(config, data, rank, updates_made=step - 1)
+        batches = batches_of(config, data, rank, completed_steps=step - 1)
         batch = batches.training()
         batches.close()
         assert len(batch) == config.micro_batches(data) == accumulation
@@ -135,7 +135,7 @@ def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[st
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2, attention_across_documents=False)
-    first, second = (batches_of(config, 1, 0, tp_rank=rank, updates_made=1).training() for rank in (0, 1))
+    first, second = (batches_of(config, 1, 0, tp_rank=rank, completed_steps=1).training() for rank in (0, 1))
     assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
 
 
@@ -149,7 +149,7 @@ def test_a_step_has_the_state_after_it_however_far_ahead_is_read() -> None:
 
 
 def test_nothing_is_read_beyond_the_last_step_and_errors_come_with_their_step() -> None:
-    batches = batches_of(config_of(4, 2), 1, 0, updates_made=tiny_config().train.steps - 2)
+    batches = batches_of(config_of(4, 2), 1, 0, completed_steps=tiny_config().train.steps - 2)
     assert len(batches.training()) == len(batches.training()) == 2
     with pytest.raises(IndexError):
         batches.training()

@@ -15,13 +15,13 @@ from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.training.callbacks import (
     MetricsFile,
     MetricsLogger,
-    Rates,
-    Reason,
+    StopReason,
+    ThroughputUnits,
     validation_scalars,
 )
 from mtp_dist.training.dashboards import TensorBoardWriter
 from mtp_dist.training.loop import head_metrics
-from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
@@ -60,11 +60,11 @@ def test_a_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Pa
     heads = metrics_of(sums_of())
     output = io.StringIO()
     console = Console(file=output, width=80)
-    sinks = [MetricsFile(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
-    logger = MetricsLogger(sinks, Rates([1, 2, 3], 1.0, {None: 2.0}), 1)
-    logger.on_step(StepMetrics(1, heads, 0.5, {}, 1e-3, 100, 1.0, {}, [RankFigures(0, 0.0, 1.0, 1.0, 1)]))
+    writers = [MetricsFile(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
+    logger = MetricsLogger(writers, ThroughputUnits([1, 2, 3], 1.0, {None: 2.0}), 1)
+    logger.on_step(StepMetrics(1, heads, 0.5, {}, 1e-3, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)]))
     logger.on_validation(1, None, heads)
-    logger.on_end(Reason.LAST_STEP)
+    logger.on_end(StopReason.LAST_STEP)
     step, validation = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     names = {"loss/head_3", "accuracy/head_3"}
     assert {name for name, value in step.items() if value is None} == names

@@ -12,7 +12,7 @@ import torch
 from mtp_dist.config import ConfigError
 from mtp_dist.parallel.topology import Topology
 from mtp_dist.training import profiling
-from mtp_dist.training.callbacks import Callback, Reason
+from mtp_dist.training.callbacks import Callback, StopReason
 from mtp_dist.training.metrics import StepMetrics
 from mtp_dist.training.profiling import check_profile, profiling_callbacks
 from tests.integration import jobs
@@ -32,7 +32,7 @@ def callbacks_of(folder: Path, rank: int, said: list[str], memory: bool = False,
     return profiling_callbacks(config, topology_of(rank), memory, said.append)
 
 
-def run(callbacks: list[Callback], first: int, last: int, reason: Reason = Reason.LAST_STEP) -> None:
+def run(callbacks: list[Callback], first: int, last: int, reason: StopReason = StopReason.LAST_STEP) -> None:
     """A training of these steps, each a matmul that is as many rows high as its number."""
     for callback in callbacks:
         callback.on_start(first - 1)
@@ -77,7 +77,7 @@ def test_the_steps_that_are_asked_for(tmp_path: Path, made: int, ends_after: int
 def test_after_going_back_the_steps_are_those_that_are_made_again(tmp_path: Path) -> None:
     said: list[str] = []
     callbacks = callbacks_of(tmp_path, 2, said, profile_steps=[5, 7], profile_ranks=[2])
-    run(callbacks, 1, 6, Reason.SPIKE)
+    run(callbacks, 1, 6, StopReason.SPIKE)
     run(callbacks, 4, 9)
     files = sorted(tmp_path.glob("profile/*"))
     assert [file.name.partition("steps_")[2] for file in files] == ["5-6.json.gz", "5-7.json.gz"]
@@ -167,7 +167,7 @@ def test_memory_is_looked_at_once(tmp_path: Path, allocator: list[str], log: dic
     run(callbacks_of(tmp_path, 0, said, memory=True, **log), after, 5)
     assert allocator[2:] == ["memory_rank_00000.pickle", "history None"]
     assert said[-1] == f"memory snapshot of rank 0, after step {after}: {tmp_path}/profile/memory_rank_00000.pickle"
-    run(callbacks_of(tmp_path, 0, said, memory=True, **log), 1, after - 1, Reason.SPIKE)
+    run(callbacks_of(tmp_path, 0, said, memory=True, **log), 1, after - 1, StopReason.SPIKE)
     assert len(allocator) == 4, "after going back the history goes on"
     assert callbacks_of(tmp_path, 1, said, memory=True, **log) == []
 

@@ -7,13 +7,13 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.training import progress
-from mtp_dist.training.callbacks import Interval, step_scalars, validation_scalars
-from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
+from mtp_dist.training.callbacks import ThroughputWindow, step_scalars, validation_scalars
+from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.training.progress import ProgressBar
 
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
-METRICS = StepMetrics(20, HEADS, 0.75, {}, 3e-4, 100, 1.0, {}, [RankFigures(0, 0.0, 1.0, 1.0, 1)])
-SCALARS = step_scalars(METRICS, Interval(tokens=123456, flops=1, seconds=10.0), None)
+METRICS = StepMetrics(20, HEADS, 0.75, {}, 3e-4, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)])
+SCALARS = step_scalars(METRICS, ThroughputWindow(tokens=123456, flops=1, seconds=10.0), None)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
 def test_mfu_is_shown_where_the_peak_is_known() -> None:
     output = io.StringIO()
     bar = ProgressBar(120, Console(file=output, width=80))
-    bar.write(20, step_scalars(METRICS, Interval(tokens=123456, flops=120_000_000, seconds=10.0), 2.9e7))
+    bar.write(20, step_scalars(METRICS, ThroughputWindow(tokens=123456, flops=120_000_000, seconds=10.0), 2.9e7))
     bar.write(20, SCALARS)
     known, unknown = output.getvalue().splitlines()
     assert "| 12,346 tokens/s | 41.4% MFU |" in known

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.training.reporting import set_earlier_run_aside
+from mtp_dist.training.reporting import archive_previous_run
 from tests.parity.runs import tiny_config
 
 PROJECT = Path(__file__).parents[3]
@@ -126,7 +126,7 @@ def test_a_restart_appends_and_a_new_run_begins_new_files(tmp_path: Path) -> Non
         assert (one, two) == ("one", "two") and header[:4] == other_header[:4] == "--- "
 
     run("print('three')", tmp_path, rank=0, ranks=1)  # a smaller run: there is no rank 1
-    set_earlier_run_aside(config)
+    archive_previous_run(config)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank_00000.log"]
     assert log(tmp_path, 0)[1:] == ["three"]
     for rank in (0, 1):
@@ -136,14 +136,14 @@ def test_a_restart_appends_and_a_new_run_begins_new_files(tmp_path: Path) -> Non
 def test_the_log_of_a_start_that_failed_before_its_run_began_goes_on(tmp_path: Path) -> None:
     for text in ("an earlier run", "failed early", "began"):
         run(f"print('{text}')", tmp_path)
-    set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}, log={"rank_logs": True}))
+    archive_previous_run(tiny_config(run={"output_dir": str(tmp_path)}, log={"rank_logs": True}))
     assert log(tmp_path)[1::2] == ["failed early", "began"]
     assert log(tmp_path / "earlier-1")[1::2] == ["an earlier run"]
 
 
 def test_logs_of_an_earlier_run_are_set_aside_by_a_run_without_logs(tmp_path: Path) -> None:
     run("print('one')", tmp_path)
-    set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
+    archive_previous_run(tiny_config(run={"output_dir": str(tmp_path)}))
     assert not (tmp_path / "logs").exists()
     assert log(tmp_path / "earlier-1")[1:] == ["one"]
 
@@ -156,7 +156,7 @@ def test_logs_in_a_linked_folder_are_set_aside_within_it(tmp_path: Path) -> None
     (out / "logs").symlink_to(shared)
     for name in ("rank_00000.log", "earlier/rank_00000.log", "earlier/rank_00001.log", "others.log"):
         (shared / name).write_text(name)
-    set_earlier_run_aside(tiny_config(run={"output_dir": str(out)}, log={"rank_logs": True}))
+    archive_previous_run(tiny_config(run={"output_dir": str(out)}, log={"rank_logs": True}))
     assert [path.name for path in out.iterdir()] == ["logs"]
     aside = {path.name: path.read_text() for path in (shared / "earlier-1").iterdir()}
     assert aside == {name: f"earlier/{name}" for name in ("rank_00000.log", "rank_00001.log")}

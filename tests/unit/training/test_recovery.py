@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.training.recovery import MOST_ROLLBACKS
+from mtp_dist.training.recovery import MAX_ROLLBACKS
 from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.unit.training.faults_on_ranks import Trained, train
@@ -95,8 +95,8 @@ def test_without_a_checkpoint_it_goes_on(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_gives_up_where_it_does_not_help(ranks: Ranks, tmp_path: Path) -> None:
     run = trained(ranks, config_of(tmp_path / "a"), range(3, 100))
-    assert f"the loss has jumped {MOST_ROLLBACKS + 1} times after" in run.reason and "step_00000002" in run.reason
-    assert [step for step, _ in run.losses] == [1, 2] + [3] * (MOST_ROLLBACKS + 1)
+    assert f"the loss has jumped {MAX_ROLLBACKS + 1} times after" in run.reason and "step_00000002" in run.reason
+    assert [step for step, _ in run.losses] == [1, 2] + [3] * (MAX_ROLLBACKS + 1)
 
 
 def test_a_spike_is_only_told_where_nothing_else_is_asked_for(ranks: Ranks, tmp_path: Path) -> None:

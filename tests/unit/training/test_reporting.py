@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.training.reporting import set_earlier_run_aside
+from mtp_dist.training.reporting import archive_previous_run
 from tests.integration import jobs
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
@@ -17,7 +17,7 @@ def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.Capture
         (tmp_path / "metrics.jsonl").write_text(run)
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "wandb").mkdir()  # with the id, as a new run is another one there too
-        set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
+        archive_previous_run(tiny_config(run={"output_dir": str(tmp_path)}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["earlier-1", "earlier-2"]
     assert (tmp_path / "earlier-1/metrics.jsonl").read_text() == "first"
     assert (tmp_path / "earlier-2/metrics.jsonl").read_text() == "second"
@@ -27,7 +27,7 @@ def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_folder_without_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    set_earlier_run_aside(tiny_config(run={"output_dir": str(tmp_path)}))
+    archive_previous_run(tiny_config(run={"output_dir": str(tmp_path)}))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -36,7 +36,7 @@ def test_checkpoints_elsewhere_are_set_aside_too(tmp_path: Path) -> None:
     (tmp_path / "saved" / "step_00000010").mkdir(parents=True)
     (tmp_path / "saved" / "notes.txt").touch()
     (tmp_path / "saved" / "latest").touch()
-    set_earlier_run_aside(config)
+    archive_previous_run(config)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["earlier-1", "notes.txt"]
     aside = tmp_path / "saved/earlier-1"
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000010"]
@@ -50,7 +50,7 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
     (out / "checkpoints").symlink_to(scratch)
     (out / "tensorboard").symlink_to(Path("..") / "logs")
     config = tiny_config(run={"output_dir": str(out)})
-    set_earlier_run_aside(config)
+    archive_previous_run(config)
     assert not (out / "earlier-1").exists() and list(scratch.iterdir()) == [], "nothing was there"
 
     for _ in range(2):
@@ -58,7 +58,7 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
         (scratch / "latest").write_text("step_00000010\n")
         (logs / "events.out.tfevents.1700000000.node-3.4711.0").touch()
         (out / "metrics.jsonl").touch()
-        set_earlier_run_aside(config)
+        archive_previous_run(config)
     assert (out / "checkpoints").resolve() == scratch and (out / "tensorboard").resolve() == logs
     for number in (1, 2):
         aside = f"earlier-{number}"
@@ -106,7 +106,7 @@ def test_other_files_stay_in_folders_that_others_may_use(
     (out / "wandb" / "run_id").write_text("0123abc")
     if place == "mount point":
         monkeypatch.setattr(Path, "is_mount", lambda path: path.parent == out and path.name in written)
-    set_earlier_run_aside(tiny_config(run={"output_dir": str(out)}))
+    archive_previous_run(tiny_config(run={"output_dir": str(out)}))
     assert not (out / "earlier-1").exists()
     for folder, names in written.items():
         assert sorted(path.name for path in (out / folder).iterdir()) == sorted([*others, "earlier-1"]), folder

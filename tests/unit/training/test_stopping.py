@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.training.stopping import STOPPING, StopSignals
+from mtp_dist.training.stopping import STOP_SIGNALS, StopSignals
 from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.unit.training.stopping_on_ranks import train
@@ -27,7 +27,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_noted(number: signal.Signals) -> None:
     with StopSignals() as signals:
         assert signals.received == 0
@@ -58,10 +58,10 @@ def started(program: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_handlers_are_as_before_in_the_end() -> None:
-    before = [signal.getsignal(number) for number in STOPPING]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals():
-        assert all(signal.getsignal(number) not in before for number in STOPPING)
-    assert [signal.getsignal(number) for number in STOPPING] == before
+        assert all(signal.getsignal(number) not in before for number in STOP_SIGNALS)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mtp_dist.training.metrics import HeadMetrics, RankFigures, StepMetrics
-from mtp_dist.training.stragglers import INTERVALS, Stragglers
+from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
+from mtp_dist.training.stragglers import CONSECUTIVE_INTERVALS, Stragglers
 
 HEADS = HeadMetrics((1.0,), (0.0,), 1.0)
 HOSTS = ["node-0", "node-0", "node-1", "node-1"]
@@ -16,7 +16,7 @@ def reports(intervals: Sequence[Sequence[tuple[float, float]]], steps: int = 1) 
     stragglers = Stragglers(HOSTS, said.append)
     for of_ranks in intervals:
         ranks = [
-            RankFigures(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, of_ranks, strict=True)
+            RankStats(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, of_ranks, strict=True)
         ]
         for figures in [()] * (steps - 1) + [ranks]:
             stragglers.on_step(StepMetrics(1, HEADS, 1.0, {}, 1e-3, 1, 1.0, {}, figures))
@@ -38,7 +38,7 @@ def test_a_rank_slower_than_its_stage_is_named_once_until_it_is_over() -> None:
         "straggler: rank 3 on node-1 takes 1.5 times as long as the median rank of stage 1, 3 log intervals in a row"
     )
     assert len(reports([SLOW] * 3 + [EVEN] + [SLOW] * 3)) == 2
-    assert reports([SLOW] * (INTERVALS - 1) + [EVEN] + [SLOW] * (INTERVALS - 1)) == []
+    assert reports([SLOW] * (CONSECUTIVE_INTERVALS - 1) + [EVEN] + [SLOW] * (CONSECUTIVE_INTERVALS - 1)) == []
 
 
 def test_a_rank_that_waits_for_its_samples_is_named() -> None:
@@ -55,8 +55,8 @@ def test_the_steps_of_an_interval_count_together() -> None:
 def test_after_going_back_the_time_before_does_not_count() -> None:
     said: list[str] = []
     stragglers = Stragglers(HOSTS, said.append)
-    ranks = [RankFigures(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, LATE, strict=True)]
-    for _ in range(INTERVALS):
+    ranks = [RankStats(stage, waiting, busy, 1.0, 1) for stage, (busy, waiting) in zip(STAGES, LATE, strict=True)]
+    for _ in range(CONSECUTIVE_INTERVALS):
         for figures in ((), (), (), (), ranks):
             stragglers.on_step(StepMetrics(1, HEADS, 1.0, {}, 1e-3, 1, 1.0, {}, figures))
             if not figures:

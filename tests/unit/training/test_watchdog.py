@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from mtp_dist.training.watchdog import HUNG
+from mtp_dist.training.watchdog import EXIT_HUNG
 
 PROGRAM = """
 import threading, time
@@ -42,7 +42,7 @@ def run(hang: str, seconds: float | None = 1.0, grace: float = 600.0) -> subproc
 
 def test_a_step_that_hangs_ends_the_process() -> None:
     ended = run("sleep_too_long()")
-    assert ended.returncode == HUNG and not ended.stdout
+    assert ended.returncode == EXIT_HUNG and not ended.stdout
     assert ended.stderr.startswith("error: rank 3: step 4 takes longer than run.step_timeout = 1 s; all threads:\n")
     assert "in sleep_too_long" in ended.stderr
 
