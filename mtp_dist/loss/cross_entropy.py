@@ -19,7 +19,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Ten
     return losses.where(valid, 0.0).sum()
 
 
-def squared_normalizer_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+def log_z_squared_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Sum over the valid targets of log(sum(exp(logits)))^2, fp32: what the z-loss weighs (PaLM, section 5).
 
     logits and targets as in `cross_entropy_sum`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum, squared_normalizer_sum
+from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum, log_z_squared_sum
 from mtp_dist.loss.linear_cross_entropy import LossSums, SoftTargets, Vocabulary
 
 TOKEN_ORDER = 0
@@ -92,11 +92,7 @@ class Objective:
         soft_weight = self.distillation.weight if self.distillation else 0.0
         terms = [
             self.scales[head - 1]
-            * (
-                of_head.cross_entropy
-                + self.z_loss * of_head.squared_normalizer
-                + soft_weight * of_head.soft_cross_entropy
-            )
+            * (of_head.cross_entropy + self.z_loss * of_head.log_z_squared + soft_weight * of_head.soft_cross_entropy)
             for head, of_head in sorted(sums.items())
             if head != TOKEN_ORDER
         ]
@@ -154,5 +150,5 @@ def _naive_sums(logits: Tensor, targets: Tensor, objective: Objective) -> LossSu
     ignore_index = objective.vocabulary.ignore_index
     # The cross-entropy comes last: it overwrites the logits.
     correct = count_correct(logits, targets)
-    normalizer = squared_normalizer_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
+    normalizer = log_z_squared_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
     return LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct, logits.new_zeros(()))

@@ -59,7 +59,7 @@ class LossSums(NamedTuple):
     """What one head sums over the valid targets of a micro-batch: scalars, fp32 (fp64 from fp64), nats."""
 
     cross_entropy: Tensor
-    squared_normalizer: Tensor
+    log_z_squared: Tensor
     """Of the logarithm of the softmax's denominator: what the z-loss weighs (PaLM, section 5)."""
     correct: Tensor
     """Targets that are more probable than every other entry."""
@@ -68,7 +68,7 @@ class LossSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientRequest:
+class GradientBuffers:
     """What to differentiate, and where the results go."""
 
     scale: Tensor
@@ -100,7 +100,7 @@ def linear_cross_entropy(
     targets: Tensor,
     vocabulary: Vocabulary,
     chunk_tokens: int | None = None,
-    request: GradientRequest | None = None,
+    request: GradientBuffers | None = None,
     soft: SoftTargets | None = None,
     look: Callable[[slice, Tensor], None] | None = None,
 ) -> LossSums:
@@ -193,7 +193,7 @@ class _Softmax:
         log_total = (exponentials * scales).sum(0).log()
         self.losses = maximum - target_logits.sum(0) + log_total
         self.normalizer = maximum + log_total
-        self.hits = target_logits.sum(0) > best_others.amax(0)
+        self.correct = target_logits.sum(0) > best_others.amax(0)
         # Of the denominators, not the exact sums: it undoes what the probabilities were divided by.
         self.local_share = denominator * (largest - maximum).exp() / (denominators * scales).sum(0)
         self.soft_losses, self.soft_mass = torch.zeros_like(maximum), torch.zeros_like(maximum)
@@ -205,10 +205,12 @@ class _Softmax:
 
     def sums(self) -> Tensor:
         """The chunk's LossSums as one tensor `[4]`."""
-        terms = torch.stack([self.losses, self.normalizer.square(), self.hits.to(self.losses)]).where(self.valid, 0.0)
+        terms = torch.stack([self.losses, self.normalizer.square(), self.correct.to(self.losses)]).where(
+            self.valid, 0.0
+        )
         return torch.cat([terms, self.soft_losses.unsqueeze(0)]).sum(1)
 
-    def gradient(self, request: GradientRequest, out: Tensor) -> Tensor:
+    def gradient(self, request: GradientBuffers, out: Tensor) -> Tensor:
         """The gradient for this rank's logits in `out` `[C, V/TP]`, which may be their own memory.
 
         The entry of the target is rounded last: near 0 for a target that is all but certain, not near 1 - 1.

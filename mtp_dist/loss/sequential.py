@@ -15,7 +15,7 @@ from torch.profiler import record_function
 
 from mtp_dist.loss.distillation import Teacher
 from mtp_dist.loss.heads import TOKEN_ORDER, Heads, HeadSums, Objective
-from mtp_dist.loss.linear_cross_entropy import GradientRequest, LossSums, accumulation_dtype, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, LossSums, accumulation_dtype, linear_cross_entropy
 
 
 def sequential_heads_loss(
@@ -125,7 +125,7 @@ class _Losses:
         self.objective = objective
         self.teacher: Teacher | None = None
 
-    def of_head(self, head: int, hidden: Tensor, request: GradientRequest | None = None) -> LossSums:
+    def of_head(self, head: int, hidden: Tensor, request: GradientBuffers | None = None) -> LossSums:
         objective, soft, look = self.objective, None, None
         targets = objective.targets[head - 1].T.flatten()
         if (distillation := objective.distillation) and head == 1:
@@ -147,7 +147,7 @@ class _Losses:
             look,
         )
 
-    def of_token_order(self, hidden: Tensor, request: GradientRequest | None = None) -> LossSums:
+    def of_token_order(self, hidden: Tensor, request: GradientBuffers | None = None) -> LossSums:
         """From head 1's hidden states."""
         objective = self.objective
         assert objective.token_order and self.heads.token_order is not None
@@ -169,9 +169,9 @@ class _HeadGradients:
     def __init__(self, heads: Heads, trunk_output: Tensor, objective: Objective) -> None:
         self.heads = heads
         self.objective = objective
-        self.of_trunk_output = _zeros_like(trunk_output)
-        self.of_weights: list[Tensor | None] = [None] * len(heads.weights)
-        self.of_unembeddings: dict[int, Tensor] = {}
+        self.grad_trunk_output = _zeros_like(trunk_output)
+        self.grad_params: list[Tensor | None] = [None] * len(heads.weights)
+        self.grad_unembeddings: dict[int, Tensor] = {}
         self.losses = _Losses(heads, objective)
         self.sums: dict[int, LossSums] = {}
 
@@ -190,15 +190,15 @@ class _HeadGradients:
                     state = self.heads.state(head, leaf)
                 steps.append((head, leaf, state, self._of_state(head, state)))
             before = state
-        of_next: Tensor | None = None
+        grad_next: Tensor | None = None
         while steps:
-            head, leaf, state, of_state = steps.pop()
+            head, leaf, state, grad_state = steps.pop()
             with record_function(f"head {head}: backward"):
-                of_next = self._backward(state, leaf, of_state if of_next is None else of_state + of_next)
+                grad_next = self._backward(state, leaf, grad_state if grad_next is None else grad_state + grad_next)
             if head in self.heads.detached:
-                of_next = None
-        if of_next is not None:
-            self.of_trunk_output += of_next
+                grad_next = None
+        if grad_next is not None:
+            self.grad_trunk_output += grad_next
 
     def _of_state(self, head: int, state: Tensor) -> Tensor:
         """The gradient of a head's state by its own loss."""
@@ -207,16 +207,18 @@ class _HeadGradients:
             hidden = self.heads.hidden(head, leaf)
         return self._backward(hidden, leaf, self._of_hidden(head, hidden))
 
-    def _backward(self, output: Tensor, leaf: Tensor, of_output: Tensor) -> Tensor:
+    def _backward(self, output: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
         """The gradient of `leaf` from that of `output`; adds those of the weights in between."""
-        of_leaf, *of_weights = torch.autograd.grad(output, [leaf, *self.heads.weights], of_output, allow_unused=True)
-        for index, gradient in enumerate(of_weights):
-            total = self.of_weights[index]
+        grad_leaf, *grad_params = torch.autograd.grad(
+            output, [leaf, *self.heads.weights], grad_output, allow_unused=True
+        )
+        for index, gradient in enumerate(grad_params):
+            total = self.grad_params[index]
             if gradient is not None:
-                self.of_weights[index] = (
+                self.grad_params[index] = (
                     gradient if total is None else gradient.to(accumulation_dtype(total.dtype)) + total
                 )
-        return of_leaf
+        return grad_leaf
 
     def _of_hidden(self, head: int, hidden: Tensor) -> Tensor:
         """The gradient of a head's hidden states; adds that of its unembedding."""
@@ -236,39 +238,39 @@ class _HeadGradients:
             partial += further
         return _summed_over_vocabulary(partial, objective)
 
-    def _request(self, scale: Tensor, soft_weight: float, of_hidden: Tensor, unembedding: Tensor) -> GradientRequest:
-        if unembedding.requires_grad and id(unembedding) not in self.of_unembeddings:
-            self.of_unembeddings[id(unembedding)] = _zeros_like(unembedding)
-        return GradientRequest(
+    def _request(self, scale: Tensor, soft_weight: float, grad_hidden: Tensor, unembedding: Tensor) -> GradientBuffers:
+        if unembedding.requires_grad and id(unembedding) not in self.grad_unembeddings:
+            self.grad_unembeddings[id(unembedding)] = _zeros_like(unembedding)
+        return GradientBuffers(
             scale=scale,
             z_loss=self.objective.z_loss,
             soft_weight=soft_weight,
-            hidden=of_hidden.flatten(0, 1),
-            weight=self.of_unembeddings.get(id(unembedding)),
+            hidden=grad_hidden.flatten(0, 1),
+            weight=self.grad_unembeddings.get(id(unembedding)),
         )
 
     def finish(self, dtype: torch.dtype) -> None:
         """After the last head: the sums need no more than their own precision, that of z being `dtype`."""
-        self.of_trunk_output = self.of_trunk_output.to(dtype)
+        self.grad_trunk_output = self.grad_trunk_output.to(dtype)
         for weight in _trained_unembeddings(self.heads):
             self._finish_unembedding(weight)
 
     def _finish_unembedding(self, weight: Tensor) -> None:
-        if id(weight) in self.of_unembeddings:
-            self.of_unembeddings[id(weight)] = self.of_unembeddings[id(weight)].to(weight.dtype)
+        if id(weight) in self.grad_unembeddings:
+            self.grad_unembeddings[id(weight)] = self.grad_unembeddings[id(weight)].to(weight.dtype)
 
     def times(self, upstream: Tensor) -> list[Tensor]:
         """The gradients of z, the weights and the trained unembeddings, one by one let go of.
 
         0 where no active head uses a weight: engines reduce the gradients of all.
         """
-        gradients = [self.of_trunk_output.mul_(upstream)]
+        gradients = [self.grad_trunk_output.mul_(upstream)]
         for weight in self.heads.weights:
-            gradient = self.of_weights.pop(0)
+            gradient = self.grad_params.pop(0)
             # Not in place: autograd may have handed out one tensor for several weights.
             gradients.append(torch.zeros_like(weight) if gradient is None else (gradient * upstream).to(weight.dtype))
         for weight in _trained_unembeddings(self.heads):
-            total = self.of_unembeddings.pop(id(weight), None)
+            total = self.grad_unembeddings.pop(id(weight), None)
             gradients.append(torch.zeros_like(weight) if total is None else total.mul_(upstream))
         return gradients
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.rotary import rotary_frequencies
+from mtp_dist.model.rotary import rope_inv_freq
 
 # Without dropout a recomputation draws no random numbers, so no generator state needs saving.
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -126,7 +126,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         super().__init__(transformer_config(config), LAYER_SUBMODULES, layer_number=layer_number)
         self.rotary = RotaryEmbedding(config.model.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
         # Its own Llama 3 scaling knows only one original length and one pair of frequency factors.
-        self.rotary.inv_freq = rotary_frequencies(config.model)
+        self.rotary.inv_freq = rope_inv_freq(config.model)
         self.sequence_length = config.train.sequence_length
         self.activation_checkpointing = config.train.activation_checkpointing
 

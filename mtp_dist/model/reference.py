@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.rotary import rotary_frequencies
+from mtp_dist.model.rotary import rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.model.weights import initial_weight, parameter_shapes
 
@@ -42,7 +42,7 @@ class ReferenceModel(nn.Module):
         """With the initial weights of `config.run.seed`, or with the given ones by global name."""
         super().__init__()
         self.config = config
-        self.rotary_frequencies = rotary_frequencies(config.model)  # no buffer: fp32 whatever the weights become
+        self.rope_inv_freq = rope_inv_freq(config.model)  # no buffer: fp32 whatever the weights become
         shapes = parameter_shapes(config, vocab_size)
         given = weights or {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
         self.weights = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(given[name]) for name in shapes})
@@ -150,8 +150,8 @@ class ReferenceModel(nn.Module):
         fused = hidden @ self.weight(f"{name}.self_attention.linear_qkv.weight").T
         fused = fused.view(batch, length, model.query_groups, queries + 2, model.head_dim)
         query, key, value = fused.split([queries, 1, 1], 3)
-        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), self.rotary_frequencies)
-        key = _rotate(key.squeeze(3).transpose(1, 2), self.rotary_frequencies).repeat_interleave(queries, 1)
+        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), self.rope_inv_freq)
+        key = _rotate(key.squeeze(3).transpose(1, 2), self.rope_inv_freq).repeat_interleave(queries, 1)
         value = value.squeeze(3).transpose(1, 2).repeat_interleave(queries, 1)
         scores = query @ key.transpose(-1, -2) * model.head_dim**-0.5
         context = scores.masked_fill(unseen, float("-inf")).softmax(-1) @ value

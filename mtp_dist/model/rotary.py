@@ -8,7 +8,7 @@ from torch import Tensor
 from mtp_dist.config import ModelConfig
 
 
-def rotary_frequencies(model: ModelConfig) -> Tensor:
+def rope_inv_freq(model: ModelConfig) -> Tensor:
     """Radians that each pair of channels turns from one position to the next: `[head_dim / 2]`, fp32 on the CPU.
 
     Su et al. 2021 (arXiv:2104.09864, section 3.2.2); `linear` scaling is that of Chen et al. 2023 (arXiv:2306.15595),

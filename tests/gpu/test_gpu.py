@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, Vocabulary, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.errors import norm_error
 from tests.integration import jobs
@@ -30,7 +30,7 @@ def test_the_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: floa
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype).cuda() for size in (300, 5000))
     targets = torch.randint(0, 5000, (300,), generator=generator).cuda()
-    request = GradientRequest(
+    request = GradientBuffers(
         torch.tensor(0.5, device="cuda"), 0.0, torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     )
     vocabulary = Vocabulary(5000, IGNORE_INDEX, dist.ProcessGroup(0, 1))

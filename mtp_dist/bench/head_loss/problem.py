@@ -148,5 +148,5 @@ def reference_gradients(problem: Problem, heads: int) -> Iterator[ReferenceGradi
             hidden = inputs.hidden(distance, trunk_output[part]).flatten(0, 1)
             targets = problem.targets[distance - 1, 0, part]
             (F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / tokens).backward()
-        of_trunk_output, of_weight, *of_norms = (gradient(leaf) for leaf in (trunk_output, weight, *norms[:distance]))
-        yield ReferenceGradients(of_trunk_output, of_norms, of_weight)
+        grad_trunk_output, of_weight, *of_norms = (gradient(leaf) for leaf in (trunk_output, weight, *norms[:distance]))
+        yield ReferenceGradients(grad_trunk_output, of_norms, of_weight)

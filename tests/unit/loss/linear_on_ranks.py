@@ -101,7 +101,7 @@ def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer
 
 def _answer(case: LinearCase, group: Any) -> LinearAnswer:
     from mtp_dist.loss.linear_cross_entropy import (
-        GradientRequest,
+        GradientBuffers,
         SoftTargets,
         Vocabulary,
         accumulation_dtype,
@@ -111,7 +111,7 @@ def _answer(case: LinearCase, group: Any) -> LinearAnswer:
 
     weight = shard_of(case.weight, group.rank(), group.size())
     dtype = accumulation_dtype(weight.dtype)
-    request = GradientRequest(
+    request = GradientBuffers(
         scale=torch.tensor(case.scale),
         z_loss=case.z_loss,
         hidden=torch.full_like(case.hidden, float("nan")),

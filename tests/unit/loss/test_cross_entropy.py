@@ -84,15 +84,15 @@ def test_equals_pytorch(ranks: Ranks, size: int, case: str) -> None:
     torch.testing.assert_close(gradient[..., :VOCAB_SIZE], logits.grad, rtol=tolerance, atol=tolerance * 1e-1)
     assert torch.equal(gradient[..., VOCAB_SIZE:], torch.zeros_like(gradient[..., VOCAB_SIZE:])), "padding"
     assert not gradient[targets == IGNORE_INDEX].any(), "masked"
-    hits = hits_of(cases[case].logits, targets)
-    assert [answer.correct for answer in found] == [hits] * size
+    correct = hits_of(cases[case].logits, targets)
+    assert [answer.correct for answer in found] == [correct] * size
 
 
 def test_cases_say_something() -> None:
-    hits = {name: hits_of(case.logits, case.targets) for name, case in real_cases().items()}
-    assert hits["no valid target"] == hits["ties"] == hits["all equal"] == 0
-    assert 0 < hits["masked and right"] < hits["almost ties"] == LENGTH * BATCH
-    assert 5 < hits["half of them right"] < 16
+    correct = {name: hits_of(case.logits, case.targets) for name, case in real_cases().items()}
+    assert correct["no valid target"] == correct["ties"] == correct["all equal"] == 0
+    assert 0 < correct["masked and right"] < correct["almost ties"] == LENGTH * BATCH
+    assert 5 < correct["half of them right"] < 16
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.bench.measure import peak_bytes
 from mtp_dist.loss import linear_cross_entropy as module
-from mtp_dist.loss.linear_cross_entropy import GradientRequest, Vocabulary, default_chunk_tokens, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, Vocabulary, default_chunk_tokens, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.ranks import Ranks
 from tests.unit.loss.linear_comparison import (
@@ -155,7 +155,7 @@ def test_any_shape(tokens: int, entries: int, padding: int, chunk_tokens: int | 
     hidden, rows = (torch.randn(n, 3, generator=generator).double() for n in (tokens, entries + padding))
     targets = torch.randint(0, entries, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < 0.3] = IGNORE_INDEX
-    request = GradientRequest(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows))
+    request = GradientBuffers(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows))
     vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
     sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, request)
     case = LinearCase(hidden, rows[:entries], targets, z_loss=z_loss, scale=0.5)
@@ -181,7 +181,7 @@ def test_losses_over_a_large_vocabulary_have_no_bias() -> None:
 def test_inputs_with_gradients_get_no_graph() -> None:
     case = random_case()
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    request = GradientRequest(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros_like(weight))
+    request = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros_like(weight))
     assert request.weight is not None
     vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, ALONE)
     sums = linear_cross_entropy(hidden, weight, case.targets, vocabulary, 7, request)
@@ -205,7 +205,7 @@ def test_peak_is_one_chunk(dtype: torch.dtype, rows: int) -> None:
     width = 8 if rows == 3000 else 64
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(rows, width).to(dtype)
     targets = torch.randint(0, rows, (tokens,))
-    request = GradientRequest(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, width))
+    request = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, width))
     vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
     peak = peak_bytes(
         lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, chunk_tokens, request), hidden.device

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_dist.bench.measure import peak_bytes
-from mtp_dist.loss.linear_cross_entropy import GradientRequest, SoftTargets, Vocabulary, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, SoftTargets, Vocabulary, linear_cross_entropy
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.ranks import Ranks
 from tests.unit.loss.linear_comparison import (
@@ -170,7 +170,7 @@ def test_any_shape(
         torch.randn(tokens, soft_entries, generator=generator).softmax(1)
         * (torch.rand(tokens, 1, generator=generator) < 0.7),
     )
-    request = GradientRequest(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows), 0.25)
+    request = GradientBuffers(torch.tensor(0.5), z_loss, torch.full_like(hidden, 9.0), torch.ones_like(rows), 0.25)
     vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
     sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, request, soft)
     case = LinearCase(hidden, rows[:entries], targets, z_loss=z_loss, scale=0.5, soft=tuple(soft), soft_weight=0.25)
@@ -186,7 +186,7 @@ def test_peak_is_one_chunk() -> None:
     tokens, chunk_tokens, rows = 240, 30, 3000
     hidden, weight, targets = torch.randn(tokens, 8), torch.randn(rows, 8), torch.randint(0, rows, (tokens,))
     soft = SoftTargets(torch.randint(0, rows, (tokens, 20)), torch.rand(tokens, 20))
-    request = GradientRequest(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, 8), 0.5)
+    request = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, 8), 0.5)
     vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
     peak = peak_bytes(
         lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, chunk_tokens, request, soft), hidden.device
@@ -207,7 +207,7 @@ def test_look_sees_every_chunk_before_it_changes() -> None:
     vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, ALONE)
     for chunk_tokens in (None, 1, 7):
         seen.fill_(float("nan"))
-        request = GradientRequest(torch.tensor(1.0), 0.0, torch.empty_like(case.hidden), torch.zeros_like(rows))
+        request = GradientBuffers(torch.tensor(1.0), 0.0, torch.empty_like(case.hidden), torch.zeros_like(rows))
         linear_cross_entropy(case.hidden, rows, case.targets, vocabulary, chunk_tokens, request, look=look)
         torch.testing.assert_close(seen[:, :VOCAB_SIZE], case.hidden @ case.weight.T)
         assert (seen[:, VOCAB_SIZE:] < -1e300).all(), "padding is hidden"

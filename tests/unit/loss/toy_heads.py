@@ -201,8 +201,8 @@ def toy_truth(case: ToyCase) -> ToyAnswer:
             losses = F.cross_entropy(logits, chosen, reduction="sum")
             loss = loss + scale * (losses + case.z_loss * logits.logsumexp(1).square().sum())
             others = logits.detach().scatter(1, chosen[:, None], float("-inf")).amax(1)
-            hits = (logits.detach().gather(1, chosen[:, None])[:, 0] > others).sum()
-            for total, value in zip(answer.sums, (losses.detach(), hits, valid.sum()), strict=True):
+            correct = (logits.detach().gather(1, chosen[:, None])[:, 0] > others).sum()
+            for total, value in zip(answer.sums, (losses.detach(), correct, valid.sum()), strict=True):
                 total[k - 1] += value
         (UPSTREAM * loss).backward()
         answer.losses.append(loss.detach())
