@@ -17,7 +17,7 @@ from mtp_dist.config import Config, ConfigError, config_to_save, saved_config
 from mtp_dist.disk import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
-DESCRIPTION = "config.json"
+METADATA_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def installed_versions() -> dict[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Description:
+class CheckpointMetadata:
     """What `config.json` says."""
 
     step: int
@@ -80,15 +80,15 @@ class Description:
     def write(self, folder: Path) -> None:
         layout = asdict(self.layout) if self.layout else None
         values = self.__dict__ | config_to_save(self.config) | {"layout": layout}
-        write_durably(folder / DESCRIPTION, json.dumps(values, indent=2))
+        write_durably(folder / METADATA_FILE, json.dumps(values, indent=2))
 
 
-def read_description(folder: Path) -> Description:
+def read_metadata(folder: Path) -> CheckpointMetadata:
     """Return what `config.json` says. Raise ConfigError if it is missing, damaged or of a newer version."""
     try:
-        values = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        values = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
         numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
-        return Description(
+        return CheckpointMetadata(
             **numbers,
             config=saved_config(values),
             samples=values["samples"],
@@ -118,14 +118,14 @@ def write_index(folder: Path, kind: str, shapes: Mapping[str, Mapping[str, Seque
 
     The files are not looked at: on a network file system the list of a folder may be older than its files.
     """
-    homes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     size = 0
     for file, of_file in shapes.items():
         for name, shape in of_file.items():
-            if name in homes:
-                raise RuntimeError(f"{name} is saved twice: in {homes[name]} and in {file}")
-            homes[name] = file
+            if name in weight_map:
+                raise RuntimeError(f"{name} is saved twice: in {weight_map[name]} and in {file}")
+            weight_map[name] = file
             size += 4 * math.prod(shape)
-    index = {"metadata": {"total_size": size}, "weight_map": homes}
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_durably(folder / index_file(kind), json.dumps(index, indent=2))
-    return set(homes)
+    return set(weight_map)

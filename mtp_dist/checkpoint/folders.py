@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from mtp_dist.checkpoint.files import DESCRIPTION
+from mtp_dist.checkpoint.files import METADATA_FILE
 from mtp_dist.checkpoint.manifest import MANIFEST
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.disk import sync, write_durably
@@ -28,14 +28,14 @@ def checkpoint_path(config: Config, step: int) -> Path:
     return config.checkpoint_dir / f"step_{step:08d}"
 
 
-def with_ending(path: Path, ending: str) -> Path:
+def with_suffix_appended(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the path is meant to be a checkpoint, maybe a damaged one, and not a folder of them."""
     named = _FINISHED.fullmatch(path.name) and path.is_dir()
-    return bool(named) or any((path / name).exists() for name in (DESCRIPTION, MANIFEST))
+    return bool(named) or any((path / name).exists() for name in (METADATA_FILE, MANIFEST))
 
 
 def checkpoint_directory(path: Path) -> Path:
@@ -85,7 +85,7 @@ def candidates(directory: Path, warn: Callable[[str], None]) -> list[Path]:
     return [path for of_step, path in found.items() if of_step <= step]
 
 
-def make_room(unfinished: Path) -> None:
+def create_staging_dir(unfinished: Path) -> None:
     """An empty folder to write into, after clearing away what a killed or failed save has left. Raises OSError."""
     directory = unfinished.parent
     for replaced in directory.glob(f"step_*{REPLACED}"):
@@ -101,7 +101,7 @@ def make_room(unfinished: Path) -> None:
 
 def publish(unfinished: Path, final: Path) -> None:
     """Give a checkpoint that is on the disk its name. At every moment an older one or this one can be started from."""
-    replaced = with_ending(final, REPLACED)
+    replaced = with_suffix_appended(final, REPLACED)
     if final.exists():
         final.rename(replaced)
     unfinished.rename(final)
@@ -115,7 +115,7 @@ def publish(unfinished: Path, final: Path) -> None:
             _delete(replaced)
 
 
-def surplus(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
+def expired_checkpoints(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
     """The steps whose checkpoints may go once that of `newest` is there.
 
     Later ones than the newest are of an abandoned future and do not count; step 0 is an imported model.
@@ -127,12 +127,12 @@ def surplus(steps: Iterable[int], newest: int, keep_last: int | None, keep_every
     return [step for step in older if step not in last and not (keep_every and step % keep_every == 0)]
 
 
-def remove_surplus(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
+def prune_checkpoints(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
     """Delete what `surplus` names, if the newest is there. Raise OSError if something of it stays."""
     found = finished_checkpoints(directory)
     if newest not in found:  # yet: on a network file system the list of a folder may be older than its folders
         return
-    for step in surplus(found, newest, keep_last, keep_every):
+    for step in expired_checkpoints(found, newest, keep_last, keep_every):
         _delete(found[step])
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, read_description
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, SavedLayout, read_metadata
 from mtp_dist.checkpoint.folders import checkpoint_directory, finished_checkpoints, latest_name
-from mtp_dist.checkpoint.manifest import FileRecord, Watch, check_fully, check_quickly
+from mtp_dist.checkpoint.manifest import FileRecord, ProgressCallback, check_fully, check_quickly
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import ConfigError
 
@@ -47,10 +47,10 @@ class CheckpointReport:
     files: int
 
 
-def inspect_checkpoint(folder: Path, watch: Watch) -> CheckpointReport:
+def inspect_checkpoint(folder: Path, watch: ProgressCallback) -> CheckpointReport:
     """Reads all of it, a block at a time. Raises ConfigError where it is not what was written."""
     records = check_fully(folder, watch)
-    description = read_description(folder)
+    description = read_metadata(folder)
     shapes = TensorReader(folder, MODEL).shapes()
     parameters: Counter[str] = Counter()
     for name, shape in shapes.items():
@@ -111,7 +111,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointLine]:
     for step, folder in finished_checkpoints(directory).items():
         try:
             size = sum(record.bytes for record in check_quickly(folder).values())
-            saved = read_description(folder)
+            saved = read_metadata(folder)
             line = CheckpointLine(str(folder), step, folder.name == latest, size, saved.layout, saved.losses)
         except ConfigError as error:
             line = CheckpointLine(str(folder), step, folder.name == latest, damage=str(error))

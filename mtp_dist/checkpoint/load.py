@@ -11,8 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, read_description
-from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_content, check_weights, read_manifest, tensor_files
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, read_metadata
+from mtp_dist.checkpoint.manifest import (
+    DamagedCheckpointError,
+    ProgressCallback,
+    check_content,
+    check_weights,
+    read_manifest,
+    tensor_files,
+)
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point
 from mtp_dist.config import Config, ConfigError
@@ -34,14 +41,16 @@ LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
 """How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""
 
 
-def load_weights(folder: Path, watch: Watch = lambda done, total: None) -> tuple[Config, int, dict[str, Tensor]]:
+def load_weights(
+    folder: Path, watch: ProgressCallback = lambda done, total: None
+) -> tuple[Config, int, dict[str, Tensor]]:
     """Return the configuration, the vocabulary size and the whole fp32 weights by global name.
 
     Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
     """
     check_weights(folder, watch)
-    description, reader = read_description(folder), TensorReader(folder, MODEL)
-    return description.config, description.vocab_size, {name: reader.read(name) for name in reader.homes}
+    description, reader = read_metadata(folder), TensorReader(folder, MODEL)
+    return description.config, description.vocab_size, {name: reader.read(name) for name in reader.weight_map}
 
 
 @torch.no_grad()
@@ -51,7 +60,7 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     A weight that the checkpoint lacks, such as a new head's, gets its initial value. Moments that its index does not
     list, as in an imported checkpoint, start from 0. Raise ConfigError if the checkpoint is damaged.
     """
-    completed_steps = read_description(folder).optimizer_updates
+    completed_steps = read_metadata(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if completed_steps else None
     topology, shapes = engine.topology, parameter_shapes(engine.config, engine.vocab_size)
     ensure_state(engine.pipeline)
@@ -60,11 +69,11 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
         weights, _rows_by_reader([weight for _, weight in weights], topology.dp_size), strict=True
     ):
         part = _Part(weight, shapes[name], topology, rows)
-        is_saved = name in model.homes
+        is_saved = name in model.weight_map
         values = part.read_together(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
         set_master_weight(weight, values)
         for key in MOMENTS:
-            if optimizer is None or (moment := f"{key}.{name}") not in optimizer.homes:
+            if optimizer is None or (moment := f"{key}.{name}") not in optimizer.weight_map:
                 values = torch.zeros(weight.shape, device=weight.device)
             elif kept := owned_rows(weight):
                 values = part.read_alone(optimizer, moment, *kept)
@@ -167,6 +176,6 @@ def _damage_in_share(folder: Path, topology: Topology) -> str | None:
         records = read_manifest(folder)
         for name in tensor_files(records)[topology.rank :: topology.world_size]:
             check_content(folder, name, records[name])
-    except DamagedError as error:
+    except DamagedCheckpointError as error:
         return str(error)
     return None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import DESCRIPTION, MODEL, OPTIMIZER, index_file
+from mtp_dist.checkpoint.files import METADATA_FILE, MODEL, OPTIMIZER, index_file
 from mtp_dist.config import ConfigError
 from mtp_dist.disk import write_durably
 
@@ -15,11 +15,11 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 1 << 20
 
-Watch = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the number of bytes read and of all."""
 
 
-class DamagedError(ConfigError):
+class DamagedCheckpointError(ConfigError):
     """A checkpoint is not, or no longer, what was written."""
 
     def __init__(self, folder: Path, what: str) -> None:
@@ -59,9 +59,9 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
             raise ValueError(f"it names {outside[0]!r}, which is not the name of a file in this folder")
         return {name: FileRecord(**record) for name, record in values["files"].items()}
     except OSError as error:
-        raise DamagedError(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpointError(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (AttributeError, TypeError, ValueError) as error:
-        raise DamagedError(folder, f"{MANIFEST} is no manifest ({error})") from None
+        raise DamagedCheckpointError(folder, f"{MANIFEST} is no manifest ({error})") from None
 
 
 def check_quickly(folder: Path) -> dict[str, FileRecord]:
@@ -75,11 +75,11 @@ def check_quickly(folder: Path) -> dict[str, FileRecord]:
         try:
             size = (folder / name).stat().st_size
         except FileNotFoundError:
-            raise DamagedError(folder, f"{name} is missing") from None
+            raise DamagedCheckpointError(folder, f"{name} is missing") from None
         except OSError as error:
-            raise DamagedError(folder, f"{name} cannot be read ({error.strerror})") from None
+            raise DamagedCheckpointError(folder, f"{name} cannot be read ({error.strerror})") from None
         if size != records[name].bytes:
-            raise DamagedError(folder, f"{name} has {size} bytes, it was written with {records[name].bytes}")
+            raise DamagedCheckpointError(folder, f"{name} has {size} bytes, it was written with {records[name].bytes}")
         if name.endswith(".json"):
             check_content(folder, name, records[name])
     _check_parts(folder, records)
@@ -88,24 +88,24 @@ def check_quickly(folder: Path) -> dict[str, FileRecord]:
 
 def _check_parts(folder: Path, records: Mapping[str, FileRecord]) -> None:
     """Raise DamagedError unless the manifest has all that the checkpoint consists of."""
-    updates = _values_of(folder, DESCRIPTION, records).get("optimizer_updates")
+    updates = _values_of(folder, METADATA_FILE, records).get("optimizer_updates")
     for kind in (MODEL, OPTIMIZER) if updates else (MODEL,):
-        homes = _values_of(folder, index_file(kind), records).get("weight_map")
-        if not isinstance(homes, dict):
-            raise DamagedError(folder, f"{index_file(kind)} has no weight_map")
-        if unknown := [home for home in homes.values() if home not in records]:
-            raise DamagedError(folder, f"{unknown[0]}, which {index_file(kind)} names, is not in {MANIFEST}")
+        weight_map = _values_of(folder, index_file(kind), records).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise DamagedCheckpointError(folder, f"{index_file(kind)} has no weight_map")
+        if unknown := [home for home in weight_map.values() if home not in records]:
+            raise DamagedCheckpointError(folder, f"{unknown[0]}, which {index_file(kind)} names, is not in {MANIFEST}")
 
 
 def _values_of(folder: Path, name: str, records: Mapping[str, FileRecord]) -> dict[str, Any]:
     if name not in records:
-        raise DamagedError(folder, f"{name} is not in {MANIFEST}")
+        raise DamagedCheckpointError(folder, f"{name} is not in {MANIFEST}")
     try:
         values = json.loads((folder / name).read_bytes())
     except (OSError, ValueError) as error:
-        raise DamagedError(folder, f"{name} cannot be read ({error})") from None
+        raise DamagedCheckpointError(folder, f"{name} cannot be read ({error})") from None
     if not isinstance(values, dict):
-        raise DamagedError(folder, f"{name} is not a mapping")
+        raise DamagedCheckpointError(folder, f"{name} is not a mapping")
     return values
 
 
@@ -116,9 +116,9 @@ def check_content(
     try:
         found = record_of(folder / name, watch)
     except OSError as error:
-        raise DamagedError(folder, f"{name} cannot be read ({error.strerror})") from None
+        raise DamagedCheckpointError(folder, f"{name} cannot be read ({error.strerror})") from None
     if found != written:
-        raise DamagedError(
+        raise DamagedCheckpointError(
             folder, f"{name} has the SHA-256 {found.sha256[:12]}..., it was written with {written.sha256[:12]}..."
         )
 
@@ -128,7 +128,7 @@ def tensor_files(records: Mapping[str, FileRecord]) -> list[str]:
     return [name for name in sorted(records) if not name.endswith(".json")]
 
 
-def check_fully(folder: Path, watch: Watch = lambda done, total: None) -> dict[str, FileRecord]:
+def check_fully(folder: Path, watch: ProgressCallback = lambda done, total: None) -> dict[str, FileRecord]:
     """Compare everything with the manifest, in this process, and return the manifest.
 
     Raises DamagedError for the first difference.
@@ -138,7 +138,7 @@ def check_fully(folder: Path, watch: Watch = lambda done, total: None) -> dict[s
     return records
 
 
-def check_weights(folder: Path, watch: Watch = lambda done, total: None) -> dict[str, FileRecord]:
+def check_weights(folder: Path, watch: ProgressCallback = lambda done, total: None) -> dict[str, FileRecord]:
     """Compare what `check_quickly` compares, and the content of the weights, with the manifest. Return the manifest.
 
     The moments, two thirds of a checkpoint, are not read. Raises DamagedError for the first difference.
@@ -149,7 +149,9 @@ def check_weights(folder: Path, watch: Watch = lambda done, total: None) -> dict
     return records
 
 
-def _check_contents(folder: Path, names: Sequence[str], records: Mapping[str, FileRecord], watch: Watch) -> None:
+def _check_contents(
+    folder: Path, names: Sequence[str], records: Mapping[str, FileRecord], watch: ProgressCallback
+) -> None:
     total, done = sum(records[name].bytes for name in names), 0
 
     def count(read: int) -> None:

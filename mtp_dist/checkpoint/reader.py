@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import index_file
-from mtp_dist.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
+from mtp_dist.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from mtp_dist.config import ConfigError
 
 
@@ -24,15 +24,17 @@ class TensorReader:
         records = read_manifest(folder)
         with self._errors_explained():
             index: dict[str, Any] = json.loads((folder / index_file(kind)).read_text(encoding="utf-8"))
-            self.homes: dict[str, str] = dict(index["weight_map"])
-            unknown = sorted(set(self.homes.values()) - records.keys())
+            self.weight_map: dict[str, str] = dict(index["weight_map"])
+            unknown = sorted(set(self.weight_map.values()) - records.keys())
         if unknown:
-            raise DamagedError(folder, f"{index_file(kind)} names {unknown[0]!r}, which {MANIFEST} does not have")
+            raise DamagedCheckpointError(
+                folder, f"{index_file(kind)} names {unknown[0]!r}, which {MANIFEST} does not have"
+            )
 
     def read(self, name: str) -> Tensor:
         """Return a whole tensor, fp32 on the CPU. Raise ConfigError if its file is missing or damaged."""
         # Opened for this tensor only: what was read of an open file stays in memory.
-        with self._errors_explained(), safe_open(self.folder / self.homes[name], "pt") as file:
+        with self._errors_explained(), safe_open(self.folder / self.weight_map[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -41,7 +43,7 @@ class TensorReader:
 
         Raise ConfigError if the file is missing or damaged.
         """
-        home = self.homes[name]
+        home = self.weight_map[name]
         with self._errors_explained():
             if home not in self._open:
                 self._open[home] = safe_open(self.folder / home, "pt")
@@ -51,10 +53,10 @@ class TensorReader:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return those of all tensors, without reading them. Raise ConfigError if a file is missing or damaged."""
         found: dict[str, tuple[int, ...]] = {}
-        for home in dict.fromkeys(self.homes.values()):
+        for home in dict.fromkeys(self.weight_map.values()):
             with self._errors_explained(), safe_open(self.folder / home, "pt") as file:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return {name: found[name] for name in self.homes}
+        return {name: found[name] for name in self.weight_map}
 
     @contextmanager
     def _errors_explained(self) -> Iterator[None]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from mtp_dist.checkpoint.files import Description, read_description
+from mtp_dist.checkpoint.files import CheckpointMetadata, read_metadata
 from mtp_dist.checkpoint.folders import candidates, checkpoint_directory, is_checkpoint
-from mtp_dist.checkpoint.manifest import DamagedError, Watch, check_quickly, check_weights
+from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_quickly, check_weights
 from mtp_dist.config import Config, ConfigError, SourceConfig
 
 FREE = frozenset(
@@ -63,8 +63,8 @@ def older_resume_point(point: ResumePoint, damage: str, config: Config, vocab_si
 
 
 def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, vocab_size: int) -> ResumePoint:
-    folder = first_whole(folders, check_quickly, damage)
-    saved = read_description(folder)
+    folder = first_valid(folders, check_quickly, damage)
+    saved = read_metadata(folder)
     if saved.vocab_size != vocab_size:
         raise ConfigError(
             f"{folder} has a vocabulary of {saved.vocab_size} tokens, this run one of {vocab_size}: use the same "
@@ -82,7 +82,7 @@ def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, v
     return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
 
 
-def first_whole(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:
+def first_valid(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:
     """The first checkpoint that passes the check; the damage of those before it is told.
 
     damage: that of one before all of these. Raises ConfigError where none passes.
@@ -93,7 +93,7 @@ def first_whole(folders: Sequence[Path], check: Callable[[Path], object], damage
         try:
             check(folder)
             return folder
-        except DamagedError as error:
+        except DamagedCheckpointError as error:
             damage = str(error)
     raise ConfigError(f"{damage}; there is no older one to use instead: restore it, or name another checkpoint")
 
@@ -124,16 +124,16 @@ def checkpoints_in(path: Path) -> list[Path]:
     return [path] if is_checkpoint(path) else candidates(checkpoint_directory(path), _warn)
 
 
-def whole_checkpoint_in(path: Path, watch: Watch = lambda done, total: None) -> Path | None:
+def find_valid_checkpoint(path: Path, watch: ProgressCallback = lambda done, total: None) -> Path | None:
     """Return the folder itself, or the best checkpoint in it whose weights are intact; None if there is none.
 
     Raise ConfigError if all are damaged. `watch` follows the verification of the weights.
     """
     folders = checkpoints_in(path)
-    return first_whole(folders, lambda folder: check_weights(folder, watch)) if folders else None
+    return first_valid(folders, lambda folder: check_weights(folder, watch)) if folders else None
 
 
-def _differences(saved: Description, wanted: Config, folder: Path) -> Iterator[str]:
+def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Iterator[str]:
     """One sentence for each key that would make another model or another training of it."""
     before, now = _keys(saved.config), _keys(wanted)
     allowed = wanted.checkpoint.allow_changes

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_dist.checkpoint.files import (
-    DESCRIPTION,
+    METADATA_FILE,
     MODEL,
     OPTIMIZER,
-    Description,
+    CheckpointMetadata,
     RunState,
     SavedLayout,
     index_file,
@@ -41,7 +41,7 @@ Parts = dict[str, TensorShard]
 class Snapshot:
     """What is to be saved, in host memory of its own: training may go on."""
 
-    description: Description
+    description: CheckpointMetadata
     """What it says of the samples counts on rank 0 only."""
     parts: dict[str, Parts]
     """This rank's contribution, by kind of file."""
@@ -60,7 +60,7 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
     ensure_state(engine.pipeline)
     check_updates(engine.pipeline, engine.optimizer_updates)
     parts = _parts_of_this_rank(engine, parameter_shapes(config, vocab_size))
-    description = Description(
+    description = CheckpointMetadata(
         step=state.step,
         vocab_size=vocab_size,
         optimizer_updates=engine.optimizer_updates,
@@ -140,7 +140,7 @@ def _forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_metadata(folder: Path, description: Description, tensor_files: Mapping[str, TensorFile]) -> None:
+def write_metadata(folder: Path, description: CheckpointMetadata, tensor_files: Mapping[str, TensorFile]) -> None:
     """Write what rank 0 writes when the files of all ranks are there. Raise OSError if that fails.
 
     tensor_files: those of all ranks, by name.
@@ -153,6 +153,6 @@ def write_metadata(folder: Path, description: Description, tensor_files: Mapping
             raise RuntimeError(f"the ranks wrote other tensors than the model has: {sorted(differing)[:3]}")
     description.write(folder)
     records = {name: file.record for name, file in tensor_files.items()}
-    small = (DESCRIPTION, *map(index_file, expected))
+    small = (METADATA_FILE, *map(index_file, expected))
     write_manifest(folder, records | {name: record_of(folder / name) for name in small})
     sync(folder)

@@ -7,8 +7,15 @@ from threading import Thread
 from time import sleep
 from typing import TypeVar
 
-from mtp_dist.checkpoint.files import Description, RunState
-from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, remove_surplus, with_ending
+from mtp_dist.checkpoint.files import CheckpointMetadata, RunState
+from mtp_dist.checkpoint.folders import (
+    UNFINISHED,
+    checkpoint_path,
+    create_staging_dir,
+    prune_checkpoints,
+    publish,
+    with_suffix_appended,
+)
 from mtp_dist.checkpoint.save import (
     Snapshot,
     Tensors,
@@ -95,7 +102,7 @@ class CheckpointSaver:
     def _write_or_try_again(self, snapshot: Snapshot) -> str | None:
         """Returns why there is no checkpoint in the end."""
         final = checkpoint_path(self.config, snapshot.description.step)
-        unfinished = with_ending(final, UNFINISHED)
+        unfinished = with_suffix_appended(final, UNFINISHED)
         what = f"checkpoint of step {snapshot.description.step}"
         tensors = gather_owned_tensors(snapshot, self.engine.topology, self._groups.tensor)
         for pause in (*RETRY_DELAYS_S, None):
@@ -114,9 +121,11 @@ class CheckpointSaver:
         self._say(f"{what} is NOT saved: {wrong}")
         return wrong
 
-    def _write(self, description: Description, tensors: dict[str, Tensors], unfinished: Path, final: Path) -> None:
+    def _write(
+        self, description: CheckpointMetadata, tensors: dict[str, Tensors], unfinished: Path, final: Path
+    ) -> None:
         topology = self.engine.topology
-        self._on_rank_0(lambda: make_room(unfinished), unfinished)
+        self._on_rank_0(lambda: create_staging_dir(unfinished), unfinished)
         written = self._on_all_ranks(lambda: write_tensor_files(unfinished, tensors, topology), unfinished)
         tensor_files = {name: file for of_rank in written if of_rank for name, file in of_rank.items()}
 
@@ -126,12 +135,12 @@ class CheckpointSaver:
 
         self._on_rank_0(finish, unfinished)
         if topology.rank == 0:
-            self._remove_surplus(description.step)
+            self._prune_checkpoints(description.step)
 
-    def _remove_surplus(self, step: int) -> None:
+    def _prune_checkpoints(self, step: int) -> None:
         settings = self.config.checkpoint
         try:
-            remove_surplus(self.config.checkpoint_dir, step, settings.keep_last, settings.keep_every)
+            prune_checkpoints(self.config.checkpoint_dir, step, settings.keep_last, settings.keep_every)
         except OSError as error:
             self._say(f"cannot delete an old checkpoint: {error.filename}: {error.strerror}")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import Description
+from mtp_dist.checkpoint.files import CheckpointMetadata
 
 CARD = """\
 ---
@@ -73,7 +73,7 @@ logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabula
 
 
 def model_card(
-    name: str, source: Path, description: Description, dtype: str, end_token: str, others: Sequence[str]
+    name: str, source: Path, description: CheckpointMetadata, dtype: str, end_token: str, others: Sequence[str]
 ) -> str:
     """Return the card of the export of the checkpoint `source`.
 
@@ -98,7 +98,7 @@ def model_card(
     )
 
 
-def _losses(source: Path, description: Description) -> Iterator[str]:
+def _losses(source: Path, description: CheckpointMetadata) -> Iterator[str]:
     """Yield the section on the losses of the run's last validation, if it was at that step."""
     rows = [
         (validation_set["name"] or "", head)
@@ -118,7 +118,7 @@ def _losses(source: Path, description: Description) -> Iterator[str]:
     yield "\n"
 
 
-def _validation(source: Path, description: Description) -> list[dict[str, Any]]:
+def _validation(source: Path, description: CheckpointMetadata) -> list[dict[str, Any]]:
     """Return the validation sets in the summary of the run that saved the checkpoint; none if it is of another step."""
     config = description.config
     for folder in (source.parent.parent, config.output_dir):

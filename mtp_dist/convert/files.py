@@ -20,7 +20,7 @@ FILE_BYTES = 2 * 2**30
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """In safetensors."""
 
-Watch = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called before each tensor with its number, from 1, and that of all."""
 
 
@@ -47,7 +47,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def watched(tensors: Iterator[Tensor], total: int, watch: Watch) -> Iterator[Tensor]:
+def with_progress(tensors: Iterator[Tensor], total: int, watch: ProgressCallback) -> Iterator[Tensor]:
     for number in range(1, total + 1):
         watch(number, total)
         yield next(tensors)
@@ -62,14 +62,14 @@ def write_weights(
     """
     sizes = {name: dtype.itemsize * math.prod(shape) for name, shape in shapes.items()}
     files = _files(sizes)
-    homes: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files):
         file = tensor_file(MODEL, number, len(files))
         write_tensors(folder / file, {name: shapes[name] for name in names}, dtype, tensors)
-        homes |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes}
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / index_file(MODEL)).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return [*dict.fromkeys(homes.values()), index_file(MODEL)]
+    return [*dict.fromkeys(weight_map.values()), index_file(MODEL)]
 
 
 def write_tensors(

@@ -8,10 +8,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import DESCRIPTION, Description
+from mtp_dist.checkpoint.files import METADATA_FILE, CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.config import Config
-from mtp_dist.convert.files import Watch, new_folder, watched, write_weights
+from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_weights
 from mtp_dist.convert.import_config import ImportRequest, import_config
 from mtp_dist.convert.llama import fuse, llama_shapes, llama_weights
 from mtp_dist.convert.llama_folder import LlamaFolder
@@ -46,7 +46,7 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None) -> Imported:
+def import_llama(request: ImportRequest, watch: ProgressCallback = lambda done, total: None) -> Imported:
     """Write the new checkpoint folder `request.target`.
 
     Head 1's own layers, if it has any, are the last ones of the Llama. Raise ConfigError if the folder has no Llama, or
@@ -77,9 +77,11 @@ def import_llama(request: ImportRequest, watch: Watch = lambda done, total: None
         tokenizer = find_tokenizer(request.source)
         if tokenizer and config.data.tokenizer == str(request.target):
             copy_tokenizer(tokenizer, folder)
-        written = write_weights(folder, shapes, torch.float32, watched(map(tensor_of, shapes), len(shapes), watch))
-        Description(0, llama.vocab_size, 0, config).write(folder)
-        write_manifest(folder, {name: record_of(folder / name) for name in (*written, DESCRIPTION)})
+        written = write_weights(
+            folder, shapes, torch.float32, with_progress(map(tensor_of, shapes), len(shapes), watch)
+        )
+        CheckpointMetadata(0, llama.vocab_size, 0, config).write(folder)
+        write_manifest(folder, {name: record_of(folder / name) for name in (*written, METADATA_FILE)})
         values = config.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return Imported(request.target, config, unused)

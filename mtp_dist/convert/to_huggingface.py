@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, read_description
-from mtp_dist.checkpoint.manifest import Watch as BytesWatch
+from mtp_dist.checkpoint.files import MODEL, read_metadata
+from mtp_dist.checkpoint.manifest import ProgressCallback as BytesWatch
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.resume import whole_checkpoint_in
+from mtp_dist.checkpoint.resume import find_valid_checkpoint
 from mtp_dist.config import Config, ConfigError, config_to_save
 from mtp_dist.convert.card import model_card
-from mtp_dist.convert.files import Watch, new_folder, watched, write_tensors, write_weights
+from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_tensors, write_weights
 from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
@@ -51,7 +51,7 @@ def export_checkpoint(
     checkpoint: Path,
     target: Path,
     dtype: str | None,
-    watch: Watch = lambda done, total: None,
+    watch: ProgressCallback = lambda done, total: None,
     watch_check: BytesWatch = lambda done, total: None,
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
@@ -61,10 +61,10 @@ def export_checkpoint(
     """
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
-    source = whole_checkpoint_in(checkpoint, watch_check)
+    source = find_valid_checkpoint(checkpoint, watch_check)
     if source is None:
         raise ConfigError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
-    description, reader = read_description(source), TensorReader(source, MODEL)
+    description, reader = read_metadata(source), TensorReader(source, MODEL)
     config = description.config
     if config.heads.kind == "linear":
         raise ConfigError(
@@ -91,7 +91,7 @@ def export_checkpoint(
         _write_json(folder / "config.json", llama_config(config, description.vocab_size, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
-        tensors = watched(all_tensors(), len(of_llama) + len(others), watch)
+        tensors = with_progress(all_tensors(), len(of_llama) + len(others), watch)
         write_weights(folder, of_llama, DTYPES[dtype], tensors)
         if others:
             write_tensors(folder / HEADS, others, DTYPES[dtype], tensors)

@@ -17,7 +17,7 @@ from mtp_dist.data.indexed import beside
 from mtp_dist.disk import sync
 
 TOKENS, LENGTHS, JOURNAL = "tokens.bin", "lengths.bin", "units.jsonl"
-INDEX, DESCRIPTION = "index.idx", "description.json"
+INDEX, METADATA_FILE = "index.idx", "description.json"
 LENGTH = np.dtype(np.int32)
 """Of a document, in tokens."""
 
@@ -104,13 +104,13 @@ class UnfinishedCorpus:
         lengths: NDArray[np.int32] = np.fromfile(self.folder / LENGTHS, LENGTH)
         assert lengths.sum(dtype=np.int64) == self.total.tokens, "all units are whole"
         write_index(self.folder / INDEX, lengths, self._dtype.type)
-        write_whole(self.folder / DESCRIPTION, description)
+        write_whole(self.folder / METADATA_FILE, description)
         for file in (TOKENS, INDEX):
             sync(self.folder / file)
         for file in (INDEX, TOKENS):
             (self.folder / file).rename(self._named(Path(file).suffix))
         sync(self._prefix.absolute().parent)
-        (self.folder / DESCRIPTION).rename(self._named(".json"))
+        (self.folder / METADATA_FILE).rename(self._named(".json"))
         sync(self._prefix.absolute().parent)
 
     def _named(self, suffix: str) -> Path:

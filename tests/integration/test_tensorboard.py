@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor C
 
 HEADS = 4
 STEPS = 40
-DESCRIPTION = {
+METADATA_FILE = {
     "config": {"model": {"hidden_size": 32}, "heads": {"count": HEADS}, "log": {"wandb": None}},
     "layout": {"tensor": 2, "pipeline": 1, "data": 4},
     "device": "abacus",
@@ -37,7 +37,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("tensorboard")
     for first, last in ((1, 30), (21, STEPS)):
         writer = TensorBoardWriter(folder / "files", [None], first - 1)
-        writer.describe(DESCRIPTION)
+        writer.describe(METADATA_FILE)
         for step in range(first, last + 1):
             heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
             metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankStats(0, 0.0, 0.1, 0.2, 1)])

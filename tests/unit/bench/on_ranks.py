@@ -87,15 +87,15 @@ def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
 
     config = load_config(path)
     topology = initialize_topology(config, select_device(config))
-    watched = []
+    with_progress = []
     train_step = TrainingEngine.train_step
 
     def noting(engine: TrainingEngine, *arguments: Any) -> Any:
         result = train_step(engine, *arguments)
-        watched.append(bool(result.grad_norms_by_module) and result.busy_seconds > 0)
+        with_progress.append(bool(result.grad_norms_by_module) and result.busy_seconds > 0)
         return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingEngine, "train_step", noting)
         result = measure_monitoring(config, topology, rounds=1)
-    return sum(watched), len(watched) - sum(watched), result
+    return sum(with_progress), len(with_progress) - sum(with_progress), result

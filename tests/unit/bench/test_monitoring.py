@@ -12,8 +12,8 @@ from tests.unit.bench.on_ranks import monitored
 
 def test_steps_are_measured_with_and_without(ranks: Ranks, tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, log={"every": 2}, parallel={"pipeline": 2}, train={"validate_every": None})
-    for watched, unwatched, result in ranks.run(2, monitored, config):
-        assert watched == 4, "two steps to warm up, and those of one round"
+    for with_progress, unwatched, result in ranks.run(2, monitored, config):
+        assert with_progress == 4, "two steps to warm up, and those of one round"
         assert unwatched == 4
         assert result["ratios"] == [result["ratio"]] and result["ratio"] > 0
         assert result["step_seconds"]["with"] > 0 < result["step_seconds"]["without"]

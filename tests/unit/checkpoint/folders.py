@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, Description, SavedLayout
-from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, make_room, publish, with_ending
+from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, CheckpointMetadata, SavedLayout
+from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, create_staging_dir, publish, with_suffix_appended
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
 from mtp_dist.config import Config
 from mtp_dist.model.weights import parameter_shapes
@@ -21,8 +21,8 @@ def config_in(directory: Path, **checkpoint: object) -> Config:
 
 def write_unfinished(config: Config, step: int) -> Path:
     """All files of a checkpoint of that step, by two ranks."""
-    unfinished = with_ending(checkpoint_path(config, step), UNFINISHED)
-    make_room(unfinished)
+    unfinished = with_suffix_appended(checkpoint_path(config, step), UNFINISHED)
+    create_staging_dir(unfinished)
     shapes = parameter_shapes(config, VOCAB_SIZE)
     records = {}
     for rank in range(2):
@@ -31,7 +31,7 @@ def write_unfinished(config: Config, step: int) -> Path:
         moments = {f"{key}.{name}": weight.clone() for key in MOMENTS for name, weight in weights.items()}
         records |= write_tensor_files(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
     layout = SavedLayout(tensor=2, pipeline=1, data=1, world_size=2, zero_stage=0)
-    description = Description(step, VOCAB_SIZE, step, config, losses=(3.5, None), layout=layout)
+    description = CheckpointMetadata(step, VOCAB_SIZE, step, config, losses=(3.5, None), layout=layout)
     write_metadata(unfinished, description, records)
     return unfinished
 

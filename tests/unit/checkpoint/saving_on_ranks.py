@@ -94,14 +94,14 @@ def full_disk(attempts: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     failed = 0
 
-    def make_room(seconds: float) -> None:
+    def create_staging_dir(seconds: float) -> None:
         nonlocal failed
         failed += 1
         if failed == attempts:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "sleep", make_room)
+        patch.setattr(saver, "sleep", create_staging_dir)
         resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, before[1]))
         try:
             yield

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mtp_dist.checkpoint.files import SavedLayout, read_description
+from mtp_dist.checkpoint.files import SavedLayout, read_metadata
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
 from mtp_dist.checkpoint.reader import TensorReader
@@ -53,7 +53,7 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     assert (folder.parent / "latest").read_text() == f"{folder.name}\n"
     loaded_config, vocab_size, weights = load_weights(folder)
     assert loaded_config == config and vocab_size == VOCAB_SIZE
-    description = read_description(folder)
+    description = read_metadata(folder)
     assert (description.step, description.optimizer_updates) == (STEP, STEP)
     zero_stage = int(config.train.precision == "bf16")
     assert description.layout == SavedLayout(tensor, pipeline, data, tensor * pipeline * data, zero_stage)
@@ -68,7 +68,11 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
         assert not torch.equal(weight, initial_weight(config, name, shapes[name])), "and it was trained"
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values()), "not rounded"
     reader = TensorReader(folder, "optimizer")
-    assert reader.homes.keys() == moments.keys() == {f"{key}.{n}" for key in ("exp_avg", "exp_avg_sq") for n in shapes}
+    assert (
+        reader.weight_map.keys()
+        == moments.keys()
+        == {f"{key}.{n}" for key in ("exp_avg", "exp_avg_sq") for n in shapes}
+    )
     assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in moments.items())
 
     model = ReferenceModel(loaded_config, vocab_size, weights)

@@ -15,14 +15,14 @@ from mtp_dist.checkpoint import folders
 from mtp_dist.checkpoint.folders import (
     candidates,
     checkpoint_path,
+    create_staging_dir,
+    expired_checkpoints,
     finished_checkpoints,
-    make_room,
+    prune_checkpoints,
     publish,
-    remove_surplus,
-    surplus,
 )
 from mtp_dist.checkpoint.manifest import check_fully
-from mtp_dist.checkpoint.resume import first_whole
+from mtp_dist.checkpoint.resume import first_valid
 from mtp_dist.config import ConfigError
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 
@@ -80,7 +80,7 @@ def test_one_that_is_being_replaced_counts_until_the_new_one_is_there(directory:
     assert finished_checkpoints(directory)[10].name == "step_00000010.replaced"
     (directory / "latest").write_text("step_00000010\n")
     assert names_of(candidates(directory, lambda text: None)) == [10, 9]
-    make_room(directory / "step_00000010.unfinished")
+    create_staging_dir(directory / "step_00000010.unfinished")
     assert (directory / "step_00000010").is_dir(), "it has its name again"
     left = {path.name for path in directory.iterdir()}
     assert not {name for name in left if name.endswith((".deleted", ".replaced"))}
@@ -90,7 +90,7 @@ def test_one_that_is_being_replaced_counts_until_the_new_one_is_there(directory:
 @given(st.sets(st.integers(0, 40)), st.integers(1, 40), st.integers(1, 5), st.none() | st.integers(1, 10))
 def test_what_is_kept(steps: set[int], newest: int, keep_last: int, keep_every: int | None) -> None:
     steps |= {newest}
-    gone = set(surplus(steps, newest, keep_last, keep_every))
+    gone = set(expired_checkpoints(steps, newest, keep_last, keep_every))
     kept = steps - gone
     assert {0} & steps <= kept and newest in kept
     assert {step for step in steps if step > newest} <= kept, "of another future"
@@ -98,14 +98,14 @@ def test_what_is_kept(steps: set[int], newest: int, keep_last: int, keep_every: 
     assert set(last) <= kept
     further = {step for step in kept if 0 < step <= newest} - set(last)
     assert further == {step for step in steps if 0 < step <= newest and keep_every and step % keep_every == 0} - {*last}
-    assert surplus(steps, newest, None, None) == []
+    assert expired_checkpoints(steps, newest, None, None) == []
 
 
 def test_surplus_ones_are_deleted(directory: Path) -> None:
     before = {path.name for path in directory.iterdir()}
     shutil.rmtree(directory / "step_00000030.deleted")
     (directory / "step_00000300.of_mine").mkdir()
-    remove_surplus(directory, 100, 1, 9)
+    prune_checkpoints(directory, 100, 1, 9)
     after = {path.name for path in directory.iterdir()}
     assert before - after == {"step_00000010", "step_00000030.deleted"}
     assert after - before == {"step_00000300.of_mine"}
@@ -156,7 +156,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, step: in
 
     def save() -> None:
         publish(write_unfinished(config, step), final)
-        remove_surplus(config.checkpoint_dir, step, keep_last, None)
+        prune_checkpoints(config.checkpoint_dir, step, keep_last, None)
 
     for number in range(1, 100):
         copied(tmp_path / "start", config.checkpoint_dir)
@@ -167,7 +167,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, step: in
             except Killed:
                 pass
         found = candidates(config.checkpoint_dir, lambda text: None)
-        assert first_whole(found, check_fully) == found[0], number
+        assert first_valid(found, check_fully) == found[0], number
         assert names_of(found)[0] in (20, step)
         for finished in finished_checkpoints(config.checkpoint_dir).values():
             check_fully(finished)
@@ -206,9 +206,9 @@ def test_files_that_stay_when_their_folder_is_deleted_stop_no_save(
     for step in (30, 40):
         publish(write_unfinished(config, step), checkpoint_path(config, step))
         with suppress(OSError):  # which the run reports
-            remove_surplus(tmp_path, step, 1, None)
+            prune_checkpoints(tmp_path, step, 1, None)
     monkeypatch.undo()
     final = checkpoint_path(config, 50)
     publish(write_unfinished(config, 50), final)
-    remove_surplus(tmp_path, 50, 1, None)
+    prune_checkpoints(tmp_path, 50, 1, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000050"]

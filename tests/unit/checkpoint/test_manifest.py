@@ -10,7 +10,7 @@ import pytest
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import (
     MANIFEST,
-    DamagedError,
+    DamagedCheckpointError,
     FileRecord,
     check_fully,
     check_quickly,
@@ -49,7 +49,7 @@ def test_every_damage_of_every_file_is_found(whole: Path, tmp_path: Path) -> Non
         for damage in damages(whole / name):
             folder = copied(whole, tmp_path / "damaged")
             damages(folder / name)[damage]()
-            with pytest.raises(DamagedError) as error:
+            with pytest.raises(DamagedCheckpointError) as error:
                 check_fully(folder)
             sentence = str(error.value)
             assert sentence.startswith(f"{folder} is not a checkpoint of ours, or a damaged one: "), (name, damage)
@@ -58,10 +58,10 @@ def test_every_damage_of_every_file_is_found(whole: Path, tmp_path: Path) -> Non
             if "byte" in damage and name.startswith("optimizer-"):
                 load_weights(folder)  # which does not read the moments
             else:
-                with pytest.raises(DamagedError):
+                with pytest.raises(DamagedCheckpointError):
                     load_weights(folder)
             if "byte" not in damage or (name.endswith(".json") and name != MANIFEST):
-                with pytest.raises(DamagedError):
+                with pytest.raises(DamagedCheckpointError):
                     check_quickly(folder)
 
 
@@ -70,7 +70,7 @@ def test_no_byte_of_the_manifest_may_change(whole: Path, tmp_path: Path) -> None
     folder = copied(whole, tmp_path / "damaged")
     for position in range((whole / MANIFEST).stat().st_size):
         flip(folder / MANIFEST, position)
-        with contextlib.suppress(DamagedError):
+        with contextlib.suppress(DamagedCheckpointError):
             assert read_manifest(folder) != expected, position
         flip(folder / MANIFEST, position)
     assert check_fully(folder) == expected
@@ -84,14 +84,14 @@ def test_manifest_and_folder_name_the_same_files(whole: Path, tmp_path: Path) ->
     values = json.loads((folder / MANIFEST).read_text())
     further = values | {"files": values["files"] | {"model-00003-of-00003.safetensors": {"bytes": 0, "sha256": ""}}}
     (folder / MANIFEST).write_text(json.dumps(further))
-    with pytest.raises(DamagedError, match=r"model-00003-of-00003\.safetensors is missing"):
+    with pytest.raises(DamagedCheckpointError, match=r"model-00003-of-00003\.safetensors is missing"):
         check_quickly(folder)
     del values["files"]["config.json"]
     (folder / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(DamagedError, match=r"config\.json is not in manifest\.json"):
+    with pytest.raises(DamagedCheckpointError, match=r"config\.json is not in manifest\.json"):
         check_quickly(folder)
     (folder / MANIFEST).write_text(json.dumps(values | {"format": 2}))
-    with pytest.raises(DamagedError, match="it has not the keys of format 1"):
+    with pytest.raises(DamagedCheckpointError, match="it has not the keys of format 1"):
         check_quickly(folder)
 
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_without_one_of_its_parts_is_none(whole: Path, tmp_path: Pa
     values = json.loads((folder / MANIFEST).read_text())
     del values["files"][name]
     (folder / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(DamagedError, match=f"{name}.* is not in {MANIFEST}"):
+    with pytest.raises(DamagedCheckpointError, match=f"{name}.* is not in {MANIFEST}"):
         check_quickly(folder)
 
 
@@ -128,5 +128,5 @@ def test_a_manifest_names_nothing_outside_of_its_folder(whole: Path, tmp_path: P
     record = record_of(path) if path.is_file() else FileRecord(path.stat().st_size, "")
     values["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
     (folder / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(DamagedError, match="is no manifest"):
+    with pytest.raises(DamagedCheckpointError, match="is no manifest"):
         check_quickly(folder)

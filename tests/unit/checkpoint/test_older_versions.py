@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_dist.checkpoint.files import read_description
+from mtp_dist.checkpoint.files import read_metadata
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import check_fully, record_of
 from mtp_dist.config import ConfigError
@@ -123,7 +123,7 @@ def test_a_newer_version_is_named_and_not_called_damage(tmp_path: Path) -> None:
 
     wanted = r"version 99, .* up to version \d+: install a newer mtp-dist"
     with pytest.raises(ConfigError, match=wanted) as error:
-        read_description(changed(FIRST / "fp32" / f"step_{STEP:08d}", tmp_path / "checkpoint", change))
+        read_metadata(changed(FIRST / "fp32" / f"step_{STEP:08d}", tmp_path / "checkpoint", change))
     assert "damaged" not in str(error.value)
     with pytest.raises(ConfigError, match=wanted) as error:
         SavedHeads(changed(FIRST / "export", tmp_path / "export", change, "mtp_config.json"))

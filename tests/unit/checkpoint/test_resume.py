@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.checkpoint.files import Description
+from mtp_dist.checkpoint.files import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, older_resume_point, whole_checkpoint_in
+from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, find_valid_checkpoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.unit.checkpoint.folders import flip
@@ -16,7 +16,7 @@ from tests.unit.checkpoint.folders import flip
 def save_description(directory: Path, config: Config, step: int) -> Path:
     folder = directory / f"step_{step:08d}"
     folder.mkdir(parents=True)
-    Description(step, VOCAB_SIZE, step, config).write(folder)
+    CheckpointMetadata(step, VOCAB_SIZE, step, config).write(folder)
     for kind in ("model", "optimizer"):
         (folder / f"{kind}.safetensors.index.json").write_text('{"weight_map": {}}')
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
@@ -59,7 +59,7 @@ def test_a_damaged_one_is_passed_over_and_told(directory: Path, capsys: pytest.C
     [warning] = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {newest} is not a checkpoint of ours, or a damaged one: config.json has the ")
     assert warning.endswith(f": trying {older}")
-    assert whole_checkpoint_in(directory) == older and "config.json" in capsys.readouterr().err
+    assert find_valid_checkpoint(directory) == older and "config.json" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"config\.json has the SHA-256 .*; there is no older one to use instead"):
         find_resume_point(config_in(directory, str(newest)), VOCAB_SIZE)
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mtp_dist.checkpoint.files import MODEL, Description, tensor_file
+from mtp_dist.checkpoint.files import MODEL, CheckpointMetadata, tensor_file
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.config import Config
@@ -36,7 +36,7 @@ def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dic
     save_file(weights, folder / tensor_file(MODEL, 0, 1))
     index = {"weight_map": dict.fromkeys(weights, tensor_file(MODEL, 0, 1))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    Description(STEP, vocab_size, 0, config).write(folder)
+    CheckpointMetadata(STEP, vocab_size, 0, config).write(folder)
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
     return ReferenceModel(config, vocab_size, weights)
 

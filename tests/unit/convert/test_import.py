@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from mtp_dist.checkpoint.files import read_description
+from mtp_dist.checkpoint.files import read_metadata
 from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.resume import find_resume_point
 from mtp_dist.config import ConfigError, build_config, load_config
@@ -133,7 +133,7 @@ def test_our_export_comes_back_bit_for_bit(tmp_path: Path, case: str, monkeypatc
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
     assert config.heads == model.config.heads and config.data == model.config.data
     assert config.model.rope_scaling == model.config.model.rope_scaling
-    description = read_description(tmp_path / "c")
+    description = read_metadata(tmp_path / "c")
     assert (description.step, description.optimizer_updates, description.samples) == (0, 0, None)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtp_dist.checkpoint.files import read_description
+from mtp_dist.checkpoint.files import read_metadata
 from mtp_dist.training.optimizer import build_optimizer
 from tests.parity.comparison import layout_config
 from tests.parity.resuming import ONE, at
@@ -51,9 +51,9 @@ def test_resume_with_the_optimizers_of_a_gpu(ranks: Ranks, tmp_path: Path, apex:
     [whole] = ranks.run(1, train_part_as_on_a_gpu, apex, config, 0, END, None, False)
     ranks.run(1, train_part_as_on_a_gpu, apex, config, 0, MIDDLE)
     folder = tmp_path / f"step_{MIDDLE:08d}"
-    assert read_description(folder).optimizer_updates == MIDDLE
+    assert read_metadata(folder).optimizer_updates == MIDDLE
     [rest] = ranks.run(1, train_part_as_on_a_gpu, apex, config, MIDDLE, END, folder)
-    assert read_description(tmp_path / f"step_{END:08d}").optimizer_updates == END
+    assert read_metadata(tmp_path / f"step_{END:08d}").optimizer_updates == END
     for after, expected in ((rest.weights, whole.weights), (rest.moments, whole.moments)):
         assert after.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())

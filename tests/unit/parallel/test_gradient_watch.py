@@ -12,7 +12,7 @@ from tests.unit.parallel.watch_on_ranks import Watched, break_a_sum, watch
 HEAD_WEIGHT = "heads.2.0.mlp.linear_fc1.weight"
 
 
-def watched(
+def with_progress(
     ranks: Ranks,
     layout: tuple[int, int, int],
     precision: str = "fp32",
@@ -48,9 +48,9 @@ def watched(
 def test_norms_of_parts_make_the_whole_and_one_rank_is_named(
     ranks: Ranks, layout: tuple[int, int, int], precision: str, zero_stage: int
 ) -> None:
-    one = watched(ranks, (1, 1, 1), precision, weight="trunk.0.mlp.linear_fc1.weight")
+    one = with_progress(ranks, (1, 1, 1), precision, weight="trunk.0.mlp.linear_fc1.weight")
     assert one.found == "first on rank 0 (stage 0): the gradient of trunk.0.mlp.linear_fc1.weight"
-    several = watched(ranks, layout, precision, zero_stage, weight=HEAD_WEIGHT)
+    several = with_progress(ranks, layout, precision, zero_stage, weight=HEAD_WEIGHT)
     stage = layout[1] - 1
     assert several.found == f"first on rank 3 (stage {stage}): the gradient of {HEAD_WEIGHT}"
     assert set(several.grad_norms_by_module) == {"trunk", "shared", "head_1", "head_2", "head_3", "head_4"}
@@ -61,13 +61,13 @@ def test_norms_of_parts_make_the_whole_and_one_rank_is_named(
 
 
 def test_a_rank_of_an_earlier_stage_is_named_where_the_last_one_is_well(ranks: Ranks) -> None:
-    found = watched(ranks, (1, 2, 2), weight="trunk.0.mlp.linear_fc2.weight", rank=1).found
+    found = with_progress(ranks, (1, 2, 2), weight="trunk.0.mlp.linear_fc2.weight", rank=1).found
     assert found == "first on rank 1 (stage 0): the gradient of trunk.0.mlp.linear_fc2.weight"
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1)])
 def test_a_loss_that_is_not_finite_drops_the_step_too(ranks: Ranks, precision: str, zero_stage: int) -> None:
-    found = watched(ranks, (1, 2, 2), precision, zero_stage, head=3).found
+    found = with_progress(ranks, (1, 2, 2), precision, zero_stage, head=3).found
     assert found == "first on rank 3 (stage 1): the loss of head 3"
 
 

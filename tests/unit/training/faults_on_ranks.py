@@ -82,7 +82,7 @@ def train(
     jumps, skips: of all steps that are made, counted from 1. begin: a checkpoint, and the number of samples that are
     passed over.
     """
-    from mtp_dist.checkpoint.files import read_description
+    from mtp_dist.checkpoint.files import read_metadata
     from mtp_dist.checkpoint.load import restore
     from mtp_dist.checkpoint.resume import ResumePoint
     from mtp_dist.checkpoint.saver import CheckpointSaver
@@ -107,7 +107,7 @@ def train(
     if begin:
         folder, samples_read = begin
         restore(engine, folder)
-        description = read_description(folder)
+        description = read_metadata(folder)
         point = ResumePoint(folder, description.step, description.config, recent_losses=description.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
