@@ -15,7 +15,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from mtp_dist.config import ConfigError, Section
 from mtp_dist.data.documents import InvalidUtf8
-from mtp_dist.data.indexed import Index, beside, read_index
+from mtp_dist.data.indexed import Index, add_suffix, read_index
 from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 
@@ -118,7 +118,7 @@ class Corpus:
 
     def verify(self) -> None:
         """Read all of PREFIX.bin. Raises ConfigError where it is not what was written, or nobody knows what was."""
-        file = beside(self.prefix, ".bin")
+        file = add_suffix(self.prefix, ".bin")
         if self.description is None:
             raise ConfigError(f"{_named(self)}: no {self.prefix.name}.json says what {file} should hold")
         with file.open("rb") as stream:
@@ -139,7 +139,7 @@ def prefix_of(path: str | Path) -> Path | None:
     path = Path(path)
     if path.suffix in (".bin", ".idx") or (path.suffix == ".json" and path.with_suffix(".idx").exists()):
         return path.with_suffix("")
-    return path if any(beside(path, suffix).exists() for suffix in (".bin", ".idx")) else None
+    return path if any(add_suffix(path, suffix).exists() for suffix in (".bin", ".idx")) else None
 
 
 def open_corpus(prefix: str | Path, key: str) -> Corpus:
@@ -147,9 +147,11 @@ def open_corpus(prefix: str | Path, key: str) -> Corpus:
     prefix = Path(prefix)
     try:
         for suffix in (".bin", ".idx"):
-            if not beside(prefix, suffix).exists():
-                raise ConfigError(f"{beside(prefix, suffix)} is missing: give another path, or copy the corpus anew")
-        index = read_index(beside(prefix, ".idx"))
+            if not add_suffix(prefix, suffix).exists():
+                raise ConfigError(
+                    f"{add_suffix(prefix, suffix)} is missing: give another path, or copy the corpus anew"
+                )
+        index = read_index(add_suffix(prefix, ".idx"))
         return Corpus(prefix, key, _map_tokens(prefix, index), index, _read_description(prefix, index))
     except ConfigError as error:
         raise ConfigError(f"{key} = '{prefix}': {error}") from None
@@ -158,11 +160,11 @@ def open_corpus(prefix: str | Path, key: str) -> Corpus:
 
 
 def _map_tokens(prefix: Path, index: Index) -> NDArray[Any]:
-    file = beside(prefix, ".bin")
+    file = add_suffix(prefix, ".bin")
     expected = index.tokens * index.dtype.itemsize
     if (size := file.stat().st_size) != expected:
         raise ConfigError(
-            f"{file} has {size} bytes, its index {beside(prefix, '.idx')} speaks of {index.tokens} tokens of "
+            f"{file} has {size} bytes, its index {add_suffix(prefix, '.idx')} speaks of {index.tokens} tokens of "
             f"{index.dtype.itemsize} bytes = {expected}: it was cut off or is another corpus's, copy or prepare it anew"
         )
     if not size:
@@ -171,7 +173,7 @@ def _map_tokens(prefix: Path, index: Index) -> NDArray[Any]:
 
 
 def _read_description(prefix: Path, index: Index) -> CorpusDescription | None:
-    file = beside(prefix, ".json")
+    file = add_suffix(prefix, ".json")
     if not file.exists():
         return None
     try:
@@ -184,7 +186,7 @@ def _read_description(prefix: Path, index: Index) -> CorpusDescription | None:
     if (description.tokens, description.documents) != (index.tokens, documents):
         raise ConfigError(
             f"{file} speaks of {description.tokens} tokens in {description.documents} documents, the index "
-            f"{beside(prefix, '.idx')} of {index.tokens} in {documents}: one of them is another corpus's"
+            f"{add_suffix(prefix, '.idx')} of {index.tokens} in {documents}: one of them is another corpus's"
         )
     return description
 
@@ -264,7 +266,7 @@ class CheckedTokens:
         if len(block) and int(unsigned.max()) >= self._vocab_size:
             place = int(np.argmax(unsigned >= self._vocab_size))
             raise ConfigError(
-                f"{_named(self._corpus)}: token {part.start + place} of {beside(self._corpus.prefix, '.bin')} has the "
+                f"{_named(self._corpus)}: token {part.start + place} of {add_suffix(self._corpus.prefix, '.bin')} has the "
                 f"id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use the "
                 "tokenizer that it was prepared with"
             )

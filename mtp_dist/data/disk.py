@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.indexed import beside
+from mtp_dist.data.indexed import add_suffix
 from mtp_dist.disk import write_durably
 
 
 @contextmanager
-def speaking_of(path: Path, doing: str) -> Iterator[None]:
+def explain_os_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn what the operating system says into a sentence about the file, `path` where it names none."""
     try:
         yield
@@ -25,8 +25,8 @@ def speaking_of(path: Path, doing: str) -> Iterator[None]:
         ) from None
 
 
-def write_whole(file: Path, text: str) -> None:
+def atomic_write_text(file: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
-    temporary = beside(file, f".{os.getpid()}")
+    temporary = add_suffix(file, f".{os.getpid()}")
     write_durably(temporary, text)
     temporary.rename(file)

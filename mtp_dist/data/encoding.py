@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.disk import speaking_of
+from mtp_dist.data.disk import explain_os_errors
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.sources.text_loss import CHECKED_BYTES, measure_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer
@@ -125,7 +125,7 @@ class UnitEncoder:
     def _batches(self, unit: WorkUnit, summary: UnitSummary) -> Iterator[list[tuple[int, bytes]]]:
         """The documents that the tokenizer can read, with their numbers, about BATCH_BYTES at once."""
         texts = (
-            (number, document if self.tokenizer.takes_any_bytes else self._valid(unit, number, document, summary))
+            (number, document if self.tokenizer.accepts_raw_bytes else self._valid(unit, number, document, summary))
             for number, document in enumerate(_read(unit))
         )
         return in_batches(((number, text) for number, text in texts if text is not None), lambda item: len(item[1]))
@@ -155,5 +155,5 @@ def _place(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:
 
 
 def _read(unit: WorkUnit) -> Iterator[bytes]:
-    with speaking_of(Path(unit.source), "read"):
+    with explain_os_errors(Path(unit.source), "read"):
         yield from unit.documents()

@@ -22,7 +22,7 @@ HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
-def beside(prefix: Path, suffix: str) -> Path:
+def add_suffix(prefix: Path, suffix: str) -> Path:
     """`PREFIX.bin` and its like; a prefix may have dots of its own."""
     return prefix.with_name(prefix.name + suffix)
 

@@ -265,7 +265,7 @@ class _Corpora:
 
     def check_stream(self, of_key: Input, key: str) -> None:
         """Measure what the tokenizer loses of a stream's first documents, on rank 0: others need not read them too."""
-        if self.sources.tokenizer.takes_any_bytes or int(os.environ.get("RANK", 0)):
+        if self.sources.tokenizer.accepts_raw_bytes or int(os.environ.get("RANK", 0)):
             return
         documents: list[bytes] = []
         num_bytes = 0

@@ -23,15 +23,15 @@ from typing import Any, Protocol, cast
 from mtp_dist.config import ConfigError
 from mtp_dist.config.sections import MAX_TEXT_LOSS
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
-from mtp_dist.data.disk import speaking_of, write_whole
+from mtp_dist.data.disk import atomic_write_text, explain_os_errors
 from mtp_dist.data.documents import InvalidUtf8, WorkUnit
 from mtp_dist.data.encoding import UnitEncoder, UnitSummary
-from mtp_dist.data.indexed import beside
+from mtp_dist.data.indexed import add_suffix
 from mtp_dist.data.inputs import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
 from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.data.unfinished import JOURNAL, TOKENS, UnfinishedCorpus
-from mtp_dist.data.workers import WorkerDiedError, import_once, map_in_order
+from mtp_dist.data.workers import WorkerDiedError, map_in_order, preload_modules
 
 PLAN = "plan.json"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -64,7 +64,7 @@ class Request:
     @property
     def folder(self) -> Path:
         """Where the corpus is until it is whole."""
-        return beside(self.prefix, ".unfinished")
+        return add_suffix(self.prefix, ".unfinished")
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,17 @@ class Prepared:
 def prepare(request: Request, progress: Progress) -> Prepared:
     """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
     _check_prefix(request.prefix)
-    import_once("mtp_dist.data.encoding")  # while the inputs are looked for
+    preload_modules("mtp_dist.data.encoding")  # while the inputs are looked for
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
     with _own_folder(request):
         _check_plan(request, _plan(request, tokenizer, inputs))
-        finished = beside(request.prefix, ".json")
+        finished = add_suffix(request.prefix, ".json")
         if finished.exists():  # killed when only the folder was left to remove
             prepared = Prepared(CorpusDescription.model_validate_json(finished.read_bytes()))
         else:
             prepared = _make(request, tokenizer, inputs, progress)
-        with speaking_of(request.folder, "remove"):
+        with explain_os_errors(request.folder, "remove"):
             _remove(request.folder)
     return prepared
 
@@ -121,7 +121,7 @@ def _check_prefix(prefix: Path) -> None:
 @contextmanager
 def _own_folder(request: Request) -> Iterator[None]:
     """Make PREFIX.unfinished and keep other processes out of it."""
-    with speaking_of(request.folder, "make"):
+    with explain_os_errors(request.folder, "make"):
         request.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(request.folder, os.O_RDONLY)
     try:
@@ -151,20 +151,20 @@ def _check_plan(request: Request, plan: dict[str, Any]) -> None:
     file = request.folder / PLAN
     if not file.exists():
         for suffix in SUFFIXES:
-            if (there := beside(request.prefix, suffix)).exists():
+            if (there := add_suffix(request.prefix, suffix)).exists():
                 with suppress(OSError):
                     request.folder.rmdir()
                 raise ConfigError(f"{there} exists: delete it, or name another --to")
-        with speaking_of(file, "write"):
-            write_whole(file, json.dumps(plan))
+        with explain_os_errors(file, "write"):
+            atomic_write_text(file, json.dumps(plan))
         return
     try:
         begun = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise ConfigError(f"{file} is damaged: delete '{request.folder}' to begin anew") from None
     if begun != plan and not _has_units(request.folder):
-        with speaking_of(file, "write"):
-            write_whole(file, json.dumps(plan))
+        with explain_os_errors(file, "write"):
+            atomic_write_text(file, json.dumps(plan))
         return
     for name, ours in plan.items():
         if begun.get(name) != ours:
@@ -195,7 +195,7 @@ def _difference(theirs: Any, ours: Any) -> str:
 
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
     """Encode the units, add each to the corpus in its turn, and give the result its name."""
-    with speaking_of(request.folder, "read"):
+    with explain_os_errors(request.folder, "read"):
         corpus = UnfinishedCorpus(request.folder, request.prefix, tokenizer.dtype)
     sizes = [source.total for source in inputs]
     # Files have bytes and datasets rows, which have no sum.
@@ -227,7 +227,7 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
             files = "; ".join(_files_of(inputs).describe())
             raise ConfigError(f"{names}: no document has any text: give other inputs ({files})")
         description = _describe(request, tokenizer, corpus)
-        with speaking_of(request.folder, "write in"):
+        with explain_os_errors(request.folder, "write in"):
             corpus.finish(description.model_dump_json(indent=2) + "\n")
     return Prepared(description, first_empty, first_invalid, _files_of(inputs), loss)
 
@@ -248,7 +248,7 @@ def _added(
         yield unit, summary, True
     try:
         for unit, encoded in map_in_order(encoder, units, request.workers):
-            with speaking_of(request.folder / TOKENS, "write"):
+            with explain_os_errors(request.folder / TOKENS, "write"):
                 corpus.add(encoded)
             yield unit, encoded.summary, False
     except WorkerDiedError as death:
@@ -261,7 +261,7 @@ def _added(
 
 
 def _units(source: Input, request: Request) -> Iterator[WorkUnit]:
-    with speaking_of(request.prefix, "read"):
+    with explain_os_errors(request.prefix, "read"):
         yield from source.units(request.unit_bytes)
 
 

@@ -87,7 +87,7 @@ class TokenStream:
         while True:
             try:
                 for place, document in self._source.documents(position, self._shard):
-                    if not self._tokenizer.takes_any_bytes:
+                    if not self._tokenizer.accepts_raw_bytes:
                         # Invalid UTF-8 is replaced: a run of months must not end for one document.
                         document = document.decode(errors="replace").encode()
                     tokens, _ = self._tokenizer.encode_documents([document])

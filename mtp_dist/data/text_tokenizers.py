@@ -70,7 +70,7 @@ def decode_utf8(documents: Sequence[bytes]) -> list[str]:
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, with the end of a text as the files beside it tell."""
 
-    takes_any_bytes = False
+    accepts_raw_bytes = False
 
     def __init__(self, name: str, file: Path, named: str) -> None:
         """Raises ConfigError, which begins with `named`."""
@@ -149,7 +149,7 @@ def _configured_end(folder: Path, named: str) -> Iterable[str]:
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece `.model`."""
 
-    takes_any_bytes = False
+    accepts_raw_bytes = False
 
     def __init__(self, name: str, file: Path, named: str) -> None:
         """Raises ConfigError, which begins with `named`."""

@@ -33,7 +33,7 @@ class Tokenizer(ABC):
     """Tokens, added ones included: every id is below it."""
     end_of_document: int
     """The id that follows each document."""
-    takes_any_bytes: bool
+    accepts_raw_bytes: bool
     """Whether documents need not be UTF-8."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class ByteTokenizer(Tokenizer):
     name = "bytes"
     vocab_size = 257
     end_of_document = 256
-    takes_any_bytes = True
+    accepts_raw_bytes = True
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
         return [np.frombuffer(document, dtype=np.uint8).astype(np.uint16) for document in documents]

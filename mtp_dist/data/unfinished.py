@@ -11,9 +11,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.disk import write_whole
+from mtp_dist.data.disk import atomic_write_text
 from mtp_dist.data.encoding import EncodedUnit, UnitSummary
-from mtp_dist.data.indexed import beside
+from mtp_dist.data.indexed import add_suffix
 from mtp_dist.disk import sync
 
 TOKENS, LENGTHS, JOURNAL = "tokens.bin", "lengths.bin", "units.jsonl"
@@ -104,7 +104,7 @@ class UnfinishedCorpus:
         lengths: NDArray[np.int32] = np.fromfile(self.folder / LENGTHS, LENGTH)
         assert lengths.sum(dtype=np.int64) == self.total.tokens, "all units are whole"
         write_index(self.folder / INDEX, lengths, self._dtype.type)
-        write_whole(self.folder / METADATA_FILE, description)
+        atomic_write_text(self.folder / METADATA_FILE, description)
         for file in (TOKENS, INDEX):
             sync(self.folder / file)
         for file in (INDEX, TOKENS):
@@ -114,7 +114,7 @@ class UnfinishedCorpus:
         sync(self._prefix.absolute().parent)
 
     def _named(self, suffix: str) -> Path:
-        return beside(self._prefix, suffix)
+        return add_suffix(self._prefix, suffix)
 
 
 def _open(file: Path) -> BinaryIO:

@@ -90,7 +90,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def import_once(*modules: str) -> None:
+def preload_modules(*modules: str) -> None:
     """Begin to import modules for all workers that will be started, without waiting for it."""
     forkserver.set_forkserver_preload(["__main__", *modules])
     forkserver.ensure_running()

@@ -65,7 +65,7 @@ class TextLoss:
 def measure_loss(tokenizer: Tokenizer, documents: Sequence[bytes], tokens: Ids, lengths: Sequence[int]) -> TextLoss:
     """Measure the first documents, up to CHECKED_BYTES. `tokens` and `lengths` are what encoding them returned."""
     loss = TextLoss()
-    if tokenizer.takes_any_bytes:
+    if tokenizer.accepts_raw_bytes:
         return loss
     begin = 0
     for document, length in zip(documents, lengths, strict=True):

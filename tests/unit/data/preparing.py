@@ -13,7 +13,7 @@ from mtp_dist.data.encoding import UnitSummary
 from mtp_dist.data.inputs import InputOptions
 from mtp_dist.data.preparation import Prepared, Request, prepare
 from mtp_dist.data.unfinished import JOURNAL
-from mtp_dist.data.workers import import_once
+from mtp_dist.data.workers import preload_modules
 
 SMALL_UNIT = 2000
 
@@ -68,7 +68,7 @@ class Halting(Recorder):
 
 def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
     """`prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
-    import_once("mtp_dist.data.encoding")
+    preload_modules("mtp_dist.data.encoding")
     target, arguments = prepare, (asked, Halting(units, pause))
     process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     process.start()
