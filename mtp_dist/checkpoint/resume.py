@@ -14,7 +14,7 @@ from mtp_dist.checkpoint.folders import candidates, checkpoint_directory, is_che
 from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_quickly, check_weights
 from mtp_dist.config import Config, ConfigError, SourceConfig
 
-FREE = frozenset(
+UNCHECKED_KEYS = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout run.join_timeout heads.loss_mode heads.chunk_tokens
     data.validation data.max_text_loss train.micro_batch_size train.activation_checkpointing train.deterministic
@@ -22,7 +22,7 @@ FREE = frozenset(
     """.split()
 )
 """Keys that change what a run says, how fast it is or what it does about a fault, not what it learns without one."""
-FREE_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
+UNCHECKED_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
 FIXED_BEFORE_TRAINING = frozenset(
     """
     heads.kind heads.count heads.layers_per_head heads.repeated heads.prediction_distances heads.unembedding
@@ -141,7 +141,12 @@ def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Ite
         if key not in now or key.startswith("model."):
             yield f"checkpoint.allow_changes names {key}, which is not a key that may change from one start to the next"
     for key, value in now.items():
-        if before.get(key) == value or key in FREE or key in allowed or key.split(".")[0] in FREE_SECTIONS:
+        if (
+            before.get(key) == value
+            or key in UNCHECKED_KEYS
+            or key in allowed
+            or key.split(".")[0] in UNCHECKED_SECTIONS
+        ):
             continue
         if not saved.step and not key.startswith("model.") and key not in FIXED_BEFORE_TRAINING:
             continue

@@ -92,7 +92,7 @@ class HeadsConfig(Section):
         return 0 if self.kind in ("linear", "mlp") else self.layers_per_head
 
 
-def contradictions_of_heads(
+def incompatible_head_settings(
     heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int
 ) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
@@ -103,13 +103,13 @@ def contradictions_of_heads(
         )
     if heads.loss_mode == "naive" and heads.chunk_tokens:
         yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
-    yield from _contradictions_of_kind(heads)
-    yield from _contradictions_of_auxiliary_losses(heads)
-    yield from _contradictions_of_distances(heads, sequence_length)
-    yield from _contradictions_of_weights(heads, steps)
+    yield from _incompatible_with_kind(heads)
+    yield from _incompatible_auxiliary_losses(heads)
+    yield from _incompatible_distances(heads, sequence_length)
+    yield from _incompatible_loss_weights(heads, steps)
 
 
-def _contradictions_of_kind(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
     if heads.repeated and heads.kind != "sequential":
         yield f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it"
     if heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"):
@@ -129,7 +129,7 @@ def _contradictions_of_kind(heads: HeadsConfig) -> Iterator[str]:
         )
 
 
-def _contradictions_of_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
     if heads.distillation and heads.count == 1:
         yield "heads.distillation teaches the heads from head 2 on, heads.count is 1: remove it"
     if heads.distillation and heads.kind == "anticausal":
@@ -138,7 +138,7 @@ def _contradictions_of_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             "last to run"
         )
     if heads.distillation and heads.count > 1:
-        yield from _contradictions_of_teacher(heads)
+        yield from _incompatible_distillation(heads)
     if heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation:
         yield "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key"
     if heads.token_order_window != HeadsConfig().token_order_window and not heads.token_order:
@@ -149,7 +149,7 @@ def _contradictions_of_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             yield f"heads.{key} does not go with heads.loss_mode = 'naive', which lacks it: use 'eager' or 'recompute'"
 
 
-def _contradictions_of_teacher(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_distillation(heads: HeadsConfig) -> Iterator[str]:
     if heads.loss_weights and not heads.loss_weights[0]:
         yield (
             "heads.distillation teaches from head 1, whose heads.loss_weights is 0 so that it never learns: give it a "
@@ -162,7 +162,7 @@ def _contradictions_of_teacher(heads: HeadsConfig) -> Iterator[str]:
         )
 
 
-def _contradictions_of_distances(heads: HeadsConfig, sequence_length: int) -> Iterator[str]:
+def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterator[str]:
     distances = heads.distances
     key = f"heads.prediction_distances = {list(distances)}"
     if len(distances) != heads.count:
@@ -181,7 +181,7 @@ def _contradictions_of_distances(heads: HeadsConfig, sequence_length: int) -> It
         )
 
 
-def _contradictions_of_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
+def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     given = [key for key in ("loss_weights", "auxiliary_weight", "loss_decay") if getattr(heads, key) is not None]
     if len(given) > 1:
         yield f"{' and '.join(f'heads.{key}' for key in given)} each say how the losses are weighed: keep one"

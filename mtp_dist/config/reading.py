@@ -13,7 +13,7 @@ import yaml
 from mtp_dist.config.base import ConfigError
 from mtp_dist.config.rotary import RopeScalingConfig
 from mtp_dist.config.sections import Config, SourceConfig
-from mtp_dist.config.validation import contradictions
+from mtp_dist.config.validation import incompatible_settings
 
 MIN_NAME_SIMILARITY = 0.75
 """Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`
@@ -156,7 +156,7 @@ def typed_config(values: Mapping[str, Any]) -> Config:
 def build_config(values: Mapping[str, Any]) -> Config:
     """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
     config = typed_config(values)
-    if wrong := list(contradictions(config)):
+    if wrong := list(incompatible_settings(config)):
         raise ConfigError("\n".join(wrong))
     return config
 

@@ -24,12 +24,12 @@ class RopeScalingConfig(Section):
     """Tokens of the longest text of the training before the scaling."""
 
 
-OF_LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def contradictions_of_rope_scaling(scaling: RopeScalingConfig) -> Iterator[str]:
+def incompatible_rope_settings(scaling: RopeScalingConfig) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
-    for key in OF_LLAMA3:
+    for key in LLAMA3_KEYS:
         value = getattr(scaling, key)
         if scaling.rope_type == "llama3" and value is None:
             yield f"model.rope_scaling.{key} is missing: model.rope_scaling.rope_type = 'llama3' needs it"

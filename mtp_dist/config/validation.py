@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mtp_dist.config.heads import contradictions_of_heads
-from mtp_dist.config.rotary import contradictions_of_rope_scaling
+from mtp_dist.config.heads import incompatible_head_settings
+from mtp_dist.config.rotary import incompatible_rope_settings
 from mtp_dist.config.sections import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
@@ -15,7 +15,7 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
 )
 
 
-def contradictions(config: Config) -> Iterator[str]:
+def incompatible_settings(config: Config) -> Iterator[str]:
     """Yield one sentence for each pair of keys that cannot stand together."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
     yield from _indivisible(
@@ -24,7 +24,7 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _indivisible(
         "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
     )
-    yield from _contradictions_of_rotary_embeddings(model)
+    yield from _incompatible_rope(model)
     for key, value in (
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.query_groups),
@@ -35,13 +35,13 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "parallel.sequence = true needs parallel.tensor above 1: it shards over the tensor-parallel ranks"
     if parallel.sequence:
         yield from _indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
-    yield from _contradictions_of_parallelism(config)
-    yield from _contradictions_of_profile(config.log, train.steps)
-    yield from _contradictions_of_retention(config.checkpoint)
+    yield from _incompatible_parallelism(config)
+    yield from _incompatible_profile(config.log, train.steps)
+    yield from _incompatible_retention(config.checkpoint)
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
-    yield from _contradictions_of_sources(config.data)
-    yield from contradictions_of_heads(heads, model.tie_embeddings, train.steps, train.sequence_length)
+    yield from _incompatible_sources(config.data)
+    yield from incompatible_head_settings(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
@@ -53,7 +53,7 @@ def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterat
         yield f"{key} = {value} is not divisible by {divisor_key} = {divisor}: change one of the two"
 
 
-def _contradictions_of_parallelism(config: Config) -> Iterator[str]:
+def _incompatible_parallelism(config: Config) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
     if parallel.zero_stage > 1:
         yield (
@@ -85,17 +85,17 @@ def _contradictions_of_parallelism(config: Config) -> Iterator[str]:
             )
 
 
-def _contradictions_of_rotary_embeddings(model: ModelConfig) -> Iterator[str]:
+def _incompatible_rope(model: ModelConfig) -> Iterator[str]:
     if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
         yield (
             f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
             "even number of channels in an attention head"
         )
     if model.rope_scaling:
-        yield from contradictions_of_rope_scaling(model.rope_scaling)
+        yield from incompatible_rope_settings(model.rope_scaling)
 
 
-def _contradictions_of_profile(log: LogConfig, steps: int) -> Iterator[str]:
+def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:
     if log.profile_steps is None:
         return
     first, last = log.profile_steps
@@ -105,7 +105,7 @@ def _contradictions_of_profile(log: LogConfig, steps: int) -> Iterator[str]:
         yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps that are made"
 
 
-def _contradictions_of_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
+def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
     if checkpoint.keep_every and not checkpoint.keep_last:
         yield (
             f"checkpoint.keep_every = {checkpoint.keep_every} needs checkpoint.keep_last: without that every "
@@ -113,7 +113,7 @@ def _contradictions_of_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
         )
 
 
-def _contradictions_of_sources(data: DataConfig) -> Iterator[str]:
+def _incompatible_sources(data: DataConfig) -> Iterator[str]:
     if len({source.stream for source in data.train}) > 1:
         yield (
             "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
