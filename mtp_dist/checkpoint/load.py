@@ -143,7 +143,7 @@ def agree_on_resume_point(
     """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
 
     Rank 0 looks for it and tells the others; its tensors are what was written, each rank reads its share of them.
-    A collective over `cpu_group`, all ranks. Raise ConfigError, on every rank, where `find_resume_point` does, and if a
+    A collective over `gloo_group`, all ranks. Raise ConfigError, on every rank, where `find_resume_point` does, and if a
     rank does not see the checkpoint.
     """
     point = from_rank_0(lambda: find_resume_point(config, vocab_size), gloo_group)

@@ -50,7 +50,7 @@ def write_manifest(folder: Path, records: Mapping[str, FileRecord]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """By name of file. Raises DamagedError where it is missing or is none."""
+    """By name of file. Raises DamagedCheckpointError where it is missing or is none."""
     try:
         values = json.loads((folder / MANIFEST).read_bytes())
         if values.keys() != {"format", "files"} or values["format"] != FORMAT:
@@ -67,7 +67,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 def check_quickly(folder: Path) -> dict[str, FileRecord]:
     """Compare the size of each file and the content of the JSON files with the manifest, and return the manifest.
 
-    Raise DamagedError for the first difference, and if a part is missing that the checkpoint's own indexes list.
+    Raise DamagedCheckpointError for the first difference, and if a part is missing that the checkpoint's own indexes list.
     Whatever else lies in the folder does not matter.
     """
     records = read_manifest(folder)
@@ -87,7 +87,7 @@ def check_quickly(folder: Path) -> dict[str, FileRecord]:
 
 
 def _check_parts(folder: Path, records: Mapping[str, FileRecord]) -> None:
-    """Raise DamagedError unless the manifest has all that the checkpoint consists of."""
+    """Raise DamagedCheckpointError unless the manifest has all that the checkpoint consists of."""
     updates = _values_of(folder, METADATA_FILE, records).get("optimizer_updates")
     for kind in (MODEL, OPTIMIZER) if updates else (MODEL,):
         weight_map = _values_of(folder, index_file(kind), records).get("weight_map")
@@ -112,7 +112,7 @@ def _values_of(folder: Path, name: str, records: Mapping[str, FileRecord]) -> di
 def check_content(
     folder: Path, name: str, written: FileRecord, watch: Callable[[int], None] = lambda read: None
 ) -> None:
-    """Read a file and compare it with its record. Raises DamagedError."""
+    """Read a file and compare it with its record. Raises DamagedCheckpointError."""
     try:
         found = record_of(folder / name, watch)
     except OSError as error:
@@ -131,7 +131,7 @@ def tensor_files(records: Mapping[str, FileRecord]) -> list[str]:
 def check_fully(folder: Path, watch: ProgressCallback = lambda done, total: None) -> dict[str, FileRecord]:
     """Compare everything with the manifest, in this process, and return the manifest.
 
-    Raises DamagedError for the first difference.
+    Raises DamagedCheckpointError for the first difference.
     """
     records = check_quickly(folder)
     _check_contents(folder, tensor_files(records), records, watch)
@@ -141,7 +141,7 @@ def check_fully(folder: Path, watch: ProgressCallback = lambda done, total: None
 def check_weights(folder: Path, watch: ProgressCallback = lambda done, total: None) -> dict[str, FileRecord]:
     """Compare what `check_quickly` compares, and the content of the weights, with the manifest. Return the manifest.
 
-    The moments, two thirds of a checkpoint, are not read. Raises DamagedError for the first difference.
+    The moments, two thirds of a checkpoint, are not read. Raises DamagedCheckpointError for the first difference.
     """
     records = check_quickly(folder)
     names = [name for name in tensor_files(records) if name.startswith(f"{MODEL}-")]

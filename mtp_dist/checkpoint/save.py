@@ -86,7 +86,7 @@ def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...
 def gather_owned_tensors(snapshot: Snapshot, topology: Topology, tp_group: dist.ProcessGroup) -> dict[str, Tensors]:
     """The whole tensors that this rank writes, by kind of file; the snapshot's parts become these.
 
-    A collective over `tensor_group`, a tensor-parallel group for the CPU.
+    A collective over `tp_group`, a tensor-parallel group for the CPU.
     """
     return {kind: gather_full_tensors(parts, topology, tp_group) for kind, parts in snapshot.parts.items()}
 

@@ -154,7 +154,7 @@ def _show_checkpoints(folder: Path, as_json: bool) -> bool:
         elif lines:
             inspection.print_list(lines, console)
         if damage := [line.damage for line in lines if line.damage]:
-            stop(ConfigError("\n".join(damage)))
+            exit_with_error(ConfigError("\n".join(damage)))
         return bool(lines)
     try:
         with _bar() as progress:

@@ -266,8 +266,8 @@ class CheckedTokens:
         if len(block) and int(unsigned.max()) >= self._vocab_size:
             place = int(np.argmax(unsigned >= self._vocab_size))
             raise ConfigError(
-                f"{_named(self._corpus)}: token {part.start + place} of {add_suffix(self._corpus.prefix, '.bin')} has the "
-                f"id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use the "
+                f"{_named(self._corpus)}: token {part.start + place} of {add_suffix(self._corpus.prefix, '.bin')} has "
+                f"the id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use the "
                 "tokenizer that it was prepared with"
             )
         return block

@@ -38,7 +38,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
-        """The ids of each document. Raises ConfigError for invalid UTF-8 unless `takes_any_bytes`."""
+        """The ids of each document. Raises ConfigError for invalid UTF-8 unless `accepts_raw_bytes`."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:

@@ -17,7 +17,7 @@ from mtp_dist.loss.weights import HeadWeights
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.model.weights import initial_weight, named_weights, parameter_shapes, shard
 from mtp_dist.parallel.deepspeed_config import deepspeed_config
-from mtp_dist.parallel.gradient_monitor import GradientMonitor, module_group
+from mtp_dist.parallel.gradient_watch import GradientMonitor, module_group
 from mtp_dist.parallel.gradients import clip_by_global_norm
 from mtp_dist.parallel.optimizer_state import set_master_weight
 from mtp_dist.parallel.pipeline import MicroBatch, MultiTokenPipeline, suppress_stdout

@@ -53,7 +53,7 @@ class GradientMonitor:
     def __init__(
         self, pipeline: PipelineEngine, stage: MultiTokenPipeline, topology: Topology, parts: tuple[str, ...]
     ) -> None:
-        """parts: what `part_of` gives for the weights of the whole model."""
+        """parts: what `module_group` gives for the weights of the whole model."""
         self._stage = stage
         self._topology = topology
         self.parts = parts

@@ -87,7 +87,7 @@ def local_shards(
     topology: Topology,
     local: Callable[[nn.Parameter], Tensor],
 ) -> dict[str, TensorShard]:
-    """This rank's contribution to its stage's tensors, by global name. `local` is that of `whole_tensors`."""
+    """This rank's contribution to its stage's tensors, by global name. `local` is that of `full_tensors`."""
     owners = _owners(stage, shapes, topology)
     parts: dict[str, TensorShard] = {}
     for name, weight in named_weights(stage):

@@ -44,7 +44,7 @@ class Batches:
     def __init__(
         self, config: Config, topology: Topology, datasets: Datasets, completed_steps: int = 0, samples_read: int = 0
     ) -> None:
-        """The first step will be `updates_made` + 1 and begin with sample number `samples_read`."""
+        """The first step will be `completed_steps` + 1 and begin with sample number `samples_read`."""
         self.config = config
         self.topology = topology
         self.datasets = datasets

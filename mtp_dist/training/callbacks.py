@@ -248,7 +248,7 @@ class MetricsFile(MetricsWriter):
     name = "metrics.jsonl"
 
     def __init__(self, path: Path, completed_steps: int = 0) -> None:
-        """Keep the lines up to update `updates_made`; later ones are of steps that will be made again."""
+        """Keep the lines up to update `completed_steps`; later ones are of steps that will be made again."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= completed_steps]

@@ -27,7 +27,7 @@ class TensorBoardWriter(MetricsWriter):
     name = "TensorBoard's file"
 
     def __init__(self, directory: Path, validation_sets: Sequence[str | None], completed_steps: int = 0) -> None:
-        """What was written of steps after `updates_made` is hidden: they will be made again."""
+        """What was written of steps after `completed_steps` is hidden: they will be made again."""
         # Imported here because it takes seconds, which the other ranks and runs without TensorBoard need not wait.
         from torch.utils.tensorboard import SummaryWriter
 

@@ -86,7 +86,7 @@ class Trainer:
     def fit(self, completed_steps: int = 0, samples_read: int = 0) -> FitResult:
         """Train up to `train.steps` updates, validating and saving on the way and at the end.
 
-        updates_made and samples_read are those of the state that the engine is in. Every rank comes to the same end.
+        completed_steps and samples_read are those of the state that the engine is in. Every rank comes to the same end.
         """
         self._first_step, self._measured[:] = completed_steps + 1, 0
         ending: FitResult | None = None
@@ -152,7 +152,7 @@ class Trainer:
         rate, weights = learning_rate(config, step), head_weights(config, step)
         result = engine.train_step(batch, rate, weights)
         signal, fault = all_reduce_max([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
-        # All ranks must decide the same: find_not_finite is a collective.
+        # All ranks must decide the same: find_non_finite is a collective.
         skipped = f"the gradient is not finite, {engine.gradient_monitor.find_non_finite()}" if fault else None
         self._measured += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)

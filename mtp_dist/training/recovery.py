@@ -27,8 +27,8 @@ def fit_and_recover(
 ) -> FitResult:
     """`trainer.fit` from `begun_from` on, and after each SPIKE from the newest checkpoint, with the samples after it.
 
-    cpu_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
-    which it does on every rank after SKIPS, and where MOST_ROLLBACKS to the same checkpoint have not helped.
+    gloo_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
+    which it does on every rank after SKIPS, and where MAX_ROLLBACKS to the same checkpoint have not helped.
     """
     times: Counter[Path] = Counter()
     if begun_from:

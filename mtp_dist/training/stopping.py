@@ -19,12 +19,12 @@ SIGNAL_DEBOUNCE_S = 1.0
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a run that this signal stopped: REQUEUE, or what a shell expects after Ctrl-C."""
+    """Return the exit status of a run that this signal stopped: EXIT_PREEMPTED, or what a shell expects after Ctrl-C."""
     return 128 + number if number in INTERACTIVE_SIGNALS else EXIT_PREEMPTED
 
 
 class StopSignals:
-    """Records the signals of STOPPING inside a `with`, which has to be in the main thread.
+    """Records the signals of STOP_SIGNALS inside a `with`, which has to be in the main thread.
 
     A second one, unless the first was SIGUSR1, ends the process at once, also if it waits for a rank that no longer
     answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads what the

@@ -99,7 +99,7 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
         assert job.processes() == []
         assert re.search(r"error: rank 0: step \d+ takes longer than run.step_timeout = 8 s; all threads:", job.output)
         # In a pass of the step or in the all-reduce after it.
-        assert "in make_step" in job.output and "in fit" in job.output
+        assert "in train_step" in job.output and "in fit" in job.output
     record = pickle.loads((tmp_path / "out" / "flight_recorder" / "rank_00000").read_bytes())
     last = record["entries"][-1]
     assert last["profiling_name"].startswith("gloo:") and last["frames"], "which collective, and who called it"

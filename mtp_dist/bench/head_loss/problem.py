@@ -71,11 +71,11 @@ class Problem:
         hidden = self.trunk_output.flatten(0, 1)
         weight = self.unembedding.weight.detach()
         logits = torch.mm(hidden, weight.T)
-        of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        grad_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
         def step() -> None:
             torch.mm(hidden, weight.T, out=logits)
-            torch.mm(logits, weight, out=of_hidden)
+            torch.mm(logits, weight, out=grad_hidden)
             torch.mm(logits.T, hidden, out=of_weight)
 
         return step

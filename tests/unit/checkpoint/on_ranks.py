@@ -25,7 +25,7 @@ class Part:
 
 
 def train_part(config: Config, completed_steps: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
-    """Updates updates_made + 1 .. last, from a checkpoint if given; then a checkpoint."""
+    """Updates completed_steps + 1 .. last, from a checkpoint if given; then a checkpoint."""
     from mtp_dist.checkpoint.files import RunState
     from mtp_dist.checkpoint.folders import checkpoint_path
     from mtp_dist.checkpoint.load import restore

@@ -82,7 +82,7 @@ def writing_held_back() -> Iterator[Callable[[], None]]:
         return write_tensor_files(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "write_share", wait_first)
+        patch.setattr(saver, "write_tensor_files", wait_first)
         yield release.set
 
 
@@ -164,7 +164,7 @@ def _break(training: Training, directory: Path, seen: Seen) -> None:
 
     saver = training.saver_into(directory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "write_share", lambda *_: [][0])
+        patch.setattr(module, "write_tensor_files", lambda *_: [][0])
         saver.save(RunState(1))
         try:
             saver.save(RunState(2))

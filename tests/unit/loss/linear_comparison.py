@@ -45,7 +45,7 @@ def assert_equals_fp64(
     case: LinearCase, found: list[LinearAnswer], bounds: tuple[float, float], hidden_bound: float | None = None
 ) -> None:
     """bounds are those of the sums and of the gradients; hidden_bound, if given, that of the gradient of hidden."""
-    sums, of_hidden, of_weight = truth_of(case)
+    sums, grad_hidden, of_weight = truth_of(case)
     sum_bound, gradient_bound = bounds
     for answer in found:
         assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
@@ -54,8 +54,8 @@ def assert_equals_fp64(
         assert norm_error(found[0].sums[index], sums[index]) <= sum_bound
     assert found[0].sums[2] == sums[2], "hits"
     hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
-    assert norm_error(hidden, of_hidden) <= (hidden_bound or gradient_bound)
-    assert not hidden[~of_hidden.any(1)].any(), "rows without any target"
+    assert norm_error(hidden, grad_hidden) <= (hidden_bound or gradient_bound)
+    assert not hidden[~grad_hidden.any(1)].any(), "rows without any target"
     if case.frozen:
         assert all(answer.weight is None for answer in found)
         return

@@ -174,9 +174,9 @@ def test_any_shape(
     vocabulary = Vocabulary(entries, IGNORE_INDEX, ALONE)
     sums = linear_cross_entropy(hidden, rows, targets, vocabulary, chunk_tokens, request, soft)
     case = LinearCase(hidden, rows[:entries], targets, z_loss=z_loss, scale=0.5, soft=tuple(soft), soft_weight=0.25)
-    truth, of_hidden, of_weight = truth_of(case)
+    truth, grad_hidden, of_weight = truth_of(case)
     torch.testing.assert_close(torch.stack([*sums]), truth, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(request.hidden, of_hidden, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(request.hidden, grad_hidden, rtol=1e-12, atol=1e-13)
     assert request.weight is not None
     torch.testing.assert_close(request.weight, F.pad(of_weight, (0, 0, 0, padding)) + 1, rtol=1e-12, atol=1e-13)
 

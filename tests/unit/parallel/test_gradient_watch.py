@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from mtp_dist.parallel.gradient_monitor import module_group
 
+from mtp_dist.parallel.gradient_watch import module_group
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.parallel.watch_on_ranks import Watched, break_a_sum, watch

@@ -75,7 +75,7 @@ def test_rank_0_ends_the_start_of_all(meeting_point: str) -> None:
 def test_missing_ranks_are_named(
     meeting_point: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rendezvous, "SECONDS_OF_SILENCE", 0.5)
+    monkeypatch.setattr(rendezvous, "FIRST_STATUS_AFTER_S", 0.5)
     said = join_all([0, 2], 4, 2)
     came = f"2 of 4 ranks came to {meeting_point} (MASTER_ADDR:MASTER_PORT), missing: 1, 3"
     assert said[0] == (

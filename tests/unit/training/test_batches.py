@@ -123,7 +123,7 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
 
 
 @pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
-@pytest.mark.parametrize("pipeline_rank", range(4))
+@pytest.mark.parametrize("pp_rank", range(4))
 def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[str, bool]) -> None:
     config = config_of(4, 2, pipeline=4, **data)
     reads = pp_rank in (0, 3) or "attention_across_documents" in data

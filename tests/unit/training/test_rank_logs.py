@@ -16,8 +16,8 @@ PROJECT = Path(__file__).parents[3]
 START = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from mtp_dist.training.rank_logs import copy_output
-copy_output(Path(sys.argv[1]), anew=sys.argv[2] == "anew")
+from mtp_dist.training.rank_logs import tee_output
+tee_output(Path(sys.argv[1]), anew=sys.argv[2] == "anew")
 """
 
 

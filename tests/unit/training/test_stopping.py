@@ -69,7 +69,7 @@ def test_handlers_are_as_before_in_the_end() -> None:
 STUCK = """
 import ctypes, os, signal, threading, time
 from mtp_dist.training import stopping
-stopping.SECONDS_OF_ONE_REQUEST = 0.0
+stopping.SIGNAL_DEBOUNCE_S = 0.0
 with stopping.StopSignals() as signals:
     def say():
         while not signals.received:
