@@ -15,9 +15,9 @@ from mtp_dist.config import Config, ConfigError, load_config
 from mtp_dist.config.notices import notices
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.launcher import check_launcher_variables
-from mtp_dist.training.callbacks import Callback, StopReason
-from mtp_dist.training.output import make_output_optional
-from mtp_dist.training.rank_logs import tee_output
+from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.output import make_output_optional
+from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.training.run_lock import hold_folders
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.watchdog import Watchdog
@@ -25,12 +25,12 @@ from mtp_dist.training.watchdog import Watchdog
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from mtp_dist.checkpoint.resume import ResumePoint
-    from mtp_dist.data.loading import Datasets
+    from mtp_dist.checkpoint.find import ResumePoint
+    from mtp_dist.data.datasets import Datasets
     from mtp_dist.data.sources.opened import RunSources
     from mtp_dist.data.tokenizer import Tokenizer
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.training.reporting import RunReporter
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.monitoring.reporting import RunReporter
 
 RANK0_REPORT_GRACE_S = 10
 PEER_EXIT_GRACE_S = 3
@@ -95,9 +95,9 @@ def check_before_start(config: Config, needs_data: bool = True, memory_snapshot:
     Return the tokenizer and, if it needs data, the sources, as they were opened.
     """
     from mtp_dist.data.sources.opened import RunSources
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.training.dashboards import check_wandb
-    from mtp_dist.training.profiling import check_profile
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.monitoring.dashboards import check_wandb
+    from mtp_dist.monitoring.profiling import check_profile
     from mtp_dist.verify.memory import check_memory
 
     check_launcher_variables()
@@ -145,8 +145,8 @@ def pretrain(
 
     Before, measure each rank if preflight is asked for; memory_snapshot is of what --memory-snapshot writes.
     """
-    from mtp_dist.data.loading import load_datasets
-    from mtp_dist.parallel.device import select_device
+    from mtp_dist.data.datasets import load_datasets
+    from mtp_dist.distributed.device import select_device
 
     vocab_size = sources.vocab_size
     datasets = load_datasets(config, sources)
@@ -155,15 +155,15 @@ def pretrain(
     silence_import_warnings()
 
     # DeepSpeed and Megatron-core look at the device when they are imported.
-    from mtp_dist.checkpoint.load import agree_on_resume_point, restore
+    from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
-    from mtp_dist.training.loop import Trainer
-    from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.preflight import Preflight
-    from mtp_dist.training.profiling import begin_memory_history, profiling_callbacks
+    from mtp_dist.distributed.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
     from mtp_dist.training.recovery import fit_and_recover
+    from mtp_dist.training.trainer import Trainer
+    from mtp_dist.verify.preflight import Preflight
 
     topology = initialize_topology(config, device)
     if memory_snapshot:
@@ -208,7 +208,7 @@ def _end_together(
     import torch.distributed as dist
 
     from mtp_dist.checkpoint.folders import checkpoint_path
-    from mtp_dist.parallel.topology import close_topology
+    from mtp_dist.distributed.topology import close_topology
 
     if finished:
         checkpoint = checkpoint_path(config, config.train.steps)
@@ -219,7 +219,7 @@ def _end_together(
 
 def _restore_samples(datasets: "Datasets", resumed: "ResumePoint | None", config: Config) -> int:
     """Return the number of samples read before."""
-    from mtp_dist.data.loading import with_positions
+    from mtp_dist.data.datasets import with_positions
 
     if not resumed or not resumed.step:  # a checkpoint of step 0 is an imported model's, which no samples were read for
         return 0
@@ -231,7 +231,7 @@ def _reporter(
     config: Config, vocab_size: int, datasets: "Datasets", engine: "TrainingEngine", resumed: "ResumePoint | None"
 ) -> "RunReporter":
     """Rank 0's, in a folder that has no other run's files. Print what was read of the sources first."""
-    from mtp_dist.training.reporting import RunReporter, archive_previous_run
+    from mtp_dist.monitoring.reporting import RunReporter, archive_previous_run
 
     for line in datasets.notices:
         print(line, flush=True)
@@ -242,7 +242,7 @@ def _reporter(
 
 def _callbacks_of_rank_0(reporter: "RunReporter", hosts: Sequence[str]) -> list[Callback]:
     """hosts: name of each rank's machine."""
-    from mtp_dist.training.stragglers import Stragglers
+    from mtp_dist.monitoring.stragglers import Stragglers
 
     return [reporter, Stragglers(hosts, reporter.note)]
 
@@ -282,7 +282,7 @@ def silence_import_warnings() -> None:
 
 def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | None:
     """The prompt and a continuation of it by the model as it was saved."""
-    from mtp_dist.checkpoint.load import load_weights
+    from mtp_dist.checkpoint.restore import load_weights
     from mtp_dist.inference.sampling import sample_continuation
     from mtp_dist.model.reference import ReferenceModel
 

@@ -36,7 +36,7 @@ def _serve(rank: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     silence_import_warnings()
-    import mtp_dist.parallel.engine  # noqa: F401
+    import mtp_dist.engine.engine  # noqa: F401
 
     # Of the half million objects of the packages none is ever garbage, and to look at them at the end of each task
     # takes a quarter of its time.

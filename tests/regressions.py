@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTY_COMMIT = "9e30c7b"
 FILE_TIMEOUT_S = 1200
 MOVED_MODULES = {
-    "mtp_dist.checkpoint.reader": "mtp_dist.checkpoint.files",
-    "mtp_dist.config.validation": "mtp_dist.config.sections",
+    "mtp_dist.checkpoint.reader": "mtp_dist.checkpoint.format",
+    "mtp_dist.config.validation": "mtp_dist.config.schema",
 }
 """Modules that have another name at the faulty commit."""
 

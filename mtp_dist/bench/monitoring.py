@@ -20,20 +20,20 @@ from rich.table import Table
 
 from mtp_dist.bench.measure import paired_seconds, processor_name, usable_cores
 from mtp_dist.config import Config
-from mtp_dist.data.loading import load_datasets
+from mtp_dist.data.dataloader import Batches
+from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import vocabulary_size
-from mtp_dist.loss.weights import head_weights
-from mtp_dist.parallel.device import device_name
-from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import Topology
+from mtp_dist.distributed.device import device_name
+from mtp_dist.distributed.topology import Topology
+from mtp_dist.engine.engine import TrainingEngine
+from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+from mtp_dist.loss.schedule import head_weights
+from mtp_dist.monitoring.callbacks import StopReason
+from mtp_dist.monitoring.reporting import RunReporter
+from mtp_dist.monitoring.stragglers import Stragglers
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.training.batches import Batches
-from mtp_dist.training.callbacks import StopReason
-from mtp_dist.training.loop import Trainer
-from mtp_dist.training.optimizer import build_optimizer, learning_rate
-from mtp_dist.training.reporting import RunReporter
 from mtp_dist.training.stopping import StopSignals
-from mtp_dist.training.stragglers import Stragglers
+from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
 
 

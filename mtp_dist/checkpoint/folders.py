@@ -12,10 +12,10 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from mtp_dist.checkpoint.files import METADATA_FILE
+from mtp_dist.checkpoint.format import METADATA_FILE
 from mtp_dist.checkpoint.manifest import MANIFEST
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.disk import sync, write_durably
+from mtp_dist.fs import sync, write_durably
 
 LATEST = "latest"
 UNFINISHED, REPLACED, DELETED = ".unfinished", ".replaced", ".deleted"

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import METADATA_FILE, MODEL, OPTIMIZER, index_file
+from mtp_dist.checkpoint.format import METADATA_FILE, MODEL, OPTIMIZER, index_file
 from mtp_dist.config import ConfigError
-from mtp_dist.disk import write_durably
+from mtp_dist.fs import write_durably
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -67,8 +67,8 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 def check_quickly(folder: Path) -> dict[str, FileRecord]:
     """Compare the size of each file and the content of the JSON files with the manifest, and return the manifest.
 
-    Raise DamagedCheckpointError for the first difference, and if a part is missing that the checkpoint's own indexes list.
-    Whatever else lies in the folder does not matter.
+    Raise DamagedCheckpointError for the first difference, and if a part is missing that the checkpoint's own indexes
+    list. Other files in the folder do not matter.
     """
     records = read_manifest(folder)
     for name in sorted(records):

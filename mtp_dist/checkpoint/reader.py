@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import index_file
+from mtp_dist.checkpoint.format import index_file
 from mtp_dist.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from mtp_dist.config import ConfigError
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import (
+from mtp_dist.checkpoint.format import (
     METADATA_FILE,
     MODEL,
     OPTIMIZER,
@@ -26,12 +26,12 @@ from mtp_dist.checkpoint.files import (
 )
 from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
 from mtp_dist.config import Config
-from mtp_dist.disk import sync
-from mtp_dist.model.weights import parameter_shapes
-from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.optimizer_state import MOMENTS, check_updates, ensure_state, moment
-from mtp_dist.parallel.topology import Topology
-from mtp_dist.parallel.weights import TensorShard, gather_full_tensors, local_shards, master_weight
+from mtp_dist.distributed.topology import Topology
+from mtp_dist.engine.engine import TrainingEngine
+from mtp_dist.engine.optimizer_state import MOMENTS, check_updates, ensure_state, moment
+from mtp_dist.engine.tensor_shards import TensorShard, gather_full_tensors, local_shards, master_weight
+from mtp_dist.fs import sync
+from mtp_dist.model.parameters import parameter_shapes
 
 Tensors = dict[str, Tensor]
 Parts = dict[str, TensorShard]

@@ -7,7 +7,6 @@ from threading import Thread
 from time import sleep
 from typing import TypeVar
 
-from mtp_dist.checkpoint.files import CheckpointMetadata, RunState
 from mtp_dist.checkpoint.folders import (
     UNFINISHED,
     checkpoint_path,
@@ -16,6 +15,7 @@ from mtp_dist.checkpoint.folders import (
     publish,
     with_suffix_appended,
 )
+from mtp_dist.checkpoint.format import CheckpointMetadata, RunState
 from mtp_dist.checkpoint.save import (
     Snapshot,
     Tensors,
@@ -25,8 +25,8 @@ from mtp_dist.checkpoint.save import (
     write_tensor_files,
 )
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import GlooGroups, all_gather_objects
+from mtp_dist.distributed.topology import GlooGroups, all_gather_objects
+from mtp_dist.engine.engine import TrainingEngine
 
 RETRY_DELAYS_S = (2.0, 10.0, 60.0)
 """Seconds before the second, third, .. time that a checkpoint is tried to be written."""

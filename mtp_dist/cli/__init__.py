@@ -14,8 +14,8 @@ from rich.table import Table
 
 from mtp_dist.cli.bench import bench
 from mtp_dist.config import ConfigError, load_config
-from mtp_dist.config.sections import MAX_TEXT_LOSS
-from mtp_dist.data.documents import InvalidUtf8
+from mtp_dist.config.schema import MAX_TEXT_LOSS
+from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -66,9 +66,9 @@ def selfcheck(
     except ConfigError as error:
         exit_with_error(error)
     silence_import_warnings()
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import close_topology, initialize_topology
-    from mtp_dist.training.selfcheck import selfcheck as compare
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
+    from mtp_dist.verify.selfcheck import selfcheck as compare
 
     try:
         topology = initialize_topology(settings, select_device(settings))
@@ -116,10 +116,10 @@ def prepare(
     INPUT is a folder (with --glob), a file of text or code, JSON lines, JSON, CSV or Parquet, python-stdlib, or a
     Hugging Face dataset. What was killed goes on with the same command.
     """
-    from mtp_dist.data.inputs import InputOptions
-    from mtp_dist.data.preparation import Request
-    from mtp_dist.data.preparation import prepare as make
-    from mtp_dist.data.progress import PreparationProgress, describe
+    from mtp_dist.data.prepare.prepare import Request
+    from mtp_dist.data.prepare.prepare import prepare as make
+    from mtp_dist.data.prepare.progress import PreparationProgress, describe
+    from mtp_dist.data.sources.text_sources import InputOptions
 
     options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
     workers = workers or len(os.sched_getaffinity(0))
@@ -288,7 +288,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page with the curves, events and configuration of a run, or of several beside one another."""
-    from mtp_dist.report.page import write_report
+    from mtp_dist.monitoring.report.page import write_report
 
     folders = [Path(run).expanduser() for run in runs]
     try:

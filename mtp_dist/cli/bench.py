@@ -76,8 +76,8 @@ def checkpoint(
     silence_import_warnings()
     from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
     from mtp_dist.bench.checkpoint.report import table
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import close_topology, initialize_topology
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     try:
         topology = initialize_topology(settings, select_device(settings))
@@ -136,8 +136,8 @@ def monitoring(
         exit_with_error(error)
     silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring, table
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import close_topology, initialize_topology
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     try:
         topology = initialize_topology(settings, select_device(settings))

@@ -6,10 +6,10 @@ rank does work.
 
 from mtp_dist.config.base import ConfigError, Section
 from mtp_dist.config.heads import HeadsConfig
+from mtp_dist.config.loader import build_config, load_config, override_values, read_values
 from mtp_dist.config.migration import config_to_save, saved_config
-from mtp_dist.config.reading import build_config, load_config, override_values, read_values
-from mtp_dist.config.rotary import RopeScalingConfig
-from mtp_dist.config.sections import Config, ModelConfig, SourceConfig
+from mtp_dist.config.rope import RopeScalingConfig
+from mtp_dist.config.schema import Config, ModelConfig, SourceConfig
 
 __all__ = [
     "Config",

@@ -8,8 +8,8 @@ from copy import deepcopy
 from typing import Any
 
 from mtp_dist.config.base import MAX_INTEGER, ConfigError
-from mtp_dist.config.reading import typed_config
-from mtp_dist.config.sections import Config
+from mtp_dist.config.loader import typed_config
+from mtp_dist.config.schema import Config
 
 VERSION = 2
 """That of the keys in config/sections.py; a file without a version has the first."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from math import gcd
 
-from mtp_dist.config.sections import Config
+from mtp_dist.config.schema import Config
 
 
 def notices(config: Config, tokenizer_vocab_size: int, world_size: int = 1) -> Iterator[str]:

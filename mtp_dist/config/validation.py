@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mtp_dist.config.heads import incompatible_head_settings
-from mtp_dist.config.rotary import incompatible_rope_settings
-from mtp_dist.config.sections import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
+from mtp_dist.config.rope import incompatible_rope_settings
+from mtp_dist.config.schema import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.files import CheckpointMetadata
+from mtp_dist.checkpoint.format import CheckpointMetadata
 
 CARD = """\
 ---
@@ -62,7 +62,7 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.model.reference import ReferenceModel
 
 model = ReferenceModel(*load_weights(Path("../imported")))

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, index_file, tensor_file
+from mtp_dist.checkpoint.format import MODEL, index_file, tensor_file
 from mtp_dist.config import ConfigError
-from mtp_dist.disk import sync
+from mtp_dist.fs import sync
 
 FILE_BYTES = 2 * 2**30
 """Largest file of weights, if no single weight is larger."""

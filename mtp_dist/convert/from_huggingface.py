@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import METADATA_FILE, CheckpointMetadata
+from mtp_dist.checkpoint.format import METADATA_FILE, CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.config import Config
 from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_weights
@@ -18,7 +18,7 @@ from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.new_heads import NewHeads
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.convert.tokenizer_files import copy_tokenizer, find_tokenizer
-from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.model.parameters import parameter_shapes
 
 RUN = "run.yaml"
 """The configuration beside the weights, to start a training with."""

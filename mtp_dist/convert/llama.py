@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
-from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.model.parameters import parameter_shapes
 
 QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 LAYER: dict[str, tuple[str, ...]] = {

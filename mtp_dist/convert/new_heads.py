@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config, ConfigError
 from mtp_dist.convert.llama import llama_layers, llama_weights
-from mtp_dist.model.weights import initial_weight, parameter_shapes
+from mtp_dist.model.parameters import initial_weight, parameter_shapes
 
 _IN_A_LAYER = re.compile(r"heads\.\w+\.(?:layers\.)?(\d+)\.(.+)")
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.files import MODEL, read_metadata
+from mtp_dist.checkpoint.find import find_valid_checkpoint
+from mtp_dist.checkpoint.format import MODEL, read_metadata
 from mtp_dist.checkpoint.manifest import ProgressCallback as BytesWatch
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.resume import find_valid_checkpoint
 from mtp_dist.config import Config, ConfigError, config_to_save
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_tensors, write_weights
@@ -22,7 +22,7 @@ from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.model.parameters import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from mtp_dist.config import ConfigError, Section
-from mtp_dist.data.documents import InvalidUtf8
 from mtp_dist.data.indexed import Index, add_suffix, read_index
 from mtp_dist.data.sources.text_loss import TextLoss
+from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.data.tokenizer import Tokenizer
 
 SCAN_BLOCK_TOKENS = 1 << 24
@@ -267,7 +267,7 @@ class CheckedTokens:
             place = int(np.argmax(unsigned >= self._vocab_size))
             raise ConfigError(
                 f"{_named(self._corpus)}: token {part.start + place} of {add_suffix(self._corpus.prefix, '.bin')} has "
-                f"the id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use the "
-                "tokenizer that it was prepared with"
+                f"the id {int(block[place])}, the vocabulary has {self._vocab_size} (0 to {self._vocab_size - 1}): use "
+                "the tokenizer that it was prepared with"
             )
         return block

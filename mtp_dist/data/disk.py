@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.indexed import add_suffix
-from mtp_dist.disk import write_durably
+from mtp_dist.fs import write_durably
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import ConfigError
 from mtp_dist.data.blending import Blend
-from mtp_dist.data.inputs import WHOLE, Input, Shard
+from mtp_dist.data.sources.text_sources import WHOLE, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
 
 State = dict[str, Any]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.model.blocks import LinearHead, ResidualHead, SequentialHead, TransformerHead
 from mtp_dist.model.layers import RMSNorm, transformer_config
-from mtp_dist.model.weights import head_key
+from mtp_dist.model.parameters import head_key
 
 _HEADS: dict[str, Callable[[Config], nn.Module]] = {
     "parallel": TransformerHead,

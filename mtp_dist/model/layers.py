@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.rotary import rope_inv_freq
+from mtp_dist.model.rope import rope_inv_freq
 
 # Without dropout a recomputation draws no random numbers, so no generator state needs saving.
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.rotary import rope_inv_freq
+from mtp_dist.model.parameters import initial_weight, parameter_shapes
+from mtp_dist.model.rope import rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.weights import initial_weight, parameter_shapes
 
 
 def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

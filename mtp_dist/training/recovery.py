@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from mtp_dist.checkpoint.load import agree_on_resume_point, restore
-from mtp_dist.checkpoint.resume import ResumePoint
+from mtp_dist.checkpoint.find import ResumePoint
+from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import ConfigError
-from mtp_dist.training.callbacks import StopReason
-from mtp_dist.training.loop import FitResult, Trainer
-from mtp_dist.training.reporting import RunReporter
+from mtp_dist.monitoring.callbacks import StopReason
+from mtp_dist.monitoring.reporting import RunReporter
+from mtp_dist.training.trainer import FitResult, Trainer
 
 MAX_ROLLBACKS = 3
 """Times that a run goes back to the same checkpoint: more new samples would not help either."""

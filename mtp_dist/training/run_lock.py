@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.training.events import EVENTS, check_progress
+from mtp_dist.monitoring.events import EVENTS, check_progress
 
 if TYPE_CHECKING:
     from mtp_dist.training.stopping import StopSignals
@@ -299,7 +299,7 @@ def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
                 held.enter_context(lock)
             except ConfigError as error:
                 if world_size > 1:
-                    from mtp_dist.parallel.rendezvous import join
+                    from mtp_dist.distributed.rendezvous import join
 
                     join(rank, world_size, config.run.join_timeout, {}, refusal=str(error))
                 raise

@@ -19,7 +19,7 @@ SIGNAL_DEBOUNCE_S = 1.0
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a run that this signal stopped: EXIT_PREEMPTED, or what a shell expects after Ctrl-C."""
+    """Return the exit status of a run that this signal stopped: EXIT_PREEMPTED, or the shell's own after Ctrl-C."""
     return 128 + number if number in INTERACTIVE_SIGNALS else EXIT_PREEMPTED
 
 

@@ -64,7 +64,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     def start(*_: object) -> None:
         raise Started
 
-    monkeypatch.setattr("mtp_dist.parallel.topology.initialize_topology", start)
+    monkeypatch.setattr("mtp_dist.distributed.topology.initialize_topology", start)
     yield jobs.write_config(tmp_path)
 
 

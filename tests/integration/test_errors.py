@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
+from mtp_dist.monitoring import dashboards
 from mtp_dist.pretrain import main
-from mtp_dist.training import dashboards
 from tests.integration import jobs
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_dist.data.inputs import InputOptions
-from mtp_dist.data.preparation import Request, prepare
-from mtp_dist.data.progress import PreparationProgress
+from mtp_dist.data.prepare.prepare import Request, prepare
+from mtp_dist.data.prepare.progress import PreparationProgress
+from mtp_dist.data.sources.text_sources import InputOptions
 from mtp_dist.training.watchdog import EXIT_HUNG
 from tests.integration import jobs
 from tests.integration.test_failures import STOPPED_CLOCK_PROGRAM, assert_checkpoints_are_whole

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtp_dist.training.dashboards import WandbWriter
+from mtp_dist.monitoring.dashboards import WandbWriter
 from mtp_dist.training.stopping import EXIT_PREEMPTED
 from tests.integration import jobs
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from mtp_dist.data.corpus import open_corpus
-from mtp_dist.data.unfinished import JOURNAL
+from mtp_dist.data.prepare.corpus_writer import JOURNAL
 from tests.integration import jobs
 
 PREPARE = [sys.executable, "-m", "mtp_dist.cli", "prepare"]

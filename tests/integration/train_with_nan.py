@@ -1,6 +1,6 @@
 """The training program, in which one weight's gradient on rank 1 is not a number from step 3 on."""
 
-from mtp_dist.parallel import device
+from mtp_dist.distributed import device
 from mtp_dist.pretrain import main
 
 WEIGHT = "heads.2.0.mlp.linear_fc1.weight"
@@ -10,8 +10,8 @@ select_device = device.select_device
 def select_device_and_break_a_gradient(config):
     selected = select_device(config)
     # Imports DeepSpeed, which looks at the device.
-    from mtp_dist.model.weights import named_weights
-    from mtp_dist.parallel.engine import TrainingEngine
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.model.parameters import named_weights
 
     train_step = TrainingEngine.train_step
     steps = []

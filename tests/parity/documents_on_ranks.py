@@ -11,12 +11,12 @@ END_OF_FIRST = 7
 
 def losses_of_second_documents(config: Config) -> tuple[Tensor, Tensor]:
     """Sums `[n]` of the heads' losses at positions of second documents, before and after a change to the first ones."""
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
     from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reference import END_OF_DOCUMENT, local_micro_batches, random_batch
+    from mtp_dist.verify.reference_training import END_OF_DOCUMENT, local_micro_batches, random_batch
 
     device = select_device(config)
     topology = initialize_topology(config, device)

@@ -66,16 +66,16 @@ class Run:
 
 def global_batches(config: Config, steps: int) -> list[tuple[Tensor, Tensor]]:
     """Unevenly masked random batches, of steps 1..steps. The same at every layout."""
-    from mtp_dist.training.reference import random_batch
+    from mtp_dist.verify.reference_training import random_batch
 
     seeds = (config.model_copy(update={"run": config.run.model_copy(update={"seed": s})}) for s in range(steps))
     return [random_batch(seeded, VOCAB_SIZE) for seeded in seeds]
 
 
 def reference_run(config: Config, steps: int) -> Run:
-    from mtp_dist.loss.weights import head_weights
-    from mtp_dist.training.optimizer import learning_rate
-    from mtp_dist.training.reference import ReferenceTraining
+    from mtp_dist.engine.optimizer import learning_rate
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.verify.reference_training import ReferenceTraining
 
     training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
     results = [
@@ -89,14 +89,14 @@ def reference_run(config: Config, steps: int) -> Run:
 
 def sharded_run(config: Config, steps: int) -> Run | None:
     """On each rank of a test: the run, with this stage's gradients and weights; None on ranks that only repeat them."""
-    from mtp_dist.loss.weights import head_weights
-    from mtp_dist.model.weights import parameter_shapes
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.parallel.weights import capture_first_gradients, full_tensors, master_weight
-    from mtp_dist.training.optimizer import build_optimizer, learning_rate
-    from mtp_dist.training.reference import local_micro_batches, mean_losses
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+    from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import parameter_shapes
+    from mtp_dist.verify.reference_training import local_micro_batches, mean_losses
 
     device = select_device(config)
     topology = initialize_topology(config, device)
@@ -130,14 +130,14 @@ def merge(stages: list[Run | None]) -> Run:
 
 def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
     """This rank's weights before and after a step in which one element of rank 0's gradient is NaN, and its norm."""
-    from mtp_dist.loss.weights import head_weights
-    from mtp_dist.model.weights import named_weights
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.gradients import before_update
-    from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reference import local_micro_batches
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.gradients import before_update
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import named_weights
+    from mtp_dist.verify.reference_training import local_micro_batches
 
     device = select_device(config)
     topology = initialize_topology(config, device)
@@ -158,12 +158,12 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
 def losses_of_evaluations(config: Config) -> list[Tensor]:
     """Losses of one batch by an evaluation, by the first training step, and by evaluations after it of the batch once
     and twice over; each `[3, n]`, see `mean_losses`."""
-    from mtp_dist.loss.weights import head_weights
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.optimizer import build_optimizer
-    from mtp_dist.training.reference import local_micro_batches, mean_losses
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.verify.reference_training import local_micro_batches, mean_losses
 
     device = select_device(config)
     topology = initialize_topology(config, device)

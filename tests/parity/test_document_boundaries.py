@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mtp_dist.model.targets import IGNORE_INDEX, document_ids
-from mtp_dist.training.reference import END_OF_DOCUMENT
+from mtp_dist.verify.reference_training import END_OF_DOCUMENT
 from tests.parity.comparison import Layout, assert_equals_reference, layout_config, name_of
 from tests.parity.documents_on_ranks import losses_of_second_documents
 from tests.parity.runs import global_batches

@@ -14,18 +14,18 @@ import torch
 import torch.distributed as dist
 
 from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
-from mtp_dist.checkpoint.files import RunState
 from mtp_dist.checkpoint.folders import checkpoint_path
-from mtp_dist.checkpoint.load import restore
+from mtp_dist.checkpoint.format import RunState
+from mtp_dist.checkpoint.restore import restore
 from mtp_dist.checkpoint.save import gather_owned_tensors, take_snapshot
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
-from mtp_dist.loss.weights import head_weights
-from mtp_dist.parallel.device import device_name
-from mtp_dist.parallel.engine import TrainingEngine
-from mtp_dist.parallel.topology import GlooGroups, Topology, new_gloo_groups
-from mtp_dist.training.optimizer import build_optimizer, learning_rate
-from mtp_dist.training.reference import local_micro_batches, random_batch
+from mtp_dist.distributed.device import device_name
+from mtp_dist.distributed.topology import GlooGroups, Topology, new_gloo_groups
+from mtp_dist.engine.engine import TrainingEngine
+from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+from mtp_dist.loss.schedule import head_weights
+from mtp_dist.verify.reference_training import local_micro_batches, random_batch
 
 STEP = 1
 

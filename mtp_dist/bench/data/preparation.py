@@ -17,14 +17,14 @@ import torch
 from mtp_dist.bench.data.timed_tokenizer import TimedTokenizer
 from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.config import ConfigError
-from mtp_dist.data import preparation
-from mtp_dist.data.documents import WorkUnit
-from mtp_dist.data.encoding import UnitSummary, in_batches
-from mtp_dist.data.inputs import UNIT_BYTES, InputOptions, open_inputs
-from mtp_dist.data.preparation import Request, prepare
+from mtp_dist.data.prepare import prepare as preparation
+from mtp_dist.data.prepare.prepare import Request, prepare
+from mtp_dist.data.prepare.tokenize import UnitSummary, in_batches
+from mtp_dist.data.prepare.worker_pool import map_in_order
+from mtp_dist.data.sources.text_sources import UNIT_BYTES, InputOptions, open_inputs
+from mtp_dist.data.sources.work_units import WorkUnit
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
-from mtp_dist.data.workers import map_in_order
 
 TRAINED = "trained"
 """The tokenizer that the benchmark trains on the text itself."""

@@ -23,7 +23,7 @@ from mtp_dist.config import ConfigError
 # Megatron-core and DeepSpeed look at the device when they are imported, so ranks import them once it is selected.
 if TYPE_CHECKING:
     from mtp_dist.bench.head_loss.problem import ReferenceGradients
-    from mtp_dist.parallel.topology import Topology
+    from mtp_dist.distributed.topology import Topology
 
 ROUNDS = 3
 MATMULS = "matmuls"
@@ -57,11 +57,11 @@ def measure_head_loss(settings: Settings, prepare: Callable[[], None]) -> Result
 
 def measure_on_rank(settings: Settings, prepare: Callable[[], None]) -> Result:
     """This rank's part of the benchmark; rank 0's result is the one to show. Raises ConfigError where memory ends."""
-    from mtp_dist.parallel.device import select_device
+    from mtp_dist.distributed.device import select_device
 
     device = select_device(settings.config)
     prepare()
-    from mtp_dist.parallel.topology import close_topology, initialize_topology
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -88,7 +88,7 @@ class _Benchmark:
 
     def __init__(self, settings: Settings, topology: "Topology") -> None:
         from mtp_dist.bench.head_loss.problem import Problem
-        from mtp_dist.parallel.topology import tp_group
+        from mtp_dist.distributed.topology import tp_group
 
         self.settings = settings
         self.device = topology.device

@@ -16,8 +16,8 @@ from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
 from mtp_dist.loss.linear_cross_entropy import Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import Unembedding
+from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.weights import padded_vocab_size
 
 REFERENCE_BYTES = 2**28
 """Memory for the fp64 logits of one slice of the reference."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.corpus import Corpus, open_corpus, prefix_of
-from mtp_dist.data.inputs import Input, InputOptions, open_inputs
+from mtp_dist.data.sources.text_sources import Input, InputOptions, open_inputs
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_size
 
 

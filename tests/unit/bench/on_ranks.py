@@ -81,9 +81,9 @@ def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
 def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
     """Steps whose gradients were looked at, others, and the result of one round."""
     from mtp_dist.bench.monitoring import measure_monitoring
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
 
     config = load_config(path)
     topology = initialize_topology(config, select_device(config))

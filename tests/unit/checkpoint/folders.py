@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.checkpoint.files import MODEL, OPTIMIZER, CheckpointMetadata, SavedLayout
 from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, create_staging_dir, publish, with_suffix_appended
+from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, CheckpointMetadata, SavedLayout
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
 from mtp_dist.config import Config
-from mtp_dist.model.weights import parameter_shapes
-from mtp_dist.parallel.optimizer_state import MOMENTS
-from mtp_dist.parallel.topology import Topology
+from mtp_dist.distributed.topology import Topology
+from mtp_dist.engine.optimizer_state import MOMENTS
+from mtp_dist.model.parameters import parameter_shapes
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 
 

@@ -26,19 +26,19 @@ class Part:
 
 def train_part(config: Config, completed_steps: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
     """Updates completed_steps + 1 .. last, from a checkpoint if given; then a checkpoint."""
-    from mtp_dist.checkpoint.files import RunState
     from mtp_dist.checkpoint.folders import checkpoint_path
-    from mtp_dist.checkpoint.load import restore
+    from mtp_dist.checkpoint.format import RunState
+    from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
-    from mtp_dist.loss.weights import head_weights
-    from mtp_dist.model.weights import parameter_shapes
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.optimizer_state import MOMENTS, ensure_state, moment
-    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.parallel.weights import full_tensors, master_weight
-    from mtp_dist.training.optimizer import build_optimizer, learning_rate
-    from mtp_dist.training.reference import local_micro_batches
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+    from mtp_dist.engine.optimizer_state import MOMENTS, ensure_state, moment
+    from mtp_dist.engine.tensor_shards import full_tensors, master_weight
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import parameter_shapes
+    from mtp_dist.verify.reference_training import local_micro_batches
 
     device = select_device(config)
     topology = initialize_topology(config, device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.checkpoint.files import RunState
+from mtp_dist.checkpoint.format import RunState
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, global_batches
 from tests.unit.checkpoint.folders import damages, flip
@@ -39,10 +39,10 @@ class Training:
     """A model in training, saved on demand."""
 
     def __init__(self, config: Config) -> None:
-        from mtp_dist.parallel.device import select_device
-        from mtp_dist.parallel.engine import TrainingEngine
-        from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
-        from mtp_dist.training.optimizer import build_optimizer
+        from mtp_dist.distributed.device import select_device
+        from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+        from mtp_dist.engine.engine import TrainingEngine
+        from mtp_dist.engine.optimizer import build_optimizer
 
         device = select_device(config)
         self.config = config
@@ -54,8 +54,8 @@ class Training:
         self.reports: list[str] = []
 
     def step(self, step: int) -> None:
-        from mtp_dist.loss.weights import head_weights
-        from mtp_dist.training.reference import local_micro_batches
+        from mtp_dist.loss.schedule import head_weights
+        from mtp_dist.verify.reference_training import local_micro_batches
 
         samples, targets = global_batches(self.config, step)[-1]
         batch = local_micro_batches(self.config, self.topology, samples, targets)
@@ -185,10 +185,10 @@ def start_from_damaged(config: Config, directory: Path) -> Seen:
     """Each tensor file of the newest checkpoint is damaged in turn, then one of every checkpoint."""
     import torch.distributed as dist
 
-    from mtp_dist.checkpoint import load
-    from mtp_dist.checkpoint.load import agree_on_resume_point
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
+    from mtp_dist.checkpoint import restore as load
+    from mtp_dist.checkpoint.restore import agree_on_resume_point
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
 
     topology, seen = initialize_topology(config, select_device(config)), Seen()
     group = new_gloo_groups(topology).all

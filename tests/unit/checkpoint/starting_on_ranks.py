@@ -94,8 +94,8 @@ def train(config_file: Path, overrides: Sequence[str]) -> None:
 
 def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
     """Start the program as far as its first step, from the checkpoint in folder."""
-    from mtp_dist.checkpoint import load
-    from mtp_dist.model import weights
+    from mtp_dist.checkpoint import restore as load
+    from mtp_dist.model import parameters as weights
     from mtp_dist.training import recovery
 
     seen = Seen()

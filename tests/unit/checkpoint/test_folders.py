@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.checkpoint import folders
+from mtp_dist.checkpoint.find import first_valid
 from mtp_dist.checkpoint.folders import (
     candidates,
     checkpoint_path,
@@ -22,7 +23,6 @@ from mtp_dist.checkpoint.folders import (
     publish,
 )
 from mtp_dist.checkpoint.manifest import check_fully
-from mtp_dist.checkpoint.resume import first_valid
 from mtp_dist.config import ConfigError
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 

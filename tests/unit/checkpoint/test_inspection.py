@@ -9,7 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from mtp_dist.cli import app
-from mtp_dist.model.weights import parameter_shapes
+from mtp_dist.model.parameters import parameter_shapes
 from tests.parity.runs import VOCAB_SIZE
 from tests.unit.checkpoint.folders import config_in, flip, write_checkpoint
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.checkpoint.load import load_weights
 from mtp_dist.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpointError,
@@ -18,6 +17,7 @@ from mtp_dist.checkpoint.manifest import (
     record_of,
     tensor_files,
 )
+from mtp_dist.checkpoint.restore import load_weights
 from tests.unit.checkpoint.folders import copied, damages, flip, write_checkpoint
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_dist.checkpoint.files import read_metadata
-from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.checkpoint.manifest import check_fully, record_of
+from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.config import ConfigError
 from mtp_dist.convert.saved_heads import SavedHeads
 from tests.integration.jobs import write_corpus

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.checkpoint.files import CheckpointMetadata
+from mtp_dist.checkpoint.find import ResumePoint, find_resume_point, find_valid_checkpoint, older_resume_point
+from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.checkpoint.resume import ResumePoint, find_resume_point, find_valid_checkpoint, older_resume_point
 from mtp_dist.config import Config, ConfigError
 from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.unit.checkpoint.folders import flip

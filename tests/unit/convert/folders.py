@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mtp_dist.checkpoint.files import MODEL, CheckpointMetadata, tensor_file
-from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.format import MODEL, CheckpointMetadata, tensor_file
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
+from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.config import Config
+from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.model.weights import parameter_shapes
 from tests.parity.runs import tiny_config
 
 VOCAB_SIZE = 257

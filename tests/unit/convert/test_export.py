@@ -9,15 +9,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mtp_dist.checkpoint.load import load_weights
+from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.config import ConfigError
 from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel, reference_losses
-from mtp_dist.model.weights import parameter_shapes
-from mtp_dist.training.reference import mean_losses
+from mtp_dist.verify.reference_training import mean_losses
 from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, global_batches, tiny_config
 from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
 from tests.ranks import Ranks

@@ -11,15 +11,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from mtp_dist.checkpoint.files import read_metadata
-from mtp_dist.checkpoint.load import load_weights
-from mtp_dist.checkpoint.resume import find_resume_point
+from mtp_dist.checkpoint.find import find_resume_point
+from mtp_dist.checkpoint.format import read_metadata
+from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.config import ConfigError, build_config, load_config
 from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.model.weights import initial_weight
+from mtp_dist.model.parameters import initial_weight
 from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
     VOCAB_SIZE,

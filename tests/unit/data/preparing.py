@@ -9,11 +9,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mtp_dist.data.corpus import Corpus, open_corpus
-from mtp_dist.data.encoding import UnitSummary
-from mtp_dist.data.inputs import InputOptions
-from mtp_dist.data.preparation import Prepared, Request, prepare
-from mtp_dist.data.unfinished import JOURNAL
-from mtp_dist.data.workers import preload_modules
+from mtp_dist.data.prepare.corpus_writer import JOURNAL
+from mtp_dist.data.prepare.prepare import Prepared, Request, prepare
+from mtp_dist.data.prepare.tokenize import UnitSummary
+from mtp_dist.data.prepare.worker_pool import preload_modules
+from mtp_dist.data.sources.text_sources import InputOptions
 
 SMALL_UNIT = 2000
 
@@ -68,7 +68,7 @@ class Halting(Recorder):
 
 def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
     """`prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
-    preload_modules("mtp_dist.data.encoding")
+    preload_modules("mtp_dist.data.prepare.tokenize")
     target, arguments = prepare, (asked, Halting(units, pause))
     process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     process.start()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.config import Config
 from mtp_dist.data.blending import BlendedSamples
-from mtp_dist.data.loading import Datasets, load_datasets
+from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.tokenizer import Tokenizer
 from tests.parity.runs import tiny_config
@@ -146,7 +146,7 @@ def test_samples_after_a_longer_sequence_length_keep_neighbours_together() -> No
 
 def test_a_checkpoint_without_positions_implies_them(tmp_path: Path) -> None:
     """From its configuration."""
-    from mtp_dist.data.loading import with_positions
+    from mtp_dist.data.datasets import with_positions
 
     rising = [*range(32, 127), *range(128, 250)]  # text in an old encoding, as it has no control characters
     (tmp_path / "rising.txt").write_bytes(bytes(rising))

@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from mtp_dist.config import ConfigError, build_config
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_ids, check_tokenizer, open_corpus
-from mtp_dist.data.loading import load_datasets
+from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
 from tests.unit.data.preparing import documents_of, made, request
 

@@ -16,10 +16,10 @@ import pytest
 import tokenizers
 
 from mtp_dist.config import ConfigError
-from mtp_dist.data.encoding import UnitSummary
-from mtp_dist.data.preparation import PLAN, Request, prepare
+from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
+from mtp_dist.data.prepare.prepare import PLAN, Request, prepare
+from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.data.unfinished import JOURNAL, LENGTHS, TOKENS
 from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of, units_in
 
 
@@ -167,7 +167,7 @@ def test_a_kill_between_the_last_rename_and_the_cleaning_up_is_mended(tmp_path: 
     whole = request(tmp_path / "a.jsonl", tmp_path / "whole")
     made(whole)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mtp_dist.data.preparation._remove", lambda folder: None)
+        patch.setattr("mtp_dist.data.prepare.prepare._remove", lambda folder: None)
         made(asked)
     made(asked)
     assert not asked.folder.exists()
@@ -343,7 +343,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 def test_an_input_that_vanishes_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mtp_dist.data.preparation._plan", lambda *_: shutil.rmtree(corpus))
+    monkeypatch.setattr("mtp_dist.data.prepare.prepare._plan", lambda *_: shutil.rmtree(corpus))
     assert f"cannot read {corpus / '00.py'} (No such file" in message(request(corpus, tmp_path / "a", glob="*.py"))
 
 

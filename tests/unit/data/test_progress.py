@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mtp_dist.data import progress
-from mtp_dist.data.encoding import UnitSummary
-from mtp_dist.data.progress import PreparationProgress, describe
+from mtp_dist.data.prepare import progress
+from mtp_dist.data.prepare.progress import PreparationProgress, describe
+from mtp_dist.data.prepare.tokenize import UnitSummary
 from tests.unit.data.preparing import made, request
 
 

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.config import ConfigError, build_config
-from mtp_dist.data.loading import load_datasets
-from mtp_dist.data.progress import describe
+from mtp_dist.data.datasets import load_datasets
+from mtp_dist.data.prepare.progress import describe
 from tests.unit.data.preparing import made, request, texts_of
-from tests.unit.data.test_inputs import TEXTS, documents, message, units
+from tests.unit.data.test_text_sources import TEXTS, documents, message, units
 
 RECORDS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 JSON_LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()

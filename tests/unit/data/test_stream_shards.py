@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config, ConfigError
-from mtp_dist.data import inputs
-from mtp_dist.data.inputs import open_inputs
-from mtp_dist.data.loading import Datasets, load_datasets
+from mtp_dist.data.datasets import Datasets, load_datasets
+from mtp_dist.data.sources import text_sources as inputs
+from mtp_dist.data.sources.text_sources import open_inputs
 from mtp_dist.data.tokenizer import ByteTokenizer
 from tests.parity.runs import tiny_config
 

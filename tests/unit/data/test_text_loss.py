@@ -16,9 +16,9 @@ from rich.console import Console
 
 from mtp_dist.config import Config, ConfigError, build_config
 from mtp_dist.data.corpus import open_corpus
+from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.inspection import inspect_corpus, print_report
-from mtp_dist.data.loading import Datasets, load_datasets
-from mtp_dist.data.progress import describe
+from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
 from tests.unit.data.preparing import made, request, units_in
 

@@ -60,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 def shard_of(weight: Tensor, rank: int, ranks: int) -> Tensor:
     """The rank's rows of a weight `[V, D]`; rows of padding are far from 0, so that whoever reads them is found out."""
-    from mtp_dist.model.weights import padded_vocab_size
+    from mtp_dist.model.parameters import padded_vocab_size
 
     missing = padded_vocab_size(len(weight), ranks) - len(weight)
     return F.pad(weight, (0, 0, 0, missing), value=64.0).chunk(ranks)[rank].contiguous()
@@ -92,8 +92,8 @@ def dense_of(entries: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
 
 
 def linear_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tp_group
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, tp_group
 
     initialize_topology(config, select_device(config))
     return [_answer(case, tp_group()) for case in cases]

@@ -27,10 +27,10 @@ class Answer:
 
 
 def losses_of(config: Config, cases: list[Case]) -> list[Answer]:
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
     from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum
     from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology
 
     topology = initialize_topology(config, select_device(config))
     answers = []
@@ -49,11 +49,11 @@ def hits_of_almost_ties(config: Config) -> float:
     """Hits that the heads' loss counts for logits that only full precision tells apart: 1e-9, 5e-10 and 0."""
     import torch
 
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, tp_group
     from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
     from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     initialize_topology(config, select_device(config))
     logits = torch.zeros(4, 1, 8)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.model.weights import padded_vocab_size
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
 from tests.unit.loss.on_ranks import UPSTREAM, Answer, Case, hits_of_almost_ties, losses_of

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_dist.model.weights import padded_vocab_size
+from mtp_dist.model.parameters import padded_vocab_size
 from tests.errors import norm_error
 from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
@@ -116,7 +116,7 @@ def of_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> 
 def summed_where_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[Tensor]:
     """Under sequence parallelism each rank knows its own positions only, so what they share needs the sum over ranks.
 
-    Training takes it too (`mtp_dist.parallel.gradients`).
+    Training takes it too (`mtp_dist.engine.gradients`).
     """
     if sequence and not name.startswith(("unembedding", "z.")):
         return [torch.stack([gradient.double() for gradient in by_rank]).sum(0)]

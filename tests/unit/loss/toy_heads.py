@@ -152,10 +152,10 @@ def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: i
 
 
 def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
+    from mtp_dist.distributed.topology import tp_group
     from mtp_dist.loss.heads import Objective
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
     from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.parallel.topology import tp_group
 
     vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tp_group())
     return Objective(
@@ -221,8 +221,8 @@ def loss_of(mode: str) -> Callable[..., Tensor]:
 
 
 def initialize(config: Config) -> Any:
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
 
     return initialize_topology(config, select_device(config))
 

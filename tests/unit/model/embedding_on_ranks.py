@@ -33,9 +33,9 @@ def upstream_gradient(config: Config, dtype: torch.dtype) -> Tensor:
 
 
 def embedding_gradients(config: Config, dtype: torch.dtype) -> EmbeddingGradients:
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, tp_group
     from mtp_dist.model.trunk import TokenEmbedding, embed_tokens
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.topology import initialize_topology, tp_group
 
     topology = initialize_topology(config, select_device(config))
     tokens, grad = token_ids(config), upstream_gradient(config, dtype)

@@ -11,7 +11,7 @@ def order_of_the_end(config: Path) -> list[str]:
     import torch.distributed as dist
 
     from mtp_dist import pretrain
-    from mtp_dist.parallel import topology
+    from mtp_dist.distributed import topology
 
     done: list[str] = []
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from mtp_dist.config import ConfigError, load_config
-from mtp_dist.training.callbacks import Callback
-from mtp_dist.training.metrics import StepMetrics
+from mtp_dist.metrics import StepMetrics
+from mtp_dist.monitoring.callbacks import Callback
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.watchdog import Watchdog
 
@@ -82,20 +82,20 @@ def train(
     jumps, skips: of all steps that are made, counted from 1. begin: a checkpoint, and the number of samples that are
     passed over.
     """
-    from mtp_dist.checkpoint.files import read_metadata
-    from mtp_dist.checkpoint.load import restore
-    from mtp_dist.checkpoint.resume import ResumePoint
+    from mtp_dist.checkpoint.find import ResumePoint
+    from mtp_dist.checkpoint.format import read_metadata
+    from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
-    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.data.datasets import load_datasets
     from mtp_dist.data.tokenizer import vocabulary_size
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.training.loop import Trainer
-    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.monitoring.reporting import RunReporter
     from mtp_dist.training.recovery import fit_and_recover
-    from mtp_dist.training.reporting import RunReporter
     from mtp_dist.training.stopping import StopSignals
+    from mtp_dist.training.trainer import Trainer
 
     config = load_config(path)
     device, vocab_size = select_device(config), vocabulary_size(config)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import load_config
-from mtp_dist.training.callbacks import Callback, StopReason
-from mtp_dist.training.metrics import StepMetrics
+from mtp_dist.metrics import StepMetrics
+from mtp_dist.monitoring.callbacks import Callback, StopReason
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
 
@@ -34,14 +34,14 @@ class Events(Callback):
 
 def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     """Whether the training came to its end, and the events."""
-    from mtp_dist.checkpoint.files import RunState
-    from mtp_dist.data.loading import load_datasets
+    from mtp_dist.checkpoint.format import RunState
+    from mtp_dist.data.datasets import load_datasets
     from mtp_dist.data.tokenizer import vocabulary_size
-    from mtp_dist.parallel.device import select_device
-    from mtp_dist.parallel.engine import TrainingEngine
-    from mtp_dist.parallel.topology import initialize_topology
-    from mtp_dist.training.loop import Trainer
-    from mtp_dist.training.optimizer import build_optimizer
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.training.trainer import Trainer
 
     config = load_config(path)
     device = select_device(config)

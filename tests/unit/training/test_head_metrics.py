@@ -11,20 +11,20 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from mtp_dist.loss.weights import HeadWeights
-from mtp_dist.training.callbacks import (
+from mtp_dist.loss.schedule import HeadWeights
+from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
+from mtp_dist.monitoring.callbacks import (
     MetricsFile,
     MetricsLogger,
     StopReason,
     ThroughputUnits,
     validation_scalars,
 )
-from mtp_dist.training.dashboards import TensorBoardWriter
-from mtp_dist.training.loop import head_metrics
-from mtp_dist.training.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.training.progress import ProgressBar
+from mtp_dist.monitoring.dashboards import TensorBoardWriter
+from mtp_dist.monitoring.progress import ProgressBar
+from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
 from mtp_dist.training.spikes import SpikeDetector
-from mtp_dist.training.summary import RunSummary, ValidationResult, print_summary, write_summary
+from mtp_dist.training.trainer import head_metrics
 from tests.parity.runs import tiny_config
 
 WEIGHTS = (1.0, 0.5, 0.25)

@@ -1,0 +1,241 @@
+"""From a YAML file and `section.key=value` overrides to a checked configuration, or one sentence for each mistake."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+import yaml
+
+from mtp_dist.config.base import ConfigError
+from mtp_dist.config.rope import RopeScalingConfig
+from mtp_dist.config.schema import Config, SourceConfig
+from mtp_dist.config.validation import incompatible_settings
+
+MIN_NAME_SIMILARITY = 0.75
+"""Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`
+0.63."""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars and YAML as people write it: 1e-4 is a number, 010 is ten, 1:30 and no are text.
+
+    PyYAML implements YAML 1.1, which wants 1.0e-4 and reads the others as 8, 90 and false. A key given twice is an
+    error.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, as PyYAML declares it
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' is given twice", key.start_mark
+                )
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        digits = str(self.construct_scalar(node)).replace("_", "")
+        return int(digits, 0 if digits.lstrip("+-")[:2] in ("0x", "0o") else 10)
+
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _YamlLoader.construct_integer)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F_]+|[-+]?0o[0-7_]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)"
+        r"|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+):
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _read_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _YamlLoader)  # noqa: S506, a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (KeyError, TypeError, AttributeError, IndexError):  # PyYAML's own constructors: `!!bool x`, `!!int ''`
+        raise ConfigError(f"{origin} is not valid YAML: a tag such as !!int has a value of another type") from None
+
+
+def _read_number(text: str) -> Any:
+    """Return the number or boolean that a YAML scalar is; any other text as it is, which the key's type refuses."""
+    loader = _YamlLoader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except ValueError:
+        return text
+    finally:
+        loader.dispose()
+
+
+def _all_keys() -> list[str]:
+    sections = Config.model_fields.items()
+    return [f"{name}.{key}" for name, field in sections for key in getattr(field.annotation, "model_fields", ())]
+
+
+def _nearest_key(parts: Sequence[str]) -> str | None:
+    """Return the known key whose name is misspelt, of the same section first; None if none is close.
+
+    Only the names are compared: a section's own letters would make any two of its keys look alike.
+    """
+    *section, name = parts
+    if len(section) > 1:  # a section in a section, or an item of a list of sources
+        nested = RopeScalingConfig if section[-1] == "rope_scaling" else SourceConfig
+        known = [".".join([*section, key]) for key in nested.model_fields]
+    else:
+        known = _all_keys() if section else list(Config.model_fields)
+    of_section = [key for key in known if key.rpartition(".")[0] == ".".join(section)]
+    for candidates in (of_section, known):
+        by_name = {key.rpartition(".")[2]: key for key in candidates}
+        if close := difflib.get_close_matches(name, by_name, 1, MIN_NAME_SIMILARITY):
+            return by_name[close[0]]
+    return None
+
+
+def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """One sentence for each key that pydantic complains of; a key of several types has a complaint for each."""
+    union_members = ("literal", "tuple", "constrained-")
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    for error in errors:
+        parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]
+        by_key.setdefault(".".join(parts), []).append(error)
+    for key, of_key in by_key.items():
+        # What is wrong inside a list makes the whole list wrong too: say it once.
+        if not any(other.startswith(f"{key}.") for other in by_key):
+            yield _sentence(key, of_key)
+
+
+_MESSAGES = {
+    "tuple_type": "should be a list",
+    "model_type": "should have keys of its own",
+    "too_short": "is too short",
+    "string_too_short": "is empty",
+    "too_long": "is too long",
+    "invalid_key": "should be text",
+    "string_pattern_mismatch": "should be a plain name, without '/' and not starting with a dot",
+}
+
+
+def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
+    parts, error = key.split("."), errors[0]
+    if error["type"] == "missing":
+        return f"{key} is missing: give it a value"
+    if error["type"] == "extra_forbidden":
+        near = _nearest_key(parts)
+        return f"{key} is not a known key" + (f": did you mean {near}?" if near else "")
+    messages = (
+        _MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in errors
+    )
+    return f"{key} = {error['input']!r} is wrong: it {', or it '.join(dict.fromkeys(messages))}"
+
+
+def typed_config(values: Mapping[str, Any]) -> Config:
+    """Return a configuration whose values have the right types, and may be incompatible with each other.
+
+    Raise ConfigError with one line for each that has not.
+    """
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_describe(error.errors()))) from None
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+    config = typed_config(values)
+    if wrong := list(incompatible_settings(config)):
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def _value_types(annotation: Any) -> set[Any]:
+    """Return the types that a value may have."""
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_value_types, get_args(annotation)))
+    if get_origin(annotation) is Annotated:
+        return _value_types(get_args(annotation)[0])
+    return {annotation}
+
+
+def _types_of(key: Sequence[str]) -> set[Any]:
+    """Return the types that a key's value may have; none if the key is not known."""
+    types: set[Any] = {Config}
+    for name in key:
+        fields = [kind.model_fields[name] for kind in types if name in getattr(kind, "model_fields", {})]
+        types = set().union(*(_value_types(field.annotation) for field in fields))
+    return types
+
+
+def _override_value(key: Sequence[str], text: str, override: str) -> Any:
+    """Return what an override gives its key: for a text key all that follows "=", for a number or a boolean one scalar,
+    for others what YAML makes of it."""
+    types = _types_of(key)
+    given = types - {NoneType}
+    if given and all(kind is str or get_origin(kind) is Literal for kind in given):
+        return None if text == "null" and NoneType in types else text
+    if given and given <= {int, float, bool}:
+        return _read_number(text)
+    return _read_yaml(text, f"the value of the override '{override}'")
+
+
+def _subsection(section: Any, name: str) -> Any:
+    """The mapping of that name in a section, made where it is absent or empty; None where there can be none."""
+    if not isinstance(section, dict):
+        return None
+    if section.get(name) is None:
+        section[name] = {}
+    return section[name]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as `train.steps=100`; lists and mappings are YAML too.
+
+    Raises ConfigError naming the key, its value and what is allowed.
+    """
+    values = read_values(path)
+    override_values(values, overrides)
+    return build_config(values)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The unchecked sections of a YAML file. Raises ConfigError where it has none."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text: byte {error.start} is wrong") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot read the configuration {path!r}: {error}") from None
+    values = _read_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a mapping of sections such as `model:` and `train:`")
+    return values
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Replace what overrides such as `train.steps=100` name. Raises ConfigError where one has another form."""
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        parts = key.split(".")
+        if not separator or not all(parts) or len(parts) < 2:
+            raise ConfigError(f"the override '{override}' is not of the form section.key=value")
+        section: Any = values
+        for part in parts[:-1]:
+            section = _subsection(section, part)
+        if not isinstance(section, dict):
+            raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: give it as a whole")
+        section[parts[-1]] = _override_value(parts, value, override)

@@ -1,0 +1,1 @@
+"""The offline tool that turns text into a corpus (`mtp-dist prepare`)."""

@@ -1,0 +1,159 @@
+"""From the documents of a work unit to token ids, in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mtp_dist.config import ConfigError
+from mtp_dist.data.disk import explain_os_errors
+from mtp_dist.data.sources.text_loss import CHECKED_BYTES, measure_loss
+from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
+from mtp_dist.data.tokenizer import Ids, Tokenizer
+
+Item = TypeVar("Item")
+
+BATCH_BYTES = 1 << 20
+"""Text that a tokenizer gets at once: what it returns takes some hundred bytes of memory a token."""
+
+
+@dataclass
+class UnitSummary:
+    """What came out of a work unit, and what was left out of it."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    empty: int = 0
+    empty_bytes: int = 0
+    """Text of the documents that have no tokens."""
+    first_empty: int | None = None
+    """The document's number in the work unit."""
+    replaced: int = 0
+    skipped: int = 0
+    first_invalid: int | None = None
+    checked_bytes: int = 0
+    """Text that was decoded again."""
+    lost_bytes: int = 0
+    """Text that this did not bring back."""
+    lost_whitespace: int = 0
+    """The whitespace in it."""
+    first_lost: str = ""
+    """The characters that were lost most in the first batch in which any were."""
+
+
+@dataclass
+class EncodedUnit:
+    summary: UnitSummary = field(default_factory=UnitSummary)
+    tokens: list[Ids] = field(default_factory=list)
+    """One after the other."""
+    lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    """Tokens of each document, its end included."""
+
+
+def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items in their order, in lists of about BATCH_BYTES."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += bytes_of(item)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Sequence[bytes], place: Callable[[int], str]
+) -> tuple[Ids, list[int]]:
+    """Return what the tokenizer's method of this name does. Raise ConfigError with the place of a document that it
+    cannot encode."""
+    try:
+        return tokenizer.encode_documents(documents)
+    except ConfigError:
+        for number, document in enumerate(documents):
+            try:
+                tokenizer.encode_documents([document])
+            except ConfigError as error:
+                raise ConfigError(f"{place(number)}: {error}") from None
+        raise
+
+
+@dataclass(frozen=True)
+class UnitEncoder:
+    tokenizer: Tokenizer
+    invalid_utf8: InvalidUtf8
+
+    def __call__(self, unit: WorkUnit) -> EncodedUnit:
+        """Raises ConfigError for what cannot be read or is no text."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes take all cores
+        encoded, all_lengths = EncodedUnit(), []
+        summary = encoded.summary
+        for batch in self._batches(unit, summary):
+            numbers, texts = zip(*batch, strict=True)
+            tokens, lengths = encode_documents(self.tokenizer, texts, partial(_place, unit, numbers))
+            encoded.tokens.append(tokens)
+            kept = [length for length in lengths if length]
+            all_lengths += kept
+            summary.documents += len(kept)
+            summary.tokens += len(tokens)
+            num_bytes = sum(len(text) for text, length in zip(texts, lengths, strict=True) if length)
+            summary.bytes += num_bytes
+            summary.empty_bytes += sum(map(len, texts)) - num_bytes
+            if summary.checked_bytes < CHECKED_BYTES:
+                loss = measure_loss(self.tokenizer, texts, tokens, lengths)
+                summary.checked_bytes += loss.checked_bytes
+                summary.lost_bytes += loss.lost_bytes
+                summary.lost_whitespace += loss.lost_whitespace
+                summary.first_lost = summary.first_lost or loss.most_lost()
+            if len(kept) < len(lengths):
+                summary.empty += len(lengths) - len(kept)
+                if summary.first_empty is None:
+                    summary.first_empty = numbers[lengths.index(0)]
+        encoded.lengths = np.array(all_lengths, dtype=np.int32)
+        return encoded
+
+    def _batches(self, unit: WorkUnit, summary: UnitSummary) -> Iterator[list[tuple[int, bytes]]]:
+        """The documents that the tokenizer can read, with their numbers, about BATCH_BYTES at once."""
+        texts = (
+            (number, document if self.tokenizer.accepts_raw_bytes else self._valid(unit, number, document, summary))
+            for number, document in enumerate(_read(unit))
+        )
+        return in_batches(((number, text) for number, text in texts if text is not None), lambda item: len(item[1]))
+
+    def _valid(self, unit: WorkUnit, number: int, document: bytes, summary: UnitSummary) -> bytes | None:
+        """The document as valid UTF-8, or None where it is to be skipped. Raises ConfigError."""
+        try:
+            document.decode()
+            return document
+        except UnicodeDecodeError as error:
+            if self.invalid_utf8 == "error":
+                raise ConfigError(
+                    f"{unit.place(number)}: invalid UTF-8 at byte {error.start} of the document, which "
+                    f"{self.tokenizer.name!r} cannot read: mend it, or choose --invalid-utf8 replace or skip"
+                ) from None
+        if summary.first_invalid is None:
+            summary.first_invalid = number
+        if self.invalid_utf8 == "skip":
+            summary.skipped += 1
+            return None
+        summary.replaced += 1
+        return document.decode(errors="replace").encode()
+
+
+def _place(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:
+    return unit.place(numbers[index])
+
+
+def _read(unit: WorkUnit) -> Iterator[bytes]:
+    with explain_os_errors(Path(unit.source), "read"):
+        yield from unit.documents()

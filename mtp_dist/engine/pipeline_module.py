@@ -1,0 +1,216 @@
+"""The model as DeepSpeed's pipeline sees it: embedding | trunk layers | heads with their loss."""
+
+import contextlib
+import io
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+
+from mtp_dist.config import Config
+from mtp_dist.distributed.topology import Topology, tp_group
+from mtp_dist.loss.heads import Distillation, Heads, HeadSums, Objective, TokenOrder, naive_heads_loss
+from mtp_dist.loss.linear_cross_entropy import Vocabulary
+from mtp_dist.loss.sequential import sequential_heads_loss
+from mtp_dist.loss.token_order import token_order_targets
+from mtp_dist.model.heads import PredictionHeads, chains, detached_heads
+from mtp_dist.model.parameters import padded_vocab_size, tag_shards
+from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias
+from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
+from mtp_dist.planner.partition import trunk_layers_per_stage
+
+
+@contextlib.contextmanager
+def suppress_stdout() -> Iterator[None]:
+    """Drop what DeepSpeed prints while it builds: its topology, partition and memory."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass reads, int64."""
+
+    samples: Tensor
+    """`[B, S + lookahead]`."""
+    targets: Tensor
+    """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
+    documents: Tensor | None
+    """Which document of its sample each token lies in, `[B, S + lookahead]`; None where nobody asks."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return MicroBatch(self.samples.to(device), self.targets.to(device), documents)
+
+
+class HeadsWithLoss(PredictionHeads):
+    """The heads as the pipeline's last layer: z in, this micro-batch's share of the loss out.
+
+    The loss is inside the layer because DeepSpeed's bf16 optimizer gives no update to a parameter that is used only
+    in `loss_fn`.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
+        super().__init__(config, vocab_size, padded_vocab_size)
+        self.config = config
+        self.vocab_size = vocab_size
+        self.scales = torch.zeros(config.heads.count)
+        self.active = config.heads.count
+        self.token_order_scale = torch.zeros(())
+        self.sums = HeadSums.zeros(config.heads.count, self.scales.device)
+
+    def begin(self, scales: Tensor, active: int, token_order_scale: Tensor) -> None:
+        """Start a batch whose loss is sum_k scales[k-1] * (sum of head k's cross-entropies); scales `[n]`, fp32.
+
+        Heads 1..active run. token_order_scale, a scalar, is that of the tokens' order, where it is predicted.
+        """
+        self.scales, self.active, self.token_order_scale = scales, active, token_order_scale
+        self.sums = HeadSums.zeros(len(scales), scales.device)
+
+    def forward(
+        self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention_bias: Tensor | None
+    ) -> Tensor:
+        """z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), -> a scalar. attention_bias: all layers'."""
+        trunk_output, embedding = inputs if isinstance(inputs, tuple) else (inputs, None)
+        micro_batch = micro_batch.to(trunk_output.device)
+        heads, objective = self._heads(micro_batch.samples, embedding, attention_bias), self._objective(micro_batch)
+        mode = self.config.heads.loss_mode
+        if mode == "naive":
+            return naive_heads_loss(heads, trunk_output, objective, self.sums)
+        return sequential_heads_loss(mode, heads, trunk_output, objective, self.sums)
+
+    def _heads(self, samples: Tensor, embedding: Tensor | None, attention_bias: Tensor | None) -> Heads:
+        config = self.config
+        modules = [self.unembedding_of(head) for head in range(1, config.heads.count + 1)]
+        tied_weight = embedding if config.model.tie_embeddings else None
+        weights: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
+        if config.heads.kind == "sequential" and embedding is not None:
+            weights.append(embedding)
+
+        def embed(ahead: int) -> Tensor:
+            assert embedding is not None, "the kind that embeds tokens has the embedding on the last stage"
+            tokens = samples[:, ahead : ahead + config.train.sequence_length]
+            return embed_tokens(embedding, tokens, config.parallel.sequence)
+
+        return Heads(
+            chains=chains(config.heads),
+            detached=detached_heads(config.heads),
+            state=lambda head, before: self.state(head, before, embed, attention_bias),
+            hidden=self.hidden,
+            logits=lambda head, hidden: modules[head - 1](hidden, tied_weight),
+            weights=[weight for weight in weights if weight.requires_grad],
+            unembeddings=[module.weight if tied_weight is None else tied_weight for module in modules],
+            token_order=self.token_order.weight if config.heads.token_order else None,
+        )
+
+    def _objective(self, micro_batch: MicroBatch) -> Objective:
+        samples, targets, documents = micro_batch
+        heads, length = self.config.heads, self.config.train.sequence_length
+        distillation, token_order = None, None
+        if heads.distillation:
+            distillation = Distillation(heads.distillation, heads.distillation_top, heads.distances)
+        if heads.token_order:
+            valid = targets[0] != IGNORE_INDEX
+            ranked = None if self.config.data.loss_across_documents else documents
+            order = token_order_targets(samples, length, heads.token_order_window, valid, ranked)
+            token_order = TokenOrder(self.token_order_scale, order)
+        return Objective(
+            targets=targets,
+            active=self.active,
+            scales=self.scales,
+            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tp_group()),
+            z_loss=self.config.heads.z_loss,
+            chunk_tokens=self.config.heads.chunk_tokens,
+            sequence_parallel=self.config.parallel.sequence,
+            distillation=distillation,
+            token_order=token_order,
+        )
+
+
+def _heads_have_embedding(config: Config) -> bool:
+    """Whether the last stage holds the embedding too: to unembed with it, or to embed the tokens that heads read."""
+    return config.model.tie_embeddings or config.heads.kind == "sequential"
+
+
+def _with_weight(embedding: TokenEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The shared embedding's second place in the pipeline: hands its weight to the heads beside the hidden states."""
+    return hidden, embedding.weight
+
+
+class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
+    """The layers of this rank's stage. Their weights have no values yet: the engine sets them."""
+
+    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+        self.config = config
+        self.device = topology.device
+        self.queue: deque[MicroBatch] = deque()
+        self.bounds = _stage_bounds(config, vocab_size)
+        axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
+        # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
+        with suppress_stdout(), torch.no_grad():
+            super().__init__(_layer_specs(config, vocab_size), topology=axes)
+        tag_shards(self)
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Override of DeepSpeed's: it balances parameters, or layers, and knows nothing of the heads."""
+        self.parts = self.bounds
+        self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
+
+    def enqueue(self, batch: Sequence[MicroBatch]) -> None:
+        """Queue the micro-batches of a batch in the order of the forward passes."""
+        assert not self.queue, "micro-batches of the last batch were never used"
+        self.queue.extend(batch)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Tokens `[B, S]` on the first stage, hidden `[S, B, D]` on the others -> hidden; a scalar on the last one.
+
+        Override of DeepSpeed's, whose layers see nothing but the output of the layer before. What else they need of
+        the micro-batch does not travel through the pipeline, whose receive buffers ignore dtype: it waits in a queue.
+        """
+        micro_batch = self.queue.popleft() if self.queue else None
+        bias = None
+        if not self.config.data.attention_across_documents:
+            assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
+            documents = micro_batch.documents[:, : self.config.train.sequence_length]
+            bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
+        output = inputs
+        for layer in self.forward_funcs:
+            if isinstance(layer, TrunkLayer):
+                output = layer(output, bias)
+            elif isinstance(layer, HeadsWithLoss):
+                output = layer(output, micro_batch, bias)
+            else:
+                output = layer(output)
+        return output
+
+    @property
+    def heads(self) -> HeadsWithLoss:
+        """The last stage's heads."""
+        layer = self.forward_funcs[-1]
+        assert isinstance(layer, HeadsWithLoss), "only the last stage has the heads"
+        return layer
+
+
+def _layer_specs(config: Config, vocab_size: int) -> list[LayerSpec]:
+    padded = padded_vocab_size(vocab_size, config.parallel.tensor)
+    trunk = [LayerSpec(TrunkLayer, config, index) for index in range(config.model.trunk_layers)]
+    heads = LayerSpec(HeadsWithLoss, config, vocab_size, padded)
+    if not _heads_have_embedding(config):
+        return [LayerSpec(TokenEmbedding, config, padded), *trunk, heads]
+
+    def tied(**kwargs: object) -> TiedLayerSpec:
+        return TiedLayerSpec("embedding", TokenEmbedding, config, padded, tied_weight_attr=["lookup.weight"], **kwargs)
+
+    return [tied(), *trunk, tied(forward_fn=_with_weight), heads]
+
+
+def _stage_bounds(config: Config, vocab_size: int) -> list[int]:
+    """Index of each stage's first pipeline layer, and the number of layers at the end."""
+    bounds = [0]
+    for layers in trunk_layers_per_stage(config, vocab_size):
+        bounds.append(bounds[-1] + layers)
+    last_layers = 2 if _heads_have_embedding(config) else 1
+    return [0, *(bound + 1 for bound in bounds[1:-1]), 1 + config.model.trunk_layers + last_layers]

@@ -1,0 +1,109 @@
+"""The curves of one run or of several, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from mtp_dist.monitoring.report.run_files import RunFiles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PANELS_IN_A_ROW = 4
+INCHES = (3.3, 2.8)
+"""Of one panel."""
+RATES = {
+    "throughput": ("throughput/tokens_per_second", "tokens/s", 1.0),
+    "memory": ("memory/peak_bytes", "peak memory of a rank (GB)", 1e-9),
+    "gradient-norm": ("train/grad_norm", "gradient norm", 1.0),
+    "learning-rate": ("train/learning_rate", "learning rate", 1.0),
+}
+"""By file name: the scalar, its label, and what it is multiplied by."""
+
+
+def draw(runs: Sequence[RunFiles]) -> dict[str, bytes]:
+    """PNG files by name. Losses have a panel for each head where there are several runs, else one for all heads."""
+    pictures = {"training-loss": _losses(runs, "loss", "training loss (nats)")}
+    for prefix in dict.fromkeys(prefix for run in runs for prefix in run.validation_prefixes()):
+        label = f"{prefix.replace('/', ' on ')} (nats)"
+        pictures[f"{prefix.replace('/', '-')}-loss"] = _losses(runs, f"{prefix}/loss", label)
+    pictures |= {name: _rate(runs, *of_name) for name, of_name in RATES.items()}
+    return {name: picture for name, picture in pictures.items() if picture}
+
+
+def _losses(runs: Sequence[RunFiles], prefix: str, label: str) -> bytes | None:
+    heads = max((run.scalars(prefix) for run in runs), key=len)
+    if not heads:
+        return None
+    if len(runs) == 1:
+        figure, [axes] = _panels(1)
+        for scalar in heads:
+            _plot(axes, runs[0], scalar, f"head {scalar.rpartition('_')[2]}")
+        _mark_restarts(axes, runs[0])
+        axes.set(xlabel="step", ylabel=label)
+        axes.legend(fontsize=8)
+        return _png(figure)
+    figure, grid = _panels(len(heads))
+    for axes, scalar in zip(grid, heads, strict=True):
+        for run in runs:
+            _plot(axes, run, scalar, _legend_label(run.name))
+        axes.set(xlabel="step", title=f"head {scalar.rpartition('_')[2]}")
+    grid[0].set(ylabel=label)
+    grid[0].legend(fontsize=8)
+    return _png(figure)
+
+
+def _rate(runs: Sequence[RunFiles], scalar: str, label: str, factor: float) -> bytes:
+    figure, [axes] = _panels(1)
+    for run in runs:
+        _plot(axes, run, scalar, _legend_label(run.name), factor)
+        _mark_restarts(axes, run)
+    axes.set(xlabel="step", ylabel=label)
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
+    if len(runs) > 1:
+        axes.legend(fontsize=8)
+    return _png(figure)
+
+
+def _panels(number: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    columns = min(number, PANELS_IN_A_ROW)
+    rows = -(-number // columns)
+    wide = 2 if number == 1 else 1
+    figure = Figure(figsize=(columns * INCHES[0] * wide, rows * INCHES[1]), layout="constrained")
+    grid = [figure.add_subplot(rows, columns, index + 1) for index in range(number)]
+    for axes in grid:
+        axes.grid(alpha=0.3)
+    return figure, grid
+
+
+def _plot(axes: Axes, run: RunFiles, scalar: str, label: str, factor: float = 1.0) -> None:
+    curve = run.curve(scalar)
+    marker = "o" if len(curve) < 20 else None
+    steps, values = [step for step, _ in curve], [factor * value for _, value in curve]
+    axes.plot(steps, values, label=label, linewidth=1.2, marker=marker, markersize=3)
+
+
+def _legend_label(name: str) -> str:
+    """Return the name so that it is shown: matplotlib leaves labels that begin with an underscore out of a legend."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def _mark_restarts(axes: Axes, run: RunFiles) -> None:
+    for step in run.restarts:
+        axes.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
+
+
+def _png(figure: Figure) -> bytes:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name such as a$b$c is no formula
+    stream = BytesIO()
+    figure.savefig(stream, dpi=140, format="png")
+    return stream.getvalue()

@@ -1,0 +1,143 @@
+"""Training the plain reference model: what sharded training is compared with."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_dist.config import Config
+from mtp_dist.distributed.topology import Topology
+from mtp_dist.engine.optimizer import parameter_groups
+from mtp_dist.engine.pipeline_module import MicroBatch
+from mtp_dist.loss.schedule import HeadWeights
+from mtp_dist.model.reference import ReferenceModel, reference_losses
+from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
+
+END_OF_DOCUMENT = 0
+"""Token that ends the documents of random batches."""
+
+TOKENS_AT_ONCE = 2048
+"""Tokens that the reference differentiates together, if a sample does not have more."""
+
+
+def zipf_tokens(vocab_size: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw token ids as frequent as those of a language: the r-th most frequent one with probability ~ 1/r (Zipf).
+
+    Which ids are the frequent ones is random; END_OF_DOCUMENT is the least frequent one.
+    """
+    others = 1 + torch.randperm(vocab_size - 1, generator=generator)
+    by_rank = torch.cat([others, torch.tensor([END_OF_DOCUMENT])])
+    frequencies = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64)
+    return by_rank[torch.multinomial(frequencies, shape[0] * shape[1], True, generator=generator)].view(shape)
+
+
+def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
+
+    A few tokens are most of the text, as in the data of a run, so that sums over a token's positions are long.
+    The share of masked targets grows from 0 to 0.9 over the samples, so micro-batches and data-parallel ranks have
+    unequal numbers of valid targets. Where documents matter their number in a sample shrinks instead.
+    """
+    generator = torch.Generator().manual_seed(config.run.seed)
+    number = config.train.global_batch_size
+    shape = (number, config.train.sequence_length + config.heads.lookahead)
+    samples = zipf_tokens(vocab_size, shape, generator)
+    if not (config.data.loss_across_documents and config.data.attention_across_documents):
+        ends = torch.rand(shape, generator=generator) < torch.linspace(0.3, 0, number)[:, None]
+        samples = samples.masked_fill(ends, END_OF_DOCUMENT)
+    documents = None if config.data.loss_across_documents else document_ids(samples, END_OF_DOCUMENT)
+    targets = head_targets(samples, config.heads.distances, config.train.sequence_length, documents)
+    masked = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.9, number)[:, None]
+    return samples, targets.masked_fill(masked, IGNORE_INDEX)
+
+
+def local_micro_batches(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> list[MicroBatch]:
+    """This data-parallel rank's slice of a global batch, as micro-batches."""
+    size = config.train.micro_batch_size
+    samples, targets = (
+        samples.chunk(topology.dp_size)[topology.dp_rank],
+        targets.chunk(topology.dp_size, 1)[topology.dp_rank],
+    )
+    documents = document_ids(samples, END_OF_DOCUMENT)
+    parts = zip(samples.split(size), targets.split(size, 1), documents.split(size), strict=True)
+    return [MicroBatch(*part) for part in parts]
+
+
+def mean_losses(sums: Tensor) -> Tensor:
+    """`[3, n]` from the engine's sums `[5, n]`: per target the cross-entropies, those to head 1, and, in head 1's place
+    of the last row, those to the tokens' order."""
+    losses, _, targets, distillation, token_order = sums
+    return torch.stack([losses, distillation, token_order]) / targets.clamp(min=1)
+
+
+class ReferenceStep(NamedTuple):
+    """Results of one update of the reference."""
+
+    losses: Tensor
+    """`[3, n]` before the update, rows as of `mean_losses`; 0 for a head that is not active."""
+    grad_norm: float
+    """Before clipping."""
+    gradients: dict[str, Tensor]
+    """Before clipping, by global name."""
+
+
+class ReferenceTraining:
+    """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
+
+    def __init__(
+        self, config: Config, vocab_size: int, device: torch.device, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """The ranks divide a batch among them, each with the full model, and add up their gradients."""
+        self.config = config
+        self.rank, self.world_size = rank, world_size
+        self.model = ReferenceModel(config, vocab_size).double().to(device)
+        self.device = device
+        groups = parameter_groups(config, self.model.parameters())
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+
+    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadWeights) -> ReferenceStep:
+        """Make one update on a global batch."""
+        losses = self._differentiate(samples, targets, weights)
+        gradients = {name: self._gradient(weight) for name, weight in self.model.named_weights().items()}
+        norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
+        if self.config.train.grad_clip:
+            scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
+            for weight in self.model.parameters():
+                if weight.grad is not None:
+                    weight.grad.mul_(scale)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return ReferenceStep(losses, norm, gradients)
+
+    def _differentiate(self, samples: Tensor, targets: Tensor, weights: HeadWeights) -> Tensor:
+        """Leave this rank's part of the gradients in the weights; return the losses of the batch."""
+        self.optimizer.zero_grad(set_to_none=False)
+        counts = (targets != IGNORE_INDEX).sum((1, 2))
+        active = torch.arange(len(targets), device=self.device) < weights.active
+        loss_weights = torch.tensor(weights.weights, dtype=torch.float64, device=self.device)
+        losses = torch.zeros(3, len(targets), dtype=torch.float64, device=self.device)
+        size = max(1, TOKENS_AT_ONCE // targets.shape[-1])
+        parts = zip(samples.split(size), targets.split(size, 1), strict=True)
+        for number, part in enumerate(parts):
+            if number % self.world_size != self.rank:
+                continue
+            batch = (*part, document_ids(part[0], END_OF_DOCUMENT), counts)
+            results = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
+            of_heads = (results.objectives * loss_weights)[active].sum()
+            (of_heads + self.config.heads.token_order * results.token_order).backward()
+            losses[:2] += torch.stack([results.losses, results.distillation]).detach() * active
+            losses[2, 0] += results.token_order.detach()
+        if self.world_size > 1:
+            dist.all_reduce(losses)
+        return losses
+
+    def _gradient(self, weight: Tensor) -> Tensor:
+        """Return a copy of a weight's gradient, summed over the ranks."""
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        if self.world_size > 1:
+            dist.all_reduce(weight.grad)
+        return weight.grad.clone()

@@ -1,0 +1,98 @@
+"""A step on every rank in which a gradient, or a loss, of one of them is not finite."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from mtp_dist.config import Config
+from tests.parity.runs import VOCAB_SIZE, global_batches
+
+
+class Watched(NamedTuple):
+    grad_norm: float
+    grad_norms_by_module: dict[str, float]
+    """Of a step in which all is well."""
+    bad_norm: float
+    """The gradient's, of the step after it."""
+    found: str
+    unchanged: bool
+    """The weights, by that step."""
+    seconds: tuple[float, float]
+    """Busy, and of the schedule."""
+
+
+def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Watched:
+    """weight: whose gradient, and head: whose loss is not finite on that rank in the second step."""
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import named_weights
+    from mtp_dist.verify.reference_training import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
+    well = engine.train_step(batch, 1e-3, head_weights(config, 1))
+    weights = dict(named_weights(engine.stage))
+    before = {name: value.detach().clone() for name, value in weights.items()}
+    if topology.rank == rank and weight:
+        weights[weight].register_hook(lambda gradient: gradient * float("nan"))
+    if topology.rank == rank and head:
+        heads = engine.stage.heads
+        loss = heads.forward
+
+        def with_infinite_loss(*args: object) -> torch.Tensor:
+            share = loss(*args)
+            heads.sums.losses[head - 1] = float("inf")
+            return share
+
+        heads.forward = with_infinite_loss  # type: ignore[method-assign]
+    bad = engine.train_step(batch, 1e-3, head_weights(config, 1))
+    found = str(engine.gradient_monitor.find_non_finite())
+    unchanged = all(torch.equal(before[name], value) for name, value in weights.items())
+    return Watched(well.grad_norm, well.grad_norms_by_module, bad.grad_norm, found, unchanged, bad[-2:])
+
+
+class Dropped(NamedTuple):
+    norm: float
+    found: str
+    unchanged: bool
+
+
+def break_a_sum(config: Config, rank: int) -> Dropped:
+    """A step in which one rank has something else than the others for the sum of their gradients."""
+    from deepspeed.runtime.pipe import schedule
+
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.hooks import hook_instruction
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.tensor_shards import master_weight
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import named_weights
+    from mtp_dist.verify.reference_training import local_micro_batches
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    weights = dict(named_weights(engine.stage))
+    before = {name: master_weight(weight).clone() for name, weight in weights.items()}
+
+    def break_first(execute: Callable[[], None]) -> None:
+        if topology.rank == rank:
+            weight = next(iter(weights.values()))
+            gradient = weight.grad if config.train.precision == "fp32" else weight._hp_grad  # type: ignore[attr-defined]
+            assert gradient is not None
+            gradient.view(-1)[-1] = float("nan")
+        execute()
+
+    hook_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
+    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
+    norm = engine.train_step(batch, 1e-3, head_weights(config, 1)).grad_norm
+    unchanged = all(torch.equal(before[name], master_weight(weight)) for name, weight in weights.items())
+    return Dropped(norm, str(engine.gradient_monitor.find_non_finite()), unchanged)

@@ -1,0 +1,137 @@
+"""What the tests of this folder run on every rank."""
+
+import os
+
+import torch
+from torch import Tensor
+
+from mtp_dist.config import Config
+from tests.parity.runs import VOCAB_SIZE, Run, sharded_run
+
+SILENT_HEAD = 2
+"""Prediction distance of the head that has no valid target."""
+
+
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """Of this rank's stage, as the optimizer has them; the model's own must be the same in its precision."""
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.tensor_shards import full_tensors, master_weight
+    from mtp_dist.model.parameters import named_weights, parameter_shapes
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    for name, weight in named_weights(engine.stage):  # the copy of a tied weight too
+        assert torch.equal(weight, master_weight(weight).to(weight.dtype)), name
+    return dict(full_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), topology, master_weight))
+
+
+def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
+    """Sums and gradient norms of three steps, this stage's weights after them, and the sums of an evaluation."""
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.tensor_shards import full_tensors, master_weight
+    from mtp_dist.loss.schedule import head_weights
+    from mtp_dist.model.parameters import parameter_shapes
+    from mtp_dist.model.targets import IGNORE_INDEX
+    from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    tokens, targets = random_batch(config, VOCAB_SIZE)
+    targets[SILENT_HEAD - 1] = IGNORE_INDEX
+    # One micro-batch of head 1 is empty too, although the head is not.
+    targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
+    batch = local_micro_batches(config, topology, tokens, targets)
+    sums, norms, *_ = zip(*(engine.train_step(batch, 1e-3, head_weights(config, 1)) for _ in range(3)), strict=True)
+    assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
+    evaluated = engine.evaluate(batch, len(batch))
+    shapes = parameter_shapes(config, VOCAB_SIZE)
+    weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
+    return list(sums), list(norms), weights, evaluated
+
+
+def patience(config: Config, port: int) -> list[float]:
+    """Seconds that collectives of all ranks and of a tensor-parallel group wait, and that the store does."""
+    import os
+
+    import torch.distributed as dist
+
+    from mtp_dist.distributed.topology import initialize_topology, tp_group
+
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    initialize_topology(config, torch.device("cpu"))
+    groups = [dist.distributed_c10d._get_default_group(), tp_group()]
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    return [time.total_seconds() for time in (*timeouts, dist.distributed_c10d._get_default_store().timeout)]
+
+
+def resources(config: Config, port: int, soft_limit: int) -> tuple[int, int, str | None]:
+    """Open the topology in an environment without settings of its own. Return PyTorch's number of threads, the limit
+    of open files and gloo's network interface."""
+    import os
+    import resource
+
+    import torch.distributed as dist
+
+    from mtp_dist.distributed.topology import initialize_topology
+
+    dist.destroy_process_group()
+    environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(7)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, limits[1]))
+    try:
+        initialize_topology(config, torch.device("cpu"))
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return torch.get_num_threads(), open_files, os.environ.get("GLOO_SOCKET_IFNAME")
+    finally:
+        os.environ.clear()
+        os.environ |= environment
+        torch.set_num_threads(1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def train_with_flags(config: Config) -> tuple[Run | None, dict[str, object]]:
+    """A short training, and which settings for deterministic kernels it left in this process; they are undone."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
+    try:
+        run = sharded_run(config, 3)
+        flags = {"pytorch": torch.are_deterministic_algorithms_enabled()} | {
+            name: os.environ.get(name) for name in names
+        }
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in names:
+            os.environ.pop(name, None)
+    return run, flags
+
+
+def join_with_other_seeds(config: Config, seeds: list[int], port: int) -> str | None:
+    """Open the topology with this rank's seed. Return what the user is shown if the ranks refuse to start."""
+    import os
+
+    import torch.distributed as dist
+
+    from mtp_dist.config import ConfigError
+    from mtp_dist.distributed.topology import initialize_topology
+
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    config = config.model_copy(update={"run": config.run.model_copy(update={"seed": seeds[rank]})})
+    try:
+        initialize_topology(config, torch.device("cpu"))
+    except ConfigError as error:
+        return str(error)
+    return None

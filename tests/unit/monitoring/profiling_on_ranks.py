@@ -1,0 +1,54 @@
+"""Two trainings on every rank, one of them profiled, and the parts that the watchdog is told of."""
+
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.config import load_config
+from mtp_dist.metrics import StepMetrics
+from mtp_dist.monitoring.callbacks import Callback
+
+
+class Learned(Callback):
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, float]] = []
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self.steps.append((metrics.heads, metrics.grad_norm))
+
+
+def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
+    """Whether both learned the same, what the profiler said, and the watchdog's parts of one."""
+    from mtp_dist.data.datasets import load_datasets
+    from mtp_dist.data.tokenizer import vocabulary_size
+    from mtp_dist.distributed.device import select_device
+    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.engine.engine import TrainingEngine
+    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.monitoring.profiling import profiling_callbacks
+    from mtp_dist.training.stopping import StopSignals
+    from mtp_dist.training.trainer import Trainer
+    from mtp_dist.training.watchdog import Watchdog
+
+    config = load_config(path)
+    device = select_device(config)
+    topology = initialize_topology(config, device)
+    vocab_size = vocabulary_size(config)
+    said: list[str] = []
+    parts: list[str] = []
+
+    class Listening(Watchdog):
+        def expect(self, part: str) -> None:
+            parts.append(part)
+            super().expect(part)
+
+    def train(*callbacks: Callback) -> list[tuple[Any, float]]:
+        parts.clear()
+        engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+        learned = Learned()
+        datasets, told = load_datasets(config), [learned, *callbacks]
+        watchdog = Listening(None, topology.rank)
+        Trainer(config, engine, datasets, told, lambda *_: None, StopSignals(), watchdog).fit()
+        return learned.steps
+
+    same = train() == train(*profiling_callbacks(config, topology, False, said.append))
+    return same, said, parts

@@ -1,0 +1,145 @@
+"""The report of runs: what is on its page, and what is wrong with a folder."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from mtp_dist.config import ConfigError
+from mtp_dist.monitoring.report.page import write_report
+from mtp_dist.monitoring.report.run_files import read_run
+
+
+def write_run(folder: Path, heads: int = 2, steps: int = 5, **description: Any) -> Path:
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        line: dict[str, Any] = {"step": step, "train/grad_norm": None if step == 3 else 1.5}
+        line |= {f"loss/head_{k}": 4 / step + k for k in range(1, heads + 1)}
+        line |= {"train/learning_rate": 1e-3, "throughput/tokens_per_second": 1000, "memory/peak_bytes": 2e9}
+        lines.append(line)
+    validation = {f"validation/code/loss/head_{k}": 2.0 + k for k in range(1, heads + 1)}
+    lines.append({"step": steps, "validation/code/loss/total": 7.0} | validation)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
+    events = [
+        {"time": "2030-01-01T00:00:00+00:00", "step": 0, "kind": "start", "text": "begins, 2 ranks"},
+        {"time": "2030-01-01T00:01:00+00:00", "step": 3, "kind": "skip", "text": "step 3 <changed> no weight"},
+        {"time": "2030-01-01T00:02:00+00:00", "step": 4, "kind": "start", "text": "goes on"},
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "run.json").write_text(json.dumps(description))
+    return folder
+
+
+def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
+    description = {"config": {"run": {"name": "first"}, "heads": {"count": 2}}, "versions": {"torch": "2.x"}}
+    run = write_run(tmp_path / "a", **description)
+    page = write_report([run], tmp_path / "report").read_text()
+    for text in ("<h1>first</h1>", "torch 2.x", "step 3 &lt;changed&gt; no weight", "count: 2"):
+        assert text in page
+    assert "<td>1.8000 2.8000</td>" in page and "<td>3.0000 4.0000</td>" in page, "the last losses"
+    assert not re.search(r"(src|href)='?\"?(http|/)|<script|<link", page)
+    pictures = {path.stem: path.read_bytes() for path in (tmp_path / "report").glob("*.png")}
+    assert set(pictures) == {
+        *("training-loss", "validation-code-loss", "throughput", "memory", "gradient-norm", "learning-rate")
+    }
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+    assert page.count("data:image/png;base64,") == len(pictures)
+    assert re.search(r"<td>restarts</td><td>1</td>", page) and re.search(r"<td>skipped steps</td><td>1</td>", page)
+    assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
+
+
+@pytest.mark.regression("7.A10")
+def test_a_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", heads=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    text = "".join(
+        json.dumps(line | {"loss/head_2": None, "validation/code/loss/head_2": None}) + "\n" for line in lines
+    )
+    (run / "metrics.jsonl").write_text(text)
+    page = write_report([run], tmp_path / "report").read_text()
+    assert "<td>1.8000 - 3.8000</td>" in page and "<td>3.0000 - 5.0000</td>" in page
+
+
+def test_several_runs_share_a_page(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, heads, config={"run": {"name": name}}) for name, heads in (("a", 1), ("b", 3))]
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "<h1>a and b</h1>" in page and "Events of a" in page and "Events of b" in page
+    assert "<th>a</th><th>b</th>" in page
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    assert [step for step, _ in run.curve("train/grad_norm")] == [1, 2, 4, 5]
+    assert run.scalars("loss") == ["loss/head_1", "loss/head_2"] and run.restarts == [4]
+
+
+def test_a_run_without_events_and_description_is_shown_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "old")
+    (run / "events.jsonl").unlink()
+    (run / "run.json").unlink()
+    assert "<h1>old</h1>" in write_report([run], tmp_path / "report").read_text()
+
+
+@pytest.mark.regression("7.E2")
+def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legends: list[list[str]] = []
+    savefig = Figure.savefig
+
+    def record_legends(figure: Figure, *arguments: Any, **options: Any) -> None:
+        found = [axes.get_legend() for axes in figure.axes]
+        legends.extend([text.get_text().strip() for text in legend.get_texts()] for legend in found if legend)
+        savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record_legends)
+    names = [r"a$\frac$b", "_hidden"]
+    runs = [write_run(tmp_path / str(i), config={"run": {"name": name}}) for i, name in enumerate(names)]
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert legends and all(labels == names for labels in legends)
+    assert r"<h1>a$\frac$b and _hidden</h1>" in page
+
+
+@pytest.mark.regression("7.E2")
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", "[1]"),
+        ("run.json", '{"config": 3}'),
+        ("run.json", '{"config": {"run": []}}'),
+        ("run.json", '{"config": {"run": {"name": 7}}}'),
+        ("metrics.jsonl", '{"loss/head_1": 1}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", '{"step": "one"}\n'),
+        ("events.jsonl", '{"step": 1}\n'),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
+    run = write_run(tmp_path / "a")
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(run / file))):
+        write_report([run], tmp_path / "report")
+
+
+@pytest.mark.regression("7.E2")
+def test_packages_without_a_version_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", versions={"mtp-dist": None, "torch": "2.x"})
+    assert "<td>torch 2.x</td>" in write_report([run], tmp_path / "report").read_text()
+
+
+def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: give a run's folder"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"has no step in its metrics\.jsonl yet"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("not JSON\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is not JSON"):
+        read_run(tmp_path)
+    run = write_run(tmp_path / "a")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write --to = .*file.report' \(.*: Not a directory\)"):
+        write_report([run], tmp_path / "file" / "report")

@@ -1,0 +1,83 @@
+"""Trunk layers of the stages."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_dist.config import Config
+from mtp_dist.planner.partition import trunk_layers_per_stage
+from tests.parity.runs import tiny_config
+
+
+def config_of(layers: int, stages: int, heads: int = 4, depth: int = 1, partition: object = "balanced") -> Config:
+    return tiny_config(
+        model={"trunk_layers": layers},
+        parallel={"pipeline": stages, "partition": partition},
+        heads={"count": heads, "layers_per_head": depth},
+    )
+
+
+def compositions(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+    """Every way to give each stage but the last at least one layer."""
+    for others in itertools.product(range(1, layers + 1), repeat=stages - 1):
+        if sum(others) <= layers:
+            yield (*others, layers - sum(others))
+
+
+def heads_cost(config: Config, vocab_size: int) -> float:
+    """In trunk layers, from the shapes of the matrices: D = 32, 4 attention heads in 2 groups, F = 48."""
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
+    return config.heads.count * (config.heads.layers_per_head * layer + vocab_size * 32) / layer
+
+
+def slowest(layers: tuple[int, ...], last_cost: float) -> float:
+    return max(*layers[:-1], layers[-1] + last_cost)
+
+
+@given(
+    layers=st.integers(2, 9),
+    stages=st.integers(2, 4),
+    heads=st.integers(1, 3),
+    depth=st.integers(1, 2),
+    vocab_size=st.sampled_from([1, 131, 600, 5000]),
+)
+def test_balanced_is_as_fast_as_any(layers: int, stages: int, heads: int, depth: int, vocab_size: int) -> None:
+    stages = min(stages, layers)
+    config = config_of(layers, stages, heads, depth)
+    chosen = trunk_layers_per_stage(config, vocab_size)
+    assert chosen in set(compositions(layers, stages))
+    cost = heads_cost(config, vocab_size)
+    best = min(slowest(other, cost) for other in compositions(layers, stages))
+    assert slowest(chosen, cost) == pytest.approx(best, rel=1e-12)
+    assert chosen[-1] == max(
+        other[-1] for other in compositions(layers, stages) if slowest(other, cost) <= best + 1e-9
+    ), "of equal choices the fullest last stage"
+    assert max(chosen[:-1]) - min(chosen[:-1]) <= 1 and list(chosen[:-1]) == sorted(chosen[:-1])
+
+
+@given(layers=st.integers(1, 120), stages=st.integers(1, 32), vocab_size=st.integers(1, 300_000))
+def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> None:
+    stages = min(stages, layers)
+    chosen = trunk_layers_per_stage(config_of(layers, stages), vocab_size)
+    assert len(chosen) == stages and sum(chosen) == layers
+    assert all(layers >= 1 for layers in chosen[:-1]) and chosen[-1] >= 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "partition", "expected"),
+    [
+        (12, 4, "uniform", (3, 3, 3, 3)),
+        (5, 1, "uniform", (5,)),
+        (12, 4, [6, 1, 5, 0], (6, 1, 5, 0)),
+        (5, 1, [5], (5,)),
+        (5, 1, "balanced", (5,)),
+        (4, 4, "balanced", (1, 1, 2, 0)),
+        # 131 entries of 32 numbers are 0.545 of a layer's 7680: two heads cost 3.09 layers.
+        (12, 2, "balanced", (8, 4)),
+    ],
+)
+def test_by_hand(layers: int, stages: int, partition: object, expected: tuple[int, ...]) -> None:
+    assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition), 131) == expected
