@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mtp_dist.config import Config, ConfigError, load_config
+from mtp_dist.config import Config, load_config
 from mtp_dist.config.notices import notices
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.launcher import check_launcher_variables
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.monitoring.callbacks import Callback, StopReason
 from mtp_dist.monitoring.output import make_output_optional
 from mtp_dist.monitoring.rank_logs import tee_output
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stop_signals.end_at_once()
             status = run(arguments, stop_signals)
     # From here on SIGTERM ends the process by default: the launcher sends it to the ranks that wait below.
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     except Exception:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -73,7 +74,7 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
         return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
 
 
-def exit_with_error(error: ConfigError) -> NoReturn:
+def exit_with_error(error: UserError) -> NoReturn:
     """Say why and end this process with status 2; only rank 0 speaks of what all ranks see."""
     rank, prefix = os.environ.get("RANK", "0"), "error"
     if rank.isdecimal() and int(rank):

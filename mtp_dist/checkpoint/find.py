@@ -12,7 +12,8 @@ import yaml
 from mtp_dist.checkpoint.folders import candidates, checkpoint_directory, is_checkpoint
 from mtp_dist.checkpoint.format import CheckpointMetadata, read_metadata
 from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_quickly, check_weights
-from mtp_dist.config import Config, ConfigError, SourceConfig
+from mtp_dist.config import Config, SourceConfig
+from mtp_dist.errors import ConfigError
 
 UNCHECKED_KEYS = frozenset(
     """

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mtp_dist.checkpoint.format import METADATA_FILE
 from mtp_dist.checkpoint.manifest import MANIFEST
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
 from mtp_dist.fs import sync, write_durably
 
 LATEST = "latest"

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import Config, ConfigError, config_to_save, saved_config
+from mtp_dist.config import Config, config_to_save, saved_config
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.fs import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -99,7 +100,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
         )
     except OSError as error:
         raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{folder} cannot be opened: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder} is not a checkpoint of ours, or a damaged one: {error}") from None

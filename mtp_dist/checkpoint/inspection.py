@@ -15,7 +15,7 @@ from mtp_dist.checkpoint.folders import checkpoint_directory, finished_checkpoin
 from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, SavedLayout, read_metadata
 from mtp_dist.checkpoint.manifest import FileRecord, ProgressCallback, check_fully, check_quickly
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointLine]:
             size = sum(record.bytes for record in check_quickly(folder).values())
             saved = read_metadata(folder)
             line = CheckpointLine(str(folder), step, folder.name == latest, size, saved.layout, saved.losses)
-        except ConfigError as error:
+        except UserError as error:
             line = CheckpointLine(str(folder), step, folder.name == latest, damage=str(error))
         lines.append(line)
     return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.checkpoint.format import METADATA_FILE, MODEL, OPTIMIZER, index_file
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.fs import write_durably
 
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtp_dist.checkpoint.format import index_file
 from mtp_dist.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 
 class TensorReader:

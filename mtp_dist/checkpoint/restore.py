@@ -22,7 +22,7 @@ from mtp_dist.checkpoint.manifest import (
     tensor_files,
 )
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import from_rank_0
 from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group
 from mtp_dist.engine.engine import TrainingEngine
@@ -35,6 +35,7 @@ from mtp_dist.engine.optimizer_state import (
     set_moment,
     set_updates,
 )
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import blocks_of_part, named_weights, parameter_shapes
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0

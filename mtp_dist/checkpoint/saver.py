@@ -24,9 +24,10 @@ from mtp_dist.checkpoint.save import (
     write_metadata,
     write_tensor_files,
 )
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.distributed.topology import GlooGroups, all_gather_objects
 from mtp_dist.engine.engine import TrainingEngine
+from mtp_dist.errors import ConfigError
 
 RETRY_DELAYS_S = (2.0, 10.0, 60.0)
 """Seconds before the second, third, .. time that a checkpoint is tried to be written."""

@@ -13,9 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mtp_dist.cli.bench import bench
-from mtp_dist.config import ConfigError, load_config
+from mtp_dist.config import load_config
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.sources.work_units import InvalidUtf8
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -63,7 +64,7 @@ def selfcheck(
     try:
         settings = load_config(config, overrides or [])
         sources = check_before_start(settings, needs_data=False)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     silence_import_warnings()
     from mtp_dist.distributed.device import select_device
@@ -72,7 +73,7 @@ def selfcheck(
 
     try:
         topology = initialize_topology(settings, select_device(settings))
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     comparisons = compare(settings, sources.vocab_size, topology)
     close_topology()
@@ -127,7 +128,7 @@ def prepare(
     try:
         with PreparationProgress(Console(stderr=True)) as progress:
             prepared = make(request, progress)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from the finished parts", file=sys.stderr, flush=True)
@@ -162,7 +163,7 @@ def _show_checkpoints(folder: Path, as_json: bool) -> bool:
             report = inspection.inspect_checkpoint(
                 folder, lambda done, total: progress.update(task, completed=done, total=total)
             )
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
@@ -217,7 +218,7 @@ def inspect(
                 frequent,
                 watch=lambda done: progress.update(task, completed=done),
             )
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     if as_json:
         print(json.dumps(asdict(report)), flush=True)
@@ -246,7 +247,7 @@ def export_command(
                 lambda done, total: progress.update(written, completed=done, total=total),
                 lambda done, total: progress.update(checked, completed=done, total=total),
             )
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     print(json.dumps(asdict(exported)) if as_json else exported.describe(), flush=True)
 
@@ -275,7 +276,7 @@ def import_command(
         with _bar() as progress:
             task = progress.add_task("weights")
             imported = import_llama(request, lambda done, total: progress.update(task, completed=done, total=total))
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     print(imported.describe(), flush=True)
 
@@ -293,7 +294,7 @@ def report(
     folders = [Path(run).expanduser() for run in runs]
     try:
         page = write_report(folders, Path(to).expanduser() if to else folders[0] / "report")
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     print(page, flush=True)
 

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mtp_dist.config import ConfigError, load_config
+from mtp_dist.config import load_config
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a part of this project beside its peers.")
@@ -48,7 +49,7 @@ def head_loss(
     try:
         settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
         result = measure_head_loss(settings, silence_import_warnings)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     _show(result, as_json, table(result))
 
@@ -71,7 +72,7 @@ def checkpoint(
         sources = check_before_start(settings, needs_data=False)
         if folder.exists():
             raise ConfigError(f"--to = '{to}' exists: name a new folder")
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     silence_import_warnings()
     from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
@@ -82,7 +83,7 @@ def checkpoint(
     try:
         topology = initialize_topology(settings, select_device(settings))
         result = measure_checkpoints(settings, sources.vocab_size, topology, folder, rounds, print)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     close_topology()
     if topology.rank == 0:
@@ -109,7 +110,7 @@ def data(
     processes = workers or usable_cores()
     try:
         preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     machine = {"processor": processor_name(), "cores": usable_cores()}
     silence_import_warnings()
@@ -132,7 +133,7 @@ def monitoring(
     try:
         settings = load_config(config, overrides or [])
         check_before_start(settings)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring, table
@@ -142,7 +143,7 @@ def monitoring(
     try:
         topology = initialize_topology(settings, select_device(settings))
         result = measure_monitoring(settings, topology, rounds)
-    except ConfigError as error:
+    except UserError as error:
         exit_with_error(error)
     close_topology()
     if topology.rank == 0:

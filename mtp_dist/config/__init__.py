@@ -4,7 +4,7 @@ Everything that can be checked without starting a process is checked here, so th
 rank does work.
 """
 
-from mtp_dist.config.base import ConfigError, Section
+from mtp_dist.config.base import Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.loader import build_config, load_config, override_values, read_values
 from mtp_dist.config.migration import config_to_save, saved_config
@@ -13,7 +13,6 @@ from mtp_dist.config.schema import Config, ModelConfig, SourceConfig
 
 __all__ = [
     "Config",
-    "ConfigError",
     "HeadsConfig",
     "ModelConfig",
     "RopeScalingConfig",

@@ -12,10 +12,6 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux for one name in a path and for the whole path."""
 
 
-class ConfigError(ValueError):
-    """A mistake of the user; its message is one sentence that names the key and what to do."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from mtp_dist.config.base import ConfigError
 from mtp_dist.config.rope import RopeScalingConfig
 from mtp_dist.config.schema import Config, SourceConfig
 from mtp_dist.config.validation import incompatible_settings
+from mtp_dist.errors import ConfigError
 
 MIN_NAME_SIMILARITY = 0.75
 """Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`

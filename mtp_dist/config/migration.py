@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
-from mtp_dist.config.base import MAX_INTEGER, ConfigError
+from mtp_dist.config.base import MAX_INTEGER
 from mtp_dist.config.loader import typed_config
 from mtp_dist.config.schema import Config
+from mtp_dist.errors import ConfigError
 
 VERSION = 2
 """That of the keys in config/sections.py; a file without a version has the first."""

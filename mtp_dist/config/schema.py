@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from mtp_dist.config.base import ConfigError, NonNegativeInt, PathText, PositiveInt, Seconds, Section
+from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.rope import RopeScalingConfig
+from mtp_dist.errors import ConfigError
 
 
 class RunConfig(Section):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.format import MODEL, index_file, tensor_file
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.fs import sync
 
 FILE_BYTES = 2 * 2**30

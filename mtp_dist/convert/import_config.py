@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import Config, ConfigError, build_config, override_values, read_values
+from mtp_dist.config import Config, build_config, override_values, read_values
 from mtp_dist.convert.llama import layers_after_trunk
 from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.convert.tokenizer_files import find_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
+from mtp_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from mtp_dist.config import ConfigError
 from mtp_dist.convert.rope import rope_from_llama
+from mtp_dist.errors import ConfigError
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 

@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.config import ConfigError
 from mtp_dist.convert.llama_config import read_json_object, read_llama_config
 from mtp_dist.convert.saved_heads import HEADS
+from mtp_dist.errors import ConfigError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"

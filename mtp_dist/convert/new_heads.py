@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.convert.llama import llama_layers, llama_weights
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 
 _IN_A_LAYER = re.compile(r"heads\.\w+\.(?:layers\.)?(\d+)\.(.+)")

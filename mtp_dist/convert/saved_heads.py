@@ -6,7 +6,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.config import Config, ConfigError, HeadsConfig, saved_config
+from mtp_dist.config import Config, HeadsConfig, saved_config
+from mtp_dist.errors import ConfigError, UserError
 
 HEADS, HEADS_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 
@@ -26,7 +27,7 @@ class SavedHeads:
             if self.config and self.file.exists():
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
-        except ConfigError as error:
+        except UserError as error:
             raise ConfigError(f"--from = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise ConfigError(f"--from = '{source}' is a damaged export: {HEADS_CONFIG} or {HEADS}: {error}") from None

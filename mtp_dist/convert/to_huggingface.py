@@ -14,7 +14,7 @@ from mtp_dist.checkpoint.find import find_valid_checkpoint
 from mtp_dist.checkpoint.format import MODEL, read_metadata
 from mtp_dist.checkpoint.manifest import ProgressCallback as BytesWatch
 from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.config import Config, ConfigError, config_to_save
+from mtp_dist.config import Config, config_to_save
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_tensors, write_weights
 from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
@@ -22,6 +22,7 @@ from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

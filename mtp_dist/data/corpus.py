@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
-from mtp_dist.config import ConfigError, Section
+from mtp_dist.config import Section
 from mtp_dist.data.indexed import Index, add_suffix, read_index
 from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.errors import ConfigError, UserError
 
 SCAN_BLOCK_TOKENS = 1 << 24
 DOCUMENTS_CHECKED = 1000
@@ -153,7 +154,7 @@ def open_corpus(prefix: str | Path, key: str) -> Corpus:
                 )
         index = read_index(add_suffix(prefix, ".idx"))
         return Corpus(prefix, key, _map_tokens(prefix, index), index, _read_description(prefix, index))
-    except ConfigError as error:
+    except UserError as error:
         raise ConfigError(f"{key} = '{prefix}': {error}") from None
     except OSError as error:
         raise ConfigError(f"{key} = '{prefix}': cannot read {error.filename} ({error.strerror})") from None

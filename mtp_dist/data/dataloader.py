@@ -14,8 +14,7 @@ from mtp_dist.config import Config
 from mtp_dist.data.datasets import Datasets, ValidationSamples
 from mtp_dist.data.streaming import merge_states
 from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group
-from mtp_dist.engine.pipeline_module import MicroBatch
-from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
+from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch, document_ids, head_targets
 
 
 def micro_batches_of(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import Config, ConfigError, SourceConfig
+from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below
 from mtp_dist.data.epochs import Cut
@@ -23,6 +23,7 @@ from mtp_dist.data.sources.text_loss import CHECKED_BYTES, TextLoss, measure_los
 from mtp_dist.data.sources.text_sources import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.errors import ConfigError, UserError
 
 READ_AT_ONCE_BYTES = 16 << 20
 
@@ -209,7 +210,7 @@ class _Corpora:
             tokens, num_bytes, fingerprint = self._prepared(corpus, source, key) if corpus else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
-            except ConfigError as error:
+            except UserError as error:
                 raise ConfigError(f"{key}.path = '{source.path}' is too small: {error}") from None
             bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
             self._opened[same] = _Opened(packed, bytes_per_token, fingerprint)
@@ -253,7 +254,7 @@ class _Corpora:
                     break
         except OSError as error:
             raise ConfigError(f"{named}: cannot read {error.filename} ({error.strerror})") from None
-        except ConfigError as error:
+        except UserError as error:
             raise ConfigError(str(error) if str(error).startswith(key) else f"{named}: {error}") from None
         self._check_loss(loss, key)
         became = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *of_key.files.describe()]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.indexed import add_suffix
+from mtp_dist.errors import ConfigError
 from mtp_dist.fs import write_durably
 
 

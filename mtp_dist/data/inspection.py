@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer
 from mtp_dist.data.packing import entropy_of
 from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 
 def unigram_entropy(tokens: NDArray[Any], vocab_size: int) -> float:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.blending import Blend
 from mtp_dist.data.sources.text_sources import WHOLE, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.errors import ConfigError, UserError
 
 State = dict[str, Any]
 """JSON."""
@@ -94,7 +94,7 @@ class TokenStream:
                     if len(tokens):
                         has_text = True
                         yield _Document(tokens, place, passes)
-            except ConfigError as error:
+            except UserError as error:
                 raise ConfigError(f"{self._named}: {error}") from None
             if not has_text:
                 where = f" in {self._shard}: lower data.stream_shards" if self._shard.number_of > 1 else ""

@@ -16,8 +16,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.tokenizer import Ids, Tokenizer
+from mtp_dist.errors import ConfigError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")

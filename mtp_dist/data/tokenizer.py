@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
 
 Ids = NDArray[Any]
 """uint16 or int32, see `dtype_of_ids`."""

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ def from_rank_0(action: Callable[[], T], group: dist.ProcessGroup) -> T:
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except ConfigError as error:
+        except UserError as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0, group=group)
     result, wrong = answer

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.distributed.determinism import use_deterministic_algorithms
 from mtp_dist.distributed.gpus import has_nvidia_gpu
+from mtp_dist.errors import ConfigError
 
 
 def select_device(config: Config) -> torch.device:

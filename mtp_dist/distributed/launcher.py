@@ -2,7 +2,7 @@
 
 import os
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """What torchrun and DeepSpeed's launcher call the number of ranks on this machine."""

@@ -11,8 +11,8 @@ from typing import NoReturn
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from mtp_dist.config import ConfigError
 from mtp_dist.distributed.environment import find_differences
+from mtp_dist.errors import ConfigError
 
 FIRST_STATUS_AFTER_S = 30.0
 """After these rank 0 says whom it waits for."""

@@ -9,7 +9,7 @@ from itertools import chain
 
 import psutil
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 MAX_OPEN_FILES = 65_536
 """The soft limit that a rank asks for; some programs walk through all numbers up to it, so not the hard limit."""

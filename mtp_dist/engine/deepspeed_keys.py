@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 
 class _ReadRecorder(dict[str, Any]):

@@ -18,11 +18,11 @@ from mtp_dist.engine.deepspeed_config import deepspeed_config
 from mtp_dist.engine.gradient_monitor import GradientMonitor, module_group
 from mtp_dist.engine.gradients import clip_by_global_norm
 from mtp_dist.engine.optimizer_state import set_master_weight
-from mtp_dist.engine.pipeline_module import MicroBatch, MultiTokenPipeline, suppress_stdout
+from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
 from mtp_dist.engine.stage_timer import StageTimer
 from mtp_dist.loss.schedule import HeadWeights
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, shard
-from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
 
 BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -19,7 +18,7 @@ from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import PredictionHeads, chains, detached_heads
 from mtp_dist.model.parameters import padded_vocab_size, tag_shards
-from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias
+from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer, embed_tokens
 from mtp_dist.planner.partition import trunk_layers_per_stage
 
@@ -29,21 +28,6 @@ def suppress_stdout() -> Iterator[None]:
     """Drop what DeepSpeed prints while it builds: its topology, partition and memory."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-class MicroBatch(NamedTuple):
-    """What one forward pass reads, int64."""
-
-    samples: Tensor
-    """`[B, S + lookahead]`."""
-    targets: Tensor
-    """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
-    documents: Tensor | None
-    """Which document of its sample each token lies in, `[B, S + lookahead]`; None where nobody asks."""
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        documents = None if self.documents is None else self.documents.to(device)
-        return MicroBatch(self.samples.to(device), self.targets.to(device), documents)
 
 
 class HeadsWithLoss(PredictionHeads):

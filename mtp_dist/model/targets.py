@@ -1,12 +1,28 @@
 """Which tokens each head must predict, and where documents stop them and the attention."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """A target that does not count."""
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass reads, int64."""
+
+    samples: Tensor
+    """`[B, S + lookahead]`."""
+    targets: Tensor
+    """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
+    documents: Tensor | None
+    """Which document of its sample each token lies in, `[B, S + lookahead]`; None where nobody asks."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        documents = None if self.documents is None else self.documents.to(device)
+        return MicroBatch(self.samples.to(device), self.targets.to(device), documents)
 
 
 def document_ids(tokens: Tensor, end_of_document: int) -> Tensor:

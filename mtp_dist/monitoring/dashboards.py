@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
 from mtp_dist.monitoring.callbacks import MetricsWriter, Scalars, validation_prefix, warn
 
 WANDB_FOLDER = "wandb"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callbacks import Callback, StopReason
 

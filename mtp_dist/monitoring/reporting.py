@@ -33,9 +33,9 @@ from mtp_dist.monitoring.rank_logs import LOG_FILES, LOGS, earlier_logs
 from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.planner.partition import trunk_layers_per_stage
-from mtp_dist.verify.preflight import PREFLIGHT
 
 RUN = "run.json"
+PREFLIGHT = "preflight.json"
 FILES = ("metrics.jsonl", EVENTS, RUN, "summary.json", PREFLIGHT)
 FOLDERS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("events.out.tfevents.*",),

@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.monitoring.events import EVENTS, check_progress
 
 if TYPE_CHECKING:
@@ -297,7 +298,7 @@ def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
             try:
                 check_progress(config.output_dir / EVENTS)
                 held.enter_context(lock)
-            except ConfigError as error:
+            except UserError as error:
                 if world_size > 1:
                     from mtp_dist.distributed.rendezvous import join
 

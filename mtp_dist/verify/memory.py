@@ -3,8 +3,9 @@
 import psutil
 import torch
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.distributed.launcher import local_ranks
+from mtp_dist.errors import ConfigError
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.memory import least_parameter_bytes, step_token_bytes
 

@@ -19,8 +19,8 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group, tp_group
 from mtp_dist.monitoring.callbacks import Callback
+from mtp_dist.monitoring.reporting import PREFLIGHT
 
-PREFLIGHT = "preflight.json"
 SLOW = 0.8
 """Part of its like's median below which something is named. Healthy GPUs of one kind lie within some percent of each
 other, links within some ten; what is throttled, shares a switch or runs at half its width lies below this."""

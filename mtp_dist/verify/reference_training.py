@@ -10,10 +10,9 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer import parameter_groups
-from mtp_dist.engine.pipeline_module import MicroBatch
 from mtp_dist.loss.schedule import HeadWeights
 from mtp_dist.model.reference import ReferenceModel, reference_losses
-from mtp_dist.model.targets import IGNORE_INDEX, document_ids, head_targets
+from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch, document_ids, head_targets
 
 END_OF_DOCUMENT = 0
 """Token that ends the documents of random batches."""

@@ -81,7 +81,6 @@ def outcome_of(config: Path, *overrides: str) -> str:
     return errors.getvalue()
 
 
-@pytest.mark.regression("7.D3")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(sorted(set(KEYS) - NOT_FUZZED)), VALUES, min_size=1, max_size=2))
 @example(changes={"run.output_dir": "~nouser/x"})
@@ -116,7 +115,6 @@ def test_any_override(config: Path, key: str, text: str) -> None:
     assert all(line.startswith(("error: ", "warning: ")) for line in message.splitlines()), message
 
 
-@pytest.mark.regression("7.E5")
 @pytest.mark.parametrize(
     ("override", "line"),
     [

@@ -14,7 +14,7 @@ from mtp_dist.config import load_config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.model.reference import ReferenceModel
 from tests.integration import jobs
-from tests.parity.runs import LLAMA3_ROPE
+from tests.tiny import LLAMA3_ROPE
 from tests.unit.convert.folders import write_llama
 
 COMMAND = ("-m", "mtp_dist.cli")

@@ -110,7 +110,7 @@ FAULTS = {
     "mistake",
     [
         *MISTAKES,
-        *(pytest.param(name, marks=pytest.mark.regression(line)) for line, names in FAULTS.items() for name in names),
+        *(pytest.param(name) for line, names in FAULTS.items() for name in names),
     ],
 )
 def test_mistake_in_the_configuration(capsys: pytest.CaptureFixture[str], config: Path, mistake: str) -> None:
@@ -141,7 +141,6 @@ def test_degree_that_does_not_divide_the_world(
     assert "parallel.tensor" in message and "world size 3" in message
 
 
-@pytest.mark.regression("7.D3")
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
 def test_empty_variable_of_a_launcher(
     capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -150,7 +149,6 @@ def test_empty_variable_of_a_launcher(
     assert f"{variable} = ''" in error_of(capsys, config)
 
 
-@pytest.mark.regression("7.D3")
 @pytest.mark.parametrize("key", ["run.output_dir", "checkpoint.directory"])
 def test_link_to_a_folder_that_is_not_there(
     capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path, key: str
@@ -238,7 +236,6 @@ def test_without_a_configuration(capsys: pytest.CaptureFixture[str], arguments: 
     assert "--config" in capsys.readouterr().err
 
 
-@pytest.mark.regression("7.C12")
 def test_the_module_is_the_program(config: Path) -> None:
     """`python -m mtp_dist.pretrain`, and `torchrun -m`, which starts the same."""
     result = jobs.run(jobs.plain("-m", "mtp_dist.pretrain", "--config", str(config), "train.step=7"))

@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from mtp_dist.data.prepare.prepare import Request, prepare
@@ -99,7 +98,6 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.regression("7.C7")
 def test_a_job_that_slurm_restarts_without_end(tmp_path: Path) -> None:
     """For example because its time limit is shorter than its start."""
     config = jobs.write_config(tmp_path)

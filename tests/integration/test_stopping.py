@@ -33,7 +33,6 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
     assert not (out / "summary.json").exists()
 
 
-@pytest.mark.regression("7.B8")
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGTERM, EXIT_PREEMPTED), (signal.SIGUSR1, EXIT_PREEMPTED), (signal.SIGINT, 130), (signal.SIGHUP, 129)],
@@ -57,7 +56,6 @@ def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals, 
     assert line.startswith(f"{number.name}: ends before the first step") and f"status {status}" in line
 
 
-@pytest.mark.regression("7.B8")
 def test_ctrl_c_saves(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, train={"steps": 100_000}, log={"every": 1, "tensorboard": False})
     out = tmp_path / "out"
@@ -70,7 +68,6 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{int(step):08d}"
 
 
-@pytest.mark.regression("7.B7")
 def test_training_does_not_depend_on_its_readers(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, log={"every": 1, "tensorboard": False})
     result = jobs.run(jobs.forked(WITHOUT_READERS, "--config", str(config)))
@@ -79,7 +76,6 @@ def test_training_does_not_depend_on_its_readers(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == "step_00000005\n"
 
 
-@pytest.mark.regression("7.B1")
 def test_a_second_run_in_the_folder_of_a_living_one(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, log={"every": 1, "tensorboard": False})
     out = tmp_path / "out"
@@ -105,7 +101,6 @@ def launch(*arguments: str, ranks: int = 2) -> list[str]:
     return [str(jobs.BIN / "mtp-dist"), "launch", "--ranks", str(ranks), *arguments]
 
 
-@pytest.mark.regression("7.B9")
 def test_the_launcher_gives_its_ranks_the_signal_and_the_time_to_save(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, train={"steps": 100_000}, log={"every": 1, "tensorboard": False})
     out = tmp_path / "out"

@@ -5,8 +5,9 @@ from typing import Any
 
 from mtp_dist.config import Config
 from tests.errors import largest_error, norm_error
-from tests.parity.runs import Run, merge, reference_run, sharded_run, tiny_config
+from tests.parity.runs import Run, merge, reference_run, sharded_run
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 
 Layout = tuple[int, int, int, bool]
 """(tensor, pipeline, data, sequence)."""

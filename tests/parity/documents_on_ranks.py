@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE
+from tests.tiny import VOCAB_SIZE
 
 END_OF_FIRST = 7
 """Position at which the first of two documents ends."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import Config
-from tests.parity.runs import sharded_run, tiny_config
+from tests.parity.runs import sharded_run
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 4

@@ -1,53 +1,12 @@
 """The same short training, by the sharded model on the ranks of a test and by the plain reference."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtp_dist.config import Config, build_config
-
-VOCAB_SIZE = 131
-"""Odd on purpose: every tensor-parallel degree needs padding."""
-
-LINEAR_ROPE = {"rope_type": "linear", "factor": 4.0}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 0.125,
-    "high_freq_factor": 1.0,
-    "original_max_position_embeddings": 16,
-}
-"""With the tiny model's wavelengths, 6, 63, 628 and 6283 positions, the first stays and the second is between."""
-
-
-def tiny_config(**sections: dict[str, Any]) -> Config:
-    """A model with everything that can go wrong in it, small enough for dozens of runs."""
-    values: dict[str, dict[str, Any]] = {
-        "run": {"device": "cpu"},
-        "model": {
-            "hidden_size": 32,
-            "trunk_layers": 4,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "ffn_hidden_size": 48,
-        },
-        "heads": {"count": 4},
-        "parallel": {},
-        "data": {"train": [{"path": "python-stdlib"}]},
-        "train": {
-            "steps": 20,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "sequence_length": 16,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 1e-3, "warmup_steps": 4},
-    }
-    for name, section in sections.items():
-        values.setdefault(name, {}).update(section)
-    return build_config(values)
+from mtp_dist.config import Config
+from tests.tiny import VOCAB_SIZE
 
 
 @dataclass

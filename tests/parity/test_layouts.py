@@ -17,8 +17,9 @@ from tests.parity.comparison import (
     reference_of,
     run_sharded,
 )
-from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, losses_of_evaluations, run_with_broken_gradient
+from tests.parity.runs import losses_of_evaluations, run_with_broken_gradient
 from tests.ranks import Ranks
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE
 
 STEPS = 20
 FEW = 3
@@ -79,7 +80,6 @@ def share_of_bf16_numbers(gradients: dict[str, torch.Tensor]) -> float:
     return float((entries.bfloat16() == entries).float().mean())
 
 
-@pytest.mark.regression("7.A1")
 def test_bf16_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
     """The micro-batches are the same at both degrees, so only the order of the sum differs."""
     layouts = [(1, 1, data, False) for data in (1, 4)]

@@ -134,7 +134,6 @@ def test_the_stop_changes_no_bit_of_what_is_learned(array: dict[str, Submitted])
         assert (array[STOPPED].output_dir / last / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.regression("7.B3")
 def test_rank_0_ends_its_work_although_srun_waits_for_seconds_only(cluster: Cluster, project: Path) -> None:
     """The sample at the end of the run takes longer than srun would wait for it after the end of another rank."""
     script = (project / "launchers" / "slurm" / "pretrain.sbatch").read_text()

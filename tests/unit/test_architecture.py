@@ -18,9 +18,10 @@ MAX_FUNCTION_LINES = 60
 
 # What a room may import of ours; what these may import is allowed as well.
 DIRECTLY_BELOW: dict[str, set[str]] = {
-    "fs": set(),
+    "errors": set(),
     "metrics": set(),
-    "config": set(),
+    "fs": {"errors"},
+    "config": {"errors"},
     "model": {"config"},
     "loss": {"config"},
     "planner": {"config"},
@@ -43,7 +44,7 @@ ROOMS = frozenset(DIRECTLY_BELOW)
 LIBRARY_ROOMS = {
     "deepspeed": frozenset({"distributed", "engine", "checkpoint", "bench"}),
     "megatron": frozenset({"model", "loss", "distributed", "engine", "data", "bench"}),
-    "torch": ROOMS - {"planner", "config", "metrics"},
+    "torch": ROOMS - {"planner", "config", "metrics", "errors", "fs"},
 }
 
 NOT_OURS = {".git", ".hypothesis", "runs", "build", "dist", "__pycache__"}
@@ -179,7 +180,7 @@ def path_faults(root: Path) -> list[str]:
         import_faults,
         size_faults,
         path_faults,
-        pytest.param(asserts_with_effects, marks=pytest.mark.regression("7.B2")),
+        pytest.param(asserts_with_effects),
     ],
 )
 def test_project_keeps_its_layout(find_faults):
@@ -188,7 +189,7 @@ def test_project_keeps_its_layout(find_faults):
 
 def test_every_room_is_read():
     rooms = {room_of(path) for path, _ in python_files(PROJECT)}
-    assert {"__init__", "config", "model", "parallel"} <= rooms
+    assert {"__init__", "config", "model", "engine"} <= rooms
 
 
 def test_planner_runs_without_torch():
@@ -205,12 +206,12 @@ ROOT_HOME = "/" + "root/.cache"
 @pytest.mark.parametrize(
     ("find_faults", "file", "text", "fault"),
     [
-        (import_faults, "model/a.py", "from mtp_dist.engine.engine import x", ":1: model must not import parallel"),
+        (import_faults, "model/a.py", "from mtp_dist.engine.engine import x", ":1: model must not import engine"),
         (import_faults, "model/a.py", "import mtp_dist.loss", ":1: model must not import loss"),
         (import_faults, "config.py", "from mtp_dist import data", ":1: config must not import data"),
         (import_faults, "loss/a.py", "from ..training import x", ":1: loss must not import training"),
         (import_faults, "loss/b/a.py", "from ...cli import main", ":1: loss must not import cli"),
-        (import_faults, "data/a.py", "def f():\n    from mtp_dist import model", ":2: data must not import model"),
+        (import_faults, "data/a.py", "def f():\n    from mtp_dist import engine", ":2: data must not import engine"),
         (import_faults, "training/a.py", "import deepspeed.comm", ":1: training must not import deepspeed"),
         (import_faults, "inference/a.py", "from megatron.core import x", ":1: inference must not import megatron"),
         (import_faults, "planner/a.py", "try:\n    import torch\nfinally: ...", ":2: planner must not import torch"),
@@ -233,8 +234,8 @@ def test_fault_is_found(tmp_path, find_faults, file, text, fault):
     ("find_faults", "file", "text"),
     [
         (import_faults, "checkpoint/a.py", "import deepspeed, torch, json\nfrom mtp_dist.model.heads import x"),
-        (import_faults, "parallel/a.py", "from . import engine\nfrom .engine import build\nimport megatron.core"),
-        (import_faults, "evaluation/a.py", "from mtp_dist import config\nfrom mtp_dist.inference import x"),
+        (import_faults, "engine/a.py", "from . import engine\nfrom .engine import build\nimport megatron.core"),
+        (import_faults, "inference/a.py", "from mtp_dist import config\nfrom mtp_dist.convert import x"),
         (import_faults, "planner/a.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         (size_faults, "model/a.py", "def f():\n" + "    x = 1\n" * 59 + "x = 1\n" * 340),
         (path_faults, "a.py", f"'https://host{HOME} .{HOME} /data/corpus' # /homework/{HOME[1:]}"),

@@ -6,7 +6,6 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -14,13 +13,11 @@ PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (PROJECT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 
 
-@pytest.mark.regression("7.C11")
 def test_nothing_runs_beside_the_training() -> None:
     """A check of health would take memory and time from it, and only Docker would run it."""
     assert "HEALTHCHECK" not in DOCKERFILE
 
 
-@pytest.mark.regression("7.C11")
 def test_the_build_is_sent_what_it_copies_and_no_more() -> None:
     ignored, *kept = (PROJECT / ".dockerignore").read_text().split()
     copied = [name for names in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()]
@@ -46,7 +43,6 @@ def wanted() -> list[Requirement]:
     return [Requirement(text) for text in project["dependencies"]]
 
 
-@pytest.mark.regression("7.C11")
 def test_every_version_is_pinned() -> None:
     """What the image brings is pinned by its tag: PyTorch, and setuptools, which builds."""
     versions, missing = pins(), {canonicalize_name(requirement.name) for requirement in wanted()} - set(pins())

@@ -28,7 +28,6 @@ def test_readme_stays_under_two_screens() -> None:
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 60
 
 
-@pytest.mark.regression("7.E4")
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config import ConfigError, HeadsConfig, build_config
-from tests.parity.runs import tiny_config
+from mtp_dist.config import HeadsConfig, build_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 
 def message_of(heads: dict[str, Any], **sections: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ FAR_KEYS = {
 """Keys of other programs, which are like none of ours."""
 
 
-@pytest.mark.regression("7.E3")
 @pytest.mark.parametrize("override", list(FAR_KEYS))
 def test_no_hint_to_a_key_that_means_something_else(base: Path, override: str) -> None:
     assert message_of(base, [override]) == FAR_KEYS[override]
@@ -57,7 +56,6 @@ def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
     assert config.checkpoint.every == 5, "a section that the file does not have"
 
 
-@pytest.mark.regression("7.A11")
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -80,14 +78,12 @@ def test_overrides_have_the_type_of_their_key(base: Path, override: str, value: 
     assert found == value
 
 
-@pytest.mark.regression("7.A11")
 @pytest.mark.parametrize("override", ["train.steps=5 # a few", "run.seed=1:30"])
 def test_overrides_that_are_no_number(base: Path, override: str) -> None:
     key, _, value = override.partition("=")
     assert message_of(base, [override]) == f"{key} = {value!r} is wrong: it should be a valid integer"
 
 
-@pytest.mark.regression("7.D3")
 @pytest.mark.parametrize(
     "override",
     [

@@ -16,7 +16,6 @@ import torch
 
 from mtp_dist.bench.data.timed_tokenizer import TimedTokenizer
 from mtp_dist.bench.measure import Step, paired_seconds
-from mtp_dist.config import ConfigError
 from mtp_dist.data.prepare import prepare as preparation
 from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary, in_batches
@@ -25,6 +24,7 @@ from mtp_dist.data.sources.text_sources import UNIT_BYTES, InputOptions, open_in
 from mtp_dist.data.sources.work_units import WorkUnit
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.errors import ConfigError
 
 TRAINED = "trained"
 """The tokenizer that the benchmark trains on the text itself."""

@@ -18,7 +18,7 @@ from mtp_dist.bench.head_loss.inputs import Inputs, gradient
 from mtp_dist.bench.head_loss.peers import PEERS
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
 from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 # Megatron-core and DeepSpeed look at the device when they are imported, so ranks import them once it is selected.
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from mtp_dist.bench.head_loss.peers import PEERS
-from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.config import Config, build_config
+from mtp_dist.errors import ConfigError
 
 OWN_MODES = ("naive", "eager", "recompute")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

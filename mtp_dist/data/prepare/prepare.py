@@ -20,7 +20,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from mtp_dist.config import ConfigError
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
 from mtp_dist.data.disk import atomic_write_text, explain_os_errors
@@ -32,6 +31,7 @@ from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.sources.text_sources import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.errors import ConfigError
 
 PLAN = "plan.json"
 SUFFIXES = (".bin", ".idx", ".json")

@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.disk import explain_os_errors
 from mtp_dist.data.sources.text_loss import CHECKED_BYTES, measure_loss
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.tokenizer import Ids, Tokenizer
+from mtp_dist.errors import ConfigError, UserError
 
 Item = TypeVar("Item")
 
@@ -79,11 +79,11 @@ def encode_documents(
     cannot encode."""
     try:
         return tokenizer.encode_documents(documents)
-    except ConfigError:
+    except UserError:
         for number, document in enumerate(documents):
             try:
                 tokenizer.encode_documents([document])
-            except ConfigError as error:
+            except UserError as error:
                 raise ConfigError(f"{place(number)}: {error}") from None
         raise
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -74,7 +74,7 @@ def _work(function: Callable[[Any], object], connection: Connection) -> None:
             return
         try:
             outcome: object = function(task)
-        except ConfigError as error:
+        except UserError as error:
             connection.send((False, error))
         except Exception:
             connection.send((False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))

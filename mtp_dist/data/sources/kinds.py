@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 Kind = Literal["text", "JSON lines", "JSON array", "CSV", "Parquet"]
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.sources.kinds import UTF8_MARK, FileKind, lacks_field, open_decompressed, reading_compressed
 from mtp_dist.data.sources.work_units import (
     LineList,
@@ -24,6 +23,7 @@ from mtp_dist.data.sources.work_units import (
     document_of_record,
     row_place,
 )
+from mtp_dist.errors import ConfigError
 
 
 def record_units(file: Path, kind: FileKind, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:

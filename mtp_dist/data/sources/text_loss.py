@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.tokenizer import Ids, Tokenizer
+from mtp_dist.errors import ConfigError
 
 CHECKED_BYTES = 256 << 10
 """Text of a part of a source that is decoded again: decoding takes about a seventh of the time of encoding."""

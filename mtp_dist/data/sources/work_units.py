@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 BLOCK_BYTES = 1 << 20
 

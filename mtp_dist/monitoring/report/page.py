@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.monitoring.report.figures import draw
 from mtp_dist.monitoring.report.run_files import RunFiles, read_run
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 
 EVENTS = "events.jsonl"
 Curve = list[tuple[int, float]]

@@ -12,7 +12,7 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer_state import MOMENTS
 from mtp_dist.model.parameters import parameter_shapes
-from tests.parity.runs import VOCAB_SIZE, tiny_config
+from tests.tiny import VOCAB_SIZE, tiny_config
 
 
 def config_in(directory: Path, **checkpoint: object) -> Config:

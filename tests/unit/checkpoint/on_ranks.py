@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE, global_batches
+from tests.parity.runs import global_batches
+from tests.tiny import VOCAB_SIZE
 
 LOSSES = (4.5, None, 5.5, 6.5)
 """What every checkpoint is told; the second is not finite."""

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from mtp_dist.checkpoint.format import RunState
-from mtp_dist.config import Config, ConfigError
-from tests.parity.runs import VOCAB_SIZE, global_batches
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
+from tests.parity.runs import global_batches
+from tests.tiny import VOCAB_SIZE
 from tests.unit.checkpoint.folders import damages, flip
 
 ROOM = 4096

@@ -23,7 +23,7 @@ from mtp_dist.checkpoint.folders import (
     publish,
 )
 from mtp_dist.checkpoint.manifest import check_fully
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 
 
@@ -180,7 +180,6 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path, step: in
     assert operations() >= 5 and number == operations() + 1
 
 
-@pytest.mark.regression("7.B4")
 def test_files_that_stay_when_their_folder_is_deleted_stop_no_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,12 +20,12 @@ from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, 
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.checkpoint.save import write_tensor_files
-from mtp_dist.config import ConfigError
 from mtp_dist.distributed.topology import Topology
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
-from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
+from tests.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.checkpoint.folders import config_in, flip, write_checkpoint, write_unfinished
 from tests.unit.checkpoint.on_ranks import LOSSES, RECENT, train_part
 
@@ -136,7 +136,6 @@ def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.
     assert error.value.filename == tmp_path / name
 
 
-@pytest.mark.regression("7.B2")
 def test_python_without_asserts_saves_a_checkpoint_with_all_its_parts(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
@@ -161,7 +160,6 @@ print(len(weights), sorted(path.name for path in folder.glob("*.json")))
     assert run.stdout.splitlines()[-1] == f"{len(parameter_shapes(tiny_config(), VOCAB_SIZE))} {names}"
 
 
-@pytest.mark.regression("7.B4")
 def test_a_checkpoint_is_whole_although_the_list_of_its_files_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,10 +180,7 @@ def test_a_checkpoint_is_whole_although_the_list_of_its_files_is_stale(
 @pytest.mark.parametrize(
     ("number", "tolerated"),
     [
-        *(
-            pytest.param(number, True, marks=pytest.mark.regression("7.B4"))
-            for number in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-        ),
+        *(pytest.param(number, True) for number in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)),
         (errno.EIO, False),
     ],
 )
@@ -224,7 +219,6 @@ ELSEWHERE: dict[str, str] = {
 }
 
 
-@pytest.mark.regression("7.D4")
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
 @pytest.mark.parametrize("case", ELSEWHERE)
 def test_only_files_of_the_manifest_are_read(tmp_path: Path, kind: str, case: str) -> None:

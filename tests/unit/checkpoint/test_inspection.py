@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mtp_dist.cli import app
 from mtp_dist.model.parameters import parameter_shapes
-from tests.parity.runs import VOCAB_SIZE
+from tests.tiny import VOCAB_SIZE
 from tests.unit.checkpoint.folders import config_in, flip, write_checkpoint
 
 
@@ -25,7 +25,6 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.regression("7.E3")
 def test_the_folder_of_a_run(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "run" / "checkpoints", 10)
     shown = inspect(tmp_path / "run", "--json")

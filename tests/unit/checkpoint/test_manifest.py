@@ -95,7 +95,6 @@ def test_manifest_and_folder_name_the_same_files(whole: Path, tmp_path: Path) ->
         check_quickly(folder)
 
 
-@pytest.mark.regression("7.B2")
 @pytest.mark.parametrize(
     "name",
     [

@@ -13,11 +13,11 @@ import torch
 from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.checkpoint.manifest import check_fully, record_of
 from mtp_dist.checkpoint.restore import load_weights
-from mtp_dist.config import ConfigError
 from mtp_dist.convert.saved_heads import SavedHeads
+from mtp_dist.errors import ConfigError
 from tests.integration.jobs import write_corpus
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.checkpoint.folders import config_in, write_checkpoint
 from tests.unit.checkpoint.on_ranks import train_part
 
@@ -77,7 +77,6 @@ def changed(folder: Path, target: Path, change: Callable[[dict[str, Any]], objec
     return target
 
 
-@pytest.mark.regression("7.B5")
 @pytest.mark.parametrize(("given", "becomes"), [("bf16", "bf16"), ("bfp16", "bf16"), ("fp32", "fp32"), (None, "fp32")])
 def test_a_key_that_has_moved_is_found_at_its_new_place(tmp_path: Path, given: str | None, becomes: str) -> None:
     def change(values: dict[str, Any]) -> None:
@@ -93,7 +92,6 @@ def test_a_key_that_has_moved_is_found_at_its_new_place(tmp_path: Path, given: s
         assert config.deepspeed == {"wall_clock_breakdown": True}
 
 
-@pytest.mark.regression("7.B5")
 def test_settings_that_are_refused_today_are_no_reason_not_to_open(tmp_path: Path) -> None:
     """What must not be combined is checked when a run starts, and more of it from version to version."""
 
@@ -116,7 +114,6 @@ def test_counts_above_the_limit_that_came_later_are_lowered() -> None:
     assert (config.checkpoint.every, config.run.seed, config.model.rope_theta) == (2**31 - 1, 2**60, 1e10)
 
 
-@pytest.mark.regression("7.B5")
 def test_a_newer_version_is_named_and_not_called_damage(tmp_path: Path) -> None:
     def change(values: dict[str, Any]) -> None:
         values["config_version"] = 99
@@ -130,7 +127,6 @@ def test_a_newer_version_is_named_and_not_called_damage(tmp_path: Path) -> None:
     assert "damaged" not in str(error.value)
 
 
-@pytest.mark.regression("7.B5")
 def test_what_is_saved_says_its_version(tmp_path: Path) -> None:
     values = json.loads((write_checkpoint(tmp_path, 10) / "config.json").read_text())
     assert values.get("config_version", 1) > 1
@@ -140,7 +136,6 @@ def test_what_is_saved_says_its_version(tmp_path: Path) -> None:
     assert values["config_version"] == VERSION
 
 
-@pytest.mark.regression("7.B5")
 def test_the_index_says_which_weights_have_which_moments(ranks: Ranks, tmp_path: Path) -> None:
     """Those of a weight that has none, as a frozen one, start from 0."""
     folder = write_checkpoint(tmp_path / "whole", 10)

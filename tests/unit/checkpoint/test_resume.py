@@ -8,8 +8,9 @@ import pytest
 from mtp_dist.checkpoint.find import ResumePoint, find_resume_point, find_valid_checkpoint, older_resume_point
 from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.config import Config, ConfigError
-from tests.parity.runs import VOCAB_SIZE, tiny_config
+from mtp_dist.config import Config
+from mtp_dist.errors import ConfigError
+from tests.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.checkpoint.folders import flip
 
 
@@ -107,7 +108,6 @@ def test_another_training_is_refused_unless_allowed(directory: Path, key: str) -
     assert find_resume_point(config_in(directory, allow_changes=[key], **REFUSED[key]), VOCAB_SIZE)
 
 
-@pytest.mark.regression("7.E3")
 def test_a_run_folder_leads_to_its_checkpoints(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     directory.rename(tmp_path / "whole" / "checkpoints")
@@ -116,7 +116,6 @@ def test_a_run_folder_leads_to_its_checkpoints(directory: Path, tmp_path: Path) 
     assert found and found.folder == newest
 
 
-@pytest.mark.regression("7.E3")
 def test_changed_sources_are_shown_by_what_differs(directory: Path) -> None:
     [source] = tiny_config().model_dump(mode="json")["data"]["train"]
     for changed, now, before in (
@@ -128,7 +127,6 @@ def test_changed_sources_are_shown_by_what_differs(directory: Path) -> None:
         assert f"data.train is {now}, {directory / 'step_00000100'} was trained with {before}: " in str(error.value)
 
 
-@pytest.mark.regression("7.E5")
 def test_longer_samples_than_an_import_was_trained_with_get_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

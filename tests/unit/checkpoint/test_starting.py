@@ -47,7 +47,6 @@ def spread(folder: Path, target: Path, files: int) -> Path:
     return target
 
 
-@pytest.mark.regression("7.C3", "7.C5")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_reads_its_share_and_looks_at_no_more(ranks: Ranks, tmp_path: Path, layout: str) -> None:
     config = write_config(tmp_path)

@@ -15,7 +15,7 @@ from mtp_dist.checkpoint.restore import load_weights
 from mtp_dist.config import Config
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 VOCAB_SIZE = 257
 """That of the bytes."""

@@ -10,17 +10,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from mtp_dist.checkpoint.restore import load_weights
-from mtp_dist.config import ConfigError
 from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.verify.reference_training import mean_losses
-from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, global_batches, tiny_config
 from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
+from tests.parity.runs import global_batches
 from tests.ranks import Ranks
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 from tests.unit.checkpoint.folders import flip
 from tests.unit.checkpoint.folders import write_checkpoint as write_whole_checkpoint
 from tests.unit.checkpoint.on_ranks import train_part
@@ -185,7 +186,6 @@ def test_our_configuration_is_told(tmp_path: Path) -> None:
     assert "`heads.2`, `heads.3`, `heads.4`" in card and "{" not in card.split("```json")[0]
 
 
-@pytest.mark.regression("7.E1")
 def test_the_card_begins_a_document_as_the_training_did(tmp_path: Path) -> None:
     """With the run's own prompt; what its text is about is not known."""
     for name, log, prompt in (
@@ -218,7 +218,6 @@ def losses_in_card(checkpoint: Path, to: Path) -> str:
     return (to / "README.md").read_text().partition("## Validation\n\n")[2].partition("\n\n")[0]
 
 
-@pytest.mark.regression("7.E1")
 def test_the_card_has_the_columns_that_have_figures(tmp_path: Path) -> None:
     checkpoint = write_run(tmp_path / "run", tmp_path / "run" / "checkpoints")
     rows = losses_in_card(checkpoint, tmp_path / "out").splitlines()
@@ -233,7 +232,6 @@ def test_the_card_has_the_columns_that_have_figures(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.regression("7.E1")
 def test_the_card_has_the_losses_of_its_own_run(tmp_path: Path) -> None:
     """A folder of checkpoints may be elsewhere, where another run's summary is next to it."""
     checkpoint = write_run(tmp_path / "run", tmp_path / "shared" / "checkpoints")
@@ -269,7 +267,6 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"], "nothing unfinished is left"
 
 
-@pytest.mark.regression("7.C10")
 def test_only_what_is_read_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The moments are two thirds of a checkpoint; neither an export nor a sample reads them."""
     from mtp_dist.checkpoint import manifest

@@ -14,13 +14,14 @@ from transformers import LlamaForCausalLM
 from mtp_dist.checkpoint.find import find_resume_point
 from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.checkpoint.restore import load_weights
-from mtp_dist.config import ConfigError, build_config, load_config
+from mtp_dist.config import build_config, load_config
 from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight
-from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
     VOCAB_SIZE,
     check_same_logits,

@@ -76,11 +76,7 @@ def llama_with_bos(folder: Path) -> None:
     write_llama(folder, None, vocab_size=library.get_vocab_size(), tie_word_embeddings=True)
 
 
-def exports_of(*red: str) -> pytest.MarkDecorator:
-    """All kinds of exports, with a mark on those that the program could not use at commit 9e30c7b."""
-    mark = pytest.mark.regression("7.E1")
-    cases = [pytest.param(kind, marks=mark if kind in red else ()) for kind in KINDS]
-    return pytest.mark.parametrize("export", cases, indirect=True, scope="module")
+every_export = pytest.mark.parametrize("export", KINDS, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +96,7 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Export(folder / "hf", model, build_tokenizer(name))
 
 
-@exports_of("imported Llama")
+@every_export
 def test_a_pipeline_continues_a_text(export: Export) -> None:
     generate = pipeline("text-generation", model=str(export.folder), device="cpu")
     written = generate(PROMPT, max_new_tokens=5, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
@@ -110,7 +106,7 @@ def test_a_pipeline_continues_a_text(export: Export) -> None:
     assert written == ids
 
 
-@exports_of(*KINDS)
+@every_export
 def test_texts_of_several_lengths_make_a_batch(export: Export) -> None:
     tokenizer = AutoTokenizer.from_pretrained(export.folder)
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
@@ -123,7 +119,7 @@ def test_texts_of_several_lengths_make_a_batch(export: Export) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (end, end)
 
 
-@exports_of("SentencePiece", "imported Llama")
+@every_export
 def test_lm_eval_scores_a_text(export: Export) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance
@@ -143,7 +139,7 @@ def test_lm_eval_scores_a_text(export: Export) -> None:
     assert scores == pytest.approx(wanted, rel=1e-4), "an empty context is the start of a document"
 
 
-@exports_of("byte pairs", "bytes")
+@every_export
 def test_ctranslate2_computes_the_same(export: Export, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     gc.freeze()  # the converter collects garbage after each layer, which takes seconds with all that tests import
@@ -155,7 +151,7 @@ def test_ctranslate2_computes_the_same(export: Export, tmp_path: Path) -> None:
     torch.testing.assert_close(logits, export.logits(TEXT), rtol=1e-4, atol=1e-4)
 
 
-@exports_of()
+@every_export
 def test_peft_trains_an_adapter(export: Export) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
@@ -167,7 +163,7 @@ def test_peft_trains_an_adapter(export: Export) -> None:
     assert all(weight.grad is not None for weight in adapted.parameters() if weight.requires_grad)
 
 
-@exports_of(*KINDS)
+@every_export
 def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) -> None:
     """What llama.cpp's converter takes from a folder, by its own classes, is written as GGUF and read again."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -204,7 +200,7 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
     assert ("merges" in read) == (export.tokenizer.name != "bytes")
 
 
-@exports_of()
+@every_export
 def test_an_import_has_the_tokenizer_of_the_training(export: Export, tmp_path: Path) -> None:
     imported = import_llama(ImportRequest(export.folder, tmp_path / "c")).config
     assert build_tokenizer(imported.data.tokenizer).fingerprint == export.tokenizer.fingerprint

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mtp_dist.config import ConfigError
 from mtp_dist.convert.tokenizer_files import byte_level_tokenizer, write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import ConfigError
 
 TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
 
@@ -107,7 +107,6 @@ def check_same_ids(name: str, folder: Path) -> PreTrainedTokenizerBase:
     return theirs
 
 
-@pytest.mark.regression("7.A6")
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_sentencepiece_gives_the_ids_of_the_training(tmp_path: Path, kind: str, normalization: str) -> None:
@@ -128,7 +127,6 @@ POST_PROCESSORS = {
 }
 
 
-@pytest.mark.regression("7.A6")
 @pytest.mark.parametrize("kind", POST_PROCESSORS)
 def test_no_token_is_added_or_cut_that_the_training_did_not_see(tmp_path: Path, kind: str) -> None:
     """What a post-processor, truncation, padding or the files beside would do does not happen in training."""
@@ -151,7 +149,6 @@ def test_no_token_is_added_or_cut_that_the_training_did_not_see(tmp_path: Path, 
     assert (tokenizer.model_max_length, tokenizer.chat_template) == (99, "{{ messages }}")
 
 
-@pytest.mark.regression("7.A6")
 def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
     name = train_sentencepiece(tmp_path, model_type="bpe", treat_whitespace_as_suffix=True)
     (tmp_path / "out").mkdir()

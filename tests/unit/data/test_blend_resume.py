@@ -15,7 +15,7 @@ from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.tokenizer import Tokenizer
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 SOURCE_TOKENS = 1000
 """Tokens of source number j lie from j * SOURCE_TOKENS on, each of them once."""
@@ -66,7 +66,6 @@ def source_of(sample: list[int]) -> int:
     return sample[0] // SOURCE_TOKENS
 
 
-@pytest.mark.regression("7.A8")
 @pytest.mark.parametrize("change", ["weight", "source", "sequence_length", "seed"])
 def test_what_was_read_is_not_repeated_before_the_rest_is_read(change: str) -> None:
     sizes = [961, 961, 961]
@@ -90,7 +89,6 @@ def runs(draw: st.DrawFn) -> tuple[list[Phase], list[int]]:
     return draw(st.lists(kinds, min_size=1, max_size=6)), sizes
 
 
-@pytest.mark.regression("7.A8")
 @settings(max_examples=200, deadline=None)
 @given(runs())
 @example(([Phase({0: 1.0, 1: 1.0}, 2, 1, 0, 40), Phase({0: 1.0, 1: 3.0}, 2, 1, 0, 20)], [90, 90, 12]))

@@ -11,10 +11,11 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from mtp_dist.config import ConfigError, build_config
+from mtp_dist.config import build_config
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_ids, check_tokenizer, open_corpus
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import ConfigError
 from tests.unit.data.preparing import documents_of, made, request
 
 HEADER_BYTES = 34
@@ -210,7 +211,6 @@ def test_ids_are_not_read_where_the_description_vouches_for_them(prefix: Path) -
     assert "token 0 of" in ids_message(open_corpus(prefix, "here"), 256)
 
 
-@pytest.mark.regression("7.A9")
 @pytest.mark.parametrize("ends", [[], [0], [256, 10]], ids=["no end", "another id", "an end that is not the last"])
 @pytest.mark.parametrize("key", ["loss_across_documents", "attention_across_documents"])
 def test_document_masks_need_documents_that_end(tmp_path: Path, ends: list[int], key: str) -> None:

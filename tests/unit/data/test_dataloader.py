@@ -16,7 +16,7 @@ from mtp_dist.data.datasets import Datasets, TrainingSamples
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 HEADS, LENGTH = 2, 5
 END_OF_DOCUMENT = 103

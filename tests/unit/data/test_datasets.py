@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.config import Config, build_config
 from mtp_dist.data import corpus, inputs, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import TrainingSamples, ValidationSamples, load_datasets
@@ -21,6 +21,7 @@ from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.progress import PreparationProgress
 from mtp_dist.data.sources.text_sources import Input, InputOptions
 from mtp_dist.data.streaming import StreamedSamples
+from mtp_dist.errors import ConfigError
 from mtp_dist.pretrain import main
 
 
@@ -153,7 +154,6 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         load_datasets(config([{"path": str(prefix)}], []))
 
 
-@pytest.mark.regression("7.C3")
 def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(tmp_path: Path) -> None:
     """Not at the start, when every rank would read the corpus whole."""
     prefix = prepared(tmp_path, [b"abc" * 50])
@@ -223,7 +223,6 @@ def test_a_source_that_is_too_small_is_named(tmp_path: Path) -> None:
         load_datasets(config([good], [small]))
 
 
-@pytest.mark.regression("7.C3")
 def test_a_start_builds_the_tokenizer_once_and_opens_each_source_once(
     tmp_path: Path, trained_tokenizers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

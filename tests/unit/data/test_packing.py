@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import ValidationSamples
 from mtp_dist.data.packing import PackedCorpus, unigram_entropy
+from mtp_dist.errors import ConfigError
 
 lengths = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 200))
 

@@ -15,11 +15,11 @@ import psutil
 import pytest
 import tokenizers
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import ConfigError
 from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of, units_in
 
 
@@ -347,7 +347,6 @@ def test_an_input_that_vanishes_is_named(corpus: Path, tmp_path: Path, monkeypat
     assert f"cannot read {corpus / '00.py'} (No such file" in message(request(corpus, tmp_path / "a", glob="*.py"))
 
 
-@pytest.mark.regression("7.D4")
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
 def test_the_name_of_one_file_of_a_corpus_is_refused(tmp_path: Path, suffix: str) -> None:
     text = json_lines(tmp_path / "a.jsonl", ["a"])
@@ -356,7 +355,6 @@ def test_the_name_of_one_file_of_a_corpus_is_refused(tmp_path: Path, suffix: str
     assert list(tmp_path.iterdir()) == [text]
 
 
-@pytest.mark.regression("7.D3")
 @pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
 def test_a_text_that_a_tokenizer_has_no_tokens_for_is_named(tmp_path: Path, kind: str) -> None:
     vocabulary = ["<|endoftext|>", "known", *"know"]

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError, build_config
+from mtp_dist.config import build_config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.prepare.progress import describe
+from mtp_dist.errors import ConfigError
 from tests.unit.data.preparing import made, request, texts_of
 from tests.unit.data.test_text_sources import TEXTS, documents, message, units
 
@@ -75,7 +76,6 @@ FILES_OF_RECORDS: dict[str, Callable[[], bytes]] = {
 }
 
 
-@pytest.mark.regression("7.D1")
 @pytest.mark.parametrize("name", FILES_OF_RECORDS)
 def test_files_of_records_are_read_record_by_record(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES_OF_RECORDS[name]())
@@ -104,7 +104,6 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.regression("7.D1")
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_as_text_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
     content, reason = UNREADABLE[name]
@@ -112,7 +111,6 @@ def test_what_cannot_be_read_as_text_is_refused_by_its_name(tmp_path: Path, name
     assert f"{tmp_path / name} {reason}" in message(tmp_path / name)
 
 
-@pytest.mark.regression("7.D1")
 def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -173,7 +171,6 @@ def test_records_that_are_longer_than_what_is_looked_at(tmp_path: Path, brackets
         assert documents(units(tmp_path / "a.json")) == texts
 
 
-@pytest.mark.regression("7.D1")
 def test_a_run_reports_what_the_files_of_its_sources_became(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     tree(folder, "a.py", "b.py")
@@ -195,7 +192,6 @@ def test_a_run_reports_what_the_files_of_its_sources_became(tmp_path: Path) -> N
     )
 
 
-@pytest.mark.regression("7.D1")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -247,7 +243,6 @@ def tree(root: Path, *names: str) -> None:
         (root / name).write_text(name)
 
 
-@pytest.mark.regression("7.D2")
 def test_linked_folders_are_read_once_by_every_pattern(tmp_path: Path) -> None:
     tree(tmp_path / "elsewhere", "x.py", "deep/y.py")
     folder = tmp_path / "folder"
@@ -263,7 +258,6 @@ def test_linked_folders_are_read_once_by_every_pattern(tmp_path: Path) -> None:
     assert documents(units(folder, glob="link/**/*.py")) == ["deep/y.py", "x.py"]
 
 
-@pytest.mark.regression("7.D2")
 def test_hidden_files_are_left_out_unless_the_pattern_names_them(tmp_path: Path) -> None:
     tree(tmp_path, "a.py", ".b.py", ".git/c.py", "d/.e/f.py", ".github/workflows/g.py")
     assert documents(units(tmp_path, glob="**/*.py")) == ["a.py"]

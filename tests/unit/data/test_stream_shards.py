@@ -13,17 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.sources import text_sources as inputs
 from mtp_dist.data.sources.text_sources import open_inputs
 from mtp_dist.data.tokenizer import ByteTokenizer
-from tests.parity.runs import tiny_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 BATCH, LENGTH = 12, 5
 UNIT_BYTES = 300
-
-pytestmark = pytest.mark.regression("7.C4")
 
 
 def write_jsonl(path: Path, letter: str, count: int = 200) -> dict[str, Any]:

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import ByteTokenizer
-from tests.parity.runs import tiny_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 LENGTH, LOOKAHEAD = 7, 3
 

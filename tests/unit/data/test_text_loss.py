@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.config import Config, build_config
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.inspection import inspect_corpus, print_report
 from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import ConfigError
 from tests.unit.data.preparing import made, request, units_in
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
@@ -59,7 +60,6 @@ def config(tokenizer: Path, source: dict[str, Any], **keys: float) -> Config:
     )
 
 
-@pytest.mark.regression("7.A7")
 @pytest.mark.parametrize("text", [GERMAN, JAPANESE, ENGLISH * 3 + JAPANESE])
 def test_prepare_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path, text: str) -> None:
     asked = request(json_lines(tmp_path / "a.jsonl", [ENGLISH, text]), tmp_path / "c", lossy)
@@ -75,7 +75,6 @@ def test_prepare_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path
     assert "% of the text does not survive" in describe(tmp_path / "c", prepared)
 
 
-@pytest.mark.regression("7.A7")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_run_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path, stream: bool) -> None:
     source = {"path": str(json_lines(tmp_path / "a.jsonl", [ENGLISH + GERMAN] * 20)), "stream": stream}
@@ -97,7 +96,6 @@ def test_a_run_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path, 
     assert validation.bytes_per_token == pytest.approx(survived / tokens, rel=0.02), "bytes that no token stands for"
 
 
-@pytest.mark.regression("7.A7")
 def test_a_prepared_corpus_keeps_what_was_lost(tmp_path: Path, lossy: Path) -> None:
     texts = [ENGLISH + GERMAN, JAPANESE] * 10
     asked = request(json_lines(tmp_path / "a.jsonl", texts), tmp_path / "c", lossy)

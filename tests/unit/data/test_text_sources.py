@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import WorkUnit, bytes_of_text, document_of_line
+from mtp_dist.errors import ConfigError
 
 TEXTS = [f"document {i} " + "é\n" * (i * 37 % 90) for i in range(40)] + ["", "end"]
 
@@ -206,14 +206,12 @@ def test_a_bad_line_is_named_with_its_file_and_number(tmp_path: Path, line: str,
     assert f"{file}, line 51" in said and reason in said
 
 
-@pytest.mark.regression("7.D3")
 def test_json_nested_too_deep_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "good"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     assert f"{file}, line 2" in (said := message(file)) and "nested" in said and len(said) < 1000
 
 
-@pytest.mark.regression("7.D3")
 def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "other", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -221,7 +219,6 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     assert documents(units(tmp_path / "a.parquet", field="other")) == ["b"]
 
 
-@pytest.mark.regression("7.D5")
 @pytest.mark.parametrize("name", ["corpara/web", "corpara/web.jsonl"])
 def test_a_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data import text_tokenizers
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, dtype_of_ids
+from mtp_dist.errors import ConfigError
 
 SPACE_OF_SENTENCEPIECE = "\u2581"  # comes back as a space
 
@@ -50,7 +50,6 @@ def test_unknown_tokenizer_names_the_key_and_what_can_be_given() -> None:
         build_tokenizer("/no/such/tokenizer.json", "--tokenizer")
 
 
-@pytest.mark.regression("7.D5")
 @pytest.mark.parametrize("name", ["/no/such/folder", "./mine", "tokenizers/mine.json", "a/b/c", "~/mine", "mine.model"])
 def test_a_missing_path_is_not_offered_for_download(name: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -59,7 +58,6 @@ def test_a_missing_path_is_not_offered_for_download(name: str) -> None:
     assert "hf download" not in str(error.value)
 
 
-@pytest.mark.regression("7.D4")
 def test_files_are_read_as_utf8_in_every_locale(trained_tokenizers: Path, tmp_path: Path) -> None:
     shutil.copy(trained_tokenizers / "tokenizer.json", tmp_path)
     settings = {"eos_token": "<stop>", "comment": "für alle"}

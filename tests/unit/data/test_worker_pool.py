@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mtp_dist.config import ConfigError
 from mtp_dist.data.prepare import worker_pool as workers
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order
+from mtp_dist.errors import ConfigError
 
 
 class Doubler:

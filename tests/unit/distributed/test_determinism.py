@@ -1,17 +1,15 @@
 """`train.deterministic` selects repeatable kernels and changes nothing on a CPU, whose kernels repeat in any case."""
 
-import pytest
 import torch
 
 from mtp_dist.model.layers import transformer_config
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.engine.on_ranks import train_with_flags
 
 LAYOUT = {"tensor": 2, "sequence": True}
 
 
-@pytest.mark.regression("7.C8")
 def test_deterministic_training_is_applied_and_equals_the_default_on_a_cpu(ranks: Ranks) -> None:
     plain = tiny_config(parallel=LAYOUT)
     deterministic = tiny_config(parallel=LAYOUT, train={"deterministic": True})

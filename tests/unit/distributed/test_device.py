@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtp_dist.config import Config, ConfigError
+from mtp_dist.config import Config
 from mtp_dist.distributed.device import select_device
-from tests.parity.runs import tiny_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 
 @pytest.fixture
@@ -25,7 +26,6 @@ def config_for(device: str) -> Config:
     return tiny_config(run={"device": device})
 
 
-@pytest.mark.regression("7.C2")
 def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch, chosen: list[int]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -54,7 +54,6 @@ def loaded_driver(folder: Path) -> None:
     (folder / "proc" / "driver" / "nvidia" / "gpus" / "0000:17:00.0").mkdir(parents=True)
 
 
-@pytest.mark.regression("7.C2")
 @pytest.mark.parametrize("kind", ["0x030200", "0x030000", "driver"])
 def test_auto_does_not_leave_a_gpu_idle(
     monkeypatch: pytest.MonkeyPatch, chosen: list[int], tmp_path: Path, kind: str

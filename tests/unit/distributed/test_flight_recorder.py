@@ -13,7 +13,6 @@ def record_of(*entries: dict[str, object]) -> bytes:
     return pickle.dumps({"version": "2.10", "entries": list(entries)})
 
 
-@pytest.mark.regression("7.C8")
 def test_the_record_of_nccl_goes_before_that_of_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mtp_dist.distributed.flight_recorder import dump_flight_recorder
 
@@ -25,7 +24,6 @@ def test_the_record_of_nccl_goes_before_that_of_gloo(tmp_path: Path, monkeypatch
     assert path.read_bytes() == record
 
 
-@pytest.mark.regression("7.C8")
 def test_without_collectives_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mtp_dist.distributed.flight_recorder import dump_flight_recorder
 
@@ -35,7 +33,6 @@ def test_without_collectives_there_is_no_file(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.regression("7.C8")
 @pytest.mark.parametrize(("given", "expected"), [(None, "2000"), ("0", "0")])
 def test_recording_is_on_unless_the_environment_sets_it(
     monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str

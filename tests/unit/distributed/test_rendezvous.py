@@ -8,12 +8,12 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from mtp_dist.config import ConfigError
 from mtp_dist.distributed import rendezvous
 from mtp_dist.distributed.environment import REMEDIES, describe_rank, find_differences
 from mtp_dist.distributed.rendezvous import join
+from mtp_dist.errors import ConfigError
 from tests.integration.jobs import free_port
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from mtp_dist.config import ConfigError
 from mtp_dist.distributed import sockets
+from mtp_dist.errors import ConfigError
 
 INTERFACES = {
     "lo": "127.0.0.1",

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from tests.integration import jobs
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.engine.on_ranks import join_with_other_seeds, patience, resources
 
 
@@ -18,14 +18,12 @@ def test_the_watchdog_speaks_first(ranks: Ranks, step_timeout: float | None, sec
     assert ranks.run(2, patience, config, jobs.free_port()) == [[seconds] * 3] * 2
 
 
-@pytest.mark.regression("7.C1")
 def test_ranks_of_a_machine_share_its_cores(ranks: Ranks) -> None:
     """There are as many local ranks as cores, and OMP_NUM_THREADS is not set."""
     config = tiny_config(run={"join_timeout": 600}, parallel={"tensor": 2})
     assert [threads for threads, *_ in ranks.run(2, resources, config, jobs.free_port(), 512)] == [1, 1]
 
 
-@pytest.mark.regression("7.C2")
 def test_ranks_with_another_configuration_are_named(ranks: Ranks) -> None:
     config = tiny_config(run={"join_timeout": 600})
     first, *others = ranks.run(3, join_with_other_seeds, config, [1, 2, 1], jobs.free_port())
@@ -33,7 +31,6 @@ def test_ranks_with_another_configuration_are_named(ranks: Ranks) -> None:
     assert others == ["this run cannot start: rank 0 reports why"] * 2
 
 
-@pytest.mark.regression("7.C6")
 def test_a_mesh_of_all_ranks_has_open_files_and_an_interface(ranks: Ranks) -> None:
     """gloo connects each rank with all others, and alone it takes the interface that the host's name stands for."""
     config = tiny_config(run={"join_timeout": 600}, parallel={"tensor": 2})

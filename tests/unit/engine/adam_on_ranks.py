@@ -9,7 +9,8 @@ from unittest.mock import patch
 import torch
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE, global_batches
+from tests.parity.runs import global_batches
+from tests.tiny import VOCAB_SIZE
 from tests.unit.checkpoint.on_ranks import Part, train_part
 
 

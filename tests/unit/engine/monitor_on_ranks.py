@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE, global_batches
+from tests.parity.runs import global_batches
+from tests.tiny import VOCAB_SIZE
 
 
 class Watched(NamedTuple):

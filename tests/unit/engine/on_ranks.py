@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import VOCAB_SIZE, Run, sharded_run
+from tests.parity.runs import Run, sharded_run
+from tests.tiny import VOCAB_SIZE
 
 SILENT_HEAD = 2
 """Prediction distance of the head that has no valid target."""

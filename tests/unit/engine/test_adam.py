@@ -11,8 +11,8 @@ from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.engine.optimizer import build_optimizer
 from tests.parity.comparison import layout_config
 from tests.parity.resuming import ONE, at
-from tests.parity.runs import tiny_config
 from tests.ranks import RankError, Ranks
+from tests.tiny import tiny_config
 from tests.unit.engine.adam_on_ranks import (
     ApexFusedAdam,
     apex_modules,
@@ -25,7 +25,6 @@ MIDDLE, END = 2, 4
 GPU = torch.device("cuda")
 
 
-@pytest.mark.regression("7.A4")
 def test_a_gpu_without_apex_has_the_fused_kernel_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in apex_modules(installed=False).items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -44,7 +43,7 @@ def test_apex_is_used_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     "apex",
-    [pytest.param(False, marks=pytest.mark.regression("7.A4"), id="PyTorch"), pytest.param(True, id="Apex")],
+    [pytest.param(False, id="PyTorch"), pytest.param(True, id="Apex")],
 )
 def test_resume_with_the_optimizers_of_a_gpu(ranks: Ranks, tmp_path: Path, apex: bool) -> None:
     config = at(ONE, tmp_path)
@@ -59,14 +58,12 @@ def test_resume_with_the_optimizers_of_a_gpu(ranks: Ranks, tmp_path: Path, apex:
         assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
 
 
-@pytest.mark.regression("7.A4")
 def test_counters_that_disagree_are_not_saved(ranks: Ranks, tmp_path: Path) -> None:
     """Otherwise a resume would drop the moments in silence."""
     with pytest.raises(RankError, match=r"counters say \[0, 2\], 2 updates were made"):
         ranks.run(1, train_part_with_wrong_counters, at(ONE, tmp_path))
 
 
-@pytest.mark.regression("7.C9")
 def test_measurements_of_deepspeed_do_not_pile_up(ranks: Ranks) -> None:
     """On a GPU each holds two CUDA events."""
     [held] = ranks.run(1, timers_after_steps, layout_config(ONE, 2))

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from mtp_dist.config import ConfigError
 from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 from mtp_dist.engine.deepspeed_config import deepspeed_config
-from tests.parity.runs import tiny_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 
 def derived(**sections: Any) -> dict[str, Any]:

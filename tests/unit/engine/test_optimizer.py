@@ -13,7 +13,7 @@ from torch import nn
 from mtp_dist.config import Config
 from mtp_dist.engine.optimizer import build_optimizer, learning_rate, parameter_groups
 from mtp_dist.model.reference import ReferenceModel
-from tests.parity.runs import VOCAB_SIZE, tiny_config
+from tests.tiny import VOCAB_SIZE, tiny_config
 
 PEAK = 2e-3
 

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
-from tests.parity.runs import VOCAB_SIZE, tiny_config
 from tests.ranks import Ranks
+from tests.tiny import VOCAB_SIZE, tiny_config
 from tests.unit.engine.on_ranks import SILENT_HEAD, initial_weights, train_with_a_silent_head
-
-BF16 = pytest.mark.regression("7.A2")
 
 
 @pytest.mark.parametrize(
@@ -21,7 +19,7 @@ BF16 = pytest.mark.regression("7.A2")
         ),
         (1, 2, 2, True, "fp32", 1),
         *(
-            pytest.param(*layout, tied, "bf16", 0, marks=BF16)
+            pytest.param(*layout, tied, "bf16", 0)
             for layout, tied in [((1, 1, 1), False), ((2, 2, 1), True), ((1, 1, 4), True), ((1, 2, 2), True)]
         ),
     ],

@@ -19,12 +19,10 @@ def timed(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Timed:
     return of_rank
 
 
-@pytest.mark.regression("7.A12")
 def test_all_seconds_but_those_of_validations_and_saves_count(timed: Timed) -> None:
     assert timed.seconds == [STEP] + 4 * [CALLBACK + STEP]
 
 
-@pytest.mark.regression("7.A12")
 def test_peak_memory_is_that_of_an_interval_without_the_build_of_the_model(timed: Timed) -> None:
     first, second, fourth, fifth = timed.peaks
     assert fourth > max(first, second, fifth) + LARGE // 2, "the callback allocates after the line of step 2"

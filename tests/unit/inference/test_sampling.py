@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 VOCAB_SIZE = 20
 END_OF_DOCUMENT = 9

@@ -100,7 +100,6 @@ def test_one_rank_a_gpu(folder: Path, variables: dict[str, str], of_a_node: int,
     assert outcome.variables == [str(2 * of_a_node), "10.0.0.7", "10042"]
 
 
-@pytest.mark.regression("7.C1")
 def test_the_number_of_threads_is_left_to_the_program(folder: Path) -> None:
     assert not [line for line in run(folder).environment if line.startswith("OMP_NUM_THREADS=")]
     assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").environment
@@ -179,7 +178,6 @@ def refusal(outcome: Outcome) -> str:
     return sentence
 
 
-@pytest.mark.regression("7.C7")
 def test_a_job_that_exports_nothing_gives_its_ranks_what_they_need(folder: Path) -> None:
     """After `sbatch --export=NONE`, which sites recommend, srun passes nothing on unless it is told to."""
     outcome = run(folder, SLURM_EXPORT_ENV="NONE")
@@ -187,7 +185,6 @@ def test_a_job_that_exports_nothing_gives_its_ranks_what_they_need(folder: Path)
     assert "PYTHONUNBUFFERED=1" in outcome.environment, "a rank that is killed leaves its last lines"
 
 
-@pytest.mark.regression("7.C7")
 def test_a_cluster_that_hides_its_nodes(folder: Path) -> None:
     """PrivateData=nodes: `scontrol show node` finds none."""
     outcome = run(folder, PRIVATE_DATA="nodes")
@@ -195,7 +192,6 @@ def test_a_cluster_that_hides_its_nodes(folder: Path) -> None:
     assert outcome.variables == ["2", "gpu-7", "10042"]
 
 
-@pytest.mark.regression("7.C7")
 def test_every_task_sees_all_gpus_of_its_node(folder: Path) -> None:
     """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
     per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
@@ -204,7 +200,6 @@ def test_every_task_sees_all_gpus_of_its_node(folder: Path) -> None:
     assert not [line for line in outcome.environment if line.partition("=")[0] in per_task]
 
 
-@pytest.mark.regression("7.C7")
 @pytest.mark.parametrize(("cpus", "per_task"), [("104(x2)", 12), ("64,52", 6), ("64(x3),26", 2), ("8(x2)", 1)])
 def test_tasks_get_whole_cores_of_the_smallest_node(folder: Path, cpus: str, per_task: int) -> None:
     """SLURM rounds odd numbers of hardware threads up to cores, and the step does not fit."""
@@ -212,7 +207,6 @@ def test_tasks_get_whole_cores_of_the_smallest_node(folder: Path, cpus: str, per
     assert value(outcome.srun, "--cpus-per-task") == str(per_task)
 
 
-@pytest.mark.regression("7.C7")
 def test_nodes_with_different_gpus_are_refused(folder: Path) -> None:
     lines = [
         "     Nodes=gpu-7 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)",
@@ -224,12 +218,10 @@ def test_nodes_with_different_gpus_are_refused(folder: Path) -> None:
     assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=alike).status == 0
 
 
-@pytest.mark.regression("7.C7")
 def test_a_heterogeneous_job_is_refused(folder: Path) -> None:
     assert "heterogeneous" in refusal(run(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2"))
 
 
-@pytest.mark.regression("7.C7")
 def test_no_gpu_asked_for_on_a_cluster_with_gpus_is_refused(folder: Path) -> None:
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu,craynetwork"))
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8"))
@@ -239,7 +231,6 @@ def test_no_gpu_asked_for_on_a_cluster_with_gpus_is_refused(folder: Path) -> Non
     assert run(folder, GRES_TYPES="bandwidth").status == 0
 
 
-@pytest.mark.regression("7.C7")
 def test_a_port_in_use_is_left_alone(folder: Path) -> None:
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", jobs.free_port()))
@@ -251,7 +242,6 @@ def test_a_port_in_use_is_left_alone(folder: Path) -> None:
     assert int(outcome.variables[2]) > port + 1
 
 
-@pytest.mark.regression("7.C7")
 def test_no_array_is_empty() -> None:
     """Before version 4.4 bash takes the elements of an empty array for an unset variable, which `set -u` forbids."""
     assert not re.findall(r"\w+=\(\)", SCRIPT.read_text())

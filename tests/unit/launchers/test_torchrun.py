@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).resolve().parents[3] / "launchers" / "torchrun.sh"
 
 TORCHRUN = f"""#!/bin/bash
@@ -39,7 +37,6 @@ def run(folder: Path, **variables: str) -> list[str]:
     return result.stdout.rsplit(maxsplit=2)
 
 
-@pytest.mark.regression("7.C1")
 def test_the_number_of_threads_is_left_to_the_program(tmp_path: Path) -> None:
     assert run(tmp_path)[0].split()[0] == "None"
     assert run(tmp_path, OMP_NUM_THREADS="3")[0].split()[0] == "3"

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.errors import norm_error
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.loss.linear_on_ranks import LinearAnswer, LinearCase, linear_answers, truth_of
 
 VOCAB_SIZE = 131

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.loss.on_ranks import UPSTREAM, Answer, Case, hits_of_almost_ties, losses_of
 
 VOCAB_SIZE = 131

@@ -12,8 +12,8 @@ from torch import Tensor
 from mtp_dist.loss.distillation import Teacher
 from mtp_dist.loss.linear_cross_entropy import Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.loss.distillation_on_ranks import TeacherCase, teachings
 
 VOCAB_SIZE, TOKENS = 131, 10

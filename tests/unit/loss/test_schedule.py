@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.config import Config
 from mtp_dist.loss.schedule import HeadWeights, head_weights
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 
 def config_of(steps: int = 20, **heads: Any) -> Config:

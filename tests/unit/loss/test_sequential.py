@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mtp_dist.model.parameters import padded_vocab_size
 from tests.errors import norm_error
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.loss.toy_heads import (
     BATCH,
     LENGTH,

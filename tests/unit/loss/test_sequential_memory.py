@@ -7,8 +7,8 @@ from itertools import product
 import pytest
 import torch
 
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.loss.toy_heads import ToyCase, peaks
 
 LOGITS_DOMINATE = ToyCase(chunk_tokens=32, length=64, batch=4, width=32, vocab_size=4032)

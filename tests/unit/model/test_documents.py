@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias, document_ids, head_targets
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 END = 0
 LENGTH = 12

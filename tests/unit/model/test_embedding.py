@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from mtp_dist.config import Config
 from tests.errors import norm_error
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.model.embedding_on_ranks import VOCAB_SIZE, WIDTH, embedding_gradients, token_ids, upstream_gradient
 
 
@@ -17,7 +17,6 @@ def config_of(tensor: int, sequence: bool, length: int = 1024) -> Config:
     )
 
 
-@pytest.mark.regression("7.A3")
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
 def test_bf16_gradients_are_rounded_once(ranks: Ranks, tensor: int, sequence: bool) -> None:
     config = config_of(tensor, sequence)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mtp_dist.config import Config
 from mtp_dist.model.parameters import initial_weight, is_sharded, padded_vocab_size, parameter_shapes, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 RANKS = st.sampled_from([1, 2, 4])
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtp_dist.config import Config
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.parity.runs import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 
 VOCAB_SIZE = 37
 

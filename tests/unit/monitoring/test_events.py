@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.monitoring import events
 
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 import pytest
 import torch
 
-from mtp_dist.config import ConfigError
 from mtp_dist.distributed.topology import Topology
+from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring import profiling
 from mtp_dist.monitoring.callbacks import Callback, StopReason
 from mtp_dist.monitoring.profiling import check_profile, profiling_callbacks
 from tests.integration import jobs
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.monitoring.profiling_on_ranks import train_with_and_without
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.monitoring.reporting import archive_previous_run
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 PROJECT = Path(__file__).parents[3]
 START = """
@@ -81,7 +81,6 @@ print("saved")
     assert log(tmp_path)[1:] == ["saved"]
 
 
-@pytest.mark.regression("7.B7")
 def test_the_file_is_whole_after_the_reader_of_the_terminal_went_away(tmp_path: Path) -> None:
     code = "print('one', flush=True)\nsys.stdin.read()\nfor _ in range(9): print('two', flush=True)"
     rank = start(code, tmp_path, stdin=subprocess.PIPE)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from mtp_dist.config import ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.monitoring.report.page import write_report
 from mtp_dist.monitoring.report.run_files import read_run
 
@@ -53,7 +53,6 @@ def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
 
 
-@pytest.mark.regression("7.A10")
 def test_a_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", heads=3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
@@ -85,7 +84,6 @@ def test_a_run_without_events_and_description_is_shown_too(tmp_path: Path) -> No
     assert "<h1>old</h1>" in write_report([run], tmp_path / "report").read_text()
 
 
-@pytest.mark.regression("7.E2")
 def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     legends: list[list[str]] = []
     savefig = Figure.savefig
@@ -103,7 +101,6 @@ def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert r"<h1>a$\frac$b and _hidden</h1>" in page
 
 
-@pytest.mark.regression("7.E2")
 @pytest.mark.parametrize(
     ("file", "text"),
     [
@@ -124,7 +121,6 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
         write_report([run], tmp_path / "report")
 
 
-@pytest.mark.regression("7.E2")
 def test_packages_without_a_version_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", versions={"mtp-dist": None, "torch": "2.x"})
     assert "<td>torch 2.x</td>" in write_report([run], tmp_path / "report").read_text()

@@ -7,8 +7,8 @@ import pytest
 
 from mtp_dist.monitoring.reporting import archive_previous_run
 from tests.integration import jobs
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.training.ending_on_ranks import order_of_the_end
 
 
@@ -42,7 +42,6 @@ def test_checkpoints_elsewhere_are_set_aside_too(tmp_path: Path) -> None:
     assert sorted(path.name for path in aside.iterdir()) == ["latest", "step_00000010"]
 
 
-@pytest.mark.regression("7.B6")
 def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
     out, scratch, logs = tmp_path / "out", tmp_path / "scratch", tmp_path / "logs"
     for folder in (out, scratch, logs):
@@ -67,7 +66,6 @@ def test_folders_that_are_links_are_followed(tmp_path: Path) -> None:
         assert [path.name for path in (out / aside).iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.regression("7.B6")
 @pytest.mark.parametrize("place", ["link", "mount point"])
 def test_other_files_stay_in_folders_that_others_may_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -113,7 +111,6 @@ def test_other_files_stay_in_folders_that_others_may_use(
         assert sorted(path.name for path in (out / folder / "earlier-1").iterdir()) == names, folder
 
 
-@pytest.mark.regression("7.B3")
 def test_no_rank_leaves_before_rank_0_has_done_its_last_work(tmp_path: Path, ranks: Ranks) -> None:
     """srun counts `--wait` from the first rank that ends; what the run has to leave behind is written first."""
     config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.config import Config
 from mtp_dist.planner.partition import trunk_layers_per_stage
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 
 def config_of(layers: int, stages: int, heads: int = 4, depth: int = 1, partition: object = "balanced") -> Config:

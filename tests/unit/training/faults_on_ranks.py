@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from mtp_dist.config import ConfigError, load_config
+from mtp_dist.config import load_config
+from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callbacks import Callback
 from mtp_dist.training.spikes import SpikeDetector

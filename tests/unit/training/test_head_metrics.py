@@ -25,7 +25,7 @@ from mtp_dist.monitoring.progress import ProgressBar
 from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.trainer import head_metrics
-from tests.parity.runs import tiny_config
+from tests.tiny import tiny_config
 
 WEIGHTS = (1.0, 0.5, 0.25)
 
@@ -41,12 +41,10 @@ def metrics_of(sums: Tensor, active: int = 3, **heads: Any) -> HeadMetrics:
     return head_metrics(tiny_config(heads={"count": 3, **heads}), sums, HeadWeights(WEIGHTS, active))
 
 
-@pytest.mark.regression("7.A10")
 def test_means_over_the_valid_targets() -> None:
     assert metrics_of(sums_of()) == HeadMetrics((2.0, 3.0, None), (0.25, 0.75, None), 2 + 0.5 * 3)
 
 
-@pytest.mark.regression("7.A10")
 def test_without_any_valid_target_there_is_no_total() -> None:
     nothing = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), distillation=0.1)
     assert nothing == HeadMetrics((None,) * 3, (None,) * 3, None, (None, None))
@@ -55,7 +53,6 @@ def test_without_any_valid_target_there_is_no_total() -> None:
     assert SpikeDetector(3.0).take(ordered.losses[0]) is None
 
 
-@pytest.mark.regression("7.A10")
 def test_a_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path) -> None:
     heads = metrics_of(sums_of())
     output = io.StringIO()

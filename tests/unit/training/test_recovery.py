@@ -75,7 +75,6 @@ def test_goes_back_to_an_imported_model(ranks: Ranks, tmp_path: Path) -> None:
     assert again.losses == run.losses[4:], "without the moments of the steps before"
 
 
-@pytest.mark.regression("7.A12")
 def test_so_many_skipped_steps_in_a_row_end_the_run(ranks: Ranks, tmp_path: Path) -> None:
     config = config_of(tmp_path / "a", train=ROLLBACK | {"max_skipped_steps": 2})
     assert trained(ranks, config, (), None, {2, 4, 6}).reason == "LAST_STEP"

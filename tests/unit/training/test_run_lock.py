@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config import ConfigError
-from tests.parity.runs import tiny_config
+from mtp_dist.errors import ConfigError
+from tests.tiny import tiny_config
 
 
 class Clock:

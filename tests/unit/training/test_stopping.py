@@ -83,7 +83,7 @@ with stopping.StopSignals() as signals:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.regression("7.B8")) for n in (signal.SIGINT, signal.SIGHUP))],
+    [signal.SIGTERM, *(pytest.param(n) for n in (signal.SIGINT, signal.SIGHUP))],
 )
 def test_a_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) -> None:
     with started(STUCK) as process:
@@ -114,7 +114,7 @@ NEVER = "step 1, step 2, validation 2, step 3, step 4, validation 4, save 4"
 @pytest.mark.parametrize(
     ("signalled_in", "expected"),
     [
-        pytest.param((None, 2), AFTER_2, marks=pytest.mark.regression("7.B8")),
+        pytest.param((None, 2), AFTER_2),
         ((3, 2), AFTER_2),
         ((3, None), AFTER_3),
         ((None, None), NEVER),

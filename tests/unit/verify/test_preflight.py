@@ -18,8 +18,8 @@ from mtp_dist.verify.preflight import (
     print_reports,
     write_reports,
 )
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.verify.preflight_on_ranks import SLOWED, preflight
 
 ALL_REDUCE = "all-reduce, data"

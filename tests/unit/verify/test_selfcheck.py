@@ -8,8 +8,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtp_dist.config import Config, ConfigError, build_config
+from mtp_dist.config import Config, build_config
 from mtp_dist.distributed.topology import Topology
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import trunk_layers_per_stage
@@ -20,8 +21,8 @@ from mtp_dist.verify.selfcheck import (
     relative_error,
     with_small_batch,
 )
-from tests.parity.runs import tiny_config
 from tests.ranks import Ranks
+from tests.tiny import tiny_config
 from tests.unit.verify.selfcheck_on_ranks import selfcheck_of
 
 SEVEN_BILLION: dict[str, dict[str, Any]] = {
@@ -149,7 +150,6 @@ def test_every_valid_configuration_stays_valid(
     check_reduction(config, 50_000, data)
 
 
-@pytest.mark.regression("7.A3")
 def test_the_micro_batch_has_as_many_tokens_and_a_few_of_them_are_frequent() -> None:
     train = {"micro_batch_size": 4, "global_batch_size": 8, "sequence_length": 1024}
     small, vocab_size = reduced(tiny_config(train=train), 50_000)
@@ -158,7 +158,6 @@ def test_the_micro_batch_has_as_many_tokens_and_a_few_of_them_are_frequent() -> 
     assert counts.max() > 0.1 * counts.sum() and counts[0] < 0.001 * counts.sum(), "documents are long"
 
 
-@pytest.mark.regression("7.A3")
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 def test_a_sum_over_tokens_in_bf16_is_found(ranks: Ranks, kind: str) -> None:
     """The embedding's gradient as PyTorch computes it on a CPU."""
