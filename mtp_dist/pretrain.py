@@ -6,7 +6,6 @@ import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 from mtp_dist.config import Config, load_config
 from mtp_dist.config.notices import notices
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
-from mtp_dist.distributed.launcher import check_launcher_variables
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import UserError
 from mtp_dist.monitoring.callbacks import Callback, StopReason
-from mtp_dist.monitoring.output import make_output_optional
+from mtp_dist.monitoring.output import make_output_optional, silence_import_warnings
 from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.training.run_lock import hold_folders
 from mtp_dist.training.stopping import StopSignals, exit_status
@@ -69,7 +67,9 @@ def run(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
     parser.add_argument("--memory-snapshot", action="store_true", help="record what lies in the GPU's memory, and why")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
-    sources = check_before_start(config, memory_snapshot=options.memory_snapshot)
+    from mtp_dist.verify.startup import check_startup
+
+    sources = check_startup(config, memory_snapshot=options.memory_snapshot)
     with hold_folders(config, stop_signals):
         return pretrain(config, sources, stop_signals, options.preflight, options.memory_snapshot)
 
@@ -88,55 +88,6 @@ def exit_with_error(error: UserError) -> NoReturn:
         sys.stdout.flush()
         os._exit(2)
     sys.exit(2)
-
-
-def check_before_start(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> "RunSources":
-    """Check everything that can be wrong for this job before any process group is open. Raise ConfigError.
-
-    Return the tokenizer and, if it needs data, the sources, as they were opened.
-    """
-    from mtp_dist.data.sources.opened import RunSources
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.monitoring.dashboards import check_wandb
-    from mtp_dist.monitoring.profiling import check_profile
-    from mtp_dist.verify.memory import check_memory
-
-    check_launcher_variables()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    config.micro_batches(world_size)
-    sources = RunSources(config)
-    if needs_data:
-        sources.open_all()
-        check_folder("run.output_dir", config.output_dir)
-        check_folder("checkpoint.directory", config.checkpoint_dir)
-        if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
-            check_wandb(config)
-    device = select_device(config)
-    if needs_data:  # without, what is computed is smaller than the configuration's model
-        check_memory(config, sources.vocab_size, world_size, device)
-    check_profile(config, world_size, memory_snapshot, device)
-    if config.deepspeed:
-        # DeepSpeed looks at the device when it is imported.
-        from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
-
-        check_deepspeed_section(config.deepspeed)
-    return sources
-
-
-def check_folder(key: str, folder: Path) -> None:
-    """Raise ConfigError if the folder neither exists nor can be created."""
-    folder = folder.absolute()
-    try:
-        for path in (folder, *folder.parents):
-            if path.is_symlink() and not path.exists():
-                raise ConfigError(
-                    f"{key} = '{folder}' cannot be written: {path} is a link to {path.readlink()}, which does not exist"
-                )
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    except OSError as error:
-        raise ConfigError(f"{key} = '{str(folder)[:200]}' cannot be written: {error.strerror}") from None
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
 
 
 def pretrain(
@@ -268,17 +219,6 @@ def _say_finished(config: Config, resumed: "ResumePoint") -> None:
             "Start anew with checkpoint.resume=none, or train on with a larger train.steps and "
             "checkpoint.allow_changes=[train.steps]"
         )
-
-
-def silence_import_warnings() -> None:
-    """Drop what Megatron-core says at each import on each rank; warnings of a run stay."""
-    for known in (
-        "Transformer Engine and Apex are not installed",
-        "full scope is deprecated",
-        "`torch.distributed.all_gather_into_tensor` is deprecated",
-        "`torch.distributed.reduce_scatter_tensor` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=known)
 
 
 def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | None:

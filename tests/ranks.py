@@ -32,7 +32,7 @@ def _serve(rank: int, connection: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from mtp_dist.pretrain import silence_import_warnings
+    from mtp_dist.monitoring.output import silence_import_warnings
 
     torch.set_num_threads(1)
     silence_import_warnings()

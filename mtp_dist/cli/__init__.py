@@ -17,7 +17,8 @@ from mtp_dist.config import load_config
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.errors import ConfigError, UserError
-from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
+from mtp_dist.monitoring.output import silence_import_warnings
+from mtp_dist.pretrain import exit_with_error
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -61,9 +62,11 @@ def selfcheck(
     Start it like training: under torchrun or deepspeed with all ranks. It needs no data. Exit status 1 where a
     relative error is beyond its tolerance.
     """
+    from mtp_dist.verify.startup import check_startup
+
     try:
         settings = load_config(config, overrides or [])
-        sources = check_before_start(settings, needs_data=False)
+        sources = check_startup(settings, needs_data=False)
     except UserError as error:
         exit_with_error(error)
     silence_import_warnings()

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from mtp_dist.config import load_config
 from mtp_dist.errors import ConfigError, UserError
-from mtp_dist.pretrain import check_before_start, exit_with_error, silence_import_warnings
+from mtp_dist.monitoring.output import silence_import_warnings
+from mtp_dist.pretrain import exit_with_error
 
 bench = typer.Typer(no_args_is_help=True, help="Measure a part of this project beside its peers.")
 
@@ -66,10 +67,12 @@ def checkpoint(
 
     Start it like training: under torchrun or deepspeed with all ranks. It needs no data.
     """
+    from mtp_dist.verify.startup import check_startup
+
     folder = Path(to).expanduser()
     try:
         settings = load_config(config, overrides or [])
-        sources = check_before_start(settings, needs_data=False)
+        sources = check_startup(settings, needs_data=False)
         if folder.exists():
             raise ConfigError(f"--to = '{to}' exists: name a new folder")
     except UserError as error:
@@ -130,9 +133,11 @@ def monitoring(
 
     Start it like training: under torchrun or deepspeed with all ranks.
     """
+    from mtp_dist.verify.startup import check_startup
+
     try:
         settings = load_config(config, overrides or [])
-        check_before_start(settings)
+        check_startup(settings)
     except UserError as error:
         exit_with_error(error)
     silence_import_warnings()

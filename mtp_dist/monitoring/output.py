@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
@@ -62,3 +63,14 @@ def _optional(stream: TextIO | None, descriptor: int) -> TextIO:
         errors=(stream and stream.errors) or "backslashreplace",
         line_buffering=True,
     )
+
+
+def silence_import_warnings() -> None:
+    """Drop the warnings that Megatron-core prints at import on each rank; a run's own warnings stay."""
+    for known in (
+        "Transformer Engine and Apex are not installed",
+        "full scope is deprecated",
+        "`torch.distributed.all_gather_into_tensor` is deprecated",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=known)

@@ -45,7 +45,7 @@ class _Task:
 
 def _serve(connection: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    from mtp_dist.pretrain import silence_import_warnings
+    from mtp_dist.monitoring.output import silence_import_warnings
 
     silence_import_warnings()
     for name in IMPORTED:

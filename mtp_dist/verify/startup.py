@@ -1,0 +1,56 @@
+"""Checks of a job before its ranks meet: every rank runs them, and ends with the same message if one fails."""
+
+import os
+from pathlib import Path
+
+from mtp_dist.config import Config
+from mtp_dist.data.sources.opened import RunSources
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.launcher import check_launcher_variables
+from mtp_dist.errors import LaunchError
+from mtp_dist.monitoring.dashboards import check_wandb
+from mtp_dist.monitoring.profiling import check_profile
+from mtp_dist.verify.memory import check_memory
+
+
+def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> RunSources:
+    """Check the launcher, sources, folders and device before any process group opens. Raise UserError if one is wrong.
+
+    Return the tokenizer and, if the job needs data, the opened sources.
+    """
+    check_launcher_variables()
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    config.micro_batches(world_size)
+    sources = RunSources(config)
+    if needs_data:
+        sources.open_all()
+        check_writable("run.output_dir", config.output_dir)
+        check_writable("checkpoint.directory", config.checkpoint_dir)
+        if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
+            check_wandb(config)
+    device = select_device(config)
+    if needs_data:  # a self-check or benchmark computes less than the configured model
+        check_memory(config, sources.vocab_size, world_size, device)
+    check_profile(config, world_size, memory_snapshot, device)
+    if config.deepspeed:
+        # DeepSpeed probes the device when it is imported.
+        from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
+
+        check_deepspeed_section(config.deepspeed)
+    return sources
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise LaunchError if the folder neither exists nor can be created."""
+    folder = folder.absolute()
+    try:
+        for path in (folder, *folder.parents):
+            if path.is_symlink() and not path.exists():
+                raise LaunchError(
+                    f"{key} = '{folder}' cannot be written: {path} is a link to {path.readlink()}, which does not exist"
+                )
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise LaunchError(f"{key} = '{str(folder)[:200]}' cannot be written: {error.strerror}") from None
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise LaunchError(f"{key} = '{folder}' cannot be written: {nearest} is not a folder that you may write in")
