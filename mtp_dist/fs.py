@@ -1,24 +1,28 @@
-"""Having on the disk itself what was written: a name must not outlive a power failure that its content does not."""
+"""File-system operations that leave nothing half-written under a final name after a kill or a power failure."""
 
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS}
-"""What some network and FUSE mounts answer when a folder is synced: they have no such operation."""
+from mtp_dist.errors import DataError
+
+UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS}
+"""Errors of network and FUSE mounts that cannot sync a folder."""
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file, or a folder's list of names, to the disk. Raise OSError if it cannot.
+    """Flush a file, or a folder's list of names, to the disk. Raise OSError if that fails.
 
-    A mount that does not sync folders is tolerated: there is nothing else to do there.
+    Do nothing for a folder on a mount that cannot sync folders.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in REFUSED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        if error.errno not in UNSUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             raise
     finally:
         os.close(descriptor)
@@ -27,3 +31,23 @@ def sync(path: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     sync(path)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file that is either complete or absent after a crash."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    write_durably(temporary, text)
+    temporary.rename(path)
+
+
+@contextmanager
+def explain_os_errors(path: Path, action: str) -> Iterator[None]:
+    """Turn OSError into a DataError that names the file: the error's own, or else `path`."""
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or path
+        raise DataError(
+            f"cannot {action} {file} ({error.strerror or error}): fix that, then repeat the command, which continues "
+            "from what is done"
+        ) from None

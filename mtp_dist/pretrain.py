@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mtp_dist.checkpoint.find import ResumePoint
     from mtp_dist.data.datasets import Datasets
-    from mtp_dist.data.sources.opened import RunSources
+    from mtp_dist.data.run_sources import RunSources
     from mtp_dist.data.tokenizer import Tokenizer
     from mtp_dist.engine.engine import TrainingEngine
     from mtp_dist.monitoring.reporting import RunReporter

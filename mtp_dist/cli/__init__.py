@@ -197,7 +197,7 @@ def inspect(
     damaged.
     """
     from mtp_dist.data.corpus import open_corpus, prefix_of
-    from mtp_dist.data.inspection import inspect_corpus, print_report
+    from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
     from mtp_dist.data.tokenizer import build_tokenizer
 
     if Path(corpus).is_dir() and _show_checkpoints(Path(corpus), as_json):

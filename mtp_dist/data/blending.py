@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.epochs import Cut, Position, SourceSamples
-from mtp_dist.data.packing import PackedCorpus
+from mtp_dist.data.samples import Cut, PackedCorpus, Position, SourceSamples
 
 
 class Blend:

@@ -15,8 +15,8 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from mtp_dist.config import Section
 from mtp_dist.data.indexed import Index, add_suffix, read_index
-from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.sources.work_units import InvalidUtf8
+from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, UserError
 
@@ -272,3 +272,9 @@ class CheckedTokens:
                 "the tokenizer that it was prepared with"
             )
         return block
+
+
+def unigram_entropy(counts: NDArray[np.int64]) -> float:
+    """Return the entropy in nats of how often each token occurs: the loss of the best model that ignores context."""
+    probabilities = counts[counts > 0] / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())

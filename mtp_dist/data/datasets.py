@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
-from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below
-from mtp_dist.data.epochs import Cut
-from mtp_dist.data.packing import PackedCorpus, unigram_entropy
-from mtp_dist.data.prepare.tokenize import encode_documents
-from mtp_dist.data.sources.opened import RunSources, contents_of
-from mtp_dist.data.sources.text_loss import CHECKED_BYTES, TextLoss, measure_loss
+from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below, unigram_entropy
+from mtp_dist.data.run_sources import RunSources, contents_of
+from mtp_dist.data.samples import Cut, PackedCorpus
 from mtp_dist.data.sources.text_sources import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
-from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_loss
+from mtp_dist.data.tokenizer import Tokenizer, encode_documents
 from mtp_dist.errors import ConfigError, UserError
 
 READ_AT_ONCE_BYTES = 16 << 20
@@ -290,4 +288,4 @@ def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, token
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
     # At least a byte in all: special tokens alone have no text.
     bytes_per_token = corpus.bytes_per_token or max(1, len(tokenizer.decode(tokens).encode())) / len(tokens)
-    return ValidationSet(source.name, samples, unigram_entropy(tokens, tokenizer.vocab_size), bytes_per_token)
+    return ValidationSet(source.name, samples, unigram_entropy(np.bincount(tokens)), bytes_per_token)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import ConfigError, UserError
 
 Ids = NDArray[Any]
 """uint16 or int32, see `dtype_of_ids`."""
@@ -89,6 +89,22 @@ class ByteTokenizer(Tokenizer):
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(b"one token a byte, 256 ends a document").hexdigest()
+
+
+def encode_documents(
+    tokenizer: Tokenizer, documents: Sequence[bytes], place: Callable[[int], str]
+) -> tuple[Ids, list[int]]:
+    """Return what the tokenizer's method of this name does. Raise ConfigError with the place of a document that it
+    cannot encode."""
+    try:
+        return tokenizer.encode_documents(documents)
+    except UserError:
+        for number, document in enumerate(documents):
+            try:
+                tokenizer.encode_documents([document])
+            except UserError as error:
+                raise ConfigError(f"{place(number)}: {error}") from None
+        raise
 
 
 def build_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mtp_dist.config import Config
-from mtp_dist.data.sources.opened import RunSources
+from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.errors import LaunchError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mtp_dist.data.blending import BlendedSamples
-from mtp_dist.data.packing import PackedCorpus
+from mtp_dist.data.samples import PackedCorpus
 from mtp_dist.model.targets import document_ids, head_targets
 
 CORPUS_TOKENS = 100_000_000

@@ -22,16 +22,16 @@ from typing import Any, Protocol, cast
 
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
-from mtp_dist.data.disk import atomic_write_text, explain_os_errors
 from mtp_dist.data.indexed import add_suffix
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.prepare.tokenize import UnitEncoder, UnitSummary
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order, preload_modules
-from mtp_dist.data.sources.text_loss import TextLoss
 from mtp_dist.data.sources.text_sources import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
+from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.errors import ConfigError
+from mtp_dist.fs import atomic_write_text, explain_os_errors
 
 PLAN = "plan.json"
 SUFFIXES = (".bin", ".idx", ".json")

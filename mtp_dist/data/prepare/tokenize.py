@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.disk import explain_os_errors
-from mtp_dist.data.sources.text_loss import CHECKED_BYTES, measure_loss
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
-from mtp_dist.data.tokenizer import Ids, Tokenizer
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.data.text_loss import CHECKED_BYTES, measure_loss
+from mtp_dist.data.tokenizer import Ids, Tokenizer, encode_documents
+from mtp_dist.errors import ConfigError
+from mtp_dist.fs import explain_os_errors
 
 Item = TypeVar("Item")
 
@@ -70,22 +70,6 @@ def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterat
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def encode_documents(
-    tokenizer: Tokenizer, documents: Sequence[bytes], place: Callable[[int], str]
-) -> tuple[Ids, list[int]]:
-    """Return what the tokenizer's method of this name does. Raise ConfigError with the place of a document that it
-    cannot encode."""
-    try:
-        return tokenizer.encode_documents(documents)
-    except UserError:
-        for number, document in enumerate(documents):
-            try:
-                tokenizer.encode_documents([document])
-            except UserError as error:
-                raise ConfigError(f"{place(number)}: {error}") from None
-        raise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.data.sources.kinds import UTF8_MARK, FileKind, lacks_field, open_decompressed, reading_compressed
+from mtp_dist.data.sources.file_kinds import UTF8_MARK, FileKind, lacks_field, open_decompressed, reading_compressed
 from mtp_dist.data.sources.work_units import (
     LineList,
     LineRange,

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from mtp_dist.data.sources.file_kinds import FileKind, UnreadableFileError, kind_by_name, recognize
 from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
-from mtp_dist.data.sources.kinds import FileKind, UnreadableFileError, kind_by_name, recognize
 from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 from mtp_dist.data.sources.records import check_columns, record_units
 from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_place

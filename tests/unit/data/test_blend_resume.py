@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mtp_dist.config import Config
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import Datasets, load_datasets
-from mtp_dist.data.packing import PackedCorpus
+from mtp_dist.data.samples import PackedCorpus
 from mtp_dist.data.tokenizer import Tokenizer
 from tests.tiny import tiny_config
 

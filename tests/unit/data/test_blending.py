@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.data.blending import Blend, BlendedSamples
-from mtp_dist.data.packing import PackedCorpus
+from mtp_dist.data.samples import PackedCorpus
 
 SEQUENCE_LENGTH, HEADS = 2, 1
 

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mtp_dist.config import Config, build_config
-from mtp_dist.data import corpus, inputs, text_tokenizers
+from mtp_dist.data import corpus, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import TrainingSamples, ValidationSamples, load_datasets
-from mtp_dist.data.packing import PackedCorpus
 from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.progress import PreparationProgress
+from mtp_dist.data.samples import PackedCorpus
+from mtp_dist.data.sources import text_sources as inputs
 from mtp_dist.data.sources.text_sources import Input, InputOptions
 from mtp_dist.data.streaming import StreamedSamples
 from mtp_dist.errors import ConfigError
@@ -92,7 +93,7 @@ def test_no_validation_source_means_no_validation(tmp_path: Path) -> None:
 
 
 def test_a_source_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mtp_dist.data.sources import opened
+    from mtp_dist.data import run_sources as opened
 
     named: list[list[str]] = []
     really_open = opened.open_inputs

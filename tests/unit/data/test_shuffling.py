@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.data.shuffling import ROUNDS, Shuffle
+from mtp_dist.data.samples import ROUNDS, Shuffle
 
 keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS)
 

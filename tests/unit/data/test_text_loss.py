@@ -17,7 +17,7 @@ from rich.console import Console
 from mtp_dist.config import Config, build_config
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.datasets import Datasets, load_datasets
-from mtp_dist.data.inspection import inspect_corpus, print_report
+from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
 from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import ConfigError
@@ -176,7 +176,7 @@ def test_prepare_judges_the_loss_of_the_whole_corpus(tmp_path: Path, lossy: Path
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_lost_bytes_are_those_of_the_characters_that_are_missing(text: str, decoded: str) -> None:
-    from mtp_dist.data.sources.text_loss import lost_characters
+    from mtp_dist.data.text_loss import lost_characters
 
     lost = lost_characters(text, decoded)
     assert not lost_characters(text, text) and not lost_characters(text, decoded + text)

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer
-from mtp_dist.data.packing import entropy_of
-from mtp_dist.data.sources.text_loss import TextLoss
+from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer, unigram_entropy
+from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError
 
@@ -101,7 +100,7 @@ def inspect_corpus(
         lengths=_lengths(corpus.document_lengths),
         distinct_tokens=int((counts > 0).sum()),
         vocab_size=tokenizer.vocab_size,
-        unigram_entropy=entropy_of(counts),
+        unigram_entropy=unigram_entropy(counts),
         frequent=[TokenCount(int(i), token_text(tokenizer, int(i)), int(counts[i])) for i in order if counts[i]],
         samples=[
             sample
