@@ -15,7 +15,7 @@ from mtp_dist.config import build_config
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_ids, check_tokenizer, open_corpus
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.unit.data.preparing import documents_of, made, request
 
 HEADER_BYTES = 34
@@ -41,7 +41,7 @@ def path(prefix: Path, suffix: str) -> Path:
 
 
 def message(prefix: Path) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         open_corpus(prefix, "data.train.0.path")
     text = str(error.value)
     assert text.startswith(f"data.train.0.path = '{prefix}': ") and "\n" not in text
@@ -85,7 +85,7 @@ def test_what_megatron_core_wrote_opens_without_a_description(tmp_path: Path, dt
     assert corpus.documents == 3 and corpus.document_lengths.tolist() == [3, 3, 1]
     assert corpus.num_bytes is None and corpus.description is None
     check_tokenizer(corpus, build_tokenizer("bytes"))
-    with pytest.raises(ConfigError, match=r"no a\.json says what .*a\.bin should hold"):
+    with pytest.raises(UserError, match=r"no a\.json says what .*a\.bin should hold"):
         corpus.verify()
 
 
@@ -172,21 +172,19 @@ def test_changed_tokens_are_found_by_their_hash(prefix: Path) -> None:
     content = bytearray(path(prefix, "bin").read_bytes())
     content[40] ^= 1
     path(prefix, "bin").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"here = '.*corpus\.small': .*corpus\.small\.bin has the SHA-256"):
+    with pytest.raises(UserError, match=r"here = '.*corpus\.small': .*corpus\.small\.bin has the SHA-256"):
         open_corpus(prefix, "here").verify()
 
 
 def test_another_tokenizer_is_told(prefix: Path, trained_tokenizers: Path) -> None:
     corpus = open_corpus(prefix, "here")
     check_tokenizer(corpus, build_tokenizer("bytes"))
-    with pytest.raises(
-        ConfigError, match=r"was prepared with the tokenizer 'bytes' .* which is not '.*tokenizer\.json'"
-    ):
+    with pytest.raises(UserError, match=r"was prepared with the tokenizer 'bytes' .* which is not '.*tokenizer\.json'"):
         check_tokenizer(corpus, build_tokenizer(str(trained_tokenizers / "tokenizer.json")))
 
 
 def ids_message(corpus: Corpus, vocab_size: int) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         check_ids(corpus, vocab_size)
     return str(error.value)
 
@@ -227,7 +225,7 @@ def test_document_masks_need_documents_that_end(tmp_path: Path, ends: list[int],
 
     load(wrong)
     load(right, **{key: False})
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load(wrong, **{key: False})
     said = str(error.value)
     assert said.startswith(f"data.train.0.path = '{wrong}': 2 of 2 documents looked at do not end with ")
@@ -247,5 +245,5 @@ def test_the_ends_of_documents_are_found_without_reading_all_lengths(tmp_path: P
         if end == 256:
             check_document_ends(corpus, build_tokenizer("bytes"), "masks")
         else:
-            with pytest.raises(ConfigError, match=r"1 of 2 documents .* \(most of them end with 7\)"):
+            with pytest.raises(UserError, match=r"1 of 2 documents .* \(most of them end with 7\)"):
                 check_document_ends(corpus, build_tokenizer("bytes"), "masks")

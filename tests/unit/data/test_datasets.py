@@ -22,7 +22,7 @@ from mtp_dist.data.samples import PackedCorpus
 from mtp_dist.data.sources import text_sources as inputs
 from mtp_dist.data.sources.text_sources import Input, InputOptions
 from mtp_dist.data.streaming import StreamedSamples
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from mtp_dist.pretrain import main
 
 
@@ -74,11 +74,11 @@ def test_validation_sets_have_names_and_figures_of_their_own(tmp_path: Path) -> 
     assert one.unigram_entropy == 0 and two.unigram_entropy == pytest.approx(math.log(2), rel=0.01)
     for names in (["x", "x"], ["1", "x"]):
         wrong = [source | {"name": name} for source, name in zip(sources, names, strict=True)]
-        with pytest.raises(ConfigError, match=r"^data\.train has sources with the names "):
+        with pytest.raises(UserError, match=r"^data\.train has sources with the names "):
             config(wrong, [])
     for names in ([None, None], ["x", "x"], ["x", None]):
         wrong = [source | {"name": name} for source, name in zip(sources, names, strict=True)]
-        with pytest.raises(ConfigError, match=r"^data\.validation has 2 sets with the names .* give each a `name`"):
+        with pytest.raises(UserError, match=r"^data\.validation has 2 sets with the names .* give each a `name`"):
             config(sources, wrong)
 
 
@@ -151,7 +151,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     description = json.loads(prefix.with_suffix(".json").read_text())
     description["tokenizer"] |= {"name": "other", "sha256": "0" * 64}
     prefix.with_suffix(".json").write_text(json.dumps(description))
-    with pytest.raises(ConfigError, match=r"^data\.train\.0\.path = .*corpus' was prepared with the tokenizer 'other'"):
+    with pytest.raises(UserError, match=r"^data\.train\.0\.path = .*corpus' was prepared with the tokenizer 'other'"):
         load_datasets(config([{"path": str(prefix)}], []))
 
 
@@ -164,22 +164,22 @@ def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(tmp_path: Path
     tokens.flush()
     path = {"path": str(prefix)}
     train = load_datasets(config([path], [])).train
-    with pytest.raises(ConfigError, match=r"token 77 of .*corpus\.bin has the id 300, the vocabulary has 257"):
+    with pytest.raises(UserError, match=r"token 77 of .*corpus\.bin has the id 300, the vocabulary has 257"):
         train.read(0, 18)
-    with pytest.raises(ConfigError, match=r"^data\.validation\.0\.path = .*token 77 of .*corpus\.bin has the id 300"):
+    with pytest.raises(UserError, match=r"^data\.validation\.0\.path = .*token 77 of .*corpus\.bin has the id 300"):
         load_datasets(config([write(tmp_path / "t.txt", "x" * 99)], [path]))
     good = [index for index in range(18) if _is_readable(train, index)]
     assert 16 <= len(good) < 18, "only the samples with it"
     with tokens.filename.open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(ConfigError, match=r"corpus\.bin has 100 bytes, it had 302"):
+    with pytest.raises(UserError, match=r"corpus\.bin has 100 bytes, it had 302"):
         train.read(good[0], 1)
 
 
 def _is_readable(train: TrainingSamples, index: int) -> bool:
     try:
         train.read(index, 1)
-    except ConfigError:
+    except UserError:
         return False
     return True
 
@@ -191,19 +191,19 @@ def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path: Path) ->
         before.train.read(0, 4)
         state = json.loads(json.dumps(before.state(4, before.train.state())))
         assert load_datasets(config([first | {"stream": stream}], [])).restore(state, may_change=False) == 4
-        with pytest.raises(ConfigError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
+        with pytest.raises(UserError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
             after.restore(state, may_change=False)
         assert after.restore(state, may_change=True) == 4
         assert after.train.read(4, 1).shape == (1, 10)
     more = load_datasets(config([first | {"stream": True}, second | {"stream": True}], []))
-    with pytest.raises(ConfigError, match=r"^data\.train\.1 has other data"):
+    with pytest.raises(UserError, match=r"^data\.train\.1 has other data"):
         more.restore(state, may_change=False)
 
 
 @pytest.mark.parametrize(("option", "value"), [("split", "train"), ("subset", "en"), ("stream", True)])
 def test_what_is_prepared_cannot_be_chosen_from(tmp_path: Path, option: str, value: object) -> None:
     prefix = prepared(tmp_path, [b"abc" * 50])
-    with pytest.raises(ConfigError, match=rf"^data\.validation\.0\.{option} chooses what is read of a source"):
+    with pytest.raises(UserError, match=rf"^data\.validation\.0\.{option} chooses what is read of a source"):
         load_datasets(config([{"path": str(prefix)}], [{"path": str(prefix), option: value}]))
 
 
@@ -214,13 +214,13 @@ def test_streams_train_and_validate(tmp_path: Path) -> None:
     assert isinstance(datasets.train, StreamedSamples)
     assert bytes(datasets.train.read(0, 1)[0].tolist()) == b"abcabcabca"
     assert len(datasets.validation[0].samples) == 2
-    with pytest.raises(ConfigError, match=r"^data\.train has sources with and without `stream`"):
+    with pytest.raises(UserError, match=r"^data\.train has sources with and without `stream`"):
         config([source, source | {"stream": False}], [])
 
 
 def test_a_source_that_is_too_small_is_named(tmp_path: Path) -> None:
     good, small = write(tmp_path / "t.txt", "x" * 99), write(tmp_path / "v.txt", "x" * 8)
-    with pytest.raises(ConfigError, match=r"data\.validation\.0\.path = .*v\.txt.* too small: 9 tokens .* 8 \+ 2 = 10"):
+    with pytest.raises(UserError, match=r"data\.validation\.0\.path = .*v\.txt.* too small: 9 tokens .* 8 \+ 2 = 10"):
         load_datasets(config([good], [small]))
 
 

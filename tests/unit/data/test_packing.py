@@ -11,7 +11,7 @@ from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.corpus import unigram_entropy
 from mtp_dist.data.datasets import ValidationSamples
 from mtp_dist.data.samples import PackedCorpus
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 
 lengths = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(0, 200))
 
@@ -46,7 +46,7 @@ def test_a_sample_is_a_copy() -> None:
 
 
 def test_too_few_tokens_tell_how_many_are_needed() -> None:
-    with pytest.raises(ConfigError, match=r"11 tokens are fewer than .* 8 \+ 4 = 12: add text, lower"):
+    with pytest.raises(UserError, match=r"11 tokens are fewer than .* 8 \+ 4 = 12: add text, lower"):
         PackedCorpus(np.zeros(11, dtype=np.uint16), 8, 4)
     assert len(PackedCorpus(np.zeros(12, dtype=np.uint16), 8, 4)) == 1
 
@@ -71,7 +71,7 @@ def test_a_file_that_is_cut_off_is_named_before_it_is_read(tmp_path: Path) -> No
     assert training.read(0, 10).sum() > 0 and validation[0].tolist() == [0, 1, 2, 3, 4]
     os.truncate(file, 80)
     for read in (lambda: training.read(0, 1), lambda: validation[0]):
-        with pytest.raises(ConfigError, match=rf"{file} has 80 bytes, it had 82 when the run began"):
+        with pytest.raises(UserError, match=rf"{file} has 80 bytes, it had 82 when the run started"):
             read()
 
 

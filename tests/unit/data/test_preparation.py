@@ -19,7 +19,7 @@ from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.unit.data.preparing import Recorder, digests, documents_of, made, request, start, texts_of, units_in
 
 
@@ -128,7 +128,7 @@ def test_units_that_are_done_are_not_encoded_again_also_of_a_stream(tmp_path: Pa
 def message(asked: Request) -> str:
     """Nothing has the final name after a failure."""
     before = digests(asked.prefix)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         made(asked)
     assert "\n" not in str(error.value)
     assert digests(asked.prefix) == before
@@ -179,7 +179,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
 
     class Nosy(Recorder):
         def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
-            with pytest.raises(ConfigError, match="another process prepares"):
+            with pytest.raises(UserError, match="another process prepares"):
                 made(asked)
 
     prepare(asked, Nosy())
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_is_told_and_does_not_cost_what_is_done(corpus: Pat
         said = message(asked)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"cannot write {asked.folder}" in said and "(File too large): once it can, the same command goes on" in said
+    assert f"cannot write {asked.folder}" in said and "(File too large): fix that, then repeat the command" in said
     made(asked)
     assert texts_of(tmp_path / "a") == [text for file in sorted(corpus.iterdir()) if (text := file.read_bytes())]
 
@@ -338,7 +338,7 @@ def test_a_mistake_that_is_mended_does_not_need_a_new_folder(tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     text = json_lines(tmp_path / "a.jsonl", ["a"])
-    with pytest.raises(ConfigError, match=r"cannot make .*file/a\.unfinished \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"cannot make .*file/a\.unfinished \(Not a directory\)"):
         made(request(text, tmp_path / "file" / "a"))
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mtp_dist.config import build_config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.prepare.progress import describe
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.unit.data.preparing import made, request, texts_of
 from tests.unit.data.test_text_sources import TEXTS, documents, message, units
 
@@ -184,7 +184,7 @@ def test_a_run_reports_what_the_files_of_its_sources_became(tmp_path: Path) -> N
             build_config({"model": model, "heads": {"count": 1}, "data": data, "train": train})
         ).notices
 
-    with pytest.raises(ConfigError, match=r"has no document with text \(0 documents, .* 1 files skipped: 1 binary"):
+    with pytest.raises(UserError, match=r"has no document with text \(0 documents, .* 1 files skipped: 1 binary"):
         load("p*.py")
     assert load("*.py") == (
         "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
@@ -233,7 +233,7 @@ def test_any_content_under_any_name_is_read_or_refused_in_one_sentence(
     try:
         for unit in units(file):
             assert all(isinstance(document, bytes) for document in unit.documents())
-    except ConfigError as error:
+    except UserError as error:
         assert str(file) in str(error) and "\n" not in str(error)
 
 

@@ -18,7 +18,7 @@ from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.sources import text_sources as inputs
 from mtp_dist.data.sources.text_sources import open_inputs
 from mtp_dist.data.tokenizer import ByteTokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.tiny import tiny_config
 
 BATCH, LENGTH = 12, 5
@@ -168,21 +168,19 @@ def test_datasets_are_sharded_too(tmp_path: Path, saved: bool, monkeypatch: pyte
     documents = [text for of_rank in tokenized for text in of_rank]
     assert len(set(documents)) == len(documents) and all(tokenized)
     too_many = load_datasets(config_of(100 if saved else 10, path)).train
-    with pytest.raises(ConfigError, match=r"saved' has only (90 documents|9 files): .*data\.stream_shards .* at most"):
+    with pytest.raises(UserError, match=r"saved' has only (90 documents|9 files): .*data\.stream_shards .* at most"):
         too_many.read(0, BATCH)
 
 
 def test_what_cannot_be_split_or_changed_is_refused(tmp_path: Path, source: dict[str, Any]) -> None:
     small = write_jsonl(tmp_path / "small.jsonl", "a", count=10)
-    with pytest.raises(ConfigError, match=r"small\.jsonl' has no document with text in shard 1 of 4: .*stream_shards"):
+    with pytest.raises(UserError, match=r"small\.jsonl' has no document with text in shard 1 of 4: .*stream_shards"):
         load_datasets(config_of(4, small)).train.read(0, BATCH)
-    with pytest.raises(ConfigError, match=r"^data\.stream_shards = 4 splits streams: .*`stream: true`"):
+    with pytest.raises(UserError, match=r"^data\.stream_shards = 4 splits streams: .*`stream: true`"):
         config_of(4, source | {"stream": False})
     run = Ranks(config_of(4, source), 1)
     run.read(1)
-    with pytest.raises(
-        ConfigError, match=r"^data\.stream_shards is 2, the checkpoint's streams are in 4 shards: set it"
-    ):
+    with pytest.raises(UserError, match=r"^data\.stream_shards is 2, the checkpoint's streams are in 4 shards: set it"):
         Ranks(config_of(2, source), 1, run.state())
 
 

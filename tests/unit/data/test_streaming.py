@@ -19,7 +19,7 @@ from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.tokenizer import ByteTokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.tiny import tiny_config
 
 LENGTH, LOOKAHEAD = 7, 3
@@ -131,15 +131,15 @@ def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
 
 def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*empty\.jsonl' has no document with text"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path = '.*empty\.jsonl' has no document with text"):
         samples_of(empty).read(0, 1)
     full = write_jsonl(tmp_path / "full.jsonl", ["x" * 99])
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .*, line 1 has no field 'body', it has 'text'"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path = .*, line 1 has no field 'body', it has 'text'"):
         stream_of(full, field="body").take(4, 2)
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = .*bad\.jsonl, line 2 is not JSON"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path = .*bad\.jsonl, line 2 is not JSON"):
         stream_of(str(tmp_path / "bad.jsonl")).take(9, 2)
-    with pytest.raises(ConfigError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
+    with pytest.raises(UserError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
         stream_of(str(tmp_path / "missing.jsonl"))
 
 
@@ -169,7 +169,7 @@ def test_a_file_that_vanishes_is_named(tmp_path: Path, name: str) -> None:
     samples = StreamedSamples([[stream_of(str(folder), glob=f"**/{name}")]], (1.0,), LENGTH, LOOKAHEAD)
     samples.read(0, 2)
     (folder / "second" / name).unlink()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         samples.read(2, 1000)
     said = str(error.value)
     assert said.startswith(f"data.train.0.path = '{folder}': cannot read {folder / 'second' / name} (")
@@ -185,7 +185,7 @@ def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
     stream.take(10, 5)
     content = file.read_bytes()
     file.write_bytes(content[: content[:-1].rindex(b"\n") + 1] if name == "a.jsonl" else content[:-20])
-    with pytest.raises(ConfigError, match=r"was cut off|is no whole Parquet file") as error:
+    with pytest.raises(UserError, match=r"was cut off|is no whole Parquet file") as error:
         for _ in range(1000):
             stream.take(10, 5)
     assert str(file) in str(error.value)
@@ -196,7 +196,7 @@ def test_a_parquet_file_that_is_cut_off_before_its_rows_are_read(tmp_path: Path)
     write_parquet(file, documents_of(1))
     [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ConfigError, match=r"a\.parquet is no whole Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is no whole Parquet file"):
         list(unit.documents())
 
 
@@ -248,5 +248,5 @@ def test_a_folder_whose_files_were_once_read_otherwise_does_not_resume(
     older = [[file.name, file.stat().st_size] for file in sorted(folder.iterdir(), key=lambda file: file.name)]
     fingerprint = hashlib.sha256(json.dumps(older).encode()).hexdigest()
     datasets = load_datasets(tiny_config(data={"train": [{"path": str(folder), "glob": "*", "stream": True}]}))
-    with pytest.raises(ConfigError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
+    with pytest.raises(UserError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
         datasets.restore({"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}, may_change=False)

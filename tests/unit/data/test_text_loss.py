@@ -20,7 +20,7 @@ from mtp_dist.data.datasets import Datasets, load_datasets
 from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
 from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from tests.unit.data.preparing import made, request, units_in
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
@@ -63,7 +63,7 @@ def config(tokenizer: Path, source: dict[str, Any], **keys: float) -> Config:
 @pytest.mark.parametrize("text", [GERMAN, JAPANESE, ENGLISH * 3 + JAPANESE])
 def test_prepare_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path, text: str) -> None:
     asked = request(json_lines(tmp_path / "a.jsonl", [ENGLISH, text]), tmp_path / "c", lossy)
-    with pytest.raises(ConfigError, match=r"% of the text does not survive .*lossy.*, most of all '.*--max-text-loss"):
+    with pytest.raises(UserError, match=r"% of the text does not survive .*lossy.*, most of all '.*--max-text-loss"):
         made(asked)
     assert not (tmp_path / "c.bin").exists()
     prepared = made(replace(asked, max_text_loss=1.0))
@@ -84,7 +84,7 @@ def test_a_run_refuses_a_tokenizer_that_loses_text(tmp_path: Path, lossy: Path, 
         datasets.train.read(0, 1)
         return datasets
 
-    with pytest.raises(ConfigError, match=r"^data\.(train|validation)\.0\..*% of the text does not survive") as error:
+    with pytest.raises(UserError, match=r"^data\.(train|validation)\.0\..*% of the text does not survive") as error:
         load()
     assert "'ü'" in str(error.value) and "raise data.max_text_loss" in str(error.value)
     datasets = load(max_text_loss=0.5)
@@ -100,7 +100,7 @@ def test_a_prepared_corpus_keeps_what_was_lost(tmp_path: Path, lossy: Path) -> N
     texts = [ENGLISH + GERMAN, JAPANESE] * 10
     asked = request(json_lines(tmp_path / "a.jsonl", texts), tmp_path / "c", lossy)
     made(replace(asked, max_text_loss=1.0))
-    with pytest.raises(ConfigError, match=r"^data\..*% of the text does not survive .*data\.max_text_loss"):
+    with pytest.raises(UserError, match=r"^data\..*% of the text does not survive .*data\.max_text_loss"):
         load_datasets(config(lossy, {"path": str(tmp_path / "c")}))
     from_corpus = load_datasets(config(lossy, {"path": str(tmp_path / "c")}, max_text_loss=1.0))
     from_text = load_datasets(config(lossy, {"path": str(tmp_path / "a.jsonl")}, max_text_loss=1.0))
@@ -155,7 +155,7 @@ def test_whitespace_that_a_tokenizer_folds_is_reported_and_not_limited(tmp_path:
     print_report(report, Console(file=shown, width=120))
     assert "whitespace is lost in addition" in shown.getvalue()
 
-    with pytest.raises(ConfigError, match=r"most of all '日', .*'; whitespace is lost in addition"):
+    with pytest.raises(UserError, match=r"most of all '日', .*'; whitespace is lost in addition"):
         made(request(json_lines(tmp_path / "b.jsonl", [CODE + JAPANESE]), tmp_path / "d", folding))
 
 
@@ -168,7 +168,7 @@ def test_prepare_judges_the_loss_of_the_whole_corpus(tmp_path: Path, lossy: Path
 
     for name, texts in (("early", [ENGLISH + JAPANESE] * 100), ("late", [ENGLISH] * 95 + [ENGLISH + JAPANESE] * 5)):
         asked = request(json_lines(tmp_path / f"{name}.jsonl", texts), tmp_path / name, lossy, unit_bytes=90)
-        with pytest.raises(ConfigError, match=r"% of the text does not survive"):
+        with pytest.raises(UserError, match=r"% of the text does not survive"):
             made(asked)
         assert (units_in(asked) < 50) == (name == "early")
         made(replace(asked, max_text_loss=1.0))

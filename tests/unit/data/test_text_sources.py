@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import WorkUnit, bytes_of_text, document_of_line
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 
 TEXTS = [f"document {i} " + "é\n" * (i * 37 % 90) for i in range(40)] + ["", "end"]
 
@@ -118,7 +118,7 @@ def test_files_of_a_folder_can_be_split(tmp_path: Path) -> None:
 
 
 def message(name: Path | str, **options: object) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         for unit in units(name, **options):  # type: ignore[arg-type]
             list(unit.documents())
     return str(error.value)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.data import text_tokenizers
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, dtype_of_ids
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 
 SPACE_OF_SENTENCEPIECE = "\u2581"  # comes back as a space
 
@@ -44,15 +44,15 @@ def test_every_id_fits_the_vocabulary() -> None:
 
 
 def test_unknown_tokenizer_names_the_key_and_what_can_be_given() -> None:
-    with pytest.raises(ConfigError, match=r"data\.tokenizer = 'gpt9' is not known: .* `hf download gpt9` first"):
+    with pytest.raises(UserError, match=r"data\.tokenizer = 'gpt9' is not known: .* `hf download gpt9` first"):
         build_tokenizer("gpt9")
-    with pytest.raises(ConfigError, match=r"--tokenizer = '/no/such/tokenizer\.json' is not known"):
+    with pytest.raises(UserError, match=r"--tokenizer = '/no/such/tokenizer\.json' is not known"):
         build_tokenizer("/no/such/tokenizer.json", "--tokenizer")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./mine", "tokenizers/mine.json", "a/b/c", "~/mine", "mine.model"])
 def test_a_missing_path_is_not_offered_for_download(name: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         build_tokenizer(name)
     assert f"data.tokenizer = '{name}' is not known: " in str(error.value)
     assert "hf download" not in str(error.value)
@@ -105,9 +105,9 @@ def test_documents_become_one_stream_with_an_end_after_each(text_tokenizer: Toke
 
 
 def test_invalid_utf8_is_refused_with_its_offset(text_tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match=r"invalid UTF-8 at byte 3$"):
+    with pytest.raises(UserError, match=r"invalid UTF-8 at byte 3$"):
         text_tokenizer.encode(b"abc\xff")
-    with pytest.raises(ConfigError, match=r"invalid UTF-8 at byte 0 of document 1$"):
+    with pytest.raises(UserError, match=r"invalid UTF-8 at byte 0 of document 1$"):
         text_tokenizer.encode_batch([b"a", b"\x80"])
 
 
@@ -122,7 +122,7 @@ def test_a_folder_stands_for_its_tokenizer_and_says_how_texts_end(trained_tokeni
         assert configured.end_of_document == 302
     assert configured.fingerprint != plain.fingerprint
     config.write_text("[]")
-    with pytest.raises(ConfigError, match=r"tokenizer_config\.json is not a JSON object"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not a JSON object"):
         build_tokenizer(str(tmp_path))
 
 
@@ -140,7 +140,7 @@ def test_the_fingerprint_is_that_of_the_ids_not_of_the_file(trained_tokenizers: 
 
 def test_tokenizers_that_cannot_be_used_say_why(trained_tokenizers: Path, tmp_path: Path) -> None:
     def message(path: Path) -> str:
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(UserError) as error:
             build_tokenizer(str(path))
         assert str(error.value).startswith(f"data.tokenizer = '{path}'")
         return str(error.value)

@@ -9,7 +9,7 @@ import pytest
 
 from mtp_dist.data.prepare import worker_pool as workers
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 
 
 class Doubler:
@@ -19,7 +19,7 @@ class Doubler:
         if task % 7 == 0:
             time.sleep(0.02)
         if task == 50:
-            raise ConfigError("not 50")
+            raise UserError("not 50")
         if task == 51:
             raise KeyError("a bug")
         if task == 52:
@@ -56,7 +56,7 @@ def test_tasks_are_drawn_no_further_than_needed() -> None:
 
 
 def test_what_the_function_raises_is_raised() -> None:
-    with pytest.raises(ConfigError, match="not 50"):
+    with pytest.raises(UserError, match="not 50"):
         list(map_in_order(Doubler(), [1, 50], 2))
     with pytest.raises(RuntimeError, match=r"in a worker process:\n(.*\n)*KeyError: 'a bug'"):
         list(map_in_order(Doubler(), [1, 51], 2))
