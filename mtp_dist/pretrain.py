@@ -159,7 +159,7 @@ def _end_together(
     """
     import torch.distributed as dist
 
-    from mtp_dist.checkpoint.folders import checkpoint_path
+    from mtp_dist.checkpoint.format import checkpoint_path
     from mtp_dist.distributed.topology import close_topology
 
     if finished:
@@ -223,7 +223,7 @@ def _say_finished(config: Config, resumed: "ResumePoint") -> None:
 
 def _sample(config: Config, tokenizer: "Tokenizer", checkpoint: Path) -> str | None:
     """The prompt and a continuation of it by the model as it was saved."""
-    from mtp_dist.checkpoint.restore import load_weights
+    from mtp_dist.checkpoint.reader import load_weights
     from mtp_dist.inference.sampling import sample_continuation
     from mtp_dist.model.reference import ReferenceModel
 

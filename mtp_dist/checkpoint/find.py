@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from mtp_dist.checkpoint.folders import candidates, checkpoint_directory, is_checkpoint
-from mtp_dist.checkpoint.format import CheckpointMetadata, read_metadata
+from mtp_dist.checkpoint.format import LATEST, MANIFEST, METADATA_FILE, REPLACED, CheckpointMetadata, read_metadata
 from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_quickly, check_weights
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.errors import ConfigError
 
+_FINISHED = re.compile(r"step_(\d{8,})(\.replaced)?")
 UNCHECKED_KEYS = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout run.join_timeout heads.loss_mode heads.chunk_tokens
@@ -31,6 +32,59 @@ FIXED_BEFORE_TRAINING = frozenset(
     """.split()
 )
 """Keys outside `model` that say what the weights of a model are that no step has trained, as imported ones."""
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is meant to be a checkpoint, maybe a damaged one, and not a folder of them."""
+    named = _FINISHED.fullmatch(path.name) and path.is_dir()
+    return bool(named) or any((path / name).exists() for name in (METADATA_FILE, MANIFEST))
+
+
+def checkpoint_directory(path: Path) -> Path:
+    """Return a run's folder of checkpoints for the run's folder, and any other path as it is."""
+    below = path / "checkpoints"
+    return below if below.is_dir() and not finished_checkpoints(path) else path
+
+
+def finished_checkpoints(directory: Path) -> dict[int, Path]:
+    """By step, the highest first."""
+    found: dict[int, Path] = {}
+    for path in sorted(directory.glob("step_*")):  # `step_00000010` before `step_00000010.replaced`
+        if (match := _FINISHED.fullmatch(path.name)) and path.is_dir():
+            found.setdefault(int(match[1]), path)
+    return dict(sorted(found.items(), reverse=True))
+
+
+def latest_name(directory: Path) -> str | None:
+    """What `latest` says, nothing where it cannot be read; None where it is missing."""
+    try:
+        return (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return ""
+
+
+def candidates(directory: Path, warn: Callable[[str], None]) -> list[Path]:
+    """The checkpoints to start from, best first: the one that `latest` names, then those of lower steps.
+
+    Raises ConfigError where `latest` names one and there is none at all.
+    """
+    found, latest, name = finished_checkpoints(directory), directory / LATEST, latest_name(directory)
+    if name is None:
+        return list(found.values())
+    if not found:
+        raise ConfigError(
+            f"{latest} names {name!r}, but no checkpoint is in {directory}: bring it back, or start anew with "
+            "checkpoint.resume=none"
+        )
+    step = next((step for step, path in found.items() if path.name.removesuffix(REPLACED) == name), None)
+    if step is None:
+        warn(f"{latest} names {name!r}, which is not there: taking the highest step")
+        return list(found.values())
+    if max(found) > step:
+        warn(f"{latest} names {name}: {found[max(found)].name} and whatever else came after it is not used")
+    return [path for of_step, path in found.items() if of_step <= step]
 
 
 @dataclass(frozen=True)

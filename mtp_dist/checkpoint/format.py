@@ -6,8 +6,7 @@ the rest. `manifest.json` tells whether all of it is still what was written.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,11 @@ from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.fs import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
-METADATA_FILE = "config.json"
+METADATA_FILE, MANIFEST = "config.json", "manifest.json"
+LATEST = "latest"
+UNFINISHED, REPLACED, DELETED = ".unfinished", ".replaced", ".deleted"
+CHECKPOINT_FILES = (f"step_{'[0-9]' * 8}*", LATEST, f"{LATEST}{UNFINISHED}")
+"""Patterns of everything that this program writes into the folder."""
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,9 @@ def index_file(kind: str) -> str:
     return f"{kind}.safetensors.index.json"
 
 
-def write_index(folder: Path, kind: str, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> set[str]:
-    """Write which file has which tensor, given the tensors' shapes by file. Return the tensors' names.
+def checkpoint_path(config: Config, step: int) -> Path:
+    return config.checkpoint_dir / f"step_{step:08d}"
 
-    The files are not looked at: on a network file system the list of a folder may be older than its files.
-    """
-    weight_map: dict[str, str] = {}
-    size = 0
-    for file, of_file in shapes.items():
-        for name, shape in of_file.items():
-            if name in weight_map:
-                raise RuntimeError(f"{name} is saved twice: in {weight_map[name]} and in {file}")
-            weight_map[name] = file
-            size += 4 * math.prod(shape)
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_durably(folder / index_file(kind), json.dumps(index, indent=2))
-    return set(weight_map)
+
+def with_suffix_appended(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.checkpoint.folders import checkpoint_directory, finished_checkpoints, latest_name
+from mtp_dist.checkpoint.find import checkpoint_directory, finished_checkpoints, latest_name
 from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, SavedLayout, read_metadata
 from mtp_dist.checkpoint.manifest import FileRecord, ProgressCallback, check_fully, check_quickly
 from mtp_dist.checkpoint.reader import TensorReader

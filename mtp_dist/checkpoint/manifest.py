@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.format import METADATA_FILE, MODEL, OPTIMIZER, index_file
+from mtp_dist.checkpoint.format import MANIFEST, METADATA_FILE, MODEL, OPTIMIZER, index_file
 from mtp_dist.errors import ConfigError
 from mtp_dist.fs import write_durably
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 1 << 20
 

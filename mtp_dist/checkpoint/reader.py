@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.checkpoint.format import index_file
-from mtp_dist.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
+from mtp_dist.checkpoint.format import MANIFEST, MODEL, index_file, read_metadata
+from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_weights, read_manifest
+from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 
 
@@ -68,3 +69,15 @@ class TensorReader:
             ) from None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+
+
+def load_weights(
+    folder: Path, watch: ProgressCallback = lambda done, total: None
+) -> tuple[Config, int, dict[str, Tensor]]:
+    """Return the configuration, the vocabulary size and the whole fp32 weights by global name.
+
+    Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
+    """
+    check_weights(folder, watch)
+    description, reader = read_metadata(folder), TensorReader(folder, MODEL)
+    return description.config, description.vocab_size, {name: reader.read(name) for name in reader.weight_map}

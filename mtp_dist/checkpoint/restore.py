@@ -13,14 +13,7 @@ from torch import Tensor, nn
 
 from mtp_dist.checkpoint.find import ResumePoint, find_resume_point, older_resume_point
 from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, read_metadata
-from mtp_dist.checkpoint.manifest import (
-    DamagedCheckpointError,
-    ProgressCallback,
-    check_content,
-    check_weights,
-    read_manifest,
-    tensor_files,
-)
+from mtp_dist.checkpoint.manifest import DamagedCheckpointError, check_content, read_manifest, tensor_files
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import from_rank_0
@@ -40,18 +33,6 @@ from mtp_dist.model.parameters import blocks_of_part, named_weights, parameter_s
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
 """How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""
-
-
-def load_weights(
-    folder: Path, watch: ProgressCallback = lambda done, total: None
-) -> tuple[Config, int, dict[str, Tensor]]:
-    """Return the configuration, the vocabulary size and the whole fp32 weights by global name.
-
-    Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
-    """
-    check_weights(folder, watch)
-    description, reader = read_metadata(folder), TensorReader(folder, MODEL)
-    return description.config, description.vocab_size, {name: reader.read(name) for name in reader.weight_map}
 
 
 @torch.no_grad()

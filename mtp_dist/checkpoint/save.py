@@ -22,9 +22,9 @@ from mtp_dist.checkpoint.format import (
     SavedLayout,
     index_file,
     tensor_file,
-    write_index,
 )
 from mtp_dist.checkpoint.manifest import FileRecord, record_of, write_manifest
+from mtp_dist.checkpoint.writer import write_index
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import TrainingEngine

@@ -7,15 +7,8 @@ from threading import Thread
 from time import sleep
 from typing import TypeVar
 
-from mtp_dist.checkpoint.folders import (
-    UNFINISHED,
-    checkpoint_path,
-    create_staging_dir,
-    prune_checkpoints,
-    publish,
-    with_suffix_appended,
-)
-from mtp_dist.checkpoint.format import CheckpointMetadata, RunState
+from mtp_dist.checkpoint.format import UNFINISHED, CheckpointMetadata, RunState, checkpoint_path, with_suffix_appended
+from mtp_dist.checkpoint.retention import prune_checkpoints
 from mtp_dist.checkpoint.save import (
     Snapshot,
     Tensors,
@@ -24,6 +17,7 @@ from mtp_dist.checkpoint.save import (
     write_metadata,
     write_tensor_files,
 )
+from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import GlooGroups, all_gather_objects
 from mtp_dist.engine.engine import TrainingEngine

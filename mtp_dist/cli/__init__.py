@@ -148,7 +148,7 @@ def _bar() -> Progress:
 def _show_checkpoints(folder: Path, as_json: bool) -> bool:
     """Whether the folder is a checkpoint or has some, which are shown then."""
     from mtp_dist.checkpoint import inspection
-    from mtp_dist.checkpoint.folders import is_checkpoint
+    from mtp_dist.checkpoint.find import is_checkpoint
 
     console = Console(width=None if os.isatty(1) else 120)
     if not is_checkpoint(folder):

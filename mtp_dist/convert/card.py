@@ -62,7 +62,7 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.model.reference import ReferenceModel
 
 model = ReferenceModel(*load_weights(Path("../imported")))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mtp_dist.checkpoint.format import METADATA_FILE, CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
+from mtp_dist.checkpoint.writer import ProgressCallback, new_folder, with_progress, write_weights
 from mtp_dist.config import Config
-from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_weights
 from mtp_dist.convert.import_config import ImportRequest, import_config
 from mtp_dist.convert.llama import fuse, llama_shapes, llama_weights
 from mtp_dist.convert.llama_folder import LlamaFolder

@@ -14,9 +14,9 @@ from mtp_dist.checkpoint.find import find_valid_checkpoint
 from mtp_dist.checkpoint.format import MODEL, read_metadata
 from mtp_dist.checkpoint.manifest import ProgressCallback as BytesWatch
 from mtp_dist.checkpoint.reader import TensorReader
+from mtp_dist.checkpoint.writer import ProgressCallback, new_folder, with_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
 from mtp_dist.convert.card import model_card
-from mtp_dist.convert.files import ProgressCallback, new_folder, with_progress, write_tensors, write_weights
 from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG

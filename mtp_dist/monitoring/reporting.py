@@ -9,8 +9,7 @@ from pathlib import Path
 from signal import Signals
 
 from mtp_dist.checkpoint.find import ResumePoint
-from mtp_dist.checkpoint.folders import CHECKPOINT_FILES
-from mtp_dist.checkpoint.format import installed_versions
+from mtp_dist.checkpoint.format import CHECKPOINT_FILES, installed_versions
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.distributed.device import device_name

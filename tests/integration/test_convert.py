@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config import load_config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.model.reference import ReferenceModel

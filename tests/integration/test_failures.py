@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from tests.integration import jobs
 
 FAULTY_PROGRAM = str(Path(__file__).with_name("train_with_fault.py"))

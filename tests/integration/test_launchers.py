@@ -178,7 +178,7 @@ def test_summary(run: Run) -> None:
 
 
 def test_checkpoints_agree(runs: dict[str, Run]) -> None:
-    from mtp_dist.checkpoint.restore import load_weights
+    from mtp_dist.checkpoint.reader import load_weights
 
     opened = {name: load_weights(run.checkpoint) for name, run in runs.items()}
     _, vocab_size, expected = opened["one process"]

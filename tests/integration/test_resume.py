@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtp_dist.checkpoint.folders import candidates, latest_name
+from mtp_dist.checkpoint.find import candidates, latest_name
 from mtp_dist.checkpoint.manifest import check_fully
 from tests.integration import jobs
 from tests.integration.forks import Program

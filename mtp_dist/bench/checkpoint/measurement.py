@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
-from mtp_dist.checkpoint.folders import checkpoint_path
-from mtp_dist.checkpoint.format import RunState
+from mtp_dist.checkpoint.format import RunState, checkpoint_path
 from mtp_dist.checkpoint.restore import restore
 from mtp_dist.checkpoint.save import gather_owned_tensors, take_snapshot
 from mtp_dist.checkpoint.saver import CheckpointSaver

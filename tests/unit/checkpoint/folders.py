@@ -5,9 +5,17 @@ from pathlib import Path
 
 import torch
 
-from mtp_dist.checkpoint.folders import UNFINISHED, checkpoint_path, create_staging_dir, publish, with_suffix_appended
-from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, CheckpointMetadata, SavedLayout
+from mtp_dist.checkpoint.format import (
+    MODEL,
+    OPTIMIZER,
+    UNFINISHED,
+    CheckpointMetadata,
+    SavedLayout,
+    checkpoint_path,
+    with_suffix_appended,
+)
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
+from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer_state import MOMENTS

@@ -27,8 +27,7 @@ class Part:
 
 def train_part(config: Config, completed_steps: int, last: int, resume: Path | None = None, save: bool = True) -> Part:
     """Updates completed_steps + 1 .. last, from a checkpoint if given; then a checkpoint."""
-    from mtp_dist.checkpoint.folders import checkpoint_path
-    from mtp_dist.checkpoint.format import RunState
+    from mtp_dist.checkpoint.format import RunState, checkpoint_path
     from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.distributed.device import select_device

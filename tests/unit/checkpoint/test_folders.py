@@ -11,18 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.checkpoint import folders
-from mtp_dist.checkpoint.find import first_valid
-from mtp_dist.checkpoint.folders import (
-    candidates,
-    checkpoint_path,
-    create_staging_dir,
-    expired_checkpoints,
-    finished_checkpoints,
-    prune_checkpoints,
-    publish,
-)
+from mtp_dist.checkpoint import writer
+from mtp_dist.checkpoint.find import candidates, finished_checkpoints, first_valid
+from mtp_dist.checkpoint.format import checkpoint_path
 from mtp_dist.checkpoint.manifest import check_fully
+from mtp_dist.checkpoint.retention import expired_checkpoints, prune_checkpoints
+from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.errors import ConfigError
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 
@@ -140,9 +134,9 @@ def killed_at(number: int) -> Iterator[Callable[[], int]]:
         patch.setattr(Path, "rename", counted(os.rename))
         patch.setattr(Path, "replace", counted(os.replace))
         patch.setattr(shutil, "rmtree", counted(shutil.rmtree, delete_half))
-        patch.setattr(folders, "sync", counted(folders.sync))
-        write = folders.write_durably
-        patch.setattr(folders, "write_durably", counted(write, lambda path, text: path.write_text(text[:5])))
+        patch.setattr(writer, "sync", counted(writer.sync))
+        write = writer.write_durably
+        patch.setattr(writer, "write_durably", counted(write, lambda path, text: path.write_text(text[:5])))
         yield lambda: done
 
 

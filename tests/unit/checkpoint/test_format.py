@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from mtp_dist.checkpoint.format import SavedLayout, read_metadata
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
-from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import TensorReader, load_weights
 from mtp_dist.checkpoint.save import write_tensor_files
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import ConfigError
@@ -139,7 +138,7 @@ def test_what_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.
 def test_python_without_asserts_saves_a_checkpoint_with_all_its_parts(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.checkpoint.manifest import check_fully
 from tests.unit.checkpoint.folders import write_checkpoint
 if __debug__:

@@ -17,7 +17,7 @@ from mtp_dist.checkpoint.manifest import (
     record_of,
     tensor_files,
 )
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from tests.unit.checkpoint.folders import copied, damages, flip, write_checkpoint
 
 

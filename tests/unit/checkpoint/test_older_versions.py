@@ -12,7 +12,7 @@ import torch
 
 from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.checkpoint.manifest import check_fully, record_of
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.errors import ConfigError
 from tests.integration.jobs import write_corpus

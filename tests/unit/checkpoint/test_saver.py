@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, tensor_files
-from mtp_dist.checkpoint.reader import TensorReader
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import TensorReader, load_weights
 from tests.parity.comparison import layout_config
 from tests.ranks import Ranks
 from tests.unit.checkpoint.saving_on_ranks import ROOM, Seen, save_in_all_ways, start_from_damaged

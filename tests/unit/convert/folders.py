@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_dist.checkpoint.format import MODEL, CheckpointMetadata, tensor_file
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config import Config
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel

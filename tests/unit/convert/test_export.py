@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from mtp_dist.checkpoint.restore import load_weights
-from mtp_dist.convert import files
+from mtp_dist.checkpoint import writer
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
@@ -137,7 +137,7 @@ def test_greedy_continuation_is_the_same(tmp_path: Path) -> None:
 
 
 def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
     model = write_checkpoint(tmp_path / "c")
     seen: list[tuple[int, int]] = []
     export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda done, total: seen.append((done, total)))

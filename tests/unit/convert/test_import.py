@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from mtp_dist.checkpoint import writer
 from mtp_dist.checkpoint.find import find_resume_point
 from mtp_dist.checkpoint.format import read_metadata
-from mtp_dist.checkpoint.restore import load_weights
+from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config import build_config, load_config
-from mtp_dist.convert import files
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
@@ -125,7 +125,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", EXPORTS)
 def test_our_export_comes_back_bit_for_bit(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
     model = write_checkpoint(tmp_path / "before", **{name: dict(section) for name, section in EXPORTS[case].items()})
     export_checkpoint(tmp_path / "before", tmp_path / "hf", "fp32")
     config, vocab_size, weights = load_weights(import_from(tmp_path))

@@ -4,16 +4,26 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.format import MODEL, index_file, tensor_file
+from mtp_dist.checkpoint.format import (
+    DELETED,
+    LATEST,
+    MODEL,
+    REPLACED,
+    UNFINISHED,
+    index_file,
+    tensor_file,
+    with_suffix_appended,
+)
+from mtp_dist.checkpoint.retention import delete_folder
 from mtp_dist.errors import ConfigError
-from mtp_dist.fs import sync
+from mtp_dist.fs import sync, write_durably
 
 FILE_BYTES = 2 * 2**30
 """Largest file of weights, if no single weight is larger."""
@@ -109,3 +119,51 @@ def _files(sizes: Mapping[str, int]) -> list[list[str]]:
         files[-1].append(name)
         filled += size
     return files
+
+
+def write_index(folder: Path, kind: str, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> set[str]:
+    """Write which file has which tensor, given the tensors' shapes by file. Return the tensors' names.
+
+    The files are not looked at: on a network file system the list of a folder may be older than its files.
+    """
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file, of_file in shapes.items():
+        for name, shape in of_file.items():
+            if name in weight_map:
+                raise RuntimeError(f"{name} is saved twice: in {weight_map[name]} and in {file}")
+            weight_map[name] = file
+            size += 4 * math.prod(shape)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_durably(folder / index_file(kind), json.dumps(index, indent=2))
+    return set(weight_map)
+
+
+def create_staging_dir(unfinished: Path) -> None:
+    """An empty folder to write into, after clearing away what a killed or failed save has left. Raises OSError."""
+    directory = unfinished.parent
+    for replaced in directory.glob(f"step_*{REPLACED}"):
+        if not (finished := replaced.with_name(replaced.name.removesuffix(REPLACED))).exists():
+            replaced.rename(finished)
+    for ending in (UNFINISHED, REPLACED, DELETED):
+        for left in directory.glob(f"step_*{ending}"):
+            # Files may stay: NFS keeps one that some process still has open. The next save tries again.
+            with suppress(OSError):
+                delete_folder(left)
+    unfinished.mkdir(parents=True)
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """Give a checkpoint that is on the disk its name. At every moment an older one or this one can be started from."""
+    replaced = with_suffix_appended(final, REPLACED)
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    sync(final.parent)
+    named = final.with_name(f"{LATEST}{UNFINISHED}")
+    write_durably(named, f"{final.name}\n")
+    named.replace(final.with_name(LATEST))
+    sync(final.parent)
+    if replaced.exists():
+        with suppress(OSError):  # the checkpoint is there; the next save tries again
+            delete_folder(replaced)
