@@ -110,8 +110,7 @@ def pretrain(
     from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.distributed.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.engine import build_engine
     from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.trainer import Trainer
@@ -129,9 +128,7 @@ def pretrain(
     if config.log.rank_logs:
         tee_output(config.output_dir, _is_new(resumed, config))
     samples_read = _restore_samples(datasets, resumed, config)
-    engine = TrainingEngine(
-        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device), initialize=not resumed
-    )
+    engine = build_engine(config, vocab_size, topology, initialize=not resumed)
     if resumed:
         restore(engine, resumed.folder)
     reporter = _reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None

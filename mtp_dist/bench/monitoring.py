@@ -25,8 +25,8 @@ from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import vocabulary_size
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology
-from mtp_dist.engine.engine import TrainingEngine
-from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+from mtp_dist.engine.engine import TrainingEngine, build_engine
+from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_weights
 from mtp_dist.monitoring.callbacks import StopReason
 from mtp_dist.monitoring.reporting import RunReporter
@@ -96,9 +96,7 @@ def _training(
         }
     )
     vocab_size, datasets = vocabulary_size(config), load_datasets(config)
-    engine = TrainingEngine(
-        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
-    )
+    engine = build_engine(config, vocab_size, topology)
     callbacks: list[Any] = []
     if topology.rank == 0:
         reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, None)

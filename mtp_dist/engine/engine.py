@@ -1,7 +1,7 @@
 """One training step and one evaluation of the whole model, at any layout."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import isfinite
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -17,14 +18,13 @@ from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
 from mtp_dist.engine.gradient_monitor import GradientMonitor, module_group
 from mtp_dist.engine.gradients import clip_by_global_norm
+from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
 from mtp_dist.engine.stage_timer import StageTimer
 from mtp_dist.loss.schedule import HeadWeights
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, shard
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
-
-BuildOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class StepResult(NamedTuple):
@@ -46,29 +46,14 @@ class TrainingEngine:
     """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop."""
 
     def __init__(
-        self,
-        config: Config,
-        vocab_size: int,
-        topology: Topology,
-        build_optimizer: BuildOptimizer,
-        initialize: bool = True,
+        self, config: Config, vocab_size: int, topology: Topology, stage: MultiTokenPipeline, pipeline: PipelineEngine
     ) -> None:
-        """initialize: give the weights their initial values; False if a checkpoint is restored next."""
         self.config = config
         self.vocab_size = vocab_size
         self.topology = topology
         self.micro_batches = config.micro_batches(topology.world_size)
-        self.stage = MultiTokenPipeline(config, vocab_size, topology)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        with suppress_stdout():
-            self.pipeline, *_ = deepspeed.initialize(
-                model=self.stage,
-                model_parameters=list(self.stage.parameters()),
-                optimizer=build_optimizer,
-                config=deepspeed_config(config, self.micro_batches),
-            )
-        if initialize:
-            self._set_initial_weights()
+        self.stage = stage
+        self.pipeline = pipeline
         self.pipeline.set_batch_fn(self._load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
@@ -81,7 +66,8 @@ class TrainingEngine:
         """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
 
     @torch.no_grad()
-    def _set_initial_weights(self) -> None:
+    def set_initial_weights(self) -> None:
+        """Give the weights the initial values of a new run."""
         # Not before there is the optimizer: its fp32 copies would be those of weights that are rounded to bf16.
         shapes = parameter_shapes(self.config, self.vocab_size)
         for name, weight in named_weights(self.stage):
@@ -174,3 +160,23 @@ class TrainingEngine:
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
+
+
+def build_engine(config: Config, vocab_size: int, topology: Topology, initialize: bool = True) -> TrainingEngine:
+    """Build this rank's stage and its optimizer.
+
+    initialize: give the weights their initial values; False if a checkpoint is restored next.
+    """
+    stage = MultiTokenPipeline(config, vocab_size, topology)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    with suppress_stdout():
+        pipeline, *_ = deepspeed.initialize(
+            model=stage,
+            model_parameters=list(stage.parameters()),
+            optimizer=lambda parameters: build_optimizer(config, parameters, topology.device),
+            config=deepspeed_config(config, config.micro_batches(topology.world_size)),
+        )
+    engine = TrainingEngine(config, vocab_size, topology, stage, pipeline)
+    if initialize:
+        engine.set_initial_weights()
+    return engine

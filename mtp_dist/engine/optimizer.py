@@ -1,18 +1,20 @@
-"""AdamW and its learning rate."""
+"""AdamW, by the fastest implementation on this device, and its learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from mtp_dist.config import Config
-from mtp_dist.engine.adam import adamw_class
+
+BuildAdamW = Callable[..., torch.optim.Optimizer]
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Learning rate of update number `step`, counted from 1.
+    """Return the learning rate of update number `step`, counted from 1.
 
     Linear warmup that reaches the peak at update `warmup_steps`, then a cosine to `min_lr_ratio * lr` at the last one.
     """
@@ -27,7 +29,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def parameter_groups(config: Config, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Matrices with weight decay, then norms and biases without."""
+    """Return the matrices with weight decay, then norms and biases without."""
     weights = list(parameters)
     matrices = [weight for weight in weights if weight.ndim > 1]
     vectors = [weight for weight in weights if weight.ndim <= 1]
@@ -38,7 +40,27 @@ def parameter_groups(config: Config, parameters: Iterable[nn.Parameter]) -> list
 
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the parameters, by the fastest implementation on this device."""
+    """Build AdamW over the parameters."""
     adamw = adamw_class(device)
     groups = [group for group in parameter_groups(config, parameters) if group["params"]]
     return adamw(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
+
+
+def adamw_class(device: torch.device) -> BuildAdamW:
+    """Return Apex's fused AdamW on a GPU if it is installed, PyTorch's fused one if not; the unfused one on a CPU.
+
+    All of them decouple the weight decay.
+    """
+    if device.type == "cuda":
+        return _apex_fused_adam() or partial(torch.optim.AdamW, fused=True)
+    return torch.optim.AdamW
+
+
+def _apex_fused_adam() -> BuildAdamW | None:
+    """Return None without Apex's compiled kernels."""
+    try:
+        import amp_C  # noqa: F401, the kernels: a build of Apex without them has the class, which then raises
+        from apex.optimizers import FusedAdam
+    except Exception:  # the package called `apex` on PyPI is an unrelated one, which may raise anything
+        return None
+    return FusedAdam

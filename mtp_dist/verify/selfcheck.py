@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
-from mtp_dist.engine.engine import TrainingEngine
-from mtp_dist.engine.optimizer import build_optimizer
+from mtp_dist.engine.engine import build_engine
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
 from mtp_dist.loss.schedule import HeadWeights, head_weights
 from mtp_dist.model.parameters import parameter_shapes
@@ -177,9 +176,7 @@ def first_head_weights(config: Config) -> HeadWeights:
 
 def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
     """Return the relative errors of one step of the sharded model on the same batch, by quantity and name."""
-    engine = TrainingEngine(
-        config, vocab_size, topology, lambda weights: build_optimizer(config, weights, topology.device)
-    )
+    engine = build_engine(config, vocab_size, topology)
     shapes = parameter_shapes(config, vocab_size)
     batch = local_micro_batches(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:

@@ -7,9 +7,9 @@ import torch
 
 from mtp_dist.model.targets import IGNORE_INDEX, document_ids
 from mtp_dist.verify.reference_training import END_OF_DOCUMENT
+from tests.engines import global_batch
 from tests.parity.comparison import Layout, assert_equals_reference, layout_config, name_of
-from tests.parity.documents_on_ranks import losses_of_second_documents
-from tests.parity.runs import global_batches
+from tests.parity.documents_on_ranks import second_document_losses
 from tests.ranks import Ranks
 
 FEW = 2
@@ -19,7 +19,7 @@ LAYOUTS: list[Layout] = [(2, 1, 1, False), PIPELINE, ALL, MIDDLE, DATA]
 
 
 def test_the_batches_have_documents_and_masks_that_differ() -> None:
-    ((samples, targets),) = global_batches(layout_config(DATA, 4, data=APART), 1)
+    samples, targets = global_batch(layout_config(DATA, 4, data=APART), 1)
     documents = document_ids(samples, END_OF_DOCUMENT)[:, -1] + 1
     assert documents[0] >= 4 and documents[-1] == 1
     halves = [(half != IGNORE_INDEX).sum((1, 2)) for half in targets.chunk(2, 1)]
@@ -80,7 +80,7 @@ def test_a_document_does_not_know_the_one_before_it(ranks: Ranks, layout: Layout
         layout_config(layout, 4, heads={"kind": kind}, data={"attention_across_documents": across})
         for across in (False, True)
     )
-    for before, after in ranks.run(tensor * pipeline, losses_of_second_documents, apart):
+    for before, after in ranks.run(tensor * pipeline, second_document_losses, apart):
         assert (before > 0).all() and torch.equal(before, after)
-    for before, after in ranks.run(tensor * pipeline, losses_of_second_documents, together):
+    for before, after in ranks.run(tensor * pipeline, second_document_losses, together):
         assert (before != after).all()

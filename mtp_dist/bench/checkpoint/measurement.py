@@ -21,8 +21,8 @@ from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import GlooGroups, Topology, new_gloo_groups
-from mtp_dist.engine.engine import TrainingEngine
-from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+from mtp_dist.engine.engine import TrainingEngine, build_engine
+from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_weights
 from mtp_dist.verify.reference_training import local_micro_batches, random_batch
 
@@ -104,8 +104,7 @@ def measure_checkpoints(
 def _subject(
     config: Config, vocab_size: int, topology: Topology, folder: Path, report: Callable[[str], None]
 ) -> _Subject:
-    device = topology.device
-    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = build_engine(config, vocab_size, topology)
     batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
     engine.train_step(batch, learning_rate(config, STEP), head_weights(config, STEP))
     groups = new_gloo_groups(topology)

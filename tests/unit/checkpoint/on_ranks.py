@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.parity.runs import global_batches
+from tests.engines import open_engine, take_step
 from tests.tiny import VOCAB_SIZE
 
 LOSSES = (4.5, None, 5.5, 6.5)
@@ -30,26 +30,16 @@ def train_part(config: Config, completed_steps: int, last: int, resume: Path | N
     from mtp_dist.checkpoint.format import RunState, checkpoint_path
     from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer, learning_rate
+    from mtp_dist.distributed.topology import new_gloo_groups
     from mtp_dist.engine.optimizer_state import MOMENTS, ensure_state, moment
     from mtp_dist.engine.tensor_shards import full_tensors, master_weight
-    from mtp_dist.loss.schedule import head_weights
     from mtp_dist.model.parameters import parameter_shapes
-    from mtp_dist.verify.reference_training import local_micro_batches
 
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = open_engine(config)
+    topology = engine.topology
     if resume:
         restore(engine, resume)
-    part = Part([])
-    for step, (samples, targets) in list(enumerate(global_batches(config, last), 1))[completed_steps:]:
-        batch = local_micro_batches(config, topology, samples, targets)
-        sums, *_ = engine.train_step(batch, learning_rate(config, step), head_weights(config, step))
-        part.losses.append(sums)
+    part = Part([take_step(engine, step).sums for step in range(completed_steps + 1, last + 1)])
     shapes = parameter_shapes(config, VOCAB_SIZE)
     ensure_state(engine.pipeline)
     part.weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}

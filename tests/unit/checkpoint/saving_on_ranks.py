@@ -14,7 +14,7 @@ import pytest
 from mtp_dist.checkpoint.format import RunState
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
-from tests.parity.runs import global_batches
+from tests.engines import open_engine, take_step
 from tests.tiny import VOCAB_SIZE
 from tests.unit.checkpoint.folders import damages, flip
 
@@ -41,27 +41,15 @@ class Training:
     """A model in training, saved on demand."""
 
     def __init__(self, config: Config) -> None:
-        from mtp_dist.distributed.device import select_device
-        from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-        from mtp_dist.engine.engine import TrainingEngine
-        from mtp_dist.engine.optimizer import build_optimizer
+        from mtp_dist.distributed.topology import new_gloo_groups
 
-        device = select_device(config)
-        self.config = config
-        self.topology = initialize_topology(config, device)
-        self.engine = TrainingEngine(
-            config, VOCAB_SIZE, self.topology, lambda weights: build_optimizer(config, weights, device)
-        )
+        self.config, self.engine = config, open_engine(config)
+        self.topology = self.engine.topology
         self.groups = new_gloo_groups(self.topology)
         self.reports: list[str] = []
 
     def step(self, step: int) -> None:
-        from mtp_dist.loss.schedule import head_weights
-        from mtp_dist.verify.reference_training import local_micro_batches
-
-        samples, targets = global_batches(self.config, step)[-1]
-        batch = local_micro_batches(self.config, self.topology, samples, targets)
-        self.engine.train_step(batch, 1e-3, head_weights(self.config, step))
+        take_step(self.engine, step, rate=1e-3)
 
     def saver_into(self, directory: Path, keep_last: int | None = None) -> Any:
         from mtp_dist.checkpoint.saver import CheckpointSaver

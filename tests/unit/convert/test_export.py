@@ -18,8 +18,7 @@ from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.verify.reference_training import mean_losses
-from tests.parity.runs import VOCAB_SIZE as PARITY_VOCAB_SIZE
-from tests.parity.runs import global_batches
+from tests.engines import global_batch
 from tests.ranks import Ranks
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 from tests.unit.checkpoint.folders import flip
@@ -89,7 +88,7 @@ def test_what_ranks_saved_goes_to_a_llama_and_back(
     ranks: Ranks, tmp_path: Path, count: int, tied: bool, scaling: dict[str, Any] | None
 ) -> None:
     config = tiny_config(
-        model={"tie_embeddings": tied, "vocab_size": PARITY_VOCAB_SIZE, "init_std": 0.2, "rope_scaling": scaling},
+        model={"tie_embeddings": tied, "vocab_size": VOCAB_SIZE, "init_std": 0.2, "rope_scaling": scaling},
         heads={"count": count},
         parallel={"tensor": 2, "pipeline": 2},
         checkpoint={"directory": str(tmp_path / "runs")},
@@ -108,7 +107,7 @@ def test_what_ranks_saved_goes_to_a_llama_and_back(
     other_layout = tiny_config(
         **imported.model_dump(include={"model", "heads", "data", "optimizer"}), parallel={"pipeline": 2}
     )
-    samples, targets = global_batches(other_layout, 1)[0]
+    samples, targets = global_batch(other_layout, 1)
     expected = reference_losses(model, samples, targets).losses
     for part in ranks.run(2, train_part, other_layout, 0, 1, tmp_path / "back", False):
         torch.testing.assert_close(mean_losses(part.losses[0])[0].float(), expected, rtol=1e-5, atol=1e-6)

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import torch
 
 from mtp_dist.config import Config
-from tests.parity.runs import global_batches
-from tests.tiny import VOCAB_SIZE
+from mtp_dist.engine.optimizer import adamw_class
+from tests.engines import open_engine, take_step
 from tests.unit.checkpoint.on_ranks import Part, train_part
 
 
@@ -60,8 +60,6 @@ def apex_modules(installed: bool) -> dict[str, ModuleType | None]:
 
 def train_part_as_on_a_gpu(apex: bool, *arguments: Any) -> Part:
     """`train_part` with the optimizer of a GPU, on a machine with Apex or without."""
-    from mtp_dist.engine.adam import adamw_class
-
     with (
         patch.dict(sys.modules, apex_modules(apex)),
         patch("mtp_dist.engine.optimizer.adamw_class", lambda device: adamw_class(torch.device("cuda"))),
@@ -77,19 +75,8 @@ def train_part_with_wrong_counters(config: Config) -> None:
 
 def timers_after_steps(config: Config) -> list[int]:
     """Measurements that DeepSpeed's timers hold after each of four steps."""
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
-    from mtp_dist.loss.schedule import head_weights
-    from mtp_dist.verify.reference_training import local_micro_batches
-
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
-    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
-    held = []
+    engine, held = open_engine(config), []
     for _ in range(4):
-        engine.train_step(batch, 1e-3, head_weights(config, 1))
+        take_step(engine)
         held.append(sum(len(timer.event_timers) for timer in engine.pipeline.timers.get_timers().values()))
     return held

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from deepspeed.runtime.pipe import schedule
 
 from mtp_dist.config import Config
-from tests.parity.runs import global_batches
-from tests.tiny import VOCAB_SIZE
+from mtp_dist.engine.hooks import hook_instruction
+from mtp_dist.engine.tensor_shards import master_weight
+from mtp_dist.model.parameters import named_weights
+from tests.engines import open_engine, take_step
 
 
 class Watched(NamedTuple):
@@ -25,19 +28,9 @@ class Watched(NamedTuple):
 
 def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Watched:
     """weight: whose gradient, and head: whose loss is not finite on that rank in the second step."""
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
-    from mtp_dist.loss.schedule import head_weights
-    from mtp_dist.model.parameters import named_weights
-    from mtp_dist.verify.reference_training import local_micro_batches
-
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
-    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
-    well = engine.train_step(batch, 1e-3, head_weights(config, 1))
+    engine = open_engine(config)
+    topology = engine.topology
+    well = take_step(engine, rate=1e-3)
     weights = dict(named_weights(engine.stage))
     before = {name: value.detach().clone() for name, value in weights.items()}
     if topology.rank == rank and weight:
@@ -52,7 +45,7 @@ def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Wa
             return share
 
         heads.forward = with_infinite_loss  # type: ignore[method-assign]
-    bad = engine.train_step(batch, 1e-3, head_weights(config, 1))
+    bad = take_step(engine, rate=1e-3)
     found = str(engine.gradient_monitor.find_non_finite())
     unchanged = all(torch.equal(before[name], value) for name, value in weights.items())
     return Watched(well.grad_norm, well.grad_norms_by_module, bad.grad_norm, found, unchanged, bad[-2:])
@@ -66,26 +59,12 @@ class Dropped(NamedTuple):
 
 def break_a_sum(config: Config, rank: int) -> Dropped:
     """A step in which one rank has something else than the others for the sum of their gradients."""
-    from deepspeed.runtime.pipe import schedule
-
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.hooks import hook_instruction
-    from mtp_dist.engine.optimizer import build_optimizer
-    from mtp_dist.engine.tensor_shards import master_weight
-    from mtp_dist.loss.schedule import head_weights
-    from mtp_dist.model.parameters import named_weights
-    from mtp_dist.verify.reference_training import local_micro_batches
-
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = open_engine(config)
     weights = dict(named_weights(engine.stage))
     before = {name: master_weight(weight).clone() for name, weight in weights.items()}
 
     def break_first(execute: Callable[[], None]) -> None:
-        if topology.rank == rank:
+        if engine.topology.rank == rank:
             weight = next(iter(weights.values()))
             gradient = weight.grad if config.train.precision == "fp32" else weight._hp_grad  # type: ignore[attr-defined]
             assert gradient is not None
@@ -93,7 +72,6 @@ def break_a_sum(config: Config, rank: int) -> Dropped:
         execute()
 
     hook_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
-    batch = local_micro_batches(config, topology, *global_batches(config, 1)[0])
-    norm = engine.train_step(batch, 1e-3, head_weights(config, 1)).grad_norm
+    norm = take_step(engine, rate=1e-3).grad_norm
     unchanged = all(torch.equal(before[name], master_weight(weight)) for name, weight in weights.items())
     return Dropped(norm, str(engine.gradient_monitor.find_non_finite()), unchanged)

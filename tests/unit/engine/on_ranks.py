@@ -1,11 +1,21 @@
 """What the tests of this folder run on every rank."""
 
 import os
+import resource
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.topology import initialize_topology, tp_group
+from mtp_dist.engine.tensor_shards import full_tensors, master_weight
+from mtp_dist.errors import ConfigError
+from mtp_dist.loss.schedule import head_weights
+from mtp_dist.model.parameters import named_weights, parameter_shapes
+from mtp_dist.model.targets import IGNORE_INDEX
+from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from tests.engines import open_engine
 from tests.parity.runs import Run, sharded_run
 from tests.tiny import VOCAB_SIZE
 
@@ -15,36 +25,16 @@ SILENT_HEAD = 2
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
     """Of this rank's stage, as the optimizer has them; the model's own must be the same in its precision."""
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
-    from mtp_dist.engine.tensor_shards import full_tensors, master_weight
-    from mtp_dist.model.parameters import named_weights, parameter_shapes
-
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = open_engine(config)
     for name, weight in named_weights(engine.stage):  # the copy of a tied weight too
         assert torch.equal(weight, master_weight(weight).to(weight.dtype)), name
-    return dict(full_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), topology, master_weight))
+    return dict(full_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), engine.topology, master_weight))
 
 
 def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
     """Sums and gradient norms of three steps, this stage's weights after them, and the sums of an evaluation."""
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
-    from mtp_dist.engine.tensor_shards import full_tensors, master_weight
-    from mtp_dist.loss.schedule import head_weights
-    from mtp_dist.model.parameters import parameter_shapes
-    from mtp_dist.model.targets import IGNORE_INDEX
-    from mtp_dist.verify.reference_training import local_micro_batches, random_batch
-
-    device = select_device(config)
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, VOCAB_SIZE, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = open_engine(config)
+    topology = engine.topology
     tokens, targets = random_batch(config, VOCAB_SIZE)
     targets[SILENT_HEAD - 1] = IGNORE_INDEX
     # One micro-batch of head 1 is empty too, although the head is not.
@@ -60,12 +50,6 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
 
 def patience(config: Config, port: int) -> list[float]:
     """Seconds that collectives of all ranks and of a tensor-parallel group wait, and that the store does."""
-    import os
-
-    import torch.distributed as dist
-
-    from mtp_dist.distributed.topology import initialize_topology, tp_group
-
     dist.destroy_process_group()
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     initialize_topology(config, torch.device("cpu"))
@@ -77,13 +61,6 @@ def patience(config: Config, port: int) -> list[float]:
 def resources(config: Config, port: int, soft_limit: int) -> tuple[int, int, str | None]:
     """Open the topology in an environment without settings of its own. Return PyTorch's number of threads, the limit
     of open files and gloo's network interface."""
-    import os
-    import resource
-
-    import torch.distributed as dist
-
-    from mtp_dist.distributed.topology import initialize_topology
-
     dist.destroy_process_group()
     environment, limits = dict(os.environ), resource.getrlimit(resource.RLIMIT_NOFILE)
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -120,13 +97,6 @@ def train_with_flags(config: Config) -> tuple[Run | None, dict[str, object]]:
 
 def join_with_other_seeds(config: Config, seeds: list[int], port: int) -> str | None:
     """Open the topology with this rank's seed. Return what the user is shown if the ranks refuse to start."""
-    import os
-
-    import torch.distributed as dist
-
-    from mtp_dist.config import ConfigError
-    from mtp_dist.distributed.topology import initialize_topology
-
     rank = dist.get_rank()
     dist.destroy_process_group()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -59,14 +59,13 @@ def train(path: Path) -> Timed:
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.engine import build_engine
     from mtp_dist.training import trainer as loop
 
     config = load_config(path)
-    device, vocab_size, recorder = select_device(config), vocabulary_size(config), Recorder()
-    topology = initialize_topology(config, device)
-    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    vocab_size, recorder = vocabulary_size(config), Recorder()
+    topology = initialize_topology(config, select_device(config))
+    engine = build_engine(config, vocab_size, topology)
     engine.train_step = recorder.takes(STEP, engine.train_step)  # type: ignore[method-assign]
     engine.evaluate = recorder.takes(VALIDATION, engine.evaluate)  # type: ignore[method-assign]
     save = recorder.takes(SAVE, lambda *_: None)

@@ -22,16 +22,14 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.engine import build_engine
     from mtp_dist.monitoring.profiling import profiling_callbacks
     from mtp_dist.training.stopping import StopSignals
     from mtp_dist.training.trainer import Trainer
     from mtp_dist.training.watchdog import Watchdog
 
     config = load_config(path)
-    device = select_device(config)
-    topology = initialize_topology(config, device)
+    topology = initialize_topology(config, select_device(config))
     vocab_size = vocabulary_size(config)
     said: list[str] = []
     parts: list[str] = []
@@ -43,7 +41,7 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
 
     def train(*callbacks: Callback) -> list[tuple[Any, float]]:
         parts.clear()
-        engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+        engine = build_engine(config, vocab_size, topology)
         learned = Learned()
         datasets, told = load_datasets(config), [learned, *callbacks]
         watchdog = Listening(None, topology.rank)

@@ -91,19 +91,17 @@ def train(
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.engine import build_engine
     from mtp_dist.monitoring.reporting import RunReporter
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.stopping import StopSignals
     from mtp_dist.training.trainer import Trainer
 
     config = load_config(path)
-    device, vocab_size = select_device(config), vocabulary_size(config)
-    topology = initialize_topology(config, device)
+    topology, vocab_size = initialize_topology(config, select_device(config)), vocabulary_size(config)
     groups = new_gloo_groups(topology)
     datasets = load_datasets(config)
-    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = build_engine(config, vocab_size, topology)
     point, samples_read = None, 0
     if begin:
         folder, samples_read = begin

@@ -39,15 +39,13 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
-    from mtp_dist.engine.optimizer import build_optimizer
+    from mtp_dist.engine.engine import build_engine
     from mtp_dist.training.trainer import Trainer
 
     config = load_config(path)
-    device = select_device(config)
-    topology = initialize_topology(config, device)
+    topology = initialize_topology(config, select_device(config))
     vocab_size = vocabulary_size(config)
-    engine = TrainingEngine(config, vocab_size, topology, lambda weights: build_optimizer(config, weights, device))
+    engine = build_engine(config, vocab_size, topology)
     signals = StopSignals()
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
 

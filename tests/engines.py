@@ -1,0 +1,37 @@
+"""The engine of a tiny model on the ranks of a test, and random batches for it."""
+
+from torch import Tensor
+
+from mtp_dist.config import Config
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology
+from mtp_dist.engine.engine import StepResult, TrainingEngine, build_engine
+from mtp_dist.engine.optimizer import learning_rate
+from mtp_dist.loss.schedule import head_weights
+from mtp_dist.model.targets import MicroBatch
+from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from tests.tiny import VOCAB_SIZE
+
+
+def open_engine(config: Config, initialize: bool = True) -> TrainingEngine:
+    """Open the topology and build the engine of this rank."""
+    topology = initialize_topology(config, select_device(config))
+    return build_engine(config, VOCAB_SIZE, topology, initialize)
+
+
+def global_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
+    """Return samples and unevenly masked targets of a step, counted from 1; the same at every layout."""
+    seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": step - 1})})
+    return random_batch(seeded, VOCAB_SIZE)
+
+
+def local_batch(engine: TrainingEngine, step: int = 1) -> list[MicroBatch]:
+    """Return this rank's part of a step's global batch."""
+    return local_micro_batches(engine.config, engine.topology, *global_batch(engine.config, step))
+
+
+def take_step(engine: TrainingEngine, step: int = 1, rate: float | None = None) -> StepResult:
+    """Train on the batch of a step, at its learning rate unless one is given."""
+    config = engine.config
+    rate = learning_rate(config, step) if rate is None else rate
+    return engine.train_step(local_batch(engine, step), rate, head_weights(config, step))
