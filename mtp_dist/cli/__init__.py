@@ -65,20 +65,18 @@ def selfcheck(
     from mtp_dist.verify.startup import check_startup
 
     try:
-        settings = load_config(config, overrides or [])
-        sources = check_startup(settings, needs_data=False)
+        job = check_startup(load_config(config, overrides or []), needs_data=False)
     except UserError as error:
         exit_with_error(error)
     silence_import_warnings()
-    from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import close_topology, initialize_topology
     from mtp_dist.verify.selfcheck import selfcheck as compare
 
     try:
-        topology = initialize_topology(settings, select_device(settings))
+        topology = initialize_topology(job.config, job.device)
     except UserError as error:
         exit_with_error(error)
-    comparisons = compare(settings, sources.vocab_size, topology)
+    comparisons = compare(job.config, job.sources.vocab_size, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
     layout = f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}"

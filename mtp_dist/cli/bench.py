@@ -71,8 +71,7 @@ def checkpoint(
 
     folder = Path(to).expanduser()
     try:
-        settings = load_config(config, overrides or [])
-        sources = check_startup(settings, needs_data=False)
+        job = check_startup(load_config(config, overrides or []), needs_data=False)
         if folder.exists():
             raise ConfigError(f"--to = '{to}' exists: name a new folder")
     except UserError as error:
@@ -80,12 +79,11 @@ def checkpoint(
     silence_import_warnings()
     from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
     from mtp_dist.bench.checkpoint.report import table
-    from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     try:
-        topology = initialize_topology(settings, select_device(settings))
-        result = measure_checkpoints(settings, sources.vocab_size, topology, folder, rounds, print)
+        topology = initialize_topology(job.config, job.device)
+        result = measure_checkpoints(job.config, job.sources.vocab_size, topology, folder, rounds, print)
     except UserError as error:
         exit_with_error(error)
     close_topology()
@@ -136,18 +134,16 @@ def monitoring(
     from mtp_dist.verify.startup import check_startup
 
     try:
-        settings = load_config(config, overrides or [])
-        check_startup(settings)
+        job = check_startup(load_config(config, overrides or []))
     except UserError as error:
         exit_with_error(error)
     silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring, table
-    from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     try:
-        topology = initialize_topology(settings, select_device(settings))
-        result = measure_monitoring(settings, topology, rounds)
+        topology = initialize_topology(job.config, job.device)
+        result = measure_monitoring(job.config, topology, rounds)
     except UserError as error:
         exit_with_error(error)
     close_topology()

@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from mtp_dist.config import Config
 from mtp_dist.data.run_sources import RunSources
@@ -13,10 +16,19 @@ from mtp_dist.monitoring.profiling import check_profile
 from mtp_dist.verify.memory import check_memory
 
 
-def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> RunSources:
+class CheckedJob(NamedTuple):
+    """What a job starts with once its checks have passed."""
+
+    config: Config
+    sources: RunSources
+    """Tokenizer and, if the job needs data, opened sources."""
+    device: torch.device
+
+
+def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> CheckedJob:
     """Check the launcher, sources, folders and device before any process group opens. Raise UserError if one is wrong.
 
-    Return the tokenizer and, if the job needs data, the opened sources.
+    Select the device, so that DeepSpeed and Megatron-core may be imported afterwards.
     """
     check_launcher_variables()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -37,7 +49,7 @@ def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool
         from mtp_dist.engine.deepspeed_keys import check_deepspeed_section
 
         check_deepspeed_section(config.deepspeed)
-    return sources
+    return CheckedJob(config, sources, device)
 
 
 def check_writable(key: str, folder: Path) -> None:

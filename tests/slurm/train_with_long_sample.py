@@ -1,8 +1,9 @@
 """The training program, whose sample at the end of the run takes longer than an impatient srun waits."""
 
+import os
 import time
 
-from mtp_dist import pretrain
+from mtp_dist.pretrain import main
 
 
 def sample_for_long(*_: object) -> str:
@@ -11,5 +12,8 @@ def sample_for_long(*_: object) -> str:
 
 
 if __name__ == "__main__":
-    pretrain._sample = sample_for_long
-    pretrain.main()
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from mtp_dist import run
+
+    run._sample = sample_for_long
+    main()

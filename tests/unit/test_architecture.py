@@ -35,7 +35,8 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "verify": {"training"},
     "inference": {"convert", "model"},
     "bench": {"verify"},
-    "pretrain": {"verify", "inference"},
+    "run": {"verify", "inference"},
+    "pretrain": {"run"},
     "cli": {"convert", "verify", "bench", "pretrain"},
 }
 ROOMS = frozenset(DIRECTLY_BELOW)

@@ -10,8 +10,7 @@ def order_of_the_end(config: Path) -> list[str]:
     """Train, and return what this rank does after the last save."""
     import torch.distributed as dist
 
-    from mtp_dist import pretrain
-    from mtp_dist.distributed import topology
+    from mtp_dist import pretrain, run
 
     done: list[str] = []
 
@@ -27,9 +26,9 @@ def order_of_the_end(config: Path) -> list[str]:
         done.append("sample, with a summary" if written else "sample, without a summary")
         return "def f"
 
-    saved = pretrain._sample, topology.close_topology, dist.barrier
-    pretrain._sample = sample
-    topology.close_topology = recorded("close", topology.close_topology)
+    saved = run._sample, run.close_topology, dist.barrier
+    run._sample = sample
+    run.close_topology = recorded("close", run.close_topology)
     dist.barrier = recorded("barrier", dist.barrier)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -37,6 +36,6 @@ def order_of_the_end(config: Path) -> list[str]:
     except SystemExit as end:
         assert not end.code, end.code
     finally:
-        pretrain._sample, topology.close_topology, dist.barrier = saved
+        run._sample, run.close_topology, dist.barrier = saved
     last = max((index for index, name in enumerate(done) if name == "barrier"), default=-1)
     return [name for index, name in enumerate(done) if name != "barrier" or index == last]

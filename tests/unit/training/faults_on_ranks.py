@@ -47,7 +47,7 @@ class Listening(Watchdog):
         super().__init__(None, 0)
         self.parts: list[str] = []
 
-    def expect(self, part: str) -> None:
+    def enter(self, part: str) -> None:
         self.parts.append(part)
 
 

@@ -23,9 +23,9 @@ def keep_the_lock_too_long():
 
 with watchdog.Watchdog({seconds}, rank=3) as dog:
     for step in (1, 2, 3):
-        dog.expect(f"step {{step}}")
+        dog.enter(f"step {{step}}")
         now[0] += 0.9
-    dog.expect("step 4")
+    dog.enter("step 4")
     {hang}
 for thread in threading.enumerate():
     if thread.name == "watchdog":

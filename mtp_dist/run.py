@@ -1,0 +1,140 @@
+"""One training run, from top to bottom: open data and ranks, resume, build, train, show the result.
+
+Import it after the device is selected: DeepSpeed and Megatron-core probe the device when they are imported.
+"""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mtp_dist.checkpoint.find import ResumePoint
+from mtp_dist.checkpoint.format import checkpoint_path
+from mtp_dist.checkpoint.reader import load_weights
+from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
+from mtp_dist.checkpoint.saver import CheckpointSaver
+from mtp_dist.config import Config
+from mtp_dist.config.notices import notices
+from mtp_dist.data.datasets import Datasets, load_datasets, with_positions
+from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
+from mtp_dist.distributed.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
+from mtp_dist.engine.engine import TrainingEngine, build_engine
+from mtp_dist.inference.sampling import sample_continuation
+from mtp_dist.model.reference import ReferenceModel
+from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
+from mtp_dist.monitoring.rank_logs import tee_output
+from mtp_dist.monitoring.reporting import RunReporter, archive_previous_run
+from mtp_dist.monitoring.stragglers import Stragglers
+from mtp_dist.training.recovery import fit_and_recover
+from mtp_dist.training.stopping import StopSignals, exit_status
+from mtp_dist.training.trainer import Trainer
+from mtp_dist.training.watchdog import Watchdog
+from mtp_dist.verify.preflight import Preflight
+from mtp_dist.verify.startup import CheckedJob
+
+SAMPLING_TEMPERATURE = 0.7
+
+
+def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snapshot: bool) -> int:
+    """Train from scratch or from a checkpoint, validate, save and show the result. Return the exit status."""
+    config, sources, device = job
+    vocab_size = sources.vocab_size
+    datasets = load_datasets(config, sources)
+    _print_notices(config, datasets)
+
+    topology = initialize_topology(config, device)
+    if memory_snapshot:
+        begin_memory_history(config, topology.rank)
+    gloo_groups = new_gloo_groups(topology)
+
+    resumed = agree_on_resume_point(config, vocab_size, topology, gloo_groups.all)
+    if resumed and resumed.step >= config.train.steps:
+        _print_finished(config, resumed)
+        close_topology()
+        return 0
+    if config.log.rank_logs:
+        tee_output(config.output_dir, _is_new(resumed, config))
+    samples_read = _restore_samples(datasets, resumed, config)
+
+    engine = build_engine(config, vocab_size, topology, initialize=not resumed)
+    if resumed:
+        restore(engine, resumed.folder)
+
+    reporter = _build_reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None
+    log, on_saved = (reporter.note, reporter.on_saved) if reporter else (print, print)  # only rank 0 calls them
+    saver = CheckpointSaver(config, vocab_size, engine, gloo_groups, log, on_saved)
+    stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
+    hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
+    callbacks: list[Callback] = [reporter, Stragglers(hosts, log)] if reporter else []
+    callbacks += [Preflight(config, topology, gloo_groups.all, log)] if preflight else []
+    callbacks += profiling_callbacks(config, topology, memory_snapshot, log)
+
+    with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
+        trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
+        result = fit_and_recover(trainer, saver, gloo_groups.all, reporter, resumed, samples_read)
+
+    if reporter and result.reason is StopReason.LAST_STEP:
+        checkpoint = checkpoint_path(config, config.train.steps)
+        reporter.show_result(checkpoint, lambda: _sample(config, datasets.tokenizer, checkpoint))
+    # Launchers give the other ranks little time after the first one has ended: srun 120 seconds.
+    dist.barrier(gloo_groups.all)
+    close_topology()
+    return exit_status(result.signal) if result.signal else 0
+
+
+def _print_notices(config: Config, datasets: Datasets) -> None:
+    """Print the settings that are more often a mistake than a choice, on rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        for line in notices(config, datasets.tokenizer.vocab_size, world_size):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _print_finished(config: Config, resumed: ResumePoint) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"{resumed.folder} has already reached step {resumed.step}/{config.train.steps}; nothing to do.\n"
+            "Start from scratch with checkpoint.resume=none, or train longer with a larger train.steps and "
+            "checkpoint.allow_changes=[train.steps]"
+        )
+
+
+def _is_new(resumed: ResumePoint | None, config: Config) -> bool:
+    """Return whether the run's folder may contain the files of another run."""
+    return not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve()
+
+
+def _restore_samples(datasets: Datasets, resumed: ResumePoint | None, config: Config) -> int:
+    """Move the training samples to where the checkpoint was saved. Return the number of samples read before."""
+    if not resumed or not resumed.step:  # step 0 is an imported model, for which no samples were read
+        return 0
+    samples = with_positions(resumed.samples, resumed.config)
+    return datasets.restore(samples, may_change="data.train" in config.checkpoint.allow_changes)
+
+
+def _build_reporter(
+    config: Config, vocab_size: int, datasets: Datasets, engine: TrainingEngine, resumed: ResumePoint | None
+) -> RunReporter:
+    """Return rank 0's reporter, in a folder without the files of another run. Print what the sources contain first."""
+    for line in datasets.notices:
+        print(line, flush=True)
+    if _is_new(resumed, config):
+        archive_previous_run(config)
+    return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
+
+
+def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | None:
+    """Return the prompt and its continuation by the saved model; None if no prompt is configured."""
+    if config.log.sample_prompt is None:
+        return None
+    print(f"Sampling: verifying and reading the weights of {checkpoint}", flush=True)
+    prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
+    model = ReferenceModel(*load_weights(checkpoint))
+    tokens = sample_continuation(
+        model, prompt, config.log.sample_tokens, SAMPLING_TEMPERATURE, config.run.seed, tokenizer.end_of_document
+    )
+    return tokenizer.decode(prompt + tokens)
