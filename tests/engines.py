@@ -7,7 +7,7 @@ from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.topology import initialize_topology
 from mtp_dist.engine.engine import StepResult, TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
-from mtp_dist.loss.schedule import head_weights
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.targets import MicroBatch
 from mtp_dist.verify.reference_training import local_micro_batches, random_batch
 from tests.tiny import VOCAB_SIZE
@@ -34,4 +34,4 @@ def take_step(engine: TrainingEngine, step: int = 1, rate: float | None = None) 
     """Train on the batch of a step, at its learning rate unless one is given."""
     config = engine.config
     rate = learning_rate(config, step) if rate is None else rate
-    return engine.train_step(local_batch(engine, step), rate, head_weights(config, step))
+    return engine.train_step(local_batch(engine, step), rate, head_schedule(config, step))

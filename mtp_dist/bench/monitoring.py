@@ -27,7 +27,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
-from mtp_dist.loss.schedule import head_weights
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.monitoring.callbacks import StopReason
 from mtp_dist.monitoring.reporting import RunReporter
 from mtp_dist.monitoring.stragglers import Stragglers
@@ -132,7 +132,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
             with _unwatched(engine):
                 for _ in range(config.log.every):
                     made += 1
-                    schedule = learning_rate(trainer.config, made), head_weights(trainer.config, made)
+                    schedule = learning_rate(trainer.config, made), head_schedule(trainer.config, made)
                     engine.train_step(batches.training(), *schedule)
 
         engine.pipeline._INSTRUCTION_MAP = wrapped.of_all(engine.pipeline._INSTRUCTION_MAP)

@@ -22,7 +22,7 @@ from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
 from mtp_dist.engine.stage_timer import StageTimer
-from mtp_dist.loss.schedule import HeadWeights
+from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, shard
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
 
@@ -84,7 +84,7 @@ class TrainingEngine:
         optimizer = type(self.pipeline.basic_optimizer)
         return f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}"
 
-    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadWeights) -> StepResult:
+    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadSchedule) -> StepResult:
         """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data."""
         for group in self.pipeline.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -104,7 +104,7 @@ class TrainingEngine:
     def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
         """Per-head sums (see `_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
         heads = self.config.heads.count
-        self._begin(batch, micro_batches, HeadWeights((1.0,) * heads, heads))
+        self._begin(batch, micro_batches, HeadSchedule((1.0,) * heads, heads))
         self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
         return self._over_ranks(self._sums())[0].cpu()
 
@@ -117,7 +117,7 @@ class TrainingEngine:
         watch.spread(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
         update(*args)
 
-    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadWeights) -> None:
+    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadSchedule) -> None:
         """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
 
         DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
@@ -130,9 +130,9 @@ class TrainingEngine:
         dist.all_reduce(counts, group=dp_group())
         averaged_over = micro_batches * self.topology.dp_size
         per_target = averaged_over / counts.clamp(min=1)
-        scales = counts.new_tensor(weights.weights) * per_target
+        scales = counts.new_tensor(weights.loss_weights) * per_target
         token_order_scale = self.config.heads.token_order * per_target[0]
-        self.stage.heads.begin(scales.float(), weights.active, token_order_scale.float())
+        self.stage.heads.begin(scales.float(), weights.active_heads, token_order_scale.float())
 
     def _load(self, batch: MicroBatch) -> tuple[Tensor, tuple[()]]:
         """What the first stage embeds; DeepSpeed asks for it on the first and the last stage."""

@@ -1,4 +1,4 @@
-"""How much each head's loss counts at each step."""
+"""Loss weights and active heads of every training step."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,18 @@ from mtp_dist.config import Config, HeadsConfig
 
 
 @dataclass(frozen=True)
-class HeadWeights:
-    """Of one update."""
+class HeadSchedule:
+    """Loss weights and active heads of one step."""
 
-    weights: tuple[float, ...]
-    """w_k of each head's loss, head 1 first."""
-    active: int
-    """Heads 1..this learn; the others do not run."""
+    loss_weights: tuple[float, ...]
+    """Weight w_k of each head's loss, head 1 first."""
+    active_heads: int
+    """Heads 1..this are trained; the others do not run."""
 
 
-def head_weights(config: Config, step: int) -> HeadWeights:
-    """Of update number `step`, counted from 1."""
-    return HeadWeights(_loss_weights(config.heads, step), _active_heads(config, step))
+def head_schedule(config: Config, step: int) -> HeadSchedule:
+    """Return the loss weights and active heads of a step, counted from 1."""
+    return HeadSchedule(_loss_weights(config.heads, step), _active_heads(config, step))
 
 
 def _loss_weights(heads: HeadsConfig, step: int) -> tuple[float, ...]:
@@ -31,14 +31,14 @@ def _loss_weights(heads: HeadsConfig, step: int) -> tuple[float, ...]:
 
 
 def _at_step(values: float | tuple[tuple[int, float], ...], step: int) -> float:
-    """A number, or the last of the (first step, number) pairs that has begun."""
+    """Return the number itself, or the value of the last (first step, value) pair that has begun."""
     if not isinstance(values, tuple):
         return values
     return [value for first, value in values if first <= step][-1]
 
 
 def _active_heads(config: Config, step: int) -> int:
-    """n equal stages with one head more (`forward`) or less (`reverse`) in each (arXiv:2505.22757)."""
+    """Return how many heads run: n equal stages that add or drop one head each (arXiv:2505.22757)."""
     count, schedule = config.heads.count, config.heads.schedule
     stage = (step - 1) * count // config.train.steps
     if schedule == "forward":

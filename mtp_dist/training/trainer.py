@@ -18,7 +18,7 @@ from mtp_dist.distributed.device import peak_memory, reset_peak_memory
 from mtp_dist.distributed.topology import all_gather_floats, all_reduce_max
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import learning_rate
-from mtp_dist.loss.schedule import HeadWeights, head_weights
+from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callbacks import Callback, StopReason
 from mtp_dist.training.spikes import SpikeDetector
@@ -149,7 +149,7 @@ class Trainer:
         started = time.perf_counter()
         batch = batches.training()
         waited = time.perf_counter() - started
-        rate, weights = learning_rate(config, step), head_weights(config, step)
+        rate, weights = learning_rate(config, step), head_schedule(config, step)
         result = engine.train_step(batch, rate, weights)
         signal, fault = all_reduce_max([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
         # All ranks must decide the same: find_non_finite is a collective.
@@ -184,7 +184,7 @@ class Trainer:
     def _validate(self, step: int, batches: Batches) -> None:
         """On all sets, with all heads."""
         self.watchdog.enter(f"the validation after step {step}")
-        weights = HeadWeights(head_weights(self.config, step).weights, self.config.heads.count)
+        weights = HeadSchedule(head_schedule(self.config, step).loss_weights, self.config.heads.count)
         with self._clock.paused():
             for validation in self.datasets.validation:
                 sums = self.engine.evaluate(*batches.validation(validation.samples))
@@ -195,14 +195,14 @@ def _is_due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def head_metrics(config: Config, sums: Tensor, weights: HeadWeights) -> HeadMetrics:
+def head_metrics(config: Config, sums: Tensor, weights: HeadSchedule) -> HeadMetrics:
     """Return the active heads' metrics from the engine's sums `[5, n]`."""
-    losses, correct, targets, distillation, token_order = sums[:, : weights.active]
+    losses, correct, targets, distillation, token_order = sums[:, : weights.active_heads]
     losses, correct, distillation, token_order = (
         of_heads / targets.clamp(min=1) for of_heads in (losses, correct, distillation, token_order)
     )
     objectives = losses + config.heads.distillation * distillation
-    total = sum(w * loss for w, loss in zip(weights.weights, objectives.tolist(), strict=False))
+    total = sum(w * loss for w, loss in zip(weights.loss_weights, objectives.tolist(), strict=False))
     has_target = [number > 0 for number in targets.tolist()]
 
     def reported(means: Tensor) -> tuple[float | None, ...]:

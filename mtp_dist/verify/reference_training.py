@@ -10,7 +10,7 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer import parameter_groups
-from mtp_dist.loss.schedule import HeadWeights
+from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch, document_ids, head_targets
 
@@ -97,7 +97,7 @@ class ReferenceTraining:
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
-    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadWeights) -> ReferenceStep:
+    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadSchedule) -> ReferenceStep:
         """Make one update on a global batch."""
         losses = self._differentiate(samples, targets, weights)
         gradients = {name: self._gradient(weight) for name, weight in self.model.named_weights().items()}
@@ -112,12 +112,12 @@ class ReferenceTraining:
         self.optimizer.step()
         return ReferenceStep(losses, norm, gradients)
 
-    def _differentiate(self, samples: Tensor, targets: Tensor, weights: HeadWeights) -> Tensor:
+    def _differentiate(self, samples: Tensor, targets: Tensor, weights: HeadSchedule) -> Tensor:
         """Leave this rank's part of the gradients in the weights; return the losses of the batch."""
         self.optimizer.zero_grad(set_to_none=False)
         counts = (targets != IGNORE_INDEX).sum((1, 2))
-        active = torch.arange(len(targets), device=self.device) < weights.active
-        loss_weights = torch.tensor(weights.weights, dtype=torch.float64, device=self.device)
+        active = torch.arange(len(targets), device=self.device) < weights.active_heads
+        loss_weights = torch.tensor(weights.loss_weights, dtype=torch.float64, device=self.device)
         losses = torch.zeros(3, len(targets), dtype=torch.float64, device=self.device)
         size = max(1, TOKENS_AT_ONCE // targets.shape[-1])
         parts = zip(samples.split(size), targets.split(size, 1), strict=True)

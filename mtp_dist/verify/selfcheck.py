@@ -13,7 +13,7 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
-from mtp_dist.loss.schedule import HeadWeights, head_weights
+from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.verify.reference_training import (
@@ -165,13 +165,13 @@ def reference_truth(config: Config, vocab_size: int, topology: Topology) -> Trut
     """Return one step of the reference; the ranks share the work."""
     samples, targets = random_batch(config, vocab_size)
     training = ReferenceTraining(config, vocab_size, topology.device, topology.rank, topology.world_size)
-    step = training.step(samples, targets, config.optimizer.lr, first_head_weights(config))
+    step = training.step(samples, targets, config.optimizer.lr, all_heads_schedule(config))
     return Truth(samples, targets, step, {name: w.detach() for name, w in training.model.named_weights().items()})
 
 
-def first_head_weights(config: Config) -> HeadWeights:
+def all_heads_schedule(config: Config) -> HeadSchedule:
     """Return the weights of step 1, with all heads active."""
-    return HeadWeights(head_weights(config, 1).weights, config.heads.count)
+    return HeadSchedule(head_schedule(config, 1).loss_weights, config.heads.count)
 
 
 def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
@@ -180,7 +180,7 @@ def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth
     shapes = parameter_shapes(config, vocab_size)
     batch = local_micro_batches(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:
-        sums, sharded_norm, *_ = engine.train_step(batch, config.optimizer.lr, first_head_weights(config))
+        sums, sharded_norm, *_ = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
     updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared_by_any = [names_over_ranks(tensors) for tensors in (gradients, updated)]
     assert compared_by_any == [set(shapes)] * 2, "every weight is compared"

@@ -9,7 +9,7 @@ from mtp_dist.config import Config
 from mtp_dist.engine.gradients import before_update
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
-from mtp_dist.loss.schedule import head_weights
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses
 from tests.engines import global_batch, local_batch, open_engine, take_step
@@ -34,7 +34,7 @@ def reference_run(config: Config, steps: int) -> Run:
     """Train the reference."""
     training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
     results = [
-        training.step(*global_batch(config, step), learning_rate(config, step), head_weights(config, step))
+        training.step(*global_batch(config, step), learning_rate(config, step), head_schedule(config, step))
         for step in range(1, steps + 1)
     ]
     weights = {name: weight.detach() for name, weight in training.model.named_weights().items()}

@@ -23,7 +23,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import GlooGroups, Topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
-from mtp_dist.loss.schedule import head_weights
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.verify.reference_training import local_micro_batches, random_batch
 
 STEP = 1
@@ -106,7 +106,7 @@ def _subject(
 ) -> _Subject:
     engine = build_engine(config, vocab_size, topology)
     batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
-    engine.train_step(batch, learning_rate(config, STEP), head_weights(config, STEP))
+    engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
     groups = new_gloo_groups(topology)
     saver = CheckpointSaver(config, vocab_size, engine, groups, report)
     subject = _Subject(config, vocab_size, engine, groups, saver, folder / f"torch-{topology.rank}.pt")

@@ -11,7 +11,7 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import initialize_topology, tp_group
 from mtp_dist.engine.tensor_shards import full_tensors, master_weight
 from mtp_dist.errors import ConfigError
-from mtp_dist.loss.schedule import head_weights
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.verify.reference_training import local_micro_batches, random_batch
@@ -40,7 +40,7 @@ def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float],
     # One micro-batch of head 1 is empty too, although the head is not.
     targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
     batch = local_micro_batches(config, topology, tokens, targets)
-    sums, norms, *_ = zip(*(engine.train_step(batch, 1e-3, head_weights(config, 1)) for _ in range(3)), strict=True)
+    sums, norms, *_ = zip(*(engine.train_step(batch, 1e-3, head_schedule(config, 1)) for _ in range(3)), strict=True)
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
     evaluated = engine.evaluate(batch, len(batch))
     shapes = parameter_shapes(config, VOCAB_SIZE)

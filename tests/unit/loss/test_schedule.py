@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.config import Config
-from mtp_dist.loss.schedule import HeadWeights, head_weights
+from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from tests.tiny import tiny_config
 
 
@@ -17,11 +17,11 @@ def config_of(steps: int = 20, **heads: Any) -> Config:
 
 
 def weights_of(step: int = 1, **heads: Any) -> tuple[float, ...]:
-    return head_weights(config_of(**heads), step).weights
+    return head_schedule(config_of(**heads), step).loss_weights
 
 
 def test_all_heads_count_alike_unless_weights_are_given() -> None:
-    assert head_weights(config_of(), 7) == HeadWeights((1.0, 1.0, 1.0, 1.0), 4)
+    assert head_schedule(config_of(), 7) == HeadSchedule((1.0, 1.0, 1.0, 1.0), 4)
     assert weights_of(loss_weights=[1, 0.5, 0, 2e-1]) == (1.0, 0.5, 0.0, 0.2)
 
 
@@ -55,12 +55,12 @@ def test_decayed_weights_are_shares(count: int, decay: float) -> None:
 def test_one_head(given_weights: dict[str, Any]) -> None:
     for schedule in ("constant", "forward", "reverse"):
         config = config_of(count=1, schedule=schedule, **given_weights)
-        assert {head_weights(config, step) for step in range(1, 21)} == {HeadWeights((1.0,), 1)}
+        assert {head_schedule(config, step) for step in range(1, 21)} == {HeadSchedule((1.0,), 1)}
 
 
 def active_heads(schedule: str, count: int, steps: int) -> list[int]:
     config = config_of(steps, count=count, schedule=schedule)
-    return [head_weights(config, step).active for step in range(1, steps + 1)]
+    return [head_schedule(config, step).active_heads for step in range(1, steps + 1)]
 
 
 def test_stages_by_hand() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from mtp_dist.loss.schedule import HeadWeights
+from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callbacks import (
     MetricsFile,
@@ -38,7 +38,7 @@ def sums_of(**rows: list[float]) -> Tensor:
 
 
 def metrics_of(sums: Tensor, active: int = 3, **heads: Any) -> HeadMetrics:
-    return head_metrics(tiny_config(heads={"count": 3, **heads}), sums, HeadWeights(WEIGHTS, active))
+    return head_metrics(tiny_config(heads={"count": 3, **heads}), sums, HeadSchedule(WEIGHTS, active))
 
 
 def test_means_over_the_valid_targets() -> None:
