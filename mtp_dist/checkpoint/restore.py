@@ -29,7 +29,8 @@ from mtp_dist.engine.optimizer_state import (
     set_updates,
 )
 from mtp_dist.errors import ConfigError
-from mtp_dist.model.parameters import blocks_of_part, named_weights, parameter_shapes
+from mtp_dist.model.parameters import named_weights, parameter_shapes
+from mtp_dist.model.sharding import blocks_of_part
 
 LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
 """How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""

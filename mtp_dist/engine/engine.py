@@ -23,7 +23,8 @@ from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
 from mtp_dist.engine.stage_timer import StageTimer
 from mtp_dist.loss.schedule import HeadSchedule
-from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, shard
+from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes
+from mtp_dist.model.sharding import shard
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
 
 

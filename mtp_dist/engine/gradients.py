@@ -9,7 +9,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from mtp_dist.model.parameters import is_sharded
+from mtp_dist.model.sharding import is_sharded
 
 
 def is_tied_replica(weight: nn.Parameter) -> bool:

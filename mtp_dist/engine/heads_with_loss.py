@@ -5,8 +5,9 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import tp_group
-from mtp_dist.loss.heads import Distillation, Heads, HeadSums, Objective, TokenOrder, naive_heads_loss
 from mtp_dist.loss.linear_cross_entropy import Vocabulary
+from mtp_dist.loss.naive import naive_heads_loss
+from mtp_dist.loss.objective import Distillation, Heads, HeadSums, Objective, TokenOrder
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import PredictionHeads, chains, detached_heads

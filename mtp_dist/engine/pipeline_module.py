@@ -13,7 +13,8 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.heads_with_loss import HeadsWithLoss
-from mtp_dist.model.parameters import padded_vocab_size, tag_shards
+from mtp_dist.model.parameters import padded_vocab_size
+from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
 from mtp_dist.planner.partition import trunk_layers_per_stage

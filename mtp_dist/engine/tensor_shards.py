@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mtp_dist.distributed.topology import Topology, tp_group
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.gradients import before_update, is_tied_replica, reduced_gradient
-from mtp_dist.model.parameters import is_sharded, named_weights, unshard
+from mtp_dist.model.parameters import named_weights
+from mtp_dist.model.sharding import is_sharded, unshard
 
 
 def master_weight(weight: nn.Parameter) -> Tensor:

@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.loss.matmul import add_matmul, matmul_into
-
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Memory for the logits of one chunk, in bytes, by type of device.
 
@@ -121,7 +119,7 @@ def linear_cross_entropy(
     for start in range(0, tokens, size):
         part = slice(start, start + size)
         logits = buffer[: len(hidden[part])]
-        matmul_into(logits, hidden[part], weight.T)
+        _matmul_into(logits, hidden[part], weight.T)
         _hide_padding(logits, vocabulary)
         if look is not None:
             look(part, logits)
@@ -131,7 +129,7 @@ def linear_cross_entropy(
             gradient = softmax.gradient(request, out=rounded[: len(logits)])
             torch.mm(gradient, weight, out=request.hidden[part])
             if request.weight is not None:
-                add_matmul(request.weight, gradient.T, hidden[part])
+                _add_matmul(request.weight, gradient.T, hidden[part])
     return LossSums(*sums)
 
 
@@ -233,3 +231,23 @@ def _localized(soft: SoftTargets, first_entry: int, rows: int, dtype: torch.dtyp
     local = soft.entries - first_entry
     is_here = (local >= 0) & (local < rows)
     return SoftTargets(local.where(is_here, 0), soft.probabilities.where(is_here, 0.0).to(dtype))
+
+
+def _matmul_into(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """result = left @ right, in the result's precision."""
+    if left.dtype == result.dtype:
+        torch.mm(left, right, out=result)
+    elif result.is_cuda:
+        torch.mm(left, right, out_dtype=result.dtype, out=result)
+    else:  # PyTorch has no such product on the CPU
+        torch.mm(left.to(result.dtype), right.to(result.dtype), out=result)
+
+
+def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the total's precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))

@@ -14,8 +14,8 @@ from torch.distributed import all_reduce
 from torch.profiler import record_function
 
 from mtp_dist.loss.distillation import Teacher
-from mtp_dist.loss.heads import TOKEN_ORDER, Heads, HeadSums, Objective
 from mtp_dist.loss.linear_cross_entropy import GradientBuffers, LossSums, accumulation_dtype, linear_cross_entropy
+from mtp_dist.loss.objective import TOKEN_ORDER, Heads, HeadSums, Objective
 
 
 def sequential_heads_loss(

@@ -110,7 +110,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=config.parallel.sequence,
         deterministic_mode=config.train.deterministic,
         use_cpu_initialization=True,
-        # Weights come from model/weights.py, independent of the layout.
+        # Weights come from model/parameters.py, independent of the layout.
         perform_initialization=False,
     )
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from mtp_dist.bench.head_loss.inputs import Inputs, Loss, gradient
 from mtp_dist.bench.head_loss.peers import PEERS
 from mtp_dist.config import Config
-from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
 from mtp_dist.loss.linear_cross_entropy import Vocabulary
+from mtp_dist.loss.naive import naive_heads_loss
+from mtp_dist.loss.objective import Heads, HeadSums, Objective
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import Unembedding
 from mtp_dist.model.parameters import padded_vocab_size

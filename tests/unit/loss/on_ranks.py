@@ -29,7 +29,7 @@ class Answer:
 def losses_of(config: Config, cases: list[Case]) -> list[Answer]:
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum
+    from mtp_dist.loss.naive import count_correct, cross_entropy_sum
     from mtp_dist.model.targets import IGNORE_INDEX
 
     topology = initialize_topology(config, select_device(config))
@@ -51,8 +51,9 @@ def hits_of_almost_ties(config: Config) -> float:
 
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, tp_group
-    from mtp_dist.loss.heads import Heads, HeadSums, Objective, naive_heads_loss
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
+    from mtp_dist.loss.naive import naive_heads_loss
+    from mtp_dist.loss.objective import Heads, HeadSums, Objective
     from mtp_dist.model.targets import IGNORE_INDEX
 
     initialize_topology(config, select_device(config))

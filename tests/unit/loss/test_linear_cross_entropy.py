@@ -196,7 +196,7 @@ SMALL_VECTORS = 32 * 8
 @pytest.mark.parametrize("rows", [3000, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_is_one_chunk(dtype: torch.dtype, rows: int) -> None:
-    """With bf16 on a CPU the peak includes copies in fp32 that a GPU does not need: see `mtp_dist.loss.matmul`.
+    """With bf16 on a CPU the peak includes copies in fp32 that a GPU does not need: see `_matmul_into`.
 
     Where D < C the copy of the logits' gradient is the largest one, else that of the weight.
     """

@@ -126,7 +126,7 @@ def toy_scales(case: ToyCase) -> Tensor:
 def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: int) -> Any:
     from megatron.core.tensor_parallel import mappings
 
-    from mtp_dist.loss.heads import Heads
+    from mtp_dist.loss.objective import Heads
 
     unembeddings = [weights[unembedding_of(case, k)] for k in range(1, case.heads + 1)]
 
@@ -153,8 +153,8 @@ def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: i
 
 def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
     from mtp_dist.distributed.topology import tp_group
-    from mtp_dist.loss.heads import Objective
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
+    from mtp_dist.loss.objective import Objective
     from mtp_dist.model.targets import IGNORE_INDEX
 
     vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tp_group())
@@ -212,7 +212,7 @@ def toy_truth(case: ToyCase) -> ToyAnswer:
 
 
 def loss_of(mode: str) -> Callable[..., Tensor]:
-    from mtp_dist.loss.heads import naive_heads_loss
+    from mtp_dist.loss.naive import naive_heads_loss
     from mtp_dist.loss.sequential import sequential_heads_loss
 
     if mode == "naive":
@@ -234,7 +234,7 @@ def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[
 
 
 def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswer:
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     rank, ranks = topology.tp_rank, topology.tp_size
     weights = toy_weights(case, rank, ranks)
@@ -260,7 +260,7 @@ def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswe
 
 def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> list[tuple[bool, list[Tensor]]]:
     """Under no_grad: whether the loss has a graph, and [loss, losses, hits, valid targets] of each mode."""
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     initialize(config)
     weights = toy_weights(case, 0, 1)
@@ -278,7 +278,7 @@ def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> l
 
 def runs_of_heads(config: Config, case: ToyCase, modes: list[str]) -> dict[str, Counter[tuple[str, int]]]:
     """How often each head's state and hidden states are computed in a forward and a backward pass, by mode."""
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     initialize(config)
     runs: dict[str, Counter[tuple[str, int]]] = {}
@@ -308,7 +308,7 @@ def backward_twice(config: Config, case: ToyCase, modes: list[str]) -> dict[str,
 
 
 def _backward_twice(config: Config, case: ToyCase, mode: str) -> str:
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     z, targets = micro_batch(case, 0, 0, 1)
     heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
@@ -336,7 +336,7 @@ def peaks(config: Config, cases: list[tuple[ToyCase, str]], micro_batches: int) 
 
 def _peaks(config: Config, case: ToyCase, mode: str, micro_batches: int) -> list[int]:
     from mtp_dist.bench.measure import peak_bytes
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     weights = toy_weights(case, 0, 1)
     heads, sums = toy_heads(case, weights, config, 0), HeadSums.zeros(case.heads, torch.device("cpu"))
@@ -359,7 +359,7 @@ def gradient_dtypes(config: Config, cases: list[ToyCase]) -> list[list[tuple[int
 
 def _gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dtype]]:
     from mtp_dist.loss import sequential
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     z, targets = micro_batch(case, 0, 0, 1)
     heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
@@ -372,7 +372,7 @@ def _gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dty
 
 def gradients_by_head(config: Config, case: ToyCase) -> list[dict[str, Tensor]]:
     """The gradients of z and of what the heads share: of the whole loss, then of each head's loss alone."""
-    from mtp_dist.loss.heads import HeadSums
+    from mtp_dist.loss.objective import HeadSums
 
     initialize(config)
     scales = torch.cat([toy_scales(case)[None], toy_scales(case).diag()])

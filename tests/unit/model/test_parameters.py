@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
-from mtp_dist.model.parameters import initial_weight, is_sharded, padded_vocab_size, parameter_shapes, shard, unshard
+from mtp_dist.model.parameters import initial_weight, padded_vocab_size, parameter_shapes
+from mtp_dist.model.sharding import is_sharded, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
 from tests.tiny import tiny_config
 

@@ -1,10 +1,36 @@
-"""Cross-entropy and accuracy over a vocabulary that is cut over the tensor-parallel ranks."""
+"""The loss of all heads by autograd and Megatron-core's vocab-parallel cross-entropy."""
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+
+from mtp_dist.loss.linear_cross_entropy import LossSums
+from mtp_dist.loss.objective import Heads, HeadSums, Objective
+
+
+def naive_heads_loss(heads: Heads, trunk_output: Tensor, objective: Objective, sums: HeadSums) -> Tensor:
+    """The loss, a scalar, by Megatron-core's cross-entropy; all heads' logits stay alive for the backward pass.
+
+    Adds the micro-batch's losses, hits and valid targets to `sums`.
+    """
+    head_sums = {}
+    for chain in heads.chains:
+        state = trunk_output
+        for head in objective.running(chain):
+            state = heads.state(head, state.detach() if head in heads.detached else state)
+            logits = heads.logits(head, heads.hidden(head, state))
+            head_sums[head] = _naive_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
+    return sums.record(objective, head_sums)
+
+
+def _naive_sums(logits: Tensor, targets: Tensor, objective: Objective) -> LossSums:
+    ignore_index = objective.vocabulary.ignore_index
+    # The cross-entropy comes last: it overwrites the logits.
+    correct = count_correct(logits, targets)
+    normalizer = log_z_squared_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
+    return LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct, logits.new_zeros(()))
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtp_dist.loss.cross_entropy import count_correct, cross_entropy_sum, log_z_squared_sum
 from mtp_dist.loss.linear_cross_entropy import LossSums, SoftTargets, Vocabulary
 
 TOKEN_ORDER = 0
@@ -129,26 +128,3 @@ class HeadSums:
             self.correct[head - 1] += of_head.correct
             self.targets[head - 1] += (objective.targets[head - 1] != objective.vocabulary.ignore_index).sum()
         return objective.loss(sums)
-
-
-def naive_heads_loss(heads: Heads, trunk_output: Tensor, objective: Objective, sums: HeadSums) -> Tensor:
-    """The loss, a scalar, by Megatron-core's cross-entropy; all heads' logits stay alive for the backward pass.
-
-    Adds the micro-batch's losses, hits and valid targets to `sums`.
-    """
-    head_sums = {}
-    for chain in heads.chains:
-        state = trunk_output
-        for head in objective.running(chain):
-            state = heads.state(head, state.detach() if head in heads.detached else state)
-            logits = heads.logits(head, heads.hidden(head, state))
-            head_sums[head] = _naive_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
-    return sums.record(objective, head_sums)
-
-
-def _naive_sums(logits: Tensor, targets: Tensor, objective: Objective) -> LossSums:
-    ignore_index = objective.vocabulary.ignore_index
-    # The cross-entropy comes last: it overwrites the logits.
-    correct = count_correct(logits, targets)
-    normalizer = log_z_squared_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
-    return LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct, logits.new_zeros(()))
