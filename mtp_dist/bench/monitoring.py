@@ -124,7 +124,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
                 watchdog.enter(f"step {made}")
                 metrics, _ = trainer.train_step(made, batches)
                 trainer.tell("on_step", metrics)
-                trainer.spikes.take(metrics.heads.losses[0])
+                trainer.spikes.update(metrics.heads.losses[0])
             elsewhere.append(training.seconds - (wrapped.seconds - instructions.seconds))
 
         def without() -> None:

@@ -1,14 +1,15 @@
-"""A lock on the folders that a run writes into, which rank 0 holds and which names its holder.
+"""Lock of the folders that a run writes into. Rank 0 holds it, and the lock names its holder.
 
-It is a file of ours: the operating system's locks do not name their holder, are refused or kept on one machine by some
-network file systems, and stay for as long as the server likes if a client is killed. Whether the holder still runs is
-seen from its process on the same machine, from the restart of its SLURM job, or from the number that it counts up.
+It is a plain file: the operating system's locks do not name their holder, some network file systems refuse them or keep
+them on one machine, and a server may keep the lock of a killed client for any length of time. The holder counts as
+running if its process is found on this machine or if it keeps counting up the number in the file, and as ended if its
+SLURM job was restarted.
 """
 
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -19,25 +20,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from mtp_dist.config import Config
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import LaunchError, UserError
 from mtp_dist.monitoring.events import EVENTS, check_progress
 
 if TYPE_CHECKING:
     from mtp_dist.training.stopping import StopSignals
 
+logger = logging.getLogger(__name__)
+
 LOCK = "run.lock"
 REFRESH_EVERY_S = 10.0
 STALE_AFTER_S = 60.0
-"""The lock of a run on another machine that is not refreshed for as long counts no more."""
-LOOK_EVERY_S = 1.0
+"""Time without a refresh after which a lock of another machine is stale."""
+POLL_INTERVAL_S = 1.0
 SETTLE_S = 1.0
-"""How long two starts that take over the same lock wait to see whose it is in the end."""
+"""Wait of a start that takes over a lock, after which it checks whether another start was later."""
 
 Record = dict[str, str]
 
 
 def describe_process() -> Record:
-    """Return what a lock contains of this process; an empty `process` if the machine cannot be told from others."""
+    """Return this process's record in a lock; `process` is empty if the machine cannot be identified."""
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),
@@ -49,7 +52,7 @@ def describe_process() -> Record:
 
 
 def _machine_identity() -> str | None:
-    """Return what processes that see each other's numbers have in common: a boot, and a namespace of a container."""
+    """Return the boot and the PID namespace, equal for processes that see each other's PIDs; None if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -58,7 +61,7 @@ def _machine_identity() -> str | None:
 
 
 def _process_identity(pid: int) -> str | None:
-    """Return what no other process has, also if it gets the same number later; None if there is no such process."""
+    """Return an identity that a later process with the same PID does not have; None if no such process runs."""
     try:
         state, *fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -75,7 +78,7 @@ def _describe(record: Record) -> str:
 
 
 def _parse(content: str) -> Record | None:
-    """Return what a lock contains, or None if it was not written to its end."""
+    """Return the record in a lock, or None if the lock is incomplete."""
     try:
         record = json.loads(content)
     except ValueError:
@@ -85,7 +88,7 @@ def _parse(content: str) -> Record | None:
 
 
 class FolderLock:
-    """One lock file."""
+    """Lock file of one folder."""
 
     def __init__(
         self, key: str, folder: Path, path: Path, monotonic: Callable[[], float], sleep: Callable[[float], None]
@@ -100,7 +103,7 @@ class FolderLock:
         self._created: list[Path] = []
 
     def acquire(self) -> None:
-        """Raise ConfigError if another run holds it, after up to STALE_AFTER_S of looking whether that still runs."""
+        """Create the lock. Raise LaunchError, after up to STALE_AFTER_S, if another run holds it."""
         try:
             parent = self.path.parent
             self._created = [path for path in (parent, *parent.parents) if not path.exists()]
@@ -108,7 +111,7 @@ class FolderLock:
             while not self._create():
                 self._take_over_or_refuse(self._read())
         except OSError as error:
-            raise ConfigError(
+            raise LaunchError(
                 f"{self.key} = '{self.folder}' cannot be written: {error.filename or self.path}: {error.strerror}"
             ) from None
 
@@ -117,7 +120,7 @@ class FolderLock:
 
     def _create(self) -> bool:
         if self._is_ours(self._read()):
-            return True  # it was taken over
+            return True  # taken over from an ended run
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -127,7 +130,7 @@ class FolderLock:
         return True
 
     def _read(self) -> str | None:
-        """Return its content, or None if it does not exist."""
+        """Return the file's content, or None if it does not exist."""
         try:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -138,7 +141,7 @@ class FolderLock:
         return record is not None and record["token"] == self._token
 
     def _take_over_or_refuse(self, content: str | None) -> None:
-        """Return when the lock may be free; raise ConfigError if its holder still runs."""
+        """Return once the lock may be free. Raise LaunchError if its holder still runs."""
         if content is None:
             return
         record = _parse(content)
@@ -146,27 +149,27 @@ class FolderLock:
         reason = self._evidence_of_end(record)
         if reason is None:
             if record and self._is_alive(record):
-                raise ConfigError(self._refusal(record))
+                raise LaunchError(self._refusal(record))
             now = self._wait_for_a_change(content, who)
             if now != content:
                 changed = _parse(now) if now else None
                 if record and changed and changed["token"] == record["token"]:
-                    raise ConfigError(self._refusal(record))
+                    raise LaunchError(self._refusal(record))
                 return
             reason = f"it was not refreshed for {STALE_AFTER_S:g} s"
         if self._read() == content:
-            print(f"{self.folder}: takes over the lock of {who}: {reason}", file=sys.stderr, flush=True)
+            logger.warning("%s: taking over the lock of %s: %s", self.folder, who, reason)
             mine = self.path.with_name(f"{self.path.name}.{self._token}")
             mine.write_bytes(self._content())
             mine.replace(self.path)
             self._sleep(SETTLE_S)
 
     def _is_alive(self, record: Record) -> bool:
-        """Whether its process is seen to run on this machine."""
+        """Return whether the holder's process runs on this machine."""
         return bool(record["process"]) and _process_identity(int(record["pid"])) == record["process"]
 
     def _evidence_of_end(self, record: Record | None) -> str | None:
-        """Return why the holder is known to have ended, or None if that is not known yet."""
+        """Return why the holder must have ended, or None if it may still run."""
         if record is None or self._is_alive(record):
             return None
         machine = _machine_identity()
@@ -174,32 +177,30 @@ class FolderLock:
             return "that process has ended"
         job, restarts = self._record["job"], self._record["restarts"]
         if job and job == record["job"] and int(restarts) > int(record["restarts"]):
-            return "SLURM has started its job again"
+            return "SLURM has restarted its job"
         return None
 
     def _wait_for_a_change(self, content: str, who: str) -> str | None:
-        """Return the content as soon as it differs, or after STALE_AFTER_S. No clock of another machine counts."""
-        print(
-            f"{self.folder} is locked by {who}: waits up to {STALE_AFTER_S:g} s to see whether it still runs",
-            file=sys.stderr,
-            flush=True,
+        """Return the content once it differs, or after STALE_AFTER_S. Clocks of other machines do not matter."""
+        logger.warning(
+            "%s is locked by %s: waiting up to %g s to see whether it still runs", self.folder, who, STALE_AFTER_S
         )
         deadline = self._monotonic() + STALE_AFTER_S
         while (now := self._read()) == content and self._monotonic() < deadline:
-            self._sleep(LOOK_EVERY_S)
+            self._sleep(POLL_INTERVAL_S)
         return now
 
     def _refusal(self, record: Record) -> str:
         stop = f"`scancel {record['job']}`" if record["job"] else f"`kill {record['pid']}` on {record['host']}"
         return (
-            f"{self.key} = '{self.folder}' is in use by {_describe(record)}. Two runs in one folder would replace each "
-            f"other's files: wait until it has ended, stop it with {stop}, which saves, or choose another {self.key} "
-            f"({self.path} is its lock)"
+            f"{self.key} = '{self.folder}' is in use by {_describe(record)}. Two runs in one folder would overwrite "
+            f"each other's files: wait until it ends, stop it with {stop}, which saves a checkpoint, or set another "
+            f"{self.key} ({self.path} is its lock)"
         )
 
     def refresh(self, beat: int, on_loss: Callable[[str], None]) -> None:
-        """Write the next number into it. Call `on_loss` with a message if another run has taken it over."""
-        with suppress(OSError), self.path.open("r+b", buffering=0) as file:  # an error may be over next time
+        """Write the next number into the file. Call `on_loss` with a message if another run has taken the lock over."""
+        with suppress(OSError), self.path.open("r+b", buffering=0) as file:  # the next refresh may succeed again
             content = file.read().decode(errors="replace")
             if self._is_ours(content):
                 file.seek(0)
@@ -211,7 +212,7 @@ class FolderLock:
                 )
 
     def release(self) -> None:
-        """Remove it if it is still this run's, and the folders that were created for it if nothing else is in them."""
+        """Remove the file if this run still holds it, and the folders created for it if they are empty."""
         with suppress(OSError):
             if self._is_ours(self._read()):
                 self.path.unlink()
@@ -220,7 +221,7 @@ class FolderLock:
 
 
 class RunLock:
-    """The locks of a run's folder and of its folder of checkpoints, held inside a `with`. For rank 0 only."""
+    """Context that holds the locks of a run's folder and of its checkpoint folder. For rank 0 only."""
 
     def __init__(
         self,
@@ -228,12 +229,12 @@ class RunLock:
         monotonic: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        places = (
+        locations = (
             ("run.output_dir", config.output_dir, config.output_dir / LOCK),
-            ("checkpoint.directory", config.checkpoint_dir, _beside(config.checkpoint_dir)),
+            ("checkpoint.directory", config.checkpoint_dir, _checkpoint_lock(config.checkpoint_dir)),
         )
         locks: dict[Path, FolderLock] = {}
-        for key, folder, path in places:  # which may be one folder, and then one file
+        for key, folder, path in locations:  # one file if both are one folder
             locks.setdefault(path.resolve(), FolderLock(key, folder, path, monotonic, sleep))
         self._locks = list(locks.values())
         self._ended = threading.Event()
@@ -253,13 +254,13 @@ class RunLock:
         self.release()
 
     def release(self) -> None:
-        """Release what is held; any thread may call it, more than once."""
+        """Release all locks. Any thread may call it, more than once."""
         self._ended.set()
         for lock in reversed(self._locks):
             lock.release()
 
     def refresh(self, on_loss: Callable[[str], None]) -> None:
-        """Show that this run still lives. Call `on_loss` with a message if another run has taken a folder over."""
+        """Show that this run is alive. Call `on_loss` with a message if another run has taken a folder over."""
         self._beat += 1
         for lock in self._locks:
             lock.refresh(self._beat, on_loss)
@@ -269,10 +270,10 @@ class RunLock:
             self.refresh(_end_process)
 
 
-def _beside(checkpoint_dir: Path) -> Path:
-    """Return where a folder of checkpoints has its lock: beside it, so that it need not exist and may be moved.
+def _checkpoint_lock(checkpoint_dir: Path) -> Path:
+    """Return the path of a checkpoint folder's lock: next to the folder, so that it need not exist and may be moved.
 
-    In it if it is a file system of its own, or if the folder around it cannot be written.
+    The lock is inside the folder if that is a file system of its own, or if its parent is not writable.
     """
     folder = checkpoint_dir.resolve()
     if folder.is_mount() or (folder.exists() and not os.access(folder.parent, os.W_OK)):
@@ -281,7 +282,7 @@ def _beside(checkpoint_dir: Path) -> Path:
 
 
 def _end_process(text: str) -> None:
-    """End this run, which must not write any more, from whatever thread."""
+    """End the process from any thread: the run must not write any more."""
     with suppress(OSError):
         os.write(2, f"error: {text}\n".encode())
     os._exit(2)
@@ -289,7 +290,7 @@ def _end_process(text: str) -> None:
 
 @contextmanager
 def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
-    """Hold the RunLock on rank 0. If another run holds it, or this one makes no progress, raise ConfigError on all."""
+    """Hold the RunLock on rank 0. Raise UserError on all ranks if another run holds it or if restarts save nothing."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as held:
         if rank == 0:

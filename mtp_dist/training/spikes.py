@@ -1,4 +1,4 @@
-"""Noticing that the loss jumps."""
+"""Detection of loss spikes."""
 
 import math
 from collections import deque
@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from statistics import fmean
 
 WINDOW = 128
-"""Steps that a loss is compared with; before there are as many nothing counts as a spike."""
+"""Steps whose mean a loss is compared with; until the window is full no loss is a spike."""
 
 
 class SpikeDetector:
     """Compares head 1's loss, which every schedule trains, with its mean over the last WINDOW steps."""
 
     def __init__(self, deviations: float | None) -> None:
-        """deviations: how many standard deviations above the mean is a spike; None: nothing is."""
+        """deviations: standard deviations above the mean from which a loss is a spike; None: no loss is one."""
         self._deviations = deviations
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     @property
     def losses(self) -> list[float]:
-        """What the next loss is compared with, oldest first. A checkpoint has them."""
+        """Losses that the next one is compared with, oldest first. A checkpoint contains them."""
         return list(self._losses)
 
     def restore(self, losses: Sequence[float]) -> None:
-        """Be as after these."""
+        """Continue after these losses."""
         self._losses = deque(losses, maxlen=WINDOW)
 
-    def take(self, loss: float | None) -> str | None:
-        """Take in the next step's loss, which is finite, or None if it has none. Returns what to say where it is a
-        spike."""
+    def update(self, loss: float | None) -> str | None:
+        """Add the next step's finite loss, or None if head 1 had no target. Describe the spike if it is one."""
         if loss is None:
             return None
         if self._deviations is None or len(self._losses) < WINDOW:
@@ -37,8 +36,8 @@ class SpikeDetector:
         mean = fmean(self._losses)
         deviation = math.sqrt(fmean((earlier - mean) ** 2 for earlier in self._losses))
         highest = mean + self._deviations * deviation
-        # As itself a spike would hide the next one; left out, a loss that stays higher would be a spike for ever.
+        # Clipped: as it is a spike would mask the next one; left out, a lasting rise would be reported forever.
         self._losses.append(min(loss, highest))
         if loss <= highest:
             return None
-        return f"head 1's loss is {loss:.4f}, that of the {WINDOW} steps before {mean:.4f} +- {deviation:.4f}"
+        return f"head 1's loss is {loss:.4f}, the mean of the {WINDOW} steps before is {mean:.4f} +- {deviation:.4f}"

@@ -1,4 +1,4 @@
-"""Stopping when a signal asks for it: at once before the first step, later between two steps and with a checkpoint."""
+"""Stop signals: they end the process at once before the first step, later after a step and with a checkpoint."""
 
 import os
 import signal
@@ -9,30 +9,30 @@ from time import monotonic
 from typing import Self
 
 EXIT_PREEMPTED = 75
-"""Exit status of a run that SIGTERM or SIGUSR1 stopped: the same command continues. EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run stopped by SIGTERM or SIGUSR1, which the same command resumes: EX_TEMPFAIL of sysexits.h."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 INTERACTIVE_SIGNALS = (signal.SIGINT, signal.SIGHUP)
-"""Ctrl-C and a closed terminal: the run must not start again by itself."""
+"""Ctrl-C and a closed terminal, after which nothing may restart the run."""
 SIGNAL_DEBOUNCE_S = 1.0
-"""Signals so close together are one request: a launcher may pass on what its ranks have received themselves."""
+"""Signals this close together are one request: a launcher may forward what its ranks have received themselves."""
 
 
 def exit_status(number: int) -> int:
-    """Return the exit status of a run that this signal stopped: EXIT_PREEMPTED, or the shell's own after Ctrl-C."""
+    """Return the exit status of a run that this signal stopped: EXIT_PREEMPTED, or the shell's after Ctrl-C."""
     return 128 + number if number in INTERACTIVE_SIGNALS else EXIT_PREEMPTED
 
 
 class StopSignals:
-    """Records the signals of STOP_SIGNALS inside a `with`, which has to be in the main thread.
+    """Context of the main thread that records the signals of STOP_SIGNALS.
 
-    A second one, unless the first was SIGUSR1, ends the process at once, also if it waits for a rank that no longer
-    answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads what the
-    operating system has delivered. Signals that the process was started to ignore, as SIGHUP under nohup, stay ignored.
+    A second signal, unless the first was SIGUSR1, ends the process at once, even while it waits for a rank that no
+    longer answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads
+    the delivered signals. Signals that the process inherited as ignored, such as SIGHUP under nohup, stay ignored.
     """
 
     received = 0
-    """The number of the last signal, 0 before. SIGINT and SIGHUP stay: launchers send SIGTERM after them."""
+    """Number of the last signal, or 0. SIGINT and SIGHUP are kept: launchers send SIGTERM after them."""
 
     def __init__(self) -> None:
         self._before_ending: Callable[[], None] | None = None
@@ -48,7 +48,7 @@ class StopSignals:
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         for number in self._handlers_before:
-            signal.siginterrupt(number, False)  # libraries need not know of signals: their system calls continue
+            signal.siginterrupt(number, False)  # system calls of libraries continue
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,13 +58,13 @@ class StopSignals:
         os.close(self._writing)
 
     def end_at_once(self, before_ending: Callable[[], None] = lambda: None) -> None:
-        """Have a signal end the process with its exit status, after a call of `before_ending` from another thread."""
+        """Let a signal end the process with its exit status, after a call of `before_ending` from another thread."""
         self._before_ending = before_ending
         if self.received:
             self._end()
 
     def defer(self) -> None:
-        """Have a signal only recorded again, so that the training loop stops after a step."""
+        """Let signals only be recorded, so that the training loop stops after a step."""
         self._before_ending = None
 
     def _end(self) -> None:
@@ -74,9 +74,7 @@ class StopSignals:
                 before_ending()
         if int(os.environ.get("RANK") or 0) == 0:
             name = signal.Signals(self.received).name
-            line = (
-                f"{name}: ends before the first step, nothing is lost (status {status}); the same command starts again"
-            )
+            line = f"{name}: stopped before the first step, nothing is lost (status {status}): run the command again"
             with suppress(OSError):
                 os.write(2, f"{line}\n".encode())
         os._exit(status)

@@ -117,7 +117,7 @@ class Trainer:
             self._skips = self._skips + 1 if metrics.skipped else 0
             if self._skips == config.train.max_skipped_steps:
                 return FitResult(StopReason.SKIPS, step, batches.state())
-            if not metrics.skipped and (spike := self.spikes.take(metrics.heads.losses[0])):
+            if not metrics.skipped and (spike := self.spikes.update(metrics.heads.losses[0])):
                 self.tell("on_spike", step, spike)
                 if config.train.spike_rollback:
                     return FitResult(StopReason.SPIKE, step, batches.state())

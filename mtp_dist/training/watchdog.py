@@ -1,4 +1,4 @@
-"""Ending a run that hangs, with the stacks that tell where."""
+"""Ends a run that hangs, and prints the stacks that show where."""
 
 import faulthandler
 import os
@@ -11,20 +11,20 @@ from typing import Self
 from mtp_dist.distributed.flight_recorder import dump_flight_recorder
 
 EXIT_HUNG = 70
-"""Exit status. EX_SOFTWARE of sysexits.h."""
+"""Exit status of a run that hung: EX_SOFTWARE of sysexits.h."""
 GRACE_SECONDS = 10.0
-"""Given to this class's own thread, which runs only while no other keeps Python's lock."""
+"""Head start of this class's own thread, which cannot run while another thread keeps Python's lock."""
 
 
 class Watchdog:
-    """Inside a `with`, ends the process where a part of the run takes longer than `seconds`; None never does.
+    """Context that ends the process if a phase of the run takes longer than `seconds`; None: never.
 
-    It prints the Python stacks of all threads first, and writes the last collectives. Each rank has its own, so that
-    all that wait for a rank that hangs tell where, and so does that rank unless it is stopped altogether.
+    First it prints the Python stacks of all threads and writes the last collectives. Each rank has a watchdog, so the
+    waiting ranks report where they wait, and the hanging rank, unless it is stopped altogether, where it hangs.
     """
 
     def __init__(self, seconds: float | None, rank: int, record_folder: Path | None = None) -> None:
-        """record_folder: where to write the flight recorder's record, a file for each rank; nowhere when None."""
+        """record_folder: folder for the flight recorder's records, one file per rank; None: none are written."""
         self._record = record_folder and record_folder / f"rank_{rank:05d}"
         self._seconds = seconds
         self._rank = rank
@@ -43,7 +43,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def enter(self, phase: str) -> None:
-        """From now on it is this that takes its time."""
+        """Begin a phase, which then has `seconds` to end."""
         self._phase, self._began = phase, monotonic()
         if self._seconds is not None:
             faulthandler.dump_traceback_later(self._seconds + GRACE_SECONDS, exit=True)

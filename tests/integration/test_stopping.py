@@ -53,7 +53,7 @@ def test_a_signal_before_the_first_step(tmp_path: Path, number: signal.Signals, 
             process.kill()
     assert process.returncode == status, output
     [line] = output.splitlines()
-    assert line.startswith(f"{number.name}: ends before the first step") and f"status {status}" in line
+    assert line.startswith(f"{number.name}: stopped before the first step") and f"status {status}" in line
 
 
 def test_ctrl_c_saves(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_second_run_in_the_folder_of_a_living_one(tmp_path: Path) -> None:
         assert not (out / "earlier-1").exists()
     third = jobs.run(jobs.forked(jobs.PRETRAIN, *again))
     assert third.status == 0, third.output
-    assert f"{out}: takes over the lock of a run on " in third.stderr and "that process has ended" in third.stderr
+    assert f"{out}: taking over the lock of a run on " in third.stderr and "that process has ended" in third.stderr
     assert not [path for path in out.iterdir() if path.name.endswith(".lock")]
 
 

@@ -25,8 +25,8 @@ class Jumps(SpikeDetector):
         self.at = at
         self.seen = 0
 
-    def take(self, loss: float) -> str | None:
-        super().take(loss)
+    def update(self, loss: float) -> str | None:
+        super().update(loss)
         self.seen += 1
         return "a jump" if self.seen in self.at else None
 

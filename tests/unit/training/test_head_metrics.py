@@ -50,7 +50,7 @@ def test_without_any_valid_target_there_is_no_total() -> None:
     assert nothing == HeadMetrics((None,) * 3, (None,) * 3, None, (None, None))
     ordered = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), token_order=0.1)
     assert ordered.token_order is None and ordered.total is None
-    assert SpikeDetector(3.0).take(ordered.losses[0]) is None
+    assert SpikeDetector(3.0).update(ordered.losses[0]) is None
 
 
 def test_a_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path) -> None:
