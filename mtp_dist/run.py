@@ -24,7 +24,7 @@ from mtp_dist.distributed.topology import all_gather_objects, close_topology, in
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.monitoring.reporting import RunReporter, archive_previous_run

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--curve-steps", type=int, default=2, help="steps of each run of the whole parity matrix")
     parser.addoption("--parity-json", type=Path, help="write the errors of the parity tests into this file")
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[None]:
+    """Undo `configure_logging` after each test, so that pytest's caplog sees the records of the next one."""
+    logger = logging.getLogger("mtp_dist")
+    yield
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
-from mtp_dist.monitoring.callbacks import StopReason
+from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.reporting import RunReporter
 from mtp_dist.monitoring.stragglers import Stragglers
 from mtp_dist.planner.flops import parameter_counts

@@ -5,55 +5,21 @@
 """
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
 from pathlib import Path
-from signal import Signals
 from statistics import fmean
 from typing import Any
 
 from mtp_dist.metrics import HeadMetrics, StepMetrics
+from mtp_dist.monitoring.callback import Callback, StopReason
+
+logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, float | None]
 """Values by name; None is the loss or accuracy of a head without a valid target."""
-
-
-class StopReason(Enum):
-    """Why the loop ended."""
-
-    LAST_STEP = auto()
-    SIGNAL = auto()
-    """To any rank; all of them stopped after the same step and a save."""
-    SPIKE = auto()
-    """The loss jumped, and the configuration asks to go back."""
-    SKIPS = auto()
-    """As many steps in a row as it allows had a gradient that is not finite."""
-
-
-class Callback:
-    """Hooks of the training loop; a subclass overrides those it needs."""
-
-    def on_start(self, completed_steps: int) -> None:
-        """Before the first step, and again where the run has gone back."""
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        """After each optimizer update."""
-
-    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
-        """After each validation on the set of that name; `step` updates were made before it."""
-
-    def on_spike(self, step: int, text: str) -> None:
-        """After a step whose loss was a spike; the text says how large."""
-
-    def on_stop(self, step: int, signal: int) -> None:
-        """After the step that a signal makes the run's last for now, before its validation and its save."""
-
-    def on_end(self, reason: StopReason | None) -> None:
-        """After the last step before the run ends or goes back; None where an exception ends it."""
 
 
 class MetricsWriter:
@@ -170,10 +136,9 @@ class MetricsLogger(Callback):
     only validation and checkpoints in between do not count. Training does not depend on a writer.
     """
 
-    def __init__(self, writers: Sequence[MetricsWriter], rates: ThroughputUnits, total_steps: int) -> None:
+    def __init__(self, writers: Sequence[MetricsWriter], rates: ThroughputUnits) -> None:
         self._sinks = writers
         self._rates = rates
-        self._total_steps = total_steps
         self._interval = ThroughputWindow()
         self._faulty: set[MetricsWriter] = set()
 
@@ -182,7 +147,10 @@ class MetricsLogger(Callback):
 
     def on_start(self, completed_steps: int) -> None:
         if self._rates.peak_flops is None:
-            self.note("throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known")
+            logger.info(
+                "throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known",
+                extra={"event": "note"},
+            )
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._interval.add(metrics, self._rates.flops_per_token[len(metrics.heads.losses) - 1])
@@ -196,12 +164,6 @@ class MetricsLogger(Callback):
 
     def note(self, text: str) -> None:
         self._each(lambda writer: writer.note(text))
-
-    def on_stop(self, step: int, signal: int) -> None:
-        self.note(
-            f"{Signals(signal).name}: stops after step {step} of {self._total_steps} with a checkpoint; the same "
-            "command goes on from there"
-        )
 
     def on_end(self, reason: StopReason | None) -> None:
         failed = reason not in (StopReason.LAST_STEP, StopReason.SIGNAL)
@@ -217,13 +179,7 @@ class MetricsLogger(Callback):
             except OSError as error:
                 if writer not in self._faulty:
                     self._faulty.add(writer)
-                    warn(f"{writer.name} cannot be written, training goes on: {error}")
-
-
-def warn(text: str) -> None:
-    """On standard error, which may lie on the full disk itself."""
-    with suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+                    logger.warning("%s cannot be written, training continues: %s", writer.name, error)
 
 
 def json_number(value: float | None) -> float | None:

@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases: the scalars of a run where people look at them."""
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,9 @@ import yaml
 
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
-from mtp_dist.monitoring.callbacks import MetricsWriter, Scalars, validation_prefix, warn
+from mtp_dist.monitoring.callbacks import MetricsWriter, Scalars, validation_prefix
+
+logger = logging.getLogger(__name__)
 
 WANDB_FOLDER = "wandb"
 """What W&B calls its folder itself."""
@@ -118,7 +121,7 @@ class WandbWriter(MetricsWriter):
         try:
             self._run = wandb.init(**arguments)
         except wandb.Error as error:
-            warn(f"Weights & Biases writes to the disk only: {error}")
+            logger.warning("Weights & Biases writes to the disk only: %s", error)
             wandb.teardown()  # its service holds the run's id since the attempt
             self._run = wandb.init(**arguments, mode="offline")
         # Steps that are made again after a restart go back, which the service's own count of steps cannot.
@@ -144,4 +147,4 @@ class WandbWriter(MetricsWriter):
             action(self._run)
         except Exception as error:  # which one depends on what it was doing
             self._run = None
-            warn(f"Weights & Biases gets nothing more, training goes on: {error}")
+            logger.warning("Weights & Biases gets nothing more, training continues: %s", error)

@@ -1,37 +1,44 @@
-"""`events.jsonl`: what happened to a run beside its steps, over all its starts."""
+"""`events.jsonl`: what happens to a run besides its steps, over all its starts."""
 
 import errno
 import json
+import logging
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from mtp_dist.errors import ConfigError
-from mtp_dist.monitoring.callbacks import warn
+
+logger = logging.getLogger(__name__)
 
 EVENTS = "events.jsonl"
 MAX_RESTARTS_WITHOUT_CHECKPOINT = 3
 
-Kind = Literal["start", "checkpoint", "skip", "spike", "rollback", "stop", "note"]
 
+class EventsHandler(logging.Handler):
+    """Appends each record that has `extra={"event": kind}` to `events.jsonl`. For rank 0 only.
 
-class EventLog:
-    """One JSON object per line: `time` (UTC), `step`, the last one made, `kind` and `text`; in a SLURM job its id and
-    its number of restarts too. For rank 0 only."""
+    A line is a JSON object with `time` (UTC), `step` (the last completed one), `kind` and `text`; in a SLURM job also
+    with the job's id and its number of restarts. Kinds: start, checkpoint, skip, spike, rollback, stop, note.
+    """
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Lines of earlier starts stay, but for half a one that a node's failure left."""
+    def __init__(self, path: Path, step: int, show: Callable[[str], None]) -> None:
+        """Keep the lines of earlier starts, except an incomplete last one. show: called with the text of each event."""
+        super().__init__()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._path = path
         self.step = step
+        self._show = show
         self._is_faulty = False
 
-    def record(self, kind: Kind, text: str) -> None:
-        """Threads may call it. What cannot be written is told once: training goes on."""
-        event = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self.step, "kind": kind, "text": text}
+    def emit(self, record: logging.LogRecord) -> None:
+        if (kind := getattr(record, "event", None)) is None:
+            return
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        event = {"time": time, "step": self.step, "kind": kind, "text": record.getMessage()}
         line = json.dumps(event | _slurm_start()).encode() + b"\n"
         try:
             with self._path.open("ab", buffering=0) as file:
@@ -42,7 +49,8 @@ class EventLog:
         except OSError as error:
             if not self._is_faulty:
                 self._is_faulty = True
-                warn(f"{self._path} cannot be written, training goes on: {error.strerror}")
+                logger.warning("%s cannot be written, training continues: %s", self._path, error.strerror)
+        self._show(record.getMessage())
 
 
 def check_progress(path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.callback import Callback, StopReason
 
 if TYPE_CHECKING:  # what it imports looks at the device, which is not chosen yet where the configuration is checked
     from mtp_dist.distributed.topology import Topology

@@ -79,13 +79,13 @@ class ProgressBar(MetricsWriter):
 
     def write(self, step: int, scalars: Scalars) -> None:
         if "loss/total" not in scalars:
-            self.note(_describe_validation(step, scalars))
+            self._print(_describe_validation(step, scalars))
         elif self._console.is_interactive:
             self._bar.status = _describe_step(scalars)
         else:
-            self.note(f"step {step}/{self._total_steps} | {_describe_step(scalars)} | {self._left} left")
+            self._print(f"step {step}/{self._total_steps} | {_describe_step(scalars)} | {self._left} left")
 
-    def note(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         # Text and soft_wrap: one line stays one line in a log file, and brackets are not taken for markup.
         self._console.print(Text(text), soft_wrap=True)
 

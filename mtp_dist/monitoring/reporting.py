@@ -1,7 +1,7 @@
 """What rank 0 shows and writes of a run, from its first step to the table at its end."""
 
 import json
-import sys
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count
@@ -16,22 +16,19 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.metrics import HeadMetrics, StepMetrics
-from mtp_dist.monitoring.callbacks import (
-    Callback,
-    MetricsFile,
-    MetricsLogger,
-    MetricsWriter,
-    StopReason,
-    ThroughputUnits,
-)
+from mtp_dist.monitoring.callback import Callback, StopReason
+from mtp_dist.monitoring.callbacks import MetricsFile, MetricsLogger, MetricsWriter, ThroughputUnits
 from mtp_dist.monitoring.dashboards import WANDB_FOLDER, TensorBoardWriter, WandbWriter, wandb_files
-from mtp_dist.monitoring.events import EVENTS, EventLog, Kind
+from mtp_dist.monitoring.events import EVENTS, EventsHandler
+from mtp_dist.monitoring.logs import PACKAGE_LOGGER
 from mtp_dist.monitoring.profiling import PROFILE, PROFILE_FILES
 from mtp_dist.monitoring.progress import ProgressBar
 from mtp_dist.monitoring.rank_logs import LOG_FILES, LOGS, earlier_logs
 from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 from mtp_dist.planner.partition import trunk_layers_per_stage
+
+logger = logging.getLogger(__name__)
 
 RUN = "run.json"
 PREFLIGHT = "preflight.json"
@@ -45,7 +42,6 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 """By folder that a run makes in its own, patterns of what it writes there."""
 
-ANEW = "begins"
 EARLIER = "earlier-"
 """What the folders' names begin with that the files of earlier runs are moved into."""
 
@@ -82,7 +78,7 @@ def _archive(folder: Path, names: Mapping[Path, str]) -> None:
     aside.mkdir()
     for path in left:
         path.rename(aside / names[path])
-    print(f"{folder} has an earlier run: its files are now in {aside}")
+    logger.info("%s contains an earlier run: its files are now in %s", folder, aside)
 
 
 class RunReporter(Callback):
@@ -103,15 +99,16 @@ class RunReporter(Callback):
         self.topology = topology
         self.optimizer_name = optimizer_name
         self._completed_steps = resumed.step if resumed else 0
-        self._begins: tuple[Kind, str] = ("start", ANEW)
+        self._first_event = ("start", "Starting from scratch")
         if resumed:
-            self._begins = ("start", f"goes on after step {resumed.step} from {resumed.folder}")
+            self._first_event = ("start", f"Resuming from step {resumed.step} ({resumed.folder})")
         self.tensorboard_dir = config.output_dir / "tensorboard" if config.log.tensorboard else None
         self.last_validation: dict[str | None, HeadMetrics] = {}
         self.tokens = 0
         self.seconds = 0.0
         self.logger = self._build_logger()
-        self.events = EventLog(config.output_dir / EVENTS, self._completed_steps)
+        self.events = EventsHandler(config.output_dir / EVENTS, self._completed_steps, self._show)
+        PACKAGE_LOGGER.addHandler(self.events)
 
     def _build_logger(self) -> MetricsLogger:
         config = self.config
@@ -133,26 +130,23 @@ class RunReporter(Callback):
             peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token={of_set.name: of_set.bytes_per_token for of_set in self.validation},
         )
-        return MetricsLogger(writers, rates, config.train.steps)
+        return MetricsLogger(writers, rates)
 
     def on_start(self, completed_steps: int) -> None:
         config, topology = self.config, self.topology
         counts = parameter_counts(config, self.vocab_size)
         stages = list(trunk_layers_per_stage(config, self.vocab_size))
         micro_batches = config.micro_batches(topology.world_size)
-        print(
+        logger.info(
             f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
             f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
             f"{config.train.precision} on {device_name(topology.device)}, {self.optimizer_name}\n"
             f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers of each "
             f"stage {stages} + heads on the last, {micro_batches} micro-batches a step"
         )
-        kind, begins = self._begins
-        if begins != ANEW:
-            print(begins)
-        sys.stdout.flush()
         self._describe_run(asdict(counts))
-        self.events.record(kind, f"{begins}, {topology.world_size} ranks")
+        kind, text = self._first_event
+        logger.info("%s, %d ranks", text, topology.world_size, extra={"event": kind})
         self.logger.on_start(completed_steps)
 
     def _describe_run(self, parameters: dict[str, int]) -> None:
@@ -172,13 +166,13 @@ class RunReporter(Callback):
         self.seconds += metrics.seconds
         self.events.step = metrics.step
         if metrics.skipped:
-            self._tell("skip", f"step {metrics.step} changed no weight: {metrics.skipped}")
+            self._log("skip", f"step {metrics.step} changed no parameter: {metrics.skipped}")
         self.logger.on_step(metrics)
 
     def roll_back(self, step: int, text: str) -> None:
         """Between two passes of the loop: the next one begins after `step`; what was written of later ones goes."""
         self._completed_steps = self.events.step = step
-        self._begins = ("rollback", text)
+        self._first_event = ("rollback", text)
         self.logger = self._build_logger()
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
@@ -186,25 +180,30 @@ class RunReporter(Callback):
         self.logger.on_validation(step, name, heads)
 
     def on_spike(self, step: int, text: str) -> None:
-        self._tell("spike", f"step {step} is a spike: {text}")
+        self._log("spike", f"step {step} is a spike: {text}")
 
     def on_stop(self, step: int, signal: int) -> None:
-        self.events.record("stop", f"{Signals(signal).name} after step {step}")
-        self.logger.on_stop(step, signal)
+        name, steps = Signals(signal).name, self.config.train.steps
+        self._log(
+            "stop",
+            f"{name}: stopping after step {step} of {steps} with a checkpoint; the same command resumes the run",
+        )
 
     def on_saved(self, step: int) -> None:
-        """A checkpoint is written; another thread may call it."""
-        self.events.record("checkpoint", f"of step {step}")
+        """Log that a checkpoint is written; another thread may call it."""
+        self._log("checkpoint", f"Saved the checkpoint of step {step}")
 
     def on_end(self, reason: StopReason | None) -> None:
         self.logger.on_end(reason)
 
     def note(self, text: str) -> None:
-        """Say it on the terminal, in TensorBoard and in the events; another thread may call it."""
-        self._tell("note", text)
+        """Log an event; another thread may call it."""
+        self._log("note", text)
 
-    def _tell(self, kind: Kind, text: str) -> None:
-        self.events.record(kind, text)
+    def _log(self, kind: str, text: str) -> None:
+        logger.info("%s", text, extra={"event": kind})
+
+    def _show(self, text: str) -> None:
         self.logger.note(text)
 
     def show_result(self, checkpoint: Path, make_sample: Callable[[], str | None]) -> None:

@@ -5,7 +5,7 @@ from itertools import groupby
 from statistics import median_low
 
 from mtp_dist.metrics import RankStats, StepMetrics
-from mtp_dist.monitoring.callbacks import Callback
+from mtp_dist.monitoring.callback import Callback
 
 SLOW_RATIO = 1.3
 """Times the median of the ranks that do the same work: what a rank needs to be called slow."""

@@ -9,7 +9,7 @@ from mtp_dist.checkpoint.find import ResumePoint
 from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.errors import ConfigError
-from mtp_dist.monitoring.callbacks import StopReason
+from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.reporting import RunReporter
 from mtp_dist.training.trainer import FitResult, Trainer
 

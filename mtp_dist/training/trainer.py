@@ -20,7 +20,7 @@ from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog

@@ -12,6 +12,7 @@ from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.dashboards import check_wandb
+from mtp_dist.monitoring.logs import configure_logging
 from mtp_dist.monitoring.profiling import check_profile
 from mtp_dist.verify.memory import check_memory
 
@@ -31,6 +32,7 @@ def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool
     Select the device, so that DeepSpeed and Megatron-core may be imported afterwards.
     """
     check_launcher_variables()
+    configure_logging(int(os.environ.get("RANK", 0)))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     config.micro_batches(world_size)
     sources = RunSources(config)

@@ -41,7 +41,7 @@ def first_losses(folder: Path, name: str, *overrides: str, processes: int) -> di
         jobs.forked(jobs.PRETRAIN, "--config", str(folder / "c" / "run.yaml"), *options, processes=processes)
     )
     assert result.status == 0, result.output
-    assert f"goes on after step 0 from {folder / 'c'}" in result.output
+    assert f"Resuming from step 0 ({folder / 'c'})" in result.output
     lines = jobs.metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3]
     return lines[0]

@@ -92,7 +92,7 @@ def test_a_killed_stream_goes_on_where_it_was_at_another_degree(tmp_path: Path) 
         job.rank(1).kill()
         assert job.wait() != 0
     result = jobs.run(jobs.forked(*arguments("killed")))
-    assert result.status == 0 and "goes on after step" in result.output, result.output
+    assert result.status == 0 and "Resuming from step" in result.output, result.output
     whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "killed")
     assert len(whole) == len(killed) == 10
     for expected, found in zip(whole, killed, strict=True):

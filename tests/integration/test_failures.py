@@ -116,7 +116,7 @@ def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
         out = tmp_path / "out"
         where = "first on rank 1 (stage 1): the gradient of heads.2.0.mlp.linear_fc1.weight"
         for step in (3, 4):
-            assert f"step {step} changed no weight: the gradient is not finite, {where}" in job.output
+            assert f"step {step} changed no parameter: the gradient is not finite, {where}" in job.output
         [error] = [line for line in job.stderr.splitlines() if line.startswith("error")]
         assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 4" in error
         assert "Traceback" not in job.output

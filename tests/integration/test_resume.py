@@ -46,7 +46,7 @@ def test_goes_on_as_if_nothing_had_happened(config: Path, folder: Path) -> None:
     flip(damaged / "optimizer-00002-of-00002.safetensors", -1)
     result = jobs.run(command(config, out))
     assert result.status == 0, result.output
-    assert f"goes on after step {int(older.name[5:])} from {older}" in result.output
+    assert f"Resuming from step {int(older.name[5:])} ({older})" in result.output
     [warning] = [line for line in result.output.splitlines() if line.endswith(f": trying {older}")]
     assert warning.startswith(f"warning: {damaged} is ")
     assert "optimizer-00002-of-00002.safetensors has the SHA-256 " in warning

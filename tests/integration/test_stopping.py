@@ -26,7 +26,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> Non
         job.rank(1).send_signal(signal.SIGTERM)
         assert job.wait() == EXIT_PREEMPTED, job.output
         assert job.processes() == []
-    [said] = re.findall(r"SIGTERM: stops after step (\d+) of 60 with a checkpoint", job.output)
+    [said] = re.findall(r"SIGTERM: stopping after step (\d+) of 60 with a checkpoint", job.output)
     assert "Traceback" not in job.output
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["latest", f"step_{int(said):08d}"]
     assert jobs.learned(out)[-1]["step"] == int(said) < STEPS
@@ -63,7 +63,7 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
         job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
         job.rank(0).send_signal(signal.SIGINT)
         assert job.wait() == 128 + signal.SIGINT, job.output
-    [step] = re.findall(r"SIGINT: stops after step (\d+) of 100000 with a checkpoint", job.output)
+    [step] = re.findall(r"SIGINT: stopping after step (\d+) of 100000 with a checkpoint", job.output)
     assert "Traceback" not in job.output
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{int(step):08d}"
 
@@ -109,7 +109,7 @@ def test_the_launcher_gives_its_ranks_the_signal_and_the_time_to_save(tmp_path: 
         job.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
         assert job.wait() == EXIT_PREEMPTED, job.output
         assert job.processes() == []
-    [step] = re.findall(r"SIGTERM: stops after step (\d+) of 100000 with a checkpoint", job.output)
+    [step] = re.findall(r"SIGTERM: stopping after step (\d+) of 100000 with a checkpoint", job.output)
     assert "Traceback" not in job.output
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{int(step):08d}"
 
@@ -118,7 +118,7 @@ def test_the_launcher_gives_its_ranks_the_signal_and_the_time_to_save(tmp_path: 
         job.process.kill()  # type: ignore[union-attr]
         with_ranks = job.processes()
         psutil.wait_procs(with_ranks, SECONDS_TO_END)
-        assert job.processes() == [] and "SIGTERM: stops after step" in job.output
+        assert job.processes() == [] and "SIGTERM: stopping after step" in job.output
 
 
 @pytest.mark.parametrize("rank", [0, 1])

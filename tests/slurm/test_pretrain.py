@@ -118,10 +118,10 @@ def test_a_stopped_job_goes_on_where_it_was(array: dict[str, Submitted]) -> None
     whole, stopped = array[WHOLE], array[STOPPED]
     assert (whole.state, whole.restarts) == ("COMPLETED", 0), whole.log
     assert (stopped.state, stopped.restarts) == ("COMPLETED", 1), stopped.log
-    [said] = [line for line in stopped.log.splitlines() if "SIGUSR1: stops after step " in line]
-    [first_step] = [line for line in stopped.log.splitlines() if "goes on after step " in line]
+    [said] = [line for line in stopped.log.splitlines() if "SIGUSR1: stopping after step " in line]
+    [first_step] = [line for line in stopped.log.splitlines() if "Resuming from step " in line]
     step = int(said.split("after step ")[1].split()[0])
-    assert 3 <= step < STEPS and f"goes on after step {step} from my runs/{STOPPED}/checkpoints/" in first_step
+    assert 3 <= step < STEPS and f"Resuming from step {step} (my runs/{STOPPED}/checkpoints/" in first_step
     assert "srun: error" not in whole.log
 
 

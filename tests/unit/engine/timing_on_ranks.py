@@ -10,7 +10,7 @@ import torch
 
 from mtp_dist.config import load_config
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callbacks import Callback
+from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
 

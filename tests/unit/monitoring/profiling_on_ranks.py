@@ -5,7 +5,7 @@ from typing import Any
 
 from mtp_dist.config import load_config
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callbacks import Callback
+from mtp_dist.monitoring.callback import Callback
 
 
 class Learned(Callback):
@@ -35,9 +35,9 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
     parts: list[str] = []
 
     class Listening(Watchdog):
-        def expect(self, part: str) -> None:
+        def enter(self, part: str) -> None:
             parts.append(part)
-            super().expect(part)
+            super().enter(part)
 
     def train(*callbacks: Callback) -> list[tuple[Any, float]]:
         parts.clear()

@@ -1,6 +1,7 @@
 """The files that a run leaves behind, read back by the programs that users open them with."""
 
 import json
+import logging
 import math
 import resource
 import threading
@@ -15,18 +16,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
+from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.callbacks import (
     MetricsFile,
     MetricsLogger,
     MetricsWriter,
-    StopReason,
     ThroughputUnits,
     ThroughputWindow,
     bits_per_byte,
     step_scalars,
 )
 from mtp_dist.monitoring.dashboards import TensorBoardWriter
-from mtp_dist.monitoring.events import EventLog
+from mtp_dist.monitoring.events import EventsHandler
+from mtp_dist.monitoring.logs import PACKAGE_LOGGER, configure_logging
 
 RATES = ThroughputUnits(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})
 HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
@@ -105,7 +107,7 @@ def read_lines(path: Path) -> list[dict[str, float]]:
 )
 def test_logs_the_steps_that_have_figures_of_the_ranks(reason: StopReason | None, failed: bool) -> None:
     writer = Recorder()
-    logger = MetricsLogger([writer], RATES, 13)
+    logger = MetricsLogger([writer], RATES)
     for step in range(5, 14):
         logger.on_step(train_step(step, ranks=RANKS if step in (5, 9, 13) else ()))
     logger.on_end(reason)
@@ -116,7 +118,7 @@ def test_logs_the_steps_that_have_figures_of_the_ranks(reason: StopReason | None
 
 def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
     writer = Recorder()
-    logger = MetricsLogger([writer], RATES, 8)
+    logger = MetricsLogger([writer], RATES)
     for step, (tokens, seconds) in enumerate([(10, 9.0), (100, 1.0), (200, 4.0), (300, 5.0), (80, 1.0)], 1):
         logger.on_step(train_step(step, tokens, seconds, ranks=RANKS if step in (1, 4) else ()))
     logger.on_validation(5, None, HEADS)
@@ -132,7 +134,7 @@ def test_rates_are_those_of_all_steps_since_the_last_line() -> None:
 
 def test_validation_sets_have_scalars_and_lengths_of_their_own() -> None:
     writer = Recorder()
-    logger = MetricsLogger([writer], RATES, 4)
+    logger = MetricsLogger([writer], RATES)
     for name in (None, "web"):
         logger.on_validation(4, name, HEADS)
     (_, unnamed), (_, web) = writer.records
@@ -143,7 +145,7 @@ def test_validation_sets_have_scalars_and_lengths_of_their_own() -> None:
 
 def test_heads_that_do_not_run_cost_no_flops() -> None:
     writer = Recorder()
-    logger = MetricsLogger([writer], RATES, 4)
+    logger = MetricsLogger([writer], RATES)
     one = HeadMetrics(losses=(1.0,), accuracies=(0.5,), total=1.0)
     for step, heads in enumerate([HEADS, HEADS, one, one], 1):
         logger.on_step(train_step(step, 40, 1.0, heads, () if step == 2 else RANKS))
@@ -151,23 +153,22 @@ def test_heads_that_do_not_run_cost_no_flops() -> None:
     assert flops == [40_000, (40_000 + 20_000) / 2, 20_000]
 
 
-def test_an_unknown_peak_gives_no_mfu_and_is_said_once() -> None:
+def test_unknown_peak_gives_zero_mfu_and_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0)
     writer = Recorder()
-    logger = MetricsLogger([writer], ThroughputUnits([500, 1_000], None, {}), 2)
+    logger = MetricsLogger([writer], ThroughputUnits([500, 1_000], None, {}))
     logger.on_start(0)
     for step in (1, 2):
         logger.on_step(train_step(step))
     assert [scalars["throughput/mfu"] for _, scalars in writer.records] == [0, 0]
-    assert len(writer.notes) == 1 and "throughput/mfu" in writer.notes[0]
-
-    known = Recorder()
-    MetricsLogger([known], RATES, 2).on_start(0)
-    assert known.notes == []
+    assert capsys.readouterr().out.count("throughput/mfu") == 1
+    MetricsLogger([Recorder()], RATES).on_start(0)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_pipeline_has_the_memory_of_each_stage_and_its_bubble() -> None:
     writer = Recorder()
-    logger = MetricsLogger([writer], RATES, 4)
+    logger = MetricsLogger([writer], RATES)
     of_stages = [(0, 0.3, 11), (0, 0.1, 12), (1, 0.4, 13), (1, 0.4, 10)]
     ranks = [RankStats(stage, 0.25 * stage, busy, 0.4, memory) for stage, busy, memory in of_stages]
     for step in (1, 2):
@@ -188,7 +189,7 @@ def test_bits_per_byte() -> None:
 
 def test_tensorboard_and_file_hold_the_same_scalars(tmp_path: Path) -> None:
     path, directory = tmp_path / "new" / "metrics.jsonl", tmp_path / "new" / "tensorboard"
-    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory, [None])], RATES, 4)
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(directory, [None])], RATES)
     logger.on_start(0)
     for step in range(1, 5):
         heads = HeadMetrics((1 / step, 2 / step), (step / 7, step / 9), 3 / step)
@@ -264,8 +265,9 @@ def no_room(free: int = 0) -> Iterator[None]:
 def test_a_full_disk_is_told_once_and_nothing_is_lost_of_the_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    configure_logging(0)
     path, seen, before = tmp_path / "metrics.jsonl", Recorder(), set(threading.enumerate())
-    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(tmp_path / "tensorboard", [None]), seen], RATES, 6)
+    logger = MetricsLogger([MetricsFile(path), TensorBoardWriter(tmp_path / "tensorboard", [None]), seen], RATES)
     logger.on_step(train_step(1))
     with no_room(path.stat().st_size + 5):
         for step in range(2, 5):
@@ -285,19 +287,31 @@ def test_a_full_disk_is_told_once_and_nothing_is_lost_of_the_lines(
     ]
 
 
-def test_events_survive_a_full_disk_and_half_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "events.jsonl"
-    EventLog(path, 0).record("start", "begins")
+def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, shown = tmp_path / "events.jsonl", list[str]()
+
+    def record(text: str) -> None:
+        logging.getLogger("mtp_dist.test").info(text, extra={"event": "note"})
+
+    def start() -> None:
+        configure_logging(0)
+        PACKAGE_LOGGER.addHandler(EventsHandler(path, 0, shown.append))
+
+    start()
+    record("started")
     with path.open("a") as file:
         file.write('{"time": "20')
-    events = EventLog(path, 3)
-    events.record("note", "goes on")
+    start()
+    record("resumed")
     with no_room(path.stat().st_size + 5):
-        events.record("note", "lost")
-        events.record("note", "lost")
-    events.record("note", "there is room again")
-    assert [line["text"] for line in read_lines(path)] == ["begins", "goes on", "there is room again"]
-    assert capsys.readouterr().err.count("events.jsonl cannot be written, training goes on") == 1
+        record("lost")
+        record("lost")
+    record("there is room again")
+    assert [line["text"] for line in read_lines(path)] == ["started", "resumed", "there is room again"]
+    assert shown == ["started", "resumed", "lost", "lost", "there is room again"]
+    output = capsys.readouterr()
+    assert output.out.splitlines() == shown
+    assert output.err.count("events.jsonl cannot be written, training continues") == 1
 
 
 def test_a_note_has_its_step_and_none_comes_after_the_end(tmp_path: Path) -> None:

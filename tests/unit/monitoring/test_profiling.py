@@ -13,7 +13,7 @@ from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring import profiling
-from mtp_dist.monitoring.callbacks import Callback, StopReason
+from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.monitoring.profiling import check_profile, profiling_callbacks
 from tests.integration import jobs
 from tests.ranks import Ranks
@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def topology_of(rank: int) -> Topology:
-    return Topology(tensor=1, pipeline=1, data=4, tp_rank=0, pp_rank=0, dp_rank=rank, device=CPU)
+    return Topology(tp_size=1, pp_size=1, dp_size=4, tp_rank=0, pp_rank=0, dp_rank=rank, device=CPU)
 
 
 def callbacks_of(folder: Path, rank: int, said: list[str], memory: bool = False, **log: Any) -> Any:

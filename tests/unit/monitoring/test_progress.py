@@ -26,7 +26,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     output = io.StringIO()
     bar = ProgressBar(120, Console(file=output, width=80))
-    bar.note("a [note]")
     for step in range(1, 21):
         bar.advance(step)
         if step in (1, 20):
@@ -35,9 +34,8 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
     bar.write(20, validation_scalars(HEADS, None, 1.0))
     bar.write(20, validation_scalars(HEADS, "web", 1.0))
     bar.close(failed=False)
-    note, first, second, validation, on_web = output.getvalue().splitlines()
+    first, second, validation, on_web = output.getvalue().splitlines()
     assert on_web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
-    assert note == "a [note]"
     assert first.startswith("step 1/120 | head losses 2.2500 3.5000 4.1250 | ") and first.endswith("| ? left")
     described = "head losses 2.2500 3.5000 4.1250 | total 9.8750 | lr 3.00e-04 | grad norm 0.75 | 12,346 tokens/s"
     left = "0:05:16"  # 60 seconds for the 19 steps after the first, 100 more to go

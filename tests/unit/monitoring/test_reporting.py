@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mtp_dist.monitoring.logs import configure_logging
 from mtp_dist.monitoring.reporting import archive_previous_run
 from tests.integration import jobs
 from tests.ranks import Ranks
@@ -13,6 +14,7 @@ from tests.unit.training.ending_on_ranks import order_of_the_end
 
 
 def test_earlier_runs_are_set_aside_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(0)
     for run in ("first", "second"):
         (tmp_path / "metrics.jsonl").write_text(run)
         (tmp_path / "checkpoints").mkdir()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mtp_dist.config import load_config
 from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callbacks import Callback
+from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.watchdog import Watchdog
 
@@ -92,6 +92,7 @@ def train(
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
     from mtp_dist.engine.engine import build_engine
+    from mtp_dist.monitoring.logs import configure_logging
     from mtp_dist.monitoring.reporting import RunReporter
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.stopping import StopSignals
@@ -99,6 +100,7 @@ def train(
 
     config = load_config(path)
     topology, vocab_size = initialize_topology(config, select_device(config)), vocabulary_size(config)
+    configure_logging(topology.rank)
     groups = new_gloo_groups(topology)
     datasets = load_datasets(config)
     engine = build_engine(config, vocab_size, topology)

@@ -1,0 +1,41 @@
+"""Logging of a run: what each rank prints of the records of `logging.getLogger("mtp_dist...")`."""
+
+import logging
+import sys
+from contextlib import suppress
+
+PACKAGE_LOGGER = logging.getLogger("mtp_dist")
+
+
+class RankFilter(logging.Filter):
+    """Passes the records of rank 0, and those of other ranks that have `extra={"all_ranks": True}`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self._rank == 0 or getattr(record, "all_ranks", False)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints information on standard output as it is, and warnings and errors on standard error with their level.
+
+    The streams are those of the moment: a progress bar replaces them while it is shown.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text, stream = self.format(record), sys.stdout
+        if record.levelno >= logging.WARNING:
+            text, stream = f"{record.levelname.lower()}: {text}", sys.stderr
+        with suppress(OSError):  # the output may be a file on a full disk
+            print(text, file=stream, flush=True)
+
+
+def configure_logging(rank: int) -> None:
+    """Print what the package logs from INFO on; of ranks other than 0 only what is meant for all ranks."""
+    console = ConsoleHandler()
+    console.addFilter(RankFilter(rank))
+    PACKAGE_LOGGER.handlers = [console]
+    PACKAGE_LOGGER.setLevel(logging.INFO)
+    PACKAGE_LOGGER.propagate = False  # a library that calls logging.basicConfig would print each line again
