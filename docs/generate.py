@@ -1,8 +1,7 @@
 """Makes what the docs show from committed data: `python docs/generate.py` rewrites it, `--check` only compares.
 
-configuration.md comes from the configuration's own docstrings, the parity table of parallelism.md from
-data/parity.json, those of head-loss.md from data/head-loss-*.json, and so on. Pictures come from data too, but only
-without --check, as pixels depend on fonts.
+configuration.md comes from the configuration's own docstrings, the tables of benchmarks.md from data/*.json. Pictures
+come from data too, but only without --check, as pixels depend on fonts.
 """
 
 import argparse
@@ -223,8 +222,8 @@ def kills_sentence(counts: dict[str, int]) -> str:
     return (
         f"{counts['kills']} kills, {counts['during_a_save']} of them while a checkpoint was unfinished, over "
         f"{counts['starts']} starts and {counts['finished_runs']} runs of {counts['steps']} steps on {counts['ranks']} "
-        "ranks: every start found a valid checkpoint or began anew, and every run ended with the metrics, the weights "
-        "and the moments of the run that nobody killed, to the last bit.\n"
+        "ranks: every start found a valid checkpoint or started from scratch, and every run ended with the same "
+        "metrics, parameters and moments as the run that was not killed, bitwise.\n"
     )
 
 
@@ -284,12 +283,9 @@ def pages() -> dict[Path, str]:
             [json.loads(path.read_text()) for path in sorted((DOCS / "data").glob("checkpoint-*.json"))]
         ),
     }
-    with_generated_parts = [
-        DOCS / f"{name}.md" for name in ("parallelism", "head-loss", "heads", "data", "checkpoints", "logging")
-    ]
     return {
         DOCS / "configuration.md": configuration_page(),
-        **{path: with_tables(path.read_text(), tables) for path in with_generated_parts},
+        DOCS / "benchmarks.md": with_tables((DOCS / "benchmarks.md").read_text(), tables),
     }
 
 
