@@ -16,12 +16,11 @@ from torch.profiler import record_function
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
-from mtp_dist.engine.gradient_monitor import GradientMonitor, module_group
-from mtp_dist.engine.gradients import clip_by_global_norm
+from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, module_group
+from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
-from mtp_dist.engine.stage_timer import StageTimer
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes
 from mtp_dist.model.sharding import shard

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mtp_dist.engine.gradient_monitor import module_group
+from mtp_dist.engine.gradients import module_group
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
 from tests.unit.engine.monitor_on_ranks import Watched, break_a_sum, watch
