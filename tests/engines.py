@@ -8,8 +8,8 @@ from mtp_dist.distributed.topology import initialize_topology
 from mtp_dist.engine.engine import StepResult, TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
-from mtp_dist.model.targets import MicroBatch
-from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from mtp_dist.model.targets import TrainBatch
+from mtp_dist.verify.reference_training import local_batch, random_batch
 from tests.tiny import VOCAB_SIZE
 
 
@@ -25,13 +25,13 @@ def global_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
     return random_batch(seeded, VOCAB_SIZE)
 
 
-def local_batch(engine: TrainingEngine, step: int = 1) -> list[MicroBatch]:
+def step_batch(engine: TrainingEngine, step: int = 1) -> TrainBatch:
     """Return this rank's part of a step's global batch."""
-    return local_micro_batches(engine.config, engine.topology, *global_batch(engine.config, step))
+    return local_batch(engine.config, engine.topology, *global_batch(engine.config, step))
 
 
 def take_step(engine: TrainingEngine, step: int = 1, rate: float | None = None) -> StepResult:
     """Train on the batch of a step, at its learning rate unless one is given."""
     config = engine.config
     rate = learning_rate(config, step) if rate is None else rate
-    return engine.train_step(local_batch(engine, step), rate, head_schedule(config, step))
+    return engine.train_step(step_batch(engine, step), rate, head_schedule(config, step))

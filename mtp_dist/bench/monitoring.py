@@ -75,7 +75,10 @@ def _unwatched(engine: TrainingEngine) -> Iterator[None]:
     wrapped = pipeline._INSTRUCTION_MAP
     pipeline._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP
     nothing = SimpleNamespace(
-        parts=(), squares=watch.squares.new_empty(0), fault=watch.squares.new_zeros(()), spread=lambda _: None
+        modules=(),
+        squared_norms=watch.squared_norms.new_empty(0),
+        fault=watch.squared_norms.new_zeros(()),
+        add_fault=lambda _: None,
     )
     engine.gradient_monitor = nothing  # type: ignore[assignment]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (0.0, 0.0))  # type: ignore[assignment]
@@ -133,11 +136,11 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
                 for _ in range(config.log.every):
                     made += 1
                     schedule = learning_rate(trainer.config, made), head_schedule(trainer.config, made)
-                    engine.train_step(batches.training(), *schedule)
+                    engine.train_step(batches.next_train_batch(), *schedule)
 
         engine.pipeline._INSTRUCTION_MAP = wrapped.of_all(engine.pipeline._INSTRUCTION_MAP)
         engine.train_step = training.of(engine.train_step)  # type: ignore[method-assign]
-        batches.training = training.of(batches.training)  # type: ignore[method-assign]
+        batches.next_train_batch = training.of(batches.next_train_batch)  # type: ignore[method-assign]
         with_all()
         without()
         seconds = paired_seconds({"with": with_all, "without": without}, rounds, topology.device)

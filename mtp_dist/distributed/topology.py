@@ -46,11 +46,13 @@ class Topology:
         return {"tensor": self.tp_size, "pipeline": self.pp_size, "data": self.dp_size}
 
     @property
-    def is_first_stage(self) -> bool:
+    def reads_tokens(self) -> bool:
+        """Whether this rank embeds the tokens."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def holds_loss(self) -> bool:
+        """Whether this rank has the heads and computes their losses."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -157,14 +159,6 @@ def close_topology() -> None:
     """Close every process group."""
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
-
-
-def all_reduce_max(values: Sequence[float], topology: Topology) -> list[float]:
-    """Return the largest of all ranks' values one by one, on every rank."""
-    largest = torch.tensor(values, dtype=torch.float64, device=topology.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    numbers: list[float] = largest.tolist()
-    return numbers
 
 
 def all_gather_floats(values: Sequence[float], topology: Topology) -> list[list[float]]:

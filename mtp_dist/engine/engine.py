@@ -1,9 +1,11 @@
 """One training step and one evaluation of the whole model, at any layout."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from math import isfinite
+from signal import NSIG
 from typing import NamedTuple
 
 import deepspeed
@@ -20,26 +22,30 @@ from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, modu
 from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
-from mtp_dist.engine.pipeline_module import MultiTokenPipeline, suppress_stdout
+from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
 from mtp_dist.loss.schedule import HeadSchedule
+from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes
 from mtp_dist.model.sharding import shard
-from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
+from mtp_dist.model.targets import TrainBatch
 
 
 class StepResult(NamedTuple):
-    """What one optimizer update tells, the same on every rank but for the seconds."""
+    """Result of one optimizer step, the same on every rank except for the seconds."""
 
-    sums: Tensor
-    """Per-head sums of the whole global batch, see `TrainingEngine._sums`."""
+    heads: HeadMetrics
     grad_norm: float
-    """Global norm of the gradient before clipping; where it is not finite no weight was changed."""
+    """Global norm of the gradient before clipping; not finite if the step was skipped."""
     grad_norms_by_module: dict[str, float]
-    """The same norm of parts of the model: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
+    """The same norm per module: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
+    skipped: str | None
+    """Why the step changed no weight."""
+    stop_signal: int
+    """Number of a signal that has reached a rank, the largest if there are several; 0 for none."""
     busy_seconds: float
-    """This rank's forward and backward passes, with the collectives within its stage."""
+    """Time of this rank's forward and backward passes, with the collectives within its stage."""
     schedule_seconds: float
-    """All micro-batches, waiting for other stages included."""
+    """Time of all micro-batches, with the wait for other stages."""
 
 
 class TrainingEngine:
@@ -51,19 +57,19 @@ class TrainingEngine:
         self.config = config
         self.vocab_size = vocab_size
         self.topology = topology
-        self.micro_batches = config.micro_batches(topology.world_size)
         self.stage = stage
         self.pipeline = pipeline
-        self.pipeline.set_batch_fn(self._load)
+        self.pipeline.set_batch_fn(stage.load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
-        parts = tuple(dict.fromkeys(map(module_group, parameter_shapes(config, vocab_size))))
-        self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, parts)
+        modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config, vocab_size))))
+        self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._totals: list[Tensor] = []
+        self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
-        """Steps made, without those dropped for a gradient that was not finite: what Adam's bias correction counts."""
+        """Steps without those skipped for a gradient that was not finite, as Adam's bias correction counts them."""
 
     @torch.no_grad()
     def set_initial_weights(self) -> None:
@@ -74,89 +80,104 @@ class TrainingEngine:
             set_master_weight(weight, self.initial_values(name, weight, shapes[name]))
 
     def initial_values(self, name: str, weight: nn.Parameter, shape: tuple[int, ...]) -> Tensor:
-        """Return this rank's part of a weight's initial values, in fp32. shape: that of the whole weight."""
-        whole = initial_weight(self.config, name, shape)
-        return shard(whole, weight, self.topology.tp_rank, self.topology.tp_size).to(weight.device)
+        """Return this rank's shard of a weight's initial values, in fp32. shape: that of the full weight."""
+        full = initial_weight(self.config, name, shape)
+        return shard(full, weight, self.topology.tp_rank, self.topology.tp_size).to(weight.device)
 
     @property
     def optimizer_name(self) -> str:
-        """Such as `torch AdamW` or `apex FusedAdam`."""
+        """Package and class, such as `torch AdamW` or `apex FusedAdam`."""
         optimizer = type(self.pipeline.basic_optimizer)
         return f"{optimizer.__module__.split('.')[0]} {optimizer.__name__}"
 
-    def train_step(self, batch: Sequence[MicroBatch], learning_rate: float, weights: HeadSchedule) -> StepResult:
-        """One optimizer update on this data-parallel rank's micro-batches; empty on stages that read no data."""
+    def train_step(
+        self,
+        batch: TrainBatch,
+        learning_rate: float,
+        schedule: HeadSchedule,
+        stop_signal: Callable[[], int] = lambda: 0,
+    ) -> StepResult:
+        """Make one optimizer step.
+
+        stop_signal returns the number of a signal that has reached this rank, or 0; it is called after the backward
+        passes.
+        """
         for group in self.pipeline.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._begin(batch, self.micro_batches, weights)
+        self._begin(batch, schedule, "training")
+        self._stop_signal = stop_signal
         self.clock.begin()
         with record_function("training step"):
-            self.pipeline.train_batch(iter(batch))
-        # Nobody reads DeepSpeed's timers, which keep two CUDA events per measurement until they are reset.
+            self.pipeline.train_batch(repeat(None))
+        # Nothing reads DeepSpeed's timers, which keep two CUDA events per measurement until they are reset.
         for timer in self.pipeline.timers.get_timers().values():
             timer.reset()
-        sums, squares, _ = self._totals
-        norms = dict(zip(self.gradient_monitor.parts, squares.sqrt().tolist(), strict=True))
+        sums, squared_norms, _, signals = (total.cpu() for total in self._totals)
         grad_norm = float(self.pipeline.get_global_grad_norm())
-        self.optimizer_updates += isfinite(grad_norm)
-        return StepResult(sums.cpu(), grad_norm, norms, *self.clock.seconds())
+        finite = isfinite(grad_norm)  # the same on all ranks, see _agree_and_update
+        self.optimizer_updates += finite
+        return StepResult(
+            heads=head_metrics(self.config, sums, schedule),
+            grad_norm=grad_norm,
+            grad_norms_by_module=dict(zip(self.gradient_monitor.modules, squared_norms.sqrt().tolist(), strict=True)),
+            skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
+            stop_signal=max(signals.nonzero().flatten().tolist(), default=0),
+            busy_seconds=(seconds := self.clock.seconds())[0],
+            schedule_seconds=seconds[1],
+        )
 
-    def evaluate(self, batch: Sequence[MicroBatch], micro_batches: int) -> Tensor:
-        """Per-head sums (see `_sums`) over `micro_batches` micro-batches of every data-parallel rank."""
-        heads = self.config.heads.count
-        self._begin(batch, micro_batches, HeadSchedule((1.0,) * heads, heads))
-        self.pipeline.eval_batch(iter(batch), num_micro_batches=micro_batches, bcast_loss=False)
-        return self._over_ranks(self._sums())[0].cpu()
+    def evaluate(self, batch: TrainBatch, schedule: HeadSchedule) -> HeadMetrics:
+        """Return the active heads' metrics without training."""
+        self._begin(batch, schedule, "evaluation")
+        self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
+        [sums] = _sum_over_ranks(self._local_sums())
+        return head_metrics(self.config, sums.cpu(), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
-        """Let DeepSpeed update the weights, on all ranks or on none: it asks only the ranks of one replica."""
-        watch = self.gradient_monitor
-        # One collective for all.
-        self._totals = self._over_ranks(self._sums(), watch.squares, watch.fault)
-        sums, _, fault = self._totals
-        watch.spread(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
+        """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
+
+        The only collective over all ranks in a step also carries what the step reports. In its sum each signal has a
+        slot of its own, so that several signals do not add up to another one.
+        """
+        monitor = self.gradient_monitor
+        signals = monitor.squared_norms.new_zeros(NSIG)
+        if number := self._stop_signal():
+            signals[number] = 1
+        self._totals = _sum_over_ranks(self._local_sums(), monitor.squared_norms, monitor.fault, signals)
+        sums, _, fault, _ = self._totals
+        monitor.add_fault(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
         update(*args)
 
-    def _begin(self, batch: Sequence[MicroBatch], micro_batches: int, weights: HeadSchedule) -> None:
+    def _begin(self, batch: TrainBatch, schedule: HeadSchedule, phase: Phase) -> None:
         """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
 
-        DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that.
+        DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that. The number has a
+        collective of its own, over the data-parallel ranks, because the first loss needs it.
         """
-        self.stage.enqueue(batch)
-        if not self.topology.is_last_stage:
+        self.stage.enqueue(batch, phase)
+        if not self.topology.holds_loss:
             return
-        valid = sum((micro_batch.targets != IGNORE_INDEX).sum((1, 2)) for micro_batch in batch)
-        counts = torch.as_tensor(valid, dtype=torch.float64, device=self.topology.device)
+        counts = batch.valid_targets.to(self.topology.device, non_blocking=True, copy=True)
         dist.all_reduce(counts, group=dp_group())
-        averaged_over = micro_batches * self.topology.dp_size
+        averaged_over = batch.num_micro_batches * self.topology.dp_size
         per_target = averaged_over / counts.clamp(min=1)
-        scales = counts.new_tensor(weights.loss_weights) * per_target
+        scales = counts.new_tensor(schedule.loss_weights) * per_target
         token_order_scale = self.config.heads.token_order * per_target[0]
-        self.stage.heads.begin(scales.float(), weights.active_heads, token_order_scale.float())
+        self.stage.heads.begin(scales.float(), schedule.active_heads, token_order_scale.float())
 
-    def _load(self, batch: MicroBatch) -> tuple[Tensor, tuple[()]]:
-        """What the first stage embeds; DeepSpeed asks for it on the first and the last stage."""
-        return batch.samples[:, : self.config.train.sequence_length], ()
+    def _local_sums(self) -> Tensor:
+        """Return this rank's sums over its micro-batches, `[5, n]`, fp64; 0 if another rank has them.
 
-    def _sums(self) -> Tensor:
-        """`[5, n]`, fp64: each head's cross-entropies, correct predictions, valid targets and cross-entropies to head 1
-        over this rank's micro-batches, 0 where another rank has them; in head 1's place of the last row the
-        cross-entropies to the tokens' order."""
+        Rows: cross-entropies, correct predictions, valid targets, cross-entropies to head 1's distribution; in head
+        1's column of the last row the cross-entropies to the order of the upcoming tokens.
+        """
         sums = torch.zeros(5, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
-        if self.topology.is_last_stage and self.topology.tp_rank == 0:
+        if self.topology.holds_loss and self.topology.tp_rank == 0:
             heads = self.stage.heads.sums
             token_order = torch.zeros_like(heads.losses)
             token_order[0] = heads.token_order
             sums = torch.stack([heads.losses, heads.correct, heads.targets, heads.distillation, token_order])
         return sums
-
-    @staticmethod
-    def _over_ranks(*tensors: Tensor) -> list[Tensor]:
-        """Return the sums over all ranks."""
-        together = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(together)
-        parts = together.split([tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
@@ -180,3 +201,33 @@ def build_engine(config: Config, vocab_size: int, topology: Topology, initialize
     if initialize:
         engine.set_initial_weights()
     return engine
+
+
+def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Return the sums over all ranks, by one collective."""
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def head_metrics(config: Config, sums: Tensor, schedule: HeadSchedule) -> HeadMetrics:
+    """Return the active heads' metrics from the sums over all ranks, see `TrainingEngine._local_sums`."""
+    losses, correct, targets, distillation, token_order = sums[:, : schedule.active_heads]
+    losses, correct, distillation, token_order = (
+        total / targets.clamp(min=1) for total in (losses, correct, distillation, token_order)
+    )
+    objectives = losses + config.heads.distillation * distillation
+    objective = sum(w * loss for w, loss in zip(schedule.loss_weights, objectives.tolist(), strict=False))
+    has_target = [number > 0 for number in targets.tolist()]
+
+    def reported(means: Tensor) -> tuple[float | None, ...]:
+        return tuple(mean if has else None for mean, has in zip(means.tolist(), has_target, strict=True))
+
+    return HeadMetrics(
+        losses=reported(losses),
+        accuracies=reported(correct),
+        distillation=reported(distillation)[1:] if config.heads.distillation else (),
+        token_order=reported(token_order)[0] if config.heads.token_order else None,
+        total=objective + config.heads.token_order * float(token_order[0]) if any(has_target) else None,
+    )

@@ -121,12 +121,12 @@ class GradientMonitor:
         """parts: what `module_group` gives for the weights of the whole model."""
         self._stage = stage
         self._topology = topology
-        self.parts = parts
+        self.modules = parts
         self._weights = {name: weight for name, weight in named_weights(stage) if weight.requires_grad}
         self._parts = {name: parts.index(module_group(name)) for name in self._weights}
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._local: dict[str, Tensor] = {}
-        self.squares = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
+        self.squared_norms = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
         """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
         ranks is that of the whole gradient."""
         self.fault = torch.zeros((), dtype=torch.float64, device=topology.device)
@@ -153,10 +153,10 @@ class GradientMonitor:
             if (gradient := _reduced_gradient(weight)) is not None
         }
         norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
-        self.squares.zero_()
+        self.squared_norms.zero_()
         if owned := [name for name in gradients if self._owns(self._weights[name])]:
             squares = torch.stack([norms[name] for name in owned]).double().square()
-            self.squares.index_add_(0, self._index(tuple(self._parts[name] for name in owned)), squares)
+            self.squared_norms.index_add_(0, self._index(tuple(self._parts[name] for name in owned)), squares)
         if norms:
             self.fault = 0 * torch.stack(list(norms.values())).double().sum()
         counted = (name for name in gradients if counts(self._weights[name], self._topology.tp_rank))
@@ -164,7 +164,7 @@ class GradientMonitor:
         execute()
 
     @torch.no_grad()
-    def spread(self, fault: Tensor) -> None:
+    def add_fault(self, fault: Tensor) -> None:
         """Add the fault that all ranks have found to one element of a gradient whose norm decides about the update.
 
         If it is NaN, the optimizers of all ranks drop the step by their own rules, which look at one replica of the
@@ -191,7 +191,7 @@ class GradientMonitor:
         own = [name for name in weights if module_group(name) != "shared"]
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
-        if self._topology.is_last_stage:
+        if self._topology.holds_loss:
             of_heads = self._stage.heads.sums.losses.isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
         topology = self._topology

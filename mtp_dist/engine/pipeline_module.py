@@ -2,8 +2,8 @@
 
 import contextlib
 import io
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -15,9 +15,11 @@ from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.heads_with_loss import HeadsWithLoss
 from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.sharding import tag_shards
-from mtp_dist.model.targets import MicroBatch, document_attention_bias
+from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
 from mtp_dist.planner.partition import trunk_layers_per_stage
+
+Phase = Literal["training", "evaluation"]
 
 
 @contextlib.contextmanager
@@ -32,9 +34,23 @@ def _heads_have_embedding(config: Config) -> bool:
     return config.model.tie_embeddings or config.heads.kind == "sequential"
 
 
-def _with_weight(embedding: TokenEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The shared embedding's second place in the pipeline: hands its weight to the heads beside the hidden states."""
-    return hidden, embedding.weight
+class StageOutput(NamedTuple):
+    """Tensors that a pipeline stage sends to the next one, which receives them as a plain tuple."""
+
+    hidden: Tensor
+    """`[S, B, D]`, `[S/TP, B, D]` under sequence parallelism."""
+
+
+class HeadsInput(NamedTuple):
+    """Input of the heads if they use the embedding's weight."""
+
+    hidden: Tensor
+    embedding_weight: Tensor
+
+
+def _add_embedding_weight(embedding: TokenEmbedding, hidden: Tensor) -> HeadsInput:
+    """Forward pass of the tied embedding's replica on the heads' stage."""
+    return HeadsInput(hidden, embedding.weight)
 
 
 class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
@@ -43,7 +59,11 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
         self.config = config
         self.device = topology.device
-        self.queue: deque[MicroBatch] = deque()
+        self.holds_loss = topology.holds_loss
+        self.phase: Phase = "training"
+        self.micro_batches: dict[tuple[Phase, int], MicroBatch] = {}
+        """Micro-batches that wait for their forward pass, by phase and index."""
+        self._index = 0
         self.bounds = _stage_bounds(config, vocab_size)
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
@@ -56,24 +76,35 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
 
-    def enqueue(self, batch: Sequence[MicroBatch]) -> None:
-        """Queue the micro-batches of a batch in the order of the forward passes."""
-        assert not self.queue, "micro-batches of the last batch were never used"
-        self.queue.extend(batch)
+    def enqueue(self, batch: TrainBatch, phase: Phase) -> None:
+        """Let the micro-batches wait for the forward passes of a phase."""
+        assert not self.micro_batches, "micro-batches of the last batch were never used"
+        self.phase, self._index = phase, 0
+        self.micro_batches = {(phase, index): part.to(self.device) for index, part in enumerate(batch.micro_batches)}
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Tokens `[B, S]` on the first stage, hidden `[S, B, D]` on the others -> hidden; a scalar on the last one.
+    def load(self, _: None) -> tuple[Tensor, tuple[()]]:
+        """Return the tokens `[B, S]` of the next forward pass, in the form of DeepSpeed's `batch_fn`.
 
-        Override of DeepSpeed's, whose layers see nothing but the output of the layer before. What else they need of
-        the micro-batch does not travel through the pipeline, whose receive buffers ignore dtype: it waits in a queue.
+        DeepSpeed calls it before each forward pass of the first and the last stage. Its data iterator yields
+        placeholders only: the waiting micro-batches are the one way into the model.
         """
-        micro_batch = self.queue.popleft() if self.queue else None
+        samples = self.micro_batches[self.phase, self._index].samples
+        return samples[:, : self.config.train.sequence_length], ()
+
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | StageOutput:
+        """Map the tokens `[B, S]`, or another stage's output, to this stage's output; to a scalar if it has the loss.
+
+        Override of DeepSpeed's, whose layers get only the output of the layer before. The rest of the micro-batch
+        does not travel through the pipeline, whose receive buffers ignore dtype.
+        """
+        micro_batch = self.micro_batches.pop((self.phase, self._index), None)
+        self._index += 1
         bias = None
         if not self.config.data.attention_across_documents:
             assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
             documents = micro_batch.documents[:, : self.config.train.sequence_length]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
-        output = inputs
+        output = inputs if isinstance(inputs, Tensor) else StageOutput(*inputs).hidden
         for layer in self.forward_funcs:
             if isinstance(layer, TrunkLayer):
                 output = layer(output, bias)
@@ -81,7 +112,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
                 output = layer(output, micro_batch, bias)
             else:
                 output = layer(output)
-        return output
+        return output if self.holds_loss else StageOutput(output)
 
     @property
     def heads(self) -> HeadsWithLoss:
@@ -101,7 +132,7 @@ def _layer_specs(config: Config, vocab_size: int) -> list[LayerSpec]:
     def tied(**kwargs: object) -> TiedLayerSpec:
         return TiedLayerSpec("embedding", TokenEmbedding, config, padded, tied_weight_attr=["lookup.weight"], **kwargs)
 
-    return [tied(), *trunk, tied(forward_fn=_with_weight), heads]
+    return [tied(), *trunk, tied(forward_fn=_add_embedding_weight), heads]
 
 
 def _stage_bounds(config: Config, vocab_size: int) -> list[int]:

@@ -11,18 +11,42 @@ IGNORE_INDEX = -100
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass reads, int64."""
+    """Input of one forward pass, int64."""
 
     samples: Tensor
     """`[B, S + lookahead]`."""
     targets: Tensor
     """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
     documents: Tensor | None
-    """Which document of its sample each token lies in, `[B, S + lookahead]`; None where nobody asks."""
+    """Index of each token's document within its sample, `[B, S + lookahead]`; None if documents do not matter."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        documents = None if self.documents is None else self.documents.to(device)
-        return MicroBatch(self.samples.to(device), self.targets.to(device), documents)
+        """Copy to a device; from pinned memory without waiting for it."""
+        documents = None if self.documents is None else self.documents.to(device, non_blocking=True)
+        return MicroBatch(
+            self.samples.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), documents
+        )
+
+    def pin_memory(self) -> "MicroBatch":
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return MicroBatch(self.samples.pin_memory(), self.targets.pin_memory(), documents)
+
+
+class TrainBatch(NamedTuple):
+    """One data-parallel rank's part of a global batch or of a validation set."""
+
+    micro_batches: Sequence[MicroBatch]
+    """In the order of the forward passes; empty on a stage that needs no data."""
+    num_micro_batches: int
+    """Micro-batches per data-parallel rank, the same on every stage."""
+    valid_targets: Tensor
+    """Number of targets of each head that count, `[n]`, fp64."""
+
+
+def count_valid_targets(micro_batches: Sequence[MicroBatch], heads: int) -> Tensor:
+    """Return the number of targets of each head that count, `[n]`, fp64."""
+    counts = torch.zeros(heads, dtype=torch.float64)
+    return sum(((part.targets != IGNORE_INDEX).sum((1, 2)) for part in micro_batches), counts)
 
 
 def document_ids(tokens: Tensor, end_of_document: int) -> Tensor:

@@ -4,22 +4,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from mtp_dist.checkpoint.format import RunState
 from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets
 from mtp_dist.distributed.device import peak_memory, reset_peak_memory
-from mtp_dist.distributed.topology import all_gather_floats, all_reduce_max
+from mtp_dist.distributed.topology import all_gather_floats
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import HeadSchedule, head_schedule
-from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
+from mtp_dist.metrics import RankStats, StepMetrics
 from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
@@ -145,20 +143,17 @@ class Trainer:
 
     def train_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
         """One update. Returns what it reports, and the number of a signal that has reached a rank, or 0."""
-        config, engine, topology = self.config, self.engine, self.engine.topology
+        config = self.config
         started = time.perf_counter()
-        batch = batches.training()
+        batch = batches.next_train_batch()
         waited = time.perf_counter() - started
-        rate, weights = learning_rate(config, step), head_schedule(config, step)
-        result = engine.train_step(batch, rate, weights)
-        signal, fault = all_reduce_max([self.stop_signals.received, not isfinite(result.grad_norm)], topology)
-        # All ranks must decide the same: find_non_finite is a collective.
-        skipped = f"the gradient is not finite, {engine.gradient_monitor.find_non_finite()}" if fault else None
+        rate = learning_rate(config, step)
+        result = self.engine.train_step(batch, rate, head_schedule(config, step), lambda: self.stop_signals.received)
         self._measured += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
             step=step,
-            heads=head_metrics(config, result.sums, weights),
+            heads=result.heads,
             grad_norm=result.grad_norm,
             grad_norms_by_module=result.grad_norms_by_module,
             learning_rate=rate,
@@ -166,9 +161,9 @@ class Trainer:
             seconds=self._clock.lap(),
             epochs=self.datasets.epochs(batches.samples_read),
             ranks=self._gather_rank_stats() if due else (),
-            skipped=skipped,
+            skipped=result.skipped,
         )
-        return metrics, int(signal)
+        return metrics, result.stop_signal
 
     def _gather_rank_stats(self) -> list[RankStats]:
         """Of the steps since the last log. A collective over all ranks."""
@@ -187,31 +182,9 @@ class Trainer:
         weights = HeadSchedule(head_schedule(self.config, step).loss_weights, self.config.heads.count)
         with self._clock.paused():
             for validation in self.datasets.validation:
-                sums = self.engine.evaluate(*batches.validation(validation.samples))
-                self.tell("on_validation", step, validation.name, head_metrics(self.config, sums, weights))
+                heads = self.engine.evaluate(batches.validation_batch(validation.samples), weights)
+                self.tell("on_validation", step, validation.name, heads)
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
-
-
-def head_metrics(config: Config, sums: Tensor, weights: HeadSchedule) -> HeadMetrics:
-    """Return the active heads' metrics from the engine's sums `[5, n]`."""
-    losses, correct, targets, distillation, token_order = sums[:, : weights.active_heads]
-    losses, correct, distillation, token_order = (
-        of_heads / targets.clamp(min=1) for of_heads in (losses, correct, distillation, token_order)
-    )
-    objectives = losses + config.heads.distillation * distillation
-    total = sum(w * loss for w, loss in zip(weights.loss_weights, objectives.tolist(), strict=False))
-    has_target = [number > 0 for number in targets.tolist()]
-
-    def reported(means: Tensor) -> tuple[float | None, ...]:
-        return tuple(mean if has else None for mean, has in zip(means.tolist(), has_target, strict=True))
-
-    return HeadMetrics(
-        losses=reported(losses),
-        accuracies=reported(correct),
-        distillation=reported(distillation)[1:] if config.heads.distillation else (),
-        token_order=reported(token_order)[0] if config.heads.token_order else None,
-        total=total + config.heads.token_order * float(token_order[0]) if any(has_target) else None,
-    )

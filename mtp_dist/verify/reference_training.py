@@ -11,8 +11,16 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer import parameter_groups
 from mtp_dist.loss.schedule import HeadSchedule
+from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.reference import ReferenceModel, reference_losses
-from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch, document_ids, head_targets
+from mtp_dist.model.targets import (
+    IGNORE_INDEX,
+    MicroBatch,
+    TrainBatch,
+    count_valid_targets,
+    document_ids,
+    head_targets,
+)
 
 END_OF_DOCUMENT = 0
 """Token that ends the documents of random batches."""
@@ -52,8 +60,8 @@ def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
     return samples, targets.masked_fill(masked, IGNORE_INDEX)
 
 
-def local_micro_batches(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> list[MicroBatch]:
-    """This data-parallel rank's slice of a global batch, as micro-batches."""
+def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> TrainBatch:
+    """Return this data-parallel rank's part of a global batch."""
     size = config.train.micro_batch_size
     samples, targets = (
         samples.chunk(topology.dp_size)[topology.dp_rank],
@@ -61,14 +69,17 @@ def local_micro_batches(config: Config, topology: Topology, samples: Tensor, tar
     )
     documents = document_ids(samples, END_OF_DOCUMENT)
     parts = zip(samples.split(size), targets.split(size, 1), documents.split(size), strict=True)
-    return [MicroBatch(*part) for part in parts]
+    micro_batches = [MicroBatch(*part) for part in parts]
+    return TrainBatch(micro_batches, len(micro_batches), count_valid_targets(micro_batches, config.heads.count))
 
 
-def mean_losses(sums: Tensor) -> Tensor:
-    """`[3, n]` from the engine's sums `[5, n]`: per target the cross-entropies, those to head 1, and, in head 1's place
-    of the last row, those to the tokens' order."""
-    losses, _, targets, distillation, token_order = sums
-    return torch.stack([losses, distillation, token_order]) / targets.clamp(min=1)
+def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
+    """Return `[3, n]`, fp64: per target the cross-entropies, those to head 1's distribution, and, in head 1's column of
+    the last row, those to the order of the upcoming tokens; 0 if there is none."""
+    table = torch.zeros(3, heads, dtype=torch.float64)
+    for row, losses in zip(table, (metrics.losses, (None, *metrics.distillation), (metrics.token_order,)), strict=True):
+        row[: len(losses)] = torch.tensor([loss or 0.0 for loss in losses], dtype=torch.float64)
+    return table
 
 
 class ReferenceStep(NamedTuple):

@@ -19,7 +19,7 @@ from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.verify.reference_training import (
     ReferenceStep,
     ReferenceTraining,
-    local_micro_batches,
+    local_batch,
     mean_losses,
     random_batch,
 )
@@ -178,16 +178,17 @@ def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth
     """Return the relative errors of one step of the sharded model on the same batch, by quantity and name."""
     engine = build_engine(config, vocab_size, topology)
     shapes = parameter_shapes(config, vocab_size)
-    batch = local_micro_batches(config, topology, truth.samples, truth.targets)
+    batch = local_batch(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:
-        sums, sharded_norm, *_ = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
+        result = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
     updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared_by_any = [names_over_ranks(tensors) for tensors in (gradients, updated)]
     assert compared_by_any == [set(shapes)] * 2, "every weight is compared"
     kinds = ("head", "distillation of head", "token order of head")
     names = [f"{kind} {k}" for kind in kinds for k in range(1, config.heads.count + 1)]
-    losses = zip(names, mean_losses(sums).flatten(), truth.step.losses.flatten(), strict=True)
-    norms = torch.tensor([sharded_norm, truth.step.grad_norm], dtype=torch.float64)
+    computed = mean_losses(result.heads, config.heads.count)
+    losses = zip(names, computed.flatten(), truth.step.losses.flatten(), strict=True)
+    norms = torch.tensor([result.grad_norm, truth.step.grad_norm], dtype=torch.float64)
     of_gradients = {name: relative_error(value, truth.step.gradients[name]) for name, value in gradients.items()}
     if (name := "embedding.weight") in gradients:
         # The longest sum over positions: a seventh of the tokens.

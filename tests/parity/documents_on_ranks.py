@@ -1,10 +1,12 @@
 """What test_document_boundaries.py runs on every rank."""
 
+import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.verify.reference_training import END_OF_DOCUMENT, local_micro_batches, random_batch
+from mtp_dist.verify.reference_training import END_OF_DOCUMENT, local_batch, random_batch
 from tests.engines import open_engine
 from tests.tiny import VOCAB_SIZE
 
@@ -13,14 +15,13 @@ END_OF_FIRST = 7
 
 
 def second_document_losses(config: Config) -> tuple[Tensor, Tensor]:
-    """Return the heads' losses `[n]` summed over the positions of second documents, before and after a change to the
-    first documents."""
+    """Return the heads' mean losses `[n]` at positions of second documents, before and after a change to the first."""
     engine = open_engine(config)
     samples, targets = random_batch(config, VOCAB_SIZE)
     samples[:, END_OF_FIRST] = END_OF_DOCUMENT
     targets[:, :, : END_OF_FIRST + 1] = IGNORE_INDEX
     changed = samples.clone()
     changed[:, :END_OF_FIRST] = samples[:, :END_OF_FIRST] % (VOCAB_SIZE - 1) + 1
-    batches = [local_micro_batches(config, engine.topology, tokens, targets) for tokens in (samples, changed)]
-    before, after = (engine.evaluate(batch, len(batch))[0] for batch in batches)
-    return before, after
+    batches = [local_batch(config, engine.topology, tokens, targets) for tokens in (samples, changed)]
+    before, after = (engine.evaluate(batch, head_schedule(config, 1)).losses for batch in batches)
+    return torch.tensor(before), torch.tensor(after)

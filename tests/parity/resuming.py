@@ -48,7 +48,7 @@ def errors_elsewhere(ranks: Ranks, after: Layout, directory: Path, zero_stage: i
     """Largest relative errors of the training that goes on at another layout."""
     config = at(after, directory, zero_stage=zero_stage)
     rest = run(ranks, config, after, MIDDLE, END, directory / f"step_{MIDDLE:08d}", False)
-    # Without the last row, which these heads do not have.
+    # The first row only: these heads do not have the other losses.
     losses, expected = (torch.stack(part.losses[-END + MIDDLE :])[:, 0] for part in (rest, whole))
     return {
         "losses": largest_error(losses, expected),

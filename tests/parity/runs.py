@@ -11,8 +11,9 @@ from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.parameters import named_weights, parameter_shapes
+from mtp_dist.model.targets import TrainBatch
 from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses
-from tests.engines import global_batch, local_batch, open_engine, take_step
+from tests.engines import global_batch, open_engine, step_batch, take_step
 from tests.tiny import VOCAB_SIZE
 
 
@@ -51,7 +52,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
     if topology.tp_rank or topology.dp_rank:
         return None
-    losses = torch.stack([mean_losses(result.sums) for result in results])
+    losses = torch.stack([mean_losses(result.heads, config.heads.count) for result in results])
     return Run(losses, torch.tensor([result.grad_norm for result in results]), gradients, weights)
 
 
@@ -87,13 +88,14 @@ def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[st
 def losses_of_evaluations(config: Config) -> list[Tensor]:
     """Return the losses of one batch by an evaluation, by the first training step, and by evaluations after it of the
     batch once and twice over; each `[3, n]`, see `mean_losses`."""
-    engine = open_engine(config)
-    batch = local_batch(engine)
-    sums = [
-        engine.evaluate(batch, len(batch)),
-        take_step(engine, rate=1e-3).sums,
-        engine.evaluate(batch, len(batch)),
-        engine.evaluate(batch * 2, 2 * len(batch)),
-        take_step(engine, rate=1e-3).sums,
+    engine, schedule = open_engine(config), head_schedule(config, 1)
+    batch = step_batch(engine)
+    twice = TrainBatch([*batch.micro_batches] * 2, 2 * batch.num_micro_batches, 2 * batch.valid_targets)
+    metrics = [
+        engine.evaluate(batch, schedule),
+        take_step(engine, rate=1e-3).heads,
+        engine.evaluate(batch, schedule),
+        engine.evaluate(twice, schedule),
+        take_step(engine, rate=1e-3).heads,
     ]
-    return [mean_losses(batch_sums) for batch_sums in sums]
+    return [mean_losses(heads, config.heads.count) for heads in metrics]

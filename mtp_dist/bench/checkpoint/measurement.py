@@ -24,7 +24,7 @@ from mtp_dist.distributed.topology import GlooGroups, Topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
-from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from mtp_dist.verify.reference_training import local_batch, random_batch
 
 STEP = 1
 
@@ -105,7 +105,7 @@ def _subject(
     config: Config, vocab_size: int, topology: Topology, folder: Path, report: Callable[[str], None]
 ) -> _Subject:
     engine = build_engine(config, vocab_size, topology)
-    batch = local_micro_batches(config, topology, *random_batch(config, vocab_size))
+    batch = local_batch(config, topology, *random_batch(config, vocab_size))
     engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
     groups = new_gloo_groups(topology)
     saver = CheckpointSaver(config, vocab_size, engine, groups, report)

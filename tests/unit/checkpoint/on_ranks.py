@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.verify.reference_training import mean_losses
 from tests.engines import open_engine, take_step
 from tests.tiny import VOCAB_SIZE
 
@@ -19,7 +20,7 @@ class Part:
     """What one rank saw of a training."""
 
     losses: list[Tensor]
-    """Per-head sums of each update `[5, n]`."""
+    """Losses of each step, see `mean_losses`."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """This stage's whole fp32 weights after the last update."""
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -39,7 +40,8 @@ def train_part(config: Config, completed_steps: int, last: int, resume: Path | N
     topology = engine.topology
     if resume:
         restore(engine, resume)
-    part = Part([take_step(engine, step).sums for step in range(completed_steps + 1, last + 1)])
+    steps = range(completed_steps + 1, last + 1)
+    part = Part([mean_losses(take_step(engine, step).heads, config.heads.count) for step in steps])
     shapes = parameter_shapes(config, VOCAB_SIZE)
     ensure_state(engine.pipeline)
     part.weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mtp_dist.config import Config
-from mtp_dist.data.dataloader import Batches, micro_batches_of
+from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets, TrainingSamples
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.distributed.topology import Topology
@@ -78,93 +78,90 @@ def numbers(tokens: torch.Tensor) -> list[int]:
     return (tokens[:, 0] // 100).tolist()
 
 
-def test_micro_batches_keep_order_and_targets() -> None:
-    samples = torch.arange(4 * (LENGTH + HEADS)).view(4, LENGTH + HEADS)
-    batches = micro_batches_of(config_of(4, 2), samples, END_OF_DOCUMENT)
-    assert [part.tolist() for part, _, _ in batches] == [samples[:2].tolist(), samples[2:].tolist()]
-    assert [targets.shape for _, targets, _ in batches] == [(2, 2, LENGTH)] * 2
-    for part, targets, _ in batches:
-        assert torch.equal(targets[0], part[:, :LENGTH] + 1) and torch.equal(targets[1], part[:, :LENGTH] + 2)
-
-
 @given(data=st.integers(1, 4), micro_batch=st.integers(1, 4), accumulation=st.integers(1, 4), step=st.integers(1, 5))
-def test_training_reads_the_global_batch_in_order(data: int, micro_batch: int, accumulation: int, step: int) -> None:
+def test_train_batches_read_the_global_batch_in_order(
+    data: int, micro_batch: int, accumulation: int, step: int
+) -> None:
     size = data * micro_batch * accumulation
     config = config_of(size, micro_batch)
     read: list[int] = []
     for rank in range(data):
         batches = batches_of(config, data, rank, completed_steps=step - 1)
-        batch = batches.training()
+        batch = batches.next_train_batch()
         batches.close()
-        assert len(batch) == config.micro_batches(data) == accumulation
-        for tokens, targets, _ in batch:
+        assert len(batch.micro_batches) == batch.num_micro_batches == accumulation
+        assert batch.valid_targets.tolist() == [micro_batch * accumulation * LENGTH] * HEADS
+        for tokens, targets, documents in batch.micro_batches:
             assert tokens.shape == (micro_batch, LENGTH + HEADS) and targets.shape == (HEADS, micro_batch, LENGTH)
-            assert torch.equal(targets[1], tokens[:, :LENGTH] + 2) and not (targets == IGNORE_INDEX).any()
+            assert torch.equal(targets[0], tokens[:, :LENGTH] + 1) and torch.equal(targets[1], tokens[:, :LENGTH] + 2)
+            assert documents is None, "documents do not matter"
             read += numbers(tokens)
-    assert read == list(range((step - 1) * size, step * size)), "whatever the layout"
+    assert read == list(range((step - 1) * size, step * size)), "at every layout"
 
 
 @given(data=st.integers(1, 5), micro_batch=st.integers(1, 4), samples=st.integers(1, 40))
 def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples: int) -> None:
     config = config_of(micro_batch * data, micro_batch)
     counted: list[int] = []
-    lengths = set()
+    valid_targets = 0.0
     for rank in range(data):
-        batch, announced = batches_of(config, data, rank).validation(NumberedSamples(samples))
-        lengths |= {len(batch), announced}
-        for tokens, targets, _ in batch:
+        batch = batches_of(config, data, rank).validation_batch(NumberedSamples(samples))
+        assert len(batch.micro_batches) == batch.num_micro_batches == -(-samples // (micro_batch * data))
+        valid_targets += float(batch.valid_targets[-1])
+        for tokens, targets, _ in batch.micro_batches:
             assert tokens.shape == (micro_batch, LENGTH + HEADS)
             valid = (targets != IGNORE_INDEX).all(0).all(-1)
-            assert torch.equal(valid, (targets != IGNORE_INDEX).any(0).any(-1)), "a sample counts whole or not"
+            assert torch.equal(valid, (targets != IGNORE_INDEX).any(0).any(-1)), "all of a sample counts or nothing"
             assert torch.equal(targets[0][valid], tokens[valid, :LENGTH] + 1)
             counted += numbers(tokens[valid])
-    assert counted == list(range(samples))
-    assert lengths == {-(-samples // (micro_batch * data))}, "every rank runs the same number of micro-batches"
+    assert counted == list(range(samples)) and valid_targets == samples * LENGTH
 
 
 @pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
 @pytest.mark.parametrize("pp_rank", range(4))
 def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[str, bool]) -> None:
     config = config_of(4, 2, pipeline=4, **data)
-    reads = pp_rank in (0, 3) or "attention_across_documents" in data
+    needs_data = pp_rank in (0, 3) or "attention_across_documents" in data
     batches = batches_of(config, 1, 0, pp_rank)
-    training, (validation, announced) = batches.training(), batches.validation(NumberedSamples(7))
-    assert announced == 4
-    assert (len(training), len(validation)) == ((2, 4) if reads else (0, 0))
+    for batch, count in ((batches.next_train_batch(), 2), (batches.validation_batch(NumberedSamples(7)), 4)):
+        assert batch.num_micro_batches == count
+        assert len(batch.micro_batches) == (count if needs_data else 0)
+        assert batch.valid_targets.shape == (HEADS,) and bool(batch.valid_targets.all()) == needs_data
 
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2, attention_across_documents=False)
-    first, second = (batches_of(config, 1, 0, tp_rank=rank, completed_steps=1).training() for rank in (0, 1))
-    assert all(torch.equal(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+    batches = [batches_of(config, 1, 0, tp_rank=rank, completed_steps=1).next_train_batch() for rank in (0, 1)]
+    for one, two in zip(*(batch.micro_batches for batch in batches), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_a_step_has_the_state_after_it_however_far_ahead_is_read() -> None:
+def test_state_is_that_after_the_step_however_far_ahead_is_read() -> None:
     batches = batches_of(config_of(4, 2), 2, 0)
     for step in range(1, 6):
-        first = numbers(batches.training()[0].samples)[0]
-        assert first == (step - 1) * 4
+        assert numbers(batches.next_train_batch().micro_batches[0].samples)[0] == (step - 1) * 4
         assert batches.state() == {"read": step * 4, "fingerprints": ["f"], "train": {"read": (step - 1) * 4 + 2}}
     batches.close()
 
 
-def test_nothing_is_read_beyond_the_last_step_and_errors_come_with_their_step() -> None:
-    batches = batches_of(config_of(4, 2), 1, 0, completed_steps=tiny_config().train.steps - 2)
-    assert len(batches.training()) == len(batches.training()) == 2
+@pytest.mark.parametrize(
+    ("completed_steps", "samples"), [(tiny_config().train.steps - 2, 10**6), (0, 9)], ids=["last step", "last sample"]
+)
+def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed_steps: int, samples: int) -> None:
+    batches = batches_of(config_of(4, 2), 1, 0, completed_steps=completed_steps, samples=samples)
+    for _ in range(2):
+        assert batches.next_train_batch().num_micro_batches == 2
     with pytest.raises(IndexError):
-        batches.training()
-    short = batches_of(config_of(4, 2), 1, 0, samples=9)
-    assert len(short.training()) == len(short.training()) == 2
-    with pytest.raises(IndexError, match="9"):
-        short.training()
-    for of_run in (batches, short):
-        of_run.close()
+        batches.next_train_batch()
+    batches.close()
 
 
 @pytest.mark.parametrize("across", [True, False])
-def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
+def test_documents_and_valid_targets(across: bool) -> None:
     keys = {"loss_across_documents": across, "attention_across_documents": False}
-    micro_batch, *others = batches_of(config_of(4, 2, **keys), 1, 0).training()
+    batch = batches_of(config_of(4, 2, **keys), 1, 0).next_train_batch()
+    micro_batch, *others = batch.micro_batches
+    assert micro_batch.documents is not None
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
     next_tokens, second_next = micro_batch.targets[:, 1]
     if across:
@@ -172,14 +169,12 @@ def test_documents_and_the_targets_that_they_leave(across: bool) -> None:
     else:
         assert next_tokens.tolist() == [101, 102, 103, IGNORE_INDEX, 105]
         assert second_next.tolist() == [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]
-    assert not any(part.documents.any() or (part.targets == IGNORE_INDEX).any() for part in others)
+    assert batch.valid_targets.tolist() == ([20, 20] if across else [19, 18])
+    for part in others:
+        assert part.documents is not None and not part.documents.any() and not (part.targets == IGNORE_INDEX).any()
 
 
-def test_documents_that_nobody_asks_for_are_not_counted() -> None:
-    assert [part.documents for part in batches_of(config_of(4, 2), 1, 0).training()] == [None, None]
-
-
-def test_a_validation_masks_for_both_reasons() -> None:
+def test_validation_masks_both_documents_and_repeated_samples() -> None:
     batches = batches_of(config_of(4, 4, loss_across_documents=False), 1, 0)
-    (micro_batch,), _ = batches.validation(NumberedSamples(2))
+    [micro_batch] = batches.validation_batch(NumberedSamples(2)).micro_batches
     assert (micro_batch.targets != IGNORE_INDEX).sum((0, 2)).tolist() == [10, 7, 0, 0]

@@ -19,7 +19,7 @@ class Watched(NamedTuple):
     """Of a step in which all is well."""
     bad_norm: float
     """The gradient's, of the step after it."""
-    found: str
+    skipped: str | None
     unchanged: bool
     """The weights, by that step."""
     seconds: tuple[float, float]
@@ -46,14 +46,13 @@ def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Wa
 
         heads.forward = with_infinite_loss  # type: ignore[method-assign]
     bad = take_step(engine, rate=1e-3)
-    found = str(engine.gradient_monitor.find_non_finite())
     unchanged = all(torch.equal(before[name], value) for name, value in weights.items())
-    return Watched(well.grad_norm, well.grad_norms_by_module, bad.grad_norm, found, unchanged, bad[-2:])
+    return Watched(well.grad_norm, well.grad_norms_by_module, bad.grad_norm, bad.skipped, unchanged, bad[-2:])
 
 
 class Dropped(NamedTuple):
     norm: float
-    found: str
+    skipped: str | None
     unchanged: bool
 
 
@@ -72,6 +71,6 @@ def break_a_sum(config: Config, rank: int) -> Dropped:
         execute()
 
     hook_instruction(engine.pipeline, schedule.OptimizerStep, break_first)
-    norm = take_step(engine, rate=1e-3).grad_norm
+    result = take_step(engine, rate=1e-3)
     unchanged = all(torch.equal(before[name], master_weight(weight)) for name, weight in weights.items())
-    return Dropped(norm, str(engine.gradient_monitor.find_non_finite()), unchanged)
+    return Dropped(result.grad_norm, result.skipped, unchanged)

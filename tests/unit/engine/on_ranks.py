@@ -12,9 +12,10 @@ from mtp_dist.distributed.topology import initialize_topology, tp_group
 from mtp_dist.engine.tensor_shards import full_tensors, master_weight
 from mtp_dist.errors import ConfigError
 from mtp_dist.loss.schedule import head_schedule
+from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.targets import IGNORE_INDEX
-from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from mtp_dist.verify.reference_training import local_batch, random_batch
 from tests.engines import open_engine
 from tests.parity.runs import Run, sharded_run
 from tests.tiny import VOCAB_SIZE
@@ -31,21 +32,20 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     return dict(full_tensors(engine.stage, parameter_shapes(config, VOCAB_SIZE), engine.topology, master_weight))
 
 
-def train_with_a_silent_head(config: Config) -> tuple[list[Tensor], list[float], dict[str, Tensor], Tensor]:
-    """Sums and gradient norms of three steps, this stage's weights after them, and the sums of an evaluation."""
-    engine = open_engine(config)
-    topology = engine.topology
+def train_with_a_silent_head(config: Config) -> tuple[list[HeadMetrics], list[float], dict[str, Tensor]]:
+    """Return metrics of three steps and an evaluation, the steps' gradient norms and this stage's weights."""
+    engine, schedule = open_engine(config), head_schedule(config, 1)
     tokens, targets = random_batch(config, VOCAB_SIZE)
     targets[SILENT_HEAD - 1] = IGNORE_INDEX
     # One micro-batch of head 1 is empty too, although the head is not.
     targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
-    batch = local_micro_batches(config, topology, tokens, targets)
-    sums, norms, *_ = zip(*(engine.train_step(batch, 1e-3, head_schedule(config, 1)) for _ in range(3)), strict=True)
+    batch = local_batch(config, engine.topology, tokens, targets)
+    results = [engine.train_step(batch, 1e-3, schedule) for _ in range(3)]
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "the loss that DeepSpeed sees"
-    evaluated = engine.evaluate(batch, len(batch))
+    metrics = [*(result.heads for result in results), engine.evaluate(batch, schedule)]
     shapes = parameter_shapes(config, VOCAB_SIZE)
-    weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
-    return list(sums), list(norms), weights, evaluated
+    weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, engine.topology, master_weight)}
+    return metrics, [result.grad_norm for result in results], weights
 
 
 def patience(config: Config, port: int) -> list[float]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from mtp_dist.engine.engine import head_metrics
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callback import StopReason
@@ -19,7 +20,6 @@ from mtp_dist.monitoring.dashboards import TensorBoardWriter
 from mtp_dist.monitoring.progress import ProgressBar
 from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
 from mtp_dist.training.spikes import SpikeDetector
-from mtp_dist.training.trainer import head_metrics
 from tests.tiny import tiny_config
 
 WEIGHTS = (1.0, 0.5, 0.25)

@@ -14,7 +14,7 @@ from mtp_dist.errors import ConfigError
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import trunk_layers_per_stage
-from mtp_dist.verify.reference_training import local_micro_batches, random_batch
+from mtp_dist.verify.reference_training import local_batch, random_batch
 from mtp_dist.verify.selfcheck import (
     PARAMETER_LIMIT,
     reduced,
@@ -190,7 +190,7 @@ def test_ranks_share_the_batch_in_order() -> None:
     config = tiny_config()
     tokens, targets = random_batch(config, 131)
     shares = [
-        local_micro_batches(config, Topology(1, 1, 2, 0, 0, rank, torch.device("cpu")), tokens, targets)
+        local_batch(config, Topology(1, 1, 2, 0, 0, rank, torch.device("cpu")), tokens, targets).micro_batches
         for rank in (0, 1)
     ]
     assert [len(share) for share in shares] == [2, 2]
