@@ -42,7 +42,6 @@ SAMPLING_TEMPERATURE = 0.7
 def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snapshot: bool) -> int:
     """Train from scratch or from a checkpoint, validate, save and show the result. Return the exit status."""
     config, sources, device = job
-    vocab_size = sources.vocab_size
     datasets = load_datasets(config, sources)
     _print_notices(config, datasets)
 
@@ -51,7 +50,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         begin_memory_history(config, topology.rank)
     gloo_groups = new_gloo_groups(topology)
 
-    resumed = agree_on_resume_point(config, vocab_size, topology, gloo_groups.all)
+    resumed = agree_on_resume_point(config, topology, gloo_groups.all)
     if resumed and resumed.step >= config.train.steps:
         _print_finished(config, resumed)
         close_topology()
@@ -60,13 +59,13 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         tee_output(config.output_dir, _is_new(resumed, config))
     samples_read = _restore_samples(datasets, resumed, config)
 
-    engine = build_engine(config, vocab_size, topology, initialize=not resumed)
+    engine = build_engine(config, topology, initialize=not resumed)
     if resumed:
         restore(engine, resumed.folder)
 
-    reporter = _build_reporter(config, vocab_size, datasets, engine, resumed) if topology.rank == 0 else None
+    reporter = _build_reporter(config, datasets, engine, resumed) if topology.rank == 0 else None
     log, on_saved = (reporter.note, reporter.on_saved) if reporter else (print, print)  # only rank 0 calls them
-    saver = CheckpointSaver(config, vocab_size, engine, gloo_groups, log, on_saved)
+    saver = CheckpointSaver(config, engine, gloo_groups, log, on_saved)
     stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     callbacks: list[Callback] = [reporter, Stragglers(hosts, log)] if reporter else []
@@ -89,8 +88,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
 def _print_notices(config: Config, datasets: Datasets) -> None:
     """Print the settings that are more often a mistake than a choice, on rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
-        for line in notices(config, datasets.tokenizer.vocab_size, world_size):
+        for line in notices(config, datasets.tokenizer.vocab_size):
             print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -117,14 +115,14 @@ def _restore_samples(datasets: Datasets, resumed: ResumePoint | None, config: Co
 
 
 def _build_reporter(
-    config: Config, vocab_size: int, datasets: Datasets, engine: TrainingEngine, resumed: ResumePoint | None
+    config: Config, datasets: Datasets, engine: TrainingEngine, resumed: ResumePoint | None
 ) -> RunReporter:
     """Return rank 0's reporter, in a folder without the files of another run. Print what the sources contain first."""
     for line in datasets.notices:
         print(line, flush=True)
     if _is_new(resumed, config):
         archive_previous_run(config)
-    return RunReporter(config, vocab_size, datasets.validation, engine.topology, engine.optimizer_name, resumed)
+    return RunReporter(config, datasets.validation, engine.topology, engine.optimizer_name, resumed)
 
 
 def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | None:

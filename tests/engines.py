@@ -10,19 +10,18 @@ from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.targets import TrainBatch
 from mtp_dist.verify.reference_training import local_batch, random_batch
-from tests.tiny import VOCAB_SIZE
 
 
 def open_engine(config: Config, initialize: bool = True) -> TrainingEngine:
     """Open the topology and build the engine of this rank."""
     topology = initialize_topology(config, select_device(config))
-    return build_engine(config, VOCAB_SIZE, topology, initialize)
+    return build_engine(config, topology, initialize)
 
 
 def global_batch(config: Config, step: int) -> tuple[Tensor, Tensor]:
     """Return samples and unevenly masked targets of a step, counted from 1; the same at every layout."""
     seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": step - 1})})
-    return random_batch(seeded, VOCAB_SIZE)
+    return random_batch(seeded)
 
 
 def step_batch(engine: TrainingEngine, step: int = 1) -> TrainBatch:

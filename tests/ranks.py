@@ -14,6 +14,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.config import Config
+from tests.tiny import at_world_size
+
 TIMEOUT_SECONDS = 600
 """Longest time of one task: some seconds on an idle machine, with the imports a minute and more on a crowded one."""
 
@@ -101,9 +104,13 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function, of an importable module, returns on each rank. Raises RankError with a traceback."""
+        """Return what the function, of an importable module, returns on each rank. Raise RankError with a traceback.
+
+        Configurations are resolved for the ranks.
+        """
         used = self.connections[:world_size]
-        self._open_group(used, function, arguments)
+        resolved = [at_world_size(each, world_size) if isinstance(each, Config) else each for each in arguments]
+        self._open_group(used, function, resolved)
         answers, errors = [], []
         for rank, connection in enumerate(used):
             # What one rank raises is why others are silent: do not wait as long for each of them.

@@ -1,8 +1,11 @@
 """A tiny model for the tests."""
 
+import os
+from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import Config, build_config
+from mtp_dist.config import Config, build_config, load_config, resolve
+from mtp_dist.data.tokenizer import build_tokenizer
 
 VOCAB_SIZE = 131
 """Odd on purpose: every tensor-parallel degree needs padding."""
@@ -18,8 +21,11 @@ LLAMA3_ROPE = {
 """With the tiny model's wavelengths, 6, 63, 628 and 6283 positions, the first stays and the second is between."""
 
 
-def tiny_config(**sections: dict[str, Any]) -> Config:
-    """A model with everything that can go wrong in it, small enough for dozens of runs."""
+def tiny_config(world_size: int | None = None, **sections: dict[str, Any]) -> Config:
+    """A model with everything that can go wrong in it, small enough for dozens of runs.
+
+    world_size: that of one data-parallel rank by default.
+    """
     values: dict[str, dict[str, Any]] = {
         "run": {"device": "cpu"},
         "model": {
@@ -43,4 +49,19 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     }
     for name, section in sections.items():
         values.setdefault(name, {}).update(section)
-    return build_config(values)
+    config = build_config(values)
+    return at_world_size(config, world_size or config.parallel.tensor * config.parallel.pipeline)
+
+
+def at_world_size(config: Config, world_size: int) -> Config:
+    """Return the configuration resolved for that many ranks, with VOCAB_SIZE tokens if it names no other number."""
+    return resolve(config, config.model.vocab_size or VOCAB_SIZE, world_size)
+
+
+def load_resolved(path: Path) -> Config:
+    return resolved(load_config(path))
+
+
+def resolved(config: Config) -> Config:
+    """Return the configuration resolved for its tokenizer and the ranks of this job."""
+    return resolve(config, build_tokenizer(config.data.tokenizer).vocab_size, int(os.environ.get("WORLD_SIZE", 1)))

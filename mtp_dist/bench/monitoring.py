@@ -22,7 +22,6 @@ from mtp_dist.bench.measure import paired_seconds, processor_name, usable_cores
 from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.tokenizer import vocabulary_size
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import TrainingEngine, build_engine
@@ -98,11 +97,11 @@ def _training(
             "train": config.train.model_copy(update={"steps": steps}),
         }
     )
-    vocab_size, datasets = vocabulary_size(config), load_datasets(config)
-    engine = build_engine(config, vocab_size, topology)
+    datasets = load_datasets(config)
+    engine = build_engine(config, topology)
     callbacks: list[Any] = []
     if topology.rank == 0:
-        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, None)
+        reporter = RunReporter(config, datasets.validation, topology, engine.optimizer_name, None)
         callbacks = [reporter, Stragglers([""] * topology.world_size, reporter.note)]
     trainer = Trainer(config, engine, datasets, callbacks, lambda *_: None, StopSignals(), watchdog)
     return trainer, Batches(config, topology, datasets)
@@ -151,7 +150,7 @@ def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[
     return {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
         "layout": topology.degrees,
-        "parameters": parameter_counts(config, vocabulary_size(config)).total,
+        "parameters": parameter_counts(config).total,
         "rounds": rounds,
         "steps_of_a_round": config.log.every,
         "step_seconds": {name: statistics.median(of_name) / config.log.every for name, of_name in seconds.items()},

@@ -102,28 +102,28 @@ class ResumePoint:
     """What to start from instead where this one turns out to be damaged, best first."""
 
 
-def find_resume_point(config: Config, vocab_size: int) -> ResumePoint | None:
+def find_resume_point(config: Config) -> ResumePoint | None:
     """What `checkpoint.resume` asks for; None where the run starts anew. Tensors are not read: see load.py.
 
     Raises ConfigError where there is no such checkpoint, where all are damaged, or where the run would be another one
     than the one saved.
     """
     folders = _wanted(config)
-    return _resume_point(folders, None, config, vocab_size) if folders else None
+    return _resume_point(folders, None, config) if folders else None
 
 
-def older_resume_point(point: ResumePoint, damage: str, config: Config, vocab_size: int) -> ResumePoint:
+def older_resume_point(point: ResumePoint, damage: str, config: Config) -> ResumePoint:
     """The next best where `point` is damaged. Raises ConfigError as `find_resume_point` does."""
-    return _resume_point(point.older, damage, config, vocab_size)
+    return _resume_point(point.older, damage, config)
 
 
-def _resume_point(folders: Sequence[Path], damage: str | None, config: Config, vocab_size: int) -> ResumePoint:
+def _resume_point(folders: Sequence[Path], damage: str | None, config: Config) -> ResumePoint:
     folder = first_valid(folders, check_quickly, damage)
     saved = read_metadata(folder)
-    if saved.vocab_size != vocab_size:
+    if saved.config.vocab_size != config.vocab_size:
         raise ConfigError(
-            f"{folder} has a vocabulary of {saved.vocab_size} tokens, this run one of {vocab_size}: use the same "
-            "data.tokenizer and model.vocab_size, or start anew with checkpoint.resume=none"
+            f"{folder} has a vocabulary of {saved.config.vocab_size} tokens, this run one of {config.vocab_size}: "
+            "use the same data.tokenizer and model.vocab_size, or start anew with checkpoint.resume=none"
         )
     if wrong := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(wrong))

@@ -66,7 +66,6 @@ class CheckpointMetadata:
 
     step: int
     """Updates made."""
-    vocab_size: int
     optimizer_updates: int
     """Those that Adam's bias correction counts: without steps dropped for a gradient that was not finite."""
     config: Config
@@ -83,7 +82,7 @@ class CheckpointMetadata:
 
     def write(self, folder: Path) -> None:
         layout = asdict(self.layout) if self.layout else None
-        values = self.__dict__ | config_to_save(self.config) | {"layout": layout}
+        values = self.__dict__ | config_to_save(self.config) | {"vocab_size": self.config.vocab_size, "layout": layout}
         write_durably(folder / METADATA_FILE, json.dumps(values, indent=2))
 
 
@@ -91,7 +90,7 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     """Return what `config.json` says. Raise ConfigError if it is missing, damaged or of a newer version."""
     try:
         values = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        numbers = {key: int(values[key]) for key in ("step", "vocab_size", "optimizer_updates")}
+        numbers = {key: int(values[key]) for key in ("step", "optimizer_updates")}
         return CheckpointMetadata(
             **numbers,
             config=saved_config(values),

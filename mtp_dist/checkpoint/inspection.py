@@ -61,7 +61,7 @@ def inspect_checkpoint(folder: Path, watch: ProgressCallback) -> CheckpointRepor
         run=description.config.run.name,
         step=description.step,
         optimizer_updates=description.optimizer_updates,
-        vocab_size=description.vocab_size,
+        vocab_size=description.config.vocab_size,
         layout=description.layout,
         losses=description.losses,
         versions=description.versions,

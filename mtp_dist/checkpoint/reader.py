@@ -71,13 +71,11 @@ class TensorReader:
             raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
 
 
-def load_weights(
-    folder: Path, watch: ProgressCallback = lambda done, total: None
-) -> tuple[Config, int, dict[str, Tensor]]:
-    """Return the configuration, the vocabulary size and the whole fp32 weights by global name.
+def load_weights(folder: Path, watch: ProgressCallback = lambda done, total: None) -> tuple[Config, dict[str, Tensor]]:
+    """Return the configuration and the full fp32 weights by global name.
 
     Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
     """
     check_weights(folder, watch)
     description, reader = read_metadata(folder), TensorReader(folder, MODEL)
-    return description.config, description.vocab_size, {name: reader.read(name) for name in reader.weight_map}
+    return description.config, {name: reader.read(name) for name in reader.weight_map}

@@ -45,7 +45,7 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     """
     completed_steps = read_metadata(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if completed_steps else None
-    topology, shapes = engine.topology, parameter_shapes(engine.config, engine.vocab_size)
+    topology, shapes = engine.topology, parameter_shapes(engine.config)
     ensure_state(engine.pipeline)
     weights = list(named_weights(engine.stage))
     for (name, weight), rows in zip(
@@ -120,23 +120,21 @@ class _Part:
         return values
 
 
-def agree_on_resume_point(
-    config: Config, vocab_size: int, topology: Topology, gloo_group: dist.ProcessGroup
-) -> ResumePoint | None:
+def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.ProcessGroup) -> ResumePoint | None:
     """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
 
     Rank 0 looks for it and tells the others; its tensors are what was written, each rank reads its share of them.
     A collective over `gloo_group`, all ranks. Raise ConfigError, on every rank, if `find_resume_point` does or if a
     rank does not see the checkpoint.
     """
-    point = from_rank_0(lambda: find_resume_point(config, vocab_size), gloo_group)
+    point = from_rank_0(lambda: find_resume_point(config), gloo_group)
     while point:
         _await_folder(point.folder, gloo_group)
         found = all_gather_objects(_damage_in_share(point.folder, topology), gloo_group)
         damage = next(filter(None, found), None)
         if damage is None:
             return point
-        point = from_rank_0(partial(older_resume_point, point, damage, config, vocab_size), gloo_group)
+        point = from_rank_0(partial(older_resume_point, point, damage, config), gloo_group)
     return None
 
 

@@ -47,7 +47,7 @@ class Snapshot:
     """This rank's contribution, by kind of file."""
 
 
-def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state: RunState) -> Snapshot:
+def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Snapshot:
     """Of the state after update `state.step`. A collective over all ranks."""
     topology = engine.topology
     layout = SavedLayout(
@@ -59,10 +59,9 @@ def take_snapshot(config: Config, vocab_size: int, engine: TrainingEngine, state
     )
     ensure_state(engine.pipeline)
     check_updates(engine.pipeline, engine.optimizer_updates)
-    parts = _parts_of_this_rank(engine, parameter_shapes(config, vocab_size))
+    parts = _parts_of_this_rank(engine, parameter_shapes(config))
     description = CheckpointMetadata(
         step=state.step,
-        vocab_size=vocab_size,
         optimizer_updates=engine.optimizer_updates,
         config=config,
         samples=state.samples,
@@ -145,7 +144,7 @@ def write_metadata(folder: Path, description: CheckpointMetadata, tensor_files: 
 
     tensor_files: those of all ranks, by name.
     """
-    shapes = parameter_shapes(description.config, description.vocab_size)
+    shapes = parameter_shapes(description.config)
     expected = {MODEL: set(shapes), OPTIMIZER: {f"{key}.{name}" for key in MOMENTS for name in shapes}}
     for kind, names in expected.items():
         of_kind = {name: file.shapes for name, file in sorted(tensor_files.items()) if file.kind == kind}

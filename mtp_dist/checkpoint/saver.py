@@ -44,14 +44,12 @@ class CheckpointSaver:
     def __init__(
         self,
         config: Config,
-        vocab_size: int,
         engine: TrainingEngine,
         groups: GlooGroups,
         note: Callable[[str], None],
         on_saved: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
-        self.vocab_size = vocab_size
         self.engine = engine
         self._groups = groups
         self._note = note
@@ -67,7 +65,7 @@ class CheckpointSaver:
         ConfigError, on every rank, where the last one cannot be written.
         """
         self.join()
-        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, state)
+        snapshot = take_snapshot(self.config, self.engine, state)
         # A daemon: a run that fails must end although other ranks no longer answer.
         self._thread = Thread(target=self._run, args=(snapshot,), daemon=True)
         self._thread.start()

@@ -76,7 +76,7 @@ def selfcheck(
         topology = initialize_topology(job.config, job.device)
     except UserError as error:
         exit_with_error(error)
-    comparisons = compare(job.config, job.sources.vocab_size, topology)
+    comparisons = compare(job.config, topology)
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
     layout = f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}"

@@ -8,6 +8,7 @@ from mtp_dist.config.base import Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.loader import build_config, load_config, override_values, read_values
 from mtp_dist.config.migration import config_to_save, saved_config
+from mtp_dist.config.resolve import resolve
 from mtp_dist.config.rope import RopeScalingConfig
 from mtp_dist.config.schema import Config, ModelConfig, SourceConfig
 
@@ -23,5 +24,6 @@ __all__ = [
     "load_config",
     "override_values",
     "read_values",
+    "resolve",
     "saved_config",
 ]

@@ -46,6 +46,7 @@ def saved_config(file: Mapping[str, Any]) -> Config:
         )
     for number in range(version, VERSION):
         MIGRATIONS[number](values)
+    values["model"]["vocab_size"] = int(file["vocab_size"])
     return typed_config(values)
 
 

@@ -6,7 +6,7 @@ from math import gcd
 from mtp_dist.config.schema import Config
 
 
-def notices(config: Config, tokenizer_vocab_size: int, world_size: int = 1) -> Iterator[str]:
+def notices(config: Config, tokenizer_vocab_size: int) -> Iterator[str]:
     """Yield one line for each such setting, with what follows from it."""
     warmup, steps = config.optimizer.warmup_steps, config.train.steps
     if warmup > steps:
@@ -14,13 +14,12 @@ def notices(config: Config, tokenizer_vocab_size: int, world_size: int = 1) -> I
             f"optimizer.warmup_steps = {warmup} exceeds train.steps = {steps}: the learning rate ends at "
             f"{steps / warmup:.0%} of optimizer.lr"
         )
-    vocab_size = config.model.vocab_size or tokenizer_vocab_size
-    if vocab_size > tokenizer_vocab_size:
+    if config.vocab_size > tokenizer_vocab_size:
         yield (
-            f"model.vocab_size = {vocab_size} exceeds the {tokenizer_vocab_size} tokens of data.tokenizer = "
-            f"'{config.data.tokenizer}': {vocab_size - tokenizer_vocab_size} token ids never occur in the data"
+            f"model.vocab_size = {config.vocab_size} exceeds the {tokenizer_vocab_size} tokens of data.tokenizer = "
+            f"'{config.data.tokenizer}': {config.vocab_size - tokenizer_vocab_size} token ids never occur in the data"
         )
-    ranks = config.data_parallel_degree(world_size)
+    ranks = config.dp_size
     if config.data.train[0].stream and (parts := gcd(config.data.stream_shards, ranks)) < ranks:
         yield (
             f"data.stream_shards = {config.data.stream_shards} is not a multiple of the data-parallel degree {ranks}: "

@@ -10,7 +10,6 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.rope import RopeScalingConfig
-from mtp_dist.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -232,6 +231,8 @@ class LogConfig(Section):
 
 
 class Config(Section):
+    """All sections of a run. The properties below `checkpoint_dir` exist after `resolve`."""
+
     run: RunConfig = RunConfig()
     model: ModelConfig
     heads: HeadsConfig = HeadsConfig()
@@ -243,6 +244,7 @@ class Config(Section):
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys added to the DeepSpeed configuration as they are; those that we derive cannot be set here."""
+    _world_size: int | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -253,23 +255,30 @@ class Config(Section):
         given = self.checkpoint.directory
         return Path(given) if given else self.output_dir / "checkpoints"
 
-    def data_parallel_degree(self, world_size: int) -> int:
-        """world_size / (tensor * pipeline). Raises ConfigError where the ranks do not fit the layout."""
-        ranks = self.parallel.tensor * self.parallel.pipeline
-        if world_size % ranks:
-            raise ConfigError(
-                f"parallel.tensor * parallel.pipeline = {self.parallel.tensor} * {self.parallel.pipeline} = {ranks} "
-                f"does not divide the world size {world_size}: start a multiple of {ranks} processes or lower a degree"
-            )
-        return world_size // ranks
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary, before padding."""
+        assert self.model.vocab_size is not None, "the configuration is resolved"
+        return self.model.vocab_size
 
-    def micro_batches(self, world_size: int) -> int:
-        """Gradient accumulation steps. Raises ConfigError where the global batch does not divide."""
-        samples = self.train.micro_batch_size * self.data_parallel_degree(world_size)
-        if self.train.global_batch_size % samples:
-            raise ConfigError(
-                f"train.global_batch_size = {self.train.global_batch_size} is not divisible by "
-                f"train.micro_batch_size * data-parallel degree = {self.train.micro_batch_size} * "
-                f"{samples // self.train.micro_batch_size} = {samples}: change one of the two batch sizes"
-            )
-        return self.train.global_batch_size // samples
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding over all tensor-parallel ranks."""
+        return padded_vocab_size(self.vocab_size, self.parallel.tensor)
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel degree: world size / (tensor * pipeline)."""
+        assert self._world_size is not None, "the configuration is resolved"
+        return self._world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per step on each data-parallel rank (gradient accumulation steps)."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.dp_size)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Round up so that every rank holds the same number of rows, a multiple of 64 for fast matmuls."""
+    multiple = 64 * tp_size
+    return -(-vocab_size // multiple) * multiple

@@ -56,15 +56,15 @@ def import_llama(request: ImportRequest, watch: ProgressCallback = lambda done, 
     config = import_config(request, llama, saved)
     saved.check_fits(config.heads)
     in_llama = llama_weights(config)
-    of_llama = llama_shapes(config, llama.vocab_size)
+    of_llama = llama_shapes(config)
     llama.check_shapes(of_llama)
-    shapes = parameter_shapes(config, llama.vocab_size)
+    shapes = parameter_shapes(config)
     unused = [*llama.unused(of_llama), *sorted(saved.names - shapes.keys())]
 
     def from_llama(name: str) -> Tensor:
         return fuse(name, [llama.read(part) for part in in_llama[name]], config.model)
 
-    new = NewHeads(config, llama.vocab_size, request.copy_heads, from_llama)
+    new = NewHeads(config, request.copy_heads, from_llama)
 
     def tensor_of(name: str) -> Tensor:
         if name in in_llama:
@@ -80,7 +80,7 @@ def import_llama(request: ImportRequest, watch: ProgressCallback = lambda done, 
         written = write_weights(
             folder, shapes, torch.float32, with_progress(map(tensor_of, shapes), len(shapes), watch)
         )
-        CheckpointMetadata(0, llama.vocab_size, 0, config).write(folder)
+        CheckpointMetadata(0, 0, config).write(folder)
         write_manifest(folder, {name: record_of(folder / name) for name in (*written, METADATA_FILE)})
         values = config.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

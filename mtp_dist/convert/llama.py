@@ -72,9 +72,9 @@ def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
-def llama_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def llama_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the Llama's weights by name, in forward order."""
-    shapes = parameter_shapes(config, vocab_size)
+    shapes = parameter_shapes(config)
     return {
         part: tuple(tensor.shape)
         for name, parts in llama_weights(config).items()

@@ -17,10 +17,10 @@ _IN_A_LAYER = re.compile(r"heads\.\w+\.(?:layers\.)?(\d+)\.(.+)")
 class NewHeads:
     """New weights by global name: initial ones, or copies of what head 1 has."""
 
-    def __init__(self, config: Config, vocab_size: int, copy: bool, read: Callable[[str], Tensor]) -> None:
+    def __init__(self, config: Config, copy: bool, read: Callable[[str], Tensor]) -> None:
         """read: gives a weight of trunk or head 1. Raises ConfigError where there is nothing to copy."""
         self.config, self.copy, self.read = config, copy, read
-        self.shapes = parameter_shapes(config, vocab_size)
+        self.shapes = parameter_shapes(config)
         new = self.shapes.keys() - llama_weights(config).keys()
         if copy and not any(self._model_of(name) for name in new):
             raise ConfigError(

@@ -73,9 +73,9 @@ def export_checkpoint(
             "final norm, where a Llama has none; models with heads of the other kinds can be exported"
         )
     dtype = dtype or config.train.precision
-    shapes = parameter_shapes(config, description.vocab_size)
+    shapes = parameter_shapes(config)
     in_llama = llama_weights(config)
-    of_llama = llama_shapes(config, description.vocab_size)
+    of_llama = llama_shapes(config)
     others = {name: shape for name, shape in shapes.items() if name not in in_llama}
 
     def converted(name: str) -> Tensor:
@@ -89,7 +89,7 @@ def export_checkpoint(
     with new_folder(target) as folder:
         end = build_tokenizer(config.data.tokenizer).end_of_document
         # Before the tokenizer, which AutoTokenizer opens by it.
-        _write_json(folder / "config.json", llama_config(config, description.vocab_size, end, dtype))
+        _write_json(folder / "config.json", llama_config(config, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
         tensors = with_progress(all_tensors(), len(of_llama) + len(others), watch)
@@ -98,7 +98,7 @@ def export_checkpoint(
             write_tensors(folder / HEADS, others, DTYPES[dtype], tensors)
         ours = {
             "step": description.step,
-            "vocab_size": description.vocab_size,
+            "vocab_size": config.vocab_size,
             **config_to_save(config),
         }
         _write_json(folder / HEADS_CONFIG, ours)
@@ -111,13 +111,13 @@ def export_checkpoint(
 _TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def llama_config(config: Config, vocab_size: int, end_of_document: int, dtype: str) -> dict[str, Any]:
+def llama_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:
     """What `config.json` says, to transformers of any version."""
     model = config.model
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": vocab_size,
+        "vocab_size": config.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
         "num_hidden_layers": len(llama_layers(config)),

@@ -227,7 +227,7 @@ class _Corpora:
             check_document_ends(corpus, self.sources.tokenizer, " and ".join(masks))
         self._check_loss(corpus.loss, key)
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
-        tokens = tokens_below(self.sources.vocab_size, corpus)
+        tokens = tokens_below(self.config.vocab_size, corpus)
         return tokens, corpus.bytes_with_tokens, corpus.description.sha256 if corpus.description else counts
 
     def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:

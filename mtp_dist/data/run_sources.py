@@ -9,7 +9,7 @@ from pathlib import Path
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.corpus import Corpus, open_corpus, prefix_of
 from mtp_dist.data.sources.text_sources import Input, InputOptions, open_inputs
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer, vocabulary_size
+from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 
 
 class RunSources:
@@ -23,11 +23,6 @@ class RunSources:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return build_tokenizer(self.config.data.tokenizer)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """`model.vocab_size`, or the tokenizer's if it is absent."""
-        return vocabulary_size(self.config, self.tokenizer)
 
     def open_all(self) -> None:
         """Open every source. Read none of them. Raise ConfigError if one is missing or cannot be opened."""

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError, UserError
 
 Ids = NDArray[Any]
@@ -122,17 +121,3 @@ def build_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
     file = tokenizer_file(name, named)
     kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
     return kind(name, file, named)
-
-
-def vocabulary_size(config: Config, tokenizer: Tokenizer | None = None) -> int:
-    """Return `model.vocab_size`, or the tokenizer's if it is absent. Raise ConfigError if the tokenizer has more.
-
-    tokenizer: the configuration's, if it is built already.
-    """
-    needed = (tokenizer or build_tokenizer(config.data.tokenizer)).vocab_size
-    if config.model.vocab_size is not None and config.model.vocab_size < needed:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size} is below the {needed} tokens of data.tokenizer = "
-            f"'{config.data.tokenizer}': raise it or leave it out"
-        )
-    return config.model.vocab_size or needed

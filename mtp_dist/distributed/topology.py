@@ -94,7 +94,6 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    data = config.data_parallel_degree(dist.get_world_size())
     parallel_state.initialize_model_parallel(
         config.parallel.tensor,
         config.parallel.pipeline,
@@ -104,7 +103,7 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
     topology = Topology(
         tp_size=config.parallel.tensor,
         pp_size=config.parallel.pipeline,
-        dp_size=data,
+        dp_size=config.dp_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),

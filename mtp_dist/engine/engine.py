@@ -51,18 +51,15 @@ class StepResult(NamedTuple):
 class TrainingEngine:
     """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop."""
 
-    def __init__(
-        self, config: Config, vocab_size: int, topology: Topology, stage: MultiTokenPipeline, pipeline: PipelineEngine
-    ) -> None:
+    def __init__(self, config: Config, topology: Topology, stage: MultiTokenPipeline, pipeline: PipelineEngine) -> None:
         self.config = config
-        self.vocab_size = vocab_size
         self.topology = topology
         self.stage = stage
         self.pipeline = pipeline
         self.pipeline.set_batch_fn(stage.load)
         # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
-        modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config, vocab_size))))
+        modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config))))
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._totals: list[Tensor] = []
@@ -75,7 +72,7 @@ class TrainingEngine:
     def set_initial_weights(self) -> None:
         """Give the weights the initial values of a new run."""
         # Not before there is the optimizer: its fp32 copies would be those of weights that are rounded to bf16.
-        shapes = parameter_shapes(self.config, self.vocab_size)
+        shapes = parameter_shapes(self.config)
         for name, weight in named_weights(self.stage):
             set_master_weight(weight, self.initial_values(name, weight, shapes[name]))
 
@@ -183,21 +180,21 @@ class TrainingEngine:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
 
 
-def build_engine(config: Config, vocab_size: int, topology: Topology, initialize: bool = True) -> TrainingEngine:
+def build_engine(config: Config, topology: Topology, initialize: bool = True) -> TrainingEngine:
     """Build this rank's stage and its optimizer.
 
     initialize: give the weights their initial values; False if a checkpoint is restored next.
     """
-    stage = MultiTokenPipeline(config, vocab_size, topology)
+    stage = MultiTokenPipeline(config, topology)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with suppress_stdout():
         pipeline, *_ = deepspeed.initialize(
             model=stage,
             model_parameters=list(stage.parameters()),
             optimizer=lambda parameters: build_optimizer(config, parameters, topology.device),
-            config=deepspeed_config(config, config.micro_batches(topology.world_size)),
+            config=deepspeed_config(config, config.micro_batches),
         )
-    engine = TrainingEngine(config, vocab_size, topology, stage, pipeline)
+    engine = TrainingEngine(config, topology, stage, pipeline)
     if initialize:
         engine.set_initial_weights()
     return engine

@@ -22,10 +22,9 @@ class HeadsWithLoss(PredictionHeads):
     in `loss_fn`.
     """
 
-    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
-        super().__init__(config, vocab_size, padded_vocab_size)
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
-        self.vocab_size = vocab_size
         self.scales = torch.zeros(config.heads.count)
         self.active = config.heads.count
         self.token_order_scale = torch.zeros(())
@@ -90,7 +89,7 @@ class HeadsWithLoss(PredictionHeads):
             targets=targets,
             active=self.active,
             scales=self.scales,
-            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, tp_group()),
+            vocabulary=Vocabulary(self.config.vocab_size, IGNORE_INDEX, tp_group()),
             z_loss=self.config.heads.z_loss,
             chunk_tokens=self.config.heads.chunk_tokens,
             sequence_parallel=self.config.parallel.sequence,

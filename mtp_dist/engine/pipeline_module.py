@@ -13,7 +13,6 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.heads_with_loss import HeadsWithLoss
-from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
@@ -56,7 +55,7 @@ def _add_embedding_weight(embedding: TokenEmbedding, hidden: Tensor) -> HeadsInp
 class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     """The layers of this rank's stage. Their weights have no values yet: the engine sets them."""
 
-    def __init__(self, config: Config, vocab_size: int, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology) -> None:
         self.config = config
         self.device = topology.device
         self.holds_loss = topology.holds_loss
@@ -64,11 +63,11 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.micro_batches: dict[tuple[Phase, int], MicroBatch] = {}
         """Micro-batches that wait for their forward pass, by phase and index."""
         self._index = 0
-        self.bounds = _stage_bounds(config, vocab_size)
+        self.bounds = _stage_bounds(config)
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
         with suppress_stdout(), torch.no_grad():
-            super().__init__(_layer_specs(config, vocab_size), topology=axes)
+            super().__init__(_layer_specs(config), topology=axes)
         tag_shards(self)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -122,23 +121,22 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         return layer
 
 
-def _layer_specs(config: Config, vocab_size: int) -> list[LayerSpec]:
-    padded = padded_vocab_size(vocab_size, config.parallel.tensor)
+def _layer_specs(config: Config) -> list[LayerSpec]:
     trunk = [LayerSpec(TrunkLayer, config, index) for index in range(config.model.trunk_layers)]
-    heads = LayerSpec(HeadsWithLoss, config, vocab_size, padded)
+    heads = LayerSpec(HeadsWithLoss, config)
     if not _heads_have_embedding(config):
-        return [LayerSpec(TokenEmbedding, config, padded), *trunk, heads]
+        return [LayerSpec(TokenEmbedding, config), *trunk, heads]
 
     def tied(**kwargs: object) -> TiedLayerSpec:
-        return TiedLayerSpec("embedding", TokenEmbedding, config, padded, tied_weight_attr=["lookup.weight"], **kwargs)
+        return TiedLayerSpec("embedding", TokenEmbedding, config, tied_weight_attr=["lookup.weight"], **kwargs)
 
     return [tied(), *trunk, tied(forward_fn=_add_embedding_weight), heads]
 
 
-def _stage_bounds(config: Config, vocab_size: int) -> list[int]:
+def _stage_bounds(config: Config) -> list[int]:
     """Index of each stage's first pipeline layer, and the number of layers at the end."""
     bounds = [0]
-    for layers in trunk_layers_per_stage(config, vocab_size):
+    for layers in trunk_layers_per_stage(config):
         bounds.append(bounds[-1] + layers)
     last_layers = 2 if _heads_have_embedding(config) else 1
     return [0, *(bound + 1 for bound in bounds[1:-1]), 1 + config.model.trunk_layers + last_layers]

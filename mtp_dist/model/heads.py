@@ -108,10 +108,10 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
     Under sequence parallelism it gathers its input `[S/TP, B, D]` over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int, tied: bool = False) -> None:
+    def __init__(self, config: Config, tied: bool = False) -> None:
         super().__init__(
             config.model.hidden_size,
-            padded_vocab_size,
+            config.padded_vocab_size,
             config=transformer_config(config),
             init_method=nn.init.zeros_,
             bias=False,
@@ -119,8 +119,8 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
         )
         first_entry = self.tp_group.rank() * self.output_size_per_partition
         entries = torch.arange(first_entry, first_entry + self.output_size_per_partition)
-        self.has_padding = bool(entries[-1] >= vocab_size)
-        self.register_buffer("padding", entries >= vocab_size, persistent=False)
+        self.has_padding = bool(entries[-1] >= config.vocab_size)
+        self.register_buffer("padding", entries >= config.vocab_size, persistent=False)
 
     def forward(self, hidden: Tensor, tied_weight: Tensor | None) -> Tensor:
         logits, _ = super().forward(hidden, tied_weight)
@@ -151,7 +151,7 @@ class PredictionHeads(nn.Module):
 
     global_prefix = ""
 
-    def __init__(self, config: Config, vocab_size: int, padded_vocab_size: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.kind = config.heads.kind
         numbers = range(1, config.heads.count + 1)
@@ -161,13 +161,11 @@ class PredictionHeads(nn.Module):
         self.final_norm = RMSNorm(transformer_config(config), config.model.hidden_size, config.model.norm_eps)
         self.separate = config.heads.unembedding == "separate"
         if self.separate:
-            self.unembeddings = nn.ModuleDict(
-                {str(k): Unembedding(config, vocab_size, padded_vocab_size) for k in numbers}
-            )
+            self.unembeddings = nn.ModuleDict({str(k): Unembedding(config) for k in numbers})
         else:
-            self.unembedding = Unembedding(config, vocab_size, padded_vocab_size, config.model.tie_embeddings)
+            self.unembedding = Unembedding(config, config.model.tie_embeddings)
         if config.heads.token_order:
-            self.token_order = Unembedding(config, vocab_size, padded_vocab_size)
+            self.token_order = Unembedding(config)
 
     def state(self, head: int, before: Tensor, embed: Callable[[int], Tensor], attention_bias: Tensor | None) -> Tensor:
         """State `[S, B, D]` of head 1..n from the one before it. embed(j) embeds the token j positions ahead.

@@ -14,19 +14,13 @@ from torch import Tensor, nn
 from mtp_dist.config import Config, HeadsConfig
 
 
-def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
-    """`vocab_size` rounded up so that every rank holds the same number of rows, a multiple of 64 for fast matmuls."""
-    multiple = 64 * tensor_parallel
-    return -(-vocab_size // multiple) * multiple
-
-
-def parameter_shapes(config: Config, vocab_size: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Shape of every whole weight by global name, in the order of the forward pass.
 
     `linear_qkv` has Megatron's order of rows: for each query group its queries, then its key, then its value.
     `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor.
     """
-    model = config.model
+    model, vocab_size = config.model, config.vocab_size
     width, ffn = model.hidden_size, model.ffn_size
     layer = {
         "input_layernorm.weight": (width,),

@@ -38,12 +38,12 @@ TOKEN_ORDER = 0
 class ReferenceModel(nn.Module):
     """Trunk and n heads of any kind with the weights of `parameter_shapes`, whole, under their global names."""
 
-    def __init__(self, config: Config, vocab_size: int, weights: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, Tensor] | None = None) -> None:
         """With the initial weights of `config.run.seed`, or with the given ones by global name."""
         super().__init__()
         self.config = config
         self.rope_inv_freq = rope_inv_freq(config.model)  # no buffer: fp32 whatever the weights become
-        shapes = parameter_shapes(config, vocab_size)
+        shapes = parameter_shapes(config)
         given = weights or {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
         self.weights = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(given[name]) for name in shapes})
 

@@ -22,11 +22,11 @@ class TokenEmbedding(nn.Module):
 
     global_prefix = "embedding"
 
-    def __init__(self, config: Config, padded_vocab_size: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.sequence_parallel = config.parallel.sequence
         self.lookup = VocabParallelEmbedding(
-            padded_vocab_size,
+            config.padded_vocab_size,
             config.model.hidden_size,
             init_method=nn.init.zeros_,
             reduce_scatter_embeddings=self.sequence_parallel,

@@ -87,14 +87,12 @@ class RunReporter(Callback):
     def __init__(
         self,
         config: Config,
-        vocab_size: int,
         validation: Sequence[ValidationSet],
         topology: Topology,
         optimizer_name: str,
         resumed: ResumePoint | None,
     ) -> None:
         self.config = config
-        self.vocab_size = vocab_size
         self.validation = validation
         self.topology = topology
         self.optimizer_name = optimizer_name
@@ -124,9 +122,7 @@ class RunReporter(Callback):
             writers.append(WandbWriter(config.log.wandb, config.run.name, config.output_dir))
         peak = peak_flops(device_name(self.topology.device), config.train.precision)
         rates = ThroughputUnits(
-            flops_per_token=[
-                model_flops_per_token(config, self.vocab_size, active) for active in range(1, config.heads.count + 1)
-            ],
+            flops_per_token=[model_flops_per_token(config, active) for active in range(1, config.heads.count + 1)],
             peak_flops=peak and peak * self.topology.world_size,
             bytes_per_token={of_set.name: of_set.bytes_per_token for of_set in self.validation},
         )
@@ -134,9 +130,9 @@ class RunReporter(Callback):
 
     def on_start(self, completed_steps: int) -> None:
         config, topology = self.config, self.topology
-        counts = parameter_counts(config, self.vocab_size)
-        stages = list(trunk_layers_per_stage(config, self.vocab_size))
-        micro_batches = config.micro_batches(topology.world_size)
+        counts = parameter_counts(config)
+        stages = list(trunk_layers_per_stage(config))
+        micro_batches = config.micro_batches
         logger.info(
             f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
             f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "

@@ -51,27 +51,27 @@ def _extra_parameters(config: Config) -> int:
     return _extra_matrix(config) + (2 * config.model.hidden_size if config.heads.kind == "sequential" else 0)
 
 
-def head_matrices(config: Config, vocab_size: int, active: int) -> int:
+def head_matrices(config: Config, active: int) -> int:
     """Parameters of the matrices that multiply one position in heads 1..active; a shared one counts for each user."""
     heads = config.heads
     block = heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
     unembeddings = active + (1 if heads.token_order else 0)
-    return heads.active_blocks(active) * block + unembeddings * vocab_size * config.model.hidden_size
+    return heads.active_blocks(active) * block + unembeddings * config.vocab_size * config.model.hidden_size
 
 
-def parameter_counts(config: Config, vocab_size: int) -> ParameterCounts:
-    """Parameters of the unsharded model with a vocabulary of `vocab_size` tokens, V."""
+def parameter_counts(config: Config) -> ParameterCounts:
+    """Parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     blocks = min(1, config.heads.blocks) if config.heads.repeated else config.heads.blocks
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
         heads=blocks * (config.heads.block_layers * layer + _extra_parameters(config)) + model.hidden_size,
-        embeddings=(1 + _unembeddings(config)) * vocab_size * model.hidden_size,
+        embeddings=(1 + _unembeddings(config)) * config.vocab_size * model.hidden_size,
     )
 
 
-def model_flops_per_token(config: Config, vocab_size: int, active: int) -> int:
+def model_flops_per_token(config: Config, active: int) -> int:
     """FLOPs of the matrix products, forward and backward, for one trained position while heads 1..active run.
 
     The convention of PaLM (arXiv:2204.02311, appendix B): 6 for each parameter of a matrix that multiplies the
@@ -82,7 +82,7 @@ def model_flops_per_token(config: Config, vocab_size: int, active: int) -> int:
     """
     model = config.model
     layers = model.trunk_layers + config.heads.active_blocks(active) * config.heads.block_layers
-    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, vocab_size, active)
+    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, active)
     return 6 * matrices + 12 * layers * model.hidden_size * config.train.sequence_length
 
 

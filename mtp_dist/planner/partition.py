@@ -4,7 +4,7 @@ from mtp_dist.config import Config
 from mtp_dist.planner.flops import head_matrices, layer_matrices
 
 
-def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
+def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
     """Number of trunk layers of each stage, first stage first.
 
     `balanced` makes the slowest stage as fast as possible: one trunk layer costs 1, the last stage also pays for the
@@ -20,7 +20,7 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
 
     def slowest(last_layers: int) -> float:
         others = -(-(layers - last_layers) // (stages - 1))
-        return max(others, last_layers + _heads_cost(config, vocab_size))
+        return max(others, last_layers + _heads_cost(config))
 
     # Every stage but the last needs a layer of its own; of equal choices the fullest last stage leaves the others
     # the fewest layers, and with them the least memory for activations in flight.
@@ -30,6 +30,6 @@ def trunk_layers_per_stage(config: Config, vocab_size: int) -> tuple[int, ...]:
     return (*(share + (stage >= stages - 1 - rest) for stage in range(stages - 1)), last)
 
 
-def _heads_cost(config: Config, vocab_size: int) -> float:
+def _heads_cost(config: Config) -> float:
     """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
-    return head_matrices(config, vocab_size, config.heads.count) / layer_matrices(config.model)
+    return head_matrices(config, config.heads.count) / layer_matrices(config.model)

@@ -67,4 +67,4 @@ def _newest(trainer: Trainer, saver: CheckpointSaver, gloo_group: dist.ProcessGr
     config = trainer.config.model_copy(
         update={"checkpoint": trainer.config.checkpoint.model_copy(update={"resume": "auto"})}
     )
-    return agree_on_resume_point(config, saver.vocab_size, trainer.engine.topology, gloo_group)
+    return agree_on_resume_point(config, trainer.engine.topology, gloo_group)

@@ -10,21 +10,21 @@ from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.memory import least_parameter_bytes, step_token_bytes
 
 
-def check_memory(config: Config, vocab_size: int, world_size: int, device: torch.device) -> None:
+def check_memory(config: Config, device: torch.device) -> None:
     """Raise ConfigError if this rank's parameters, or the samples of one step, are larger than its memory.
 
     Only what is needed at the least is counted, so a run that passes may still run out of memory.
     """
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
-    if (needed := least_parameter_bytes(config, vocab_size, world_size)) > memory:
-        total = parameter_counts(config, vocab_size).total
+    if (needed := least_parameter_bytes(config)) > memory:
+        total = parameter_counts(config).total
         raise ConfigError(
             f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "
             f"parallel.pipeline = {config.parallel.pipeline} each rank needs {_gigabytes(needed)} for its part and the "
             f"optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
         )
-    if (needed := step_token_bytes(config, world_size)) > host:
+    if (needed := step_token_bytes(config)) > host:
         raise ConfigError(
             f"train.global_batch_size = {config.train.global_batch_size} gives each data-parallel rank "
             f"{_gigabytes(needed)} of token ids per step, which does not fit into {_gigabytes(host)} of memory: "

@@ -40,7 +40,7 @@ def zipf_tokens(vocab_size: int, shape: tuple[int, int], generator: torch.Genera
     return by_rank[torch.multinomial(frequencies, shape[0] * shape[1], True, generator=generator)].view(shape)
 
 
-def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
+def random_batch(config: Config) -> tuple[Tensor, Tensor]:
     """Samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
 
     A few tokens are most of the text, as in the data of a run, so that sums over a token's positions are long.
@@ -50,7 +50,7 @@ def random_batch(config: Config, vocab_size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(config.run.seed)
     number = config.train.global_batch_size
     shape = (number, config.train.sequence_length + config.heads.lookahead)
-    samples = zipf_tokens(vocab_size, shape, generator)
+    samples = zipf_tokens(config.vocab_size, shape, generator)
     if not (config.data.loss_across_documents and config.data.attention_across_documents):
         ends = torch.rand(shape, generator=generator) < torch.linspace(0.3, 0, number)[:, None]
         samples = samples.masked_fill(ends, END_OF_DOCUMENT)
@@ -96,13 +96,11 @@ class ReferenceStep(NamedTuple):
 class ReferenceTraining:
     """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
 
-    def __init__(
-        self, config: Config, vocab_size: int, device: torch.device, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, config: Config, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
         """The ranks divide a batch among them, each with the full model, and add up their gradients."""
         self.config = config
         self.rank, self.world_size = rank, world_size
-        self.model = ReferenceModel(config, vocab_size).double().to(device)
+        self.model = ReferenceModel(config).double().to(device)
         self.device = device
         groups = parameter_groups(config, self.model.parameters())
         options = config.optimizer

@@ -54,20 +54,20 @@ class Comparison:
         return self.error <= self.tolerance
 
 
-def reduced(config: Config, vocab_size: int) -> tuple[Config, int]:
-    """Return the configuration and vocabulary to check: the same layout and kinds, at small widths if the model is
+def reduced(config: Config) -> Config:
+    """Return the configuration to check: the same layout and kinds, at small widths if the model is
     large.
 
     Prediction heads, precision and every degree stay, and whether queries are grouped; so do the trunk layers of an
     explicit partition, and the tokens of a micro-batch: if its samples are shortened, there are more of them.
     """
-    model, parallel, train = config.model, config.parallel, config.train
-    vocab_size = min(vocab_size, 1000)
+    parallel, train = config.parallel, config.train
+    model = config.model.model_copy(update={"vocab_size": min(config.vocab_size, 1000)})
     length, samples = train.sequence_length, train.micro_batch_size
     if length > LENGTH_LIMIT:
         length = LENGTH_LIMIT // parallel.tensor * parallel.tensor
         samples = -(-samples * train.sequence_length // length)
-    parameters = parameter_counts(config, vocab_size).total
+    parameters = parameter_counts(config.model_copy(update={"model": model})).total
     work = parameters * MICRO_BATCHES_PER_STAGE * samples * length / parallel.tensor
     if parameters > PARAMETER_LIMIT or work > WORK_LIMIT:
         explicit = not isinstance(parallel.partition, str)
@@ -83,7 +83,7 @@ def reduced(config: Config, vocab_size: int) -> tuple[Config, int]:
             }
         )
     train = train.model_copy(update={"sequence_length": length, "micro_batch_size": samples})
-    return config.model_copy(update={"model": model, "train": train}), vocab_size
+    return config.model_copy(update={"model": model, "train": train})
 
 
 def with_small_batch(config: Config, data_parallel: int) -> Config:
@@ -104,7 +104,7 @@ def with_gentle_step(config: Config) -> Config:
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": rate})})
 
 
-def tolerances(config: Config, vocab_size: int, data_parallel: int) -> dict[str, float]:
+def tolerances(config: Config, data_parallel: int) -> dict[str, float]:
     """Return the largest relative error by quantity that rounding explains: that of independent roundings in series.
 
     Each layer rounds the sums with its two branches, forward and backward; with tensor parallelism each of them is a
@@ -116,7 +116,9 @@ def tolerances(config: Config, vocab_size: int, data_parallel: int) -> dict[str,
     roundings = ROUNDINGS_OUTSIDE_LAYERS + 4 * depth * parallel.tensor
     if parallel.grad_reduce_dtype == "bf16":
         roundings += data_parallel
-    additions = max(train.micro_batch_size * train.sequence_length, vocab_size, model.ffn_size, model.hidden_size)
+    additions = max(
+        train.micro_batch_size * train.sequence_length, config.vocab_size, model.ffn_size, model.hidden_size
+    )
     of_sums = UNIT_ROUNDOFF["fp32"] * math.sqrt(additions)
     gradients = UNIT_ROUNDOFF[train.precision] * math.sqrt(roundings) + of_sums
     return {
@@ -161,10 +163,10 @@ class Truth(NamedTuple):
     """After the update, by global name."""
 
 
-def reference_truth(config: Config, vocab_size: int, topology: Topology) -> Truth:
+def reference_truth(config: Config, topology: Topology) -> Truth:
     """Return one step of the reference; the ranks share the work."""
-    samples, targets = random_batch(config, vocab_size)
-    training = ReferenceTraining(config, vocab_size, topology.device, topology.rank, topology.world_size)
+    samples, targets = random_batch(config)
+    training = ReferenceTraining(config, topology.device, topology.rank, topology.world_size)
     step = training.step(samples, targets, config.optimizer.lr, all_heads_schedule(config))
     return Truth(samples, targets, step, {name: w.detach() for name, w in training.model.named_weights().items()})
 
@@ -174,10 +176,10 @@ def all_heads_schedule(config: Config) -> HeadSchedule:
     return HeadSchedule(head_schedule(config, 1).loss_weights, config.heads.count)
 
 
-def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
+def errors_of_sharded(config: Config, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
     """Return the relative errors of one step of the sharded model on the same batch, by quantity and name."""
-    engine = build_engine(config, vocab_size, topology)
-    shapes = parameter_shapes(config, vocab_size)
+    engine = build_engine(config, topology)
+    shapes = parameter_shapes(config)
     batch = local_batch(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:
         result = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
@@ -203,18 +205,17 @@ def errors_of_sharded(config: Config, vocab_size: int, topology: Topology, truth
     }
 
 
-def selfcheck(config: Config, vocab_size: int, topology: Topology) -> list[Comparison]:
+def selfcheck(config: Config, topology: Topology) -> list[Comparison]:
     """Return every comparison at the configuration's layout: in fp32, where agreement must be close, then in its
     precision."""
-    config, vocab_size = reduced(config, vocab_size)
-    config = with_small_batch(with_gentle_step(config), topology.dp_size)
-    truth = reference_truth(config, vocab_size, topology)
+    config = with_small_batch(with_gentle_step(reduced(config)), topology.dp_size)
+    truth = reference_truth(config, topology)
     comparisons = []
     for precision in dict.fromkeys(["fp32", config.train.precision]):
         train = config.train.model_copy(update={"precision": precision})
         in_precision = config.model_copy(update={"train": train})
-        bounds = tolerances(in_precision, vocab_size, topology.dp_size)
-        for quantity, of_names in errors_of_sharded(in_precision, vocab_size, topology, truth).items():
+        bounds = tolerances(in_precision, topology.dp_size)
+        for quantity, of_names in errors_of_sharded(in_precision, topology, truth).items():
             error, where = worst(of_names)
             comparisons.append(Comparison(quantity, precision, error, bounds[quantity], where))
     return comparisons

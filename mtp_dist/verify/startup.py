@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, resolve
 from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import check_launcher_variables
@@ -21,6 +21,7 @@ class CheckedJob(NamedTuple):
     """What a job starts with once its checks have passed."""
 
     config: Config
+    """Resolved."""
     sources: RunSources
     """Tokenizer and, if the job needs data, opened sources."""
     device: torch.device
@@ -34,8 +35,8 @@ def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool
     check_launcher_variables()
     configure_logging(int(os.environ.get("RANK", 0)))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    config.micro_batches(world_size)
     sources = RunSources(config)
+    config = resolve(config, sources.tokenizer.vocab_size, world_size)
     if needs_data:
         sources.open_all()
         check_writable("run.output_dir", config.output_dir)
@@ -44,7 +45,7 @@ def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool
             check_wandb(config)
     device = select_device(config)
     if needs_data:  # a self-check or benchmark computes less than the configured model
-        check_memory(config, sources.vocab_size, world_size, device)
+        check_memory(config, device)
     check_profile(config, world_size, memory_snapshot, device)
     if config.deepspeed:
         # DeepSpeed probes the device when it is imported.

@@ -75,7 +75,7 @@ def test_a_run_is_exported_and_comes_back(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "hf" / "mtp_heads.safetensors")) == set(exported["head_weights"])
     assert "| head |" in (tmp_path / "hf" / "README.md").read_text(), "the losses of its validation"
     mtp_dist("import", "--from", tmp_path / "hf", "--to", tmp_path / "c")
-    _, _, before = load_weights(checkpoints / "step_00000002")
+    _, before = load_weights(checkpoints / "step_00000002")
     back = ReferenceModel(*load_weights(tmp_path / "c")).named_weights()
     assert before.keys() == back.keys() and all(torch.equal(before[name], back[name]) for name in before)
 

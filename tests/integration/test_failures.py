@@ -32,9 +32,9 @@ def assert_checkpoints_are_whole(folder: Path) -> None:
     unfinished = [name for name in names if name.endswith(".unfinished")]
     assert finished and len(unfinished) <= 1 and {*names} == {*finished, *unfinished, "latest"}, names
     assert (folder / "latest").read_text().strip() in finished
-    expected = load_weights(folder / finished[0])[2]
+    expected = load_weights(folder / finished[0])[1]
     for name in finished:
-        weights = load_weights(folder / name)[2]
+        weights = load_weights(folder / name)[1]
         assert {key: weight.shape for key, weight in weights.items()} == {k: w.shape for k, w in expected.items()}
 
 
@@ -127,5 +127,5 @@ def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
     assert lines[3]["train/grad_norm/head_1"] > 0, "not what no sum has touched"
     assert (out / "events.jsonl").read_text().count('"kind": "skip"') == 2
     assert_checkpoints_are_whole(out / "checkpoints")
-    before, after = (load_weights(out / "checkpoints" / f"step_0000000{step}")[2] for step in (2, 3))
+    before, after = (load_weights(out / "checkpoints" / f"step_0000000{step}")[1] for step in (2, 3))
     assert before and all(torch.equal(after[name], weight) for name, weight in before.items())

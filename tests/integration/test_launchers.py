@@ -181,9 +181,9 @@ def test_checkpoints_agree(runs: dict[str, Run]) -> None:
     from mtp_dist.checkpoint.reader import load_weights
 
     opened = {name: load_weights(run.checkpoint) for name, run in runs.items()}
-    _, vocab_size, expected = opened["one process"]
-    for name, (config, vocabulary, weights) in opened.items():
-        assert (config.heads.count, vocabulary) == (HEADS, vocab_size)
+    first, expected = opened["one process"]
+    for name, (config, weights) in opened.items():
+        assert (config.heads.count, config.vocab_size) == (HEADS, first.vocab_size)
         assert weights.keys() == expected.keys()
         for weight, truth in expected.items():
             assert (weights[weight] - truth).norm() <= 1e-3 * truth.norm(), (name, weight)

@@ -17,7 +17,7 @@ END_OF_FIRST = 7
 def second_document_losses(config: Config) -> tuple[Tensor, Tensor]:
     """Return the heads' mean losses `[n]` at positions of second documents, before and after a change to the first."""
     engine = open_engine(config)
-    samples, targets = random_batch(config, VOCAB_SIZE)
+    samples, targets = random_batch(config)
     samples[:, END_OF_FIRST] = END_OF_DOCUMENT
     targets[:, :, : END_OF_FIRST + 1] = IGNORE_INDEX
     changed = samples.clone()

@@ -14,7 +14,6 @@ from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.targets import TrainBatch
 from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses
 from tests.engines import global_batch, open_engine, step_batch, take_step
-from tests.tiny import VOCAB_SIZE
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Run:
 
 def reference_run(config: Config, steps: int) -> Run:
     """Train the reference."""
-    training = ReferenceTraining(config, VOCAB_SIZE, torch.device("cpu"))
+    training = ReferenceTraining(config, torch.device("cpu"))
     results = [
         training.step(*global_batch(config, step), learning_rate(config, step), head_schedule(config, step))
         for step in range(1, steps + 1)
@@ -45,7 +44,7 @@ def reference_run(config: Config, steps: int) -> Run:
 
 def sharded_run(config: Config, steps: int) -> Run | None:
     """Return the run with this stage's gradients and weights; None on ranks that only repeat them."""
-    engine, shapes = open_engine(config), parameter_shapes(config, VOCAB_SIZE)
+    engine, shapes = open_engine(config), parameter_shapes(config)
     topology = engine.topology
     with capture_first_gradients(engine, shapes) as gradients:
         results = [take_step(engine, step) for step in range(1, steps + 1)]

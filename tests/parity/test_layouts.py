@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtp_dist.model.parameters import padded_vocab_size
+from mtp_dist.config.schema import padded_vocab_size
 from tests.errors import largest_error, norm_error
 from tests.parity.comparison import (
     assert_equals_reference,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mtp_dist.config import Config, build_config, load_config, read_values
+from mtp_dist.config import Config, build_config, load_config, read_values, resolve
 from mtp_dist.config.validation import DERIVED_DEEPSPEED_KEYS
 from mtp_dist.errors import ConfigError
 
@@ -292,7 +292,9 @@ def test_what_follows_from_the_keys(base: Path) -> None:
 def test_demo() -> None:
     config = load_config(DEMO, ["train.steps=1"])
     assert config.train.steps == 1
-    assert config.micro_batches(config.parallel.tensor * config.parallel.pipeline) >= 1, "it runs at its own layout"
+    assert resolve(config, 257, config.parallel.tensor * config.parallel.pipeline).micro_batches >= 1, (
+        "it runs at its own layout"
+    )
 
 
 def test_defaults_that_follow_from_other_keys(base: Path) -> None:
@@ -309,10 +311,10 @@ def test_configuration_is_frozen(base: Path) -> None:
 
 def test_world_size(base: Path) -> None:
     config = load_config(base, ["parallel.tensor=2"])
-    assert [config.data_parallel_degree(size) for size in (4, 8, 12)] == [1, 2, 3]
+    assert [resolve(config, 257, size).dp_size for size in (4, 8, 16)] == [1, 2, 4]
     for size in (1, 2, 6):
         with pytest.raises(ConfigError) as error:
-            config.data_parallel_degree(size)
+            resolve(config, 257, size)
         assert str(error.value) == (
             f"parallel.tensor * parallel.pipeline = 2 * 2 = 4 does not divide the world size {size}: "
             "start a multiple of 4 processes or lower a degree"
@@ -321,10 +323,10 @@ def test_world_size(base: Path) -> None:
 
 def test_global_batch_size(base: Path) -> None:
     config = load_config(base)
-    assert [config.micro_batches(size) for size in (2, 4, 16)] == [8, 4, 1]
+    assert [resolve(config, 257, size).micro_batches for size in (2, 4, 16)] == [8, 4, 1]
     for size, data in ((6, 3), (32, 16)):
         with pytest.raises(ConfigError) as error:
-            config.micro_batches(size)
+            resolve(config, 257, size)
         assert str(error.value) == (
             f"train.global_batch_size = 32 is not divisible by train.micro_batch_size * data-parallel degree = "
             f"4 * {data} = {4 * data}: change one of the two batch sizes"

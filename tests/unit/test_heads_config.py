@@ -235,8 +235,8 @@ GOOD: list[dict[str, Any]] = [
 def test_round_trip_through_json(heads: dict[str, Any]) -> None:
     """As a checkpoint stores it."""
     config = tiny_config(heads=dict(heads))
-    assert build_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
-    assert build_config(config.model_dump()) == config
+    again = build_config(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == build_config(config.model_dump()) and again.model_dump() == config.model_dump()
     dumped = config.heads.model_dump(mode="json")
     assert {key: dumped[key] for key in heads} == heads
 

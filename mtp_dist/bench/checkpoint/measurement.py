@@ -34,7 +34,6 @@ class _Subject:
     """A model after one update, and the two ways to save it."""
 
     config: Config
-    vocab_size: int
     engine: TrainingEngine
     groups: GlooGroups
     saver: CheckpointSaver
@@ -50,7 +49,7 @@ class _Subject:
 
     def save_plainly(self) -> None:
         """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
-        snapshot = take_snapshot(self.config, self.vocab_size, self.engine, RunState(STEP))
+        snapshot = take_snapshot(self.config, self.engine, RunState(STEP))
         tensors = gather_owned_tensors(snapshot, self.engine.topology, self.groups.tensor)
         with self.plain_file.open("wb") as stream:
             torch.save(tensors, stream)
@@ -65,7 +64,7 @@ class _Subject:
 
 
 def measure_checkpoints(
-    config: Config, vocab_size: int, topology: Topology, folder: Path, rounds: int, report: Callable[[str], None]
+    config: Config, topology: Topology, folder: Path, rounds: int, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Medians over the rounds of each way's seconds, on every rank. folder: on the disk to measure, emptied at the end.
 
@@ -73,7 +72,7 @@ def measure_checkpoints(
     """
     to_folder = config.checkpoint.model_copy(update={"directory": str(folder)})
     config = config.model_copy(update={"checkpoint": to_folder})
-    subject = _subject(config, vocab_size, topology, folder, report)
+    subject = _subject(config, topology, folder, report)
     seconds = paired_seconds(
         {
             "stall": subject.save,
@@ -101,15 +100,13 @@ def measure_checkpoints(
     }
 
 
-def _subject(
-    config: Config, vocab_size: int, topology: Topology, folder: Path, report: Callable[[str], None]
-) -> _Subject:
-    engine = build_engine(config, vocab_size, topology)
-    batch = local_batch(config, topology, *random_batch(config, vocab_size))
+def _subject(config: Config, topology: Topology, folder: Path, report: Callable[[str], None]) -> _Subject:
+    engine = build_engine(config, topology)
+    batch = local_batch(config, topology, *random_batch(config))
     engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
     groups = new_gloo_groups(topology)
-    saver = CheckpointSaver(config, vocab_size, engine, groups, report)
-    subject = _Subject(config, vocab_size, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
+    saver = CheckpointSaver(config, engine, groups, report)
+    subject = _Subject(config, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
     # Once to warm up; it also makes the folder.
     for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):
         way()

@@ -94,9 +94,7 @@ class _Benchmark:
         self.device = topology.device
         self.is_first = topology.rank == 0
         self.group = tp_group()
-        self.problem = Problem(
-            settings.config, settings.tokens, settings.vocab, DTYPES[settings.dtype], self.device, self.group
-        )
+        self.problem = Problem(settings.config, settings.tokens, DTYPES[settings.dtype], self.device, self.group)
         self.matmul_seconds: list[float] = []
         self.progress = Progress(
             TextColumn("{task.description}"),

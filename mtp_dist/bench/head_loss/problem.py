@@ -17,7 +17,6 @@ from mtp_dist.loss.naive import naive_heads_loss
 from mtp_dist.loss.objective import Heads, HeadSums, Objective
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import Unembedding
-from mtp_dist.model.parameters import padded_vocab_size
 from mtp_dist.model.targets import IGNORE_INDEX
 
 REFERENCE_BYTES = 2**28
@@ -31,36 +30,34 @@ class Problem:
         self,
         config: Config,
         tokens: int,
-        vocab: int,
         dtype: torch.dtype,
         device: torch.device,
         group: torch.distributed.ProcessGroup,
     ) -> None:
-        self.vocab, self.dtype, self.device, self.group = vocab, dtype, device, group
+        self.vocab_size, self.dtype, self.device, self.group = config.vocab_size, dtype, device, group
         self.hidden_size = config.model.hidden_size
         heads = config.heads.count
         generator = torch.Generator(device).manual_seed(0)
         self.trunk_output = torch.randn(tokens, 1, self.hidden_size, generator=generator, device=device).to(dtype)
         spread = 0.1 * torch.randn(heads, self.hidden_size, generator=generator, device=device)
         self.norms = (1 + spread).to(dtype)
-        self.targets = torch.randint(vocab, (heads, 1, tokens), generator=generator, device=device)
-        padded = padded_vocab_size(vocab, config.parallel.tensor)
-        self.unembedding = Unembedding(config, vocab, padded).to(device, dtype)
+        self.targets = torch.randint(self.vocab_size, (heads, 1, tokens), generator=generator, device=device)
+        self.unembedding = Unembedding(config).to(device, dtype)
         rows = self.unembedding.weight.shape[0]
-        whole = F.pad(self.whole_unembedding(), (0, 0, 0, padded - vocab))
+        whole = F.pad(self.whole_unembedding(), (0, 0, 0, config.padded_vocab_size - self.vocab_size))
         with torch.no_grad():
             self.unembedding.weight.copy_(whole[group.rank() * rows :][:rows])
 
     def whole_unembedding(self) -> Tensor:
         """`[V, D]`, for logits with a standard deviation near 1."""
         generator = torch.Generator(self.device).manual_seed(1)
-        whole = torch.randn(self.vocab, self.hidden_size, generator=generator, device=self.device)
+        whole = torch.randn(self.vocab_size, self.hidden_size, generator=generator, device=self.device)
         return (whole / math.sqrt(self.hidden_size)).to(self.dtype)
 
     def inputs(self, mode: str, heads: int) -> Inputs:
         """The leaves of one mode, all in this problem's memory."""
         weight = self.unembedding.weight
-        rows = weight if mode not in PEERS else weight.detach()[: self.vocab].requires_grad_()
+        rows = weight if mode not in PEERS else weight.detach()[: self.vocab_size].requires_grad_()
         norms = [norm.detach().requires_grad_() for norm in self.norms[:heads]]
         return Inputs(self.trunk_output.detach().requires_grad_(), norms, rows)
 
@@ -97,7 +94,7 @@ class Problem:
                 targets=targets,
                 active=count,
                 scales=torch.full((count,), 1 / tokens, device=targets.device),
-                vocabulary=Vocabulary(self.vocab, IGNORE_INDEX, self.group),
+                vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, self.group),
             )
             sums = HeadSums.zeros(count, targets.device)
             if mode == "naive":

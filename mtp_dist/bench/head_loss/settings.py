@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mtp_dist.bench.head_loss.peers import PEERS
-from mtp_dist.config import Config, build_config
+from mtp_dist.config import Config, build_config, resolve
 from mtp_dist.errors import ConfigError
 
 OWN_MODES = ("naive", "eager", "recompute")
@@ -42,7 +42,7 @@ class Settings:
     @property
     def config(self) -> Config:
         """A model with such heads; only what tensor parallelism and the unembedding read of it matters."""
-        return build_config(
+        config = build_config(
             {
                 "run": {"device": self.device},
                 "model": {
@@ -57,6 +57,7 @@ class Settings:
                 "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": self.tokens},
             }
         )
+        return resolve(config, self.vocab, self.tp)
 
 
 def read_settings(heads: str, tp: int, modes: str | None, device: str, **sizes: int | str | None) -> Settings:

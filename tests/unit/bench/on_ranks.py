@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.config import load_config
+from tests.tiny import load_resolved
 
 TOKENS = 6
 WIDTH = 4
@@ -85,7 +85,7 @@ def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
     from mtp_dist.distributed.topology import initialize_topology
     from mtp_dist.engine.engine import TrainingEngine
 
-    config = load_config(path)
+    config = load_resolved(path)
     topology = initialize_topology(config, select_device(config))
     with_progress = []
     train_step = TrainingEngine.train_step

@@ -16,11 +16,11 @@ from mtp_dist.checkpoint.format import (
 )
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
 from mtp_dist.checkpoint.writer import create_staging_dir, publish
-from mtp_dist.config import Config
+from mtp_dist.config import Config, build_config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer_state import MOMENTS
 from mtp_dist.model.parameters import parameter_shapes
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import tiny_config
 
 
 def config_in(directory: Path, **checkpoint: object) -> Config:
@@ -31,7 +31,7 @@ def write_unfinished(config: Config, step: int) -> Path:
     """All files of a checkpoint of that step, by two ranks."""
     unfinished = with_suffix_appended(checkpoint_path(config, step), UNFINISHED)
     create_staging_dir(unfinished)
-    shapes = parameter_shapes(config, VOCAB_SIZE)
+    shapes = parameter_shapes(config)
     records = {}
     for rank in range(2):
         topology = Topology(2, 1, 1, rank, 0, 0, torch.device("cpu"))
@@ -39,7 +39,7 @@ def write_unfinished(config: Config, step: int) -> Path:
         moments = {f"{key}.{name}": weight.clone() for key in MOMENTS for name, weight in weights.items()}
         records |= write_tensor_files(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
     layout = SavedLayout(tensor=2, pipeline=1, data=1, world_size=2, zero_stage=0)
-    description = CheckpointMetadata(step, VOCAB_SIZE, step, config, losses=(3.5, None), layout=layout)
+    description = CheckpointMetadata(step, step, config, losses=(3.5, None), layout=layout)
     write_metadata(unfinished, description, records)
     return unfinished
 
@@ -77,3 +77,8 @@ def copied(folder: Path, to: Path) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder, to)
     return to
+
+
+def as_saved(config: Config) -> Config:
+    """Return the configuration as a checkpoint has it: without the world size."""
+    return build_config(config.model_dump(mode="json"))

@@ -8,7 +8,6 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.verify.reference_training import mean_losses
 from tests.engines import open_engine, take_step
-from tests.tiny import VOCAB_SIZE
 
 LOSSES = (4.5, None, 5.5, 6.5)
 """What every checkpoint is told; the second is not finite."""
@@ -42,7 +41,7 @@ def train_part(config: Config, completed_steps: int, last: int, resume: Path | N
         restore(engine, resume)
     steps = range(completed_steps + 1, last + 1)
     part = Part([mean_losses(take_step(engine, step).heads, config.heads.count) for step in steps])
-    shapes = parameter_shapes(config, VOCAB_SIZE)
+    shapes = parameter_shapes(config)
     ensure_state(engine.pipeline)
     part.weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}
     for key in MOMENTS:
@@ -52,7 +51,7 @@ def train_part(config: Config, completed_steps: int, last: int, resume: Path | N
         part.moments |= {f"{key}.{name}": tensor.clone() for name, tensor in of_stage}
     if save:
         # Twice: a second save of the same step replaces the first.
-        saver = CheckpointSaver(config, VOCAB_SIZE, engine, new_gloo_groups(topology), print)
+        saver = CheckpointSaver(config, engine, new_gloo_groups(topology), print)
         for _ in range(2):
             saver.save(RunState(last, [float("nan") if loss is None else loss for loss in LOSSES], RECENT))
             saver.wait()

@@ -15,7 +15,6 @@ from mtp_dist.checkpoint.format import RunState
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 from tests.engines import open_engine, take_step
-from tests.tiny import VOCAB_SIZE
 from tests.unit.checkpoint.folders import damages, flip
 
 ROOM = 4096
@@ -56,7 +55,7 @@ class Training:
 
         checkpoint = self.config.checkpoint.model_copy(update={"directory": str(directory), "keep_last": keep_last})
         config = self.config.model_copy(update={"checkpoint": checkpoint})
-        return CheckpointSaver(config, VOCAB_SIZE, self.engine, self.groups, self.reports.append)
+        return CheckpointSaver(config, self.engine, self.groups, self.reports.append)
 
 
 @contextlib.contextmanager
@@ -187,7 +186,7 @@ def start_from_damaged(config: Config, directory: Path) -> Seen:
         dist.barrier()
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                point = agree_on_resume_point(config, VOCAB_SIZE, topology, group)
+                point = agree_on_resume_point(config, topology, group)
                 seen.starts[name] = point.folder.name if point else "the beginning"
             except ConfigError as error:
                 seen.starts[name] = str(error)

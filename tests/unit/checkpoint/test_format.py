@@ -25,7 +25,7 @@ from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
 from tests.ranks import Ranks
 from tests.tiny import VOCAB_SIZE, tiny_config
-from tests.unit.checkpoint.folders import config_in, flip, write_checkpoint, write_unfinished
+from tests.unit.checkpoint.folders import as_saved, config_in, flip, write_checkpoint, write_unfinished
 from tests.unit.checkpoint.on_ranks import LOSSES, RECENT, train_part
 
 STEP = 1
@@ -50,15 +50,15 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     left = sorted(path.name for path in folder.parent.iterdir())
     assert left == ["latest", folder.name], "nothing unfinished is left"
     assert (folder.parent / "latest").read_text() == f"{folder.name}\n"
-    loaded_config, vocab_size, weights = load_weights(folder)
-    assert loaded_config == config and vocab_size == VOCAB_SIZE
+    loaded_config, weights = load_weights(folder)
+    assert loaded_config == as_saved(config) and loaded_config.vocab_size == VOCAB_SIZE
     description = read_metadata(folder)
     assert (description.step, description.optimizer_updates) == (STEP, STEP)
     zero_stage = int(config.train.precision == "bf16")
     assert description.layout == SavedLayout(tensor, pipeline, data, tensor * pipeline * data, zero_stage)
     assert (description.losses, description.recent_losses) == (LOSSES, RECENT)
     assert description.versions["torch"] == torch.__version__ and description.versions["deepspeed"]
-    shapes = parameter_shapes(config, VOCAB_SIZE)
+    shapes = parameter_shapes(config)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "no padded vocabulary"
     assert ("unembedding.weight" in weights) != config.model.tie_embeddings
     for name, weight in weights.items():
@@ -74,7 +74,7 @@ def test_what_was_saved_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> No
     )
     assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in moments.items())
 
-    model = ReferenceModel(loaded_config, vocab_size, weights)
+    model = ReferenceModel(loaded_config, weights)
     logits = model(torch.arange(8)[None])
     assert len(logits) == 4 and all(of_head.isfinite().all() for of_head in logits.values())
     for kind, number in {"model": 4, "optimizer": 8}.items():
@@ -145,7 +145,7 @@ if __debug__:
     raise SystemExit("asserts are on")
 folder = write_checkpoint(Path({str(tmp_path)!r}), 10)
 check_fully(folder)
-config, vocab_size, weights = load_weights(folder)
+config, weights = load_weights(folder)
 print(len(weights), sorted(path.name for path in folder.glob("*.json")))
 """
     run = subprocess.run(
@@ -156,7 +156,7 @@ print(len(weights), sorted(path.name for path in folder.glob("*.json")))
     )
     assert run.returncode == 0, run.stderr
     names = ["config.json", "manifest.json", "model.safetensors.index.json", "optimizer.safetensors.index.json"]
-    assert run.stdout.splitlines()[-1] == f"{len(parameter_shapes(tiny_config(), VOCAB_SIZE))} {names}"
+    assert run.stdout.splitlines()[-1] == f"{len(parameter_shapes(tiny_config()))} {names}"
 
 
 def test_a_checkpoint_is_whole_although_the_list_of_its_files_is_stale(
@@ -169,7 +169,7 @@ def test_a_checkpoint_is_whole_although_the_list_of_its_files_is_stale(
         folder = write_unfinished(config_in(tmp_path), 10)
         check_fully(folder)
     check_fully(folder)
-    shapes = parameter_shapes(tiny_config(), VOCAB_SIZE)
+    shapes = parameter_shapes(tiny_config())
     assert TensorReader(folder, "model").shapes() == shapes
     check_index(folder, "model", 4 * sum(map(math.prod, shapes.values())))
     check_index(folder, "optimizer", 8 * sum(map(math.prod, shapes.values())))

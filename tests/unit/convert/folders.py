@@ -29,16 +29,16 @@ def lively(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dict[str, Any]) -> ReferenceModel:
     """A checkpoint of step 7 of a tiny model, and that model."""
-    config = tiny_config(**sections)
+    config = tiny_config(**sections | {"model": {"vocab_size": vocab_size} | sections.get("model", {})})
     generator = torch.Generator().manual_seed(8)
-    weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config, vocab_size).items()}
+    weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config).items()}
     folder.mkdir(parents=True)
     save_file(weights, folder / tensor_file(MODEL, 0, 1))
     index = {"weight_map": dict.fromkeys(weights, tensor_file(MODEL, 0, 1))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    CheckpointMetadata(STEP, vocab_size, 0, config).write(folder)
+    CheckpointMetadata(STEP, 0, config).write(folder)
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
-    return ReferenceModel(config, vocab_size, weights)
+    return ReferenceModel(config, weights)
 
 
 def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -> LlamaForCausalLM:

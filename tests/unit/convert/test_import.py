@@ -128,9 +128,9 @@ def test_our_export_comes_back_bit_for_bit(tmp_path: Path, case: str, monkeypatc
     monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
     model = write_checkpoint(tmp_path / "before", **{name: dict(section) for name, section in EXPORTS[case].items()})
     export_checkpoint(tmp_path / "before", tmp_path / "hf", "fp32")
-    config, vocab_size, weights = load_weights(import_from(tmp_path))
+    config, weights = load_weights(import_from(tmp_path))
     before = model.named_weights()
-    assert weights.keys() == before.keys() and vocab_size == VOCAB_SIZE
+    assert weights.keys() == before.keys() and config.vocab_size == VOCAB_SIZE
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
     assert config.heads == model.config.heads and config.data == model.config.data
     assert config.model.rope_scaling == model.config.model.rope_scaling
@@ -159,12 +159,12 @@ def test_the_folder_trains_as_it_is(tmp_path: Path) -> None:
     folder = import_from(tmp_path)
     config = load_config(folder / "run.yaml", [f"checkpoint.resume={folder}", "train.steps=9", "optimizer.lr=1e-5"])
     assert config.data.tokenizer == str(folder) and config.train.sequence_length == 64
-    found = find_resume_point(config, VOCAB_SIZE)
+    found = find_resume_point(config)
     assert found is not None and (found.folder, found.step) == (folder, 0)
     for override in ("heads.kind=causal", "data.tokenizer=bytes", "model.rope_theta=7.0", SCALED):
         changed = load_config(folder / "run.yaml", [f"checkpoint.resume={folder}", override])
         with pytest.raises(ConfigError, match=f"^{override.split('=')[0]} is "):
-            find_resume_point(changed, VOCAB_SIZE)
+            find_resume_point(changed)
 
 
 def test_the_users_configuration_counts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mtp_dist.data.corpus import Corpus, check_document_ends, check_ids, check_t
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import UserError
+from tests.tiny import resolved
 from tests.unit.data.preparing import documents_of, made, request
 
 HEADER_BYTES = 34
@@ -221,7 +222,7 @@ def test_document_masks_need_documents_that_end(tmp_path: Path, ends: list[int],
         model = {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1}
         train = {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8}
         data = {"train": [{"path": str(prefix)}], **keys}
-        load_datasets(build_config({"model": model, "heads": {"count": 2}, "data": data, "train": train}))
+        load_datasets(resolved(build_config({"model": model, "heads": {"count": 2}, "data": data, "train": train})))
 
     load(wrong)
     load(right, **{key: False})

@@ -24,16 +24,25 @@ from mtp_dist.data.sources.text_sources import Input, InputOptions
 from mtp_dist.data.streaming import StreamedSamples
 from mtp_dist.errors import UserError
 from mtp_dist.pretrain import main
+from tests.tiny import resolved
 
 
 def config(train: list[dict[str, Any]], validation: list[dict[str, Any]], **train_keys: int) -> Config:
-    return build_config(
-        {
-            "model": {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1},
-            "heads": {"count": 2},
-            "data": {"train": train, "validation": validation},
-            "train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8, **train_keys},
-        }
+    return resolved(
+        build_config(
+            {
+                "model": {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1},
+                "heads": {"count": 2},
+                "data": {"train": train, "validation": validation},
+                "train": {
+                    "steps": 5,
+                    "global_batch_size": 4,
+                    "micro_batch_size": 1,
+                    "sequence_length": 8,
+                    **train_keys,
+                },
+            }
+        )
     )
 
 
@@ -236,7 +245,7 @@ def test_a_start_builds_the_tokenizer_once_and_opens_each_source_once(
     written = config([{"path": str(prefix)}, {"path": f"{prefix}.bin"}], []).model_dump(mode="json")
     written["data"]["validation"] = [{"path": str(tmp_path / name), "name": name} for name in ("folder", "saved")]
     written["data"]["validation"][0]["glob"] = "*.txt"
-    written["data"]["tokenizer"] = str(tokenizer)
+    written["data"]["tokenizer"], written["model"]["vocab_size"] = str(tokenizer), None
     written["run"] |= {"output_dir": str(tmp_path / "out"), "device": "cpu"}
     (tmp_path / "config.yaml").write_text(json.dumps(written))
     calls: Counter[str] = Counter()

@@ -44,8 +44,9 @@ def small_units() -> Any:
         yield
 
 
-def config_of(shards: int, *sources: dict[str, Any]) -> Config:
+def config_of(shards: int, *sources: dict[str, Any], world_size: int = 1) -> Config:
     return tiny_config(
+        world_size,
         data={"train": list(sources), "stream_shards": shards},
         train={"global_batch_size": BATCH, "micro_batch_size": 1, "sequence_length": LENGTH},
         heads={"count": 2},
@@ -211,7 +212,8 @@ def documents_of_shards(source: dict[str, Any], shards: int) -> list[list[bytes]
 def test_ranks_that_tokenize_more_than_their_part_get_a_line(source: dict[str, Any], shards: int, parts: int) -> None:
     from mtp_dist.config.notices import notices
 
-    lines = [line for line in notices(config_of(shards, source), 257, 6) if line.startswith("data.stream_shards")]
+    config = config_of(shards, source, world_size=6)
+    lines = [line for line in notices(config, 257) if line.startswith("data.stream_shards")]
     assert lines == [
         f"data.stream_shards = {shards} is not a multiple of the data-parallel degree 6: each rank tokenizes "
         f"1/{parts} of the stream instead of 1/6"

@@ -21,6 +21,7 @@ from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
 from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import UserError
+from tests.tiny import resolved
 from tests.unit.data.preparing import made, request, units_in
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
@@ -50,13 +51,15 @@ def json_lines(file: Path, texts: list[str]) -> Path:
 
 
 def config(tokenizer: Path, source: dict[str, Any], **keys: float) -> Config:
-    return build_config(
-        {
-            "model": {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1},
-            "heads": {"count": 2},
-            "data": {"train": [source], "validation": [source], "tokenizer": str(tokenizer), **keys},
-            "train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8},
-        }
+    return resolved(
+        build_config(
+            {
+                "model": {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1},
+                "heads": {"count": 2},
+                "data": {"train": [source], "validation": [source], "tokenizer": str(tokenizer), **keys},
+                "train": {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8},
+            }
+        )
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from mtp_dist.config import Config
 from mtp_dist.engine.optimizer import build_optimizer, learning_rate, parameter_groups
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import tiny_config
 
 PEAK = 2e-3
 
@@ -56,7 +56,7 @@ def test_shape(steps: int, warmup: int, floor: float, schedule: str) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_norms_are_not_decayed(tied: bool) -> None:
     config = tiny_config(model={"tie_embeddings": tied}, optimizer={"weight_decay": 0.3})
-    model = ReferenceModel(config, VOCAB_SIZE)
+    model = ReferenceModel(config)
     names = {id(weight): name for name, weight in model.named_weights().items()}
     decayed, plain = parameter_groups(config, model.parameters())
     assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0

@@ -5,7 +5,7 @@ import torch
 
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from tests.ranks import Ranks
-from tests.tiny import VOCAB_SIZE, tiny_config
+from tests.tiny import tiny_config
 from tests.unit.engine.on_ranks import SILENT_HEAD, initial_weights, train_with_a_silent_head
 
 
@@ -34,7 +34,7 @@ def test_initial_weights(
         train={"precision": precision},
     )
     by_rank = ranks.run(tensor * pipeline * data, initial_weights, config)
-    shapes = parameter_shapes(config, VOCAB_SIZE)
+    shapes = parameter_shapes(config)
     expected = {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
     replicas = tensor * data
     stages = [by_rank[first : first + replicas] for first in range(0, len(by_rank), replicas)]

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import torch
 
-from mtp_dist.config import load_config
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
+from tests.tiny import load_resolved
 
 STEP, CALLBACK, VALIDATION, SAVE = 1.0, 10.0, 100.0, 1000.0
 """Seconds."""
@@ -56,16 +56,15 @@ class Recorder(Callback):
 
 def train(path: Path) -> Timed:
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.training import trainer as loop
 
-    config = load_config(path)
-    vocab_size, recorder = vocabulary_size(config), Recorder()
+    config = load_resolved(path)
+    recorder = Recorder()
     topology = initialize_topology(config, select_device(config))
-    engine = build_engine(config, vocab_size, topology)
+    engine = build_engine(config, topology)
     engine.train_step = recorder.takes(STEP, engine.train_step)  # type: ignore[method-assign]
     engine.evaluate = recorder.takes(VALIDATION, engine.evaluate)  # type: ignore[method-assign]
     save = recorder.takes(SAVE, lambda *_: None)

@@ -17,8 +17,8 @@ class WatchedModel(ReferenceModel):
     """Remembers what it was asked."""
 
     def __init__(self, **data: bool) -> None:
-        sections = {"train": {"sequence_length": 8}, "model": {"init_std": 0.3}, "data": data}
-        super().__init__(tiny_config(**sections), VOCAB_SIZE)
+        sections = {"train": {"sequence_length": 8}, "model": {"init_std": 0.3, "vocab_size": VOCAB_SIZE}, "data": data}
+        super().__init__(tiny_config(**sections))
         self.seen: list[list[int]] = []
 
     def next_token_logits(self, tokens: Tensor) -> Tensor:

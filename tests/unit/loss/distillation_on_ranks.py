@@ -19,11 +19,11 @@ class TeacherCase:
 
 def teachings(config: Config, cases: list[TeacherCase]) -> list[tuple[Tensor, Tensor]]:
     """The entries and probabilities that a teacher keeps of each case."""
+    from mtp_dist.config.schema import padded_vocab_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, tp_group
     from mtp_dist.loss.distillation import Teacher
     from mtp_dist.loss.linear_cross_entropy import Vocabulary
-    from mtp_dist.model.parameters import padded_vocab_size
     from mtp_dist.model.targets import IGNORE_INDEX
 
     initialize_topology(config, select_device(config))

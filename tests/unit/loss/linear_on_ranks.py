@@ -60,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 def shard_of(weight: Tensor, rank: int, ranks: int) -> Tensor:
     """The rank's rows of a weight `[V, D]`; rows of padding are far from 0, so that whoever reads them is found out."""
-    from mtp_dist.model.parameters import padded_vocab_size
+    from mtp_dist.config.schema import padded_vocab_size
 
     missing = padded_vocab_size(len(weight), ranks) - len(weight)
     return F.pad(weight, (0, 0, 0, missing), value=64.0).chunk(ranks)[rank].contiguous()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_dist.model.parameters import padded_vocab_size
+from mtp_dist.config.schema import padded_vocab_size
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.ranks import Ranks
 from tests.tiny import tiny_config

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_dist.model.parameters import padded_vocab_size
+from mtp_dist.config.schema import padded_vocab_size
 from tests.errors import norm_error
 from tests.ranks import Ranks
 from tests.tiny import tiny_config

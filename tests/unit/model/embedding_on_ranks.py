@@ -41,7 +41,7 @@ def embedding_gradients(config: Config, dtype: torch.dtype) -> EmbeddingGradient
     tokens, grad = token_ids(config), upstream_gradient(config, dtype)
     if config.parallel.sequence:
         grad = grad.chunk(topology.tp_size)[topology.tp_rank]
-    embedding = TokenEmbedding(config, VOCAB_SIZE).to(dtype)
+    embedding = TokenEmbedding(config).to(dtype)
     embedding(tokens).backward(grad)
     weight = embedding.weight.detach().clone().requires_grad_()
     embed_tokens(weight, tokens, config.parallel.sequence).backward(grad)

@@ -103,7 +103,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_a_document_of_the_reference_is_alone(kind: str) -> None:
     """Its logits are those of a sample of its own: wherever positions start to count, only rounding differs."""
     config = tiny_config(heads=KINDS[kind], model={"init_std": 0.3})
-    model = ReferenceModel(config, 37).double()
+    model = ReferenceModel(config).double()
     generator = torch.Generator().manual_seed(2)
     first, second = (torch.randint(1, 37, (1, length), generator=generator) for length in (5, 11))
     first[0, -1] = END

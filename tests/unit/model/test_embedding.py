@@ -13,7 +13,9 @@ from tests.unit.model.embedding_on_ranks import VOCAB_SIZE, WIDTH, embedding_gra
 
 def config_of(tensor: int, sequence: bool, length: int = 1024) -> Config:
     return tiny_config(
-        parallel={"tensor": tensor, "sequence": sequence}, train={"micro_batch_size": 4, "sequence_length": length}
+        model={"vocab_size": VOCAB_SIZE},
+        parallel={"tensor": tensor, "sequence": sequence},
+        train={"micro_batch_size": 4, "sequence_length": length},
     )
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
-from mtp_dist.model.parameters import initial_weight, padded_vocab_size, parameter_shapes
+from mtp_dist.config.schema import padded_vocab_size
+from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.sharding import is_sharded, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
 from tests.tiny import tiny_config
@@ -96,8 +97,9 @@ SHAPES = {
 }
 
 
-def drawn_config(drawn: dict[str, Any]) -> Config:
+def drawn_config(drawn: dict[str, Any], vocab_size: int) -> Config:
     model = {
+        "vocab_size": vocab_size,
         "hidden_size": 4 * drawn["head_dim"],
         "trunk_layers": drawn["trunk_layers"],
         "num_query_groups": drawn["groups"],
@@ -118,10 +120,10 @@ def drawn_config(drawn: dict[str, Any]) -> Config:
 
 @given(drawn=st.fixed_dictionaries(SHAPES), vocab_size=st.integers(1, 999))
 def test_as_many_parameters_as_the_planner_counts(drawn: dict[str, Any], vocab_size: int) -> None:
-    config = drawn_config(drawn)
-    shapes = parameter_shapes(config, vocab_size)
+    config = drawn_config(drawn, vocab_size)
+    shapes = parameter_shapes(config)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    counts = parameter_counts(config, vocab_size)
+    counts = parameter_counts(config)
     assert sum(sizes.values()) == counts.total
     assert sum(size for name, size in sizes.items() if name.startswith("trunk.")) == counts.trunk
     assert sum(size for name, size in sizes.items() if name.startswith(("heads.", "final_norm"))) == counts.heads
@@ -134,8 +136,8 @@ def test_as_many_parameters_as_the_planner_counts(drawn: dict[str, Any], vocab_s
 def test_as_many_products_as_the_planner_counts(drawn: dict[str, Any], vocab_size: int) -> None:
     """Every position multiplies each layer's matrices once, those of a repeated block once a head, and, whether they
     are one matrix or n, n unembeddings."""
-    config = drawn_config(drawn)
-    shapes, width = parameter_shapes(config, vocab_size), config.model.hidden_size
+    config = drawn_config(drawn, vocab_size)
+    shapes, width = parameter_shapes(config), config.model.hidden_size
     own = {
         head: f"heads.{'repeated' if drawn['kind'] == 'repeated' else head}." for head in range(1, drawn["heads"] + 1)
     }
@@ -148,7 +150,7 @@ def test_as_many_products_as_the_planner_counts(drawn: dict[str, Any], vocab_siz
     matrices += (drawn["heads"] + drawn["token_order"]) * vocab_size * width
     layers = sum(name.endswith("linear_qkv.weight") for name in used)
     attention = 12 * layers * width * config.train.sequence_length
-    assert model_flops_per_token(config, vocab_size, config.heads.count) == 6 * matrices + attention
+    assert model_flops_per_token(config, config.heads.count) == 6 * matrices + attention
 
 
 def seeded(seed: int, **sections: Any) -> Config:

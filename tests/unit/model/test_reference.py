@@ -11,9 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mtp_dist.config import Config
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
-
-VOCAB_SIZE = 37
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, tiny_config
 
 
 def tokens_of(batch: int, length: int) -> Tensor:
@@ -22,7 +20,7 @@ def tokens_of(batch: int, length: int) -> Tensor:
 
 def lively_model(config: Config) -> ReferenceModel:
     """With weights far from their initial values, norms included, so that no factor hides by being 1 or tiny."""
-    model = ReferenceModel(config, VOCAB_SIZE).double()
+    model = ReferenceModel(config).double()
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         for weight in model.parameters():
@@ -192,6 +190,6 @@ def test_the_z_loss_is_minimized_but_not_reported() -> None:
 def test_given_weights_replace_the_initial_ones() -> None:
     config = tiny_config()
     weights = {name: weight.detach() for name, weight in lively_model(config).named_weights().items()}
-    again = ReferenceModel(config, VOCAB_SIZE, weights).named_weights()
+    again = ReferenceModel(config, weights).named_weights()
     assert again.keys() == weights.keys()
     assert all(torch.equal(again[name], weights[name]) for name in weights)

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import load_config
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback
+from tests.tiny import load_resolved
 
 
 class Learned(Callback):
@@ -19,7 +19,6 @@ class Learned(Callback):
 def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
     """Whether both learned the same, what the profiler said, and the watchdog's parts of one."""
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
     from mtp_dist.engine.engine import build_engine
@@ -28,9 +27,8 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
     from mtp_dist.training.trainer import Trainer
     from mtp_dist.training.watchdog import Watchdog
 
-    config = load_config(path)
+    config = load_resolved(path)
     topology = initialize_topology(config, select_device(config))
-    vocab_size = vocabulary_size(config)
     said: list[str] = []
     parts: list[str] = []
 
@@ -41,7 +39,7 @@ def train_with_and_without(path: Path) -> tuple[bool, list[str], list[str]]:
 
     def train(*callbacks: Callback) -> list[tuple[Any, float]]:
         parts.clear()
-        engine = build_engine(config, vocab_size, topology)
+        engine = build_engine(config, topology)
         learned = Learned()
         datasets, told = load_datasets(config), [learned, *callbacks]
         watchdog = Listening(None, topology.rank)

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from mtp_dist.config import Config, build_config
+from mtp_dist.config import Config, build_config, resolve
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 
 
 def make_config(heads: dict[str, Any], sequence_length: int, **model: Any) -> Config:
     train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": sequence_length}
-    return build_config({"model": model, "heads": heads, "data": {"train": [{"path": "x"}]}, "train": train})
+    config = build_config({"model": model, "heads": heads, "data": {"train": [{"path": "x"}]}, "train": train})
+    return resolve(config, model.get("vocab_size", 101), 1)
 
 
 def small_config(**changes: Any) -> Config:
@@ -36,7 +37,7 @@ def size(*shapes: tuple[int, ...]) -> int:
 
 
 def test_counts_equal_the_shapes() -> None:
-    counts = parameter_counts(small_config(), vocab_size=101)
+    counts = parameter_counts(small_config())
     assert counts.trunk == 3 * size(*LAYER_MATRICES, *LAYER_NORMS)
     assert counts.heads == 2 * 2 * size(*LAYER_MATRICES, *LAYER_NORMS) + 48
     assert counts.embeddings == size((101, 48), (101, 48))
@@ -45,38 +46,44 @@ def test_counts_equal_the_shapes() -> None:
 
 def test_tied_embeddings_count_once_but_still_multiply() -> None:
     tied = small_config(tie_embeddings=True)
-    assert parameter_counts(tied, 101).embeddings == 101 * 48
-    assert model_flops_per_token(tied, 101, tied.heads.count) == model_flops_per_token(
-        small_config(), 101, small_config().heads.count
+    assert parameter_counts(tied).embeddings == 101 * 48
+    assert model_flops_per_token(tied, tied.heads.count) == model_flops_per_token(
+        small_config(), small_config().heads.count
     )
 
 
 def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> None:
     sections = small_config().model_dump(mode="json")
-    separate = build_config(sections | {"heads": sections["heads"] | {"unembedding": "separate"}})
-    assert parameter_counts(separate, 101).embeddings == size((101, 48), *[(101, 48)] * 2)
-    assert parameter_counts(separate, 101).heads == parameter_counts(small_config(), 101).heads
-    assert model_flops_per_token(separate, 101, separate.heads.count) == model_flops_per_token(
-        small_config(), 101, small_config().heads.count
+    separate = resolve(build_config(sections | {"heads": sections["heads"] | {"unembedding": "separate"}}), 101, 1)
+    assert parameter_counts(separate).embeddings == size((101, 48), *[(101, 48)] * 2)
+    assert parameter_counts(separate).heads == parameter_counts(small_config()).heads
+    assert model_flops_per_token(separate, separate.heads.count) == model_flops_per_token(
+        small_config(), small_config().heads.count
     )
 
 
 def a_7b_model(trunk_layers: int, **heads: Any) -> Config:
     return make_config(
-        heads, 4096, hidden_size=4096, trunk_layers=trunk_layers, num_attention_heads=32, ffn_hidden_size=11008
+        heads,
+        4096,
+        vocab_size=32000,
+        hidden_size=4096,
+        trunk_layers=trunk_layers,
+        num_attention_heads=32,
+        ffn_hidden_size=11008,
     )
 
 
 def test_a_7b_model() -> None:
     config = a_7b_model(28, count=4)
-    counts = parameter_counts(config, 32000)
+    counts = parameter_counts(config)
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     assert layer == 202_383_360
     assert counts.trunk == 28 * layer == 5_666_734_080
     assert counts.heads == 4 * layer + 4096 == 809_537_536, "and the final norm"
     assert counts.embeddings == 2 * 32000 * 4096 == 262_144_000
     assert counts.total == 6_738_415_616  # Llama 7B, which has the same 32 layers
-    assert counts.total == parameter_counts(a_7b_model(31, count=1), 32000).total, "31 layers and that of one head"
+    assert counts.total == parameter_counts(a_7b_model(31, count=1)).total, "31 layers and that of one head"
 
 
 def test_other_kinds_of_heads_on_a_7b_model() -> None:
@@ -89,12 +96,12 @@ def test_other_kinds_of_heads_on_a_7b_model() -> None:
         "sequential": 3 * (layer + 2 * square + 2 * 4096),
     }
     for kind, parameters in of_heads.items():
-        counts = parameter_counts(a_7b_model(28, count=4, kind=kind), 32000)
+        counts = parameter_counts(a_7b_model(28, count=4, kind=kind))
         assert counts.heads == parameters + 4096, kind
         assert (counts.trunk, counts.embeddings) == (28 * layer, 262_144_000)
-    repeated = parameter_counts(a_7b_model(28, count=4, kind="sequential", repeated=True), 32000)
+    repeated = parameter_counts(a_7b_model(28, count=4, kind="sequential", repeated=True))
     assert repeated.heads == layer + 2 * square + 2 * 4096 + 4096
-    further = parameter_counts(a_7b_model(28, count=4, unembedding="separate", token_order=1.0), 32000)
+    further = parameter_counts(a_7b_model(28, count=4, unembedding="separate", token_order=1.0))
     assert further.embeddings == (1 + 4 + 1) * 32000 * 4096
 
 
@@ -103,14 +110,14 @@ def test_flops_of_every_matrix_product() -> None:
     layers, query_channels, keys = 3 + 2 * 2, 48, 10
     scores, values = 2 * query_channels * keys, 2 * keys * query_channels
     forward = layers * (2 * size(*LAYER_MATRICES) + scores + values) + 2 * (2 * 48 * 101)
-    assert model_flops_per_token(small_config(), 101, small_config().heads.count) == 3 * forward
+    assert model_flops_per_token(small_config(), small_config().heads.count) == 3 * forward
 
 
 @pytest.mark.parametrize("kind", ["parallel", "linear", "mlp", "sequential"])
 def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind: str) -> None:
     for active in (1, 2, 3):
-        fewer = model_flops_per_token(a_7b_model(8, count=active, kind=kind), 32000, active)
-        assert model_flops_per_token(a_7b_model(8, count=4, kind=kind), 32000, active) == fewer
+        fewer = model_flops_per_token(a_7b_model(8, count=active, kind=kind), active)
+        assert model_flops_per_token(a_7b_model(8, count=4, kind=kind), active) == fewer
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from mtp_dist.planner.partition import trunk_layers_per_stage
 from tests.tiny import tiny_config
 
 
-def config_of(layers: int, stages: int, heads: int = 4, depth: int = 1, partition: object = "balanced") -> Config:
+def config_of(
+    layers: int, stages: int, heads: int = 4, depth: int = 1, partition: object = "balanced", vocab_size: int = 131
+) -> Config:
     return tiny_config(
-        model={"trunk_layers": layers},
+        model={"trunk_layers": layers, "vocab_size": vocab_size},
         parallel={"pipeline": stages, "partition": partition},
         heads={"count": heads, "layers_per_head": depth},
     )
@@ -27,10 +29,10 @@ def compositions(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
             yield (*others, layers - sum(others))
 
 
-def heads_cost(config: Config, vocab_size: int) -> float:
+def heads_cost(config: Config) -> float:
     """In trunk layers, from the shapes of the matrices: D = 32, 4 attention heads in 2 groups, F = 48."""
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
-    return config.heads.count * (config.heads.layers_per_head * layer + vocab_size * 32) / layer
+    return config.heads.count * (config.heads.layers_per_head * layer + config.vocab_size * 32) / layer
 
 
 def slowest(layers: tuple[int, ...], last_cost: float) -> float:
@@ -46,10 +48,10 @@ def slowest(layers: tuple[int, ...], last_cost: float) -> float:
 )
 def test_balanced_is_as_fast_as_any(layers: int, stages: int, heads: int, depth: int, vocab_size: int) -> None:
     stages = min(stages, layers)
-    config = config_of(layers, stages, heads, depth)
-    chosen = trunk_layers_per_stage(config, vocab_size)
+    config = config_of(layers, stages, heads, depth, vocab_size=vocab_size)
+    chosen = trunk_layers_per_stage(config)
     assert chosen in set(compositions(layers, stages))
-    cost = heads_cost(config, vocab_size)
+    cost = heads_cost(config)
     best = min(slowest(other, cost) for other in compositions(layers, stages))
     assert slowest(chosen, cost) == pytest.approx(best, rel=1e-12)
     assert chosen[-1] == max(
@@ -61,7 +63,7 @@ def test_balanced_is_as_fast_as_any(layers: int, stages: int, heads: int, depth:
 @given(layers=st.integers(1, 120), stages=st.integers(1, 32), vocab_size=st.integers(1, 300_000))
 def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> None:
     stages = min(stages, layers)
-    chosen = trunk_layers_per_stage(config_of(layers, stages), vocab_size)
+    chosen = trunk_layers_per_stage(config_of(layers, stages, vocab_size=vocab_size))
     assert len(chosen) == stages and sum(chosen) == layers
     assert all(layers >= 1 for layers in chosen[:-1]) and chosen[-1] >= 0
 
@@ -80,4 +82,4 @@ def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> No
     ],
 )
 def test_by_hand(layers: int, stages: int, partition: object, expected: tuple[int, ...]) -> None:
-    assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition), 131) == expected
+    assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition)) == expected

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from mtp_dist.config import load_config
 from mtp_dist.errors import ConfigError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.watchdog import Watchdog
+from tests.tiny import load_resolved
 
 MakeStep = Callable[..., tuple[StepMetrics, int]]
 
@@ -88,7 +88,6 @@ def train(
     from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
     from mtp_dist.engine.engine import build_engine
@@ -98,12 +97,12 @@ def train(
     from mtp_dist.training.stopping import StopSignals
     from mtp_dist.training.trainer import Trainer
 
-    config = load_config(path)
-    topology, vocab_size = initialize_topology(config, select_device(config)), vocabulary_size(config)
+    config = load_resolved(path)
+    topology = initialize_topology(config, select_device(config))
     configure_logging(topology.rank)
     groups = new_gloo_groups(topology)
     datasets = load_datasets(config)
-    engine = build_engine(config, vocab_size, topology)
+    engine = build_engine(config, topology)
     point, samples_read = None, 0
     if begin:
         folder, samples_read = begin
@@ -114,9 +113,9 @@ def train(
             datasets.train.read(0, samples_read)
     recorder, watchdog, callbacks, reporter = Recorder(), Listening(), list[Any](), None
     if topology.rank == 0:
-        reporter = RunReporter(config, vocab_size, datasets.validation, topology, engine.optimizer_name, point)
+        reporter = RunReporter(config, datasets.validation, topology, engine.optimizer_name, point)
         callbacks = [reporter]
-    saver = CheckpointSaver(config, vocab_size, engine, groups, print)
+    saver = CheckpointSaver(config, engine, groups, print)
     trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
     trainer.train_step = skipping(trainer.train_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]

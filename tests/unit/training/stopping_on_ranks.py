@@ -5,11 +5,11 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.config import load_config
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
+from tests.tiny import load_resolved
 
 
 class Events(Callback):
@@ -36,16 +36,14 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     """Whether the training came to its end, and the events."""
     from mtp_dist.checkpoint.format import RunState
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.data.tokenizer import vocabulary_size
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.training.trainer import Trainer
 
-    config = load_config(path)
+    config = load_resolved(path)
     topology = initialize_topology(config, select_device(config))
-    vocab_size = vocabulary_size(config)
-    engine = build_engine(config, vocab_size, topology)
+    engine = build_engine(config, topology)
     signals = StopSignals()
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
 

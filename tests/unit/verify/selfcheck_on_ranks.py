@@ -8,7 +8,7 @@ from torch import Tensor
 from mtp_dist.config import Config
 
 
-def selfcheck_of(config: Config, vocab_size: int, fault: bool) -> list[Any]:
+def selfcheck_of(config: Config, fault: bool) -> list[Any]:
     """fault: the embedding's gradient is accumulated in the precision of the weight."""
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
@@ -23,6 +23,6 @@ def selfcheck_of(config: Config, vocab_size: int, fault: bool) -> list[Any]:
     ours = getattr(trunk, "_Lookup", None)
     try:
         trunk._Lookup = Lookup if fault else ours  # type: ignore[assignment,misc]
-        return selfcheck(config, vocab_size, initialize_topology(config, select_device(config)))
+        return selfcheck(config, initialize_topology(config, select_device(config)))
     finally:
         trunk._Lookup = ours  # type: ignore[assignment,misc]

@@ -27,6 +27,7 @@ from tests.unit.verify.selfcheck_on_ranks import selfcheck_of
 
 SEVEN_BILLION: dict[str, dict[str, Any]] = {
     "model": {
+        "vocab_size": 128_000,
         "hidden_size": 4096,
         "trunk_layers": 28,
         "num_attention_heads": 32,
@@ -39,7 +40,8 @@ SEVEN_BILLION: dict[str, dict[str, Any]] = {
 
 def big_config(parallel: dict[str, Any], **model: Any) -> Config:
     sections = {name: dict(section) for name, section in SEVEN_BILLION.items()}
-    return tiny_config(parallel=parallel, model=sections["model"] | model, train=sections["train"])
+    world_size = 2 * parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    return tiny_config(world_size, parallel=parallel, model=sections["model"] | model, train=sections["train"])
 
 
 BIG: dict[str, Config] = {
@@ -60,13 +62,12 @@ BIG: dict[str, Config] = {
 }
 
 
-def check_reduction(config: Config, vocab_size: int, data: int) -> Config:
+def check_reduction(config: Config) -> Config:
     """The reduced configuration, seen to be a valid one of the same layout."""
-    small, small_vocabulary = reduced(config, vocab_size)
-    small = with_small_batch(small, data)
-    assert build_config(small.model_dump(mode="json")) == small, "none of its keys contradict each other"
-    world_size = config.parallel.tensor * config.parallel.pipeline * data
-    assert small.micro_batches(world_size) == 2 * config.parallel.pipeline
+    small = with_small_batch(reduced(config), config.dp_size)
+    values = small.model_dump(mode="json")
+    assert build_config(values).model_dump(mode="json") == values, "its settings are compatible"
+    assert small.micro_batches == 2 * config.parallel.pipeline
     assert (small.parallel, small.heads, small.train.precision) == (
         config.parallel,
         config.heads,
@@ -75,32 +76,32 @@ def check_reduction(config: Config, vocab_size: int, data: int) -> Config:
     grouped = config.model.query_groups < config.model.num_attention_heads
     assert (small.model.query_groups < small.model.num_attention_heads) == grouped
     assert small.model.tie_embeddings == config.model.tie_embeddings
-    assert small_vocabulary <= vocab_size
+    assert small.vocab_size <= config.vocab_size
     assert small.train.sequence_length <= 2048
     tokens, wanted = (c.train.micro_batch_size * c.train.sequence_length for c in (small, config))
     assert wanted <= tokens < wanted + small.train.sequence_length, "sums over a micro-batch are as long"
-    assert parameter_counts(small, small_vocabulary).total <= parameter_counts(config, vocab_size).total
-    assert sum(trunk_layers_per_stage(small, small_vocabulary)) == small.model.trunk_layers
+    assert parameter_counts(small).total <= parameter_counts(config).total
+    assert sum(trunk_layers_per_stage(small)) == small.model.trunk_layers
     return small
 
 
 @pytest.mark.parametrize("name", BIG)
 def test_big_models_are_reduced_and_stay_valid(name: str) -> None:
     config = BIG[name]
-    small = check_reduction(config, 128_000, data=2)
-    assert parameter_counts(config, 128_000).total > PARAMETER_LIMIT
+    small = check_reduction(config)
+    assert parameter_counts(config).total > PARAMETER_LIMIT
     if not isinstance(config.parallel.partition, str):
-        assert trunk_layers_per_stage(small, 1000) == config.parallel.partition
+        assert trunk_layers_per_stage(small) == config.parallel.partition
 
 
 def test_reduced_models_are_small() -> None:
-    sizes = {name: parameter_counts(reduced(config, 128_000)[0], 1000).total for name, config in BIG.items()}
+    sizes = {name: parameter_counts(reduced(config)).total for name, config in BIG.items()}
     assert {name: size for name, size in sizes.items() if size > PARAMETER_LIMIT} == {}
 
 
 def test_small_models_stay_as_they_are() -> None:
     config = tiny_config(train={"micro_batch_size": 1})
-    assert reduced(config, 300) == (config, 300)
+    assert reduced(config) == config
 
 
 @given(
@@ -131,7 +132,9 @@ def test_every_valid_configuration_stays_valid(
 ) -> None:
     try:
         config = tiny_config(
+            tensor * pipeline * data,
             model={
+                "vocab_size": 50_000,
                 "hidden_size": 16 * head_dim,
                 "num_attention_heads": 16,
                 "num_query_groups": groups,
@@ -147,14 +150,14 @@ def test_every_valid_configuration_stays_valid(
         )
     except ConfigError:
         assume(False)
-    check_reduction(config, 50_000, data)
+    check_reduction(config)
 
 
 def test_the_micro_batch_has_as_many_tokens_and_a_few_of_them_are_frequent() -> None:
     train = {"micro_batch_size": 4, "global_batch_size": 8, "sequence_length": 1024}
-    small, vocab_size = reduced(tiny_config(train=train), 50_000)
+    small = reduced(tiny_config(train=train, model={"vocab_size": 50_000}))
     assert (small.train.micro_batch_size, small.train.sequence_length) == (4, 1024)
-    counts = random_batch(small, vocab_size)[0].flatten().bincount(minlength=vocab_size)
+    counts = random_batch(small)[0].flatten().bincount(minlength=small.vocab_size)
     assert counts.max() > 0.1 * counts.sum() and counts[0] < 0.001 * counts.sum(), "documents are long"
 
 
@@ -162,12 +165,12 @@ def test_the_micro_batch_has_as_many_tokens_and_a_few_of_them_are_frequent() -> 
 def test_a_sum_over_tokens_in_bf16_is_found(ranks: Ranks, kind: str) -> None:
     """The embedding's gradient as PyTorch computes it on a CPU."""
     config = tiny_config(
-        model={"trunk_layers": 2},
+        model={"trunk_layers": 2, "vocab_size": 257},
         heads={"kind": kind, "count": 2},
         parallel={"tensor": 2},
         train={"micro_batch_size": 16, "global_batch_size": 32, "sequence_length": 256, "precision": "bf16"},
     )
-    right, wrong = (ranks.run(2, selfcheck_of, config, 257, fault)[0] for fault in (False, True))
+    right, wrong = (ranks.run(2, selfcheck_of, config, fault)[0] for fault in (False, True))
     assert all(comparison.passed for comparison in right), right
     [failed] = [comparison for comparison in wrong if not comparison.passed]
     assert (failed.quantity, failed.precision) == ("gradients", "bf16") and "embedding.weight" in failed.where
@@ -175,20 +178,20 @@ def test_a_sum_over_tokens_in_bf16_is_found(ranks: Ranks, kind: str) -> None:
 
 def test_random_batch_is_masked_unevenly_and_shifted() -> None:
     config = tiny_config(train={"sequence_length": 64})
-    tokens, targets = random_batch(config, 131)
+    tokens, targets = random_batch(config)
     assert tokens.shape == (8, 64 + 4) and targets.shape == (4, 8, 64)
     shares = (targets == IGNORE_INDEX).float().mean((0, 2))
     assert shares[0] == 0 and shares[-1] == pytest.approx(0.9, abs=0.07)
     for k in range(1, 5):
         valid = targets[k - 1] != IGNORE_INDEX
         assert torch.equal(targets[k - 1][valid], tokens[:, k : k + 64][valid])
-    again = random_batch(config, 131)
+    again = random_batch(config)
     assert torch.equal(again[0], tokens) and torch.equal(again[1], targets)
 
 
 def test_ranks_share_the_batch_in_order() -> None:
     config = tiny_config()
-    tokens, targets = random_batch(config, 131)
+    tokens, targets = random_batch(config)
     shares = [
         local_batch(config, Topology(1, 1, 2, 0, 0, rank, torch.device("cpu")), tokens, targets).micro_batches
         for rank in (0, 1)

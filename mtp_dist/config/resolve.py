@@ -1,0 +1,40 @@
+"""A configuration once its tokenizer and its world size are known."""
+
+from mtp_dist.config.schema import Config
+from mtp_dist.errors import ConfigError
+
+
+def resolve(config: Config, vocab_size: int, world_size: int) -> Config:
+    """Return the configuration with `model.vocab_size` and everything that follows from the world size.
+
+    vocab_size: number of tokens of the tokenizer. Raise ConfigError if the model has fewer, if the ranks do not fit
+    the layout, or if the global batch is not divisible among them.
+    """
+    _check_layout(config, world_size)
+    model = config.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {model.vocab_size} is below the {vocab_size} tokens of data.tokenizer = "
+            f"'{config.data.tokenizer}': raise it or leave it out"
+        )
+    model = model.model_copy(update={"vocab_size": model.vocab_size or vocab_size})
+    resolved = config.model_copy(update={"model": model})
+    resolved._world_size = world_size
+    return resolved
+
+
+def _check_layout(config: Config, world_size: int) -> None:
+    parallel, train = config.parallel, config.train
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size % ranks:
+        raise ConfigError(
+            f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} = {ranks} "
+            f"does not divide the world size {world_size}: start a multiple of {ranks} processes or lower a degree"
+        )
+    samples = train.micro_batch_size * (world_size // ranks)
+    if train.global_batch_size % samples:
+        raise ConfigError(
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by "
+            f"train.micro_batch_size * data-parallel degree = {train.micro_batch_size} * {world_size // ranks} = "
+            f"{samples}: change one of the two batch sizes"
+        )
