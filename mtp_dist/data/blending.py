@@ -1,4 +1,4 @@
-"""The order of the training samples: several corpora blended by weight, each shuffled anew every epoch."""
+"""The order of the training samples: several corpora blended by weight, each reshuffled every epoch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mtp_dist.data.samples import Cut, PackedCorpus, Position, SourceSamples
 
 
 class Blend:
-    """Which source each sample comes from, so that any run of samples has the sources in proportion."""
+    """The source of each sample: any range of samples has the sources in proportion to their weights."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """`weights` are positive and need not sum to 1."""
+        """Blend sources with positive sampling weights, which need not sum to 1."""
         assert min(weights) > 0
-        self.shares = np.array(weights, dtype=np.float64) / sum(weights)
+        self.fractions = np.array(weights, dtype=np.float64) / sum(weights)
 
     def locate(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of samples first .. first + count - 1: the source, and how many earlier samples come from it; [count]."""
+        """Return the sources of samples first .. first + count - 1, and their numbers within their source; [count]."""
         skipped, sources = self._merge(first, count)
         occurrences = np.empty_like(sources)
         for source, number in enumerate(skipped):
@@ -31,29 +31,29 @@ class Blend:
         return sources[window], occurrences[window]
 
     def counts(self, num_samples: int) -> NDArray[np.int64]:
-        """How many of the first `num_samples` samples come from each source."""
+        """Return how many of the first `num_samples` samples come from each source."""
         skipped, sources = self._merge(num_samples, 0)
-        counts: NDArray[np.int64] = skipped + np.bincount(sources, minlength=len(self.shares))
+        counts: NDArray[np.int64] = skipped + np.bincount(sources, minlength=len(self.fractions))
         return counts
 
     def _merge(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How many samples of each source come before some sample at or before `first`, and the sources from there to
-        sample first + count - 1.
+        """Return how many samples of each source precede some sample at or before `first`, and the sources from there
+        to sample first + count - 1.
 
-        Occurrence k of a source with share w stands at (k + 1/2) / w, and the samples are all occurrences in the order
-        of these places (the first source where they tie). `floor(w * x + 1/2)` occurrences lie up to x, over all m
-        sources x - m/2 to x + m/2 of them: so start 2 m before `first` and sort the few that follow.
+        Occurrence k of a source with fraction w has the rank (k + 1/2) / w; the samples are all occurrences sorted by
+        rank (the first source wins ties). `floor(w * x + 1/2)` occurrences have ranks up to x, over all m sources
+        x - m/2 to x + m/2 of them: so start 2 m before `first` and sort the few that follow.
         """
-        sources = len(self.shares)
-        skipped = np.floor(self.shares * max(0, first - 2 * sources) + 0.5).astype(np.int64)
+        sources = len(self.fractions)
+        skipped = np.floor(self.fractions * max(0, first - 2 * sources) + 0.5).astype(np.int64)
         occurrences = skipped[:, None] + np.arange(count + 3 * sources + 1)
-        places = (occurrences + 0.5) / self.shares[:, None]
-        order = np.argsort(places, axis=None, kind="stable")[: first + count - skipped.sum()]
+        ranks = (occurrences + 0.5) / self.fractions[:, None]
+        order = np.argsort(ranks, axis=None, kind="stable")[: first + count - skipped.sum()]
         return skipped, order // occurrences.shape[1]
 
 
 def first_phase(weights: Sequence[float], cuts: Sequence[Cut]) -> dict[str, Any]:
-    """Return the state of blended samples that have been the same since the start of the run."""
+    """Return the state of blended samples of a run whose sources never changed."""
     return {"phase_start": 0, "weights": list(weights), "sources": [start.to_json() for start in _starts(cuts)]}
 
 
@@ -62,12 +62,11 @@ def _starts(cuts: Sequence[Cut]) -> list[Position]:
 
 
 class BlendedSamples:
-    """Sample i = (step - 1) * global batch size + position in the batch, of corpora that can be read anywhere.
+    """Sample i = (step - 1) * global batch size + index in the batch, from corpora with random access.
 
-    A sample depends on the corpora, the weights, the seed and i: not on the layout, on what was read before, or on how
-    long the run is, so that a run can be resumed at another layout or be prolonged. A resume that changes the sources,
-    their weights, the seed or the sequence length begins a new phase of the run, in which each source continues with
-    what is unread of its epoch.
+    A sample depends only on the corpora, weights, seed and i: not on the layout, on what was read before, or on the
+    length of the run, so a run can resume at another layout and be extended. A resume with other sources, weights, seed
+    or sequence length starts a new phase of the run, in which each source continues with the unread rest of its epoch.
     """
 
     def __init__(self, corpora: Sequence[PackedCorpus], weights: Sequence[float], seed: int) -> None:
@@ -79,12 +78,12 @@ class BlendedSamples:
         self._begin_phase(0, _starts(self._cuts))
 
     shards = 1
-    """Every rank can read every sample."""
+    """Number of shards: every rank can read every sample."""
 
     def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
         """Return a rank's slice of the samples first .. first + count - 1, [count / ranks, S + lookahead].
 
-        Raise ConfigError if a file was cut off or has an id that the vocabulary lacks.
+        Raise DataError if a file was truncated or has an id outside the vocabulary.
         """
         count //= ranks
         first += rank * count
@@ -97,19 +96,19 @@ class BlendedSamples:
         return samples
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How many times each corpus has been read after the first `num_samples` samples."""
+        """Return how many times each corpus has been read after the first `num_samples` samples."""
         counts = self.blend.counts(num_samples - self._phase_start)
         return [source.epochs(int(count)) for source, count in zip(self._sources, counts, strict=True)]
 
     def state(self) -> dict[str, Any]:
-        """Return as JSON the phase: its first sample, its weights, and where each source was before that sample."""
+        """Return the phase as JSON: its first sample, its weights, and the position of each source at that sample."""
         positions = [source.position.to_json() for source in self._sources]
         return {"phase_start": self._phase_start, "weights": self.weights, "sources": positions}
 
     def restore(self, state: dict[str, Any] | None, samples_read: int, earlier: Sequence[int | None]) -> None:
-        """Continue the phase of a state, or begin a new one if anything differs; without one nothing has changed yet.
+        """Continue the phase of a state, or start a new one if anything differs. Without a state nothing has changed.
 
-        earlier: the number that each source has in the state; None for a new one.
+        earlier: number of each source in the state, None if it is new.
         """
         if all(number is None for number in earlier):
             self._begin_phase(samples_read, _starts(self._cuts))
@@ -123,7 +122,7 @@ class BlendedSamples:
         }
         if (
             list(earlier) == list(range(len(state["sources"])))
-            and np.array_equal(Blend(state["weights"]).shares, self.blend.shares)
+            and np.array_equal(Blend(state["weights"]).fractions, self.blend.fractions)
             and all(kept[number].is_cut_by(cut) for number, cut in enumerate(self._cuts))
         ):
             positions = [kept[number].position.with_lookahead(cut.lookahead) for number, cut in enumerate(self._cuts)]
@@ -140,7 +139,7 @@ class BlendedSamples:
         )
 
     def _begin_phase(self, first: int, positions: Sequence[Position]) -> None:
-        """Have sample `first` be the first one of a phase, and each source begin it at its position."""
+        """Start a phase at sample `first`, each source at its position."""
         self._phase_start = first
         self._sources = [
             SourceSamples(corpus.tokens, position) for corpus, position in zip(self.corpora, positions, strict=True)

@@ -1,4 +1,4 @@
-"""Everything that a run reads, from its configuration."""
+"""The training samples and validation sets of a run."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from numpy.typing import NDArray
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below, unigram_entropy
-from mtp_dist.data.run_sources import RunSources, contents_of
+from mtp_dist.data.run_sources import RunSources, content_key
 from mtp_dist.data.samples import Cut, PackedCorpus
 from mtp_dist.data.sources.text_sources import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_loss
 from mtp_dist.data.tokenizer import Tokenizer, encode_documents
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import ConfigError, DataError, UserError
 
-READ_AT_ONCE_BYTES = 16 << 20
+UNIT_BYTES = 16 << 20
+"""Text per work unit that is read and tokenized at once."""
 
 
 class TrainingSamples(Protocol):
-    """The samples of a run by their numbers: number (step - 1) * global batch size + position in the batch."""
+    """The samples of a run by number: (step - 1) * global batch size + index in the batch."""
 
     shards: int
-    """Parts of each source; if there are several, each data-parallel rank knows the state of those it reads."""
+    """Shards per source; if there are several, each data-parallel rank has the state of those that it reads."""
 
     def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
         """Return a data-parallel rank's part of the samples first .. first + count - 1, [count / ranks, S + lookahead].
@@ -39,17 +40,17 @@ class TrainingSamples(Protocol):
         """
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How many times each source has been read after the first `num_samples` samples."""
+        """Return how many times each source has been read after the first `num_samples` samples."""
 
     def state(self) -> Any:
-        """As JSON, what a run needs beside the number of the next sample to go on from here."""
+        """Return as JSON what a resume needs in addition to the number of the next sample."""
 
     def restore(self, state: Any, samples_read: int, earlier: Sequence[int | None]) -> None:
-        """Continue after so many samples from a state, in which source i is number earlier[i]; None: it is new."""
+        """Continue after `samples_read` samples from a state in which source i has number earlier[i], None if new."""
 
 
 class ValidationSamples:
-    """Up to num_samples samples of a corpus, spaced evenly: the same in every run."""
+    """Up to num_samples evenly spaced samples of a corpus, the same in every run."""
 
     def __init__(self, corpus: PackedCorpus, num_samples: int) -> None:
         self.corpus = corpus
@@ -59,7 +60,7 @@ class ValidationSamples:
         return self._num_samples
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Sample number `index`, [S + lookahead]."""
+        """Return sample number `index`, [S + lookahead]."""
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         self.corpus.check_file()
@@ -68,14 +69,14 @@ class ValidationSamples:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """What a validation reads, and two figures of its samples to judge its losses by."""
+    """The samples of one validation, and two baselines for its losses."""
 
     name: str | None
     samples: ValidationSamples
     unigram_entropy: float
-    """Nats per token; a model above it has not learned to use the context."""
+    """Entropy in nats per token; a model with a higher loss does not use the context."""
     bytes_per_token: float
-    """Bytes of text / tokens, end-of-document included: bits per byte = nats / ln 2 / bytes_per_token."""
+    """Bytes of text per token, end-of-document tokens included: bits per byte = nats / ln 2 / bytes_per_token."""
 
 
 @dataclass(frozen=True)
@@ -83,33 +84,34 @@ class Datasets:
     tokenizer: Tokenizer
     train: TrainingSamples
     train_names: tuple[str, ...]
-    """Of the training sources: their names, or their numbers."""
+    """Names of the training sources; numbers of those without a name."""
     fingerprints: tuple[str, ...]
-    """Of the training sources: what tells their data from other data."""
+    """Fingerprints of the training sources: they differ if the data differ."""
     validation: tuple[ValidationSet, ...]
     notices: tuple[str, ...] = ()
-    """A line about each source that was read or that the tokenizer loses text of."""
+    """Lines about what was read of each source and what text the tokenizer loses."""
 
     def epochs(self, num_samples: int) -> dict[str, float]:
-        """By source, how many times it has been read after the first `num_samples` samples."""
+        """Return by source how many times it has been read after the first `num_samples` samples."""
         return dict(zip(self.train_names, self.train.epochs(num_samples), strict=True))
 
-    def state(self, samples_read: int, of_train: Any) -> dict[str, Any]:
-        """As JSON, for a checkpoint; of_train is the state of `train`."""
-        return {"read": samples_read, "fingerprints": list(self.fingerprints), "train": of_train}
+    def state(self, samples_read: int, train_state: Any) -> dict[str, Any]:
+        """Return the state that a checkpoint stores, as JSON. train_state is that of `train`."""
+        return {"read": samples_read, "fingerprints": list(self.fingerprints), "train": train_state}
 
     def restore(self, state: dict[str, Any], may_change: bool) -> int:
-        """Continue from a state, each source after what was read of it. Return the number of samples read before.
+        """Continue each source from a state. Return the number of samples read before.
 
-        Raise ConfigError if the sources have other data than they had, unless they `may_change`.
+        Raise ConfigError if the data of a source changed, unless it `may_change`.
         """
         saved = state["fingerprints"]
         if saved != list(self.fingerprints) and not may_change:
             pairs = zip_longest(saved, self.fingerprints)
             number = next(number for number, (before, now) in enumerate(pairs) if before != now)
             raise ConfigError(
-                f"data.train.{number} has other data than the run was trained on so far: give it the same, start anew "
-                "with checkpoint.resume=none, or go on with the new data with checkpoint.allow_changes=[data.train]"
+                f"data.train.{number} has other data than the run was trained on so far: restore the old data, start "
+                "from scratch with checkpoint.resume=none, or continue with the new data with "
+                "checkpoint.allow_changes=[data.train]"
             )
         left = list(enumerate(saved))
         earlier: list[int | None] = []
@@ -123,9 +125,9 @@ class Datasets:
 
 
 def with_positions(state: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Return a state of `Datasets` with the positions that one from before they were saved implies.
+    """Return a state of `Datasets` with positions, which older checkpoints lack, derived from their config.
 
-    config: the one that the state was saved with. All its samples were read with it.
+    config: the one that the state was saved with and all its samples were read with.
     """
     if state["train"] is not None:
         return state
@@ -136,9 +138,9 @@ def with_positions(state: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets:
-    """Open prepared corpora, and read, tokenize and pack other sources. `sources` are those of the configuration.
+    """Open prepared corpora; read, tokenize and pack other sources. `sources` are opened if they are not passed.
 
-    Raise ConfigError, naming the key, if a source is missing, unreadable, empty or shorter than one sample.
+    Raise UserError, naming the key, if a source is missing, unreadable, empty or shorter than one sample.
     """
     sources = sources or RunSources(config)
     tokenizer, corpora = sources.tokenizer, _Corpora(config, sources)
@@ -158,25 +160,23 @@ def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets
 
 
 def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSamples, tuple[str, ...]]:
-    """The samples, and each source's fingerprint."""
+    """Return the samples and each source's fingerprint."""
     sources = {f"data.train.{index}": source for index, source in enumerate(config.data.train)}
     weights = [source.weight for source in sources.values()]
     if config.data.train[0].stream:
         inputs = {key: corpora.sources.input(source, key) for key, source in sources.items()}
-        for key, of_key in inputs.items():
-            corpora.check_stream(of_key, key)
-        number_of = config.data.stream_shards
+        for key, key_input in inputs.items():
+            corpora.check_stream(key_input, key)
+        shards = [Shard(index, config.data.stream_shards) for index in range(config.data.stream_shards)]
         streams = [
             [
-                TokenStream(
-                    of_key, corpora.sources.tokenizer, f"{key}.path = '{sources[key].path}'", Shard(i, number_of)
-                )
-                for i in range(number_of)
+                TokenStream(inputs[key], corpora.sources.tokenizer, f"{key}.path = '{source.path}'", shard)
+                for shard in shards
             ]
-            for key, of_key in inputs.items()
+            for key, source in sources.items()
         ]
         samples = StreamedSamples(streams, weights, config.train.sequence_length, config.heads.lookahead)
-        return samples, tuple(of_key.fingerprint() for of_key in inputs.values())
+        return samples, tuple(key_input.fingerprint() for key_input in inputs.values())
     opened = [corpora.open(source, key) for key, source in sources.items()]
     blended = BlendedSamples([corpus.packed for corpus in opened], weights, config.run.seed)
     return blended, tuple(corpus.fingerprint for corpus in opened)
@@ -186,40 +186,39 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
 class _Opened:
     packed: PackedCorpus
     bytes_per_token: float | None
-    """None where nobody has counted the bytes."""
+    """None if the bytes of text are unknown."""
     fingerprint: str
 
 
 class _Corpora:
-    """Reads sources; what several keys name is read once."""
+    """The packed corpora of a run; a source that several keys name is read once."""
 
     def __init__(self, config: Config, sources: RunSources) -> None:
         self.config = config
         self.sources = sources
         self._opened: dict[SourceConfig, _Opened] = {}
         self.notices: list[str] = []
-        """What was read, and what was lost of it."""
 
     def open(self, source: SourceConfig, key: str) -> _Opened:
-        """Raises ConfigError, naming `key`."""
-        same = contents_of(source)
-        if same not in self._opened:
+        """Return a source as packed tokens. Raise UserError, naming `key`."""
+        content = content_key(source)
+        if content not in self._opened:
             corpus = self.sources.corpus(source, key)
             tokens, num_bytes, fingerprint = self._prepared(corpus, source, key) if corpus else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
             except UserError as error:
-                raise ConfigError(f"{key}.path = '{source.path}' is too small: {error}") from None
+                raise DataError(f"{key}.path = '{source.path}' is too small: {error}") from None
             bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
-            self._opened[same] = _Opened(packed, bytes_per_token, fingerprint)
-        return self._opened[same]
+            self._opened[content] = _Opened(packed, bytes_per_token, fingerprint)
+        return self._opened[content]
 
     def _prepared(self, corpus: Corpus, source: SourceConfig, key: str) -> tuple[Any, int | None, str]:
         for option in ("split", "subset", "stream"):
             if getattr(source, option):
                 raise ConfigError(
-                    f"{key}.{option} chooses what is read of a source, '{source.path}' is prepared already: leave it "
-                    "out, or prepare what you want"
+                    f"{key}.{option} does not apply to '{source.path}', which is a prepared corpus: remove the key, or "
+                    "prepare the part that you want"
                 )
         check_tokenizer(corpus, self.sources.tokenizer)
         keys = ("loss_across_documents", "attention_across_documents")
@@ -231,18 +230,18 @@ class _Corpora:
         return tokens, corpus.bytes_with_tokens, corpus.description.sha256 if corpus.description else counts
 
     def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:
-        """Return the tokens, all in memory, the bytes of text that they stand for, and their fingerprint."""
-        named = f"{key}.path = '{source.path}'"
+        """Return the tokens, in memory, the bytes of text that they represent, and their fingerprint."""
+        label = f"{key}.path = '{source.path}'"
         enough = None
-        if source.stream:  # only for validation: as many tokens as will be read
+        if source.stream:  # in validation: as many tokens as its samples need
             train = self.config.train
             enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
         parts, num_bytes, num_tokens, num_documents = [], 0, 0, 0
-        of_key, loss = self.sources.input(source, key), TextLoss()
+        documents_input, loss = self.sources.input(source, key), TextLoss()
         try:
-            for unit in of_key.units(READ_AT_ONCE_BYTES):
+            for unit in documents_input.units(UNIT_BYTES):
                 documents = list(unit.documents())
-                tokens, lengths = encode_documents(self.sources.tokenizer, documents, unit.place)
+                tokens, lengths = encode_documents(self.sources.tokenizer, documents, unit.location)
                 loss.add(measure_loss(self.sources.tokenizer, documents, tokens, lengths))
                 parts.append(tokens)
                 num_bytes += sum(map(len, documents))
@@ -251,24 +250,24 @@ class _Corpora:
                 if enough is not None and num_tokens >= enough:
                     break
         except OSError as error:
-            raise ConfigError(f"{named}: cannot read {error.filename} ({error.strerror})") from None
+            raise DataError(f"{label}: cannot read {error.filename} ({error.strerror})") from None
         except UserError as error:
-            raise ConfigError(str(error) if str(error).startswith(key) else f"{named}: {error}") from None
+            raise error if str(error).startswith(key) else type(error)(f"{label}: {error}") from None
         self._check_loss(loss, key)
-        became = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *of_key.files.describe()]
+        counts = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *documents_input.files.describe()]
         if not num_tokens:
-            raise ConfigError(f"{named} has no document with text ({'; '.join(became)}): give another source")
-        self.notices.append(f"{key}: {'; '.join(became)}")
+            raise DataError(f"{label} has no document with text ({'; '.join(counts)}): name another source")
+        self.notices.append(f"{key}: {'; '.join(counts)}")
         tokens = np.concatenate(parts)
         return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
 
-    def check_stream(self, of_key: Input, key: str) -> None:
-        """Measure what the tokenizer loses of a stream's first documents, on rank 0: others need not read them too."""
+    def check_stream(self, source: Input, key: str) -> None:
+        """Measure on rank 0 how much text of a stream's first documents the tokenizer loses."""
         if self.sources.tokenizer.accepts_raw_bytes or int(os.environ.get("RANK", 0)):
             return
         documents: list[bytes] = []
         num_bytes = 0
-        for _, document in of_key.documents(None):
+        for _, document in source.documents(None):
             documents.append(document.decode(errors="replace").encode())
             num_bytes += len(document)
             if num_bytes >= CHECKED_BYTES:
@@ -286,6 +285,6 @@ class _Corpora:
 def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     samples = ValidationSamples(corpus.packed, config.train.validation_samples)
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
-    # At least a byte in all: special tokens alone have no text.
+    # At least one byte in total: special tokens alone have no text.
     bytes_per_token = corpus.bytes_per_token or max(1, len(tokenizer.decode(tokens).encode())) / len(tokens)
     return ValidationSet(source.name, samples, unigram_entropy(np.bincount(tokens)), bytes_per_token)

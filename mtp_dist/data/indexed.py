@@ -1,7 +1,7 @@
-"""Megatron-core's indexed format: PREFIX.bin has the tokens, PREFIX.idx the lengths and places of the documents.
+"""Megatron-core's indexed format: PREFIX.bin holds the tokens, PREFIX.idx the lengths and offsets of the documents.
 
-Its own builder writes it. It is read here, because a run must not take seconds to import Megatron-core's datasets
-before its ranks have chosen their devices, and because its reader trusts every file.
+Megatron-core's builder writes it. It is read here because importing Megatron-core's datasets takes seconds before the
+ranks have chosen their devices, and because its reader does not validate the files.
 """
 
 from __future__ import annotations
@@ -14,74 +14,74 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the tokens' type, number of sequences, number of document boundaries."""
+"""Magic, version, code of the token dtype, number of sequences, number of document boundaries."""
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
 def add_suffix(prefix: Path, suffix: str) -> Path:
-    """`PREFIX.bin` and its like; a prefix may have dots of its own."""
+    """Return `PREFIX.bin` and the like. Dots within the prefix are kept."""
     return prefix.with_name(prefix.name + suffix)
 
 
 @dataclass(frozen=True)
 class Index:
-    """A whole .idx file: memory-mapped arrays."""
+    """A validated .idx file as memory-mapped arrays."""
 
     dtype: np.dtype[Any]
-    """Of the tokens."""
+    """Dtype of the tokens."""
     lengths: NDArray[np.int32]
-    """Tokens of each sequence; a document is one sequence or several."""
+    """Tokens per sequence; a document has one sequence or several."""
     pointers: NDArray[np.int64]
-    """Byte of the tokens' file at which each sequence begins."""
+    """Byte offset of each sequence in PREFIX.bin."""
     boundaries: NDArray[np.int64]
-    """Document d has the sequences boundaries[d] .. boundaries[d + 1] - 1."""
+    """Document d consists of the sequences boundaries[d] .. boundaries[d + 1] - 1."""
     tokens: int
-    """The sum of `lengths`."""
+    """Sum of `lengths`."""
 
     def first_token(self, sequence: int) -> int:
-        """Return the number of a sequence's first token; of all tokens for the one after the last sequence."""
+        """Return the index of a sequence's first token; the number of tokens for the one after the last sequence."""
         return int(self.pointers[sequence]) // self.dtype.itemsize if sequence < len(self.pointers) else self.tokens
 
 
 def read_index(file: Path) -> Index:
-    """Raises ConfigError, naming the file and what is wrong with it."""
+    """Map and validate an .idx file. Raise DataError if it is damaged."""
     with file.open("rb") as stream:
         header = stream.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise ConfigError(f"{file} does not begin with the header of an index (MMIDIDX): it is no index or damaged")
+        raise DataError(f"{file} is not a valid .idx file (its header MMIDIDX is missing): prepare it again")
     _, version, code, sequences, num_boundaries = HEADER.unpack(header)
     if version != 1 or code not in TYPES:
-        raise ConfigError(f"{file}: its header has version {version} and type {code}, which are not known: damaged?")
+        raise DataError(f"{file}: version {version} or dtype {code} of its header is unknown: prepare it again")
     dtype: np.dtype[Any] = np.dtype(TYPES[code])
     if dtype.kind not in "iu":
-        raise ConfigError(f"{file} speaks of {dtype} numbers, which are no token ids: give a corpus of tokens")
+        raise DataError(f"{file} lists {dtype} numbers, which are not token ids: name a corpus of tokens")
     expected = HEADER.size + sequences * (4 + 8) + num_boundaries * 8
     if (size := file.stat().st_size) != expected:
-        raise ConfigError(
+        raise DataError(
             f"{file} has {size} bytes, {expected} are needed for the {sequences} sequences and {num_boundaries} "
-            "document boundaries of its header: it was cut off or damaged, copy or prepare it anew"
+            "document boundaries of its header: it is truncated or corrupt, copy or prepare it again"
         )
     return _checked(file, dtype, sequences, num_boundaries)
 
 
 def _checked(file: Path, dtype: np.dtype[Any], sequences: int, num_boundaries: int) -> Index:
-    everything = np.memmap(file, mode="r", dtype=np.uint8)
+    content = np.memmap(file, mode="r", dtype=np.uint8)
     at_pointers = HEADER.size + 4 * sequences
     at_boundaries = at_pointers + 8 * sequences
-    lengths = everything[HEADER.size : at_pointers].view(np.int32)
-    pointers = everything[at_pointers:at_boundaries].view(np.int64)
-    boundaries = everything[at_boundaries:].view(np.int64)
+    lengths = content[HEADER.size : at_pointers].view(np.int32)
+    pointers = content[at_pointers:at_boundaries].view(np.int64)
+    boundaries = content[at_boundaries:].view(np.int64)
     tokens = int(lengths.sum(dtype=np.int64))
     if sequences:
         last_end = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
         if pointers[0] != 0 or last_end != tokens * dtype.itemsize or lengths.min() < 0:
-            raise ConfigError(
-                f"{file} disagrees with itself: its lengths add up to {tokens * dtype.itemsize} bytes of tokens, its "
-                f"last sequence ends at byte {last_end}; it is damaged, copy or prepare it anew"
+            raise DataError(
+                f"{file} contradicts itself: its lengths add up to {tokens * dtype.itemsize} bytes of tokens, its "
+                f"last sequence ends at byte {last_end}; it is corrupt, copy or prepare it again"
             )
     if (
         not num_boundaries
@@ -89,8 +89,8 @@ def _checked(file: Path, dtype: np.dtype[Any], sequences: int, num_boundaries: i
         or boundaries[-1] != sequences
         or (boundaries[1:] < boundaries[:-1]).any()
     ):
-        raise ConfigError(
-            f"{file}: its document boundaries do not rise from 0 to its {sequences} sequences: it is damaged, copy or "
-            "prepare it anew"
+        raise DataError(
+            f"{file}: its document boundaries do not rise from 0 to its {sequences} sequences: it is corrupt, copy or "
+            "prepare it again"
         )
     return Index(dtype, lengths, pointers, boundaries, tokens)

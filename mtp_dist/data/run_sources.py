@@ -1,4 +1,4 @@
-"""The tokenizer and the sources of a run, each built or opened once per process."""
+"""The tokenizer and sources of a run, each built or opened once per process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 
 
 class RunSources:
-    """What a configuration names to read from; whatever raises ConfigError names the key."""
+    """The tokenizer, corpora and inputs that a configuration names. Errors name the key."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -25,26 +25,26 @@ class RunSources:
         return build_tokenizer(self.config.data.tokenizer)
 
     def open_all(self) -> None:
-        """Open every source. Read none of them. Raise ConfigError if one is missing or cannot be opened."""
+        """Open every source without reading it. Raise UserError if one is missing or cannot be opened."""
         for key, source in configured_sources(self.config):
             if not self.corpus(source, key):
                 self.input(source, key)
 
     def corpus(self, source: SourceConfig, key: str) -> Corpus | None:
-        """Return the prepared corpus that a source names; None if it names another kind of source."""
+        """Return the prepared corpus that a source names; None if it is another kind of source."""
         prefix = prefix_of(source.path)
         if prefix and prefix not in self._corpora:
             self._corpora[prefix] = open_corpus(prefix, f"{key}.path")
         return self._corpora[prefix] if prefix else None
 
     def input(self, source: SourceConfig, key: str) -> Input:
-        """Return the documents that a source names."""
-        same = contents_of(source)
-        if same not in self._inputs:
+        """Return the input that a source names."""
+        content = content_key(source)
+        if content not in self._inputs:
             glob = source.glob if Path(source.path).is_dir() else None
             options = InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
-            self._inputs[same] = open_inputs([source.path], options)[0]
-        return self._inputs[same]
+            self._inputs[content] = open_inputs([source.path], options)[0]
+        return self._inputs[content]
 
 
 def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
@@ -54,6 +54,6 @@ def configured_sources(config: Config) -> Iterator[tuple[str, SourceConfig]]:
             yield f"data.{section}.{index}", source
 
 
-def contents_of(source: SourceConfig) -> SourceConfig:
-    """Return what decides which tokens a source has: the same for keys that name the same ones."""
+def content_key(source: SourceConfig) -> SourceConfig:
+    """Return the source without name and weight: equal for sources with the same tokens."""
     return source.model_copy(update={"name": None, "weight": 1.0})

@@ -1,4 +1,4 @@
-"""Training samples of documents that are tokenized while they are read."""
+"""Training samples from documents that are tokenized while they are read."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from numpy.typing import NDArray
 from mtp_dist.data.blending import Blend
 from mtp_dist.data.sources.text_sources import WHOLE, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import ConfigError, DataError, UserError
 
 State = dict[str, Any]
-"""JSON."""
+"""A position as JSON."""
 
 
 class _Document(NamedTuple):
     tokens: NDArray[Any]
-    """With the end-of-document token."""
+    """Its tokens, the end-of-document token included."""
     position: Any
-    """In the input."""
+    """Its position in the input."""
     passes: int
-    """Times that the whole shard was read before."""
+    """Complete passes over the shard before it."""
 
 
 class TokenStream:
-    """The tokens of a shard of an input's documents, an end-of-document token after each, over and over."""
+    """The tokens of one shard of an input's documents, an end-of-document token after each, in endless passes."""
 
-    def __init__(self, source: Input, tokenizer: Tokenizer, named: str, shard: Shard = WHOLE) -> None:
-        """`named` is how errors begin, such as `data.train.0.path = 'web'`."""
+    def __init__(self, source: Input, tokenizer: Tokenizer, label: str, shard: Shard = WHOLE) -> None:
+        """`label` starts error messages, such as `data.train.0.path = 'web'`."""
         self._source = source
         self._tokenizer = tokenizer
-        self._named = named
+        self._label = label
         self._shard = shard
         self._begin({"passes": 0, "position": None, "offset": 0})
 
     @property
     def passes(self) -> int:
-        """Times that the whole shard has been read."""
+        """Number of complete passes over the shard."""
         return self._waiting[0].passes if self._waiting else self._start["passes"]
 
-    def take(self, length: int, advance: int) -> NDArray[np.int64]:
-        """The next `length` tokens; those after them begin `advance` < `length` tokens later. Raises ConfigError."""
+    def next_tokens(self, length: int, advance: int) -> NDArray[np.int64]:
+        """Return the next `length` tokens and advance by `advance` < `length` tokens. Raise DataError."""
         while self._available < length:
             document = next(self._documents)
             self._waiting.append(document)
             self._available += len(document.tokens)
-        taken = np.empty(length, dtype=np.int64)
+        tokens = np.empty(length, dtype=np.int64)
         filled, start = 0, self._offset
-        for tokens, _, _ in self._waiting:
-            part = tokens[start : start + length - filled]
-            taken[filled : filled + len(part)] = part
+        for document in self._waiting:
+            part = document.tokens[start : start + length - filled]
+            tokens[filled : filled + len(part)] = part
             filled, start = filled + len(part), 0
             if filled == length:
                 break
@@ -62,17 +62,17 @@ class TokenStream:
         self._available -= advance
         while self._offset >= len(self._waiting[0].tokens):
             self._offset -= len(self._waiting.popleft().tokens)
-        return taken
+        return tokens
 
     def state(self) -> State:
-        """Where it is: the first document that samples are still to come from, and how many of its tokens are used."""
+        """Return the position: the first document with unused tokens, and how many of its tokens are used."""
         if not self._waiting:
             return self._start
         first = self._waiting[0]
         return {"passes": first.passes, "position": first.position, "offset": self._offset}
 
     def restore(self, state: State) -> None:
-        """Go on from there."""
+        """Continue from a position."""
         self._begin(state)
 
     def _begin(self, state: State) -> None:
@@ -86,28 +86,28 @@ class TokenStream:
         has_text = position is not None
         while True:
             try:
-                for place, document in self._source.documents(position, self._shard):
+                for start, document in self._source.documents(position, self._shard):
                     if not self._tokenizer.accepts_raw_bytes:
-                        # Invalid UTF-8 is replaced: a run of months must not end for one document.
+                        # Invalid UTF-8 is replaced: one bad document must not end a run of months.
                         document = document.decode(errors="replace").encode()
                     tokens, _ = self._tokenizer.encode_documents([document])
                     if len(tokens):
                         has_text = True
-                        yield _Document(tokens, place, passes)
+                        yield _Document(tokens, start, passes)
             except UserError as error:
-                raise ConfigError(f"{self._named}: {error}") from None
+                raise type(error)(f"{self._label}: {error}") from None
             if not has_text:
-                where = f" in {self._shard}: lower data.stream_shards" if self._shard.number_of > 1 else ""
-                raise ConfigError(f"{self._named} has no document with text{where or ': give another source'}")
+                remedy = f" in {self._shard}: lower data.stream_shards" if self._shard.num_shards > 1 else ""
+                raise DataError(f"{self._label} has no document with text{remedy or ': name another source'}")
             passes, position = passes + 1, None
 
 
 class StreamedSamples:
-    """The counterpart of `BlendedSamples` for sources that can only be read from their start to their end.
+    """The counterpart of `BlendedSamples` for sources that can only be read from start to end.
 
-    Nothing is shuffled: each source is in K shards, and sample i comes from shard i mod K of one of the sources, in the
-    order of that shard's documents. The samples are the same at every layout, and a rank reads only the shards that its
-    samples come from.
+    Nothing is shuffled: each source is split into K shards, and sample i comes from shard i mod K of one of them, in
+    the order of that shard's documents. The samples are the same at every layout, and a rank reads only the shards that
+    its samples come from.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class StreamedSamples:
         sequence_length: int,
         lookahead: int,
     ) -> None:
-        """`sources` are the shards of each source, as many of each."""
+        """`sources` are the K shards of each source."""
         self.sources = tuple(sources)
         self.shards = len(sources[0])
         self.blend = Blend(weights)
@@ -125,45 +125,45 @@ class StreamedSamples:
         self.lookahead = lookahead
         self._next = 0
         self._own_shards = range(self.shards)
-        """Those that this rank reads."""
+        """Shards that this rank reads."""
 
     def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
         """Return this rank's part of the samples first .. first + count - 1, [count / ranks, S + lookahead].
 
-        Samples are dealt to the ranks one by one, so a rank reads every gcd(K, ranks)-th shard; a single shard's are
-        dealt in slices. Own shards are read up to the last of the samples, whoever they belong to. `first` never goes
-        back.
+        Samples are dealt to the ranks one by one, so a rank reads every gcd(K, ranks)-th shard; those of a single shard
+        are dealt in slices. A rank reads its shards up to the last of the samples, whichever rank that belongs to.
+        `first` must not decrease.
         """
-        assert first >= self._next, "a stream has no way back"
-        share, stride = count // ranks, gcd(self.shards, ranks)
+        assert first >= self._next, "a stream is read forward only"
+        num_own, stride = count // ranks, gcd(self.shards, ranks)
         self._own_shards = range(rank % stride, self.shards, stride)
-        samples = np.empty((share, self.sequence_length + self.lookahead), dtype=np.int64)
+        samples = np.empty((num_own, self.sequence_length + self.lookahead), dtype=np.int64)
         filled = 0
         for number, source in self._located(first + count):
-            taken = self.sources[source][number % self.shards].take(samples.shape[1], self.sequence_length)
-            owner = number % ranks if self.shards > 1 else (number - first) // share
+            tokens = self.sources[source][number % self.shards].next_tokens(samples.shape[1], self.sequence_length)
+            owner = number % ranks if self.shards > 1 else (number - first) // num_own
             if number >= first and owner == rank:
-                samples[filled] = taken
+                samples[filled] = tokens
                 filled += 1
         self._next = first + count
         return samples
 
     def _located(self, end: int) -> Iterator[tuple[int, int]]:
-        """Yield each sample up to `end` that comes from an own shard, and its source."""
+        """Yield each sample up to `end` that comes from a shard of this rank, and its source."""
         numbers = np.arange(self._next, end)
         numbers = numbers[np.isin(numbers % self.shards, self._own_shards)]
-        # A blend that is shifted from shard to shard has its proportions in each shard as well as across them.
-        places = numbers // self.shards + numbers % self.shards
-        start = int(places.min())
-        sources, _ = self.blend.locate(start, int(places.max()) + 1 - start)
-        return zip(numbers.tolist(), sources[places - start].tolist(), strict=True)
+        # Shifting the blend from shard to shard keeps its proportions within each shard as well as across shards.
+        indices = numbers // self.shards + numbers % self.shards
+        start = int(indices.min())
+        sources, _ = self.blend.locate(start, int(indices.max()) + 1 - start)
+        return zip(numbers.tolist(), sources[indices - start].tolist(), strict=True)
 
     def epochs(self, num_samples: int) -> list[float]:
-        """How many times each source has been read whole, as far as this process has read ahead, by its own shards."""
+        """Return the complete passes over each source, judged by the shards of this rank, which reads ahead."""
         return [float(min(shards[number].passes for number in self._own_shards)) for shards in self.sources]
 
     def state(self) -> State:
-        """Where it is; None for shards that this rank does not read."""
+        """Return the position of each shard, None for those that this rank does not read."""
         streams = [
             [stream.state() if number in self._own_shards else None for number, stream in enumerate(shards)]
             for shards in self.sources
@@ -171,10 +171,10 @@ class StreamedSamples:
         return {"next": self._next, "streams": streams}
 
     def restore(self, state: State | None, samples_read: int, earlier: Sequence[int | None]) -> None:
-        """Continue each source from its place in a state, at any layout at which no rank has to go back.
+        """Continue each source from its position in a state, at any layout at which no rank has to read backwards.
 
-        state: of all shards, or this rank's own; None if it did not read. earlier: the number that each source has in
-        the state; None for a new one, which begins at its start. Raise ConfigError for another number of shards.
+        state: of all shards or of this rank's; None if this rank does not read. earlier: number of each source in the
+        state, None if it is new and starts from its beginning. Raise ConfigError if the number of shards differs.
         """
         continued = [pair for pair in zip(self.sources, earlier, strict=True) if pair[1] is not None]
         if state is None or not continued:
@@ -182,10 +182,10 @@ class StreamedSamples:
             return
         for shards, number in continued:
             saved = state["streams"][number]
-            saved = [saved] if isinstance(saved, dict) else saved  # streams had no shards once
+            saved = [saved] if isinstance(saved, dict) else saved  # older states have no shards
             if len(saved) != self.shards:
                 raise ConfigError(
-                    f"data.stream_shards is {self.shards}, the checkpoint's streams are in {len(saved)} shards: set it "
+                    f"data.stream_shards is {self.shards}, the checkpoint's streams have {len(saved)} shards: set it "
                     "back, or start from scratch with checkpoint.resume=none"
                 )
             for stream, position in zip(shards, saved, strict=True):
@@ -195,7 +195,7 @@ class StreamedSamples:
 
 
 def merge_states(states: Sequence[State | None]) -> State | None:
-    """Return the state of all shards from those of the data-parallel ranks, each of which has its own shards."""
+    """Merge the states of the data-parallel ranks, each with its own shards, into one of all shards."""
     given = [state for state in states if state is not None]
     if not given:
         return None

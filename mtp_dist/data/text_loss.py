@@ -1,4 +1,4 @@
-"""How much of a text does not survive encoding and decoding."""
+"""How much of a text is lost when it is encoded and decoded."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mtp_dist.data.tokenizer import Ids, Tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 CHECKED_BYTES = 256 << 10
-"""Text of a part of a source that is decoded again: decoding takes about a seventh of the time of encoding."""
+"""Bytes per part of a source that are decoded again: decoding takes about a seventh of the time of encoding."""
 CHARACTERS_SHOWN = 5
 
 
 @dataclass
 class TextLoss:
-    """What was lost of the text that was checked."""
+    """Counts of checked and lost text."""
 
     checked_bytes: int = 0
     lost_bytes: int = 0
     lost_whitespace: int = 0
-    """Those of the lost bytes that are whitespace, which many tokenizers fold on purpose."""
+    """Lost bytes that are whitespace, which many tokenizers fold on purpose."""
     characters: Counter[str] = field(default_factory=Counter)
-    """How often characters were lost that are not whitespace."""
+    """How often each other character was lost."""
 
     def add(self, other: TextLoss) -> None:
         self.checked_bytes += other.checked_bytes
@@ -36,7 +36,7 @@ class TextLoss:
         return self.lost_bytes - self.lost_whitespace
 
     def surviving(self, num_bytes: int) -> int:
-        """Return how many of these bytes of text tokens stand for."""
+        """Return how many of these bytes of text are represented by tokens."""
         return round(num_bytes * (1 - self.lost_bytes / self.checked_bytes)) if self.lost_bytes else num_bytes
 
     def most_lost(self) -> str:
@@ -45,25 +45,25 @@ class TextLoss:
     def describe(self, tokenizer: str) -> str:
         most = f", most of all {', '.join(map(repr, self.most_lost()))}" if self.characters else ""
         whitespace = self.lost_whitespace / max(1, self.checked_bytes)
-        besides = f"; whitespace is lost in addition, {whitespace:.2%} of the text" if whitespace else ""
+        folded = f"; whitespace is lost in addition, {whitespace:.2%} of the text" if whitespace else ""
         return (
             f"{self._lost_text / max(1, self.checked_bytes):.2%} of the text does not survive encoding and decoding "
-            f"with '{tokenizer}' (of {self.checked_bytes:,} bytes checked){most}{besides}"
+            f"with '{tokenizer}' (of {self.checked_bytes:,} bytes checked){most}{folded}"
         )
 
-    def check(self, limit: float, option: str, named: str, tokenizer: str, unread_bytes: float = 0) -> None:
-        """Raise ConfigError, which begins with `named`, if the share of the text that is lost, whitespace apart,
-        exceeds the limit that `option` sets, even if `unread_bytes` more of it survive."""
+    def check(self, limit: float, option: str, label: str, tokenizer: str, unread_bytes: float = 0) -> None:
+        """Raise DataError, starting with `label`, if the lost fraction of the text, whitespace excluded, exceeds the
+        limit that `option` sets even if all of `unread_bytes` more survive."""
         if self._lost_text > limit * (self.checked_bytes + unread_bytes):
-            raise ConfigError(
-                f"{named}: {self.describe(tokenizer)}; {option} = {limit:g} allows less: use a tokenizer with a token "
+            raise DataError(
+                f"{label}: {self.describe(tokenizer)}; {option} = {limit:g} allows less: use a tokenizer with a token "
                 "for every byte, such as byte pairs trained with initial_alphabet=ByteLevel.alphabet(), or raise "
                 f"{option}"
             )
 
 
 def measure_loss(tokenizer: Tokenizer, documents: Sequence[bytes], tokens: Ids, lengths: Sequence[int]) -> TextLoss:
-    """Measure the first documents, up to CHECKED_BYTES. `tokens` and `lengths` are what encoding them returned."""
+    """Measure the first documents, up to CHECKED_BYTES. `tokens` and `lengths` are their encoding."""
     loss = TextLoss()
     if tokenizer.accepts_raw_bytes:
         return loss
@@ -84,5 +84,5 @@ def _num_bytes(characters: Counter[str]) -> int:
 
 
 def lost_characters(text: str, decoded: str) -> Counter[str]:
-    """Return how often characters of the text are missing in what was decoded, wherever they stand there."""
+    """Return how often each character of the text is missing in the decoded text, wherever it is there."""
     return Counter() if text == decoded else Counter(text) - Counter(decoded)

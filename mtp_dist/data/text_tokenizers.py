@@ -1,4 +1,4 @@
-"""Tokenizers of other people, which read text: Hugging Face's and SentencePiece's."""
+"""Hugging Face and SentencePiece tokenizers, read from their files."""
 
 from __future__ import annotations
 
@@ -17,92 +17,94 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 
 from mtp_dist.data.tokenizer import Ids, Tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import ConfigError, DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "<|eot_id|>")
-"""Looked for, in this order, where a tokenizer does not say which of its tokens ends a text."""
+"""Common end-of-text tokens, tried in this order if the tokenizer's files do not name one."""
 
 
-def tokenizer_file(name: str, named: str) -> Path:
-    """The file behind a tokenizer's name. Raises ConfigError, which begins with `named`."""
+def tokenizer_file(name: str, label: str) -> Path:
+    """Return a tokenizer's file. Raise ConfigError, starting with `label`, if there is none."""
     path = Path(name)
     if not path.exists():
-        path = _cached_folder(name, named)
+        path = _cached_folder(name, label)
     if path.is_dir():
         found = [path / file for file in TOKENIZER_FILES if (path / file).exists()]
         if not found:
-            raise ConfigError(f"{named} is a folder without {' or '.join(TOKENIZER_FILES)}: give one that has it")
+            raise ConfigError(f"{label} is a folder without {' or '.join(TOKENIZER_FILES)}: name a folder that has one")
         return found[0]
     if path.suffix not in (".json", ".model"):
-        raise ConfigError(f"{named} is neither a tokenizer.json nor a SentencePiece .model file: give one of these")
+        raise ConfigError(f"{label} is neither a tokenizer.json nor a SentencePiece .model file: name one of these")
     return path
 
 
-def _cached_folder(name: str, named: str) -> Path:
-    unknown = f"{named} is not known: it is not 'bytes', and no file or folder has this path"
+def _cached_folder(name: str, label: str) -> Path:
+    unknown = f"{label} is unknown: it is not 'bytes', and there is no file or folder with this path"
     if Path(name).suffix in (".json", ".model") or name.startswith("~"):
         raise ConfigError(unknown)
-    # Only what is on this machine: compute nodes are offline, and all ranks would ask at once.
+    # Local files only: compute nodes are often offline, and every rank would query the hub at once.
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except HFValidationError:
         raise ConfigError(unknown) from None
     except LocalEntryNotFoundError:
         raise ConfigError(
-            f"{unknown}; the Hugging Face cache of this machine does not have it either: if it is a Hugging Face name, "
-            f"run `hf download {name}` first"
+            f"{unknown}, and it is not in this machine's Hugging Face cache: if it is a Hugging Face name, run `hf "
+            f"download {name}` first"
         ) from None
 
 
 def decode_utf8(documents: Sequence[bytes]) -> list[str]:
-    """The documents as text. Raises ConfigError, with the byte's offset, for invalid UTF-8."""
+    """Decode documents. Raise DataError with the byte's offset for invalid UTF-8."""
     texts = []
     for number, document in enumerate(documents):
         try:
             texts.append(document.decode())
         except UnicodeDecodeError as error:
-            where = f" of document {number}" if len(documents) > 1 else ""
-            raise ConfigError(f"invalid UTF-8 at byte {error.start}{where}") from None
+            which = f" of document {number}" if len(documents) > 1 else ""
+            raise DataError(f"invalid UTF-8 at byte {error.start}{which}") from None
     return texts
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`, with the end of a text as the files beside it tell."""
+    """The tokenizer of a `tokenizer.json`; the files next to it may name its end-of-text token."""
 
     accepts_raw_bytes = False
 
-    def __init__(self, name: str, file: Path, named: str) -> None:
-        """Raises ConfigError, which begins with `named`."""
+    def __init__(self, name: str, file: Path, label: str) -> None:
+        """Read `file`. Raise DataError, starting with `label`, if it cannot be used."""
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(f"{named}: {file} is no tokenizer that can be read ({error}): give another") from None
+            raise DataError(f"{label}: {file} is not a valid tokenizer ({error}): name another") from None
         self._set_up()
         self.name = name
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_of_document = self._find_end(file.parent, named)
+        self.end_of_document = self._find_end(file.parent, label)
 
     def _set_up(self) -> None:
         self.backend.no_truncation()
         self.backend.no_padding()
-        # A document that spells a special token out, such as a tokenizer's own source, must not be cut in two by it.
+        # A special token spelled out in a document, such as a tokenizer's own source, is text and must not split it.
         self.backend.encode_special_tokens = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._set_up()  # which the library's pickle forgets in part
+        self._set_up()  # the library does not pickle all of these settings
 
-    def _find_end(self, folder: Path, named: str) -> int:
-        for token in _configured_end(folder, named):
+    def _find_end(self, folder: Path, label: str) -> int:
+        for token in _configured_end(folder, label):
             if self.backend.token_to_id(token) is None:
-                raise ConfigError(f"{named} has no token {token!r}, which the files beside it name as its eos_token")
-        for token in [*_configured_end(folder, named), *END_TOKENS]:
+                raise DataError(
+                    f"{label} has no token {token!r}, which the files next to it name as eos_token: fix them"
+                )
+        for token in [*_configured_end(folder, label), *END_TOKENS]:
             if (found := self.backend.token_to_id(token)) is not None:
                 return found
-        raise ConfigError(
-            f"{named} has no end-of-text token: add an eos_token to {folder / 'tokenizer_config.json'}; without one "
-            f"it is looked for among {', '.join(END_TOKENS)}"
+        raise DataError(
+            f"{label} has no end-of-text token: add an eos_token to {folder / 'tokenizer_config.json'}; without one, "
+            f"these are tried: {', '.join(END_TOKENS)}"
         )
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
@@ -110,14 +112,14 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             encodings = self.encode_texts(texts)
         except Exception as error:  # the library raises nothing narrower
-            raise ConfigError(
+            raise DataError(
                 f"{self.name!r} has no token for a part of this text ({error}): use a tokenizer with an unknown token, "
-                "or better one of bytes, which has a token for everything"
+                "or better a byte-level one, which can encode everything"
             ) from None
         return [np.fromiter(encoding.ids, self.dtype, len(encoding)) for encoding in encodings]
 
     def encode_texts(self, texts: list[str]) -> list[tokenizers.Encoding]:
-        """The library's own call, which takes nearly all of the time."""
+        """Call the library, which takes nearly all of the time."""
         return self.backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
@@ -125,52 +127,52 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the parts of its JSON that matter, so that the file's name and layout do not count."""
+        """SHA-256 of the parts of its JSON that decide the ids; the file's name and layout do not count."""
         parts = json.loads(self.backend.to_str())
         used = [parts[part] for part in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
         return hashlib.sha256(json.dumps([*used, self.end_of_document], sort_keys=True).encode()).hexdigest()
 
 
-def _configured_end(folder: Path, named: str) -> Iterable[str]:
-    """The eos_token that the files beside a tokenizer.json name, if any."""
+def _configured_end(folder: Path, label: str) -> Iterable[str]:
+    """Yield each eos_token that the files next to a tokenizer.json name."""
     for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
         if file.exists():
             try:
                 token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
             except (ValueError, AttributeError, RecursionError) as error:
-                raise ConfigError(f"{named}: {file} is not a JSON object ({error}): fix or remove it") from None
+                raise DataError(f"{label}: {file} is not a JSON object ({error}): fix or remove it") from None
             content = token.get("content") if isinstance(token, dict) else token
             if content is not None and not isinstance(content, str):
-                raise ConfigError(f"{named}: {file} names an eos_token that is no text: mend it")
+                raise DataError(f"{label}: {file} names an eos_token that is not text: fix it")
             if content:
                 yield content
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model`."""
+    """The tokenizer of a SentencePiece `.model`."""
 
     accepts_raw_bytes = False
 
-    def __init__(self, name: str, file: Path, named: str) -> None:
-        """Raises ConfigError, which begins with `named`."""
+    def __init__(self, name: str, file: Path, label: str) -> None:
+        """Read `file`. Raise DataError, starting with `label`, if it cannot be used."""
         try:
             self._model = file.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(f"{named}: {file} is no tokenizer that can be read ({error}): give another") from None
+            raise DataError(f"{label}: {file} is not a valid tokenizer ({error}): name another") from None
         self.name = name
         self.vocab_size = self._processor.vocab_size()
-        self.end_of_document = self._find_end(named)
+        self.end_of_document = self._find_end(label)
 
-    def _find_end(self, named: str) -> int:
+    def _find_end(self, label: str) -> int:
         if (end := self._processor.eos_id()) >= 0:
             return end
         for token in END_TOKENS:
             if (found := self._processor.piece_to_id(token)) != self._processor.unk_id():
                 return found
-        raise ConfigError(
-            f"{named} has no end-of-text token: train it with --eos_id, or use another; without one it is looked for "
-            f"among {', '.join(END_TOKENS)}"
+        raise DataError(
+            f"{label} has no end-of-text token: train it with --eos_id, or use another; without one, these are tried: "
+            f"{', '.join(END_TOKENS)}"
         )
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:

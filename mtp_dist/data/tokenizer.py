@@ -1,4 +1,4 @@
-"""From text to token ids and back."""
+"""Tokenizers: from text to token ids and back."""
 
 from __future__ import annotations
 
@@ -10,53 +10,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import ConfigError, DataError, UserError
 
 Ids = NDArray[Any]
-"""uint16 or int32, see `dtype_of_ids`."""
+"""uint16 or int32, see `id_dtype`."""
 
 SMALL_VOCABULARY = 65500
-"""Below it ids are uint16, else int32: Megatron-core's `DType.optimal_dtype`."""
+"""Vocabulary size below which ids are uint16, else int32 (Megatron-core's `DType.optimal_dtype`)."""
 
 
-def dtype_of_ids(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """What ids of this vocabulary are kept as, in memory and on disk."""
+def id_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """Return the dtype of token ids in memory and on disk."""
     return np.uint16 if vocab_size < SMALL_VOCABULARY else np.int32
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. No special token is added, and none is read out of the text."""
+    """A tokenizer that neither adds special tokens nor recognizes them in the text."""
 
     name: str
-    """As in `data.tokenizer`."""
+    """Name as in `data.tokenizer`."""
     vocab_size: int
-    """Tokens, added ones included: every id is below it."""
+    """Number of tokens including added ones; every id is smaller."""
     end_of_document: int
-    """The id that follows each document."""
+    """Id of the token that follows each document."""
     accepts_raw_bytes: bool
     """Whether documents need not be UTF-8."""
 
     @abstractmethod
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
-        """The ids of each document. Raises ConfigError for invalid UTF-8 unless `accepts_raw_bytes`."""
+        """Return the ids of each document. Raise DataError for invalid UTF-8 unless `accepts_raw_bytes`."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        """The text of the ids: special tokens are skipped, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of the ids. Skip special tokens; replace invalid UTF-8 by U+FFFD."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of what decides which ids a text becomes."""
+        """SHA-256 in hexadecimal of everything that decides which ids a text becomes."""
 
     def encode(self, text: str | bytes) -> Ids:
-        """The ids of one document."""
+        """Return the ids of one document."""
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
     def encode_documents(self, documents: Sequence[bytes]) -> tuple[Ids, list[int]]:
-        """The ids of all documents in one array, an end-of-document id after each; and how many each has with it.
+        """Return the ids of all documents in one array, an end-of-document id after each, and the documents' lengths.
 
-        A document without ids has no end either, and 0 in the list. Raises ConfigError like `encode_batch`.
+        The lengths include the end. A document without ids gets no end either; its length is 0. Raise DataError like
+        `encode_batch`.
         """
         end = np.array([self.end_of_document], dtype=self.dtype)
         encoded = self.encode_batch(documents)
@@ -66,12 +67,11 @@ class Tokenizer(ABC):
 
     @property
     def dtype(self) -> type[np.uint16] | type[np.int32]:
-        """Of the ids."""
-        return dtype_of_ids(self.vocab_size)
+        return id_dtype(self.vocab_size)
 
 
 class ByteTokenizer(Tokenizer):
-    """One token a byte (ids 0 to 255) and an end-of-document token."""
+    """A tokenizer with one token per byte (ids 0 to 255) and an end-of-document token."""
 
     name = "bytes"
     vocab_size = 257
@@ -91,10 +91,9 @@ class ByteTokenizer(Tokenizer):
 
 
 def encode_documents(
-    tokenizer: Tokenizer, documents: Sequence[bytes], place: Callable[[int], str]
+    tokenizer: Tokenizer, documents: Sequence[bytes], location: Callable[[int], str]
 ) -> tuple[Ids, list[int]]:
-    """Return what the tokenizer's method of this name does. Raise ConfigError with the place of a document that it
-    cannot encode."""
+    """Call `tokenizer.encode_documents`. Raise DataError with the location of a document that it cannot encode."""
     try:
         return tokenizer.encode_documents(documents)
     except UserError:
@@ -102,22 +101,22 @@ def encode_documents(
             try:
                 tokenizer.encode_documents([document])
             except UserError as error:
-                raise ConfigError(f"{place(number)}: {error}") from None
+                raise DataError(f"{location(number)}: {error}") from None
         raise
 
 
 def build_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
-    """The tokenizer that `key` names; nothing is downloaded.
+    """Build the tokenizer that `key` names. Download nothing.
 
-    `bytes`; a `tokenizer.json` or SentencePiece `.model` file, or a folder with one; or a name in the Hugging Face
-    cache. Raises ConfigError, naming `key`.
+    A name is `bytes`, a `tokenizer.json` or SentencePiece `.model` file, a folder with one, or a model in the Hugging
+    Face cache. Raise ConfigError if there is no such tokenizer, DataError if its files cannot be used.
     """
     if name == ByteTokenizer.name:
         return ByteTokenizer()
-    # The libraries behind them take seconds to import, which a run with bytes need not spend.
+    # Their libraries take seconds to import, which a run on bytes does not need.
     from mtp_dist.data.text_tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_file
 
-    named = f"{key} = {name!r}"
-    file = tokenizer_file(name, named)
+    label = f"{key} = {name!r}"
+    file = tokenizer_file(name, label)
     kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
-    return kind(name, file, named)
+    return kind(name, file, label)

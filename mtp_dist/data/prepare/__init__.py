@@ -1,1 +1,1 @@
-"""The offline tool that turns text into a corpus (`mtp-dist prepare`)."""
+"""Offline tools: `mtp-dist prepare` turns text into a corpus, `mtp-dist inspect` reports what is in one."""

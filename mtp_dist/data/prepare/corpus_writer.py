@@ -1,4 +1,4 @@
-"""A corpus that grows by work units, each of them added as a whole, in spite of whatever kills the process."""
+"""A corpus that grows work unit by work unit and survives a kill at any time."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from mtp_dist.fs import atomic_write_text, sync
 TOKENS, LENGTHS, JOURNAL = "tokens.bin", "lengths.bin", "units.jsonl"
 INDEX, METADATA_FILE = "index.idx", "description.json"
 LENGTH = np.dtype(np.int32)
-"""Of a document, in tokens."""
+"""Type of a document's length in tokens."""
 
 
 class UnfinishedCorpus:
-    """A folder with the tokens of all units so far, the lengths of their documents, and a line for each unit.
+    """A folder with the tokens of all units so far, the lengths of their documents, and a journal with a line per unit.
 
-    A line has the unit's summary, and the SHA-256 of all tokens and of all lengths up to its end. Nothing is synced
-    before the corpus is whole: a machine that lost its power may have lost some of it. What does not agree with the
-    journal when the folder is opened again is cut off.
+    A line has the unit's summary and the SHA-256 of all tokens and all lengths up to its end. Nothing is synced before
+    the corpus is complete, so a power failure may lose some of it: data that does not match the journal is cut off when
+    the folder is opened again.
     """
 
     def __init__(self, folder: Path, prefix: Path, dtype: type[np.generic]) -> None:
-        """Open or make it; `prefix` is the name to be. Raises OSError."""
+        """Open or create the folder of the corpus `prefix`. Raise OSError."""
         self.folder = folder
         self._prefix = prefix
         self._dtype = np.dtype(dtype)
         self._token_digest, self._length_digest = hashlib.sha256(), hashlib.sha256()
         tokens_file = folder / TOKENS
-        if not tokens_file.exists() and self._named(".bin").exists():
-            self._named(".bin").rename(tokens_file)  # killed between the names of a whole corpus
+        if not tokens_file.exists() and self._target(".bin").exists():
+            self._target(".bin").rename(tokens_file)  # killed between the renames of a complete corpus
         self._tokens, self._lengths, self._journal = map(_open, (tokens_file, folder / LENGTHS, folder / JOURNAL))
         self.recovered: list[UnitSummary] = []
-        """The units that were there."""
+        """Units that were complete when the folder was opened."""
         self.total = UnitSummary()
-        """Of all units, but for the places of documents."""
+        """Sum over all units, without the documents that each names."""
         self._recover()
 
     def close(self) -> None:
@@ -50,7 +50,7 @@ class UnfinishedCorpus:
             file.close()
 
     def _recover(self) -> None:
-        """Keep the units that are whole; the files end after them."""
+        """Keep the complete units and cut the files off after them."""
         end = 0
         for line in self._journal.readlines():
             try:
@@ -77,7 +77,7 @@ class UnfinishedCorpus:
                 setattr(self.total, item.name, getattr(self.total, item.name) + getattr(summary, item.name))
 
     def add(self, unit: EncodedUnit) -> None:
-        """The next unit, the one after `recovered` first. Raises OSError."""
+        """Append the next unit. Raise OSError."""
         for tokens in unit.tokens:
             assert tokens.dtype == self._dtype
             self._token_digest.update(tokens.data)
@@ -90,34 +90,31 @@ class UnfinishedCorpus:
 
     @property
     def sha256(self) -> str:
-        """Of all tokens, in hexadecimal."""
+        """SHA-256 of all tokens in hexadecimal."""
         return self._token_digest.hexdigest()
 
     def finish(self, description: str) -> None:
-        """Give the corpus its name; whoever finds PREFIX.json finds all of it. Raises OSError.
-
-        description is the text of that file.
-        """
+        """Move the corpus to its final names, PREFIX.json with the text `description` last. Raise OSError."""
         from mtp_dist.data.prepare.index_writer import write_index
 
         lengths: NDArray[np.int32] = np.fromfile(self.folder / LENGTHS, LENGTH)
-        assert lengths.sum(dtype=np.int64) == self.total.tokens, "all units are whole"
+        assert lengths.sum(dtype=np.int64) == self.total.tokens, "all units are complete"
         write_index(self.folder / INDEX, lengths, self._dtype.type)
         atomic_write_text(self.folder / METADATA_FILE, description)
         for file in (TOKENS, INDEX):
             sync(self.folder / file)
         for file in (INDEX, TOKENS):
-            (self.folder / file).rename(self._named(Path(file).suffix))
+            (self.folder / file).rename(self._target(Path(file).suffix))
         sync(self._prefix.absolute().parent)
-        (self.folder / METADATA_FILE).rename(self._named(".json"))
+        (self.folder / METADATA_FILE).rename(self._target(".json"))
         sync(self._prefix.absolute().parent)
 
-    def _named(self, suffix: str) -> Path:
+    def _target(self, suffix: str) -> Path:
         return add_suffix(self._prefix, suffix)
 
 
 def _open(file: Path) -> BinaryIO:
-    """To read it from the start and to write behind its end."""
+    """Open a file to read from its start and append to its end."""
     stream = file.open("a+b", buffering=0)
     stream.seek(0)
     return stream

@@ -1,8 +1,8 @@
-"""`mtp-dist prepare`: from text to a prepared corpus, with several processes and in spite of whatever kills them.
+"""`mtp-dist prepare`: from text to a prepared corpus with several processes, resumable after a kill at any time.
 
-Everything is written below PREFIX.unfinished first: plan.json says what is being made, and the work units are added to
-the corpus in their order while the processes deliver them. The same command goes on after a kill, and the result does
-not depend on that or on the number of processes.
+Everything is written below PREFIX.unfinished first: plan.json describes the corpus, and work units are added to it in
+order as the processes deliver them. The same command resumes after a kill; the result depends neither on kills nor on
+the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mtp_dist.data.sources.text_sources import UNIT_BYTES, FileCounts, Input, In
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.fs import atomic_write_text, explain_os_errors
 
 PLAN = "plan.json"
@@ -38,18 +38,18 @@ SUFFIXES = (".bin", ".idx", ".json")
 
 
 class Progress(Protocol):
-    """Whoever watches."""
+    """An observer of a preparation."""
 
     def start(self, total: int | None) -> None:
-        """`total` is the sum of the sizes of all work units, None where it is not known."""
+        """Start; `total` is the sum of the sizes of all work units, None if unknown."""
 
     def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
-        """One more work unit of this size is in the corpus; reused where an earlier start put it there."""
+        """Count a work unit that was added, or reused from an earlier start."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for."""
+    """The arguments of `prepare`."""
 
     inputs: tuple[str, ...]
     prefix: Path
@@ -59,27 +59,27 @@ class Request:
     workers: int = 1
     unit_bytes: int = UNIT_BYTES
     max_text_loss: float = MAX_TEXT_LOSS
-    """Share of the text that may not survive encoding and decoding."""
+    """Largest fraction of the text that may be lost in encoding and decoding."""
 
     @property
     def folder(self) -> Path:
-        """Where the corpus is until it is whole."""
+        """Folder of the corpus until it is complete."""
         return add_suffix(self.prefix, ".unfinished")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A corpus that is whole."""
+    """A complete corpus."""
 
     description: CorpusDescription
     first_empty: str | None = None
-    """The place of the first document that was left out because it has no tokens."""
+    """Location of the first document without tokens, which was left out."""
     first_invalid: str | None = None
-    """The place of the first document with invalid UTF-8."""
+    """Location of the first document with invalid UTF-8."""
     files: FileCounts = field(default_factory=FileCounts)
-    """What the files of the inputs became."""
+    """Counts of the inputs' files."""
     loss: TextLoss = field(default_factory=TextLoss)
-    """What does not survive encoding and decoding."""
+    """Text lost in encoding and decoding."""
 
     def as_json(self) -> dict[str, Any]:
         return self.description.model_dump() | {
@@ -90,15 +90,15 @@ class Prepared:
 
 
 def prepare(request: Request, progress: Progress) -> Prepared:
-    """Make the corpus, or go on with it. Raises ConfigError, with nothing under the final names."""
+    """Make a corpus or resume making it. Raise UserError and leave nothing under the final names."""
     _check_prefix(request.prefix)
-    preload_modules("mtp_dist.data.prepare.tokenize")  # while the inputs are looked for
+    preload_modules("mtp_dist.data.prepare.tokenize")  # while the inputs are listed
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
     with _own_folder(request):
         _check_plan(request, _plan(request, tokenizer, inputs))
         finished = add_suffix(request.prefix, ".json")
-        if finished.exists():  # killed when only the folder was left to remove
+        if finished.exists():  # killed just before the folder was removed
             prepared = Prepared(CorpusDescription.model_validate_json(finished.read_bytes()))
         else:
             prepared = _make(request, tokenizer, inputs, progress)
@@ -108,33 +108,33 @@ def prepare(request: Request, progress: Progress) -> Prepared:
 
 
 def _check_prefix(prefix: Path) -> None:
-    """Raise ConfigError if the files of a corpus cannot have this name."""
+    """Raise ConfigError if a corpus cannot have this name."""
     if not prefix.name:
-        raise ConfigError(f"--to '{prefix}' is not the path of a file: give the corpus a name, such as corpora/web")
+        raise ConfigError(f"--to '{prefix}' does not name a file: name the corpus, such as corpora/web")
     if prefix.suffix in SUFFIXES:
         raise ConfigError(
-            f"--to '{prefix}' ends with {prefix.suffix}, which is added to the name of a corpus: give --to "
+            f"--to '{prefix}' ends with {prefix.suffix}, a suffix that is added to the name of a corpus: use --to "
             f"'{prefix.with_suffix('')}'"
         )
 
 
 @contextmanager
 def _own_folder(request: Request) -> Iterator[None]:
-    """Make PREFIX.unfinished and keep other processes out of it."""
-    with explain_os_errors(request.folder, "make"):
+    """Create and lock PREFIX.unfinished."""
+    with explain_os_errors(request.folder, "create"):
         request.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(request.folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise ConfigError(f"another process prepares '{request.prefix}': wait for it, or name another --to") from None
+        raise ConfigError(f"another process is preparing '{request.prefix}': wait, or choose another --to") from None
     finally:
         os.close(descriptor)
 
 
 def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> dict[str, Any]:
-    """Everything that the bytes of the corpus depend on, as JSON."""
+    """Return as JSON everything that the bytes of the corpus depend on."""
     plan = {
         "tokenizer": [tokenizer.name, tokenizer.fingerprint],
         "options": asdict(request.options),
@@ -147,30 +147,30 @@ def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> di
 
 
 def _check_plan(request: Request, plan: dict[str, Any]) -> None:
-    """Write the plan, or see that what is there follows the same one."""
+    """Write the plan, or raise ConfigError if the folder was started with another one."""
     file = request.folder / PLAN
     if not file.exists():
         for suffix in SUFFIXES:
-            if (there := add_suffix(request.prefix, suffix)).exists():
+            if (existing := add_suffix(request.prefix, suffix)).exists():
                 with suppress(OSError):
                     request.folder.rmdir()
-                raise ConfigError(f"{there} exists: delete it, or name another --to")
+                raise ConfigError(f"{existing} exists: delete it, or choose another --to")
         with explain_os_errors(file, "write"):
             atomic_write_text(file, json.dumps(plan))
         return
     try:
-        begun = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        raise ConfigError(f"{file} is damaged: delete '{request.folder}' to begin anew") from None
-    if begun != plan and not _has_units(request.folder):
+        raise DataError(f"{file} is corrupt: delete '{request.folder}' to start from scratch") from None
+    if saved != plan and not _has_units(request.folder):
         with explain_os_errors(file, "write"):
             atomic_write_text(file, json.dumps(plan))
         return
-    for name, ours in plan.items():
-        if begun.get(name) != ours:
+    for name, value in plan.items():
+        if saved.get(name) != value:
             raise ConfigError(
-                f"'{request.folder}' was begun with other {name} ({_difference(begun.get(name), ours)}): give the "
-                "same, or delete that folder to begin anew"
+                f"'{request.folder}' was started with other {name} ({_difference(saved.get(name), value)}): use the "
+                "same, or delete that folder to start from scratch"
             )
 
 
@@ -179,26 +179,26 @@ def _has_units(folder: Path) -> bool:
     return journal.exists() and journal.stat().st_size > 0
 
 
-def _difference(theirs: Any, ours: Any) -> str:
-    """The first item that differs, for a person."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        name = next(name for name in ours if theirs.get(name) != ours[name])
-        return f"{name}: {theirs.get(name)!r}, now {ours[name]!r}"
-    if isinstance(theirs, list) and isinstance(ours, list):
-        pairs = zip_longest(theirs, ours)
+def _difference(saved: Any, new: Any) -> str:
+    """Describe the first item that differs."""
+    if isinstance(saved, dict) and isinstance(new, dict):
+        name = next(name for name in new if saved.get(name) != new[name])
+        return f"{name}: {saved.get(name)!r}, now {new[name]!r}"
+    if isinstance(saved, list) and isinstance(new, list):
+        pairs = zip_longest(saved, new)
         first, second = next((first, second) for first, second in pairs if first != second)
         if isinstance(first, list) and isinstance(second, list) and first[0] == second[0]:
             return f"{first[0]} has changed"
-        theirs, ours = first, second
-    return f"{theirs!r}, now {ours!r}"
+        saved, new = first, second
+    return f"{saved!r}, now {new!r}"
 
 
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
-    """Encode the units, add each to the corpus in its turn, and give the result its name."""
+    """Encode the units, add them to the corpus in order, and move it to its final name."""
     with explain_os_errors(request.folder, "read"):
         corpus = UnfinishedCorpus(request.folder, request.prefix, tokenizer.dtype)
     sizes = [source.total for source in inputs]
-    # Files have bytes and datasets rows, which have no sum.
+    # Sizes of files are bytes and those of datasets rows, which do not add up.
     mixed = len(set(map(type, inputs))) > 1
     total = None if mixed or None in sizes else sum(size or 0 for size in sizes)
     progress.start(total)
@@ -208,41 +208,41 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
     names = ", ".join(request.inputs)
     check_loss = partial(loss.check, request.max_text_loss, "--max-text-loss", names, request.tokenizer)
     encoder = UnitEncoder(tokenizer, request.invalid_utf8)
-    with closing(corpus), closing(_added(request, corpus, encoder, inputs)) as units:
+    with closing(corpus), closing(_add_units(request, corpus, encoder, inputs)) as units:
         for unit, summary, reused in units:
             if first_empty is None and summary.first_empty is not None:
-                first_empty = unit.place(summary.first_empty)
+                first_empty = unit.location(summary.first_empty)
             if first_invalid is None and summary.first_invalid is not None:
-                first_invalid = unit.place(summary.first_invalid)
+                first_invalid = unit.location(summary.first_invalid)
             progress.advance(unit.size, summary, reused)
-            most = Counter(summary.first_lost)
-            loss.add(TextLoss(summary.checked_bytes, summary.lost_bytes, summary.lost_whitespace, most))
+            characters = Counter(summary.first_lost)
+            loss.add(TextLoss(summary.checked_bytes, summary.lost_bytes, summary.lost_whitespace, characters))
             done += unit.size
             text_bytes += summary.bytes + summary.empty_bytes
-            # The most text that is left: none is longer than its file, but compressed files and rows may be as before.
+            # Upper bound of the text that is left. Compressed files and rows are assumed to expand as before.
             longest = max(1, text_bytes / max(1, done))
             check_loss(unread_bytes=math.inf if total is None else max(0, total - done) * longest)
         check_loss()
         if not corpus.total.documents:
-            files = "; ".join(_files_of(inputs).describe())
-            raise ConfigError(f"{names}: no document has any text: give other inputs ({files})")
+            files = "; ".join(_count_files(inputs).describe())
+            raise DataError(f"{names}: no document has any text: choose other inputs ({files})")
         description = _describe(request, tokenizer, corpus)
         with explain_os_errors(request.folder, "write in"):
             corpus.finish(description.model_dump_json(indent=2) + "\n")
-    return Prepared(description, first_empty, first_invalid, _files_of(inputs), loss)
+    return Prepared(description, first_empty, first_invalid, _count_files(inputs), loss)
 
 
-def _files_of(inputs: Sequence[Input]) -> FileCounts:
+def _count_files(inputs: Sequence[Input]) -> FileCounts:
     files = FileCounts()
     for source in inputs:
         files.add(source.files)
     return files
 
 
-def _added(
+def _add_units(
     request: Request, corpus: UnfinishedCorpus, encoder: UnitEncoder, inputs: Sequence[Input]
 ) -> Generator[tuple[WorkUnit, UnitSummary, bool]]:
-    """The units that are in the corpus, and whether they were there already."""
+    """Yield the units as they are added, first those that the corpus already has, and whether it had them."""
     units = (unit for source in inputs for unit in _units(source, request))
     for summary, unit in zip(corpus.recovered, units, strict=False):
         yield unit, summary, True
@@ -254,9 +254,9 @@ def _added(
     except WorkerDiedError as death:
         status = death.exit_code or 0
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise ConfigError(
-            f"a worker process {how} while it read {cast(WorkUnit, death.task).place(0)} and what follows: where "
-            "memory ran out, use fewer --workers; the same command goes on from what is done"
+        raise DataError(
+            f"a worker process {how} while it read {cast(WorkUnit, death.task).location(0)} and what follows: if "
+            "memory ran out, use fewer --workers; the same command continues from what is done"
         ) from None
 
 
@@ -297,7 +297,7 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
 
 
 def _remove(folder: Path) -> None:
-    """The plan goes last: a folder without one is taken for a new one."""
+    """Remove the folder, its plan last: a folder without a plan counts as new."""
     for file in folder.iterdir():
         if file.name != PLAN:
             file.unlink()

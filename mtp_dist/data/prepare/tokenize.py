@@ -1,4 +1,4 @@
-"""From the documents of a work unit to token ids, in one process."""
+"""Tokenize the documents of a work unit in one process."""
 
 from __future__ import annotations
 
@@ -15,51 +15,53 @@ from numpy.typing import NDArray
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.text_loss import CHECKED_BYTES, measure_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer, encode_documents
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 from mtp_dist.fs import explain_os_errors
 
 Item = TypeVar("Item")
 
 BATCH_BYTES = 1 << 20
-"""Text that a tokenizer gets at once: what it returns takes some hundred bytes of memory a token."""
+"""Text per call of a tokenizer, whose result takes some hundred bytes of memory per token."""
 
 
 @dataclass
 class UnitSummary:
-    """What came out of a work unit, and what was left out of it."""
+    """Counts of a work unit: what it became, and what was left out."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
     empty: int = 0
     empty_bytes: int = 0
-    """Text of the documents that have no tokens."""
+    """Bytes of text of the documents without tokens."""
     first_empty: int | None = None
-    """The document's number in the work unit."""
+    """Number of the first document without tokens in the work unit."""
     replaced: int = 0
     skipped: int = 0
     first_invalid: int | None = None
     checked_bytes: int = 0
-    """Text that was decoded again."""
+    """Bytes of text that were decoded again."""
     lost_bytes: int = 0
-    """Text that this did not bring back."""
+    """Checked bytes that decoding did not bring back."""
     lost_whitespace: int = 0
-    """The whitespace in it."""
+    """Lost bytes that are whitespace."""
     first_lost: str = ""
-    """The characters that were lost most in the first batch in which any were."""
+    """Most frequent lost characters of the first batch that lost any."""
 
 
 @dataclass
 class EncodedUnit:
+    """The tokens of a work unit."""
+
     summary: UnitSummary = field(default_factory=UnitSummary)
     tokens: list[Ids] = field(default_factory=list)
-    """One after the other."""
+    """Consecutive parts."""
     lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    """Tokens of each document, its end included."""
+    """Tokens per document, end included."""
 
 
 def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """The items in their order, in lists of about BATCH_BYTES."""
+    """Yield the items in order, in lists of about BATCH_BYTES."""
     batch: list[Item] = []
     size = 0
     for item in items:
@@ -74,17 +76,19 @@ def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterat
 
 @dataclass(frozen=True)
 class UnitEncoder:
+    """Tokenizes work units; worker processes get a copy."""
+
     tokenizer: Tokenizer
     invalid_utf8: InvalidUtf8
 
     def __call__(self, unit: WorkUnit) -> EncodedUnit:
-        """Raises ConfigError for what cannot be read or is no text."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes take all cores
+        """Tokenize a unit. Raise DataError if it cannot be read or a document is not text."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes use all cores
         encoded, all_lengths = EncodedUnit(), []
         summary = encoded.summary
         for batch in self._batches(unit, summary):
             numbers, texts = zip(*batch, strict=True)
-            tokens, lengths = encode_documents(self.tokenizer, texts, partial(_place, unit, numbers))
+            tokens, lengths = encode_documents(self.tokenizer, texts, partial(_location, unit, numbers))
             encoded.tokens.append(tokens)
             kept = [length for length in lengths if length]
             all_lengths += kept
@@ -107,7 +111,7 @@ class UnitEncoder:
         return encoded
 
     def _batches(self, unit: WorkUnit, summary: UnitSummary) -> Iterator[list[tuple[int, bytes]]]:
-        """The documents that the tokenizer can read, with their numbers, about BATCH_BYTES at once."""
+        """Yield the documents that the tokenizer can read, with their numbers, in batches."""
         texts = (
             (number, document if self.tokenizer.accepts_raw_bytes else self._valid(unit, number, document, summary))
             for number, document in enumerate(_read(unit))
@@ -115,15 +119,15 @@ class UnitEncoder:
         return in_batches(((number, text) for number, text in texts if text is not None), lambda item: len(item[1]))
 
     def _valid(self, unit: WorkUnit, number: int, document: bytes, summary: UnitSummary) -> bytes | None:
-        """The document as valid UTF-8, or None where it is to be skipped. Raises ConfigError."""
+        """Return the document as valid UTF-8, or None to skip it. Raise DataError."""
         try:
             document.decode()
             return document
         except UnicodeDecodeError as error:
             if self.invalid_utf8 == "error":
-                raise ConfigError(
-                    f"{unit.place(number)}: invalid UTF-8 at byte {error.start} of the document, which "
-                    f"{self.tokenizer.name!r} cannot read: mend it, or choose --invalid-utf8 replace or skip"
+                raise DataError(
+                    f"{unit.location(number)}: invalid UTF-8 at byte {error.start} of the document, which "
+                    f"{self.tokenizer.name!r} cannot read: fix it, or choose --invalid-utf8 replace or skip"
                 ) from None
         if summary.first_invalid is None:
             summary.first_invalid = number
@@ -134,8 +138,8 @@ class UnitEncoder:
         return document.decode(errors="replace").encode()
 
 
-def _place(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:
-    return unit.place(numbers[index])
+def _location(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:
+    return unit.location(numbers[index])
 
 
 def _read(unit: WorkUnit) -> Iterator[bytes]:

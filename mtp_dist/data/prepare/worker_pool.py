@@ -1,4 +1,4 @@
-"""A function in several processes, its results in the order of its tasks."""
+"""Map a function over tasks in several processes, with the results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 TASKS_AHEAD = 2
-"""Tasks of each worker that may be done before the one whose turn it is: room for one that takes long."""
+"""Tasks per worker that may finish before the next result in order: room for a slow task."""
 
 
 class WorkerDiedError(Exception):
-    """A worker process has ended by itself or was killed."""
+    """Raised if a worker process exited or was killed."""
 
     def __init__(self, task: object, exit_code: int | None) -> None:
         super().__init__(f"a worker ended with status {exit_code}")
@@ -32,7 +32,7 @@ class WorkerDiedError(Exception):
 
 
 class _Worker(Generic[Task, Result]):
-    """One process, and the task that it works on."""
+    """One process and the task that it works on."""
 
     def __init__(self, function: Callable[[Task], Result], context: Any) -> None:
         self.connection, theirs = context.Pipe()
@@ -41,7 +41,7 @@ class _Worker(Generic[Task, Result]):
         theirs.close()
         self.number: int | None = None
 
-    def give(self, number: int, task: Task) -> None:
+    def send(self, number: int, task: Task) -> None:
         self.number = number
         try:
             self.connection.send(task)
@@ -49,8 +49,8 @@ class _Worker(Generic[Task, Result]):
             self.process.join()
             raise WorkerDiedError(task, self.process.exitcode) from None
 
-    def take(self, task: object) -> tuple[int, Result]:
-        """The number and the result of the task that it has done. Raises what the function raised."""
+    def result(self, task: object) -> tuple[int, Result]:
+        """Return the number and the result of the finished task. Raise what the function raised."""
         try:
             succeeded, outcome = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -64,8 +64,8 @@ class _Worker(Generic[Task, Result]):
 
 
 def _work(function: Callable[[Any], object], connection: Connection) -> None:
-    """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent is the one to act on it
+    """Run tasks until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -83,7 +83,7 @@ def _work(function: Callable[[Any], object], connection: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    # A killed parent cannot stop its workers, and what they still wrote would get in the way of its successor.
+    # A killed parent cannot stop its workers, and they must not disturb the next run.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -91,7 +91,7 @@ def _end_with_parent() -> None:
 
 
 def preload_modules(*modules: str) -> None:
-    """Begin to import modules for all workers that will be started, without waiting for it."""
+    """Start to import modules for all future workers, without waiting."""
     forkserver.set_forkserver_preload(["__main__", *modules])
     forkserver.ensure_running()
 
@@ -99,9 +99,9 @@ def preload_modules(*modules: str) -> None:
 def map_in_order(
     function: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with its result. `function` is pickled once a worker.
+    """Yield each task with its result. `function` is pickled once per worker.
 
-    Raises what the function raises, first come first, and WorkerDiedError. The workers end with the iteration.
+    Raise the first error of the function, or WorkerDiedError. The workers end with the iteration.
     """
     context = multiprocessing.get_context("forkserver")
     workers: list[_Worker[Task, Result]] = [_Worker(function, context) for _ in range(num_workers)]
@@ -119,14 +119,14 @@ def _run(
 ) -> Iterator[tuple[Task, Result]]:
     tasks: dict[int, Task] = {}
     results: dict[int, Result] = {}
-    turn = 0
+    next_number = 0
 
     def feed() -> None:
         idle = [worker for worker in workers if worker.number is None]
         while idle and len(tasks) < window and (following := next(numbered, None)):
             number, task = following
             tasks[number] = task
-            idle.pop().give(number, task)
+            idle.pop().send(number, task)
 
     while True:
         feed()
@@ -136,9 +136,9 @@ def _run(
         for ready in wait(list(busy)):
             worker = busy[ready]
             assert worker.number is not None
-            number, result = worker.take(tasks[worker.number])
+            number, result = worker.result(tasks[worker.number])
             results[number] = result
-        feed()  # whoever takes the results may take its time
-        while turn in results:
-            yield tasks.pop(turn), results.pop(turn)
-            turn += 1
+        feed()  # the consumer of the results may be slow
+        while next_number in results:
+            yield tasks.pop(next_number), results.pop(next_number)
+            next_number += 1

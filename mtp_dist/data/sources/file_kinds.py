@@ -1,4 +1,4 @@
-"""What a file is: recognized by its content and its suffix, or refused."""
+"""The kind of a file, recognized by its content and suffix; files that are not text are refused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 Kind = Literal["text", "JSON lines", "JSON array", "CSV", "Parquet"]
 Compression = Literal["gzip", "bzip2", "xz", "zstd"]
 
 HEAD_BYTES = 8 << 10
 JSON_HEAD_BYTES = 4 << 20
-"""Read of a file that begins like JSON, to see whether all of it are records."""
+"""Bytes read of a file that starts like JSON, to check that it consists of records."""
 
 MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b": "gzip",
@@ -43,7 +43,7 @@ JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 TABLE_SUFFIXES = (".csv", ".tsv")
 BETWEEN_RECORDS = re.compile(r"[\s,]*")
 DATA_SUFFIXES = ("", ".json", ".txt")
-"""Of files which are not read as text if they are records without the field."""
+"""Suffixes of files that are refused, not read as text, if their records do not have the field."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class FileKind:
     kind: Kind
     compression: Compression | None = None
     delimiter: str = ","
-    """Of a CSV file."""
+    """Delimiter of a CSV file."""
 
 
 class UnreadableFileError(Exception):
-    """A file has no text that can be read."""
+    """Raised for a file without readable text."""
 
     def __init__(self, reason: str, sentence: str) -> None:
-        """`reason` is for counts, `sentence` follows the file's name."""
+        """`reason` is what counts of skipped files list, `sentence` follows the file's name in an error."""
         super().__init__(sentence)
         self.reason = reason
 
 
 def recognize(file: Path, field: str) -> FileKind:
-    """Return what the file is. Raise UnreadableFileError, OSError, or ConfigError if its compressed data is damaged."""
+    """Return a file's kind. Raise UnreadableFileError, OSError, or DataError if its compressed data is corrupt."""
     if not file.is_file():
-        return FileKind("text")  # a pipe, which can be read only once
+        return FileKind("text")  # a pipe can be read only once
     with file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     compression = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
@@ -89,7 +89,7 @@ def recognize(file: Path, field: str) -> FileKind:
 
 
 def kind_by_name(file: Path) -> FileKind:
-    """Return what the name alone implies. Positions in streams depend on it: they were saved before there were more."""
+    """Return the kind that the name alone implies: all that positions in older checkpoints depend on."""
     if file.name.endswith((".jsonl", ".ndjson")):
         return FileKind("JSON lines")
     if file.name.endswith((".jsonl.gz", ".ndjson.gz", ".json.gz")):
@@ -98,13 +98,13 @@ def kind_by_name(file: Path) -> FileKind:
 
 
 def _suffix_of_content(file: Path) -> str:
-    """Return the suffix in lower case, without that of a compression: `.json` for `a.JSON.gz`."""
+    """Return the lower-case suffix below that of a compression: `.json` for `a.JSON.gz`."""
     path = Path(file.name.lower())
     return (path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path).suffix
 
 
 def _read_head(file: Path, compression: Compression | None) -> tuple[bytes, bool]:
-    """Return the beginning of the content, and whether more follows after it if it looks like JSON."""
+    """Return the start of the content, longer if it looks like JSON, and whether such content continues after it."""
     with open_decompressed(file, compression) as (_, content), reading_compressed(file, compression):
         head = content.read(HEAD_BYTES)
         if head.removeprefix(UTF8_MARK).lstrip()[:1] not in (b"{", b"["):
@@ -114,21 +114,21 @@ def _read_head(file: Path, compression: Compression | None) -> tuple[bytes, bool
 
 
 def _check_text(head: bytes) -> None:
-    """Raise UnreadableFileError if a file that begins with `head` is not text with ASCII as part of its encoding."""
+    """Raise UnreadableFileError if a file that starts with `head` is not text in an ASCII-based encoding."""
     if head.startswith(UTF16_MARKS):
         raise UnreadableFileError("UTF-16", "is UTF-16: convert it to UTF-8")
     binary = b"\0" in head or head.startswith(BINARY_MAGIC)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # which accepts a character that is cut at the end
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # accepts a character cut at the end
     except UnicodeDecodeError:
-        # Text in an older encoding has no control characters either.
+        # Text in a legacy encoding does not have control characters either.
         binary = binary or head.translate(None, CONTROL_CHARACTERS) != head
     if binary:
-        raise UnreadableFileError("binary", "is binary, not text: leave it out, or convert it to text")
+        raise UnreadableFileError("binary", "is binary, not text: leave it out or convert it")
 
 
 def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None:
-    """Return None for text. Raise UnreadableFileError for JSON that holds no records with the field.
+    """Return None for text. Raise UnreadableFileError for JSON without records that have the field.
 
     `cut`: the file is longer than `head`.
     """
@@ -150,7 +150,7 @@ def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | 
         return None
     if not records:
         return kind if suffix == ".json" else None
-    without = next(((place, record) for place, record in records if field not in record), None)
+    without = next(((location, record) for location, record in records if field not in record), None)
     if without is None:
         return kind
     if suffix not in DATA_SUFFIXES:
@@ -158,16 +158,17 @@ def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | 
     raise lacks_field("JSON", field, without[1], f" in {without[0]}")
 
 
-def lacks_field(kind: str, field: str, present: Iterable[str], place: str = "") -> UnreadableFileError:
-    """Return the error for a file of records without the field. `place` is that of the record, such as " in line 2"."""
-    there = ", ".join(map(repr, present)) or "none"
+def lacks_field(kind: str, field: str, present: Iterable[str], location: str = "") -> UnreadableFileError:
+    """Return the error for a file of records without the field. `location` is e.g. " in line 2"."""
+    fields = ", ".join(map(repr, present)) or "none"
     return UnreadableFileError(
-        f"{kind} without the field {field!r}", f"has no field {field!r}, it has {there}{place}: choose another field"
+        f"{kind} without the field {field!r}",
+        f"has no field {field!r}, it has {fields}{location}: choose another field",
     )
 
 
 def _line_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
-    """Yield what each line holds, with its place. Raise ValueError if that is not JSON."""
+    """Yield the location and record of each line. Raise ValueError if a line is not JSON."""
     lines = text.split("\n")
     for number, line in enumerate(lines[:-1] if cut else lines, 1):
         if line.strip():
@@ -175,7 +176,7 @@ def _line_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _array_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
-    """Yield what an array holds, with its place. Raise ValueError if that is not JSON."""
+    """Yield the location and value of each element of an array. Raise ValueError if it is not JSON."""
     if not cut:
         yield from ((f"row {number}", record) for number, record in enumerate(json.loads(text)))
         return
@@ -184,14 +185,14 @@ def _array_records(text: str, cut: bool) -> Iterator[tuple[str, Any]]:
         position = cast(re.Match[str], BETWEEN_RECORDS.match(text, position)).end()
         try:
             record, position = json.JSONDecoder().raw_decode(text, position)
-        except ValueError:  # it is cut here
+        except ValueError:  # `text` ends here
             return
         yield f"row {number}", record
 
 
 @contextmanager
 def open_decompressed(file: Path, compression: Compression | None) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open the file as it is, whose position tells how much of it is read, and its content."""
+    """Open the raw file, whose position measures progress, and its decompressed content."""
     with file.open("rb") as raw:
         if compression is None:
             yield raw, raw
@@ -212,10 +213,10 @@ def open_decompressed(file: Path, compression: Compression | None) -> Iterator[t
 
 @contextmanager
 def reading_compressed(file: Path, compression: Compression | None) -> Iterator[None]:
-    """Turn what the libraries raise for damaged data into ConfigError."""
+    """Turn the libraries' errors for corrupt data into DataError."""
     try:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if compression is None or (isinstance(error, OSError) and error.errno):
             raise
-        raise ConfigError(f"{file} is not a complete {compression} file ({error}): copy it again") from None
+        raise DataError(f"{file} is truncated or not a valid {compression} file ({error}): copy it again") from None

@@ -1,4 +1,4 @@
-"""The files of a folder that match a pattern, by one rule for links and hidden files."""
+"""The files of a folder that match a pattern, with one rule for links and hidden files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ Parts = tuple[str, ...]
 
 
 def files_below(folder: Path, pattern: str) -> tuple[dict[str, Path], Counter[str]]:
-    """Return the files by POSIX relative path, and how many entries were skipped, by reason.
+    """Return the files by POSIX relative path, and the number of skipped entries by reason.
 
-    Linked folders are followed, and each folder is read once, under its own name if it has one below `folder`. What
-    begins with a dot is matched only by a part of the pattern that does. Raise ValueError if the pattern is not a
-    relative one.
+    Linked folders are followed. Each folder is read once, under its own name if it is below `folder`. A name that
+    starts with a dot matches only a part of the pattern that does too. Raise ValueError if the pattern is not relative.
     """
     segments = PurePosixPath(pattern).parts
     if not segments or segments[0] == "/" or ".." in segments:
@@ -29,7 +28,7 @@ def files_below(folder: Path, pattern: str) -> tuple[dict[str, Path], Counter[st
     folders: list[Parts] = [()]
     links: list[Parts] = []
     while folders or links:
-        # Links wait until there are no other folders: what they lead to may have a name of its own below `folder`.
+        # Links come last: their targets may be below `folder` too, under their own names.
         parts = folders.pop() if folders else heapq.heappop(links)
         path = folder.joinpath(*parts)
         try:

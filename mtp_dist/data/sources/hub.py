@@ -1,4 +1,4 @@
-"""Whether a name can be a dataset of the Hugging Face hub, found out without the minutes that its library may take."""
+"""A quick check whether a name is a dataset of the Hugging Face hub; its own library may take minutes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".txt
 HUB_TIMEOUT_S = 10
 
 
-def check_dataset_name(name: str, named: str) -> None:
-    """Raise ConfigError, which begins with `named`, if the hub does not have this dataset and no cache does.
+def check_dataset_name(name: str, label: str) -> None:
+    """Raise ConfigError, starting with `label`, if neither the hub nor a cache has this dataset.
 
-    The datasets library asks the hub six times over 25 seconds when there is no network, also for a mistyped path.
+    Without a network the datasets library retries for 25 seconds, even for a mistyped path.
     """
-    missing = f"{named} does not exist: give a folder, a file, 'python-stdlib', or the name of a Hugging Face dataset"
+    missing = f"{label} does not exist: name a folder, a file, 'python-stdlib', or a Hugging Face dataset"
     if not DATASET_NAME.fullmatch(name) or name.lower().endswith(FILE_SUFFIXES):
         raise ConfigError(missing)
     from huggingface_hub import HfApi
@@ -29,9 +29,9 @@ def check_dataset_name(name: str, named: str) -> None:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError:
         raise ConfigError(f"{missing} (the hub has no public dataset '{name}')") from None
-    except Exception as error:  # whatever the network and its libraries raise
+    except Exception as error:  # the network and its libraries raise many kinds
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{missing} (the hub cannot be asked for '{name}': {reason})") from None
+        raise ConfigError(f"{missing} (the hub cannot be reached for '{name}': {reason})") from None
 
 
 def _is_cached(name: str) -> bool:

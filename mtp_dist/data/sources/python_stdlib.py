@@ -1,4 +1,4 @@
-"""`python-stdlib`: real source code that every machine with Python has."""
+"""The source `python-stdlib`: real source code that every machine with Python has."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Literal
 Split = Literal["all", "train", "validation"]
 
 PYTHON_STDLIB = "python-stdlib"
-VALIDATION_SHARE = 0.05
+VALIDATION_FRACTION = 0.05
 
-# Tests are more than half of the standard library where they are installed, and Debian does not install them; codec
-# tables and pydoc's help texts are generated. The rest is the code that people wrote, nearly the same on every machine.
+# Tests are more than half of the standard library, and Debian does not install them; codec tables and pydoc's texts are
+# generated. The rest is hand-written code, nearly the same on every machine.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
 
 
 def in_validation_split(relative_path: str) -> bool:
-    """Whether a file belongs to `validation`; depends on nothing but its POSIX path relative to the source."""
+    """Return whether a file belongs to `validation`. Only its POSIX path relative to the source decides."""
     digest = hashlib.sha256(relative_path.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < VALIDATION_SHARE * 2**64
+    return int.from_bytes(digest[:8], "big") < VALIDATION_FRACTION * 2**64
 
 
 def stdlib_files(split: Split) -> list[Path]:
-    """The .py files of this Python's standard library, sorted by POSIX relative path."""
+    """Return the .py files of this Python's standard library, sorted by POSIX relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files: dict[str, Path] = {}
     for folder, subfolders, names in os.walk(root):

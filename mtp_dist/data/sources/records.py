@@ -21,15 +21,15 @@ from mtp_dist.data.sources.work_units import (
     WorkUnit,
     bytes_of_text,
     document_of_record,
-    row_place,
+    row_location,
 )
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 
 def record_units(file: Path, kind: FileKind, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
     """Yield the units of a file of `size` bytes of records, whose columns were checked.
 
-    Raise ConfigError or OSError if it cannot be read.
+    Raise DataError or OSError if it cannot be read.
     """
     if kind.kind == "Parquet":
         return _row_groups(file, size, field, unit_bytes)
@@ -62,7 +62,7 @@ def _line_lists(file: Path, kind: FileKind, field: str, unit_bytes: int) -> Iter
 
 
 def _rows(file: Path, rows: Iterator[tuple[bytes, int]], unit_bytes: int) -> Iterator[WorkUnit]:
-    """Yield units of rows, each of them with the position in the file after it."""
+    """Yield units from rows, each with the position in the file after it."""
     texts: list[bytes] = []
     text_bytes = rows_before = begin = position = 0
     for text, position in rows:
@@ -77,7 +77,7 @@ def _rows(file: Path, rows: Iterator[tuple[bytes, int]], unit_bytes: int) -> Ite
 
 
 def check_columns(file: Path, kind: FileKind, field: str) -> None:
-    """Raise UnreadableFileError if a table does not have the field, ConfigError or OSError if it cannot be read."""
+    """Raise UnreadableFileError if a table does not have the field, DataError or OSError if it cannot be read."""
     columns = None
     if kind.kind == "Parquet":
         columns = _parquet_metadata(file).schema.to_arrow_schema().names
@@ -92,18 +92,18 @@ def _csv_rows(file: Path, kind: FileKind, field: str) -> Iterator[tuple[bytes, i
     lines = _csv_lines(file, kind)
     header, _, _ = next(lines, ([], 0, 0))
     if header.count(field) > 1:
-        raise ConfigError(f"{file} has {header.count(field)} fields {field!r}: rename all but one")
+        raise DataError(f"{file} has {header.count(field)} fields {field!r}: rename all but one")
     for number, (row, line, position) in enumerate(lines):
         if len(row) != len(header):
-            raise ConfigError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
-        yield bytes_of_text(row[header.index(field)], field, partial(row_place, file, number)), position
+            raise DataError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
+        yield bytes_of_text(row[header.index(field)], field, partial(row_location, file, number)), position
 
 
 def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, int]]:
-    """Yield the fields of the lines that are not blank, each with the line's number and the position after it."""
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that the library allows
+    """Yield the fields, the number and the position after it of each line that is not blank."""
+    csv.field_size_limit(sys.maxsize)  # documents may exceed the library's limit of 128 KiB
     with open_decompressed(file, kind.compression) as (raw, content):
-        # Bytes that are not UTF-8 come out as they went in, as for JSON lines.
+        # Bytes that are not UTF-8 are kept, as in JSON lines.
         text = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=kind.delimiter, strict=True)
         while True:
@@ -111,8 +111,8 @@ def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, in
                 with reading_compressed(file, kind.compression):
                     row = next(reader, None)
             except csv.Error as error:
-                reason = f"is not CSV that can be read ({error})"
-                raise ConfigError(f"{file}, line {reader.line_num} {reason}: fix it") from None
+                reason = f"is not valid CSV ({error})"
+                raise DataError(f"{file}, line {reader.line_num} {reason}: fix it") from None
             if row is None:
                 return
             if row:
@@ -120,17 +120,17 @@ def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, in
 
 
 def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[tuple[bytes, int]]:
-    """Yield the documents of a JSON array, which has to be read as a whole."""
+    """Yield the documents of a JSON array, which must be read as a whole."""
     with open_decompressed(file, kind.compression) as (_, stream), reading_compressed(file, kind.compression):
         content = stream.read().removeprefix(UTF8_MARK)
     try:
         records = json.loads(content.decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{file} is not JSON that can be read ({reason}): fix it") from None
+        raise DataError(f"{file} is not valid JSON ({reason}): fix it") from None
     for number, record in enumerate(records):
-        place = partial(row_place, file, number)
-        yield document_of_record(record, field, place), size * (number + 1) // len(records)
+        location = partial(row_location, file, number)
+        yield document_of_record(record, field, location), size * (number + 1) // len(records)
 
 
 def _parquet_metadata(file: Path) -> Any:
@@ -140,19 +140,19 @@ def _parquet_metadata(file: Path) -> Any:
     try:
         return pyarrow.parquet.read_metadata(file)
     except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file} is no whole Parquet file ({error}): give it anew") from None
-    except OSError as error:  # which has no name
-        raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
+        raise DataError(f"{file} is not a valid Parquet file ({error}): copy it again") from None
+    except OSError as error:  # without a file name
+        raise DataError(f"cannot read {file} ({error.strerror or error})") from None
 
 
 def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
     metadata = _parquet_metadata(file)
     schema = metadata.schema.to_arrow_schema()
     if (columns := schema.names.count(field)) > 1:
-        raise ConfigError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
+        raise DataError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
     kind = schema.field(field).type
     if not any(is_text(kind) for is_text in _text_types()):
-        raise ConfigError(f"{file}: the field {field!r} is not text but {kind}: choose another field")
+        raise DataError(f"{file}: the field {field!r} is not text but {kind}: choose another field")
     column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
     groups: list[int] = []
     text_bytes = rows = rows_before = 0

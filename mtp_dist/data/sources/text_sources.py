@@ -1,4 +1,4 @@
-"""From what the user names to work units: always the same units for the same files and options."""
+"""From the names of inputs to their work units, always the same for the same files and options."""
 
 from __future__ import annotations
 
@@ -17,46 +17,48 @@ from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
 from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 from mtp_dist.data.sources.records import check_columns, record_units
-from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_place
-from mtp_dist.errors import ConfigError
+from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_location
+from mtp_dist.errors import ConfigError, DataError
 
 UNIT_BYTES = 2 << 20
-"""Text of one work unit, about: a second of work, so that at the end no process waits long for the last one."""
+"""Approximate text per work unit: about a second of work, so that processes finish at nearly the same time."""
 ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class InputOptions:
+    """The parts of an input to read."""
+
     field: str = "text"
-    """Of each record of JSONL, Parquet and datasets."""
+    """Field of each record that holds the text."""
     glob: str | None = None
-    """Which files of a folder."""
+    """Pattern of the files of a folder."""
     subset: str | None = None
-    """Of a dataset that has several."""
+    """Subset of a dataset that has several."""
     split: str | None = None
-    """Of a dataset, `train` when absent; of a folder or python-stdlib `all`, `train` or `validation`."""
+    """Split of a dataset, by default `train`; `all`, `train` or `validation` of a folder or python-stdlib."""
     streaming: bool = False
     """Read a dataset while it is being downloaded."""
     key: str | None = None
-    """Of the source in the configuration, such as `data.train.0`; None on the command line."""
+    """Key of the source in the configuration, such as `data.train.0`; None on the command line."""
 
-    def named(self, name: str | Path) -> str:
-        """How errors speak of an input."""
+    def label(self, name: str | Path) -> str:
+        """Return how error messages name an input."""
         return f"{self.key}.path = '{name}'" if self.key else f"INPUT '{name}'"
 
     def option(self, option: str) -> str:
-        """How errors speak of an option."""
+        """Return how error messages name an option."""
         return f"{self.key}.{option}" if self.key else f"--{option}"
 
 
 @dataclass
 class FileCounts:
-    """What files became."""
+    """Counts of the files that were read and skipped."""
 
     read: Counter[str] = field(default_factory=Counter)
-    """Files by kind."""
+    """Number of files by kind."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Files by reason."""
+    """Number of files by reason."""
     first_skipped: str | None = None
 
     def skip(self, file: Path, reason: str) -> None:
@@ -76,12 +78,12 @@ class FileCounts:
         }
 
     def describe(self) -> list[str]:
-        """Return a line about the files that were read, and one about those that were skipped if there are any."""
+        """Return a line about the files that were read and one about those that were skipped, if any."""
         lines = []
-        for what, counts in (("", self.read), (" skipped", self.skipped)):
+        for suffix, counts in (("", self.read), (" skipped", self.skipped)):
             if total := counts.total():
                 kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(counts.items()))
-                lines.append(f"{total:,} files{what}: {kinds}")
+                lines.append(f"{total:,} files{suffix}: {kinds}")
         if self.first_skipped:
             lines[-1] += f"; the first: {self.first_skipped}"
         return lines
@@ -92,45 +94,47 @@ class Shard:
     """One of the parts that an input is split into, the same on every machine."""
 
     index: int
-    number_of: int
+    num_shards: int
 
     def __str__(self) -> str:
-        return f"shard {self.index} of {self.number_of}"
+        return f"shard {self.index} of {self.num_shards}"
 
 
 WHOLE = Shard(0, 1)
 
 
 class Input(ABC):
+    """Documents that a user names: files or a dataset."""
+
     total: int | None
-    """Sum of the units' sizes, None where nobody knows it before the end."""
+    """Sum of the units' sizes; None if it is unknown before the end."""
     files: FileCounts
-    """What the files became, as far as the units were read; empty for datasets."""
+    """Counts of the files whose units were read; empty for datasets."""
 
     @abstractmethod
     def identity(self) -> list[Any]:
-        """What must be the same when a killed `prepare` goes on, as JSON: the name first in each item."""
+        """Return as JSON what must be the same when `prepare` resumes: items that start with a name."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of what tells these documents from others without reading them."""
+        """Return a SHA-256 in hexadecimal that differs for other documents, without reading them."""
 
     @abstractmethod
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
-        """The work units in their order. Raises ConfigError or OSError where an input cannot be read."""
+        """Yield the work units in order. Raise UserError or OSError if the input cannot be read."""
 
     @abstractmethod
     def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
-        """Yield a shard's documents from a position on, all of them from None, each with its own position, as JSON.
+        """Yield a shard's documents from a position on, or all of them for None, each with its position as JSON.
 
-        Raise ConfigError if the input cannot be read, or cannot be split into so many shards.
+        Raise UserError if the input cannot be read or cannot be split into so many shards.
         """
 
 
 def open_inputs(names: Sequence[str], options: InputOptions) -> list[Input]:
-    """Raises ConfigError for an input that is missing, unreadable, or needs another option."""
+    """Open inputs. Raise UserError if one is missing or unreadable, or if an option does not fit."""
     if options.glob is not None and not any(Path(name).is_dir() for name in names):
-        raise ConfigError(f"{options.option('glob')} {options.glob!r} chooses files of a folder: leave it out")
+        raise ConfigError(f"{options.option('glob')} {options.glob!r} selects files of a folder: remove it")
     return [_open_input(name, options) for name in names]
 
 
@@ -143,34 +147,33 @@ def _open_input(name: str, options: InputOptions) -> Input:
     if path.exists() and not path.is_dir():
         if options.split:
             raise ConfigError(
-                f"{options.option('split')} = '{options.split}' chooses a part of a dataset or folder, '{name}' is one "
-                "file: leave it out"
+                f"{options.option('split')} = '{options.split}' selects a part of a dataset or folder, '{name}' is one "
+                "file: remove it"
             )
         return FilesInput([path], options.field)
-    in_a_folder_here = path.parent != Path() and path.parent.is_dir()
+    in_local_folder = path.parent != Path() and path.parent.is_dir()
     if not path.is_dir():
-        check_dataset_name("" if in_a_folder_here else name, options.named(name))
+        check_dataset_name("" if in_local_folder else name, options.label(name))
     return DatasetInput(name, options)
 
 
 def _hashed_split(options: InputOptions) -> Split:
     split = options.split or "all"
     if split not in ("all", "train", "validation"):
-        raise ConfigError(f"{options.option('split')} = '{split}' is not known for files: use 'train' or 'validation'")
+        raise ConfigError(f"{options.option('split')} = '{split}' is unknown for files: use 'train' or 'validation'")
     return cast(Split, split)
 
 
 def _is_saved_dataset(folder: Path) -> bool:
-    """By `save_to_disk` of the datasets library."""
+    """Return whether `save_to_disk` of the datasets library wrote it."""
     return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
 
 
 def _files_of_folder(folder: Path, options: InputOptions) -> FilesInput:
-    """The files in the order of their POSIX relative paths."""
+    """Return the files sorted by POSIX relative path."""
     if options.glob is None:
         raise ConfigError(
-            f"{options.named(folder)} is a folder: say which of its files with {options.option('glob')}, such as "
-            "'**/*.py'"
+            f"{options.label(folder)} is a folder: select its files with {options.option('glob')}, such as '**/*.py'"
         )
     try:
         files, skipped = files_below(folder, options.glob)
@@ -184,17 +187,17 @@ def _files_of_folder(folder: Path, options: InputOptions) -> FilesInput:
     ]
     if not chosen:
         raise ConfigError(
-            f"{options.named(folder)} has no file for {options.option('glob')} {options.glob!r} and "
-            f"{options.option('split')} '{split}': give others"
+            f"{options.label(folder)} has no file for {options.option('glob')} {options.glob!r} and "
+            f"{options.option('split')} '{split}': choose others"
         )
     return FilesInput(chosen, options.field, skipped)
 
 
 class FilesInput(Input):
-    """Files on a disk; what is not a file of records is one document."""
+    """Files on disk; a file without records is one document."""
 
     def __init__(self, files: Sequence[Path], field: str, skipped_entries: Counter[str] | None = None) -> None:
-        """`skipped_entries` of a folder, by reason; None for a file that was named, which must be readable."""
+        """skipped_entries: counts by reason in a folder; None if the user named the file, which must be readable."""
         self._paths = list(files)
         self._field = field
         self._skipped_entries = skipped_entries
@@ -205,83 +208,83 @@ class FilesInput(Input):
 
     def identity(self) -> list[Any]:
         return [
-            [str(file), stat.st_size, stat.st_mtime_ns, *_more_than_its_name(file, kind)]
+            [str(file), stat.st_size, stat.st_mtime_ns, *_kind_beyond_name(file, kind)]
             for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
         ]
 
     def fingerprint(self) -> str:
-        """Return the hash of names, sizes and kinds, not of folders and times: it is the same on every machine."""
+        """Hash names, sizes and kinds, not folders and times, so that it is the same on every machine."""
         return _sha256(
             [
-                [file.name, stat.st_size, *_more_than_its_name(file, kind)]
+                [file.name, stat.st_size, *_kind_beyond_name(file, kind)]
                 for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
             ]
         )
 
     def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
-        """Yield the documents of every work unit whose number has the shard's remainder."""
+        """Yield the documents of every num_shards-th work unit."""
         start = tuple(position or (0, 0))
         source = str(self._paths[0])
         try:
             for number, unit in enumerate(self.units(UNIT_BYTES)):
                 source = unit.source
-                if number < start[0] or number % shard.number_of != shard.index:
+                if number < start[0] or number % shard.num_shards != shard.index:
                     continue
                 for index, document in enumerate(unit.documents()):
                     if (number, index) >= start:
                         yield [number, index], document
         except OSError as error:
-            raise ConfigError(f"cannot read {error.filename or source} ({error.strerror or error})") from None
+            raise DataError(f"cannot read {error.filename or source} ({error.strerror or error})") from None
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         self.files = FileCounts(skipped=Counter(self._skipped_entries))
-        whole: list[Path] = []
-        whole_size = 0
+        texts: list[Path] = []
+        text_size = 0
         for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True):
             if isinstance(kind, UnreadableFileError):
                 self.files.skip(file, kind.reason)
                 continue
             self.files.read[kind.kind] += 1
             if is_text := kind.kind == "text":
-                whole.append(file)
-                whole_size += stat.st_size
-            if whole and (not is_text or whole_size >= unit_bytes):
-                yield WholeFiles(tuple(whole), size=whole_size)
-                whole, whole_size = [], 0
+                texts.append(file)
+                text_size += stat.st_size
+            if texts and (not is_text or text_size >= unit_bytes):
+                yield WholeFiles(tuple(texts), size=text_size)
+                texts, text_size = [], 0
             if not is_text:
                 yield from record_units(file, kind, stat.st_size, self._field, unit_bytes)
-        if whole:
-            yield WholeFiles(tuple(whole), size=whole_size)
+        if texts:
+            yield WholeFiles(tuple(texts), size=text_size)
 
     def _recognize(self, file: Path) -> FileKind | UnreadableFileError:
-        """Return what the file is; why it is skipped if it is one of a folder."""
+        """Return a file's kind; for a file of a folder, the reason to skip it."""
         try:
             kind = recognize(file, self._field)
             check_columns(file, kind, self._field)
             return kind
         except UnreadableFileError as error:
             if self._skipped_entries is None:
-                raise ConfigError(f"{file} {error}") from None
+                raise DataError(f"{file} {error}") from None
             return error
         except OSError as error:
-            raise ConfigError(f"cannot read {file} ({error.strerror or error})") from None
+            raise DataError(f"cannot read {file} ({error.strerror or error})") from None
 
 
-def _more_than_its_name(file: Path, kind: FileKind | UnreadableFileError) -> list[Any]:
-    """Return the kind of a file if its name does not imply it, as JSON: it decides which work units there are."""
+def _kind_beyond_name(file: Path, kind: FileKind | UnreadableFileError) -> list[Any]:
+    """Return as JSON a kind that the name does not imply: it decides which work units there are."""
     if isinstance(kind, UnreadableFileError):
         return ["skipped"]
     return [] if kind == kind_by_name(file) else [kind.kind, kind.compression]
 
 
 class DatasetInput(Input):
-    """A dataset of the Hugging Face library, by its name or the folder it was saved to."""
+    """A Hugging Face dataset, named by its hub name or the folder it was saved to."""
 
     def __init__(self, name: str, options: InputOptions) -> None:
-        """Raises ConfigError where it cannot be loaded."""
+        """Load the dataset. Raise UserError if that fails."""
         self._name = name
         self._options = options
-        self._named = options.named(name)
+        self._label = options.label(name)
         self._field = options.field
         self._subset = options.subset
         self._split = options.split or "train"
@@ -290,7 +293,7 @@ class DatasetInput(Input):
         self.files = FileCounts()
         columns = self.dataset.column_names
         if columns is not None and options.field not in columns:
-            raise missing_field(self._named, options.field, columns)
+            raise missing_field(self._label, options.field, columns)
 
     def identity(self) -> list[Any]:
         fingerprint = None if self._options.streaming else self.dataset._fingerprint
@@ -300,7 +303,7 @@ class DatasetInput(Input):
         return _sha256(self.identity())
 
     def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
-        """Yield the documents of a part of a saved dataset, or of some of a streamed one's files."""
+        """Yield the documents of every num_shards-th row of a saved dataset, or file of a streamed one."""
         dataset = self._sharded(shard)
         if position is not None:
             dataset.load_state_dict(position)
@@ -309,23 +312,23 @@ class DatasetInput(Input):
             before = dataset.state_dict()
             try:
                 row = next(rows, None)
-            except Exception as error:  # whatever the dataset's own code, its files and the network raise
-                raise ConfigError(f"{self._named}: the datasets library cannot read on: {_first_line(error)}") from None
+            except Exception as error:  # the dataset's own code, its files and the network raise many kinds
+                raise DataError(f"{self._label}: the datasets library cannot read it: {_first_line(error)}") from None
             if row is None:
                 return
             if self._field not in row:
-                raise missing_field(self._named, self._field, row)
-            yield before, bytes_of_text(row[self._field], self._field, lambda: self._named)
+                raise missing_field(self._label, self._field, row)
+            yield before, bytes_of_text(row[self._field], self._field, lambda: self._label)
 
     def _sharded(self, shard: Shard) -> Any:
         saved = hasattr(self.dataset, "to_iterable_dataset")
-        parts, what = (len(self.dataset), "documents") if saved else (self.dataset.num_shards, "files")
-        if shard.number_of > max(1, parts):
+        parts, unit = (len(self.dataset), "documents") if saved else (self.dataset.num_shards, "files")
+        if shard.num_shards > max(1, parts):
             raise ConfigError(
-                f"{self._named} has only {parts} {what}: data.stream_shards = {shard.number_of} must be at most that"
+                f"{self._label} has only {parts} {unit}: data.stream_shards = {shard.num_shards} must be at most that"
             )
-        dataset = self.dataset.to_iterable_dataset(num_shards=shard.number_of) if saved else self.dataset
-        return dataset.shard(num_shards=shard.number_of, index=shard.index, contiguous=False)
+        dataset = self.dataset.to_iterable_dataset(num_shards=shard.num_shards) if saved else self.dataset
+        return dataset.shard(num_shards=shard.num_shards, index=shard.index, contiguous=False)
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
         texts: list[bytes] = []
@@ -344,14 +347,14 @@ class DatasetInput(Input):
         row = 0
         for batch in self.dataset.iter(ROWS_AT_ONCE):
             if self._field not in batch:
-                raise missing_field(self._named, self._field, batch)
+                raise missing_field(self._label, self._field, batch)
             for text in batch[self._field]:
-                yield bytes_of_text(text, self._field, partial(row_place, self._name, row))
+                yield bytes_of_text(text, self._field, partial(row_location, self._name, row))
                 row += 1
 
 
 def load_dataset(name: str, options: InputOptions) -> Any:
-    """By its name, or the folder that `save_to_disk` made. Raises ConfigError."""
+    """Load a dataset by its hub name or the folder that `save_to_disk` wrote. Raise UserError if that fails."""
     import datasets
 
     split, streaming = options.split or "train", options.streaming
@@ -359,21 +362,21 @@ def load_dataset(name: str, options: InputOptions) -> Any:
     if Path(name).is_dir():
         try:
             loaded = datasets.load_from_disk(name)
-        except Exception as error:  # a damaged one raises whatever its parts do
-            raise ConfigError(f"{options.named(name)} is no whole dataset: {_first_line(error)}") from None
+        except Exception as error:  # damaged folders raise many kinds
+            raise DataError(f"{options.label(name)} is not a valid dataset: {_first_line(error)}") from None
         if isinstance(loaded, datasets.DatasetDict):
             if split not in loaded:
                 raise ConfigError(
-                    f"{options.named(name)} has no split {split!r}, it has {', '.join(loaded)}: choose with "
+                    f"{options.label(name)} has no split {split!r}, it has {', '.join(loaded)}: choose with "
                     f"{options.option('split')}"
                 )
             loaded = loaded[split]
         return loaded
     try:
         return datasets.load_dataset(name, options.subset, split=split, streaming=streaming)
-    except Exception as error:  # whatever the dataset's own code and the network raise
-        raise ConfigError(
-            f"{options.named(name)} is no file or folder here, and the datasets library cannot load it: "
+    except Exception as error:  # the dataset's own code and the network raise many kinds
+        raise DataError(
+            f"{options.label(name)} is not a file or folder, and the datasets library cannot load it: "
             f"{_first_line(error)}"
         ) from None
 

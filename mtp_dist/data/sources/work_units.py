@@ -1,6 +1,6 @@
-"""Work units: pieces of the input, each of which a process reads by itself.
+"""Work units: pieces of the input that a process can read on its own.
 
-A place is where a document comes from, for a person: a file, a line counted from 1, or a row counted from 0.
+Error messages give the location of a document: a file, a line counted from 1, or a row counted from 0.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 
 InvalidUtf8 = Literal["error", "replace", "skip"]
-"""What to do about a document that is no text, where the tokenizer needs text."""
+"""How to treat a document that is not UTF-8 if the tokenizer requires it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkUnit(ABC):
     size: int
-    """Its share of the input's total, in the unit of that."""
+    """Size in the units of the input's total."""
 
     @abstractmethod
     def documents(self) -> Iterator[bytes]:
-        """The documents in their order, also the empty ones. Raises ConfigError or OSError."""
+        """Yield the documents in order, also empty ones. Raise DataError or OSError."""
 
     @abstractmethod
-    def place(self, index: int) -> str:
-        """Where document number `index` comes from; may have to read the file up to there."""
+    def location(self, index: int) -> str:
+        """Return the location of document number `index`. It may read the file up to there."""
 
     @property
     @abstractmethod
     def source(self) -> str:
-        """The file or dataset, the first one where there are several."""
+        """The file or dataset, the first one if there are several."""
 
 
 @dataclass(frozen=True)
 class WholeFiles(WorkUnit):
-    """Files of text or code, each of them one document."""
+    """Files of text or code, one document each."""
 
     files: tuple[Path, ...]
 
@@ -54,13 +54,13 @@ class WholeFiles(WorkUnit):
         for file in self.files:
             yield file.read_bytes()
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return str(self.files[index])
 
 
 @dataclass(frozen=True)
 class LineRange(WorkUnit):
-    """The lines of a JSONL file that begin at the bytes start .. end - 1."""
+    """The lines of a JSONL file that start at the bytes start .. end - 1."""
 
     file: Path
     start: int
@@ -78,11 +78,13 @@ class LineRange(WorkUnit):
                 if position >= self.end:
                     return
                 position += len(line)
-                yield document_of_line(line, self.field, partial(self.place, index))
+                yield document_of_line(line, self.field, partial(self.location, index))
         if position < self.end:
-            raise ConfigError(f"{self.file} ends at byte {position}, it had {self.end} or more before: it was cut off")
+            raise DataError(
+                f"{self.file} ends at byte {position}, it had {self.end} or more before: it was truncated, restore it"
+            )
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self.file}, line {self._lines_before() + index + 1}"
 
     def _skip_to_first_line(self, stream: BinaryIO) -> int:
@@ -92,7 +94,7 @@ class LineRange(WorkUnit):
         return self.start - 1 + len(stream.readline())
 
     def _lines_before(self) -> int:
-        """Counted when a place is asked for, so that reading need not begin at the file's start."""
+        """Count the lines before this unit. Only error messages need it, so that reading can start anywhere."""
         with self.file.open("rb") as stream:
             left = self._skip_to_first_line(stream)
             stream.seek(0)
@@ -105,7 +107,7 @@ class LineRange(WorkUnit):
 
 @dataclass(frozen=True)
 class LineList(WorkUnit):
-    """Lines of a compressed JSONL file, which has no other way to them than to read it from its start."""
+    """Lines of a compressed JSONL file, which can only be read from its start."""
 
     file: Path
     lines_before: int
@@ -118,9 +120,9 @@ class LineList(WorkUnit):
 
     def documents(self) -> Iterator[bytes]:
         for index, line in enumerate(self.lines):
-            yield document_of_line(line, self.field, partial(self.place, index))
+            yield document_of_line(line, self.field, partial(self.location, index))
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         return f"{self.file}, line {self.lines_before + index + 1}"
 
 
@@ -147,15 +149,15 @@ class RowGroups(WorkUnit):
                     for document in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                         yield document or b""
         except pyarrow.ArrowInvalid as error:
-            raise ConfigError(f"{self.file} is no whole Parquet file ({error}): give it anew") from None
+            raise DataError(f"{self.file} is not a valid Parquet file ({error}): copy it again") from None
 
-    def place(self, index: int) -> str:
-        return row_place(self.file, self.rows_before + index)
+    def location(self, index: int) -> str:
+        return row_location(self.file, self.rows_before + index)
 
 
 @dataclass(frozen=True)
 class RowList(WorkUnit):
-    """Rows of a Hugging Face dataset, which one process reads for all."""
+    """Rows of a table or a Hugging Face dataset, which one process reads for all."""
 
     dataset: str
     rows_before: int
@@ -168,48 +170,50 @@ class RowList(WorkUnit):
     def documents(self) -> Iterator[bytes]:
         yield from self.texts
 
-    def place(self, index: int) -> str:
-        return row_place(self.dataset, self.rows_before + index)
+    def location(self, index: int) -> str:
+        return row_location(self.dataset, self.rows_before + index)
 
 
-def row_place(table: str | Path, row: int) -> str:
+def row_location(table: str | Path, row: int) -> str:
     return f"{table}, row {row}"
 
 
-def document_of_line(line: bytes, field: str, place: Callable[[], str]) -> bytes:
-    """The document of a JSONL line; empty where the line is blank or the field is null.
+def document_of_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
+    """Return the document of a JSONL line, empty if the line is blank or the field is null.
 
-    `place` is called where there is a mistake to speak of. Raises ConfigError.
+    Raise DataError with the location if the line is not a record with text in the field.
     """
-    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some programs begin a file with
+    line = line.removeprefix(b"\xef\xbb\xbf")  # some programs start a file with this byte order mark
     if not line.strip():
         return b""
     try:
-        # Bytes that are no UTF-8 come out as they went in: the tokenizer is the one to judge them.
+        # Bytes that are not UTF-8 are kept: not every tokenizer refuses them.
         record = json.loads(line.decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{place()} is not JSON that can be read ({reason}): fix or remove it") from None
-    return document_of_record(record, field, place)
+        raise DataError(f"{location()} is not valid JSON ({reason}): fix or remove it") from None
+    return document_of_record(record, field, location)
 
 
-def document_of_record(record: object, field: str, place: Callable[[], str]) -> bytes:
-    """Return the document of a record; empty if the field is null. Raise ConfigError if it is not text."""
+def document_of_record(record: object, field: str, location: Callable[[], str]) -> bytes:
+    """Return the document of a record; empty if the field is null. Raise DataError if it is not text."""
     if not isinstance(record, dict):
-        raise ConfigError(f"{place()} is not a JSON object with fields: fix or remove it")
+        raise DataError(f"{location()} is not a JSON object with fields: fix or remove it")
     if field not in record:
-        raise missing_field(place(), field, record)
-    return bytes_of_text(record[field], field, place)
+        raise missing_field(location(), field, record)
+    return bytes_of_text(record[field], field, location)
 
 
-def bytes_of_text(text: object, field: str, place: Callable[[], str]) -> bytes:
-    """The bytes of a field's value, none for null. Raises ConfigError where it is not text."""
+def bytes_of_text(text: object, field: str, location: Callable[[], str]) -> bytes:
+    """Return a field's value as bytes, empty for null. Raise DataError if it is not text."""
     if text is None:
         return b""
     if isinstance(text, bytes):
         return text
     if not isinstance(text, str):
-        raise ConfigError(f"{place()}: the field {field!r} is not text but {type(text).__name__}: choose another field")
+        raise DataError(
+            f"{location()}: the field {field!r} is not text but {type(text).__name__}: choose another field"
+        )
     for errors in ("strict", "surrogateescape", "surrogatepass"):
         try:
             return text.encode(errors=errors)
@@ -218,7 +222,7 @@ def bytes_of_text(text: object, field: str, place: Callable[[], str]) -> bytes:
     raise AssertionError("surrogatepass encodes everything")
 
 
-def missing_field(place: str, field: str, present: Iterable[str]) -> ConfigError:
-    return ConfigError(
-        f"{place} has no field {field!r}, it has {', '.join(map(repr, present)) or 'none'}: choose another field"
+def missing_field(location: str, field: str, present: Iterable[str]) -> DataError:
+    return DataError(
+        f"{location} has no field {field!r}, it has {', '.join(map(repr, present)) or 'none'}: choose another field"
     )
