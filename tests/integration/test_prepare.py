@@ -35,7 +35,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(tmp_path: Path) -> None
 
     again = jobs.run(command)
     assert again.status == 2 and again.stdout == ""
-    assert again.stderr == f"error: {prefix}.bin exists: delete it, or name another --to\n"
+    assert again.stderr == f"error: {prefix}.bin exists: delete it, or choose another --to\n"
 
 
 def test_a_mistake_ends_with_one_sentence(tmp_path: Path) -> None:

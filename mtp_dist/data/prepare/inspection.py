@@ -79,14 +79,14 @@ def inspect_corpus(
     positions: int,
     num_samples: int,
     num_frequent: int,
-    watch: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> CorpusReport:
     """Reads all tokens; `watch` is told how many after each block. Raises ConfigError where they are another's."""
     check_tokenizer(corpus, tokenizer)
     check_ids(corpus, tokenizer.vocab_size)
     if not len(corpus.tokens):
         raise ConfigError(f"{corpus.key} = '{corpus.prefix}' has no tokens: prepare it anew")
-    counts = _count(corpus.tokens, tokenizer.vocab_size, watch)
+    counts = _count(corpus.tokens, tokenizer.vocab_size, on_progress)
     order = np.argsort(-counts, kind="stable")[:num_frequent]
     return CorpusReport(
         prefix=str(corpus.prefix),
@@ -110,12 +110,12 @@ def inspect_corpus(
     )
 
 
-def _count(tokens: NDArray[Any], vocab_size: int, watch: Callable[[int], None]) -> NDArray[np.int64]:
+def _count(tokens: NDArray[Any], vocab_size: int, on_progress: Callable[[int], None]) -> NDArray[np.int64]:
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), SCAN_BLOCK_TOKENS):
         block = tokens[start : start + SCAN_BLOCK_TOKENS]
         counts += np.bincount(block, minlength=vocab_size)
-        watch(start + len(block))
+        on_progress(start + len(block))
     return counts
 
 

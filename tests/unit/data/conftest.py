@@ -4,18 +4,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import settings
-
-# A busy machine must not fail a test: hypothesis would by default, where one example takes 0.2 s.
-settings.register_profile("no_deadline", deadline=None)
-settings.load_profile("no_deadline")
 
 SENTENCES = [f"def f{i}(x): return x * {i} + y{i % 7}\n" for i in range(200)]
 
 
 @pytest.fixture(scope="session")
 def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tokenizer.json, tokenizer.model, and endless.model, which has no token that ends a text."""
+    """A folder with tokenizer.json, tokenizer.model, and endless.model, which has no end-of-text token."""
     folder = tmp_path_factory.mktemp("tokenizers")
     train_byte_pairs().save(str(folder / "tokenizer.json"))
     for name, eos in (("tokenizer", 2), ("endless", -1)):
@@ -38,7 +33,7 @@ def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_byte_pairs() -> tokenizers.Tokenizer:
-    """300 tokens and three special ones; with all that such a file may ask for beside."""
+    """300 tokens and three special ones, with everything else that such a file may request."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -1,25 +1,62 @@
-"""What the tests of `prepare` share; processes import it by its name."""
+"""Shared by the tests of data. Worker processes import it by name."""
 
 import hashlib
+import json
 import math
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from mtp_dist.data.corpus import Corpus, open_corpus
+import pytest
+
+from mtp_dist.config import Config
+from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.prepare.corpus_writer import JOURNAL
 from mtp_dist.data.prepare.prepare import Prepared, Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.prepare.worker_pool import preload_modules
 from mtp_dist.data.sources.text_sources import InputOptions
+from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.errors import UserError
+from tests.tiny import tiny_config
 
 SMALL_UNIT = 2000
 
 
+def error_of(kind: type[UserError], function: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """Return the one-line message of the error that a call raises."""
+    with pytest.raises(kind) as raised:
+        function(*args, **options)
+    assert raised.type is kind and "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def write_jsonl(file: Path, texts: Sequence[str], field: str = "text") -> Path:
+    file.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def data_config(train: Any, validation: Any = (), data: Any = (), heads: int = 2, **train_keys: Any) -> Config:
+    """Samples of 8 + heads tokens by default. `train` and `validation`: a path, a source or several sources."""
+
+    def sources(given: Any) -> list[dict[str, Any]]:
+        given = [given] if isinstance(given, str | Path | dict) else given
+        return [{"path": str(item)} if isinstance(item, str | Path) else item for item in given]
+
+    data = dict(data)
+    return tiny_config(
+        model={"vocab_size": build_tokenizer(data.get("tokenizer", "bytes")).vocab_size},
+        data={"train": sources(train), "validation": sources(validation), **data},
+        train={"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 8, **train_keys},
+        heads={"count": heads},
+    )
+
+
 class Recorder:
-    """A progress that keeps what it is told."""
+    """A progress that keeps what it receives."""
 
     def __init__(self) -> None:
         self.total: int | None = -1
@@ -39,12 +76,13 @@ def request(
     tokenizer: Path | str = "bytes",
     workers: int = 1,
     unit_bytes: int = SMALL_UNIT,
-    invalid_utf8: str = "error",
-    **options: object,
+    invalid_utf8: Any = "error",
+    **options: Any,
 ) -> Request:
     names = [inputs] if isinstance(inputs, Path | str) else inputs
-    chosen = InputOptions(**options)  # type: ignore[arg-type]
-    return Request(tuple(map(str, names)), prefix, str(tokenizer), chosen, invalid_utf8, workers, unit_bytes)  # type: ignore[arg-type]
+    return Request(
+        tuple(map(str, names)), prefix, str(tokenizer), InputOptions(**options), invalid_utf8, workers, unit_bytes
+    )
 
 
 def made(asked: Request) -> Prepared:
@@ -52,7 +90,7 @@ def made(asked: Request) -> Prepared:
 
 
 class Halting(Recorder):
-    """A progress that waits `pause` seconds after each work unit, and after the first `units` of them forever."""
+    """A progress that waits `pause` seconds after each work unit, and forever after the first `units` of them."""
 
     def __init__(self, units: float, pause: float) -> None:
         super().__init__()
@@ -67,7 +105,7 @@ class Halting(Recorder):
 
 
 def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
-    """`prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
+    """Run `prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
     preload_modules("mtp_dist.data.prepare.tokenize")
     target, arguments = prepare, (asked, Halting(units, pause))
     process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
@@ -76,14 +114,14 @@ def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BasePr
 
 
 def units_in(asked: Request) -> int:
-    """How many work units have been added to the unfinished corpus."""
+    """Return how many work units have been added to the unfinished corpus."""
     journal = asked.folder / JOURNAL
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def documents_of(prefix: Path) -> list[list[int]]:
-    """The tokens of each document, without its end."""
-    corpus: Corpus = open_corpus(prefix, "test")
+    """Return the tokens of each document without its end."""
+    corpus = open_corpus(prefix, "test")
     documents, start = [], 0
     for length in corpus.document_lengths:
         documents.append(corpus.tokens[start : start + length - 1].tolist())
@@ -92,11 +130,11 @@ def documents_of(prefix: Path) -> list[list[int]]:
 
 
 def texts_of(prefix: Path) -> list[bytes]:
-    """The documents of a corpus of bytes."""
+    """Return the documents of a corpus of bytes."""
     return [bytes(document) for document in documents_of(prefix)]
 
 
 def digests(prefix: Path) -> dict[str, str]:
-    """SHA-256 of everything that begins with the prefix."""
+    """Return the SHA-256 of each file that starts with the prefix, by the rest of its name."""
     files = [file for file in sorted(prefix.parent.glob(prefix.name + ".*")) if file.is_file()]
     return {file.name[len(prefix.name) :]: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -1,42 +1,47 @@
-"""What each kind of file and folder becomes: recognized by content and suffix, or refused by name and counted."""
+"""Files, folders and datasets: recognized or refused, and read in order wherever they are cut into work units."""
 
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
 import os
-from collections.abc import Callable
+import sysconfig
 from pathlib import Path
-from typing import Any
 
+import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import build_config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.prepare.progress import describe
-from mtp_dist.errors import UserError
-from tests.unit.data.preparing import made, request, texts_of
-from tests.unit.data.test_text_sources import TEXTS, documents, message, units
+from mtp_dist.data.sources.python_stdlib import SKIPPED_FOLDERS, in_validation_split, stdlib_files
+from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
+from mtp_dist.data.sources.work_units import bytes_of_text, document_of_line
+from mtp_dist.errors import ConfigError, DataError
+from tests.unit.data.preparing import data_config, error_of, made, request, texts_of, write_jsonl
 
+TEXTS = [f"document {i} " + "é\n" * (i * 37 % 90) for i in range(40)] + ["", "end"]
 RECORDS = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
 JSON_LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+JSON_ARRAY = json.dumps(RECORDS).encode()
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
-def zstd(content: bytes) -> bytes:
+def zstd(content):
     compressed = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(compressed, "zstd") as stream:
         stream.write(content)
     return compressed.getvalue().to_pybytes()
 
 
-def table(delimiter: str = ",") -> bytes:
+def table(delimiter=","):
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["id", "text"], delimiter=delimiter)
     writer.writeheader()
@@ -44,50 +49,97 @@ def table(delimiter: str = ",") -> bytes:
     return text.getvalue().encode()
 
 
-def parquet() -> bytes:
+def parquet():
     content = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), content)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), content, row_group_size=7)
     return content.getvalue()
 
 
-FILES_OF_RECORDS: dict[str, Callable[[], bytes]] = {
-    "lines.json": lambda: JSON_LINES,
-    "array.json": lambda: json.dumps(RECORDS).encode(),
-    "indented.json": lambda: json.dumps(RECORDS, indent=2).encode(),
-    "marked.jsonl": lambda: BYTE_ORDER_MARK + JSON_LINES,
-    "marked.json": lambda: BYTE_ORDER_MARK + json.dumps(RECORDS).encode(),
-    "a.JSONL": lambda: JSON_LINES,
-    "a.jsonl.GZ": lambda: gzip.compress(JSON_LINES),
-    "compressed.jsonl": lambda: gzip.compress(JSON_LINES),
-    "array.json.gz": lambda: gzip.compress(json.dumps(RECORDS).encode()),
-    "lines.json.bz2": lambda: bz2.compress(JSON_LINES),
-    "a.jsonl.xz": lambda: lzma.compress(JSON_LINES),
-    "a.jsonl.zst": lambda: zstd(JSON_LINES),
-    "part-00000": lambda: JSON_LINES,
-    "part-00000.gz": lambda: gzip.compress(JSON_LINES),
-    "lines.txt": lambda: JSON_LINES,
-    "a.csv": table,
-    "marked.csv": lambda: BYTE_ORDER_MARK + table(),
-    "a.CSV": table,
-    "a.csv.gz": lambda: gzip.compress(table()),
-    "a.tsv": lambda: table("\t"),
-    "a.PARQUET": parquet,
-    "part-0": parquet,
+FILES_OF_RECORDS = {
+    "lines.json": JSON_LINES,
+    "array.json": JSON_ARRAY,
+    "indented.json": json.dumps(RECORDS, indent=2).encode(),
+    "a.jsonl": JSON_LINES,
+    "marked.jsonl": BYTE_ORDER_MARK + JSON_LINES,
+    "marked.json": BYTE_ORDER_MARK + JSON_ARRAY,
+    "a.JSONL": JSON_LINES,
+    "a.jsonl.GZ": gzip.compress(JSON_LINES),
+    "compressed.jsonl": gzip.compress(JSON_LINES),
+    "array.json.gz": gzip.compress(JSON_ARRAY),
+    "lines.json.bz2": bz2.compress(JSON_LINES),
+    "a.jsonl.xz": lzma.compress(JSON_LINES),
+    "a.jsonl.zst": zstd(JSON_LINES),
+    "part-00000": JSON_LINES,
+    "part-00000.gz": gzip.compress(JSON_LINES),
+    "lines.txt": JSON_LINES,
+    "a.csv": table(),
+    "marked.csv": BYTE_ORDER_MARK + table(),
+    "a.CSV": table(),
+    "a.csv.gz": gzip.compress(table()),
+    "a.tsv": table("\t"),
+    "a.PARQUET": parquet(),
+    "part-0": parquet(),
 }
 
 
+def units(name, unit_bytes=300, **options):
+    inputs = open_inputs([str(name)], InputOptions(**options))
+    return [unit for source in inputs for unit in source.units(unit_bytes)]
+
+
+def documents(read):
+    return [document.decode() for unit in read for document in unit.documents()]
+
+
+def message(name, kind=DataError, **options):
+    return error_of(kind, lambda: documents(units(name, **options)))
+
+
+def saved_dataset(folder):
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(RECORDS)}).save_to_disk(folder)
+    return folder
+
+
+def tree(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+
+
+def check_units(path, read, total):
+    """Check all documents, their locations and the sizes: ends of gzip files and row groups are rounded."""
+    assert documents(read) == TEXTS and len(read) > 3, "one process need not hold all of it"
+    assert sum(unit.size for unit in read) == pytest.approx(total, abs=10)
+    locations = [unit.location(index) for unit in read for index, _ in enumerate(unit.documents())]
+    numbers = [location.removeprefix(f"{path}, ") for location in locations]
+    assert numbers in ([f"line {i}" for i in range(1, 43)], [f"row {i}" for i in range(42)])
+
+
 @pytest.mark.parametrize("name", FILES_OF_RECORDS)
-def test_files_of_records_are_read_record_by_record(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(FILES_OF_RECORDS[name]())
-    for read in (units(tmp_path / name), units(tmp_path, glob="**/*")):
-        assert documents(read) == TEXTS
-    if not name.lower().endswith(("parquet", "part-0")):
-        assert len(read) > 3, "one process need not hold all of it"
-        assert sum(unit.size for unit in read) == pytest.approx((tmp_path / name).stat().st_size, abs=10)
+def test_files_of_records_are_read_record_by_record(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FILES_OF_RECORDS[name])
+    for read in (units(path), units(tmp_path, glob="**/*")):
+        check_units(path, read, path.stat().st_size)
+    message_of_field = message(path, field="content")
+    assert f"{path}" in message_of_field and "has no field 'content', it has " in message_of_field
+    assert "'text'" in message_of_field
+    if not name.lower().endswith(("csv", "tsv", "csv.gz")):
+        assert "'id' is not text but " in message(path, field="id")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_datasets_are_read_row_by_row(tmp_path, streaming):
+    path = saved_dataset(tmp_path / "dataset")
+    source = open_inputs([str(path)], InputOptions(streaming=streaming))[0]
+    assert source.total == (None if streaming else len(TEXTS))
+    check_units(path, list(source.units(300)), len(TEXTS))
+    assert "has no field 'content', it has 'id', 'text'" in message(path, field="content")
+    assert "'id' is not text but int" in message(path, field="id")
 
 
 SETTINGS = json.dumps({"name": "package", "text": "no record"}, indent=2).encode()
-UNREADABLE: dict[str, tuple[bytes, str]] = {
+UNREADABLE = {
     "settings.json": (SETTINGS, "is JSON, but neither one object per line nor an array of objects"),
     "numbers.json": (b"[1, 2, 3]", "is JSON, but neither one object per line nor an array of objects"),
     "other.json": (b'{"content": "a"}\n{"content": "b"}\n', "has no field 'text', it has 'content'"),
@@ -102,22 +154,47 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "windows.txt": ("Grüße\n".encode("utf-16"), "is UTF-16"),
     "windows.csv": (table().decode().encode("utf-16"), "is UTF-16"),
 }
+GOOD_LINES = b'{"text": "good"}\n' * 50
+CORRUPT = {
+    "a.tar.gz": (b"", " is an archive: unpack it"),
+    "a.parquet": (b"no", " is not a valid Parquet file"),
+    "no_field.csv": (b"id,content\n1,a\n", " has no field 'text', it has 'id', 'content'"),
+    "twice.csv": (b"text,text\na,b\n", " has 2 fields 'text'"),
+    "ragged.csv": (b"id,text\n1,a\n2\n", ", line 3 has 1 fields, the header has 2"),
+    "quote.csv": (b'id,text\n1,a\n2,"b\n', ", line 3 is not valid CSV (unexpected end of data)"),
+    "json.jsonl": (GOOD_LINES + b"{\n", ", line 51 is not valid JSON"),
+    "list.jsonl": (GOOD_LINES + b"[1]\n", ", line 51 is not a JSON object"),
+    "field.jsonl": (GOOD_LINES + b'{"a": 1}\n', ", line 51 has no field 'text', it has 'a'"),
+    "number.jsonl": (GOOD_LINES + b'{"text": 3}\n', ", line 51: the field 'text' is not text but int"),
+    "deep.jsonl": (GOOD_LINES + b"[" * 100_000 + b"]" * 100_000, ", line 51 is not valid JSON (nested too deep)"),
+    **{
+        f"cut.jsonl.{suffix}": ((whole := compress(JSON_LINES))[: len(whole) // 2], " is truncated or not a valid ")
+        for suffix, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}.items()
+    },
+}
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_read_as_text_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
-    content, reason = UNREADABLE[name]
+@pytest.mark.parametrize("name", [*UNREADABLE, *CORRUPT])
+def test_unreadable_files_are_reported(tmp_path, name):
+    content, reason = UNREADABLE.get(name) or CORRUPT[name]
     (tmp_path / name).write_bytes(content)
-    assert f"{tmp_path / name} {reason}" in message(tmp_path / name)
+    assert f"{tmp_path / name}{reason if name in CORRUPT else f' {reason}'}" in message(tmp_path / name)
 
 
-def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    content = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "other", "text"])
+    pyarrow.parquet.write_table(content, tmp_path / "a.parquet")
+    assert f"{tmp_path / 'a.parquet'} has 2 fields 'text'" in message(tmp_path / "a.parquet")
+    assert documents(units(tmp_path / "a.parquet", field="other")) == ["b"]
+
+
+def test_files_of_a_folder_are_counted(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, (content, _) in UNREADABLE.items():
         (folder / name).write_bytes(content)
     for name in ("lines.json", "a.csv", "a.PARQUET"):
-        (folder / name).write_bytes(FILES_OF_RECORDS[name]())
+        (folder / name).write_bytes(FILES_OF_RECORDS[name])
     (folder / "results.csv").write_text('"run\nname",loss\na,2.5\n')
     pyarrow.parquet.write_table(pyarrow.table({"loss": [2.5]}), folder / "results.parquet")
     (folder / "a.py").write_text("x = 1\n")
@@ -137,9 +214,9 @@ def test_what_the_files_of_a_folder_became_is_said(tmp_path: Path) -> None:
         "broken link": 1,
         "compressed": 1,
     }
-    said = describe(tmp_path / "corpus", prepared)
-    assert "4 files: 1 CSV, 1 JSON lines, 1 Parquet, 1 text" in said
-    assert "16 files skipped: 1 CSV without the field 'text', 3 JSON without records, 3 JSON without the field" in said
+    lines = describe(tmp_path / "corpus", prepared)
+    assert "4 files: 1 CSV, 1 JSON lines, 1 Parquet, 1 text" in lines
+    assert "16 files skipped: 1 CSV without the field 'text', 3 JSON without records, 3 JSON without the field" in lines
 
 
 RECORD = b'{"text": "a"}'
@@ -156,62 +233,32 @@ TEXTS_LIKE_RECORDS = {
 
 
 @pytest.mark.parametrize("name", TEXTS_LIKE_RECORDS)
-def test_only_files_whose_every_record_is_known_are_records(tmp_path: Path, name: str) -> None:
+def test_files_with_other_content_than_records_are_text(tmp_path, name):
     (tmp_path / name).write_bytes(TEXTS_LIKE_RECORDS[name])
     for read in (units(tmp_path / name), units(tmp_path, glob="**/*")):
         assert documents(read) == [TEXTS_LIKE_RECORDS[name].decode()]
 
 
 @pytest.mark.parametrize("brackets", [("", "\n", ""), ("[", ",\n", "]")], ids=["lines", "array"])
-def test_records_that_are_longer_than_what_is_looked_at(tmp_path: Path, brackets: tuple[str, str, str]) -> None:
-    begin, between, end = brackets
+def test_records_may_be_longer_than_the_inspected_head(tmp_path, brackets):
+    start, between, end = brackets
     for lengths in ((5 << 20, 1), (1, 5 << 20), (3 << 20, 3 << 20)):
         texts = ["a" * length for length in lengths]
-        (tmp_path / "a.json").write_text(begin + between.join(json.dumps({"text": text}) for text in texts) + end)
+        (tmp_path / "a.json").write_text(start + between.join(json.dumps({"text": text}) for text in texts) + end)
         assert documents(units(tmp_path / "a.json")) == texts
 
 
-def test_a_run_reports_what_the_files_of_its_sources_became(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    tree(folder, "a.py", "b.py")
-    (folder / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-
-    def load(glob: str) -> tuple[str, ...]:
-        model = {"hidden_size": 8, "trunk_layers": 1, "num_attention_heads": 1}
-        train = {"steps": 5, "global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 4}
-        data = {"train": [{"path": str(folder), "glob": glob}]}
-        return load_datasets(
-            build_config({"model": model, "heads": {"count": 1}, "data": data, "train": train})
-        ).notices
-
-    with pytest.raises(UserError, match=r"has no document with text \(0 documents, .* 1 files skipped: 1 binary"):
-        load("p*.py")
-    assert load("*.py") == (
+def test_run_reports_the_files_of_its_sources(tmp_path):
+    tree(tmp_path, "a.py", "b.py")
+    (tmp_path / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    source = {"path": str(tmp_path), "glob": "p*.py"}
+    counts = error_of(DataError, load_datasets, data_config(source))
+    assert "has no document with text (0 documents, " in counts and " 1 files skipped: 1 binary" in counts
+    datasets = load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
+    assert datasets.notices == (
         "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
-        f"{folder / 'picture.py'}",
+        f"{tmp_path / 'picture.py'}",
     )
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"id,content\n1,a\n", "has no field 'text', it has 'id', 'content'"),
-        (b"text,text\na,b\n", "has 2 fields 'text'"),
-        (b"id,text\n1,a\n2\n", "line 3 has 1 fields, the header has 2"),
-        (b'id,text\n1,a\n2,"b\n', "is not CSV that can be read (unexpected end of data)"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "a.csv").write_bytes(content)
-    assert f"{tmp_path / 'a.csv'}" in (said := message(tmp_path / "a.csv")) and reason in said
-
-
-@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
-def test_compressed_files_that_were_cut_off_are_named(tmp_path: Path, suffix: str) -> None:
-    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}[suffix]
-    content = compress(JSON_LINES)
-    (tmp_path / f"a.jsonl.{suffix}").write_bytes(content[: len(content) // 2])
-    assert f"a.jsonl.{suffix} is not a complete " in message(tmp_path / f"a.jsonl.{suffix}")
 
 
 json_values = st.recursive(
@@ -224,61 +271,81 @@ names = st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.txt", "a", "a.json.gz"
 
 
 @given(names, st.lists(broken, max_size=4), st.sampled_from(["utf-8", "utf-16", "latin-1"]))
-def test_any_content_under_any_name_is_read_or_refused_in_one_sentence(
-    tmp_path_factory: pytest.TempPathFactory, name: str, lines: list[bytes], encoding: str
-) -> None:
+def test_any_content_is_read_or_refused_in_one_line(tmp_path_factory, name, lines, encoding):
     file = tmp_path_factory.mktemp("fuzz") / name
     content = b"\n".join(lines)
     file.write_bytes(content.decode("latin-1").encode(encoding) if encoding != "utf-8" else content)
     try:
         for unit in units(file):
             assert all(isinstance(document, bytes) for document in unit.documents())
-    except UserError as error:
+    except DataError as error:
         assert str(file) in str(error) and "\n" not in str(error)
 
 
-def tree(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(name)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 200), st.booleans())
+def test_lines_are_read_once_wherever_the_file_is_cut(tmp_path_factory, sizes, unit_bytes, ends_with_newline):
+    file = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    texts = [str(i) * size for i, size in enumerate(sizes)]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n" * ends_with_newline)
+    read = units(file, unit_bytes)
+    assert documents(read) == texts
+    locations = [unit.location(index) for unit in read for index, _ in enumerate(unit.documents())]
+    assert locations == [f"{file}, line {number}" for number in range(1, len(texts) + 1)]
 
 
-def test_linked_folders_are_read_once_by_every_pattern(tmp_path: Path) -> None:
+def test_files_of_a_folder_are_read_in_order_by_kind(tmp_path):
+    tree(tmp_path, "b.py", "a/z.py", "a.txt", "c.md")
+    write_jsonl(tmp_path / "b.jsonl", TEXTS)
+    everything = units(tmp_path, unit_bytes=10**6, glob="**/*")
+    assert documents(everything) == ["a.txt", "a/z.py", *TEXTS, "b.py", "c.md"]
+    assert [type(unit).__name__ for unit in everything] == ["WholeFiles", "LineRange", "WholeFiles"]
+    assert everything[2].location(1) == str(tmp_path / "c.md")
+    tree(tmp_path, *(f"{number}.py" for number in range(100)))
+    train, validation = (documents(units(tmp_path, glob="[0-9]*.py", split=split)) for split in ("train", "validation"))
+    assert 0 < len(validation) < 20 and len(set(train + validation)) == 100
+
+
+def test_linked_folders_are_read_once_by_every_pattern(tmp_path):
     tree(tmp_path / "elsewhere", "x.py", "deep/y.py")
     folder = tmp_path / "folder"
     tree(folder, "a/b.py", "a/deep/c.py")
-    (folder / "link").symlink_to("../elsewhere")
-    (folder / "again").symlink_to("../elsewhere")
+    for link, target in (("link", "../elsewhere"), ("again", "../elsewhere"), ("zero", "a")):
+        (folder / link).symlink_to(target)
     (folder / "a" / "loop").symlink_to("..")
     (folder / "a" / "self").symlink_to("self")
-    (folder / "zero").symlink_to("a")
     everything = ["a/b.py", "a/deep/c.py", "x.py", "deep/y.py"]
     assert sorted(documents(units(folder, glob="**/*.py"))) == sorted(everything)
     assert sorted(documents(units(folder, glob="*/*.py"))) == ["a/b.py", "x.py"]
     assert documents(units(folder, glob="link/**/*.py")) == ["deep/y.py", "x.py"]
 
 
-def test_hidden_files_are_left_out_unless_the_pattern_names_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        *((pattern, ["a.py"]) for pattern in ("**/*.py", "*.py")),
+        (".github/**/*.py", [".github/workflows/g.py"]),
+        ("**/.*.py", [".b.py"]),
+    ],
+)
+def test_hidden_files_are_read_only_if_the_pattern_names_them(tmp_path, pattern, expected):
     tree(tmp_path, "a.py", ".b.py", ".git/c.py", "d/.e/f.py", ".github/workflows/g.py")
-    assert documents(units(tmp_path, glob="**/*.py")) == ["a.py"]
-    assert documents(units(tmp_path, glob="*.py")) == ["a.py"]
-    assert documents(units(tmp_path, glob=".github/**/*.py")) == [".github/workflows/g.py"]
-    assert documents(units(tmp_path, glob="**/.*.py")) == [".b.py"]
+    assert documents(units(tmp_path, glob=pattern)) == expected
 
 
-@given(st.sampled_from(["**/*.py", "*.py", "*/*.py", "a/**/*", "**/a/*.py", "**/a/**/*.py", "?/[ab].py", "b/a/a.py"]))
-def test_patterns_choose_what_pathlib_chooses(tmp_path_factory: pytest.TempPathFactory, pattern: str) -> None:
-    folder = tmp_path_factory.mktemp("tree")
-    tree(folder, "a.py", "b.txt", "a/a.py", "b/a/a.py", "b/a/c/b.py", "a/b/a.py", "c/b.py", "cc/b.py")
-    chosen = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file())
-    assert documents(units(folder, glob=pattern)) == chosen
+@pytest.mark.parametrize(
+    "pattern", ["**/*.py", "*.py", "*/*.py", "a/**/*", "**/a/*.py", "**/a/**/*.py", "?/[ab].py", "b/a/a.py"]
+)
+def test_patterns_match_what_pathlib_matches(tmp_path, pattern):
+    tree(tmp_path, "a.py", "b.txt", "a/a.py", "b/a/a.py", "b/a/c/b.py", "a/b/a.py", "c/b.py", "cc/b.py")
+    expected = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern) if path.is_file())
+    assert documents(units(tmp_path, glob=pattern)) == expected
 
 
-def test_folders_that_cannot_be_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folders_are_counted(tmp_path, monkeypatch):
     tree(tmp_path / "folder", "a.py", "closed/b.py")
     really_scan = os.scandir
 
-    def scan(path: Path) -> Any:
+    def scan(path):
         if Path(path).name == "closed":
             raise PermissionError(13, "Permission denied", str(path))
         return really_scan(path)
@@ -286,3 +353,97 @@ def test_folders_that_cannot_be_read_are_counted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", scan)
     prepared = made(request(tmp_path / "folder", tmp_path / "corpus", glob="**/*.py"))
     assert prepared.as_json()["files"]["skipped"] == {"folder that cannot be read": 1}
+
+
+OPTION_ERRORS = [
+    ("", {}, "'{path}' is a folder: select its files with {option}glob"),
+    ("", {"glob": "*.py"}, "has no file for {option}glob '*.py'"),
+    ("", {"glob": "/*.py"}, "is not a valid pattern"),
+    ("", {"glob": "*", "split": "test"}, "{option}split = 'test' is unknown"),
+    ("a.txt", {"glob": "*"}, "{option}glob '*' selects files of a folder"),
+    ("a.txt", {"split": "train"}, "{option}split = 'train' selects a part"),
+    ("missing.txt", {}, "'{path}' does not exist: name a folder, a file"),
+    ("dataset", {"split": "test"}, "has no split 'test', it has train: choose with {option}split"),
+]
+
+
+@pytest.mark.parametrize("key", [None, "data.train.3"])
+@pytest.mark.parametrize(("name", "options", "reason"), OPTION_ERRORS)
+def test_wrong_options_are_reported_by_option_or_key(tmp_path, name, options, reason, key):
+    if name == "dataset":
+        saved_dataset(tmp_path / name)
+    (tmp_path / "a.txt").touch()
+    path, option = tmp_path / name, f"{key}." if key else "--"
+    assert reason.format(path=path, option=option) in message(path, ConfigError, key=key, **options)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that has every dataset."""
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("hub")
+def test_subset_and_split_reach_the_datasets_library(monkeypatch):
+    calls = []
+
+    def load(*names, **options):
+        calls.append((*names, options))
+        return datasets.Dataset.from_dict({"text": TEXTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert documents(units("some/web", subset="en", split="test")) == TEXTS
+    assert calls == [("some/web", "en", {"split": "test", "streaming": False})]
+
+
+@pytest.mark.usefixtures("hub")
+def test_dataset_that_cannot_be_loaded_is_reported(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert message("no/such").endswith("cannot load it: Couldn't reach 'no/such' on the Hub")
+
+
+@pytest.mark.parametrize("name", ["corpara/web", "corpara/web.jsonl"])
+def test_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(name, tmp_path, monkeypatch):
+    """The datasets library would retry for 25 seconds."""
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the datasets library was called"))
+    text = message(name, ConfigError)
+    assert f"INPUT '{name}' does not exist" in text
+    assert ("Name or service not known" in text) == (name == "corpara/web"), "only possible names are looked up"
+
+
+def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_are_kept():
+    def location():
+        raise AssertionError("there is no error")
+
+    lines = (b"", b" \r\n", b'{"text": null}', b'{"text": "a\xffb"}')
+    assert [document_of_line(line, "text", location) for line in lines] == [b"", b"", b"", b"a\xffb"]
+    half = document_of_line(rb'{"text": "\ud83d!"}', "text", location)
+    with pytest.raises(UnicodeDecodeError):
+        half.decode()
+    assert bytes_of_text(b"\xff", "text", location) == b"\xff"
+
+
+def test_stdlib_splits_are_disjoint_complete_sorted_source_code():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    everything, train, validation = (stdlib_files(split) for split in ("all", "train", "validation"))
+    assert sorted(train + validation) == sorted(everything)
+    assert [file for file in everything if file in set(validation)] == validation
+    assert 0 < len(validation) < len(everything) / 5
+    files = [file.relative_to(root).as_posix() for file in everything]
+    assert files == sorted(files) and len(files) > 300 and {"argparse.py", "json/decoder.py"} <= set(files)
+    assert not any(SKIPPED_FOLDERS & set(Path(name).parts[:-1]) for name in files)
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_validation_is_the_lowest_twentieth_of_the_hashes(path):
+    fraction = int(hashlib.sha256(path.encode()).hexdigest(), 16) / 2**256
+    assert in_validation_split(path) == (fraction < 0.05)

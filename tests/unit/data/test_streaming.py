@@ -1,13 +1,11 @@
-"""Samples of a stream are those of its documents packed whole, wherever it was stopped and at any layout."""
+"""Samples of a stream are those of its packed documents, at any layout and wherever it was stopped."""
 
 import gzip
 import hashlib
 import json
-from pathlib import Path
 from random import Random
-from typing import Any
 
-import datasets
+import datasets as datasets_library
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -15,199 +13,191 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mtp_dist.config.notices import notices
 from mtp_dist.data.datasets import load_datasets
+from mtp_dist.data.sources import text_sources
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
-from mtp_dist.data.streaming import StreamedSamples, TokenStream
+from mtp_dist.data.streaming import StreamedSamples, TokenStream, merge_states
 from mtp_dist.data.tokenizer import ByteTokenizer
-from mtp_dist.errors import UserError
-from tests.tiny import tiny_config
+from mtp_dist.errors import ConfigError, DataError
+from tests.unit.data.preparing import data_config, error_of, write_jsonl
 
 LENGTH, LOOKAHEAD = 7, 3
+BATCH, SHARD_LENGTH = 12, 5
+UNIT_BYTES = 300
 
 
-def documents_of(seed: int, count: int = 40) -> list[str]:
+def random_texts(seed, count=40):
     random = Random(seed)
     return ["abcdefghij"[: random.randrange(0, 11)] * random.randrange(1, 4) for _ in range(count)]
 
 
-def write_jsonl(path: Path, documents: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": document, "id": 7}) + "\n" for document in documents))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_jsonl(tmp_path_factory.mktemp("stream") / "documents.jsonl", documents_of(1))
+def path(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("stream") / "documents.jsonl", random_texts(1))
 
 
-def stream_of(path: str, **options: Any) -> TokenStream:
-    source = open_inputs([path], InputOptions(key="data.train.0", streaming=True, **options))[0]
+def stream_of(path, **options):
+    source = open_inputs([str(path)], InputOptions(key="data.train.0", streaming=True, **options))[0]
     return TokenStream(source, ByteTokenizer(), f"data.train.0.path = '{path}'")
 
 
-def samples_of(*paths: str, weights: tuple[float, ...] = (1.0,)) -> StreamedSamples:
-    return StreamedSamples([[stream_of(path)] for path in paths], weights, LENGTH, LOOKAHEAD)
+def samples_of(*paths, weights=(1.0,), **options):
+    return StreamedSamples([[stream_of(path, **options)] for path in paths], weights, LENGTH, LOOKAHEAD)
 
 
-def packed(documents: list[str], passes: int) -> np.ndarray:
-    """All whole samples of the documents, several times over."""
-    tokens = [token for text in documents if text for token in (*text.encode(), 256)] * passes
+def packed(texts, passes):
+    """Return all full samples of some passes over the documents."""
+    tokens = [token for text in texts if text for token in (*text.encode(), 256)] * passes
     count = (len(tokens) - LOOKAHEAD) // LENGTH
     return np.stack([tokens[i * LENGTH : i * LENGTH + LENGTH + LOOKAHEAD] for i in range(count)])
 
 
-def test_samples_are_the_documents_in_their_order_over_and_over(path: str) -> None:
-    expected = packed(documents_of(1), 3)
+def through_json(state):
+    return json.loads(json.dumps(state))
+
+
+def test_samples_are_the_documents_in_order_again_and_again(path):
+    expected = packed(random_texts(1), 3)
     samples = samples_of(path)
     assert np.array_equal(samples.read(0, len(expected)), expected)
     assert samples.epochs(0) == [2.0], "the third pass has not been read to its end"
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
-def test_goes_on_from_any_state(path: str, reads: list[int], data: st.DataObject) -> None:
-    """As if killed after each read, the state going through JSON."""
-    expected = packed(documents_of(1), 12)
+def test_stream_continues_from_any_state(path, reads, data):
+    expected = packed(random_texts(1), 12)
     samples, first = samples_of(path), 0
     for count in reads:
         skipped = data.draw(st.integers(0, 9))  # samples of other ranks
         assert np.array_equal(samples.read(first + skipped, count), expected[first + skipped :][:count])
         first += skipped + count
-        state = json.loads(json.dumps(samples.state()))
+        state = through_json(samples.state())
         samples = samples_of(path)
         samples.restore(state, first, [0])
 
 
-def test_a_blend_takes_each_source_in_its_own_order(tmp_path: Path) -> None:
-    paths = [write_jsonl(tmp_path / f"{seed}.jsonl", documents_of(seed)) for seed in (1, 2)]
+def test_blend_reads_each_source_in_its_own_order(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{seed}.jsonl", random_texts(seed)) for seed in (1, 2)]
     samples = samples_of(*paths, weights=(3.0, 1.0))
     read = samples.read(0, 40)
     sources, occurrences = samples.blend.locate(0, 40)
-    expected = [packed(documents_of(seed), 4) for seed in (1, 2)]
+    expected = [packed(random_texts(seed), 4) for seed in (1, 2)]
     assert all(np.array_equal(read[i], expected[sources[i]][occurrences[i]]) for i in range(40))
-    state = samples.state()
     other = samples_of(*paths, weights=(3.0, 1.0))
-    other.restore(state, 40, [0, 1])
+    other.restore(samples.state(), 40, [0, 1])
     assert np.array_equal(other.read(40, 20), samples.read(40, 20))
 
 
-def test_a_state_from_before_there_were_shards_is_read(path: str) -> None:
-    """It is rank 0's, which was then the first to have its part of the step."""
+def test_states_without_shards_are_read(path):
+    """Such a state is rank 0's, which had the first part of the step."""
     stream = stream_of(path)
     for _ in range(4):
-        stream.take(LENGTH + LOOKAHEAD, LENGTH)
+        stream.next_tokens(LENGTH + LOOKAHEAD, LENGTH)
     for rank in range(2):
         samples = samples_of(path)
-        samples.restore(json.loads(json.dumps({"next": 4, "streams": [stream.state()]})), 8, [0])
-        assert np.array_equal(samples.read(8, 8, rank, 2), packed(documents_of(1), 3)[8 + 4 * rank :][:4])
+        samples.restore(through_json({"next": 4, "streams": [stream.state()]}), 8, [0])
+        assert np.array_equal(samples.read(8, 8, rank, 2), packed(random_texts(1), 3)[8 + 4 * rank :][:4])
 
 
-def test_any_kind_of_file_can_be_streamed(tmp_path: Path) -> None:
-    documents = [text for text in documents_of(3) if text]
-    (tmp_path / "code").mkdir()
-    for number, text in enumerate(documents):
-        (tmp_path / "code" / f"{number:03}.py").write_text(text)
-    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"content": text}) + "\n" for text in documents)
-    pyarrow.parquet.write_table(pyarrow.table({"content": documents}), tmp_path / "d.parquet")
-    datasets.Dataset.from_dict({"content": documents}).save_to_disk(tmp_path / "saved", num_shards=3)
-    streams = [
-        stream_of(str(tmp_path / "saved"), field="content"),
-        stream_of(str(tmp_path / "code"), glob="*.py"),
-        stream_of(str(tmp_path / "d.jsonl.gz"), field="content"),
-        stream_of(str(tmp_path / "d.parquet"), field="content"),
-    ]
-    expected = packed(documents, 3)
-    for stream in streams:
-        first = StreamedSamples([[stream]], [1.0], LENGTH, LOOKAHEAD)
-        assert np.array_equal(first.read(0, 100), expected[:100])
-        state = json.loads(json.dumps(first.state()))
-        rest = first.read(100, len(expected) - 100)
-        assert np.array_equal(rest, expected[100:])
-        first.restore(state, 100, [0])
-        assert np.array_equal(first.read(100, len(expected) - 100), rest)
-        assert len(json.dumps(state)) < 2000, "a position, no text"
+def write_parquet(path, texts, field="text"):
+    pyarrow.parquet.write_table(pyarrow.table({field: texts}), path)
 
 
-def test_a_stream_without_text_or_field_is_an_error(tmp_path: Path) -> None:
-    empty = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
-    with pytest.raises(UserError, match=r"data\.train\.0\.path = '.*empty\.jsonl' has no document with text"):
-        samples_of(empty).read(0, 1)
-    full = write_jsonl(tmp_path / "full.jsonl", ["x" * 99])
-    with pytest.raises(UserError, match=r"data\.train\.0\.path = .*, line 1 has no field 'body', it has 'text'"):
-        stream_of(full, field="body").take(4, 2)
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": ')
-    with pytest.raises(UserError, match=r"data\.train\.0\.path = .*bad\.jsonl, line 2 is not JSON"):
-        stream_of(str(tmp_path / "bad.jsonl")).take(9, 2)
-    with pytest.raises(UserError, match=r"data\.train\.0\.path = '.*missing\.jsonl' does not exist"):
-        stream_of(str(tmp_path / "missing.jsonl"))
+def write_compressed(path, texts, field="text"):
+    path.write_bytes(gzip.compress("".join(json.dumps({field: text}) + "\n" for text in texts).encode()))
 
 
-def write_parquet(path: Path, documents: list[str]) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": documents}), path)
+def write_code(path, texts, field="text"):
+    path.mkdir()
+    for number, text in enumerate(texts):
+        (path / f"{number:03}.py").write_text(text)
 
 
-def write_compressed(path: Path, documents: list[str]) -> None:
-    path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents).encode()))
+def write_dataset(path, texts, field="text"):
+    datasets_library.Dataset.from_dict({field: texts}).save_to_disk(path, num_shards=3)
 
 
 WRITERS = {
-    "a.txt": lambda path, documents: path.write_text("".join(documents)),
+    "a.txt": lambda path, texts: path.write_text("".join(texts)),
     "a.jsonl": write_jsonl,
     "a.jsonl.gz": write_compressed,
     "a.parquet": write_parquet,
+    "code": write_code,
+    "saved": write_dataset,
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_file_that_vanishes_is_named(tmp_path: Path, name: str) -> None:
-    """Of two files the second, after the first was read."""
-    folder = tmp_path / "stream"
+@pytest.mark.parametrize("name", ["code", "saved", "a.jsonl.gz", "a.parquet"])
+def test_any_kind_of_source_can_be_streamed(tmp_path, name):
+    texts = [text for text in random_texts(3) if text]
+    WRITERS[name](tmp_path / name, texts, "content")
+    samples = samples_of(tmp_path / name, **({"glob": "*.py"} if name == "code" else {"field": "content"}))
+    expected = packed(texts, 3)
+    assert np.array_equal(samples.read(0, 100), expected[:100])
+    state = through_json(samples.state())
+    for _ in range(2):
+        assert np.array_equal(samples.read(100, len(expected) - 100), expected[100:])
+        samples.restore(state, 100, [0])
+    assert len(json.dumps(state)) < 2000, "a position without text"
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "reason"),
+    [
+        ('{"text": ""}\n\n', "text", "' has no document with text"),
+        ('{"text": "full"}\n', "body", ", line 1 has no field 'body', it has 'text'"),
+        ('{"text": "fine"}\n{"text": ', "text", ", line 2 is not valid JSON"),
+    ],
+)
+def test_bad_documents_are_reported_with_the_key(tmp_path, content, field, reason):
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    text = error_of(DataError, stream_of(file, field=field).next_tokens, 9, 2)
+    assert text.startswith(f"data.train.0.path = '{file}") and reason in text
+    text = error_of(ConfigError, stream_of, tmp_path / "missing.jsonl")
+    assert text.startswith(f"data.train.0.path = '{tmp_path / 'missing.jsonl'}' does not exist")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_file_that_vanishes_is_reported(tmp_path, name):
+    """The second of two files, after the first was read."""
     for part in ("first", "second"):
-        (folder / part).mkdir(parents=True)
-        WRITERS[name](folder / part / name, documents_of(1))
-    samples = StreamedSamples([[stream_of(str(folder), glob=f"**/{name}")]], (1.0,), LENGTH, LOOKAHEAD)
+        (tmp_path / part).mkdir()
+        WRITERS[name](tmp_path / part / name, random_texts(1))
+    samples = samples_of(tmp_path, glob=f"**/{name}")
     samples.read(0, 2)
-    (folder / "second" / name).unlink()
-    with pytest.raises(UserError) as error:
-        samples.read(2, 1000)
-    said = str(error.value)
-    assert said.startswith(f"data.train.0.path = '{folder}': cannot read {folder / 'second' / name} (")
-    assert str(folder / "first") not in said
+    (tmp_path / "second" / name).unlink()
+    text = error_of(DataError, samples.read, 2, 1000)
+    assert text.startswith(f"data.train.0.path = '{tmp_path}': cannot read {tmp_path / 'second' / name} (")
+    assert str(tmp_path / "first") not in text
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_file_that_is_cut_off_is_named(tmp_path: Path, name: str) -> None:
-    """Between two passes; a line less is no line that is damaged."""
+def test_truncated_file_is_reported(tmp_path, name):
+    """Between two passes, at the end of a line; and of a Parquet file before the rows of a unit are read."""
     file = tmp_path / name
-    WRITERS[name](file, documents_of(1))
-    stream = stream_of(str(file))
-    stream.take(10, 5)
+    WRITERS[name](file, random_texts(1))
+    stream = stream_of(file)
+    stream.next_tokens(10, 5)
+    [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
     content = file.read_bytes()
     file.write_bytes(content[: content[:-1].rindex(b"\n") + 1] if name == "a.jsonl" else content[:-20])
-    with pytest.raises(UserError, match=r"was cut off|is no whole Parquet file") as error:
-        for _ in range(1000):
-            stream.take(10, 5)
-    assert str(file) in str(error.value)
+    reason = "it was truncated" if name == "a.jsonl" else "is not a valid Parquet file"
+    for read in (lambda: [stream.next_tokens(10, 5) for _ in range(1000)], lambda: list(unit.documents())):
+        text = error_of(DataError, read)
+        assert str(file) in text and reason in text
 
 
-def test_a_parquet_file_that_is_cut_off_before_its_rows_are_read(tmp_path: Path) -> None:
-    file = tmp_path / "a.parquet"
-    write_parquet(file, documents_of(1))
-    [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
-    file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet is no whole Parquet file"):
-        list(unit.documents())
-
-
-def older_folder(folder: Path) -> str:
+def older_folder(folder):
     folder.mkdir()
     (folder / "a.py").write_text("x = 1\n" * 3)
     (folder / "b.txt").write_text("{braces} are text\n")
     (folder / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (folder / "d.md").write_text("[a link](b)\n")
     (folder / "e.txt").write_text('{"text": "a line"}\nand a text\n')
-    return str(folder)
+    return {"path": str(folder), "glob": "*", "stream": True}
 
 
 OLDER_STATE = {"next": 6, "streams": [{"passes": 0, "position": [2, 0], "offset": 2}]}
@@ -215,15 +205,10 @@ OLDER_FINGERPRINT = "e4d88ebb5fac5c27a779e5a75a1f615cc251e70330b108f5f4c8667f18d
 OLDER_SAMPLES = [b" link](b)", [*b")\n", 256, *b'{"text'], b't": "a li', b'ine"}\nand']
 
 
-def test_a_folder_whose_kinds_are_those_of_their_names_resumes_from_an_older_checkpoint(tmp_path: Path) -> None:
-    """Its units were told apart by names alone; state, fingerprint and samples are what that version wrote."""
-    source = {"path": older_folder(tmp_path / "folder"), "glob": "*", "stream": True}
-    config = tiny_config(
-        data={"train": [source]},
-        train={"global_batch_size": 2, "micro_batch_size": 1, "sequence_length": 8},
-        heads={"count": 1},
-    )
-    datasets = load_datasets(config)
+def test_older_checkpoint_of_a_folder_resumes_if_names_imply_the_kinds(tmp_path):
+    """Its kinds came from names alone; state, fingerprint and samples are what that version wrote."""
+    source = older_folder(tmp_path / "folder")
+    datasets = load_datasets(data_config(source, heads=1, global_batch_size=2))
     state = {"read": 6, "fingerprints": [OLDER_FINGERPRINT], "train": OLDER_STATE}
     assert datasets.restore(state, may_change=False) == 6
     assert datasets.train.read(6, 4).tolist() == [list(sample) for sample in OLDER_SAMPLES]
@@ -240,13 +225,198 @@ def test_a_folder_whose_kinds_are_those_of_their_names_resumes_from_an_older_che
         ("f.JSONL", b'{"text": "one"}\n'),
     ],
 )
-def test_a_folder_whose_files_were_once_read_otherwise_does_not_resume(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
-    folder = Path(older_folder(tmp_path / "folder"))
+def test_older_checkpoint_of_a_folder_with_other_kinds_does_not_resume(tmp_path, name, content):
+    folder, source = tmp_path / "folder", older_folder(tmp_path / "folder")
     (folder / name).write_bytes(content)
     older = [[file.name, file.stat().st_size] for file in sorted(folder.iterdir(), key=lambda file: file.name)]
     fingerprint = hashlib.sha256(json.dumps(older).encode()).hexdigest()
-    datasets = load_datasets(tiny_config(data={"train": [{"path": str(folder), "glob": "*", "stream": True}]}))
-    with pytest.raises(UserError, match=r"^data\.train\.0 has other data than the run was trained on so far"):
-        datasets.restore({"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}, may_change=False)
+    state = {"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}
+    text = error_of(ConfigError, load_datasets(data_config(source)).restore, state, may_change=False)
+    assert text.startswith("data.train.0 has other data than the run was trained on so far")
+
+
+# Streams in shards.
+
+
+def write_shards(file, letter, count=200):
+    random = Random(letter)
+    write_jsonl(file, [f"{letter}{number}" * random.randrange(0, 4) for number in range(count)])
+    return {"path": str(file), "stream": True}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("shards") / "documents.jsonl", "a")
+
+
+@pytest.fixture(scope="module")
+def small_units():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_sources, "UNIT_BYTES", UNIT_BYTES)
+        yield
+
+
+in_small_units = pytest.mark.usefixtures("small_units")
+
+
+def sharded(shards, *sources, length=SHARD_LENGTH):
+    return data_config(sources, data={"stream_shards": shards}, global_batch_size=BATCH, sequence_length=length)
+
+
+def documents_of_shards(source, shards):
+    units = list(open_inputs([source["path"]], InputOptions())[0].units(UNIT_BYTES))
+    assert len(units) > 2 * shards
+    return [[text for unit in units[shard::shards] for text in unit.documents()] for shard in range(shards)]
+
+
+class Ranks:
+    """The data-parallel ranks of a run, each with its own samples."""
+
+    def __init__(self, config, number, state=None):
+        self.datasets = [load_datasets(config) for _ in range(number)]
+        self.samples_read = 0
+        for datasets in self.datasets if state else ():
+            self.samples_read = datasets.restore(state, may_change=False)
+
+    def read(self, steps):
+        """Return the samples of the next steps, [steps, BATCH, S + n], those of a step in a canonical order."""
+        batches = []
+        for _ in range(steps):
+            ranks = len(self.datasets)
+            parts = [
+                datasets.train.read(self.samples_read, BATCH, rank, ranks)
+                for rank, datasets in enumerate(self.datasets)
+            ]
+            assert {len(part) for part in parts} == {BATCH // ranks}
+            batch = np.concatenate(parts)
+            batches.append(batch[np.lexsort(batch.T)])
+            self.samples_read += BATCH
+        return np.stack(batches)
+
+    def state(self):
+        """Return the state in a checkpoint."""
+        merged = merge_states([datasets.train.state() for datasets in self.datasets])
+        return through_json(self.datasets[0].state(self.samples_read, merged))
+
+    def record(self):
+        """Return lists that will get the documents with text that each rank tokenizes from now on."""
+        return [_record(datasets.tokenizer) for datasets in self.datasets]
+
+
+def _record(tokenizer):
+    texts, encode = [], tokenizer.encode_documents
+
+    def recording(documents):
+        texts.extend(filter(None, documents))
+        return encode(documents)
+
+    tokenizer.encode_documents = recording
+    return texts
+
+
+@in_small_units
+@settings(max_examples=25)
+@given(
+    shards=st.sampled_from([1, 2, 4, 6]),
+    runs=st.lists(st.tuples(st.sampled_from([1, 2, 3, 4]), st.integers(1, 4)), min_size=1, max_size=4),
+)
+def test_samples_are_the_same_at_every_layout_and_over_kills(source, shards, runs):
+    """Each run reads some steps and is killed; its number of ranks need not divide the shards."""
+    config = sharded(shards, source)
+    expected = Ranks(config, 1).read(sum(steps for _, steps in runs))
+    found, state = [], None
+    for number, steps in runs:
+        ranks = Ranks(config, number, state)
+        found.append(ranks.read(steps))
+        state = ranks.state()
+        ranks.read(1)  # a step that is lost
+    assert np.array_equal(np.concatenate(found), expected)
+
+
+@in_small_units
+@pytest.mark.parametrize("shards", [1, 3, 4])
+def test_sample_i_comes_from_shard_i_modulo_their_number(source, shards):
+    """A shard is every K-th work unit, packed by itself."""
+    samples = load_datasets(sharded(shards, source)).train.read(0, 60)
+    for shard, documents in enumerate(documents_of_shards(source, shards)):
+        tokens = ByteTokenizer().encode_documents(documents)[0]
+        for number, sample in enumerate(samples[shard::shards]):
+            assert np.array_equal(sample, tokens[number * SHARD_LENGTH :][: SHARD_LENGTH + 2])
+
+
+@in_small_units
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_each_document_is_tokenized_by_one_rank(source, ranks):
+    run = Ranks(sharded(4, source), ranks)
+    tokenized = run.record()
+    run.read(5)
+    documents = [text for texts in tokenized for text in texts]
+    assert len(set(documents)) == len(documents) > 40
+    amounts = [sum(map(len, texts)) for texts in tokenized]
+    assert max(amounts) < 1.5 * sum(amounts) / ranks
+
+
+@in_small_units
+def test_blend_keeps_its_proportions_in_every_batch_and_shard(tmp_path):
+    weights = {"a": 3.0, "b": 1.0}
+    files = {letter: write_jsonl(tmp_path / f"{letter}.jsonl", [letter * 99] * 40) for letter in weights}
+    sources = [{"path": str(files[letter]), "stream": True, "weight": weights[letter]} for letter in weights]
+    from_second = (load_datasets(sharded(4, *sources)).train.read(0, 8 * BATCH) == ord("b")).any(axis=1)
+    assert from_second.reshape(-1, BATCH).sum(axis=1).tolist() == [3] * 8
+    assert from_second.reshape(-1, 4).sum(axis=0).tolist() == [6] * 4
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_datasets_are_sharded_too(tmp_path, saved, monkeypatch):
+    dataset = datasets_library.Dataset.from_dict({"text": [f"text {number:02}" * 3 for number in range(90)]})
+    dataset.save_to_disk(tmp_path / "saved")
+    if not saved:  # like a hub dataset in 9 files
+        monkeypatch.setattr(text_sources, "load_dataset", lambda *_: dataset.to_iterable_dataset(num_shards=9))
+    source = {"path": str(tmp_path / "saved"), "stream": True}
+    config, run = sharded(3, source), Ranks(sharded(3, source), 3)
+    tokenized = run.record()
+    first = run.read(4)
+    resumed = Ranks(config, 1, run.state())
+    assert np.array_equal(np.concatenate([first, resumed.read(4)]), Ranks(config, 1).read(8))
+    documents = [text for texts in tokenized for text in texts]
+    assert len(set(documents)) == len(documents) and all(tokenized)
+    text = error_of(ConfigError, load_datasets(sharded(100 if saved else 10, source)).train.read, 0, BATCH)
+    assert f"saved' has only {'90 documents' if saved else '9 files'}: data.stream_shards" in text
+
+
+@in_small_units
+def test_wrong_numbers_of_shards_are_refused(tmp_path, source):
+    small = write_shards(tmp_path / "small.jsonl", "a", count=10)
+    text = error_of(DataError, load_datasets(sharded(4, small)).train.read, 0, BATCH)
+    assert "small.jsonl' has no document with text in shard 1 of 4: lower data.stream_shards" in text
+    with pytest.raises(ConfigError, match=r"^data\.stream_shards = 4 splits streams: .*`stream: true`"):
+        sharded(4, source | {"stream": False})
+    run = Ranks(sharded(4, source), 1)
+    run.read(1)
+    text = error_of(ConfigError, Ranks, sharded(2, source), 1, run.state())
+    assert text.startswith("data.stream_shards is 2, the checkpoint's streams have 4 shards: set it back")
+
+
+@in_small_units
+def test_resume_with_other_streams_keeps_the_position_of_each(tmp_path, source):
+    """In each shard, also if weights and the sequence length change."""
+    other = write_shards(tmp_path / "other.jsonl", "b")
+    before = load_datasets(sharded(2, source))
+    earlier = before.train.read(0, BATCH)
+    after = load_datasets(sharded(2, other, source | {"weight": 2.0}, length=9))
+    state = through_json(before.state(BATCH, before.train.state()))
+    later = after.train.read(after.restore(state, may_change=True), BATCH)
+    for shard, documents in enumerate(documents_of_shards(source, 2)):
+        continued = [sample[:9] for sample in later[shard::2] if ord("a") in sample]
+        assert len(continued) == 4
+        tokens = np.concatenate([*(sample[:SHARD_LENGTH] for sample in earlier[shard::2]), *continued])
+        assert np.array_equal(tokens, ByteTokenizer().encode_documents(documents)[0][: len(tokens)])
+
+
+@pytest.mark.parametrize(("shards", "parts"), [(1, 1), (4, 2), (6, 6), (12, 6)])
+def test_notice_if_ranks_tokenize_more_than_their_part(source, shards, parts):
+    lines = [line for line in notices(sharded(shards, source), 257, 6) if line.startswith("data.stream_shards")]
+    assert lines == [
+        f"data.stream_shards = {shards} is not a multiple of the data-parallel degree 6: each rank tokenizes "
+        f"1/{parts} of the stream instead of 1/6"
+    ] * (parts < 6)

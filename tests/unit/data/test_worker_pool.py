@@ -1,25 +1,24 @@
-"""Several processes do the tasks, and the results come in the tasks' order."""
+"""Several processes run the tasks, and the results come in the order of the tasks."""
 
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from mtp_dist.data.prepare import worker_pool as workers
+from mtp_dist.data.prepare import worker_pool
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order
-from mtp_dist.errors import UserError
+from mtp_dist.errors import ConfigError
 
 
 class Doubler:
-    """A task is a number; some of them mean something special."""
+    """Doubles numbers; some of them fail or take longer."""
 
-    def __call__(self, task: int) -> int:
+    def __call__(self, task):
         if task % 7 == 0:
             time.sleep(0.02)
         if task == 50:
-            raise UserError("not 50")
+            raise ConfigError("not 50")
         if task == 51:
             raise KeyError("a bug")
         if task == 52:
@@ -29,40 +28,35 @@ class Doubler:
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 @pytest.mark.parametrize("ahead", [1, 8])
-def test_results_come_in_order_and_all_of_them(monkeypatch: pytest.MonkeyPatch, num_workers: int, ahead: int) -> None:
-    monkeypatch.setattr(workers, "TASKS_AHEAD", ahead)
+def test_all_results_come_in_order(monkeypatch, num_workers, ahead):
+    monkeypatch.setattr(worker_pool, "TASKS_AHEAD", ahead)
     results = []
     for number, pair in enumerate(map_in_order(Doubler(), range(40), num_workers)):
         if number % 10 == 0:
-            time.sleep(0.05)  # a consumer that takes its time
+            time.sleep(0.05)  # a slow consumer
         results.append(pair)
     assert results == [(task, 2 * task) for task in range(40)]
     assert list(map_in_order(Doubler(), (), num_workers)) == []
 
 
-def test_tasks_are_drawn_no_further_than_needed() -> None:
+def test_tasks_are_drawn_no_further_than_needed():
     """Tasks may be large and come from a stream."""
     drawn = []
-
-    def tasks() -> Iterator[int]:
-        for task in range(1000):
-            drawn.append(task)
-            yield task % 50
-
-    running = map_in_order(Doubler(), tasks(), 2)
+    running = map_in_order(Doubler(), (drawn.append(task) or task % 50 for task in range(1000)), 2)
     next(running)
-    assert len(drawn) <= 2 * workers.TASKS_AHEAD
-    running.close()  # type: ignore[attr-defined]
+    assert len(drawn) <= 2 * worker_pool.TASKS_AHEAD
+    running.close()
 
 
-def test_what_the_function_raises_is_raised() -> None:
-    with pytest.raises(UserError, match="not 50"):
-        list(map_in_order(Doubler(), [1, 50], 2))
-    with pytest.raises(RuntimeError, match=r"in a worker process:\n(.*\n)*KeyError: 'a bug'"):
-        list(map_in_order(Doubler(), [1, 51], 2))
-
-
-def test_a_worker_that_dies_is_told_with_its_task() -> None:
-    with pytest.raises(WorkerDiedError) as death:
-        list(map_in_order(Doubler(), [1, 52], 2))
-    assert death.value.task == 52 and death.value.exit_code == -signal.SIGKILL
+@pytest.mark.parametrize(
+    ("task", "error", "text"),
+    [
+        (50, ConfigError, "not 50"),
+        (51, RuntimeError, r"in a worker process:\n(.*\n)*KeyError: 'a bug'"),
+        (52, WorkerDiedError, "a worker ended with status -9"),
+    ],
+)
+def test_errors_and_deaths_are_raised(task, error, text):
+    with pytest.raises(error, match=text) as raised:
+        list(map_in_order(Doubler(), [1, task], 2))
+    assert getattr(raised.value, "task", task) == task
