@@ -118,9 +118,9 @@ def prepare(
     INPUT is a folder (with --glob), a file of text or code, JSON lines, JSON, CSV or Parquet, python-stdlib, or a
     Hugging Face dataset. What was killed goes on with the same command.
     """
+    from mtp_dist.cli.data_tables import PreparationProgress, describe
     from mtp_dist.data.prepare.prepare import Request
     from mtp_dist.data.prepare.prepare import prepare as make
-    from mtp_dist.data.prepare.progress import PreparationProgress, describe
     from mtp_dist.data.sources.text_sources import InputOptions
 
     options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
@@ -132,7 +132,7 @@ def prepare(
     except UserError as error:
         exit_with_error(error)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the finished parts", file=sys.stderr, flush=True)
+        print("stopped: the same command continues from the finished parts", file=sys.stderr, flush=True)
         raise typer.Exit(130) from None
     print(json.dumps(prepared.as_json()) if as_json else describe(request.prefix, prepared), flush=True)
 
@@ -194,8 +194,9 @@ def inspect(
     A folder of checkpoints is listed. The options but --json are for a corpus. Exit status 2 where something is
     damaged.
     """
+    from mtp_dist.cli.data_tables import print_report
     from mtp_dist.data.corpus import open_corpus, prefix_of
-    from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
+    from mtp_dist.data.prepare.inspection import inspect_corpus
     from mtp_dist.data.tokenizer import build_tokenizer
 
     if Path(corpus).is_dir() and _show_checkpoints(Path(corpus), as_json):
@@ -217,7 +218,7 @@ def inspect(
                 positions,
                 samples,
                 frequent,
-                watch=lambda done: progress.update(task, completed=done),
+                on_progress=lambda done: progress.update(task, completed=done),
             )
     except UserError as error:
         exit_with_error(error)

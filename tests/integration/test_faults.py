@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mtp_dist.cli.data_tables import PreparationProgress
 from mtp_dist.data.prepare.prepare import Request, prepare
-from mtp_dist.data.prepare.progress import PreparationProgress
 from mtp_dist.data.sources.text_sources import InputOptions
 from mtp_dist.training.watchdog import EXIT_HUNG
 from tests.integration import jobs

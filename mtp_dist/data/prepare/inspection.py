@@ -1,4 +1,4 @@
-"""`mtp-dist inspect` of a prepared corpus: what is in it, and what the heads are asked for."""
+"""What `mtp-dist inspect` reports about a prepared corpus: statistics, and samples with the heads' targets."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer, unigram_entropy
-from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 
 @dataclass(frozen=True)
 class DocumentLengths:
-    """Tokens of a document, end-of-document token included."""
+    """Statistics of the documents' lengths in tokens, end-of-document tokens included."""
 
     shortest: int
     shortest_document: int
-    """Its number, from 0."""
+    """Number of the shortest document, counted from 0."""
     median: float
     mean: float
     longest: int
@@ -33,6 +29,8 @@ class DocumentLengths:
 
 @dataclass(frozen=True)
 class TokenCount:
+    """A token and how often it occurs."""
+
     id: int
     text: str
     count: int
@@ -40,30 +38,32 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class Sample:
-    """The first positions of a sample, as text."""
+    """The first positions of a sample as text."""
 
     tokens: list[str]
     targets: list[list[str]]
-    """By head, of the same positions."""
+    """Targets of these positions by head."""
 
 
 @dataclass(frozen=True)
 class CorpusReport:
+    """Everything that is shown about a corpus."""
+
     prefix: str
     tokenizer: str
     tokens: int
     documents: int
     bytes: int | None
-    """Of the text; None where the corpus does not tell."""
+    """Bytes of text; None if unknown."""
     checked_bytes: int
-    """Text that was decoded again when it was prepared."""
+    """Bytes of text that were decoded again when it was prepared."""
     lost_bytes: int
-    """Text that this did not bring back."""
+    """Checked bytes that decoding did not bring back."""
     lost_whitespace: int
-    """Bytes of whitespace in it."""
+    """Lost bytes that are whitespace."""
     lengths: DocumentLengths
     distinct_tokens: int
-    """Ids of the vocabulary that occur."""
+    """Number of ids that occur."""
     vocab_size: int
     unigram_entropy: float
     """Nats per token."""
@@ -81,11 +81,11 @@ def inspect_corpus(
     num_frequent: int,
     on_progress: Callable[[int], None],
 ) -> CorpusReport:
-    """Reads all tokens; `watch` is told how many after each block. Raises ConfigError where they are another's."""
+    """Read all tokens and call `on_progress` with the number read. Raise DataError if they do not fit the tokenizer."""
     check_tokenizer(corpus, tokenizer)
     check_ids(corpus, tokenizer.vocab_size)
     if not len(corpus.tokens):
-        raise ConfigError(f"{corpus.key} = '{corpus.prefix}' has no tokens: prepare it anew")
+        raise DataError(f"{corpus.key} = '{corpus.prefix}' has no tokens: prepare it again")
     counts = _count(corpus.tokens, tokenizer.vocab_size, on_progress)
     order = np.argsort(-counts, kind="stable")[:num_frequent]
     return CorpusReport(
@@ -132,7 +132,7 @@ def _lengths(lengths: NDArray[Any]) -> DocumentLengths:
 
 
 def _sample(tokens: NDArray[Any], heads: int, tokenizer: Tokenizer) -> Sample | None:
-    """None where the corpus ends before it."""
+    """Return a sample, or None if there are too few tokens."""
     length = len(tokens) - heads
     if length <= 0:
         return None
@@ -141,45 +141,8 @@ def _sample(tokens: NDArray[Any], heads: int, tokenizer: Tokenizer) -> Sample | 
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as one can read it in a table."""
+    """Return a token in readable form."""
     if token == tokenizer.end_of_document:
         return "<end of document>"
     text = tokenizer.decode([token])
     return text if text.isprintable() and text.strip() == text and text else repr(text)
-
-
-def _describe_loss(report: CorpusReport) -> str:
-    if report.lost_bytes:
-        loss = TextLoss(report.checked_bytes, report.lost_bytes, report.lost_whitespace)
-        return loss.describe(report.tokenizer)
-    return f"all of the {report.checked_bytes:,} bytes checked survive" if report.checked_bytes else "not measured"
-
-
-def print_report(report: CorpusReport, console: Console) -> None:
-    """For people."""
-    lengths = report.lengths
-    text = f", {report.bytes:,} bytes of text, {report.bytes / report.tokens:.2f} a token" if report.bytes else ""
-    facts = {
-        "Tokens": f"{report.tokens:,}{text}",
-        "Documents": f"{report.documents:,}",
-        "Shortest": f"{lengths.shortest:,} tokens, document {lengths.shortest_document:,}",
-        "Median and mean": f"{lengths.median:,.0f} and {lengths.mean:,.0f} tokens",
-        "Longest": f"{lengths.longest:,} tokens, document {lengths.longest_document:,}",
-        "Tokenizer": f"{report.tokenizer}, {report.vocab_size:,} tokens, {report.distinct_tokens:,} of them occur",
-        "Round trip": _describe_loss(report),
-        "Unigram entropy": f"{report.unigram_entropy:.4f} nats a token",
-    }
-    for label, value in facts.items():
-        console.print(Text(f"{label + ':':<17}{value}"), soft_wrap=True)
-    if report.frequent:
-        table = Table("id", "token", "count", "share", "", title="Most frequent tokens")
-        for row in report.frequent:
-            bar = "#" * round(40 * row.count / report.frequent[0].count)
-            table.add_row(f"{row.id}", Text(row.text), f"{row.count:,}", f"{row.count / report.tokens:.2%}", bar)
-        console.print(table)
-    for number, sample in enumerate(report.samples):
-        heads = [f"head {k} predicts" for k in range(1, len(sample.targets) + 1)]
-        table = Table("position", "token", *heads, title=f"Sample {number}")
-        for position, cells in enumerate(zip(sample.tokens, *sample.targets, strict=True)):
-            table.add_row(str(position), *map(Text, cells))
-        console.print(table)

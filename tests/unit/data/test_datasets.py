@@ -211,7 +211,7 @@ def test_start_builds_the_tokenizer_once_and_opens_each_source_once(tmp_path, tr
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
-    monkeypatch.setattr("mtp_dist.distributed.topology.initialize_topology", start)
+    monkeypatch.setattr("mtp_dist.run.initialize_topology", start)
     with pytest.raises(StartedError):
         main(["--config", str(tmp_path / "config.yaml")])
     assert calls == {

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_dist.cli.data_tables import describe
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.prepare.progress import describe
 from mtp_dist.data.sources.python_stdlib import SKIPPED_FOLDERS, in_validation_split, stdlib_files
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import bytes_of_text, document_of_line

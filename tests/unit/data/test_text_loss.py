@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mtp_dist.cli.data_tables import describe, print_report
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.prepare.inspection import inspect_corpus, print_report
-from mtp_dist.data.prepare.progress import describe
+from mtp_dist.data.prepare.inspection import inspect_corpus
 from mtp_dist.data.text_loss import lost_characters
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
