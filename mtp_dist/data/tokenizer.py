@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.errors import ConfigError, DataError, UserError
+from mtp_dist.errors import DataError, UserError
 
 Ids = NDArray[Any]
 """uint16 or int32, see `id_dtype`."""

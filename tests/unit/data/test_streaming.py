@@ -20,6 +20,7 @@ from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
 from mtp_dist.data.streaming import StreamedSamples, TokenStream, merge_states
 from mtp_dist.data.tokenizer import ByteTokenizer
 from mtp_dist.errors import ConfigError, DataError
+from tests.tiny import at_world_size
 from tests.unit.data.preparing import data_config, error_of, write_jsonl
 
 LENGTH, LOOKAHEAD = 7, 3
@@ -415,8 +416,8 @@ def test_resume_with_other_streams_keeps_the_position_of_each(tmp_path, source):
 
 @pytest.mark.parametrize(("shards", "parts"), [(1, 1), (4, 2), (6, 6), (12, 6)])
 def test_notice_if_ranks_tokenize_more_than_their_part(source, shards, parts):
-    lines = [line for line in notices(sharded(shards, source), 257, 6) if line.startswith("data.stream_shards")]
-    assert lines == [
+    lines = notices(at_world_size(sharded(shards, source), 6), 257)
+    assert [line for line in lines if line.startswith("data.stream_shards")] == [
         f"data.stream_shards = {shards} is not a multiple of the data-parallel degree 6: each rank tokenizes "
         f"1/{parts} of the stream instead of 1/6"
     ] * (parts < 6)
