@@ -23,6 +23,7 @@ from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
+from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes
@@ -114,7 +115,7 @@ class TrainingEngine:
         finite = isfinite(grad_norm)  # the same on all ranks, see _agree_and_update
         self.optimizer_updates += finite
         return StepResult(
-            heads=head_metrics(self.config, sums, schedule),
+            heads=head_metrics(self.config, HeadSums.from_tensor(sums), schedule),
             grad_norm=grad_norm,
             grad_norms_by_module=dict(zip(self.gradient_monitor.modules, squared_norms.sqrt().tolist(), strict=True)),
             skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
@@ -128,7 +129,7 @@ class TrainingEngine:
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
         [sums] = _sum_over_ranks(self._local_sums())
-        return head_metrics(self.config, sums.cpu(), schedule)
+        return head_metrics(self.config, HeadSums.from_tensor(sums.cpu()), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -158,23 +159,15 @@ class TrainingEngine:
         dist.all_reduce(counts, group=dp_group())
         averaged_over = batch.num_micro_batches * self.topology.dp_size
         per_target = averaged_over / counts.clamp(min=1)
-        scales = counts.new_tensor(schedule.loss_weights) * per_target
-        token_order_scale = self.config.heads.token_order * per_target[0]
-        self.stage.heads.begin(scales.float(), schedule.active_heads, token_order_scale.float())
+        token_order_scale = self.config.heads.token_order * per_target[:1]
+        scales = torch.cat([counts.new_tensor(schedule.loss_weights) * per_target, token_order_scale])
+        self.stage.heads.begin(scales.float(), schedule.active_heads)
 
     def _local_sums(self) -> Tensor:
-        """Return this rank's sums over its micro-batches, `[5, n]`, fp64; 0 if another rank has them.
-
-        Rows: cross-entropies, correct predictions, valid targets, cross-entropies to head 1's distribution; in head
-        1's column of the last row the cross-entropies to the order of the upcoming tokens.
-        """
-        sums = torch.zeros(5, self.config.heads.count, dtype=torch.float64, device=self.topology.device)
+        """Return this rank's HeadSums over its micro-batches as one tensor; 0 if another rank has them."""
         if self.topology.holds_loss and self.topology.tp_rank == 0:
-            heads = self.stage.heads.sums
-            token_order = torch.zeros_like(heads.losses)
-            token_order[0] = heads.token_order
-            sums = torch.stack([heads.losses, heads.correct, heads.targets, heads.distillation, token_order])
-        return sums
+            return self.stage.heads.sums.tensor
+        return HeadSums.zeros(self.config.heads.count, self.topology.device).tensor
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
@@ -208,12 +201,14 @@ def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def head_metrics(config: Config, sums: Tensor, schedule: HeadSchedule) -> HeadMetrics:
-    """Return the active heads' metrics from the sums over all ranks, see `TrainingEngine._local_sums`."""
-    losses, correct, targets, distillation, token_order = sums[:, : schedule.active_heads]
-    losses, correct, distillation, token_order = (
-        total / targets.clamp(min=1) for total in (losses, correct, distillation, token_order)
+def head_metrics(config: Config, sums: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
+    """Return the active heads' metrics from the sums over all ranks."""
+    targets, losses, correct, distillation = (
+        column[: schedule.active_heads]
+        for column in (sums.targets, sums.cross_entropy, sums.correct, sums.soft_cross_entropy)
     )
+    losses, correct, distillation = (column / targets.clamp(min=1) for column in (losses, correct, distillation))
+    token_order = float(sums.token_order.soft_cross_entropy / targets[0].clamp(min=1))
     objectives = losses + config.heads.distillation * distillation
     objective = sum(w * loss for w, loss in zip(schedule.loss_weights, objectives.tolist(), strict=False))
     has_target = [number > 0 for number in targets.tolist()]
@@ -225,6 +220,6 @@ def head_metrics(config: Config, sums: Tensor, schedule: HeadSchedule) -> HeadMe
         losses=reported(losses),
         accuracies=reported(correct),
         distillation=reported(distillation)[1:] if config.heads.distillation else (),
-        token_order=reported(token_order)[0] if config.heads.token_order else None,
-        total=objective + config.heads.token_order * float(token_order[0]) if any(has_target) else None,
+        token_order=token_order if config.heads.token_order and has_target[0] else None,
+        total=objective + config.heads.token_order * token_order if any(has_target) else None,
     )

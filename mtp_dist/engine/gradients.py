@@ -192,7 +192,7 @@ class GradientMonitor:
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
         if self._topology.holds_loss:
-            of_heads = self._stage.heads.sums.losses.isfinite().tolist()
+            of_heads = self._stage.heads.sums.heads.cross_entropy.isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
         topology = self._topology
         mine = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None

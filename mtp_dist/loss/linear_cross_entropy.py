@@ -1,10 +1,10 @@
-"""The cross-entropy of `hidden @ weight.T` and its gradient, with the logits of only one chunk of tokens alive.
+"""The cross-entropy of `hidden @ weight.T` and its gradients, with the logits of only one chunk of positions alive.
 
-The vocabulary is cut over the tensor-parallel ranks. Each chunk goes from logits to gradient at once, in one buffer:
+The vocabulary is sharded over the tensor-parallel ranks. Each chunk goes from logits to gradient in one buffer:
 
     l = hidden @ weight.T                   this rank's logits
-    m, t = max(l), l[target]                over this rank's entries; t = 0 where the target is elsewhere
-    o = max(l but l[target])                likewise; the target is a hit if it is above every rank's o
+    m, t = max(l), l[target]                over this rank's tokens; t = 0 if another rank has the target
+    o = max(l except l[target])             likewise; a prediction is correct if its target is above every rank's o
     p = softmax(l), s = 1 / max(p)          likewise; s is p's own denominator, about sum(exp(l - m))
     e = s * sum(p)                          sum(exp(l - m)) to the last digits, which s lacks: see _Softmax
     M = max(m), S = sum(s * exp(m - M))     over the ranks, which exchange m, s, e, t and o in one collective
@@ -15,80 +15,48 @@ The vocabulary is cut over the tensor-parallel ranks. Each chunk goes from logit
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
+
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Memory for the logits of one chunk, in bytes, by type of device.
 
-Each chunk reads the weight and its gradient once more. That costs little where it is small beside the chunk's matmuls,
-which asks for more tokens the more FLOPs a device does per byte it reads: some hundreds on a CPU, thousands on a GPU.
+Each chunk reads the weight and its gradient once more. That costs little if it is small compared with the chunk's
+matmuls, which takes more positions the more FLOPs a device does per byte it reads: hundreds on a CPU, thousands on a
+GPU.
 """
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """How logits and targets are to be read."""
-
-    size: int
-    """Entries over all ranks; rows of the weights beyond them are padding, which nothing can predict."""
-    ignore_index: int
-    """Target that does not count."""
-    group: dist.ProcessGroup
-    """The ranks that share the vocabulary, each with the same number of rows, in rank order."""
-
-
-class SoftTargets(NamedTuple):
-    """For each of T tokens a distribution over N entries, to be predicted beside its one target."""
-
-    entries: Tensor
-    """`[T, N]`, int64, over the whole vocabulary."""
-    probabilities: Tensor
-    """`[T, N]`, fp32; 0 throughout for a token that does not count. An entry that occurs twice counts twice."""
-
-    def part(self, tokens: slice) -> "SoftTargets":
-        return SoftTargets(self.entries[tokens], self.probabilities[tokens])
-
-
-class LossSums(NamedTuple):
-    """What one head sums over the valid targets of a micro-batch: scalars, fp32 (fp64 from fp64), nats."""
-
-    cross_entropy: Tensor
-    log_z_squared: Tensor
-    """Of the logarithm of the softmax's denominator: what the z-loss weighs (PaLM, section 5)."""
-    correct: Tensor
-    """Targets that are more probable than every other entry."""
-    soft_cross_entropy: Tensor
-    """Of the soft targets, over the tokens that have any."""
-
-
-@dataclass(frozen=True)
 class GradientBuffers:
-    """What to differentiate, and where the results go."""
+    """What to differentiate, and the memory of its gradients.
+
+    Differentiated is scale * (cross_entropy + z_loss * log_z_squared + soft_weight * soft_cross_entropy).
+    """
 
     scale: Tensor
-    """Scalar; what is differentiated is scale * (cross-entropy + z_loss * squared normalizer + soft_weight * soft
-    cross-entropy)."""
+    """Scalar."""
     z_loss: float
     hidden: Tensor
-    """`[T, D]`, contiguous, in hidden's precision: overwritten by this rank's part, to be summed over the vocabulary's
-    ranks."""
+    """`[T, D]`, contiguous, in the precision of the hidden states: overwritten with this rank's partial gradient, which
+    is to be summed over the ranks of the vocabulary."""
     weight: Tensor | None
-    """`[V/TP, D]`, fp32 (fp64 from fp64): added to; None where the weight is frozen."""
+    """`[V/TP, D]`, fp32 (fp64 from fp64): the gradient is added; None if the weight is frozen."""
     soft_weight: float = 0.0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of logits and of sums over many terms: fp32, or fp64 where the inputs are."""
+    """Return the precision of logits and of sums over many terms: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def default_chunk_tokens(rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens whose logits over `rows` entries fit into the device's CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES[device.type] // (rows * accumulation_dtype(dtype).itemsize))
+def default_chunk_tokens(local_vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return the number of positions whose logits fit into the device's CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[device.type] // (local_vocab_size * accumulation_dtype(dtype).itemsize))
 
 
 @torch.no_grad()
@@ -98,143 +66,146 @@ def linear_cross_entropy(
     targets: Tensor,
     vocabulary: Vocabulary,
     chunk_tokens: int | None = None,
-    request: GradientBuffers | None = None,
+    grads: GradientBuffers | None = None,
     soft: SoftTargets | None = None,
-    look: Callable[[slice, Tensor], None] | None = None,
-) -> LossSums:
-    """Sums over the targets `[T]` of hidden `[T, D]` under this rank's rows `[V/TP, D]`, and gradients if asked for.
+    on_logits: Callable[[slice, Tensor], None] | None = None,
+) -> HeadSums:
+    """Return one row of sums over the targets `[T]`, and compute gradients if `grads` is given.
 
-    All ranks of the vocabulary must call it, with the same hidden and targets; the sums are the same on each. At most
-    `chunk_tokens` tokens (by default as many as fit into CHUNK_BYTES) have their logits in memory, in fp32 at least
-    whatever the precision of hidden. Autograd sees nothing of it: the gradients go where `request` says. `look`
-    gets each chunk's place and this rank's logits, to read only.
+    hidden: `[T, D]`, weight: this rank's rows `[V/TP, D]`. All ranks of the vocabulary must call it, with the same
+    hidden states and targets; the sums are the same on each. At most `chunk_tokens` positions (by default as many as
+    fit into CHUNK_BYTES) have their logits in memory, in fp32 at least. Autograd records nothing. `on_logits` gets the
+    positions of each chunk and this rank's logits, which it must not change.
     """
-    tokens, rows = len(hidden), len(weight)
-    most = chunk_tokens or default_chunk_tokens(rows, hidden.dtype, hidden.device)
+    tokens, local_vocab_size = len(hidden), len(weight)
+    most = chunk_tokens or default_chunk_tokens(local_vocab_size, hidden.dtype, hidden.device)
     chunks = -(-tokens // most)
     size = -(-tokens // chunks)
-    buffer = hidden.new_empty(size, rows, dtype=accumulation_dtype(hidden.dtype))
-    rounded = buffer if buffer.dtype == hidden.dtype or request is None else hidden.new_empty(size, rows)
-    sums = buffer.new_zeros(len(LossSums._fields))
+    buffer = hidden.new_empty(size, local_vocab_size, dtype=accumulation_dtype(hidden.dtype))
+    rounded = buffer if buffer.dtype == hidden.dtype or grads is None else hidden.new_empty(size, local_vocab_size)
+    sums = buffer.new_zeros(len(HeadSums._fields))
     for start in range(0, tokens, size):
-        part = slice(start, start + size)
-        logits = buffer[: len(hidden[part])]
-        _matmul_into(logits, hidden[part], weight.T)
-        _hide_padding(logits, vocabulary)
-        if look is not None:
-            look(part, logits)
-        softmax = _Softmax(logits, targets[part], vocabulary, soft and soft.part(part))
+        positions = slice(start, start + size)
+        logits = buffer[: len(hidden[positions])]
+        _matmul_into(logits, hidden[positions], weight.T)
+        _mask_padding(logits, vocabulary)
+        if on_logits is not None:
+            on_logits(positions, logits)
+        softmax = _Softmax(logits, targets[positions], vocabulary, soft and soft.at(positions))
         sums += softmax.sums()
-        if request is not None:
-            gradient = softmax.gradient(request, out=rounded[: len(logits)])
-            torch.mm(gradient, weight, out=request.hidden[part])
-            if request.weight is not None:
-                _add_matmul(request.weight, gradient.T, hidden[part])
-    return LossSums(*sums)
+        if grads is not None:
+            grad_logits = softmax.grad_logits(grads, out=rounded[: len(logits)])
+            torch.mm(grad_logits, weight, out=grads.hidden[positions])
+            if grads.weight is not None:
+                _add_matmul(grads.weight, grad_logits.T, hidden[positions])
+    return HeadSums.from_tensor(sums)
 
 
-def _hide_padding(logits: Tensor, vocabulary: Vocabulary) -> None:
-    rows = logits.shape[1]
-    padding = (vocabulary.group.rank() + 1) * rows - vocabulary.size
+def _mask_padding(logits: Tensor, vocabulary: Vocabulary) -> None:
+    local_vocab_size = logits.shape[1]
+    padding = (vocabulary.group.rank() + 1) * local_vocab_size - vocabulary.size
     if padding > 0:
         # Not -inf: on a rank that has nothing but padding, -inf - -inf would be NaN.
-        logits[:, max(0, rows - padding) :] = torch.finfo(logits.dtype).min
+        logits[:, max(0, local_vocab_size - padding) :] = torch.finfo(logits.dtype).min
 
 
 class _Softmax:
-    """The softmax of one chunk, over all ranks of the vocabulary. Works in place on this rank's logits `[C, V/TP]`."""
+    """The softmax of one chunk over all ranks of the vocabulary, in the memory of this rank's logits `[C, V/TP]`."""
 
     def __init__(self, logits: Tensor, targets: Tensor, vocabulary: Vocabulary, soft: SoftTargets | None) -> None:
-        rows = logits.shape[1]
-        first_entry = vocabulary.group.rank() * rows
+        local_vocab_size = logits.shape[1]
+        first_token = vocabulary.group.rank() * local_vocab_size
         self.valid = targets != vocabulary.ignore_index
-        local = targets - first_entry
-        self.is_here = self.valid & (local >= 0) & (local < rows)
-        self.entry = local.where(self.is_here, 0).unsqueeze(1)
-        self.soft = soft and _localized(soft, first_entry, rows, logits.dtype)
-        of_soft = self._soft_logits(logits) if self.soft else []
+        local_targets = targets - first_token
+        self.is_local = self.valid & (local_targets >= 0) & (local_targets < local_vocab_size)
+        self.column = local_targets.where(self.is_local, 0).unsqueeze(1)
+        self.soft = soft and _localized(soft, first_token, local_vocab_size, logits.dtype)
+        soft_terms = self._soft_terms(logits) if self.soft else []
 
-        target_logit = logits.gather(1, self.entry)
-        # Hiding the target gives the best of the OTHER entries, which tells a hit from a tie in the same pass.
-        logits.scatter_(1, self.entry, target_logit.where(~self.is_here.unsqueeze(1), torch.finfo(logits.dtype).min))
+        target_logit = logits.gather(1, self.column)
+        # Hiding the target gives the best of the OTHER tokens: one pass distinguishes a correct prediction from a tie.
+        lowest = torch.finfo(logits.dtype).min
+        logits.scatter_(1, self.column, target_logit.where(~self.is_local.unsqueeze(1), lowest))
         best_other = logits.amax(1)
-        logits.scatter_(1, self.entry, target_logit)
-        target_logit = target_logit.squeeze(1).where(self.is_here, 0.0)
-        largest = best_other.where(~self.is_here, torch.maximum(best_other, target_logit))
+        logits.scatter_(1, self.column, target_logit)
+        target_logit = target_logit.squeeze(1).where(self.is_local, 0.0)
+        largest = best_other.where(~self.is_local, torch.maximum(best_other, target_logit))
         self.probabilities = torch.softmax(logits, 1, out=logits)
         denominator = self.probabilities.amax(1).reciprocal()
-        # On a CPU PyTorch's softmax adds up its denominator term by term: over 50,000 entries it is 2e-6 too small.
+        # On a CPU PyTorch's softmax adds up its denominator term by term: over 50,000 tokens it is 2e-6 too small.
         # The probabilities' sum, which torch.sum adds pairwise, is above 1 by as much.
         exponentials = denominator * self.probabilities.sum(1)
-        self._join([largest, denominator, exponentials, target_logit, best_other, *of_soft], vocabulary.group)
+        self._reduce([largest, denominator, exponentials, target_logit, best_other, *soft_terms], vocabulary.group)
 
-    def _soft_logits(self, logits: Tensor) -> list[Tensor]:
-        """The best of the soft targets' logits here, their sum below it by probability, and their mass: `[C]` each."""
+    def _soft_terms(self, logits: Tensor) -> list[Tensor]:
+        """Return the largest local logit of the soft targets, their mean distance below it and their mass, `[C]` each.
+
+        The mean is weighted by the probabilities.
+        """
         assert self.soft is not None
-        chosen = logits.gather(1, self.soft.entries)
+        chosen = logits.gather(1, self.soft.token_ids)
         best = chosen.amax(1)
         below = ((chosen - best.unsqueeze(1)) * self.soft.probabilities).sum(1)
         return [best, below, self.soft.probabilities.sum(1)]
 
-    def _join(self, local: list[Tensor], group: dist.ProcessGroup) -> None:
-        """From what this rank found in its entries, each `[C]`, to what all entries give: one collective."""
+    def _reduce(self, local: list[Tensor], group: dist.ProcessGroup) -> None:
+        """Compute losses and shares over the whole vocabulary from local values, each `[C]`: one collective."""
         largest, denominator = local[:2]
-        mine = torch.stack(local)
-        everywhere = mine
+        stacked = torch.stack(local)
+        gathered = stacked
         if group.size() > 1:
-            everywhere = mine.new_empty(group.size() * len(mine), len(largest))
-            dist.all_gather_into_tensor(everywhere, mine, group=group)
-        by_rank = everywhere.unflatten(0, (group.size(), -1))
-        maxima, denominators, exponentials, target_logits, best_others, *of_soft = by_rank.unbind(1)
+            gathered = stacked.new_empty(group.size() * len(stacked), len(largest))
+            dist.all_gather_into_tensor(gathered, stacked, group=group)
+        by_rank = gathered.unflatten(0, (group.size(), -1))
+        maxima, denominators, exponentials, target_logits, best_others, *soft_terms = by_rank.unbind(1)
         maximum = maxima.amax(0)
-        scales = (maxima - maximum).exp()
-        log_total = (exponentials * scales).sum(0).log()
+        factors = (maxima - maximum).exp()
+        log_total = (exponentials * factors).sum(0).log()
         self.losses = maximum - target_logits.sum(0) + log_total
-        self.normalizer = maximum + log_total
+        self.log_z = maximum + log_total
         self.correct = target_logits.sum(0) > best_others.amax(0)
-        # Of the denominators, not the exact sums: it undoes what the probabilities were divided by.
-        self.local_share = denominator * (largest - maximum).exp() / (denominators * scales).sum(0)
+        # Of the denominators, not the exact sums: it undoes the division that gave the probabilities.
+        self.local_share = denominator * (largest - maximum).exp() / (denominators * factors).sum(0)
         self.soft_losses, self.soft_mass = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        if of_soft:
-            best, below, mass = of_soft
+        if soft_terms:
+            best, below, mass = soft_terms
             self.soft_mass = mass.sum(0)
             above_best = mass * (maximum - best).where(mass > 0, 0.0)
             self.soft_losses = (above_best - below).sum(0) + self.soft_mass * log_total
 
     def sums(self) -> Tensor:
-        """The chunk's LossSums as one tensor `[4]`."""
-        terms = torch.stack([self.losses, self.normalizer.square(), self.correct.to(self.losses)]).where(
-            self.valid, 0.0
-        )
-        return torch.cat([terms, self.soft_losses.unsqueeze(0)]).sum(1)
+        """Return the chunk's row of HeadSums as one tensor `[columns]`."""
+        terms = torch.stack([self.losses, self.log_z.square(), self.correct.to(self.losses)]).where(self.valid, 0.0)
+        sums = torch.cat([terms, self.soft_losses.unsqueeze(0)]).sum(1)
+        return torch.cat([sums, self.valid.sum(0, keepdim=True)])
 
-    def gradient(self, request: GradientBuffers, out: Tensor) -> Tensor:
-        """The gradient for this rank's logits in `out` `[C, V/TP]`, which may be their own memory.
+    def grad_logits(self, grads: GradientBuffers, out: Tensor) -> Tensor:
+        """Return the gradient of this rank's logits in `out` `[C, V/TP]`, which may be their own memory.
 
-        The entry of the target is rounded last: near 0 for a target that is all but certain, not near 1 - 1.
+        The target's element is rounded last: near 0 for a target that is all but certain, not near 1 - 1.
         """
-        upstream = request.scale.to(self.losses.dtype)
-        scale, soft_scale = upstream * self.valid, upstream * request.soft_weight
-        factor = scale * (1 + 2 * request.z_loss * self.normalizer) + soft_scale * self.soft_mass
+        upstream = grads.scale.to(self.losses.dtype)
+        scale, soft_scale = upstream * self.valid, upstream * grads.soft_weight
+        factor = scale * (1 + 2 * grads.z_loss * self.log_z) + soft_scale * self.soft_mass
         factor = (factor * self.local_share).unsqueeze(1)
         if self.soft:
-            self.probabilities.mul_(factor).scatter_add_(1, self.soft.entries, -soft_scale * self.soft.probabilities)
-            self.probabilities.scatter_add_(1, self.entry, -(scale * self.is_here).unsqueeze(1))
+            self.probabilities.mul_(factor).scatter_add_(1, self.soft.token_ids, -soft_scale * self.soft.probabilities)
+            self.probabilities.scatter_add_(1, self.column, -(scale * self.is_local).unsqueeze(1))
             return out.copy_(self.probabilities)
-        at_entry = self.probabilities.gather(1, self.entry) * factor - (scale * self.is_here).unsqueeze(1)
+        at_target = self.probabilities.gather(1, self.column) * factor - (scale * self.is_local).unsqueeze(1)
         torch.mul(self.probabilities, factor, out=out)
-        return out.scatter_(1, self.entry, at_entry.to(out.dtype))
+        return out.scatter_(1, self.column, at_target.to(out.dtype))
 
 
-def _localized(soft: SoftTargets, first_entry: int, rows: int, dtype: torch.dtype) -> SoftTargets:
-    """Those of this rank's rows, by row, with probabilities of that precision; the others with probability 0."""
-    local = soft.entries - first_entry
-    is_here = (local >= 0) & (local < rows)
-    return SoftTargets(local.where(is_here, 0), soft.probabilities.where(is_here, 0.0).to(dtype))
+def _localized(soft: SoftTargets, first_token: int, local_vocab_size: int, dtype: torch.dtype) -> SoftTargets:
+    """Return the soft targets by this rank's rows, in a precision; tokens of other ranks get the probability 0."""
+    local = soft.token_ids - first_token
+    is_local = (local >= 0) & (local < local_vocab_size)
+    return SoftTargets(local.where(is_local, 0), soft.probabilities.where(is_local, 0.0).to(dtype))
 
 
 def _matmul_into(result: Tensor, left: Tensor, right: Tensor) -> None:
-    """result = left @ right, in the result's precision."""
+    """Compute result = left @ right in the result's precision."""
     if left.dtype == result.dtype:
         torch.mm(left, right, out=result)
     elif result.is_cuda:
@@ -244,7 +215,7 @@ def _matmul_into(result: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the total's precision."""
+    """Compute total += left @ right in the total's precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:

@@ -1,4 +1,6 @@
-"""The loss of all heads by autograd and Megatron-core's vocab-parallel cross-entropy."""
+"""The loss of all heads by autograd and Megatron-core's vocab-parallel cross-entropy, for comparison."""
+
+from typing import Any
 
 import torch
 from megatron.core.parallel_state import get_tensor_model_parallel_group
@@ -6,73 +8,66 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from mtp_dist.loss.linear_cross_entropy import LossSums
 from mtp_dist.loss.objective import Heads, HeadSums, Objective
 
 
-def naive_heads_loss(heads: Heads, trunk_output: Tensor, objective: Objective, sums: HeadSums) -> Tensor:
-    """The loss, a scalar, by Megatron-core's cross-entropy; all heads' logits stay alive for the backward pass.
-
-    Adds the micro-batch's losses, hits and valid targets to `sums`.
-    """
-    head_sums = {}
+def naive_heads_loss(heads: Heads, trunk_output: Tensor, context: Any, objective: Objective) -> tuple[Tensor, HeadSums]:
+    """Return the loss, a scalar, and the sums behind it. All heads' logits stay alive for the backward pass."""
+    rows = objective.empty_rows()
     for chain in heads.chains:
-        state = trunk_output
-        for head in objective.running(chain):
-            state = heads.state(head, state.detach() if head in heads.detached else state)
-            logits = heads.logits(head, heads.hidden(head, state))
-            head_sums[head] = _naive_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
-    return sums.record(objective, head_sums)
+        hidden = trunk_output
+        for head in objective.active(chain):
+            hidden = heads.pre_norm_hidden(head, hidden.detach() if head in heads.detached else hidden, context)
+            logits = heads.logits(head, heads.normalize(head, hidden), context)
+            rows[head - 1] = head_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
+    sums = HeadSums.from_rows(rows)
+    return objective.loss(sums), HeadSums(*(column.detach() for column in sums))
 
 
-def _naive_sums(logits: Tensor, targets: Tensor, objective: Objective) -> LossSums:
-    ignore_index = objective.vocabulary.ignore_index
-    # The cross-entropy comes last: it overwrites the logits.
+def head_sums(logits: Tensor, targets: Tensor, objective: Objective) -> HeadSums:
+    """Return one head's row from this rank's logits `[S, B, V/TP]`, which it overwrites, and targets `[S, B]`."""
+    valid = targets != objective.vocabulary.ignore_index
+    # The cross-entropy comes last: Megatron-core turns fp32 logits into their softmax in place.
     correct = count_correct(logits, targets)
-    normalizer = log_z_squared_sum(logits, targets, ignore_index) if objective.z_loss else logits.new_zeros(())
-    return LossSums(cross_entropy_sum(logits, targets, ignore_index), normalizer, correct, logits.new_zeros(()))
-
-
-def cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Sum of the cross-entropies of the valid targets, fp32, in nats: the same on every tensor-parallel rank.
-
-    Overwrites fp32 logits (Megatron-core turns them into their softmax): count the correct ones before.
-
-    logits: this rank's `[S, B, V/TP]`, -inf at padded entries. targets: `[S, B]` over the whole vocabulary.
-    """
-    valid = targets != ignore_index
+    log_z_squared = log_z_squared_sum(logits, valid) if objective.z_loss else logits.new_zeros(())
     losses = vocab_parallel_cross_entropy(logits, targets.where(valid, 0))
-    return losses.where(valid, 0.0).sum()
+    return HeadSums(
+        cross_entropy=losses.where(valid, 0.0).sum(),
+        log_z_squared=log_z_squared,
+        correct=correct,
+        soft_cross_entropy=logits.new_zeros(()),
+        targets=valid.sum(),
+    )
 
 
-def log_z_squared_sum(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Sum over the valid targets of log(sum(exp(logits)))^2, fp32: what the z-loss weighs (PaLM, section 5).
-
-    logits and targets as in `cross_entropy_sum`.
-    """
+def log_z_squared_sum(logits: Tensor, valid: Tensor) -> Tensor:
+    """Return the sum of log(sum(exp(logits)))^2 over the valid positions, fp32 (PaLM, arXiv:2204.02311, section 5)."""
     logits = logits.float()
     largest = logits.detach().max(-1, keepdim=True).values
     group = get_tensor_model_parallel_group()
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
     denominator = reduce_from_tensor_model_parallel_region((logits - largest).exp().sum(-1))
-    normalizer = denominator.log() + largest.squeeze(-1)
-    return normalizer.square().where(targets != ignore_index, 0.0).sum()
+    log_z = denominator.log() + largest.squeeze(-1)
+    return log_z.square().where(valid, 0.0).sum()
 
 
 @torch.no_grad()
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Number of targets `[S, B]` whose logit is above every other one of `[S, B, V/TP]`; masked ones never are."""
+    """Return the number of targets `[S, B]` whose logit is above every other one of `[S, B, V/TP]`.
+
+    Masked targets never are.
+    """
     group = get_tensor_model_parallel_group()
     lowest = torch.finfo(logits.dtype).min
     local = targets - group.rank() * logits.shape[-1]
-    is_here = ((local >= 0) & (local < logits.shape[-1])).unsqueeze(-1)
-    entry = local.unsqueeze(-1).where(is_here, 0)
-    target_logit = logits.gather(-1, entry)
-    logits.detach().scatter_(-1, entry, target_logit.where(~is_here, lowest))
+    is_local = ((local >= 0) & (local < logits.shape[-1])).unsqueeze(-1)
+    column = local.unsqueeze(-1).where(is_local, 0)
+    target_logit = logits.gather(-1, column)
+    logits.detach().scatter_(-1, column, target_logit.where(~is_local, lowest))
     best_other = logits.amax(-1)
-    logits.detach().scatter_(-1, entry, target_logit)
-    best = torch.stack([target_logit.where(is_here, lowest).squeeze(-1), best_other])
+    logits.detach().scatter_(-1, column, target_logit)
+    best = torch.stack([target_logit.where(is_local, lowest).squeeze(-1), best_other])
     if group.size() > 1:
         torch.distributed.all_reduce(best, torch.distributed.ReduceOp.MAX, group=group)
     return (best[0] > best[1]).sum()

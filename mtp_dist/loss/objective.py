@@ -1,130 +1,173 @@
-"""The loss of all heads for one micro-batch, from the trunk's output to a scalar."""
+"""What a micro-batch's loss is made of: the heads, their targets, their loss weights and their sums."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.loss.linear_cross_entropy import LossSums, SoftTargets, Vocabulary
 
-TOKEN_ORDER = 0
-"""Its place among the heads' sums."""
+class Heads(Protocol):
+    """Prediction heads 1..n as their loss sees them; `mtp_dist.model.heads.PredictionHeads` is the implementation.
+
+    Hidden states `[S, B, D]` are `[S/TP, B, D]` under sequence parallelism. `context` is what the heads need of the
+    micro-batch; the loss only passes it on.
+    """
+
+    @property
+    def chains(self) -> Sequence[Sequence[int]]:
+        """Heads in the order in which they run: the first head of a chain reads the trunk's output z, each other head
+        the hidden states, before the final norm, of the head before it."""
+
+    @property
+    def detached(self) -> Collection[int]:
+        """Heads that pass no gradient on to their input."""
+
+    def pre_norm_hidden(self, head: int, inputs: Tensor, context: Any) -> Tensor:
+        """Return a head's hidden states before the final norm, shaped like its input (see `chains`)."""
+
+    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+        """Return the normalized hidden states of a head, which its unembedding reads."""
+
+    def logits(self, head: int, normalized: Tensor, context: Any) -> Tensor:
+        """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
+
+    def trained_parameters(self, context: Any) -> list[Tensor]:
+        """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
+
+    def unembedding_weights(self, context: Any) -> list[Tensor]:
+        """Return this rank's rows `[V/TP, D]` for heads 1..n: n times the same tensor if the heads share it."""
+
+    @property
+    def token_order_weight(self) -> Tensor | None:
+        """This rank's rows `[V/TP, D]` of the token-order unembedding, which reads what head 1's reads."""
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What the loss asks of the heads, k = 1..n.
+class Vocabulary:
+    """How token ids and rows of the unembedding are to be read."""
 
-    Tensors `[S, B, D]` are `[S/TP, B, D]` under sequence parallelism, but for the hidden states that `logits` takes.
+    size: int
+    """Tokens over all ranks; rows of the weights beyond them are padding, which cannot be predicted."""
+    ignore_index: int
+    """Target that does not count."""
+    group: dist.ProcessGroup
+    """Ranks that share the vocabulary, each with the same number of rows, in rank order."""
+
+
+class SoftTargets(NamedTuple):
+    """A distribution over N tokens of the vocabulary for each of T positions."""
+
+    token_ids: Tensor
+    """`[T, N]`, int64, over the whole vocabulary. An id that occurs twice counts twice."""
+    probabilities: Tensor
+    """`[T, N]`, fp32; 0 throughout for a position that does not count."""
+
+    def at(self, positions: slice) -> "SoftTargets":
+        return SoftTargets(self.token_ids[positions], self.probabilities[positions])
+
+
+class HeadSums(NamedTuple):
+    """Sums over the valid targets: scalars for one head, columns `[n + 1]` for all heads.
+
+    Row k - 1 of the columns is head k's, the last row that of token-order prediction. The kernel returns one row, in
+    fp32 (fp64 from fp64); the engine adds the fp64 columns of all micro-batches and ranks by way of `tensor`.
     """
 
-    chains: Sequence[Sequence[int]]
-    """Heads in the order in which they run. The first of a chain reads z, each other one the state before its own."""
-    detached: Collection[int]
-    """Heads that hand no gradient to what they read."""
-    state: Callable[[int, Tensor], Tensor]
-    """(k, z or the state of the head before it `[S, B, D]`) -> the state of head k, shaped like it."""
-    hidden: Callable[[int, Tensor], Tensor]
-    """(k, its state) -> its normalized hidden states, shaped like it."""
-    logits: Callable[[int, Tensor], Tensor]
-    """(k, its hidden states) -> this rank's logits `[S, B, V/TP]`, -inf at padded entries."""
-    weights: Sequence[Tensor]
-    """What `state` and `hidden` compute with and training changes."""
-    unembeddings: Sequence[Tensor]
-    """This rank's rows `[V/TP, D]` for each head; n times the same tensor where it is shared."""
-    token_order: Tensor | None = None
-    """This rank's rows `[V/TP, D]` of the unembedding that predicts the tokens' order from head 1's hidden states."""
+    cross_entropy: Tensor
+    """Nats."""
+    log_z_squared: Tensor
+    """Squared log of the softmax's denominator, the term of the z-loss (PaLM, arXiv:2204.02311, section 5)."""
+    correct: Tensor
+    """Number of targets more probable than every other token; ties count as wrong."""
+    soft_cross_entropy: Tensor
+    """Nats, over the positions that have soft targets."""
+    targets: Tensor
+    """Number of valid targets."""
+
+    @classmethod
+    def zeros(cls, heads: int, device: torch.device) -> "HeadSums":
+        """Return the columns, fp64, before the first micro-batch."""
+        return cls.from_tensor(torch.zeros(heads + 1, len(cls._fields), dtype=torch.float64, device=device))
+
+    @classmethod
+    def from_rows(cls, rows: Sequence["HeadSums"]) -> "HeadSums":
+        """Return the columns of n + 1 rows."""
+        return cls(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    @classmethod
+    def from_tensor(cls, tensor: Tensor) -> "HeadSums":
+        """Return the columns of a tensor `[n + 1, columns]`, or the row in a tensor `[columns]`."""
+        return cls(*tensor.unbind(-1))
+
+    @property
+    def tensor(self) -> Tensor:
+        """All columns as one tensor `[n + 1, columns]`, for a collective."""
+        return torch.stack(self, -1)
+
+    @property
+    def heads(self) -> "HeadSums":
+        """Rows of heads 1..n, columns of `[n]`."""
+        return HeadSums(*(column[:-1] for column in self))
+
+    @property
+    def token_order(self) -> "HeadSums":
+        """Row of token-order prediction, which has soft targets only."""
+        return HeadSums(*(column[-1] for column in self))
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the heads from head 2 on learn from head 1."""
+    """How heads 2..n learn from head 1."""
 
     weight: float
-    """Beside that of their own targets."""
+    """Weight of the cross-entropy to head 1's distribution, next to that of a head's own targets."""
     top: int
-    """Most probable tokens of head 1 that they see."""
+    """Number of head 1's most probable tokens that make up its distribution."""
     distances: Sequence[int]
-    """Positions ahead that heads 1..n predict."""
-
-
-@dataclass(frozen=True)
-class TokenOrder:
-    """What the further unembedding learns."""
-
-    scale: Tensor
-    """Scalar: its weight over the number of head 1's valid targets in the global batch, times what the engine averages
-    over."""
-    targets: SoftTargets
-    """Of the `S * B` positions."""
+    """Prediction distances of heads 1..n."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a micro-batch: sum_k scales[k-1] * (cross-entropies of head k + z_loss * squared normalizers).
+    """The loss of a micro-batch: the sum over the rows of its HeadSums of `scales` times the row's loss.
 
-    Further terms where there is `distillation` or `token_order`.
+    A head's loss is cross_entropy + z_loss * log_z_squared + distillation.weight * soft_cross_entropy; that of token
+    order is its soft_cross_entropy.
     """
 
     targets: Tensor
     """`[n, B, S]`."""
-    active: int
+    active_heads: int
     """Heads 1..this run; the others have no loss."""
     scales: Tensor
-    """`[n]`: head k's weight over the number of its valid targets in the global batch, times the micro-batches and
-    data-parallel ranks that the engine averages over."""
+    """`[n + 1]`, by row of HeadSums: the loss weight over the number of valid targets (for token order head 1's) in the
+    global batch, times the micro-batches and data-parallel ranks over which the engine averages."""
     vocabulary: Vocabulary
     z_loss: float = 0.0
     chunk_tokens: int | None = None
-    """Tokens whose logits the sequential modes hold at once; from a memory budget when None."""
+    """Positions whose logits the sequential modes hold at once; from a memory budget if None."""
     sequence_parallel: bool = False
     distillation: Distillation | None = None
-    token_order: TokenOrder | None = None
+    token_order: SoftTargets | None = None
+    """Order of the upcoming tokens at the `S * B` positions."""
 
-    def running(self, chain: Sequence[int]) -> list[int]:
-        """The active heads of a chain."""
-        return [head for head in chain if head <= self.active]
+    def active(self, chain: Sequence[int]) -> list[int]:
+        """Return the active heads of a chain."""
+        return [head for head in chain if head <= self.active_heads]
 
-    def loss(self, sums: Mapping[int, LossSums]) -> Tensor:
-        """The scalar, from what each active head has summed."""
-        soft_weight = self.distillation.weight if self.distillation else 0.0
-        terms = [
-            self.scales[head - 1]
-            * (of_head.cross_entropy + self.z_loss * of_head.log_z_squared + soft_weight * of_head.soft_cross_entropy)
-            for head, of_head in sorted(sums.items())
-            if head != TOKEN_ORDER
-        ]
-        if self.token_order:
-            terms.append(self.token_order.scale * sums[TOKEN_ORDER].soft_cross_entropy)
-        return torch.stack(terms).sum()
+    def soft_weight(self, head: int) -> float:
+        """Return the weight of a head's soft targets, those of head 1's distribution."""
+        return self.distillation.weight if self.distillation and head > 1 else 0.0
 
+    def empty_rows(self) -> list[HeadSums]:
+        """Return n + 1 rows of zeros, in which the active heads replace theirs."""
+        return [HeadSums(*self.scales.new_zeros(len(HeadSums._fields)))] * len(self.scales)
 
-@dataclass
-class HeadSums:
-    """What the heads have summed over micro-batches, each `[n]` but the last, fp64."""
-
-    losses: Tensor
-    correct: Tensor
-    targets: Tensor
-    distillation: Tensor
-    """Cross-entropies to head 1's distributions."""
-    token_order: Tensor
-    """Cross-entropies to the order of the upcoming tokens: a scalar."""
-
-    @classmethod
-    def zeros(cls, heads: int, device: torch.device) -> "HeadSums":
-        shapes = [(heads,)] * 4 + [()]
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def record(self, objective: Objective, sums: Mapping[int, LossSums]) -> Tensor:
-        """Add one micro-batch's losses, hits and valid targets; returns its loss."""
-        for head, of_head in sums.items():
-            if head == TOKEN_ORDER:
-                self.token_order += of_head.soft_cross_entropy
-                continue
-            self.distillation[head - 1] += of_head.soft_cross_entropy
-            self.losses[head - 1] += of_head.cross_entropy.detach()
-            self.correct[head - 1] += of_head.correct
-            self.targets[head - 1] += (objective.targets[head - 1] != objective.vocabulary.ignore_index).sum()
-        return objective.loss(sums)
+    def loss(self, sums: HeadSums) -> Tensor:
+        """Return the scalar."""
+        heads, soft_weight = sums.heads, self.distillation.weight if self.distillation else 0.0
+        losses = heads.cross_entropy + self.z_loss * heads.log_z_squared + soft_weight * heads.soft_cross_entropy
+        return (self.scales * torch.cat([losses, sums.token_order.soft_cross_entropy[None]])).sum()

@@ -1,7 +1,7 @@
-"""The loss of n heads one after the other, for the memory of one (Gloeckle et al. 2024, section 2)."""
+"""The loss of n heads one after the other, in the memory of one head (Gloeckle et al. 2024, section 2)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -14,100 +14,112 @@ from torch.distributed import all_reduce
 from torch.profiler import record_function
 
 from mtp_dist.loss.distillation import Teacher
-from mtp_dist.loss.linear_cross_entropy import GradientBuffers, LossSums, accumulation_dtype, linear_cross_entropy
-from mtp_dist.loss.objective import TOKEN_ORDER, Heads, HeadSums, Objective
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, accumulation_dtype, linear_cross_entropy
+from mtp_dist.loss.objective import Heads, HeadSums, Objective
+
+
+class _Problem(NamedTuple):
+    """The loss of one micro-batch."""
+
+    heads: Heads
+    context: Any
+    objective: Objective
 
 
 def sequential_heads_loss(
-    mode: Literal["eager", "recompute"], heads: Heads, trunk_output: Tensor, objective: Objective, sums: HeadSums
-) -> Tensor:
-    """The loss, a scalar. Adds the micro-batch's losses, hits and valid targets to `sums`.
+    mode: Literal["eager", "recompute"], heads: Heads, trunk_output: Tensor, context: Any, objective: Objective
+) -> tuple[Tensor, HeadSums]:
+    """Return the loss, a scalar, and the sums behind it.
 
-    Each chain of heads, one head where they are independent, runs from the trunk's output z to the gradient of z before
-    the next one starts. `eager` does that in the forward pass and keeps the gradients for the backward pass.
-    `recompute` adds up the losses in the forward pass, keeps nothing but z, and starts anew in the backward pass: one
-    more forward pass of the heads.
+    Each chain of heads, which is one head if the heads are independent, runs from the trunk's output z to the gradient
+    of z before the next chain starts. `eager` does that in the forward pass and keeps the gradients for the backward
+    pass. `recompute` computes only the sums in the forward pass, keeps only z, and starts again in the backward pass:
+    one more forward pass of the heads.
     """
+    problem = _Problem(heads, context, objective)
     if not torch.is_grad_enabled():
-        return sums.record(objective, _losses(heads, trunk_output, objective))
-    inputs = (trunk_output, *heads.weights, *_trained_unembeddings(heads))
-    loss: Tensor = _SequentialLoss.apply(mode, heads, objective, sums, *inputs)  # type: ignore[no-untyped-call]
-    return loss
+        sums = _forward(problem, trunk_output)
+        return objective.loss(sums), sums
+    inputs = (trunk_output, *heads.trained_parameters(context), *_trained_unembeddings(problem))
+    loss, columns = _SequentialLoss.apply(mode, problem, *inputs)  # type: ignore[no-untyped-call]
+    return loss, HeadSums.from_tensor(columns)
 
 
 class _SequentialLoss(torch.autograd.Function):
-    """Hands the gradients that the heads computed themselves to autograd, times the gradient that arrives.
+    """Passes the gradients that the heads have computed themselves to autograd, times the incoming gradient.
 
-    As outputs of one function they pass through every hook, loss scale and accumulation as if autograd had found them.
+    As outputs of one function they go through every hook, loss scale and accumulation like autograd's own.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, mode: str, heads: Heads, objective: Objective, sums: HeadSums, trunk_output: Tensor, *_: Tensor
-    ) -> Tensor:
-        micro_batch = heads, trunk_output.detach(), objective
-        ctx.gradients = ctx.micro_batch = None
+    def forward(ctx: Any, mode: str, problem: _Problem, trunk_output: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.gradients = ctx.inputs = None
         if mode == "eager":
-            ctx.gradients, head_sums = _differentiate(*micro_batch)
+            ctx.gradients = _differentiate(problem, trunk_output.detach())
+            sums = ctx.gradients.losses.sums()
         else:
-            ctx.micro_batch, head_sums = micro_batch, _losses(*micro_batch)
-        return sums.record(objective, head_sums)
+            ctx.inputs = problem, trunk_output.detach()
+            sums = _forward(*ctx.inputs)
+        columns = sums.tensor
+        ctx.mark_non_differentiable(columns)
+        return problem.objective.loss(sums), columns
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients: _HeadGradients | None = ctx.gradients
         if gradients is None:
-            if ctx.micro_batch is None:
+            if ctx.inputs is None:
                 raise RuntimeError("a second backward pass through the heads' loss: the first has freed its gradients")
-            gradients, _ = _differentiate(*ctx.micro_batch)
-        ctx.gradients = ctx.micro_batch = None
-        return None, None, None, None, *gradients.times(upstream)
+            gradients = _differentiate(*ctx.inputs)
+        ctx.gradients = ctx.inputs = None
+        return None, None, *gradients.times(upstream)
 
 
-def _trained_unembeddings(heads: Heads) -> list[Tensor]:
-    unembeddings = [*heads.unembeddings, *([] if heads.token_order is None else [heads.token_order])]
-    distinct = {id(weight): weight for weight in unembeddings}
+def _trained_unembeddings(problem: _Problem) -> list[Tensor]:
+    weights = [*problem.heads.unembedding_weights(problem.context)]
+    if (token_order := problem.heads.token_order_weight) is not None:
+        weights.append(token_order)
+    distinct = {id(weight): weight for weight in weights}
     return [weight for weight in distinct.values() if weight.requires_grad]
 
 
-def _losses(heads: Heads, trunk_output: Tensor, objective: Objective) -> dict[int, LossSums]:
-    """The heads' forward passes alone."""
-    losses, sums = _Losses(heads, objective), dict[int, LossSums]()
-    with torch.no_grad():
-        for chain in heads.chains:
-            state = trunk_output
-            for head in objective.running(chain):
-                state = heads.state(head, state)
-                hidden = _whole_sequence(heads.hidden(head, state), objective)
-                sums[head] = losses.of_head(head, hidden)
-                if head == 1 and objective.token_order:
-                    sums[TOKEN_ORDER] = losses.of_token_order(hidden)
-    return sums
-
-
-def _differentiate(
-    heads: Heads, trunk_output: Tensor, objective: Objective
-) -> tuple["_HeadGradients", dict[int, LossSums]]:
-    """Every head's forward and backward pass."""
-    gradients = _HeadGradients(heads, trunk_output, objective)
+@torch.no_grad()
+def _forward(problem: _Problem, trunk_output: Tensor) -> HeadSums:
+    """Run the heads' forward passes only."""
+    heads, context, objective = problem
+    losses = _Losses(problem)
     for chain in heads.chains:
-        gradients.add_chain(objective.running(chain), trunk_output)
+        hidden = trunk_output
+        for head in objective.active(chain):
+            hidden = heads.pre_norm_hidden(head, hidden, context)
+            normalized = _gather_sequence(heads.normalize(head, hidden), objective)
+            losses.add_head(head, normalized)
+            if head == 1 and objective.token_order:
+                losses.add_token_order(normalized)
+    return losses.sums()
+
+
+def _differentiate(problem: _Problem, trunk_output: Tensor) -> "_HeadGradients":
+    """Run every head's forward and backward pass."""
+    gradients = _HeadGradients(problem, trunk_output)
+    for chain in problem.heads.chains:
+        gradients.add_chain(problem.objective.active(chain), trunk_output)
     gradients.finish(trunk_output.dtype)
-    return gradients, gradients.sums
+    return gradients
 
 
-def _whole_sequence(hidden: Tensor, objective: Objective) -> Tensor:
-    """Hidden states `[S, B, D]` of the whole sequence, without a graph."""
-    hidden = hidden.detach()
+def _gather_sequence(normalized: Tensor, objective: Objective) -> Tensor:
+    """Return the hidden states `[S, B, D]` of the whole sequence, without a graph."""
+    normalized = normalized.detach()
     if not objective.sequence_parallel:
-        return hidden
-    whole: Tensor = gather_from_sequence_parallel_region(hidden, group=objective.vocabulary.group)
-    return whole
+        return normalized
+    gathered: Tensor = gather_from_sequence_parallel_region(normalized, group=objective.vocabulary.group)
+    return gathered
 
 
-def _summed_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
-    """The gradient of a head's hidden states, shaped as the head gave them, from this rank's part `[S, B, D]`."""
+def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
+    """Return the gradient of a head's normalized hidden states, in their shape, from this rank's part `[S, B, D]`."""
     group = objective.vocabulary.group
     if objective.sequence_parallel:
         gradient: Tensor = reduce_scatter_to_sequence_parallel_region(partial, group=group)
@@ -118,100 +130,103 @@ def _summed_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 
 
 class _Losses:
-    """The losses of one micro-batch from hidden states `[S, B, D]` of the whole sequence, head 1 before the others."""
+    """Losses of one micro-batch from hidden states `[S, B, D]` of the whole sequence, head 1 before the others."""
 
-    def __init__(self, heads: Heads, objective: Objective) -> None:
-        self.heads = heads
-        self.objective = objective
+    def __init__(self, problem: _Problem) -> None:
+        self.objective = problem.objective
+        self.unembeddings = problem.heads.unembedding_weights(problem.context)
+        self.token_order_weight = problem.heads.token_order_weight
+        self.rows = self.objective.empty_rows()
         self.teacher: Teacher | None = None
 
-    def of_head(self, head: int, hidden: Tensor, request: GradientBuffers | None = None) -> LossSums:
-        objective, soft, look = self.objective, None, None
+    def sums(self) -> HeadSums:
+        return HeadSums.from_rows(self.rows)
+
+    def add_head(self, head: int, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
+        objective, soft, on_logits = self.objective, None, None
         targets = objective.targets[head - 1].T.flatten()
         if (distillation := objective.distillation) and head == 1:
-            length, batch, _ = hidden.shape
-            self.teacher = Teacher(length, batch, distillation.top, objective.vocabulary, hidden.device)
-            look = self.teacher.look
+            length, batch, _ = normalized.shape
+            self.teacher = Teacher(length, batch, distillation.top, objective.vocabulary, normalized.device)
+            on_logits = self.teacher.record
         elif distillation:
             assert self.teacher, "head 1 runs first"
             valid = targets != objective.vocabulary.ignore_index
             soft = self.teacher.soft_targets(distillation.distances[head - 1], valid)
-        return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.heads.unembeddings[head - 1],
+        self.rows[head - 1] = linear_cross_entropy(
+            normalized.flatten(0, 1),
+            self.unembeddings[head - 1],
             targets,
             objective.vocabulary,
             objective.chunk_tokens,
-            request,
+            grads,
             soft,
-            look,
+            on_logits,
         )
 
-    def of_token_order(self, hidden: Tensor, request: GradientBuffers | None = None) -> LossSums:
-        """From head 1's hidden states."""
+    def add_token_order(self, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
+        """normalized: head 1's hidden states."""
         objective = self.objective
-        assert objective.token_order and self.heads.token_order is not None
+        assert self.token_order_weight is not None
         no_targets = torch.full_like(objective.targets[0].flatten(), objective.vocabulary.ignore_index)
-        return linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.heads.token_order,
+        self.rows[-1] = linear_cross_entropy(
+            normalized.flatten(0, 1),
+            self.token_order_weight,
             no_targets,
             objective.vocabulary,
             objective.chunk_tokens,
-            request,
-            objective.token_order.targets,
+            grads,
+            objective.token_order,
         )
 
 
 class _HeadGradients:
-    """The gradients of one micro-batch's loss, found head by head; what several heads add to is summed in fp32."""
+    """Gradients of one micro-batch's loss, computed head by head; what several heads add to is summed in fp32."""
 
-    def __init__(self, heads: Heads, trunk_output: Tensor, objective: Objective) -> None:
-        self.heads = heads
-        self.objective = objective
+    def __init__(self, problem: _Problem, trunk_output: Tensor) -> None:
+        self.heads, self.context, self.objective = problem
+        self.params = self.heads.trained_parameters(self.context)
+        self.trained_unembeddings = _trained_unembeddings(problem)
         self.grad_trunk_output = _zeros_like(trunk_output)
-        self.grad_params: list[Tensor | None] = [None] * len(heads.weights)
+        self.grad_params: list[Tensor | None] = [None] * len(self.params)
         self.grad_unembeddings: dict[int, Tensor] = {}
-        self.losses = _Losses(heads, objective)
-        self.sums: dict[int, LossSums] = {}
+        self.losses = _Losses(problem)
 
     def add_chain(self, chain: Sequence[int], trunk_output: Tensor) -> None:
-        """The forward and backward passes of heads of which each reads the one before it.
+        """Run the forward and backward passes of heads of which each reads the one before it.
 
-        Each head's logits are gone before the next head runs. What the blocks of the chain keep for their backward
-        passes stays until the last one has run forward.
+        Each head's logits are freed before the next head runs. What autograd saves of the chain's blocks stays until
+        the last one has run forward.
         """
         steps = []
-        before = trunk_output
+        inputs = trunk_output
         for head in chain:
-            leaf = before.detach().requires_grad_()
+            leaf = inputs.detach().requires_grad_()
             with record_function(f"head {head}: forward, loss"):
                 with torch.enable_grad():
-                    state = self.heads.state(head, leaf)
-                steps.append((head, leaf, state, self._of_state(head, state)))
-            before = state
+                    hidden = self.heads.pre_norm_hidden(head, leaf, self.context)
+                steps.append((head, leaf, hidden, self._grad_pre_norm_hidden(head, hidden)))
+            inputs = hidden
         grad_next: Tensor | None = None
         while steps:
-            head, leaf, state, grad_state = steps.pop()
+            head, leaf, hidden, grad_hidden = steps.pop()
             with record_function(f"head {head}: backward"):
-                grad_next = self._backward(state, leaf, grad_state if grad_next is None else grad_state + grad_next)
+                grad_next = self._backward(hidden, leaf, grad_hidden if grad_next is None else grad_hidden + grad_next)
             if head in self.heads.detached:
                 grad_next = None
         if grad_next is not None:
             self.grad_trunk_output += grad_next
 
-    def _of_state(self, head: int, state: Tensor) -> Tensor:
-        """The gradient of a head's state by its own loss."""
-        leaf = state.detach().requires_grad_()
+    def _grad_pre_norm_hidden(self, head: int, hidden: Tensor) -> Tensor:
+        """Return the gradient of a head's hidden states from its own loss."""
+        leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            hidden = self.heads.hidden(head, leaf)
-        return self._backward(hidden, leaf, self._of_hidden(head, hidden))
+            normalized = self.heads.normalize(head, leaf)
+        return self._backward(normalized, leaf, self._grad_normalized(head, normalized))
 
     def _backward(self, output: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
-        """The gradient of `leaf` from that of `output`; adds those of the weights in between."""
-        grad_leaf, *grad_params = torch.autograd.grad(
-            output, [leaf, *self.heads.weights], grad_output, allow_unused=True
-        )
+        """Return the gradient of `leaf` from that of `output`; add those of the parameters in between."""
+        grad_leaf, *grad_params = torch.autograd.grad(output, [leaf, *self.params], grad_output, allow_unused=True)
         for index, gradient in enumerate(grad_params):
             total = self.grad_params[index]
             if gradient is not None:
@@ -220,25 +235,25 @@ class _HeadGradients:
                 )
         return grad_leaf
 
-    def _of_hidden(self, head: int, hidden: Tensor) -> Tensor:
-        """The gradient of a head's hidden states; adds that of its unembedding."""
-        objective, unembedding = self.objective, self.heads.unembeddings[head - 1]
-        whole = _whole_sequence(hidden, objective)
-        partial = torch.empty_like(whole, memory_format=torch.contiguous_format)
-        soft_weight = objective.distillation.weight if objective.distillation and head > 1 else 0.0
-        request = self._request(objective.scales[head - 1], soft_weight, partial, unembedding)
-        self.sums[head] = self.losses.of_head(head, whole, request)
-        if sum(other is unembedding for other in self.heads.unembeddings) == 1:
+    def _grad_normalized(self, head: int, normalized: Tensor) -> Tensor:
+        """Return the gradient of a head's normalized hidden states; add that of its unembedding."""
+        objective, losses = self.objective, self.losses
+        gathered = _gather_sequence(normalized, objective)
+        partial = torch.empty_like(gathered, memory_format=torch.contiguous_format)
+        unembedding = losses.unembeddings[head - 1]
+        scale, soft_weight = objective.scales[head - 1], objective.soft_weight(head)
+        losses.add_head(head, gathered, self._buffers(scale, soft_weight, partial, unembedding))
+        if sum(other is unembedding for other in losses.unembeddings) == 1:
             self._finish_unembedding(unembedding)
         if head == 1 and objective.token_order:
-            assert self.heads.token_order is not None
-            further = torch.empty_like(partial)
-            request = self._request(objective.token_order.scale, 1.0, further, self.heads.token_order)
-            self.sums[TOKEN_ORDER] = self.losses.of_token_order(whole, request)
-            partial += further
-        return _summed_over_vocabulary(partial, objective)
+            assert losses.token_order_weight is not None
+            grad_token_order = torch.empty_like(partial)
+            grads = self._buffers(objective.scales[-1], 1.0, grad_token_order, losses.token_order_weight)
+            losses.add_token_order(gathered, grads)
+            partial += grad_token_order
+        return _sum_over_vocabulary(partial, objective)
 
-    def _request(self, scale: Tensor, soft_weight: float, grad_hidden: Tensor, unembedding: Tensor) -> GradientBuffers:
+    def _buffers(self, scale: Tensor, soft_weight: float, grad_hidden: Tensor, unembedding: Tensor) -> GradientBuffers:
         if unembedding.requires_grad and id(unembedding) not in self.grad_unembeddings:
             self.grad_unembeddings[id(unembedding)] = _zeros_like(unembedding)
         return GradientBuffers(
@@ -250,9 +265,9 @@ class _HeadGradients:
         )
 
     def finish(self, dtype: torch.dtype) -> None:
-        """After the last head: the sums need no more than their own precision, that of z being `dtype`."""
+        """Round the sums to their own precision after the last head; that of z is `dtype`."""
         self.grad_trunk_output = self.grad_trunk_output.to(dtype)
-        for weight in _trained_unembeddings(self.heads):
+        for weight in self.trained_unembeddings:
             self._finish_unembedding(weight)
 
     def _finish_unembedding(self, weight: Tensor) -> None:
@@ -260,16 +275,16 @@ class _HeadGradients:
             self.grad_unembeddings[id(weight)] = self.grad_unembeddings[id(weight)].to(weight.dtype)
 
     def times(self, upstream: Tensor) -> list[Tensor]:
-        """The gradients of z, the weights and the trained unembeddings, one by one let go of.
+        """Return the gradients of z, the parameters and the trained unembeddings, each of which is released here.
 
-        0 where no active head uses a weight: engines reduce the gradients of all.
+        Parameters that no active head uses get 0: engines reduce the gradients of all.
         """
         gradients = [self.grad_trunk_output.mul_(upstream)]
-        for weight in self.heads.weights:
+        for param in self.params:
             gradient = self.grad_params.pop(0)
-            # Not in place: autograd may have handed out one tensor for several weights.
-            gradients.append(torch.zeros_like(weight) if gradient is None else (gradient * upstream).to(weight.dtype))
-        for weight in _trained_unembeddings(self.heads):
+            # Not in place: autograd may have returned one tensor for several parameters.
+            gradients.append(torch.zeros_like(param) if gradient is None else (gradient * upstream).to(param.dtype))
+        for weight in self.trained_unembeddings:
             total = self.grad_unembeddings.pop(id(weight), None)
             gradients.append(torch.zeros_like(weight) if total is None else total.mul_(upstream))
         return gradients

@@ -3,17 +3,17 @@
 import torch
 from torch import Tensor
 
-from mtp_dist.loss.linear_cross_entropy import SoftTargets
+from mtp_dist.loss.objective import SoftTargets
 
 
 def token_order_targets(
     samples: Tensor, length: int, window: int, valid: Tensor, documents: Tensor | None = None
 ) -> SoftTargets:
-    """ListNet's targets for positions 1..S of samples `[B, S + window or more]`, position by position, S = `length`.
+    """Return ListNet's targets for positions 1..S of samples `[B, S + window or more]`, in rows of s * B + b.
 
-    A token whose next occurrence is d <= window positions ahead has the score window - d, every other one -inf; the
-    probabilities are the softmax of the scores. valid `[B, S]`: positions that count. Where `documents`, shaped like
-    samples, are given, only occurrences in the position's own one do, and valid positions have a token to rank there.
+    length: S. A token whose next occurrence is d <= window positions ahead has the score window - d, every other token
+    -inf; the probabilities are the softmax of the scores. valid: `[B, S]`, positions that count. If documents, shaped
+    like samples, are given, only occurrences in the position's own document count; each valid position has one.
     """
     upcoming = samples[:, 1 : length + window].unfold(1, window, 1)
     unranked = torch.zeros_like(upcoming, dtype=torch.bool)
@@ -23,6 +23,6 @@ def token_order_targets(
         unranked |= documents[:, 1 : length + window].unfold(1, window, 1) != documents[:, :length, None]
     scores = -torch.arange(window, device=samples.device, dtype=torch.float32)
     probabilities = scores.expand(upcoming.shape).masked_fill(unranked, float("-inf")).softmax(-1)
-    # Not a product: where nothing is ranked the softmax is NaN.
+    # Not a product: the softmax of a position without a ranked token is NaN.
     probabilities = probabilities.where(valid.unsqueeze(-1), 0.0)
     return SoftTargets(*(tensor.transpose(0, 1).flatten(0, 1).contiguous() for tensor in (upcoming, probabilities)))

@@ -1,6 +1,7 @@
 """The prediction heads on the trunk's output (Gloeckle et al. 2024, section 2)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.model.layers import DecoderLayer, RMSNorm, recompute, transformer_config
 from mtp_dist.model.parameters import head_key
+from mtp_dist.model.trunk import embed_tokens
 
 
 class ReplicatedLinear(nn.Module):
@@ -142,6 +144,17 @@ def detached_heads(heads: HeadsConfig) -> frozenset[int]:
     return frozenset([2]) if heads.kind in ("causal", "sequential") else frozenset(range(2, heads.count + 1))
 
 
+class HeadContext(NamedTuple):
+    """What the heads read of a micro-batch besides the trunk's output."""
+
+    samples: Tensor
+    """`[B, S + lookahead]`."""
+    attention_bias: Tensor | None
+    """See CausalAttention."""
+    embedding_weight: Tensor | None
+    """This rank's rows `[V/TP, D]`; None unless it is tied or the heads embed tokens."""
+
+
 class PredictionHeads(nn.Module):
     """n heads of one kind, then ONE final norm and the unembedding, shared or each head's own.
 
@@ -153,6 +166,9 @@ class PredictionHeads(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.config = config
+        self.chains = chains(config.heads)
+        self.detached = detached_heads(config.heads)
         self.kind = config.heads.kind
         numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
@@ -167,32 +183,60 @@ class PredictionHeads(nn.Module):
         if config.heads.token_order:
             self.token_order = Unembedding(config)
 
-    def state(self, head: int, before: Tensor, embed: Callable[[int], Tensor], attention_bias: Tensor | None) -> Tensor:
-        """State `[S, B, D]` of head 1..n from the one before it. embed(j) embeds the token j positions ahead.
-
-        attention_bias: see CausalAttention.
-        """
+    def pre_norm_hidden(self, head: int, inputs: Tensor, context: HeadContext) -> Tensor:
+        """Return the hidden states `[S, B, D]` of a head from z or those of the head before it, see `chains`."""
         key = self.keys[head]
         if key is None or self.kind == "mlp":
-            return before
+            return inputs
         module = self.heads[key]
-        state: Tensor
+        hidden: Tensor
         if self.kind == "linear":
-            state = module(before)
+            hidden = module(inputs)
         elif self.kind == "sequential":
-            state = module(before, embed(head - 1), attention_bias)
+            hidden = module(inputs, self._embed_ahead(head - 1, context), context.attention_bias)
         else:
-            state = module(before, attention_bias)
-        return state
+            hidden = module(inputs, context.attention_bias)
+        return hidden
 
-    def hidden(self, head: int, state: Tensor) -> Tensor:
-        """What the unembedding reads, `[S, B, D]`, from the state of head 1..n."""
-        hidden: Tensor = self.final_norm(state)
+    def _embed_ahead(self, distance: int, context: HeadContext) -> Tensor:
+        """Return the embeddings `[S, B, D]` of the tokens `distance` positions ahead."""
+        assert context.embedding_weight is not None, "sequential heads have the embedding on the last stage"
+        tokens = context.samples[:, distance : distance + self.config.train.sequence_length]
+        return embed_tokens(context.embedding_weight, tokens, self.config.parallel.sequence)
+
+    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+        """Return what the unembedding reads, `[S, B, D]`, from a head's hidden states."""
+        normalized: Tensor = self.final_norm(hidden)
         key = self.keys[head]
-        return self.heads[key](hidden) if self.kind == "mlp" and key else hidden
+        return self.heads[key](normalized) if self.kind == "mlp" and key else normalized
 
-    def unembedding_of(self, head: int) -> Unembedding:
-        """What maps the hidden states of head 1..n to this rank's logits."""
+    def logits(self, head: int, normalized: Tensor, context: HeadContext) -> Tensor:
+        """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
+        logits: Tensor = self._unembedding(head)(normalized, self._tied_weight(context))
+        return logits
+
+    def trained_parameters(self, context: HeadContext) -> list[Tensor]:
+        """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
+        params: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
+        if self.kind == "sequential" and context.embedding_weight is not None:
+            params.append(context.embedding_weight)
+        return [param for param in params if param.requires_grad]
+
+    def unembedding_weights(self, context: HeadContext) -> list[Tensor]:
+        """Return this rank's rows `[V/TP, D]` for heads 1..n: n times the same tensor if the heads share it."""
+        tied = self._tied_weight(context)
+        return [self._unembedding(head).weight if tied is None else tied for head in self.keys]
+
+    @property
+    def token_order_weight(self) -> Tensor | None:
+        """This rank's rows `[V/TP, D]` of the token-order unembedding."""
+        weight: Tensor | None = self.token_order.weight if self.config.heads.token_order else None
+        return weight
+
+    def _tied_weight(self, context: HeadContext) -> Tensor | None:
+        return context.embedding_weight if self.config.model.tie_embeddings else None
+
+    def _unembedding(self, head: int) -> Unembedding:
         module = self.unembeddings[str(head)] if self.separate else self.unembedding
         assert isinstance(module, Unembedding)
         return module

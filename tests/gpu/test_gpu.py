@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from mtp_dist.loss.linear_cross_entropy import GradientBuffers, Vocabulary, linear_cross_entropy
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, linear_cross_entropy
+from mtp_dist.loss.objective import Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.errors import norm_error
 from tests.integration import jobs

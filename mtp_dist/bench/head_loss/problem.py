@@ -12,9 +12,8 @@ from torch import Tensor
 from mtp_dist.bench.head_loss.inputs import Inputs, Loss, gradient
 from mtp_dist.bench.head_loss.peers import PEERS
 from mtp_dist.config import Config
-from mtp_dist.loss.linear_cross_entropy import Vocabulary
 from mtp_dist.loss.naive import naive_heads_loss
-from mtp_dist.loss.objective import Heads, HeadSums, Objective
+from mtp_dist.loss.objective import Objective, Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import Unembedding
 from mtp_dist.model.targets import IGNORE_INDEX
@@ -81,28 +80,46 @@ class Problem:
     def _own_loss(self, mode: str) -> Loss:
         def loss(inputs: Inputs, targets: Tensor) -> Tensor:
             count, _, tokens = targets.shape
-            heads = Heads(
-                chains=[[head] for head in range(1, count + 1)],
-                detached=(),
-                state=lambda _, before: before,
-                hidden=inputs.hidden,
-                logits=lambda _, hidden: self.unembedding(hidden, None),
-                weights=inputs.norms,
-                unembeddings=[inputs.unembedding] * count,
-            )
+            heads = _NormHeads(inputs, self.unembedding, count)
             objective = Objective(
                 targets=targets,
-                active=count,
-                scales=torch.full((count,), 1 / tokens, device=targets.device),
+                active_heads=count,
+                scales=torch.full((count + 1,), 1 / tokens, device=targets.device),
                 vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, self.group),
             )
-            sums = HeadSums.zeros(count, targets.device)
             if mode == "naive":
-                return naive_heads_loss(heads, inputs.trunk_output, objective, sums)
+                return naive_heads_loss(heads, inputs.trunk_output, None, objective)[0]
             sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
-            return sequential_heads_loss(sequential, heads, inputs.trunk_output, objective, sums)
+            return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective)[0]
 
         return loss
+
+
+class _NormHeads:
+    """Heads that are a norm each, on one unembedding."""
+
+    detached = ()
+    token_order_weight = None
+
+    def __init__(self, inputs: Inputs, unembedding: Unembedding, count: int) -> None:
+        self.inputs, self.unembedding = inputs, unembedding
+        self.chains = [[head] for head in range(1, count + 1)]
+
+    def pre_norm_hidden(self, head: int, inputs: Tensor, context: None) -> Tensor:
+        return inputs
+
+    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+        return self.inputs.hidden(head, hidden)
+
+    def logits(self, head: int, normalized: Tensor, context: None) -> Tensor:
+        logits: Tensor = self.unembedding(normalized, None)
+        return logits
+
+    def trained_parameters(self, context: None) -> list[Tensor]:
+        return self.inputs.norms
+
+    def unembedding_weights(self, context: None) -> list[Tensor]:
+        return [self.inputs.unembedding] * len(self.chains)
 
 
 @dataclass(frozen=True)

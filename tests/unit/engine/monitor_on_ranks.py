@@ -41,7 +41,7 @@ def watch(config: Config, rank: int, weight: str | None, head: int | None) -> Wa
 
         def with_infinite_loss(*args: object) -> torch.Tensor:
             share = loss(*args)
-            heads.sums.losses[head - 1] = float("inf")
+            heads.sums.cross_entropy[head - 1] = float("inf")
             return share
 
         heads.forward = with_infinite_loss  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Heads one after the other give what all at once give, and what fp64 gives, at every layout."""
+"""The loss of all heads equals fp64 in every mode and at every layout."""
 
 import functools
 from collections import Counter
@@ -12,17 +12,13 @@ from mtp_dist.config.schema import padded_vocab_size
 from tests.errors import norm_error
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
+from tests.unit.loss.harness import run_cases
 from tests.unit.loss.toy_heads import (
-    BATCH,
-    LENGTH,
     MICRO_BATCHES,
     ToyAnswer,
     ToyCase,
-    active_heads,
-    backward_twice,
     gradient_dtypes,
     gradients_by_head,
-    runs_of_heads,
     sums_without_gradients,
     toy_answers,
     toy_truth,
@@ -57,137 +53,99 @@ CASES = {
     "chain, 1 of 3 active": ToyCase(chain="causal", active=1),
     "chain, 2 of 3 active, detached": ToyCase(chain="causal", active=2, detached=(2,), z_loss=1e-2),
 }
-BOUNDS = {torch.float32: (1e-6, 1e-6), torch.bfloat16: (2e-3, 2e-2)}
-"""Of losses and gradients against fp64, relative, of the 2-norm."""
-FEW_RANKS = {
-    name for name, case in CASES.items() if case.frozen or case.chain != "none" or case.detached or case.active
-}
-"""What is no matter of more ranks, which cost seconds."""
+BOUNDS = {torch.float32: (1e-6, 2e-6), torch.bfloat16: (2e-3, 3e-2)}
+"""Relative errors of the 2-norm of losses and gradients."""
+FEW_RANKS = {n for n, case in CASES.items() if case.frozen or case.chain != "none" or case.detached or case.active}
+"""Cases that do not depend on the number of ranks; 4 ranks cost seconds."""
 RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 or name not in FEW_RANKS]
-CHUNKS = -(-LENGTH * BATCH // 13)
 
 
 @functools.cache
 def _answers(ranks: Ranks, tensor: int, sequence: bool) -> dict[str, list[dict[str, ToyAnswer]]]:
-    """By case, what each rank's modes gave."""
-    config = tiny_config(parallel={"tensor": tensor, "sequence": sequence}, model={"num_query_groups": 4})
-    names = [name for layout, name in RUNS if layout == (tensor, sequence)]
-    by_rank = ranks.run(tensor, toy_answers, config, [CASES[name] for name in names], MODES)
-    return dict(zip(names, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+    """Return the answers by case, rank and mode."""
+    cases = {name: CASES[name] for layout, name in RUNS if layout == (tensor, sequence)}
+    return run_cases(ranks, tensor, toy_answers, cases, MODES, sequence=sequence)
 
 
-@pytest.mark.parametrize("mode", SEQUENTIAL)
-@pytest.mark.parametrize(("layout", "name"), RUNS, ids=str)
-def test_equals_all_heads_at_once(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
-    low = CASES[name].dtype == torch.bfloat16
-    for answers in _answers(ranks, *layout)[name]:
-        found, naive = answers[mode], answers["naive"]
-        # Both round: the reference its logits too, where they are bf16.
-        for loss, truth in zip(found.losses, naive.losses, strict=True):
-            assert norm_error(loss, truth) <= (2e-3 if low else 1e-6)
-        assert norm_error(found.sums[0], naive.sums[0]) <= (2e-3 if low else 1e-6)
-        assert torch.equal(found.sums[2], naive.sums[2]) and (low or torch.equal(found.sums[1], naive.sums[1]))
-        assert found.gradients.keys() == naive.gradients.keys()
-        for weight, truth_or_none in naive.gradients.items():
-            gradient = found.gradients[weight]
-            if is_frozen(CASES[name], weight):
-                assert gradient is None and truth_or_none is None, weight
-                continue
-            assert gradient is not None, weight
-            if truth_or_none is None:
-                assert not gradient.any(), "no active head uses it"
-                continue
-            assert gradient.dtype == truth_or_none.dtype
-            assert norm_error(gradient, truth_or_none) <= (3e-2 if low else 2e-6), weight
-
-
-def is_frozen(case: ToyCase, weight: str) -> bool:
-    return weight.split(".")[0] in case.frozen
-
-
-def of_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> Tensor:
-    """What the rank should hold of the whole gradient."""
+def expected_on_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> Tensor:
+    """Return the part of the full gradient that belongs on the rank."""
     if name.startswith("unembedding"):
         rows = padded_vocab_size(len(truth), ranks)
         return F.pad(truth, (0, 0, 0, rows - len(truth))).chunk(ranks)[rank]
     return truth.chunk(ranks)[rank] if sequence and name.startswith("z.") else truth
 
 
-def summed_where_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[Tensor]:
-    """Under sequence parallelism each rank knows its own positions only, so what they share needs the sum over ranks.
-
-    Training takes it too (`mtp_dist.engine.gradients`).
-    """
+def summed_if_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[Tensor]:
+    """Sum over the ranks what each computes from its own positions only, as training does (engine/gradients.py)."""
     if sequence and not name.startswith(("unembedding", "z.")):
         return [torch.stack([gradient.double() for gradient in by_rank]).sum(0)]
     return by_rank
 
 
-@pytest.mark.parametrize("mode", SEQUENTIAL)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("layout", "name"), RUNS, ids=str)
 def test_equals_fp64_on_one_rank(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
     by_rank = [answers[mode] for answers in _answers(ranks, *layout)[name]]
     case, truth = CASES[name], toy_truth(CASES[name])
     loss_bound, gradient_bound = BOUNDS[case.dtype]
+    low = case.dtype == torch.bfloat16
     for answer in by_rank:
-        for loss, expected in zip([*answer.losses, answer.sums[0]], [*truth.losses, truth.sums[0]], strict=True):
+        for loss, expected in zip([*answer.losses, answer.sums[:, 0]], [*truth.losses, truth.sums[:, 0]], strict=True):
             assert norm_error(loss, expected) <= loss_bound
-        assert torch.equal(answer.sums[2], truth.sums[2])
-        assert case.dtype == torch.bfloat16 or torch.equal(answer.sums[1], truth.sums[1])
+        assert torch.equal(answer.sums[:, 3:], truth.sums[:, 3:]), "no soft targets, the same valid ones"
+        assert low or torch.equal(answer.sums[:, 2], truth.sums[:, 2]), "correct"
         assert answer.gradients.keys() == truth.gradients.keys()
-    for weight, expected in truth.gradients.items():
-        found = [gradient for answer in by_rank if (gradient := answer.gradients[weight]) is not None]
-        assert len(found) == (0 if is_frozen(case, weight) else len(by_rank)), weight
+    for param, expected in truth.gradients.items():
+        found = [gradient for answer in by_rank if (gradient := answer.gradients[param]) is not None]
+        unused_by_autograd = mode == "naive" and expected is None
+        assert len(found) == (0 if case.is_frozen(param) or unused_by_autograd else len(by_rank)), param
         if expected is None:
             assert not any(gradient.any() for gradient in found), "no active head uses it"
-        else:
-            for rank, gradient in enumerate(summed_where_partial(weight, found, layout[1])):
-                wanted = of_rank(weight, expected, rank, *layout)
-                assert norm_error(gradient, wanted) <= gradient_bound, (weight, rank)
+            continue
+        assert all(gradient.dtype == case.dtype for gradient in found)
+        for rank, gradient in enumerate(summed_if_partial(param, found, layout[1])):
+            error = norm_error(gradient, expected_on_rank(param, expected, rank, *layout))
+            assert error <= gradient_bound, (param, rank)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_eager_equals_recompute_bit_for_bit(ranks: Ranks, layout: tuple[int, bool]) -> None:
+def test_eager_equals_recompute_bitwise(ranks: Ranks, layout: tuple[int, bool]) -> None:
     for name, by_rank in _answers(ranks, *layout).items():
         for answers in by_rank:
             eager, recompute = (answers[mode] for mode in SEQUENTIAL)
-            for one, other in zip(eager.losses + eager.sums, recompute.losses + recompute.sums, strict=True):
-                assert torch.equal(one, other), name
-            for weight, gradient in eager.gradients.items():
-                again = recompute.gradients[weight]
-                assert (gradient is None and again is None) or torch.equal(gradient, again), (name, weight)
+            assert torch.equal(eager.sums, recompute.sums)
+            assert all(torch.equal(*pair) for pair in zip(eager.losses, recompute.losses, strict=True)), name
+            for param, gradient in eager.gradients.items():
+                again = recompute.gradients[param]
+                assert (gradient is None and again is None) or torch.equal(gradient, again), (name, param)
 
 
-def test_cases_say_something(ranks: Ranks) -> None:
+def test_fixtures_are_nontrivial(ranks: Ranks) -> None:
     answers = _answers(ranks, 1, False)
     for name, frozen in {"shared": [], "frozen layers": ["a", "matrix.1"], "frozen trunk": ["z.0", "z.1"]}.items():
         gradients = answers[name][0]["eager"].gradients
-        assert {weight for weight in gradients if gradients[weight] is None} >= {*frozen}
+        assert {param for param in gradients if gradients[param] is None} >= {*frozen}
         assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients.values()) >= 6
     assert len({float(answers[name][0]["eager"].losses[0]) for name in ("shared", "separate", Z_LOSS)}) == 3
-    assert (answers["small vocabulary"][0]["eager"].sums[1] > 0).all(), "hits"
-
-
-def once_a_pass(answer: ToyAnswer) -> Counter[str]:
-    """Every weight with a gradient, as often as there were backward passes."""
-    names = [name for name, gradient in answer.gradients.items() if gradient is not None and name[:2] != "z."]
-    return Counter(dict.fromkeys(names, MICRO_BATCHES))
+    assert (answers["small vocabulary"][0]["eager"].sums[:-1, 2] > 0).all(), "correct"
 
 
 @pytest.mark.parametrize("mode", SEQUENTIAL)
-def test_hooks_after_the_accumulation_run_once_a_backward_pass(ranks: Ranks, mode: str) -> None:
+def test_post_accumulation_hooks_run_once_per_backward_pass(ranks: Ranks, mode: str) -> None:
     for case in ("shared", "separate", "frozen layers"):
         answer = _answers(ranks, 1, False)[case][0][mode]
-        # That of the unused weight too, although there is nothing to add: it is an input of the function as well.
-        assert answer.hooks == once_a_pass(answer) and answer.hooks["unused"] == MICRO_BATCHES
+        params = [name for name, gradient in answer.gradients.items() if gradient is not None and name[:2] != "z."]
+        # Also for the unused parameter, which is an input of the autograd function as well.
+        assert answer.hooks == Counter(dict.fromkeys(params, MICRO_BATCHES)) and "unused" in params
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_one_reduction_of_the_hidden_gradient_a_head(ranks: Ranks, layout: tuple[int, bool]) -> None:
+def test_one_reduction_of_the_hidden_gradient_per_head(ranks: Ranks, layout: tuple[int, bool]) -> None:
     tensor, sequence = layout
     forward, both = Counter[str](), Counter[str]()
     if tensor > 1:
-        forward = Counter({"allgather_base": CHUNKS + sequence})
+        chunks = -(-8 * 3 // 13)
+        forward = Counter({"allgather_base": chunks + sequence})
         both = forward + Counter({"reduce_scatter_base" if sequence else "allreduce": 1})
     for case in ("shared", "separate", "one head"):
         heads = CASES[case].heads
@@ -199,59 +157,55 @@ def test_one_reduction_of_the_hidden_gradient_a_head(ranks: Ranks, layout: tuple
 
 @pytest.mark.parametrize("name", ["2 of 3 active", "chain, 1 of 3 active", "causal chain", "anticausal chain"])
 def test_only_active_heads_run(ranks: Ranks, name: str) -> None:
-    case = CASES[name]
-    active = range(1, active_heads(case) + 1)
-    (runs,) = ranks.run(1, runs_of_heads, tiny_config(), case, MODES)
-    once = Counter({(what, head): 1 for what in ("state", "hidden") for head in active})
-    assert runs == {"eager": once, "recompute": once + once, "naive": once}
-    for mode in MODES:
-        answer = _answers(ranks, 1, False)[name][0][mode]
-        assert all(sums[: len(active)].any() and not sums[len(active) :].any() for sums in answer.sums[::2])
-        for head in range(len(active) + 1, case.heads + 1):
+    case, answers = CASES[name], _answers(ranks, 1, False)[name][0]
+    active = case.active_heads
+    for mode, runs in {"eager": 1, "recompute": 2, "naive": 1}.items():
+        answer = answers[mode]
+        methods = ("pre_norm_hidden", "normalize")
+        expected = {(method, head): runs * MICRO_BATCHES for method in methods for head in range(1, active + 1)}
+        assert answer.calls == expected
+        assert answer.sums[:active, 0].all() and not answer.sums[active:].any()
+        for head in range(active + 1, case.heads + 1):
             names = {f"matrix.{head}", f"norm.{head}", f"unembedding.{head}"} & answer.gradients.keys()
-            own = [answer.gradients[weight] for weight in names]
+            own = [answer.gradients[param] for param in names]
             assert len(own) >= 2 and not any(gradient is not None and gradient.any() for gradient in own)
 
 
 def test_chains_and_detached_heads_change_the_gradients(ranks: Ranks) -> None:
-    of_z = {
-        name: _answers(ranks, 1, False)[name][0]["eager"].gradients["z.0"]
+    grad_z = [
+        _answers(ranks, 1, False)[name][0]["eager"].gradients["z.0"]
         for name in ("shared", "chain, head 2 detached", "heads 2 and 3 detached", "chain, 1 of 3 active")
-    }
-    shared, chain, heads, one = of_z.values()
-    assert shared is not None and chain is not None and heads is not None and one is not None
-    assert torch.equal(chain, heads) and torch.equal(heads, one), "z hears of head 1 only"
+    ]
+    shared, chain, heads, one = (gradient for gradient in grad_z if gradient is not None)
+    assert torch.equal(chain, heads) and torch.equal(heads, one), "only head 1 reaches z"
     assert norm_error(shared, one) > 0.1
 
 
 def test_only_sums_without_gradients(ranks: Ranks) -> None:
-    case = CASES[Z_LOSS]
-    (answers,) = ranks.run(1, sums_without_gradients, tiny_config(), case, MODES)
-    (_, eager), (_, recompute), (_, naive) = answers
-    assert not any(has_graph for has_graph, _ in answers)
+    (answers,) = ranks.run(1, sums_without_gradients, tiny_config(), CASES[Z_LOSS], MODES)
+    (_, *eager), (_, *recompute), (_, *naive) = answers
+    assert not any(has_graph for has_graph, _, _ in answers)
     assert all(torch.equal(one, other) for one, other in zip(eager, recompute, strict=True))
-    for one, other in zip(eager, naive, strict=True):
-        assert norm_error(one, other) <= 1e-6
+    assert all(norm_error(one, other) <= 1e-6 for one, other in zip(eager, naive, strict=True))
 
 
 def test_second_backward_pass_raises(ranks: Ranks) -> None:
-    (raised,) = ranks.run(1, backward_twice, tiny_config(), CASES["shared"], MODES)
+    answers = _answers(ranks, 1, False)["shared"][0]
     for mode in SEQUENTIAL:
-        assert raised[mode].startswith("RuntimeError: a second backward pass through the heads' loss")
-    assert raised["naive"] != "nothing"
+        assert answers[mode].second_backward.startswith("RuntimeError: a second backward pass through the heads' loss")
+    assert answers["naive"].second_backward
 
 
 def test_low_precision_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
-    cases = [CASES["bf16"], CASES["separate in bf16"]]
-    ((shared, separate),) = ranks.run(1, gradient_dtypes, tiny_config(), cases)
-    assert shared == [(0, torch.float32)] * 3, "one sum for all heads, rounded after the last"
-    assert separate == [(head, torch.float32) for head in range(3)]
+    for name, buffers in {"bf16": [0, 0, 0], "separate in bf16": [0, 1, 2]}.items():
+        (found,) = ranks.run(1, gradient_dtypes, tiny_config(), CASES[name])
+        assert found == [(buffer, torch.float32) for buffer in buffers], "a shared sum is rounded after the last head"
 
 
 def test_low_precision_gradients_of_the_heads_are_rounded_once(ranks: Ranks) -> None:
-    """What each head adds has 8 bits, so that fp32 adds them exactly, or all but."""
+    """Each head adds numbers of 8 bits, which fp32 adds almost exactly."""
     ((total, *alone),) = ranks.run(1, gradients_by_head, tiny_config(), ToyCase(heads=8, dtype=torch.bfloat16))
     for name, gradient in total.items():
         terms = [answer[name] for answer in alone]
         assert torch.equal(gradient, torch.stack(terms).double().sum(0).bfloat16()), name
-        assert not torch.equal(gradient, functools.reduce(torch.add, terms)), "bf16 would have been seen"
+        assert not torch.equal(gradient, functools.reduce(torch.add, terms)), "bf16 sums would differ"

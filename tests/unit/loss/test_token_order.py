@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.targets import document_ids
-from tests.unit.loss.linear_on_ranks import dense_of
+from tests.unit.loss.harness import dense_distribution
 
 
 def probabilities_by_definition(
@@ -31,7 +31,7 @@ def probabilities_by_definition(
 
 def test_by_hand() -> None:
     soft = token_order_targets(torch.tensor([[9, 5, 7, 5]]), 1, 3, torch.ones(1, 1, dtype=torch.bool))
-    assert soft.entries.tolist() == [[5, 7, 5]] and soft.entries.dtype == torch.int64
+    assert soft.token_ids.tolist() == [[5, 7, 5]] and soft.token_ids.dtype == torch.int64
     first = 1 / (1 + math.exp(-1))
     torch.testing.assert_close(soft.probabilities, torch.tensor([[first, 1 - first, 0.0]]))
 
@@ -65,7 +65,7 @@ def test_equals_the_definition(
         documents = document_ids(samples, end_of_document)
         valid &= samples[:, :length] != end_of_document
     soft = token_order_targets(samples, length, window, valid, documents)
-    assert soft.entries.shape == soft.probabilities.shape == (length * batch, window)
+    assert soft.token_ids.shape == soft.probabilities.shape == (length * batch, window)
     assert soft.probabilities.dtype == torch.float32
     expected: list[Tensor] = []
     for position in range(length):
@@ -76,7 +76,7 @@ def test_equals_the_definition(
                     probabilities_by_definition(sample, position, window, vocab_size, end_of_document)
                 )
             expected.append(truth)
-    found = dense_of(*soft, vocab_size)
+    found = dense_distribution(*soft, vocab_size)
     torch.testing.assert_close(found, torch.stack(expected).double(), rtol=1e-6, atol=1e-12)
 
 

@@ -1,9 +1,7 @@
-"""Small heads with every kind of weight in them, and what the tests of the sequential loss run with them on ranks."""
+"""Small heads with every kind of parameter, the fp64 truth about their loss, and what ranks compute with them."""
 
-import functools
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest import mock
 
@@ -12,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.config import Config
-from tests.unit.loss.linear_on_ranks import Collectives, shard_of
+from mtp_dist.model.targets import IGNORE_INDEX
+from tests.unit.loss.harness import Collectives, initialize, shard_rows
 
 UPSTREAM = 0.25
-LENGTH, BATCH, WIDTH = 8, 3, 16
-VOCAB_SIZE = 131
 MICRO_BATCHES = 2
 
 
@@ -26,60 +23,117 @@ class ToyCase:
     separate: bool = False
     z_loss: float = 0.0
     chunk_tokens: int | None = 13
-    """Two chunks, of 12 tokens each: every one more costs time in all layouts."""
+    """Two chunks of 12 positions each: more would cost time at every layout."""
     frozen: tuple[str, ...] = ()
-    """Names of weights without a gradient; `z` is the trunk's output."""
+    """Names of parameters without a gradient; `z` is the trunk's output."""
     batch_first: bool = False
-    """Hidden states are found as `[B, S, D]` and transposed: not contiguous."""
+    """Whether hidden states are computed as `[B, S, D]` and transposed, so that they are not contiguous."""
     dtype: torch.dtype = torch.float32
     chain: Literal["none", "causal", "anticausal"] = "none"
-    """Which head each one reads: the trunk, the one before, the one after."""
+    """Input of each head: the trunk, the head before, the head after."""
     detached: tuple[int, ...] = ()
     active: int | None = None
-    """Heads that run, the first ones; all by default."""
-    length: int = LENGTH
-    batch: int = BATCH
-    width: int = WIDTH
-    vocab_size: int = VOCAB_SIZE
+    """Number of active heads; all if None."""
+    length: int = 8
+    batch: int = 3
+    width: int = 16
+    vocab_size: int = 131
+
+    @property
+    def active_heads(self) -> int:
+        return self.heads if self.active is None else self.active
+
+    @property
+    def scales(self) -> Tensor:
+        return F.pad(torch.linspace(1.0, 0.3, self.heads) / 16, (0, 1))
+
+    def is_frozen(self, name: str) -> bool:
+        return name.split(".")[0] in self.frozen
 
 
 @dataclass
 class ToyAnswer:
     losses: list[Tensor]
-    """Of each micro-batch."""
-    sums: list[Tensor]
-    """Losses, hits and valid targets of all micro-batches, `[3, n]`."""
+    """One per micro-batch."""
+    sums: Tensor
+    """HeadSums of all micro-batches, `[n + 1, columns]`."""
     gradients: dict[str, Tensor | None]
-    """By name, over all micro-batches but for z, which has one each."""
+    """By name, over all micro-batches; z has one per micro-batch."""
     hooks: Counter[str] = field(default_factory=Counter)
-    """How often the hooks of each weight ran that see its gradient accumulated."""
+    """Number of calls of each parameter's post-accumulation hook."""
     collectives: list[Counter[str]] = field(default_factory=list)
-    """Of the last micro-batch's forward and backward pass."""
+    """In the last micro-batch's forward and backward pass."""
+    calls: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Calls of the heads' methods, by name and head."""
+    second_backward: str = ""
+    """Error of a second backward pass through the last micro-batch's loss."""
 
 
-def toy_weights(case: ToyCase, rank: int, ranks: int) -> dict[str, Tensor]:
-    """Per head a matrix and a norm; for all a norm, two biases that autograd gives one tensor, one unused."""
-    generator = torch.Generator().manual_seed(2)
+class ToyHeads:
+    """Meets `mtp_dist.loss.objective.Heads`.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    Per head a matrix and a norm; for all heads a norm, two biases that autograd gives one tensor, and an unused one.
+    """
 
-    width, heads = case.width, range(1, case.heads + 1)
-    whole = {"a": normal(width), "b": normal(width), "final_norm": 1 + 0.2 * normal(width), "unused": normal(width)}
-    whole |= {f"matrix.{k}": normal(width, width) * width**-0.5 for k in heads}
-    whole |= {f"norm.{k}": 1 + 0.2 * normal(width) for k in heads}
-    for k in heads if case.separate else [0]:
-        whole[f"unembedding.{k}"] = shard_of(0.5 * normal(case.vocab_size, width), rank, ranks)
-    return {
-        name: weight.to(case.dtype).requires_grad_(name.split(".")[0] not in case.frozen)
-        for name, weight in whole.items()
-    }
+    token_order_weight = None
+
+    def __init__(self, case: ToyCase, rank: int = 0, ranks: int = 1, sequence: bool = False) -> None:
+        self.case, self.rank, self.sequence = case, rank, sequence
+        self.detached = case.detached
+        numbers = list(range(1, case.heads + 1))
+        self.chains = {"none": [[k] for k in numbers], "causal": [numbers], "anticausal": [numbers[::-1]]}[case.chain]
+        self.calls: Counter[tuple[str, int]] = Counter()
+        generator, width = torch.Generator().manual_seed(2), case.width
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        full = {"a": normal(width), "b": normal(width), "final_norm": 1 + 0.2 * normal(width), "unused": normal(width)}
+        full |= {f"matrix.{k}": normal(width, width) * width**-0.5 for k in numbers}
+        full |= {f"norm.{k}": 1 + 0.2 * normal(width) for k in numbers}
+        for k in numbers if case.separate else [0]:
+            full[f"unembedding.{k}"] = shard_rows(0.5 * normal(case.vocab_size, width), rank, ranks)
+        self.params = {n: p.to(case.dtype).requires_grad_(not case.is_frozen(n)) for n, p in full.items()}
+
+    def _norm(self, name: str, hidden: Tensor) -> Tensor:
+        weight = self.params[name]
+        return F.rms_norm(hidden, weight.shape, weight, eps=1e-5)  # PyTorch's own eps depends on the precision
+
+    def pre_norm_hidden(self, head: int, inputs: Tensor, context: Any = None) -> Tensor:
+        self.calls["pre_norm_hidden", head] += 1
+        hidden = inputs + (self.params["a"] + self.params["b"])
+        return hidden + torch.tanh(F.linear(self._norm(f"norm.{head}", hidden), self.params[f"matrix.{head}"]))
+
+    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+        self.calls["normalize", head] += 1
+        if self.case.batch_first:
+            return self._norm("final_norm", hidden.transpose(0, 1).contiguous()).transpose(0, 1)
+        return self._norm("final_norm", hidden)
+
+    def logits(self, head: int, normalized: Tensor, context: Any = None) -> Tensor:
+        from megatron.core.tensor_parallel import mappings
+
+        to_all = (
+            mappings.gather_from_sequence_parallel_region
+            if self.sequence
+            else mappings.copy_to_tensor_model_parallel_region
+        )
+        rows = self.unembedding_weights()[head - 1]
+        token_ids = self.rank * len(rows) + torch.arange(len(rows))
+        return F.linear(to_all(normalized), rows).masked_fill(token_ids >= self.case.vocab_size, float("-inf"))
+
+    def trained_parameters(self, context: Any = None) -> list[Tensor]:
+        return [p for name, p in self.params.items() if not name.startswith("unembedding") and p.requires_grad]
+
+    def unembedding_weights(self, context: Any = None) -> list[Tensor]:
+        return [self.params[f"unembedding.{k if self.case.separate else 0}"] for k in range(1, self.case.heads + 1)]
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        return {name: param.grad for name, param in self.params.items()}
 
 
-def micro_batch(case: ToyCase, index: int, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """z `[S, B, D]` (this rank's part of the sequence if it is cut), and targets `[n, B, S]` with uneven masks."""
-    from mtp_dist.model.targets import IGNORE_INDEX
-
+def micro_batch(case: ToyCase, index: int, rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
+    """Return z `[S, B, D]`, or the rank's part of the sequence, and targets `[n, B, S]` with uneven masks."""
     generator = torch.Generator().manual_seed(index)
     z = torch.randn(case.length, case.batch, case.width, generator=generator)
     shape = (case.heads, case.batch, case.length)
@@ -88,147 +142,60 @@ def micro_batch(case: ToyCase, index: int, rank: int, ranks: int) -> tuple[Tenso
     return z.chunk(ranks)[rank].to(case.dtype).clone().requires_grad_("z" not in case.frozen), targets
 
 
-def unembedding_of(case: ToyCase, distance: int) -> str:
-    return f"unembedding.{distance if case.separate else 0}"
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps=1e-5)  # PyTorch's own eps depends on the precision
-
-
-def toy_state(weights: dict[str, Tensor], head: int, before: Tensor) -> Tensor:
-    """Head `head`'s state, in the precision of weights and the state before."""
-    x = before + (weights["a"] + weights["b"])
-    return x + torch.tanh(F.linear(norm(x, weights[f"norm.{head}"]), weights[f"matrix.{head}"]))
-
-
-def toy_hidden(case: ToyCase, weights: dict[str, Tensor], _: int, state: Tensor) -> Tensor:
-    """Any head's hidden states."""
-    x = state.transpose(0, 1).contiguous() if case.batch_first else state
-    x = norm(x, weights["final_norm"])
-    return x.transpose(0, 1) if case.batch_first else x
-
-
-def toy_chains(case: ToyCase) -> list[list[int]]:
-    numbers = list(range(1, case.heads + 1))
-    chains = {"none": [[k] for k in numbers], "causal": [numbers], "anticausal": [numbers[::-1]]}
-    return chains[case.chain]
-
-
-def active_heads(case: ToyCase) -> int:
-    return case.heads if case.active is None else case.active
-
-
-def toy_scales(case: ToyCase) -> Tensor:
-    return torch.linspace(1.0, 0.3, case.heads) / 16
-
-
-def toy_heads(case: ToyCase, weights: dict[str, Tensor], config: Config, rank: int) -> Any:
-    from megatron.core.tensor_parallel import mappings
-
-    from mtp_dist.loss.objective import Heads
-
-    unembeddings = [weights[unembedding_of(case, k)] for k in range(1, case.heads + 1)]
-
-    def logits(k: int, x: Tensor) -> Tensor:
-        if config.parallel.sequence:
-            x = mappings.gather_from_sequence_parallel_region(x)
-        else:
-            x = mappings.copy_to_tensor_model_parallel_region(x)
-        rows = unembeddings[k - 1]
-        entries = rank * len(rows) + torch.arange(len(rows))
-        return F.linear(x, rows).masked_fill(entries >= case.vocab_size, float("-inf"))
-
-    trained = [w for name, w in weights.items() if not name.startswith("unembedding") and w.requires_grad]
-    return Heads(
-        chains=toy_chains(case),
-        detached=case.detached,
-        state=functools.partial(toy_state, weights),
-        hidden=functools.partial(toy_hidden, case, weights),
-        logits=logits,
-        weights=trained,
-        unembeddings=unembeddings,
-    )
-
-
-def toy_objective(case: ToyCase, targets: Tensor, config: Config) -> Any:
-    from mtp_dist.distributed.topology import tp_group
-    from mtp_dist.loss.linear_cross_entropy import Vocabulary
-    from mtp_dist.loss.objective import Objective
-    from mtp_dist.model.targets import IGNORE_INDEX
-
-    vocabulary = Vocabulary(case.vocab_size, IGNORE_INDEX, tp_group())
-    return Objective(
-        targets=targets,
-        active=active_heads(case),
-        scales=toy_scales(case),
-        vocabulary=vocabulary,
-        z_loss=case.z_loss,
-        chunk_tokens=case.chunk_tokens,
-        sequence_parallel=config.parallel.sequence,
-    )
-
-
-def _states(case: ToyCase, weights: dict[str, Tensor], z: Tensor) -> dict[int, Tensor]:
-    """By active head."""
-    states: dict[int, Tensor] = {}
-    for k in sorted(range(1, active_heads(case) + 1), reverse=case.chain == "anticausal"):
-        neighbour = {"none": 0, "causal": k - 1, "anticausal": k + 1}[case.chain]
-        before = states.get(neighbour, z)
-        states[k] = toy_state(weights, k, before.detach() if k in case.detached else before)
-    return states
-
-
-@functools.cache
 def toy_truth(case: ToyCase) -> ToyAnswer:
-    """The answer of fp64, PyTorch's own loss and autograd, over the whole sequence and vocabulary at once."""
-    from mtp_dist.model.targets import IGNORE_INDEX
-
-    weights = toy_weights(case, 0, 1)
-    real = {name: w[: case.vocab_size] if name.startswith("unembedding") else w for name, w in weights.items()}
-    exact = {name: w.detach().double().requires_grad_(weights[name].requires_grad) for name, w in real.items()}
-    answer = ToyAnswer([], [torch.zeros(case.heads, dtype=torch.float64) for _ in range(3)], {})
+    """Return fp64's answer, by PyTorch's own loss and autograd, over the whole sequence and vocabulary at once."""
+    heads = ToyHeads(case)
+    for name, param in heads.params.items():
+        rows = param.detach()[: case.vocab_size] if name.startswith("unembedding") else param.detach()
+        heads.params[name] = rows.double().requires_grad_(param.requires_grad)
+    answer = ToyAnswer([], torch.zeros(case.heads + 1, 5, dtype=torch.float64), {})
     for index in range(MICRO_BATCHES):
-        z, targets = micro_batch(case, index, 0, 1)
+        z, targets = micro_batch(case, index)
         z = z.detach().double().requires_grad_(z.requires_grad)
-        loss = z.new_zeros(())
-        scales = toy_scales(case).double()
-        for k, state in _states(case, exact, z).items():
-            scale = scales[k - 1]
-            logits = F.linear(toy_hidden(case, exact, k, state), exact[unembedding_of(case, k)]).transpose(0, 1)
+        loss, states = z.new_zeros(()), dict[int, Tensor]()
+        for k in sorted(range(1, case.active_heads + 1), reverse=case.chain == "anticausal"):
+            inputs = states.get({"none": 0, "causal": k - 1, "anticausal": k + 1}[case.chain], z)
+            states[k] = heads.pre_norm_hidden(k, inputs.detach() if k in case.detached else inputs)
             valid = targets[k - 1] != IGNORE_INDEX
-            logits, chosen = logits[valid], targets[k - 1][valid]
-            losses = F.cross_entropy(logits, chosen, reduction="sum")
-            loss = loss + scale * (losses + case.z_loss * logits.logsumexp(1).square().sum())
+            normalized = heads.normalize(k, states[k]).transpose(0, 1)[valid]
+            logits, chosen = F.linear(normalized, heads.unembedding_weights()[k - 1]), targets[k - 1][valid]
+            losses, squares = F.cross_entropy(logits, chosen, reduction="sum"), logits.logsumexp(1).square().sum()
+            loss = loss + case.scales.double()[k - 1] * (losses + case.z_loss * squares)
             others = logits.detach().scatter(1, chosen[:, None], float("-inf")).amax(1)
             correct = (logits.detach().gather(1, chosen[:, None])[:, 0] > others).sum()
-            for total, value in zip(answer.sums, (losses.detach(), correct, valid.sum()), strict=True):
-                total[k - 1] += value
+            row = torch.stack([losses.detach(), squares.detach(), correct, losses.new_zeros(()), valid.sum()])
+            answer.sums[k - 1] += row
         (UPSTREAM * loss).backward()
         answer.losses.append(loss.detach())
         answer.gradients[f"z.{index}"] = z.grad
-    answer.gradients |= {name: weight.grad for name, weight in exact.items()}
+    answer.gradients |= heads.gradients()
     return answer
 
 
-def loss_of(mode: str) -> Callable[..., Tensor]:
+def toy_loss(mode: str, heads: ToyHeads, z: Tensor, targets: Tensor, scales: Tensor | None = None) -> Any:
+    """Return the loss and the sums."""
+    from mtp_dist.distributed.topology import tp_group
     from mtp_dist.loss.naive import naive_heads_loss
+    from mtp_dist.loss.objective import Objective, Vocabulary
     from mtp_dist.loss.sequential import sequential_heads_loss
 
+    case = heads.case
+    objective = Objective(
+        targets=targets,
+        active_heads=case.active_heads,
+        scales=case.scales if scales is None else scales,
+        vocabulary=Vocabulary(case.vocab_size, IGNORE_INDEX, tp_group()),
+        z_loss=case.z_loss,
+        chunk_tokens=case.chunk_tokens,
+        sequence_parallel=heads.sequence,
+    )
     if mode == "naive":
-        return naive_heads_loss
-    return lambda *arguments: sequential_heads_loss(mode, *arguments)  # type: ignore[arg-type]
-
-
-def initialize(config: Config) -> Any:
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-
-    return initialize_topology(config, select_device(config))
+        return naive_heads_loss(heads, z, None, objective)
+    return sequential_heads_loss(mode, heads, z, None, objective)  # type: ignore[arg-type]
 
 
 def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[dict[str, ToyAnswer]]:
-    """For each case the answers of each mode."""
+    """Return each case's answer in each mode."""
     topology = initialize(config)
     return [{mode: _answer(config, topology, case, mode) for mode in modes} for case in cases]
 
@@ -236,152 +203,87 @@ def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[
 def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswer:
     from mtp_dist.loss.objective import HeadSums
 
-    rank, ranks = topology.tp_rank, topology.tp_size
-    weights = toy_weights(case, rank, ranks)
-    heads, sums = toy_heads(case, weights, config, rank), HeadSums.zeros(case.heads, torch.device("cpu"))
-    answer = ToyAnswer([], [], {})
-    for name, weight in weights.items():
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(lambda _, name=name: answer.hooks.update([name]))
+    rank, ranks, sequence = topology.tp_rank, topology.tp_size, config.parallel.sequence
+    heads = ToyHeads(case, rank, ranks, sequence)
+    answer = ToyAnswer([], HeadSums.zeros(case.heads, torch.device("cpu")).tensor, {}, calls=heads.calls)
+    for name, param in heads.params.items():
+        if param.requires_grad:
+            param.register_post_accumulate_grad_hook(lambda _, name=name: answer.hooks.update([name]))
     for index in range(MICRO_BATCHES):
-        z, targets = micro_batch(case, index, *((rank, ranks) if config.parallel.sequence else (0, 1)))
-        trunk_output = z * 1.0 if z.requires_grad else z  # as the trunk gives it: not a leaf
+        z, targets = micro_batch(case, index, *((rank, ranks) if sequence else (0, 1)))
+        trunk_output = z * 1.0 if z.requires_grad else z  # not a leaf, like the trunk's output
         with Collectives() as forward:
-            loss = loss_of(mode)(heads, trunk_output, toy_objective(case, targets, config), sums)
+            loss, sums = toy_loss(mode, heads, trunk_output, targets)
         with Collectives() as backward:
-            (UPSTREAM * loss).backward()
+            (UPSTREAM * loss).backward(retain_graph=True)
         answer.losses.append(loss.detach())
-        answer.gradients[f"z.{index}"] = z.grad
+        answer.gradients[f"z.{index}"] = None if z.grad is None else z.grad.clone()
+        answer.sums += sums.tensor
         answer.collectives = [forward.counts, backward.counts]
-    answer.sums = [sums.losses, sums.correct, sums.targets]
-    answer.gradients |= {name: weight.grad for name, weight in weights.items()}
-    return answer
-
-
-def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> list[tuple[bool, list[Tensor]]]:
-    """Under no_grad: whether the loss has a graph, and [loss, losses, hits, valid targets] of each mode."""
-    from mtp_dist.loss.objective import HeadSums
-
-    initialize(config)
-    weights = toy_weights(case, 0, 1)
-    z, targets = micro_batch(case, 0, 0, 1)
-    answers = []
-    for mode in modes:
-        sums = HeadSums.zeros(case.heads, z.device)
-        heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
-        with torch.no_grad():
-            loss = loss_of(mode)(heads, z, objective, sums)
-        assert all(weight.grad is None for weight in weights.values())
-        answers.append((loss.requires_grad, [loss, sums.losses, sums.correct, sums.targets]))
-    return answers
-
-
-def runs_of_heads(config: Config, case: ToyCase, modes: list[str]) -> dict[str, Counter[tuple[str, int]]]:
-    """How often each head's state and hidden states are computed in a forward and a backward pass, by mode."""
-    from mtp_dist.loss.objective import HeadSums
-
-    initialize(config)
-    runs: dict[str, Counter[tuple[str, int]]] = {}
-    for mode in modes:
-        heads, counts = toy_heads(case, toy_weights(case, 0, 1), config, 0), Counter[tuple[str, int]]()
-
-        def counting(name: str, function: Any, counts: Counter[tuple[str, int]] = counts) -> Any:
-            def count_and_call(head: int, tensor: Tensor) -> Tensor:
-                counts[name, head] += 1
-                result: Tensor = function(head, tensor)
-                return result
-
-            return count_and_call
-
-        heads = replace(heads, state=counting("state", heads.state), hidden=counting("hidden", heads.hidden))
-        z, targets = micro_batch(case, 0, 0, 1)
-        sums = HeadSums.zeros(case.heads, z.device)
-        loss_of(mode)(heads, z, toy_objective(case, targets, config), sums).backward()
-        runs[mode] = counts
-    return runs
-
-
-def backward_twice(config: Config, case: ToyCase, modes: list[str]) -> dict[str, str]:
-    """Type and message of what a second backward pass through one loss raises, by mode."""
-    initialize(config)
-    return {mode: _backward_twice(config, case, mode) for mode in modes}
-
-
-def _backward_twice(config: Config, case: ToyCase, mode: str) -> str:
-    from mtp_dist.loss.objective import HeadSums
-
-    z, targets = micro_batch(case, 0, 0, 1)
-    heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
-    sums = HeadSums.zeros(case.heads, z.device)
-    loss = loss_of(mode)(heads, z * 1.0, toy_objective(case, targets, config), sums)
-    loss.backward(retain_graph=True)
-    assert z.grad is not None
-    first = z.grad.clone()
+    answer.gradients |= {name: None if grad is None else grad.clone() for name, grad in heads.gradients().items()}
     try:
         loss.backward()
     except (RuntimeError, TypeError, AssertionError) as error:
-        assert torch.equal(z.grad, first), "a refused pass adds nothing"
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+        answer.second_backward = f"{type(error).__name__}: {error}"
+        assert z.grad is None or torch.equal(z.grad, answer.gradients[f"z.{index}"]), "a refused pass adds nothing"
+    return answer
+
+
+def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> list[tuple[bool, Tensor, Tensor]]:
+    """Return whether the loss has a graph under no_grad, the loss and the sums, by mode."""
+    initialize(config)
+    answers = []
+    for mode in modes:
+        heads = ToyHeads(case)
+        with torch.no_grad():
+            loss, sums = toy_loss(mode, heads, *micro_batch(case, 0))
+        assert all(gradient is None for gradient in heads.gradients().values())
+        answers.append((loss.requires_grad, loss, sums.tensor))
+    return answers
 
 
 def peaks(config: Config, cases: list[tuple[ToyCase, str]], micro_batches: int) -> list[list[int]]:
-    """For each case and mode the most memory of every micro-batch's forward and backward pass.
+    """Return the peak memory of every micro-batch's forward and backward pass, for each case and mode.
 
-    The first micro-batch's is without the gradients that stay, which it allocates.
+    The first micro-batch's does not count the gradients, which it allocates and which stay.
     """
-    initialize(config)
-    return [_peaks(config, case, mode, micro_batches) for case, mode in cases]
-
-
-def _peaks(config: Config, case: ToyCase, mode: str, micro_batches: int) -> list[int]:
     from mtp_dist.bench.measure import peak_bytes
-    from mtp_dist.loss.objective import HeadSums
 
-    weights = toy_weights(case, 0, 1)
-    heads, sums = toy_heads(case, weights, config, 0), HeadSums.zeros(case.heads, torch.device("cpu"))
-
-    def peak(index: int) -> int:
-        z, targets = micro_batch(case, index, 0, 1)
-        objective = toy_objective(case, targets, config)
-        return peak_bytes(lambda: loss_of(mode)(heads, z, objective, sums).backward(), z.device)
-
-    first, *later = (peak(index) for index in range(micro_batches))
-    kept = sum(weight.grad.nbytes for weight in weights.values() if weight.grad is not None)
-    return [first - kept, *later]
-
-
-def gradient_dtypes(config: Config, cases: list[ToyCase]) -> list[list[tuple[int, torch.dtype]]]:
-    """For each case and head, which tensor its unembedding's gradient was added to (a number), in which precision."""
     initialize(config)
-    return [_gradient_dtypes(config, case) for case in cases]
+    answers = []
+    for case, mode in cases:
+        heads, found = ToyHeads(case), []
+        for index in range(micro_batches):
+            z, targets = micro_batch(case, index)
+
+            def step(mode: str = mode, heads: ToyHeads = heads, z: Tensor = z, targets: Tensor = targets) -> None:
+                toy_loss(mode, heads, z, targets)[0].backward()
+
+            found.append(peak_bytes(step, z.device))
+        found[0] -= sum(gradient.nbytes for gradient in heads.gradients().values() if gradient is not None)
+        answers.append(found)
+    return answers
 
 
-def _gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dtype]]:
+def gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dtype]]:
+    """Return, by head, the number of the tensor to which its unembedding's gradient is added, and its precision."""
     from mtp_dist.loss import sequential
-    from mtp_dist.loss.objective import HeadSums
 
-    z, targets = micro_batch(case, 0, 0, 1)
-    heads = toy_heads(case, toy_weights(case, 0, 1), config, 0)
+    initialize(config)
     with mock.patch.object(sequential, "linear_cross_entropy", wraps=sequential.linear_cross_entropy) as kernel:
-        loss_of("eager")(heads, z, toy_objective(case, targets, config), HeadSums.zeros(case.heads, z.device))
-    requests = [call.args[5] for call in kernel.call_args_list]
-    totals = [id(request.weight) for request in requests]
-    return [(totals.index(id(request.weight)), request.weight.dtype) for request in requests]
+        toy_loss("eager", ToyHeads(case), *micro_batch(case, 0))
+    buffers = [call.args[5].weight for call in kernel.call_args_list]
+    return [([id(other) for other in buffers].index(id(buffer)), buffer.dtype) for buffer in buffers]
 
 
 def gradients_by_head(config: Config, case: ToyCase) -> list[dict[str, Tensor]]:
-    """The gradients of z and of what the heads share: of the whole loss, then of each head's loss alone."""
-    from mtp_dist.loss.objective import HeadSums
-
+    """Return the gradients of z and of what the heads share: of the whole loss, then of each head's loss alone."""
     initialize(config)
-    scales = torch.cat([toy_scales(case)[None], toy_scales(case).diag()])
     answers = []
-    for scale in scales:
-        weights = toy_weights(case, 0, 1)
-        z, targets = micro_batch(case, 0, 0, 1)
-        heads, objective = toy_heads(case, weights, config, 0), toy_objective(case, targets, config)
-        loss_of("eager")(heads, z, replace(objective, scales=scale), HeadSums.zeros(case.heads, z.device)).backward()
-        found = {"z": z.grad, **{name: weights[name].grad for name in ("a", "final_norm")}}
+    for scales in [case.scales, *case.scales.diag()[:-1]]:
+        heads = ToyHeads(case)
+        z, targets = micro_batch(case, 0)
+        toy_loss("eager", heads, z, targets, scales)[0].backward()
+        found = {"z": z.grad, **{name: heads.params[name].grad for name in ("a", "final_norm")}}
         answers.append({name: gradient for name, gradient in found.items() if gradient is not None})
     return answers

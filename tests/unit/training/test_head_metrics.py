@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from mtp_dist.engine.engine import head_metrics
+from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callback import StopReason
@@ -25,14 +25,17 @@ from tests.tiny import tiny_config
 WEIGHTS = (1.0, 0.5, 0.25)
 
 
-def sums_of(**rows: list[float]) -> Tensor:
-    """Of 3 heads with 8, 4 and no valid targets; the last one has not learnt."""
-    sums = {"losses": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]}
-    sums |= {"distillation": [0.0, 0.0, 0.0], "token_order": [0.0, 0.0, 0.0]} | rows
-    return torch.tensor(list(sums.values()), dtype=torch.float64)
+def sums_of(token_order: float = 0.0, **columns: list[float]) -> HeadSums:
+    """Return the sums of 3 heads with 8, 4 and no valid targets; the last one is not trained."""
+    sums = HeadSums.zeros(3, torch.device("cpu"))
+    values = {"cross_entropy": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]}
+    for name, column in (values | columns).items():
+        getattr(sums, name)[:-1] = torch.tensor(column)
+    sums.soft_cross_entropy[-1] = token_order
+    return sums
 
 
-def metrics_of(sums: Tensor, active: int = 3, **heads: Any) -> HeadMetrics:
+def metrics_of(sums: HeadSums, active: int = 3, **heads: Any) -> HeadMetrics:
     return head_metrics(tiny_config(heads={"count": 3, **heads}), sums, HeadSchedule(WEIGHTS, active))
 
 
@@ -41,9 +44,9 @@ def test_means_over_the_valid_targets() -> None:
 
 
 def test_without_any_valid_target_there_is_no_total() -> None:
-    nothing = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), distillation=0.1)
+    nothing = metrics_of(sums_of(cross_entropy=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), distillation=0.1)
     assert nothing == HeadMetrics((None,) * 3, (None,) * 3, None, (None, None))
-    ordered = metrics_of(sums_of(losses=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), token_order=0.1)
+    ordered = metrics_of(sums_of(cross_entropy=[0.0] * 3, correct=[0.0] * 3, targets=[0.0] * 3), token_order=0.1)
     assert ordered.token_order is None and ordered.total is None
     assert SpikeDetector(3.0).update(ordered.losses[0]) is None
 
@@ -83,7 +86,7 @@ def test_only_active_heads() -> None:
 
 
 def test_distillation() -> None:
-    sums = sums_of(targets=[8.0, 4.0, 2.0], losses=[16.0, 12.0, 10.0], distillation=[0.0, 20.0, 14.0])
+    sums = sums_of(targets=[8.0, 4.0, 2.0], cross_entropy=[16.0, 12.0, 10.0], soft_cross_entropy=[0.0, 20.0, 14.0])
     found = metrics_of(sums, distillation=0.1)
     assert found.losses == (2.0, 3.0, 5.0) and found.distillation == (5.0, 7.0) and found.token_order is None
     assert found.total == pytest.approx(2 + 0.5 * (3 + 0.1 * 5) + 0.25 * (5 + 0.1 * 7), rel=1e-15)
@@ -93,7 +96,7 @@ def test_distillation() -> None:
 
 
 def test_token_order() -> None:
-    found = metrics_of(sums_of(token_order=[24.0, 0.0, 0.0]), active=1, token_order=0.1)
+    found = metrics_of(sums_of(token_order=24.0), active=1, token_order=0.1)
     assert found.token_order == 3.0, "over the valid targets of head 1"
     assert found.losses == (2.0,) and found.distillation == ()
     assert found.total == pytest.approx(2 + 0.1 * 3, rel=1e-15)
