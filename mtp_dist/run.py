@@ -64,8 +64,8 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         restore(engine, resumed.folder)
 
     reporter = _build_reporter(config, datasets, engine, resumed) if topology.rank == 0 else None
-    log, on_saved = (reporter.note, reporter.on_saved) if reporter else (print, print)  # only rank 0 calls them
-    saver = CheckpointSaver(config, engine, gloo_groups, log, on_saved)
+    log = reporter.note if reporter else print  # only rank 0 calls it
+    saver = CheckpointSaver(config, engine, gloo_groups)
     stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     callbacks: list[Callback] = [reporter, Stragglers(hosts, log)] if reporter else []

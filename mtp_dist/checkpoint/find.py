@@ -1,8 +1,7 @@
-"""Which checkpoint a run goes on from, and whether it may."""
+"""Finding checkpoints: which a folder contains, which one a run resumes from, and whether it may."""
 
-import os
+import logging
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,19 @@ from typing import Any
 
 import yaml
 
-from mtp_dist.checkpoint.format import LATEST, MANIFEST, METADATA_FILE, REPLACED, CheckpointMetadata, read_metadata
-from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_quickly, check_weights
+from mtp_dist.checkpoint.format import (
+    LATEST,
+    MANIFEST,
+    METADATA_FILE,
+    REPLACED,
+    CheckpointMetadata,
+    InvalidCheckpointError,
+    read_metadata,
+)
+from mtp_dist.checkpoint.manifest import ProgressCallback, check_quickly, check_weights
 from mtp_dist.config import Config, SourceConfig
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import CheckpointError, ConfigError
 
-_FINISHED = re.compile(r"step_(\d{8,})(\.replaced)?")
 UNCHECKED_KEYS = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout run.join_timeout heads.loss_mode heads.chunk_tokens
@@ -23,7 +29,7 @@ UNCHECKED_KEYS = frozenset(
     train.validate_every train.validation_samples train.max_skipped_steps train.spike_deviations train.spike_rollback
     """.split()
 )
-"""Keys that change what a run says, how fast it is or what it does about a fault, not what it learns without one."""
+"""Keys that change reports, speed or the reaction to a fault, but not the training result."""
 UNCHECKED_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
 FIXED_BEFORE_TRAINING = frozenset(
     """
@@ -31,23 +37,26 @@ FIXED_BEFORE_TRAINING = frozenset(
     data.tokenizer
     """.split()
 )
-"""Keys outside `model` that say what the weights of a model are that no step has trained, as imported ones."""
+"""Keys outside `model` that define the weights of a model that no step has trained, such as an imported one."""
+_FINISHED = re.compile(r"step_(\d{8,})(\.replaced)?")
+
+logger = logging.getLogger(__name__)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path is meant to be a checkpoint, maybe a damaged one, and not a folder of them."""
+    """Return whether the path is meant to be a checkpoint, valid or not, and not a folder of them."""
     named = _FINISHED.fullmatch(path.name) and path.is_dir()
     return bool(named) or any((path / name).exists() for name in (METADATA_FILE, MANIFEST))
 
 
 def checkpoint_directory(path: Path) -> Path:
-    """Return a run's folder of checkpoints for the run's folder, and any other path as it is."""
+    """Return a run's folder of checkpoints for the run's folder, and any other path unchanged."""
     below = path / "checkpoints"
     return below if below.is_dir() and not finished_checkpoints(path) else path
 
 
 def finished_checkpoints(directory: Path) -> dict[int, Path]:
-    """By step, the highest first."""
+    """Return the checkpoints of a folder by step, the highest first."""
     found: dict[int, Path] = {}
     for path in sorted(directory.glob("step_*")):  # `step_00000010` before `step_00000010.replaced`
         if (match := _FINISHED.fullmatch(path.name)) and path.is_dir():
@@ -56,7 +65,7 @@ def finished_checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def latest_name(directory: Path) -> str | None:
-    """What `latest` says, nothing where it cannot be read; None where it is missing."""
+    """Return the content of `latest`: empty if it cannot be read, None if it does not exist."""
     try:
         return (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
@@ -65,131 +74,130 @@ def latest_name(directory: Path) -> str | None:
         return ""
 
 
-def candidates(directory: Path, warn: Callable[[str], None]) -> list[Path]:
-    """The checkpoints to start from, best first: the one that `latest` names, then those of lower steps.
+def candidates(directory: Path) -> list[Path]:
+    """Return the checkpoints to start from, best first: the one that `latest` names, then those of lower steps.
 
-    Raises ConfigError where `latest` names one and there is none at all.
+    Raise CheckpointError if `latest` names one and the folder has none at all.
     """
     found, latest, name = finished_checkpoints(directory), directory / LATEST, latest_name(directory)
     if name is None:
         return list(found.values())
     if not found:
-        raise ConfigError(
-            f"{latest} names {name!r}, but no checkpoint is in {directory}: bring it back, or start anew with "
+        raise CheckpointError(
+            f"{latest} names {name!r}, but {directory} contains no checkpoint: restore it, or start from scratch with "
             "checkpoint.resume=none"
         )
-    step = next((step for step, path in found.items() if path.name.removesuffix(REPLACED) == name), None)
-    if step is None:
-        warn(f"{latest} names {name!r}, which is not there: taking the highest step")
+    latest_step = next((step for step, path in found.items() if path.name.removesuffix(REPLACED) == name), None)
+    if latest_step is None:
+        logger.warning("%s names %r, which does not exist: taking the highest step", latest, name)
         return list(found.values())
-    if max(found) > step:
-        warn(f"{latest} names {name}: {found[max(found)].name} and whatever else came after it is not used")
-    return [path for of_step, path in found.items() if of_step <= step]
+    if max(found) > latest_step:
+        logger.warning("%s names %s: %s and all later checkpoints are not used", latest, name, found[max(found)].name)
+    return [path for step, path in found.items() if step <= latest_step]
+
+
+def checkpoints_in(path: Path) -> list[Path]:
+    """Return the folder itself, or the checkpoints in it or in this run's folder, best first."""
+    return [path] if is_checkpoint(path) else candidates(checkpoint_directory(path))
+
+
+def first_valid(folders: Sequence[Path], check: Callable[[Path], object], problem: str | None = None) -> Path:
+    """Return the first checkpoint that passes the check. Log a warning for each one before it.
+
+    problem: of a checkpoint before all of these. Raise CheckpointError if none passes.
+    """
+    for folder in folders:
+        if problem:
+            logger.warning("%s: trying %s", problem, folder)
+        try:
+            check(folder)
+            return folder
+        except InvalidCheckpointError as error:
+            problem = str(error)
+    raise CheckpointError(f"{problem}; no older checkpoint is left: restore it, or name another checkpoint")
+
+
+def find_valid_checkpoint(path: Path, on_progress: ProgressCallback = lambda done, total: None) -> Path | None:
+    """Return the folder itself, or the best checkpoint in it whose weights are valid; None if it has none.
+
+    Raise CheckpointError if none is valid. `on_progress` follows the verification of the weights.
+    """
+    folders = checkpoints_in(path)
+    return first_valid(folders, lambda folder: check_weights(folder, on_progress)) if folders else None
 
 
 @dataclass(frozen=True)
 class ResumePoint:
+    """A checkpoint that a run resumes from."""
+
     folder: Path
     step: int
-    """Updates made."""
+    """Completed steps."""
     config: Config
-    """The configuration it was saved with."""
+    """Configuration that the checkpoint was saved with."""
     samples: Any = None
     """State of the training samples."""
     recent_losses: Sequence[float] = ()
     """See `RunState`."""
     older: tuple[Path, ...] = ()
-    """What to start from instead where this one turns out to be damaged, best first."""
+    """Checkpoints to start from instead if this one is corrupt, best first."""
 
 
 def find_resume_point(config: Config) -> ResumePoint | None:
-    """What `checkpoint.resume` asks for; None where the run starts anew. Tensors are not read: see load.py.
+    """Return the checkpoint that `checkpoint.resume` selects; None for a run from scratch. Read no tensors.
 
-    Raises ConfigError where there is no such checkpoint, where all are damaged, or where the run would be another one
-    than the one saved.
+    Raise CheckpointError if there is no valid one, ConfigError if the run would differ from the one that saved it.
     """
-    folders = _wanted(config)
+    folders = _selected(config)
     return _resume_point(folders, None, config) if folders else None
 
 
-def older_resume_point(point: ResumePoint, damage: str, config: Config) -> ResumePoint:
-    """The next best where `point` is damaged. Raises ConfigError as `find_resume_point` does."""
-    return _resume_point(point.older, damage, config)
+def older_resume_point(point: ResumePoint, problem: str, config: Config) -> ResumePoint:
+    """Return the next best checkpoint if `point` is corrupt. Raise what `find_resume_point` raises."""
+    return _resume_point(point.older, problem, config)
 
 
-def _resume_point(folders: Sequence[Path], damage: str | None, config: Config) -> ResumePoint:
-    folder = first_valid(folders, check_quickly, damage)
-    saved = read_metadata(folder)
-    if saved.config.vocab_size != config.vocab_size:
-        raise ConfigError(
-            f"{folder} has a vocabulary of {saved.config.vocab_size} tokens, this run one of {config.vocab_size}: "
-            "use the same data.tokenizer and model.vocab_size, or start anew with checkpoint.resume=none"
-        )
-    if wrong := list(_differences(saved, config, folder)):
-        raise ConfigError("\n".join(wrong))
-    length = config.train.sequence_length
-    if not saved.step and length > saved.config.train.sequence_length:
-        _warn(
-            f"train.sequence_length = {length} exceeds the {saved.config.train.sequence_length} positions of {folder}: "
-            "its model has not been trained on longer texts; model.rope_scaling stretches its positions"
-        )
-    older = tuple(folders[folders.index(folder) + 1 :])
-    return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
-
-
-def first_valid(folders: Sequence[Path], check: Callable[[Path], object], damage: str | None = None) -> Path:
-    """The first checkpoint that passes the check; the damage of those before it is told.
-
-    damage: that of one before all of these. Raises ConfigError where none passes.
-    """
-    for folder in folders:
-        if damage:
-            _warn(f"{damage}: trying {folder}")
-        try:
-            check(folder)
-            return folder
-        except DamagedCheckpointError as error:
-            damage = str(error)
-    raise ConfigError(f"{damage}; there is no older one to use instead: restore it, or name another checkpoint")
-
-
-def _warn(text: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _wanted(config: Config) -> list[Path]:
-    """Where `checkpoint.resume` would start, best first."""
-    wanted = config.checkpoint.resume
-    if wanted == "none":
+def _selected(config: Config) -> list[Path]:
+    """Return the checkpoints that `checkpoint.resume` selects, best first."""
+    resume = config.checkpoint.resume
+    if resume == "none":
         return []
-    if wanted == "auto":
-        return candidates(config.checkpoint_dir, _warn)
-    folders = checkpoints_in(Path(wanted).expanduser())
+    if resume == "auto":
+        return candidates(config.checkpoint_dir)
+    folders = checkpoints_in(Path(resume).expanduser())
     if not folders:
-        raise ConfigError(
-            f"checkpoint.resume = '{wanted}' has no checkpoint: give 'auto', 'none', a folder such as "
+        raise CheckpointError(
+            f"checkpoint.resume = '{resume}' has no checkpoint: give 'auto', 'none', a folder such as "
             "step_00000010, or a folder of these"
         )
     return folders
 
 
-def checkpoints_in(path: Path) -> list[Path]:
-    """Return the folder itself, or the checkpoints in it or in this run's folder, best first."""
-    return [path] if is_checkpoint(path) else candidates(checkpoint_directory(path), _warn)
-
-
-def find_valid_checkpoint(path: Path, watch: ProgressCallback = lambda done, total: None) -> Path | None:
-    """Return the folder itself, or the best checkpoint in it whose weights are intact; None if there is none.
-
-    Raise ConfigError if all are damaged. `watch` follows the verification of the weights.
-    """
-    folders = checkpoints_in(path)
-    return first_valid(folders, lambda folder: check_weights(folder, watch)) if folders else None
+def _resume_point(folders: Sequence[Path], problem: str | None, config: Config) -> ResumePoint:
+    folder = first_valid(folders, check_quickly, problem)
+    saved = read_metadata(folder)
+    if saved.config.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"{folder} has a vocabulary of {saved.config.vocab_size} tokens, this run one of {config.vocab_size}: "
+            "use the same data.tokenizer and model.vocab_size, or start from scratch with checkpoint.resume=none"
+        )
+    if differences := list(_differences(saved, config, folder)):
+        raise ConfigError("\n".join(differences))
+    length = config.train.sequence_length
+    if not saved.step and length > saved.config.train.sequence_length:
+        logger.warning(
+            "train.sequence_length = %s exceeds the %s positions of %s: its model has not been trained on longer "
+            "texts; model.rope_scaling stretches its positions",
+            length,
+            saved.config.train.sequence_length,
+            folder,
+        )
+    older = tuple(folders[folders.index(folder) + 1 :])
+    return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
 
 
 def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Iterator[str]:
-    """One sentence for each key that would make another model or another training of it."""
+    """Yield a message for each key that would make another model or another training of it."""
     before, now = _keys(saved.config), _keys(wanted)
     allowed = wanted.checkpoint.allow_changes
     for key in allowed:
@@ -210,18 +218,18 @@ def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Ite
             texts = _differing_sources(value, before[key]), _differing_sources(before[key], value)
         difference = f"{key} is {texts[0]}, {folder} was trained with {texts[1]}: "
         if key.startswith("model."):
-            yield difference + "set it back, or start anew with checkpoint.resume=none"
+            yield difference + "set it back, or start from scratch with checkpoint.resume=none"
         else:
             yield (
-                difference + f"set it back, start anew with checkpoint.resume=none, or go on with the new value with "
-                f"checkpoint.allow_changes=[{key}]"
+                difference + "set it back, start from scratch with checkpoint.resume=none, or resume with the new "
+                f"value with checkpoint.allow_changes=[{key}]"
             )
 
 
 def _differing_sources(sources: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
     """Return as YAML, by the source's number, the keys in which each source differs from the other one of that number.
 
-    A source that the others lack has the keys that were set, one that only the others have is null.
+    A source that the others lack has the keys that were set; a source that only the others have is null.
     """
     unset = SourceConfig(path="-").model_dump(mode="json")
     differing = {}
@@ -236,6 +244,6 @@ def _differing_sources(sources: Sequence[dict[str, Any]], others: Sequence[dict[
 def _keys(config: Config) -> dict[str, Any]:
     sections = config.model_dump(mode="json").items()
     keys = {f"{name}.{key}": value for name, section in sections for key, value in section.items()}
-    # A name is for the logs.
+    # A source's name is only for the logs.
     keys["data.train"] = [source | {"name": None} for source in keys["data.train"]]
     return keys

@@ -1,8 +1,12 @@
-"""What a checkpoint consists of: a folder `step_00000010` of whole tensors by global name, so any layout opens it.
+"""The format of a checkpoint: a folder `step_00000010` of full tensors by global name, which any layout can open.
 
-`model-*.safetensors` have the fp32 weights and `optimizer-*.safetensors` Adam's moments, one file of either for each
-rank that wrote; an index beside them says which tensor is in which file, as Hugging Face does it. `config.json` says
-the rest. `manifest.json` tells whether all of it is still what was written.
+`model-*.safetensors` contain the fp32 weights and `optimizer-*.safetensors` Adam's moments, one file of each per rank
+that wrote; an index next to them maps tensors to files as Hugging Face's does. `config.json` contains the metadata and
+`manifest.json` the size and SHA-256 of every file.
+
+A checkpoint is written as `step_00000010.unfinished`; the text file `latest` names the last finished one. An earlier
+checkpoint of the same step waits as `.replaced` until the new one has its name, and counts until then; `.deleted` marks
+a checkpoint whose files are being removed.
 """
 
 import json
@@ -13,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import Config, config_to_save, saved_config
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import CheckpointError, UserError
 from mtp_dist.fs import write_durably
 
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -21,33 +25,40 @@ METADATA_FILE, MANIFEST = "config.json", "manifest.json"
 LATEST = "latest"
 UNFINISHED, REPLACED, DELETED = ".unfinished", ".replaced", ".deleted"
 CHECKPOINT_FILES = (f"step_{'[0-9]' * 8}*", LATEST, f"{LATEST}{UNFINISHED}")
-"""Patterns of everything that this program writes into the folder."""
+"""Patterns of everything that this program writes into a folder of checkpoints."""
+
+
+class InvalidCheckpointError(CheckpointError):
+    """A checkpoint that is not, or no longer, what was written."""
+
+    def __init__(self, folder: Path, problem: object) -> None:
+        super().__init__(f"{folder} is not a valid mtp_dist checkpoint (corrupt or incomplete): {problem}")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run has come, beside what its weights and moments say."""
+    """Progress of a run, in addition to its weights and moments."""
 
     step: int
-    """Updates made."""
+    """Completed steps."""
     losses: Sequence[float | None] = ()
-    """Of heads 1, 2, .. in that step, in nats."""
+    """Losses of heads 1, 2, ... in that step, in nats."""
     recent_losses: Sequence[float] = ()
-    """Of head 1, what the next step's is compared with to notice a spike."""
+    """Head 1's losses that the next step's is compared with to detect a spike."""
     samples: Any = None
     """State of the training samples, as JSON."""
 
 
 @dataclass(frozen=True)
 class SavedLayout:
-    """Degrees of the run that saved."""
+    """Parallel degrees of the run that saved."""
 
     tensor: int
     pipeline: int
     data: int
     world_size: int
     zero_stage: int
-    """The one that DeepSpeed ran with: in bf16 at least 1."""
+    """The stage that DeepSpeed ran with: at least 1 in bf16."""
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -62,32 +73,33 @@ def installed_versions() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What `config.json` says."""
+    """The content of `config.json`."""
 
     step: int
-    """Updates made."""
+    """Completed steps."""
     optimizer_updates: int
-    """Those that Adam's bias correction counts: without steps dropped for a gradient that was not finite."""
+    """Updates that Adam's bias correction counts: all steps but those skipped for a NaN or infinite gradient."""
     config: Config
     samples: Any = None
     """State of the training samples, as JSON."""
     losses: Sequence[float | None] = ()
-    """Of heads 1, 2, .. in the step, in nats; None for one that was not finite. Empty in an imported checkpoint."""
+    """Losses of heads 1, 2, ... in the step, in nats; None for NaN or infinity. Empty in an imported checkpoint."""
     recent_losses: Sequence[float] = ()
     """See `RunState`."""
     layout: SavedLayout | None = None
     """None in an imported checkpoint."""
     versions: dict[str, str | None] = field(default_factory=installed_versions)
-    """Of the packages that wrote it; None for one that was not installed."""
+    """Versions of the packages that wrote it; None for a package that was not installed."""
 
     def write(self, folder: Path) -> None:
         layout = asdict(self.layout) if self.layout else None
-        values = self.__dict__ | config_to_save(self.config) | {"vocab_size": self.config.vocab_size, "layout": layout}
+        first = {"step": self.step, "vocab_size": self.config.vocab_size}
+        values = first | self.__dict__ | config_to_save(self.config) | {"layout": layout}
         write_durably(folder / METADATA_FILE, json.dumps(values, indent=2))
 
 
 def read_metadata(folder: Path) -> CheckpointMetadata:
-    """Return what `config.json` says. Raise ConfigError if it is missing, damaged or of a newer version."""
+    """Return the content of `config.json`. Raise CheckpointError if it is missing, corrupt or of a newer version."""
     try:
         values = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
         numbers = {key: int(values[key]) for key in ("step", "optimizer_updates")}
@@ -101,11 +113,19 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
             versions=values["versions"],
         )
     except OSError as error:
-        raise ConfigError(f"{folder} is not a whole checkpoint: {error.filename} cannot be read") from None
+        raise InvalidCheckpointError(folder, f"{error.filename} cannot be read ({error.strerror})") from None
     except UserError as error:
-        raise ConfigError(f"{folder} cannot be opened: {error}") from None
+        raise CheckpointError(f"{folder} cannot be opened: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+        raise InvalidCheckpointError(folder, error) from None
+
+
+def checkpoint_path(config: Config, step: int) -> Path:
+    return config.checkpoint_dir / f"step_{step:08d}"
+
+
+def with_suffix_appended(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def tensor_file(kind: str, rank: int, ranks: int) -> str:
@@ -114,11 +134,3 @@ def tensor_file(kind: str, rank: int, ranks: int) -> str:
 
 def index_file(kind: str) -> str:
     return f"{kind}.safetensors.index.json"
-
-
-def checkpoint_path(config: Config, step: int) -> Path:
-    return config.checkpoint_dir / f"step_{step:08d}"
-
-
-def with_suffix_appended(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)

@@ -1,4 +1,4 @@
-"""`mtp-dist inspect` of a checkpoint, or of a folder of them."""
+"""Reports on a checkpoint, or on a folder of them, for `mtp-dist inspect`."""
 
 import re
 from collections import Counter
@@ -20,16 +20,18 @@ from mtp_dist.errors import UserError
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Weights of one shape that differ in the number of their layer or head only."""
+    """Weights of one shape whose names differ only in the number of the layer or head."""
 
     name: str
-    """With `*` for that number."""
+    """Global name, with `*` for that number."""
     count: int
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
+    """Everything that `mtp-dist inspect` shows of one checkpoint."""
+
     folder: str
     run: str
     step: int
@@ -37,20 +39,20 @@ class CheckpointReport:
     vocab_size: int
     layout: SavedLayout | None
     losses: Sequence[float | None]
-    """Of heads 1, 2, .. in that step, in nats."""
+    """Losses of heads 1, 2, ... in that step, in nats."""
     versions: dict[str, str | None]
     parameters: dict[str, int]
-    """By part of the model."""
+    """Number of parameters by part of the model."""
     weights: list[TensorGroup]
     bytes: dict[str, int]
-    """On disk, by kind of file."""
+    """Size on disk by kind of file."""
     files: int
 
 
-def inspect_checkpoint(folder: Path, watch: ProgressCallback) -> CheckpointReport:
-    """Reads all of it, a block at a time. Raises ConfigError where it is not what was written."""
-    records = check_fully(folder, watch)
-    description = read_metadata(folder)
+def inspect_checkpoint(folder: Path, on_progress: ProgressCallback) -> CheckpointReport:
+    """Read and verify all of a checkpoint and return the report. Raise CheckpointError if it is not valid."""
+    records = check_fully(folder, on_progress)
+    metadata = read_metadata(folder)
     shapes = TensorReader(folder, MODEL).shapes()
     parameters: Counter[str] = Counter()
     for name, shape in shapes.items():
@@ -58,13 +60,13 @@ def inspect_checkpoint(folder: Path, watch: ProgressCallback) -> CheckpointRepor
     groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), shape) for name, shape in shapes.items())
     return CheckpointReport(
         folder=str(folder),
-        run=description.config.run.name,
-        step=description.step,
-        optimizer_updates=description.optimizer_updates,
-        vocab_size=description.config.vocab_size,
-        layout=description.layout,
-        losses=description.losses,
-        versions=description.versions,
+        run=metadata.config.run.name,
+        step=metadata.step,
+        optimizer_updates=metadata.optimizer_updates,
+        vocab_size=metadata.config.vocab_size,
+        layout=metadata.layout,
+        losses=metadata.losses,
+        versions=metadata.versions,
         parameters=dict(parameters),
         weights=[TensorGroup(name, count, shape) for (name, shape), count in groups.items()],
         bytes=_bytes_by_kind(records),
@@ -73,7 +75,7 @@ def inspect_checkpoint(folder: Path, watch: ProgressCallback) -> CheckpointRepor
 
 
 def module_group(name: str) -> str:
-    """Which part of the model a weight is in."""
+    """Return the part of the model that a weight belongs to."""
     first, second, *_ = name.split(".")
     if first == "heads":
         return "all heads, repeated" if second == "repeated" else f"head {second}"
@@ -90,7 +92,7 @@ def _bytes_by_kind(records: dict[str, FileRecord]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class CheckpointLine:
-    """One of several checkpoints."""
+    """One of the checkpoints in a folder. Its tensors have not been read."""
 
     folder: str
     step: int
@@ -100,7 +102,7 @@ class CheckpointLine:
     layout: SavedLayout | None = None
     losses: Sequence[float | None] = ()
     damage: str | None = None
-    """What names, sizes and the JSON files tell; the tensors are not read."""
+    """The problem found in names, sizes or JSON files."""
 
 
 def list_checkpoints(directory: Path) -> list[CheckpointLine]:

@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint, without the engine that trains."""
+"""Reading the tensors of a checkpoint, without DeepSpeed, Megatron-core or the engine."""
 
 import json
 from collections.abc import Iterator
@@ -9,17 +9,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.checkpoint.format import MANIFEST, MODEL, index_file, read_metadata
-from mtp_dist.checkpoint.manifest import DamagedCheckpointError, ProgressCallback, check_weights, read_manifest
+from mtp_dist.checkpoint.format import MANIFEST, MODEL, InvalidCheckpointError, index_file, read_metadata
+from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights, read_manifest
 from mtp_dist.config import Config
-from mtp_dist.errors import ConfigError
 
 
 class TensorReader:
     """The tensors of one kind in a checkpoint, read one by one."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """Raise ConfigError if the index is missing or damaged, or names a file that the manifest does not have."""
+        """Raise CheckpointError if the index is missing or corrupt, or names a file that the manifest lacks."""
         self.folder = folder
         self._open: dict[str, Any] = {}
         records = read_manifest(folder)
@@ -28,34 +27,32 @@ class TensorReader:
             self.weight_map: dict[str, str] = dict(index["weight_map"])
             unknown = sorted(set(self.weight_map.values()) - records.keys())
         if unknown:
-            raise DamagedCheckpointError(
-                folder, f"{index_file(kind)} names {unknown[0]!r}, which {MANIFEST} does not have"
-            )
+            raise InvalidCheckpointError(folder, f"{index_file(kind)} names {unknown[0]!r}, which is not in {MANIFEST}")
 
     def read(self, name: str) -> Tensor:
-        """Return a whole tensor, fp32 on the CPU. Raise ConfigError if its file is missing or damaged."""
+        """Return a full tensor, fp32 on the CPU. Raise CheckpointError if its file is missing or corrupt."""
         # Opened for this tensor only: what was read of an open file stays in memory.
         with self._errors_explained(), safe_open(self.folder / self.weight_map[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
-        """Return a block of a tensor, fp32 on the CPU. Its file stays open for the blocks to come.
+        """Return a block of a tensor, fp32 on the CPU. Its file stays open for further blocks.
 
-        Raise ConfigError if the file is missing or damaged.
+        Raise CheckpointError if the file is missing or corrupt.
         """
-        home = self.weight_map[name]
+        path = self.weight_map[name]
         with self._errors_explained():
-            if home not in self._open:
-                self._open[home] = safe_open(self.folder / home, "pt")
-            values: Tensor = self._open[home].get_slice(name)[block]
+            if path not in self._open:
+                self._open[path] = safe_open(self.folder / path, "pt")
+            values: Tensor = self._open[path].get_slice(name)[block]
         return values
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return those of all tensors, without reading them. Raise ConfigError if a file is missing or damaged."""
+        """Return the shape of every tensor from the files' headers. Raise CheckpointError if one is corrupt."""
         found: dict[str, tuple[int, ...]] = {}
-        for home in dict.fromkeys(self.weight_map.values()):
-            with self._errors_explained(), safe_open(self.folder / home, "pt") as file:
+        for path in dict.fromkeys(self.weight_map.values()):
+            with self._errors_explained(), safe_open(self.folder / path, "pt") as file:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         return {name: found[name] for name in self.weight_map}
 
@@ -64,18 +61,19 @@ class TensorReader:
         try:
             yield
         except OSError as error:
-            raise ConfigError(
-                f"{self.folder} is not a whole checkpoint: {error.filename or error} cannot be read"
-            ) from None
+            raise InvalidCheckpointError(self.folder, f"{error.filename or error} cannot be read") from None
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"{self.folder} is not a checkpoint of ours, or a damaged one: {error}") from None
+            raise InvalidCheckpointError(self.folder, error) from None
 
 
-def load_weights(folder: Path, watch: ProgressCallback = lambda done, total: None) -> tuple[Config, dict[str, Tensor]]:
+def load_weights(
+    folder: Path, on_progress: ProgressCallback = lambda done, total: None
+) -> tuple[Config, dict[str, Tensor]]:
     """Return the configuration and the full fp32 weights by global name.
 
-    Raise ConfigError if there are none, or others than were saved. `watch` follows the verification of their files.
+    Raise CheckpointError if the folder is not a valid checkpoint. `on_progress` follows the verification of its
+    weights.
     """
-    check_weights(folder, watch)
-    description, reader = read_metadata(folder), TensorReader(folder, MODEL)
-    return description.config, {name: reader.read(name) for name in reader.weight_map}
+    check_weights(folder, on_progress)
+    metadata, reader = read_metadata(folder), TensorReader(folder, MODEL)
+    return metadata.config, {name: reader.read(name) for name in reader.weight_map}

@@ -1,4 +1,4 @@
-"""Opening a checkpoint at any layout, to train on or to use the model."""
+"""Restoring an engine from a checkpoint, at any layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mtp_dist.checkpoint.find import ResumePoint, find_resume_point, older_resume_point
-from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, read_metadata
-from mtp_dist.checkpoint.manifest import DamagedCheckpointError, check_content, read_manifest, tensor_files
+from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.manifest import check_content, read_manifest, tensor_files
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import from_rank_0
@@ -28,50 +28,49 @@ from mtp_dist.engine.optimizer_state import (
     set_moment,
     set_updates,
 )
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.sharding import blocks_of_part
 
-LOOKS, SECONDS_BETWEEN_LOOKS = 60, 1.0
-"""How often a rank looks for the folder that rank 0 names: as long as NFS may remember that it was not there."""
+FOLDER_CHECKS, CHECK_INTERVAL_S = 60, 1.0
+"""A rank waits that long for the folder that rank 0 names: NFS may cache for a minute that it does not exist."""
 
 
 @torch.no_grad()
 def restore(engine: TrainingEngine, folder: Path) -> None:
-    """Give this rank its part of a checkpoint's weights and moments. A collective over the data-parallel groups.
+    """Load this rank's shards of a checkpoint's weights and moments. A collective over the data-parallel groups.
 
     A weight that the checkpoint lacks, such as a new head's, gets its initial value. Moments that its index does not
-    list, as in an imported checkpoint, start from 0. Raise ConfigError if the checkpoint is damaged.
+    list, as in an imported checkpoint, start from 0. Raise CheckpointError if the checkpoint is corrupt.
     """
-    completed_steps = read_metadata(folder).optimizer_updates
-    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if completed_steps else None
+    updates = read_metadata(folder).optimizer_updates
+    model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates else None
     topology, shapes = engine.topology, parameter_shapes(engine.config)
     ensure_state(engine.pipeline)
     weights = list(named_weights(engine.stage))
-    for (name, weight), rows in zip(
-        weights, _rows_by_reader([weight for _, weight in weights], topology.dp_size), strict=True
-    ):
-        part = _Part(weight, shapes[name], topology, rows)
+    rows_by_weight = _rows_by_reader([weight for _, weight in weights], topology.dp_size)
+    for (name, weight), rows in zip(weights, rows_by_weight, strict=True):
+        shard = _ShardReader(weight, shapes[name], topology, rows)
         is_saved = name in model.weight_map
-        values = part.read_together(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
+        values = shard.read_together(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
         set_master_weight(weight, values)
         for key in MOMENTS:
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.weight_map:
                 values = torch.zeros(weight.shape, device=weight.device)
             elif kept := owned_rows(weight):
-                values = part.read_alone(optimizer, moment, *kept)
+                values = shard.read_alone(optimizer, moment, *kept)
             else:
-                values = part.read_together(optimizer, moment)
+                values = shard.read_together(optimizer, moment)
             set_moment(engine.pipeline, key, weight, values)
-    set_updates(engine.pipeline, completed_steps)
-    check_updates(engine.pipeline, completed_steps)
-    engine.optimizer_updates = completed_steps
+    set_updates(engine.pipeline, updates)
+    check_updates(engine.pipeline, updates)
+    engine.optimizer_updates = updates
 
 
 def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[int]]:
     """Return for each weight the row from which each of the readers reads, and the number of rows.
 
-    The weights one after the other are cut into runs of the same size: a run lies in few files.
+    Concatenated, the weights are split into ranges of the same size: the tensors of a range lie in few files.
     """
     total, before = sum(weight.numel() for weight in weights), 0
     found = []
@@ -84,18 +83,18 @@ def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What this rank holds of a tensor, and which rank of its data-parallel group reads which rows of it."""
+class _ShardReader:
+    """This rank's shard of a tensor, and which rank of its data-parallel group reads which rows of it."""
 
     weight: nn.Parameter
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     topology: Topology
     rows: Sequence[int]
     """See `_rows_by_reader`."""
 
     def read_together(self, reader: TensorReader, name: str) -> Tensor:
-        """Return all of the part. Each of its rows is read by one rank, which sends it to the others."""
+        """Return the complete shard. Each of its rows is read by one rank, which sends it to the others."""
         values = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         for source, (first, last) in enumerate(pairwise(self.rows)):
             if source == self.topology.dp_rank:
@@ -105,7 +104,7 @@ class _Part:
         return values
 
     def read_alone(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
-        """Return the part with these rows; the others are 0."""
+        """Return the shard with these rows; all others are 0."""
         values = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         values[first:last] = self._read(reader, name, first, last)
         return values
@@ -123,40 +122,40 @@ class _Part:
 def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.ProcessGroup) -> ResumePoint | None:
     """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
 
-    Rank 0 looks for it and tells the others; its tensors are what was written, each rank reads its share of them.
-    A collective over `gloo_group`, all ranks. Raise ConfigError, on every rank, if `find_resume_point` does or if a
-    rank does not see the checkpoint.
+    Rank 0 finds it and broadcasts it; all ranks together verify its tensor files, each rank some of them. A collective
+    over `gloo_group`, all ranks. Raise on every rank what `find_resume_point` raises, and LaunchError if a rank does
+    not see the checkpoint.
     """
     point = from_rank_0(lambda: find_resume_point(config), gloo_group)
     while point:
         _await_folder(point.folder, gloo_group)
-        found = all_gather_objects(_damage_in_share(point.folder, topology), gloo_group)
-        damage = next(filter(None, found), None)
-        if damage is None:
+        problems = all_gather_objects(_problem_in_own_files(point.folder, topology), gloo_group)
+        problem = next(filter(None, problems), None)
+        if problem is None:
             return point
-        point = from_rank_0(partial(older_resume_point, point, damage, config), gloo_group)
+        point = from_rank_0(partial(older_resume_point, point, problem, config), gloo_group)
     return None
 
 
 def _await_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
-    """Wait until every rank sees the folder: over NFS some may see it later than the one that made it."""
-    for _ in range(LOOKS):
+    """Wait until every rank sees the folder: over NFS some may see it later than the rank that created it."""
+    for _ in range(FOLDER_CHECKS):
         seen = all_gather_objects(folder.is_dir(), gloo_group)
         if all(seen):
             return
-        sleep(SECONDS_BETWEEN_LOOKS)
-    raise ConfigError(
+        sleep(CHECK_INTERVAL_S)
+    raise LaunchError(
         f"rank 0 would start from {folder}, which rank {seen.index(False)} does not see: checkpoint.directory must be "
         "the same folder on all ranks"
     )
 
 
-def _damage_in_share(folder: Path, topology: Topology) -> str | None:
-    """What is wrong with the tensor files that this rank answers for."""
+def _problem_in_own_files(folder: Path, topology: Topology) -> str | None:
+    """Return what is wrong with the tensor files that this rank verifies, or None."""
     try:
         records = read_manifest(folder)
         for name in tensor_files(records)[topology.rank :: topology.world_size]:
             check_content(folder, name, records[name])
-    except DamagedCheckpointError as error:
+    except InvalidCheckpointError as error:
         return str(error)
     return None

@@ -1,7 +1,8 @@
-"""Which checkpoints go, and how."""
+"""Deleting expired checkpoints and what killed or failed saves left behind."""
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from mtp_dist.checkpoint.format import DELETED, REPLACED, UNFINISHED
 
 
 def expired_checkpoints(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """The steps whose checkpoints may go once that of `newest` is there.
+    """Return the steps whose checkpoints may be deleted once that of `newest` exists.
 
-    Later ones than the newest are of an abandoned future and do not count; step 0 is an imported model.
+    Later steps belong to an abandoned future and do not count; step 0 is an imported model.
     """
     if keep_last is None:
         return []
@@ -22,16 +23,28 @@ def expired_checkpoints(steps: Iterable[int], newest: int, keep_last: int | None
 
 
 def prune_checkpoints(directory: Path, newest: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete what `surplus` names, if the newest is there. Raise OSError if something of it stays."""
+    """Delete the expired checkpoints if that of `newest` exists. Raise OSError if a part of one remains."""
     found = finished_checkpoints(directory)
-    if newest not in found:  # yet: on a network file system the list of a folder may be older than its folders
+    if newest not in found:  # yet: a network file system may list a folder as it was some seconds ago
         return
     for step in expired_checkpoints(found, newest, keep_last, keep_every):
-        delete_folder(found[step])
+        delete_checkpoint(found[step])
 
 
-def delete_folder(folder: Path) -> None:
-    """Raise OSError if something of it stays, under a name that nothing else needs."""
+def remove_leftovers(directory: Path) -> None:
+    """Clear away what killed or failed saves left, after giving a replaced checkpoint its name back. Raise OSError."""
+    for replaced in directory.glob(f"step_*{REPLACED}"):
+        if not (finished := replaced.with_name(replaced.name.removesuffix(REPLACED))).exists():
+            replaced.rename(finished)
+    for suffix in (UNFINISHED, REPLACED, DELETED):
+        for path in directory.glob(f"step_*{suffix}"):
+            # Files may remain: NFS keeps one that some process still has open. The next save tries again.
+            with suppress(OSError):
+                delete_checkpoint(path)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a folder. Raise OSError if a part of it remains, under a name that nothing else needs."""
     if not folder.name.endswith(DELETED):
         # Renamed first: what a kill leaves of it must not look like a checkpoint.
         name = folder.name.removesuffix(UNFINISHED).removesuffix(REPLACED)

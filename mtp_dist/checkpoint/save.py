@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint: its share of the whole tensors, each tensor once, and on rank 0 the rest."""
+"""Writing a rank's files of a checkpoint: each full tensor is written by one rank, the metadata by rank 0."""
 
 import os
 from collections.abc import Mapping
@@ -34,21 +34,21 @@ from mtp_dist.fs import sync
 from mtp_dist.model.parameters import parameter_shapes
 
 Tensors = dict[str, Tensor]
-Parts = dict[str, TensorShard]
+Shards = dict[str, TensorShard]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is to be saved, in host memory of its own: training may go on."""
+    """A copy in host memory of what is to be saved, so that training can continue."""
 
-    description: CheckpointMetadata
-    """What it says of the samples counts on rank 0 only."""
-    parts: dict[str, Parts]
-    """This rank's contribution, by kind of file."""
+    metadata: CheckpointMetadata
+    """Its state of the samples counts on rank 0 only."""
+    shards: dict[str, Shards]
+    """This rank's shards by global name, for each kind of file."""
 
 
 def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Snapshot:
-    """Of the state after update `state.step`. A collective over all ranks."""
+    """Copy the state after step `state.step`. A collective over all ranks."""
     topology = engine.topology
     layout = SavedLayout(
         tensor=topology.tp_size,
@@ -59,8 +59,7 @@ def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Sn
     )
     ensure_state(engine.pipeline)
     check_updates(engine.pipeline, engine.optimizer_updates)
-    parts = _parts_of_this_rank(engine, parameter_shapes(config))
-    description = CheckpointMetadata(
+    metadata = CheckpointMetadata(
         step=state.step,
         optimizer_updates=engine.optimizer_updates,
         config=config,
@@ -69,47 +68,48 @@ def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Sn
         recent_losses=state.recent_losses,
         layout=layout,
     )
-    return Snapshot(description, parts)
+    return Snapshot(metadata, _local_shards(engine, parameter_shapes(config)))
 
 
-def _parts_of_this_rank(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Parts]:
-    """By kind of file."""
+def _local_shards(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> dict[str, Shards]:
     stage, topology = engine.stage, engine.topology
-    parts: dict[str, Parts] = {MODEL: local_shards(stage, shapes, topology, master_weight), OPTIMIZER: {}}
+    shards: dict[str, Shards] = {MODEL: local_shards(stage, shapes, topology, master_weight), OPTIMIZER: {}}
     for key in MOMENTS:
-        of_moment = local_shards(stage, shapes, topology, partial(moment, engine.pipeline, key))
-        parts[OPTIMIZER] |= {f"{key}.{name}": part for name, part in of_moment.items()}
-    return parts
+        moments = local_shards(stage, shapes, topology, partial(moment, engine.pipeline, key))
+        shards[OPTIMIZER] |= {f"{key}.{name}": shard for name, shard in moments.items()}
+    return shards
 
 
 def gather_owned_tensors(snapshot: Snapshot, topology: Topology, tp_group: dist.ProcessGroup) -> dict[str, Tensors]:
-    """The whole tensors that this rank writes, by kind of file; the snapshot's parts become these.
+    """Gather the full tensors that this rank writes, for each kind of file, out of the snapshot's shards.
 
     A collective over `tp_group`, a tensor-parallel group for the CPU.
     """
-    return {kind: gather_full_tensors(parts, topology, tp_group) for kind, parts in snapshot.parts.items()}
+    return {kind: gather_full_tensors(shards, topology, tp_group) for kind, shards in snapshot.shards.items()}
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a rank reports of a file that it wrote."""
+    """A file that a rank has written."""
 
     kind: str
     record: FileRecord
     shapes: dict[str, tuple[int, ...]]
-    """Of the tensors in it, by name."""
+    """Shapes of its tensors by name."""
 
 
 def write_tensor_files(folder: Path, tensors: Mapping[str, Tensors], topology: Topology) -> dict[str, TensorFile]:
-    """Write this rank's files, read them back and return what they are, by name. Raise OSError if that fails."""
+    """Write this rank's files, read them back and return them by name. Raise OSError if that fails."""
     if not folder.is_dir():
-        raise OSError(None, f"rank 0 made this folder, rank {topology.rank} does not see it: it must be shared", folder)
+        raise OSError(
+            None, f"rank 0 created this folder, rank {topology.rank} does not see it: it must be shared", folder
+        )
     written = {}
-    for kind, of_kind in tensors.items():
-        if of_kind:
+    for kind, its_tensors in tensors.items():
+        if its_tensors:
             name = tensor_file(kind, topology.rank, topology.world_size)
-            shapes = {tensor: tuple(values.shape) for tensor, values in of_kind.items()}
-            written[name] = TensorFile(kind, _write_tensors(folder / name, of_kind), shapes)
+            shapes = {tensor: tuple(values.shape) for tensor, values in its_tensors.items()}
+            written[name] = TensorFile(kind, _write_tensors(folder / name, its_tensors), shapes)
     sync(folder)
     return written
 
@@ -118,20 +118,20 @@ def _write_tensors(path: Path, tensors: Tensors) -> FileRecord:
     try:
         save_file(tensors, path)
         sync(path)
-        _forget_cached(path)
+        _drop_page_cache(path)
         with safe_open(path, "pt") as file:
             for name, tensor in tensors.items():
-                # As integers: NaN equals itself.
+                # Compared as integers: NaN equals itself.
                 if not torch.equal(file.get_tensor(name).view(torch.int32), tensor.view(torch.int32)):
-                    raise OSError(None, f"{name} reads back as something else than was written")
+                    raise OSError(None, f"{name} does not read back as it was written")
         return record_of(path)
     except (OSError, SafetensorError) as error:
         # Not all of them name the file, and some a temporary one.
         raise OSError(None, getattr(error, "strerror", None) or str(error), path) from None
 
 
-def _forget_cached(path: Path) -> None:
-    """What is read next comes from the disk, not from memory."""
+def _drop_page_cache(path: Path) -> None:
+    """Have the next read come from the disk, not from memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -139,19 +139,19 @@ def _forget_cached(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_metadata(folder: Path, description: CheckpointMetadata, tensor_files: Mapping[str, TensorFile]) -> None:
-    """Write what rank 0 writes when the files of all ranks are there. Raise OSError if that fails.
+def write_metadata(folder: Path, metadata: CheckpointMetadata, tensor_files: Mapping[str, TensorFile]) -> None:
+    """Write the indexes, the metadata and the manifest on rank 0, after all ranks' files. Raise OSError if that fails.
 
     tensor_files: those of all ranks, by name.
     """
-    shapes = parameter_shapes(description.config)
+    shapes = parameter_shapes(metadata.config)
     expected = {MODEL: set(shapes), OPTIMIZER: {f"{key}.{name}" for key in MOMENTS for name in shapes}}
     for kind, names in expected.items():
-        of_kind = {name: file.shapes for name, file in sorted(tensor_files.items()) if file.kind == kind}
-        if differing := write_index(folder, kind, of_kind) ^ names:
+        file_shapes = {name: file.shapes for name, file in sorted(tensor_files.items()) if file.kind == kind}
+        if differing := write_index(folder, kind, file_shapes) ^ names:
             raise RuntimeError(f"the ranks wrote other tensors than the model has: {sorted(differing)[:3]}")
-    description.write(folder)
+    metadata.write(folder)
     records = {name: file.record for name, file in tensor_files.items()}
-    small = (METADATA_FILE, *map(index_file, expected))
-    write_manifest(folder, records | {name: record_of(folder / name) for name in small})
+    json_files = (METADATA_FILE, *map(index_file, expected))
+    write_manifest(folder, records | {name: record_of(folder / name) for name in json_files})
     sync(folder)

@@ -83,7 +83,7 @@ def checkpoint(
 
     try:
         topology = initialize_topology(job.config, job.device)
-        result = measure_checkpoints(job.config, topology, folder, rounds, print)
+        result = measure_checkpoints(job.config, topology, folder, rounds)
     except UserError as error:
         exit_with_error(error)
     close_topology()

@@ -185,10 +185,6 @@ class RunReporter(Callback):
             f"{name}: stopping after step {step} of {steps} with a checkpoint; the same command resumes the run",
         )
 
-    def on_saved(self, step: int) -> None:
-        """Log that a checkpoint is written; another thread may call it."""
-        self._log("checkpoint", f"Saved the checkpoint of step {step}")
-
     def on_end(self, reason: StopReason | None) -> None:
         self.logger.on_end(reason)
 

@@ -72,8 +72,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
     for step in (2, 4, 5):
         file = checkpoints / f"step_{step:08d}.unfinished" / "model-00001-of-00001.safetensors"
         wrong = f"cannot write into checkpoint.directory: {file}: "
-        assert result.stdout.count(f"checkpoint of step {step}: {wrong}") == 1
-        assert result.stdout.count(f"checkpoint of step {step} is NOT saved: {wrong}") == 1
+        assert result.stderr.count(f"warning: checkpoint of step {step}: {wrong}") == 1
+        assert result.stderr.count(f"warning: checkpoint of step {step} is NOT saved: {wrong}") == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: {wrong}") and "File too large" in error
     assert "Traceback" not in result.output

@@ -82,7 +82,7 @@ def test_a_file_system_that_blocks(tmp_path: Path) -> None:
         assert job.processes() == []
     part = r"the save after step \d+, or the one before"
     assert re.search(rf"error: rank 0: {part} takes longer than run.step_timeout = 8 s; all threads:", job.stderr)
-    assert "in on_saved" in job.stderr and re.search(r"saver.py\", line \d+ in join", job.stderr)
+    assert "in _write_with_retries" in job.stderr and re.search(r"saver.py\", line \d+ in join", job.stderr)
     assert_checkpoints_are_whole(tmp_path / "out" / "checkpoints")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,16 +62,14 @@ class _Subject:
         torch.load(self.plain_file, weights_only=True)
 
 
-def measure_checkpoints(
-    config: Config, topology: Topology, folder: Path, rounds: int, report: Callable[[str], None]
-) -> dict[str, Any]:
+def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds: int) -> dict[str, Any]:
     """Medians over the rounds of each way's seconds, on every rank. folder: on the disk to measure, emptied at the end.
 
     Raises ConfigError where the folder cannot be written.
     """
     to_folder = config.checkpoint.model_copy(update={"directory": str(folder)})
     config = config.model_copy(update={"checkpoint": to_folder})
-    subject = _subject(config, topology, folder, report)
+    subject = _subject(config, topology, folder)
     seconds = paired_seconds(
         {
             "stall": subject.save,
@@ -100,12 +97,12 @@ def measure_checkpoints(
     }
 
 
-def _subject(config: Config, topology: Topology, folder: Path, report: Callable[[str], None]) -> _Subject:
+def _subject(config: Config, topology: Topology, folder: Path) -> _Subject:
     engine = build_engine(config, topology)
     batch = local_batch(config, topology, *random_batch(config))
     engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
     groups = new_gloo_groups(topology)
-    saver = CheckpointSaver(config, engine, groups, report)
+    saver = CheckpointSaver(config, engine, groups)
     subject = _Subject(config, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
     # Once to warm up; it also makes the folder.
     for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):

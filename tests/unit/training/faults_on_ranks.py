@@ -115,7 +115,7 @@ def train(
     if topology.rank == 0:
         reporter = RunReporter(config, datasets.validation, topology, engine.optimizer_name, point)
         callbacks = [reporter]
-    saver = CheckpointSaver(config, engine, groups, print)
+    saver = CheckpointSaver(config, engine, groups)
     trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
     trainer.train_step = skipping(trainer.train_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
