@@ -1,23 +1,23 @@
-"""The model card: what stands in an exported folder's README.md."""
+"""The model card: README.md of an exported folder."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from mtp_dist.checkpoint.format import CheckpointMetadata
 
-CARD = """\
+TEMPLATE = """\
 ---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [multi-token-prediction, mtp_dist]
+{{ card_data }}
 ---
-# {name}
+# {{ name }}
 
-Step {step} of the run `{run}`, pretrained with mtp_dist: a language model with {count} prediction heads of kind
-`{kind}` on one trunk. The weights here ({dtype}) are the trunk and head 1, which predicts the next token: a plain
-Llama.
+Step {{ step }} of the run `{{ config.run.name }}`, pretrained with mtp_dist: a language model with
+{{ config.heads.count }} prediction heads of kind `{{ config.heads.kind }}` on one trunk. The weights here
+({{ dtype }}) are the trunk and head 1, which predicts the next token: a plain Llama.
 
 ## Use
 
@@ -25,33 +25,20 @@ Llama.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
-prompt = tokenizer({prompt!r}, return_tensors="pt")
+prompt = tokenizer({{ prompt }}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-In training every document ended with `{end}` and the next one followed, so the prompt begins with that token, as a
-document does. Samples were {length} tokens long. The tokenizer adds no token of its own.
+In training every document ended with `{{ end }}` and the next one followed, so the prompt begins with that token, as a
+document does. Samples were {{ config.train.sequence_length }} tokens long. The tokenizer adds no token of its own.
 
-{losses}{heads}## Configuration
+{{ losses }}{% if others %}## The other heads
 
-`mtp_config.json` has the step and the whole configuration. The part that says what the model is:
+`mtp_heads.safetensors` contains what a Llama cannot hold, by the global names of mtp_dist:
 
-```json
-{model}
-```
-"""
+{{ others }}
 
-FIGURES = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
-"""Columns of the table of losses, by their key in summary.json."""
-
-HEADS = """\
-## The other heads
-
-`mtp_heads.safetensors` has what a Llama cannot hold, by the global names of mtp_dist:
-
-{names}
-
-They come back with the rest, as a checkpoint to train on or to open as a model:
+An import restores them with the rest, as a checkpoint to train from or to open as a model:
 
 ```bash
 mtp-dist import --from . --to ../imported
@@ -69,47 +56,58 @@ model = ReferenceModel(*load_weights(Path("../imported")))
 logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabulary]
 ```
 
+{% endif %}## Configuration
+
+`mtp_config.json` contains the step and the full configuration. The part that defines the model:
+
+```json
+{{ model }}
+```
 """
+
+METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+"""Columns of the table of losses, by their key in summary.json."""
 
 
 def model_card(
-    name: str, source: Path, description: CheckpointMetadata, dtype: str, end_token: str, others: Sequence[str]
+    name: str, source: Path, metadata: CheckpointMetadata, dtype: str, end_token: str, others: Sequence[str]
 ) -> str:
     """Return the card of the export of the checkpoint `source`.
 
     others: global names of the weights that are not in the Llama.
     """
-    config = description.config
+    config = metadata.config
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
     shown = {"model": config.model.model_dump(mode="json"), "heads": config.heads.model_dump(mode="json")}
-    return CARD.format(
+    tags = ["multi-token-prediction", "mtp_dist"]
+    card: ModelCard = ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
+        template_str=TEMPLATE,
         name=name,
-        step=description.step,
-        run=config.run.name,
-        count=config.heads.count,
-        kind=config.heads.kind,
+        step=metadata.step,
+        config=config,
         dtype=dtype,
         end=end_token,
-        length=config.train.sequence_length,
-        prompt=end_token + (config.log.sample_prompt or ""),
-        losses="".join(_losses(source, description)),
-        heads=HEADS.format(names=", ".join(f"`{group}`" for group in groups)) if others else "",
+        prompt=repr(end_token + (config.log.sample_prompt or "")),
+        losses="".join(_losses(source, metadata)),
+        others=", ".join(f"`{group}`" for group in groups),
         model=json.dumps(shown, indent=2),
     )
+    return f"{card.content}\n"
 
 
-def _losses(source: Path, description: CheckpointMetadata) -> Iterator[str]:
-    """Yield the section on the losses of the run's last validation, if it was at that step."""
+def _losses(source: Path, metadata: CheckpointMetadata) -> Iterator[str]:
+    """Yield the section on the losses of the run's last validation, if that was at the checkpoint's step."""
     rows = [
         (validation_set["name"] or "", head)
-        for validation_set in _validation(source, description)
+        for validation_set in _validation(source, metadata)
         for head in validation_set["heads"]
     ]
-    columns = [key for key in FIGURES if any(head[key] is not None for _, head in rows)]
+    columns = [key for key in METRICS if any(head[key] is not None for _, head in rows)]
     if not columns:
         return
     named = ["set"] if any(name for name, _ in rows) else []
-    titles = [*named, "head", *(FIGURES[key] for key in columns)]
+    titles = [*named, "head", *(METRICS[key] for key in columns)]
     yield f"## Validation\n\n| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|\n"
     for name, head in rows:
         cells = [name.replace("|", "\\|")] if named else []
@@ -118,15 +116,15 @@ def _losses(source: Path, description: CheckpointMetadata) -> Iterator[str]:
     yield "\n"
 
 
-def _validation(source: Path, description: CheckpointMetadata) -> list[dict[str, Any]]:
+def _validation(source: Path, metadata: CheckpointMetadata) -> list[dict[str, Any]]:
     """Return the validation sets in the summary of the run that saved the checkpoint; none if it is of another step."""
-    config = description.config
+    config = metadata.config
     for folder in (source.parent.parent, config.output_dir):
         try:
             summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
             saved = (summary["name"], summary["steps"], Path(summary["checkpoint"]).name)
-            if saved == (config.run.name, description.step, source.name):
+            if saved == (config.run.name, metadata.step, source.name):
                 return summary["validation"] or []
-        except (OSError, ValueError, KeyError, TypeError):  # there is none, or not one of ours
+        except (OSError, ValueError, KeyError, TypeError):  # missing, or of another program
             continue
     return []

@@ -1,4 +1,4 @@
-"""Import: a Llama becomes a checkpoint without a step, whose head 1 computes what the Llama computes."""
+"""Import: make a Llama a checkpoint of step 0 whose head 1 computes what the Llama computes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import yaml
 from torch import Tensor
 
 from mtp_dist.checkpoint.format import METADATA_FILE, CheckpointMetadata
-from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.checkpoint.writer import ProgressCallback, new_folder, with_progress, write_weights
+from mtp_dist.checkpoint.manifest import ProgressCallback, record_of, write_manifest
+from mtp_dist.checkpoint.writer import new_folder, report_progress, write_weights
 from mtp_dist.config import Config
 from mtp_dist.convert.import_config import ImportRequest, import_config
 from mtp_dist.convert.llama import fuse, llama_shapes, llama_weights
@@ -21,20 +21,20 @@ from mtp_dist.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from mtp_dist.model.parameters import parameter_shapes
 
 RUN = "run.yaml"
-"""The configuration beside the weights, to start a training with."""
+"""The configuration next to the weights, to start a training with."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A new checkpoint."""
+    """A checkpoint that was imported."""
 
     folder: Path
     config: Config
     unused: Sequence[str]
-    """What the source contains and the checkpoint does not, each with the reason."""
+    """Names in the source that are not in the checkpoint, each with the reason."""
 
     def describe(self) -> str:
-        """Return what was made, what was left out, and how to train from it."""
+        """Return what was imported, what was left out, and how to train from it."""
         model, heads = self.config.model, self.config.heads
         lines = [f"{self.folder}: {model.trunk_layers} trunk layers, {heads.count} {heads.kind} heads, at step 0"]
         if self.unused:
@@ -46,27 +46,27 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_llama(request: ImportRequest, watch: ProgressCallback = lambda done, total: None) -> Imported:
+def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda done, total: None) -> Imported:
     """Write the new checkpoint folder `request.target`.
 
-    Head 1's own layers, if it has any, are the last ones of the Llama. Raise ConfigError if the folder has no Llama, or
-    one that is not a model of ours, or if the new one exists or cannot be written.
+    Head 1's own layers, if it has any, are the last layers of the Llama. `on_progress` counts weights. Raise
+    CheckpointError if the folder has no Llama, or one that mtp_dist does not support, or if the target exists or cannot
+    be written; ConfigError if the configuration does not fit the Llama.
     """
     llama, saved = LlamaFolder(request.source), SavedHeads(request.source)
     config = import_config(request, llama, saved)
     saved.check_fits(config.heads)
     in_llama = llama_weights(config)
-    of_llama = llama_shapes(config)
-    llama.check_shapes(of_llama)
-    shapes = parameter_shapes(config)
-    unused = [*llama.unused(of_llama), *sorted(saved.names - shapes.keys())]
+    source_shapes, shapes = llama_shapes(config), parameter_shapes(config)
+    llama.check_shapes(source_shapes)
+    unused = [*llama.unused(source_shapes), *sorted(saved.names - shapes.keys())]
 
     def from_llama(name: str) -> Tensor:
         return fuse(name, [llama.read(part) for part in in_llama[name]], config.model)
 
     new = NewHeads(config, request.copy_heads, from_llama)
 
-    def tensor_of(name: str) -> Tensor:
+    def tensor(name: str) -> Tensor:
         if name in in_llama:
             return from_llama(name)
         if name in saved.names:
@@ -78,7 +78,7 @@ def import_llama(request: ImportRequest, watch: ProgressCallback = lambda done, 
         if tokenizer and config.data.tokenizer == str(request.target):
             copy_tokenizer(tokenizer, folder)
         written = write_weights(
-            folder, shapes, torch.float32, with_progress(map(tensor_of, shapes), len(shapes), watch)
+            folder, shapes, torch.float32, report_progress(map(tensor, shapes), len(shapes), on_progress)
         )
         CheckpointMetadata(0, 0, config).write(folder)
         write_manifest(folder, {name: record_of(folder / name) for name in (*written, METADATA_FILE)})

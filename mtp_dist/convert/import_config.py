@@ -1,4 +1,4 @@
-"""The configuration that an imported model gets."""
+"""The configuration of an imported model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,27 +11,28 @@ from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.convert.tokenizer_files import find_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What the user asks for."""
+    """The options of `mtp-dist import`."""
 
     source: Path
     target: Path
     config: str | None = None
-    """A YAML file."""
+    """Path of a YAML file."""
     overrides: Sequence[str] = ()
     heads: int | None = None
-    """Instead of `heads.count`."""
+    """Number of heads, instead of `heads.count`."""
     copy_heads: bool = False
 
 
 def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> Config:
-    """The user's, or that of the export, with the model of the Llama. Raises ConfigError where these disagree.
+    """Return the user's configuration, or that of the export, with the model of the Llama.
 
-    Of the sections that say how to train only what a Config needs is there by default: it is for the training to say.
+    Raise ConfigError if these disagree. By default the sections on training have only the keys that a Config requires:
+    the training will set them.
     """
     values = _start(request, llama, saved)
     override_values(values, request.overrides)
@@ -41,12 +42,12 @@ def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads)
         values["heads"]["count"] = request.heads
     _set_tokenizer(values["data"], request, llama, saved)
     asked = values["model"]
-    # Head 1's layers are not known before the heads are checked, and the layout is not to be checked before them.
+    # The heads' section gives the number of head 1's layers, which the layout depends on: check it first.
     values["model"] = asked | llama.model | {"trunk_layers": llama.layers}
     heads = build_config({name: section for name, section in values.items() if name != "parallel"}).heads
     layers = llama.layers - len(layers_after_trunk(heads))
     if layers < 1:
-        raise ConfigError(
+        raise CheckpointError(
             f"--from = '{request.source}' has {llama.layers} layers, of which head 1 of kind '{heads.kind}' needs "
             f"{llama.layers - layers} after the trunk: use another heads.kind or fewer layers"
         )
@@ -64,19 +65,21 @@ def _start(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> dic
     if saved.config:
         values = saved.config.model_dump(mode="json")
         values["model"] = {"init_std": saved.config.model.init_std}
-        del values["data"]["tokenizer"]  # its path may be one of another machine
+        del values["data"]["tokenizer"]  # its path may exist on another machine only
         return values
     train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": llama.positions}
     return {"data": {"train": [{"path": "python-stdlib"}]}, "train": train}
 
 
 def _set_tokenizer(data: dict[str, Any], request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> None:
-    """The one that the user names, else the folder's, which the new folder gets a copy of."""
+    """Set the tokenizer that the user names, or else the folder's, which is copied into the new folder."""
     source, name = request.source, data.get("tokenizer")
     if name is None and saved.config and saved.config.data.tokenizer == ByteTokenizer.name:
         name = ByteTokenizer.name
     if name is None and find_tokenizer(source) is None:
-        raise ConfigError(f"--from = '{source}' has no tokenizer: name the one it was trained with as data.tokenizer=")
+        raise CheckpointError(
+            f"--from = '{source}' has no tokenizer: name the one it was trained with as data.tokenizer="
+        )
     needed = build_tokenizer(name or str(source)).vocab_size
     if needed > llama.vocab_size:
         raise ConfigError(

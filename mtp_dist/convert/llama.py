@@ -1,6 +1,6 @@
-"""How the trunk with head 1 is a Llama: which weights of ours are which of its weights.
+"""How the trunk with head 1 maps to a Llama: which of its weights correspond to which of mtp_dist's.
 
-Both turn channel i of an attention head with channel i + C/2 (rotary embeddings), so that no rows need swapping for it.
+Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings), so no rows are permuted for it.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ LAYER: dict[str, tuple[str, ...]] = {
     GATE_AND_UP: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
 }
-"""Of one layer: our weight, and the Llama's weights that it consists of."""
+"""The Llama's weights that each weight of a layer consists of."""
 
 
 def layers_after_trunk(heads: HeadsConfig) -> list[str]:
-    """Global names of the layers that head 1 runs after the trunk, in their order."""
+    """Return the global names of the layers that head 1 runs after the trunk, in forward order."""
     numbers: Sequence[int] = ()
     if heads.kind in ("parallel", "causal"):
         numbers = (1,)
@@ -34,17 +34,16 @@ def layers_after_trunk(heads: HeadsConfig) -> list[str]:
 
 
 def llama_layers(config: Config) -> list[str]:
-    """Global names of the layers of trunk and head 1, in their order."""
+    """Return the global names of the layers of trunk and head 1, in forward order."""
     return [f"trunk.{index}" for index in range(config.model.trunk_layers)] + layers_after_trunk(config.heads)
 
 
 def llama_weights(config: Config) -> dict[str, tuple[str, ...]]:
-    """The Llama's weights that each weight of trunk and head 1 consists of, by its global name, in forward order."""
+    """Return the Llama's weights that each weight of trunk and head 1 consists of, by global name in forward order."""
     names: dict[str, tuple[str, ...]] = {"embedding.weight": ("model.embed_tokens.weight",)}
     for index, layer in enumerate(llama_layers(config)):
         names |= {
-            f"{layer}.{ours}": tuple(f"model.layers.{index}.{theirs}" for theirs in parts)
-            for ours, parts in LAYER.items()
+            f"{layer}.{name}": tuple(f"model.layers.{index}.{part}" for part in parts) for name, parts in LAYER.items()
         }
     names["final_norm.weight"] = ("model.norm.weight",)
     if not config.model.tie_embeddings:
@@ -53,19 +52,19 @@ def llama_weights(config: Config) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def split(name: str, whole: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    """The Llama's weights that our weight of that global name consists of."""
+def split(name: str, weight: Tensor, model: ModelConfig) -> Sequence[Tensor]:
+    """Return the Llama's weights that the weight of that global name consists of."""
     if name.endswith(GATE_AND_UP):
-        return whole.chunk(2)
+        return weight.chunk(2)
     if not name.endswith(QKV):
-        return [whole]
+        return [weight]
     queries = model.num_attention_heads // model.query_groups
-    groups = whole.view(model.query_groups, queries + 2, model.head_dim, -1)
+    groups = weight.view(model.query_groups, queries + 2, model.head_dim, -1)
     return [part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1)]
 
 
 def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Our weight of that global name from the Llama's weights: undoes `split`."""
+    """Return the weight of that global name, made of the Llama's weights: the inverse of `split`."""
     if name.endswith(QKV):
         groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
         return torch.cat(groups, 1).flatten(0, 2)
@@ -73,7 +72,7 @@ def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
 
 
 def llama_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of the Llama's weights by name, in forward order."""
+    """Return the shapes of the Llama's weights by name, in forward order."""
     shapes = parameter_shapes(config)
     return {
         part: tuple(tensor.shape)

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder: which model is in it, and its weights one by one. No code from it runs."""
+"""Reading a Hugging Face folder with a Llama: its configuration, and its weights one by one. No code from it runs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtp_dist.convert.llama_config import read_json_object, read_llama_config
 from mtp_dist.convert.saved_heads import HEADS
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, UNEMBEDDING = "model.embed_tokens.weight", "lm_head.weight"
@@ -20,15 +20,15 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LlamaFolder:
-    """A folder with a Llama, or a model that computes the same. It contains the weights that transformers reads."""
+    """A folder with a Llama or a Mistral without a window. Its weights are those that transformers would read."""
 
     def __init__(self, path: Path) -> None:
-        """Raise ConfigError if there is none, or one with a part that mtp_dist does not have."""
+        """Raise CheckpointError if there is no such model, or one with a part that mtp_dist does not support."""
         self.path = path
         if not path.is_dir():
-            raise ConfigError(f"--from = '{path}' is not a folder: give one with config.json and model.safetensors")
+            raise CheckpointError(f"--from = '{path}' is not a folder: give one with config.json and model.safetensors")
         if (path / ADAPTER).exists():
-            raise ConfigError(
+            raise CheckpointError(
                 f"--from = '{path}' has a PEFT adapter, {ADAPTER}, which transformers adds to the weights: merge it "
                 "(merge_and_unload) and save the result, or remove it"
             )
@@ -49,12 +49,12 @@ class LlamaFolder:
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest text that it was trained on."""
+        """Length of the longest text that the model was trained on, in tokens."""
         return self.config.max_position_embeddings
 
     @property
     def model(self) -> dict[str, Any]:
-        """The keys of our section `model`, but for the number of layers."""
+        """The keys of mtp_dist's section `model`, except the number of layers."""
         config = self.config
         return {
             "hidden_size": config.hidden_size,
@@ -68,36 +68,36 @@ class LlamaFolder:
         }
 
     def _weight_files(self) -> list[str]:
-        """Return the files that transformers reads: the single one, else all that an index names."""
+        """Return the files that transformers reads: the single file, or else all files that an index names."""
         if (self.path / SINGLE).exists():
             return [SINGLE]
         if (self.path / INDEX).exists():
             return self._indexed_files()
         if pickles := sorted(path.name for pattern in PICKLES for path in self.path.glob(pattern)):
-            raise ConfigError(
+            raise CheckpointError(
                 f"--from = '{self.path}' has its weights as a pickle, {pickles[0]}, which can run any code when it is "
                 "opened: save the model as safetensors first"
             )
-        raise ConfigError(f"--from = '{self.path}' has no weights: {SINGLE} is missing")
+        raise CheckpointError(f"--from = '{self.path}' has no weights: {SINGLE} is missing")
 
     def _indexed_files(self) -> list[str]:
         weight_map = read_json_object(self.path / INDEX, self.path).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"--from = '{self.path}': {INDEX} has no weight_map")
+            raise CheckpointError(f"--from = '{self.path}': {INDEX} has no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str) or file in ("", "..") or Path(file).name != file:
-                raise ConfigError(
+                raise CheckpointError(
                     f"--from = '{self.path}': {INDEX} names {file!r}, which is not a file of this folder, for {name}"
                 )
         return sorted(set(weight_map.values()))
 
     def _read_headers(self) -> None:
-        """List the tensors of all files, whatever the index says, as transformers does."""
+        """List the tensors of all files, whichever file the index names for them, as transformers does."""
         for file in self.files:
             with self._open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118, not a dict
                     if name in self.weight_map:
-                        raise ConfigError(
+                        raise CheckpointError(
                             f"--from = '{self.path}' has {name} in {self.weight_map[name]} and in {file}: remove one"
                         )
                     self.weight_map[name] = file
@@ -107,13 +107,13 @@ class LlamaFolder:
         try:
             return safe_open(self.path / name, "pt")
         except (OSError, ValueError, SafetensorError) as error:
-            raise ConfigError(f"--from = '{self.path}': {name} cannot be read: {error}") from None
+            raise CheckpointError(f"--from = '{self.path}': {name} cannot be read: {error}") from None
 
     def _check_sizes(self) -> None:
-        """Raise ConfigError if config.json has other sizes than the weights, before anything of that size is made."""
+        """Raise CheckpointError if config.json and the weights differ in size, before allocating that much memory."""
         config, last = self.config, f"model.layers.{self.layers - 1}.input_layernorm.weight"
         if last not in self.shapes:
-            raise ConfigError(
+            raise CheckpointError(
                 f"--from = '{self.path}' has num_hidden_layers = {self.layers} in config.json, but lacks {last}"
             )
         sizes = {
@@ -123,19 +123,19 @@ class LlamaFolder:
         self.check_shapes({name: shape for name, shape in sizes.items() if name in self.shapes})
 
     def check_shapes(self, needed: Mapping[str, Sequence[int]]) -> None:
-        """Raise ConfigError if a weight is missing or has another shape."""
+        """Raise CheckpointError if a weight is missing or has another shape."""
         if missing := [name for name in needed if name not in self.shapes]:
-            raise ConfigError(f"--from = '{self.path}' lacks {len(missing)} weights, the first is {missing[0]}")
+            raise CheckpointError(f"--from = '{self.path}' lacks {len(missing)} weights, the first is {missing[0]}")
         for name, shape in needed.items():
             if self.shapes[name] != list(shape):
-                raise ConfigError(
-                    f"--from = '{self.path}' has {name} as {self.shapes[name]}, its config.json says {list(shape)}"
+                raise CheckpointError(
+                    f"--from = '{self.path}' has {name} as {self.shapes[name]}, its config.json requires {list(shape)}"
                 )
 
     def unused(self, needed: Mapping[str, object]) -> Iterator[str]:
-        """Yield what is in the folder and not imported, each with the reason.
+        """Yield what the folder contains and the import leaves out, each with the reason.
 
-        Raise ConfigError for a weight that has no place in our model.
+        Raise CheckpointError for a weight that mtp_dist does not support.
         """
         for name in self.weight_map:
             if name in needed:
@@ -145,27 +145,31 @@ class LlamaFolder:
             elif name.endswith("rotary_emb.inv_freq"):
                 yield f"{name} (computed from config.json)"
             else:
-                raise ConfigError(f"--from = '{self.path}' has weights that our model does not have, such as {name}")
+                raise CheckpointError(
+                    f"--from = '{self.path}' has weights that mtp_dist does not support, such as {name}"
+                )
         for path in sorted(self.path.glob("*.safetensors")):
             if path.name not in (*self.files, HEADS):
                 yield f"{path.name} (transformers does not read it either)"
 
     def _why_tied(self) -> str:
-        """Raise ConfigError if the weights that config.json ties differ: transformers 5 unties them, 4 does not."""
+        """Raise CheckpointError if the weights that config.json ties differ: transformers 5 unties them, 4 does not."""
         if not torch.equal(self.read(UNEMBEDDING), self.read(EMBEDDING)):
-            raise ConfigError(
+            raise CheckpointError(
                 f"--from = '{self.path}' has tie_word_embeddings = True in config.json, but {UNEMBEDDING} differs from "
                 f"{EMBEDDING}: set it to false, or remove {UNEMBEDDING} if the two are meant to be tied"
             )
         return f"tied: it equals {EMBEDDING}"
 
     def read(self, name: str) -> Tensor:
-        """Return a weight in fp32. Raise ConfigError if its file is damaged, or it is not in floating point."""
+        """Return a weight in fp32. Raise CheckpointError if its file is corrupt, or it is not in floating point."""
         with self._open(self.weight_map[name]) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)
             except SafetensorError as error:
-                raise ConfigError(f"--from = '{self.path}': {name} cannot be read: {error}") from None
+                raise CheckpointError(f"--from = '{self.path}': {name} cannot be read: {error}") from None
         if tensor.dtype not in FLOATS:
-            raise ConfigError(f"--from = '{self.path}': {name} is {tensor.dtype}: only floating point can be imported")
+            raise CheckpointError(
+                f"--from = '{self.path}': {name} is {tensor.dtype}: only floating point can be imported"
+            )
         return tensor.float()

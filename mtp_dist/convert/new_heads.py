@@ -1,4 +1,4 @@
-"""What the weights of heads start from that an imported Llama does not have."""
+"""Initial values of the heads' weights that an imported Llama does not have."""
 
 import re
 from collections.abc import Callable
@@ -15,10 +15,10 @@ _IN_A_LAYER = re.compile(r"heads\.\w+\.(?:layers\.)?(\d+)\.(.+)")
 
 
 class NewHeads:
-    """New weights by global name: initial ones, or copies of what head 1 has."""
+    """The weights of new heads by global name: initial values, or copies of head 1's weights."""
 
     def __init__(self, config: Config, copy: bool, read: Callable[[str], Tensor]) -> None:
-        """read: gives a weight of trunk or head 1. Raises ConfigError where there is nothing to copy."""
+        """read: returns a weight of trunk or head 1. Raise ConfigError if there is nothing to copy."""
         self.config, self.copy, self.read = config, copy, read
         self.shapes = parameter_shapes(config)
         new = self.shapes.keys() - llama_weights(config).keys()
@@ -36,7 +36,7 @@ class NewHeads:
         return initial_weight(self.config, name, self.shapes[name])
 
     def _model_of(self, name: str) -> str | None:
-        """The weight that a copy copies: of the last layers, which are head 1's where it has any."""
+        """Return the weight that is copied to this one: of the last layers, which are head 1's if it has any."""
         if name.startswith("unembeddings."):
             return "unembeddings.1.weight"
         match = _IN_A_LAYER.fullmatch(name)

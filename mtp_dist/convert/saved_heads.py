@@ -1,4 +1,4 @@
-"""The heads that an export of ours has beside its Llama."""
+"""The heads that an export of mtp_dist contains in addition to its Llama."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, saved_config
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import CheckpointError, ConfigError, UserError
 
 HEADS, HEADS_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 
 
 class SavedHeads:
-    """None where the folder is not an export of ours."""
+    """Configuration and head weights of an exported folder; empty if mtp_dist has not exported it."""
 
     config: Config | None = None
     names: frozenset[str] = frozenset()
 
     def __init__(self, source: Path) -> None:
-        """Raises ConfigError where its files are damaged."""
+        """Raise CheckpointError if its files are corrupt."""
         self.file = source / HEADS
         try:
             if (source / HEADS_CONFIG).exists():
@@ -28,29 +28,33 @@ class SavedHeads:
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
         except UserError as error:
-            raise ConfigError(f"--from = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
+            raise CheckpointError(f"--from = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-            raise ConfigError(f"--from = '{source}' is a damaged export: {HEADS_CONFIG} or {HEADS}: {error}") from None
+            raise CheckpointError(
+                f"--from = '{source}' is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}"
+            ) from None
 
     def check_fits(self, heads: HeadsConfig) -> None:
-        """Raise ConfigError where these are not heads of that kind."""
+        """Raise ConfigError if these are not heads of that kind."""
         if self.config is None or not self.names:
             return
         for key in ("kind", "layers_per_head", "repeated", "unembedding"):
-            ours, wanted = getattr(self.config.heads, key), getattr(heads, key)
-            if ours != wanted:
+            saved, wanted = getattr(self.config.heads, key), getattr(heads, key)
+            if saved != wanted:
                 raise ConfigError(
-                    f"heads.{key} is {wanted!r}, the heads in {self.file} have {ours!r}: keep it, or delete this file "
+                    f"heads.{key} is {wanted!r}, the heads in {self.file} have {saved!r}: keep it, or delete this file "
                     "to start with new heads"
                 )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a weight in fp32. Raise ConfigError if its file is damaged, or it has another shape."""
+        """Return a weight in fp32. Raise CheckpointError if its file is corrupt, or it has another shape."""
         try:
             with safe_open(self.file, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{self.file} cannot be read: {error}") from None
+            raise CheckpointError(f"{self.file} cannot be read: {error}") from None
         if tensor.shape != shape:
-            raise ConfigError(f"{self.file} has {name} as {list(tensor.shape)}, its configuration says {list(shape)}")
+            raise CheckpointError(
+                f"{self.file} has {name} as {list(tensor.shape)}, its configuration requires {list(shape)}"
+            )
         return tensor.float()

@@ -1,4 +1,4 @@
-"""A SentencePiece model as a tokenizer of Hugging Face's `tokenizers`, which gives the same ids."""
+"""Converting a SentencePiece model to a tokenizer of Hugging Face's `tokenizers` that gives the same ids."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 SPACE = "▁"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece writes for a space."""
 
 
 def convert_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Return the tokenizer and what a tokenizer_config.json has to say of it."""
+    """Return the tokenizer and its keys of tokenizer_config.json."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())  # type: ignore[attr-defined] # made at import
     types = proto.SentencePiece.Type
     names = {kind: [p.piece for p in proto.pieces if p.type == kind] for kind in (types.CONTROL, types.USER_DEFINED)}
@@ -25,7 +25,7 @@ def convert_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, Any]]:
     parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     library.decoder = decoders.Sequence([*parts, decoders.Strip(" ", left=1)] if prefix else parts)
     library.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names[types.CONTROL]])
-    # llama.cpp goes by tokenizer.model and by add_prefix_space.
+    # llama.cpp reads tokenizer.model and add_prefix_space.
     settings = {"add_prefix_space": prefix, "unk_token": proto.trainer_spec.unk_piece}
     if proto.trainer_spec.pad_id >= 0:
         settings["pad_token"] = proto.trainer_spec.pad_piece
@@ -38,12 +38,12 @@ def _model(proto: Any) -> models.Model:
         pieces = [(piece.piece, piece.score) for piece in proto.pieces]
         return models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == types.NORMAL}
-    # SentencePiece joins any two neighbours that make a piece, those of the highest score first.
+    # SentencePiece merges any two neighbours that form a piece, the highest score first.
     merges = [
-        (whole[:cut], whole[cut:])
-        for whole in sorted(scores, key=lambda piece: -scores[piece])
-        for cut in range(1, len(whole))
-        if whole[:cut] in scores and whole[cut:] in scores
+        (piece[:end], piece[end:])
+        for piece in sorted(scores, key=lambda piece: -scores[piece])
+        for end in range(1, len(piece))
+        if piece[:end] in scores and piece[end:] in scores
     ]
     return models.BPE(
         vocab={piece.piece: number for number, piece in enumerate(proto.pieces)},
@@ -59,7 +59,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         characters = normalizers.Precompiled(spec.precompiled_charsmap)
-        # It takes a line's end of Windows for one character, SentencePiece takes it for two.
+        # It normalizes \r\n as one character, SentencePiece as two.
         both = "".join(characters.normalize_str(character) for character in "\r\n")
         steps += [normalizers.Replace("\r\n", both), characters]
     if spec.remove_extra_whitespaces:

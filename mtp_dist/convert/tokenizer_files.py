@@ -1,4 +1,4 @@
-"""The files by which Hugging Face's libraries know a tokenizer."""
+"""The files from which Hugging Face's libraries load a tokenizer."""
 
 import json
 import shutil
@@ -12,14 +12,14 @@ from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.sentencepiece_model import convert_sentencepiece
 from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, SentencePieceTokenizer, tokenizer_file
 from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
-from mtp_dist.data.tokenizer import Tokenizer as OurTokenizer
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
+from mtp_dist.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
-"""What may stand next to a tokenizer and belongs to it."""
+COMPANION_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
+"""Files next to a tokenizer that belong to it."""
 SAMPLE_TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14 times faster, isn't it?",
     "  two spaces before,  two  between, and two after  ",
@@ -34,13 +34,13 @@ SAMPLE_TEXTS = (
     "\n",
     "",
 )
-"""What an export is verified with."""
+"""Texts for which an exported tokenizer must give the ids of the training."""
 
 
 def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
     """Write the tokenizer that `data.tokenizer` names. Return the token that ends a document, and its id.
 
-    transformers adds nothing to the ids of a text, as the training did not. Raise ConfigError if it gives other ids.
+    transformers adds nothing to the ids of a text, as in training. Raise DataError if it gives other ids.
     """
     tokenizer = build_tokenizer(name)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -50,11 +50,11 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
         file = tokenizer_file(name, f"data.tokenizer = {name!r}")
         if isinstance(tokenizer, SentencePieceTokenizer):
             shutil.copyfile(file, folder / TOKENIZER_MODEL)
-            library, of_model = convert_sentencepiece(file)
-            settings |= of_model
+            library, its_settings = convert_sentencepiece(file)
+            settings |= its_settings
         else:
             library = Tokenizer.from_file(str(file))
-            settings |= _settings_beside(file.parent, library)
+            settings |= _kept_settings(file.parent, library)
         if (file.parent / CHAT_TEMPLATE).exists():
             shutil.copyfile(file.parent / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     library.no_truncation()
@@ -72,8 +72,8 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
     return end, tokenizer.end_of_document
 
 
-def _settings_beside(folder: Path, library: Tokenizer) -> dict[str, Any]:
-    """Return what stays of a tokenizer_config.json: nothing that changes the ids of a text or adds a token."""
+def _kept_settings(folder: Path, library: Tokenizer) -> dict[str, Any]:
+    """Return the keys of a tokenizer_config.json that neither change the ids of a text nor add a token."""
     path = folder / TOKENIZER_CONFIG
     given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept: dict[str, Any] = {key: given[key] for key in ("model_max_length", "chat_template") if key in given}
@@ -85,14 +85,14 @@ def _settings_beside(folder: Path, library: Tokenizer) -> dict[str, Any]:
     return kept
 
 
-def _verify(tokenizer: OurTokenizer, folder: Path) -> None:
-    """Raise ConfigError if transformers gives a text other ids than the training."""
+def _verify(tokenizer: TrainingTokenizer, folder: Path) -> None:
+    """Raise DataError if transformers gives a text other ids than the training."""
     from transformers import AutoTokenizer
 
     try:
-        theirs = AutoTokenizer.from_pretrained(folder)
+        exported = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # what transformers raises has no common class
-        raise ConfigError(
+        raise DataError(
             f"data.tokenizer = '{tokenizer.name}' cannot be exported: AutoTokenizer does not open it ({error})"
         ) from None
     for text in SAMPLE_TEXTS:
@@ -100,16 +100,16 @@ def _verify(tokenizer: OurTokenizer, folder: Path) -> None:
             expected = tokenizer.encode(text).tolist()
         except UserError:  # a text that the training would have refused
             continue
-        if (ids := theirs(text).input_ids) != expected:
-            raise ConfigError(
+        if (ids := exported(text).input_ids) != expected:
+            raise DataError(
                 f"data.tokenizer = '{tokenizer.name}' cannot be exported: for {text!r} AutoTokenizer would give "
                 f"{len(ids)} ids, first {ids[:8]}, the training had {len(expected)}, first {expected[:8]}"
             )
 
 
 def byte_level_tokenizer() -> Tokenizer:
-    """One token a byte, by its value, and 256 for the end of a text."""
-    # ByteLevel writes each byte as one character: its own where it is printable, else one from U+0100 on.
+    """Return a tokenizer with one token per byte, whose id is its value, and 256 for the end of a text."""
+    # ByteLevel writes each byte as one character: its own if it is printable, else one from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -122,14 +122,14 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """Return the file of a folder's tokenizer, if it has one; in an export of ours the one that the training read."""
+    """Return the file of a folder's tokenizer, or None; in an export of mtp_dist the one that the training read."""
     names = TOKENIZER_FILES[::-1] if (folder / HEADS_CONFIG).exists() else TOKENIZER_FILES
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def copy_tokenizer(file: Path, folder: Path) -> None:
-    """Copy a tokenizer and what is beside it."""
+    """Copy a tokenizer and the files next to it that belong to it."""
     shutil.copyfile(file, folder / f"tokenizer{file.suffix}")
-    for name in BESIDE:
+    for name in COMPANION_FILES:
         if (file.parent / name).exists():
             shutil.copyfile(file.parent / name, folder / name)
