@@ -1,11 +1,16 @@
-"""Small whole checkpoints, without a training."""
+"""Small complete checkpoints without a training, and ways to damage them."""
 
+import json
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mtp_dist.checkpoint.format import (
+    MANIFEST,
     MODEL,
     OPTIMIZER,
     UNFINISHED,
@@ -14,6 +19,7 @@ from mtp_dist.checkpoint.format import (
     checkpoint_path,
     with_suffix_appended,
 )
+from mtp_dist.checkpoint.manifest import record_of
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
 from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.config import Config, build_config
@@ -28,20 +34,19 @@ def config_in(directory: Path, **checkpoint: object) -> Config:
 
 
 def write_unfinished(config: Config, step: int) -> Path:
-    """All files of a checkpoint of that step, by two ranks."""
-    unfinished = with_suffix_appended(checkpoint_path(config, step), UNFINISHED)
-    create_staging_dir(unfinished)
+    """Write all files of a checkpoint of two ranks into its staging directory."""
+    staging = with_suffix_appended(checkpoint_path(config, step), UNFINISHED)
+    create_staging_dir(staging)
     shapes = parameter_shapes(config)
     records = {}
     for rank in range(2):
         topology = Topology(2, 1, 1, rank, 0, 0, torch.device("cpu"))
         weights = {name: torch.full(shape, step + 0.5) for name, shape in list(shapes.items())[rank::2]}
         moments = {f"{key}.{name}": weight.clone() for key in MOMENTS for name, weight in weights.items()}
-        records |= write_tensor_files(unfinished, {MODEL: weights, OPTIMIZER: moments}, topology)
+        records |= write_tensor_files(staging, {MODEL: weights, OPTIMIZER: moments}, topology)
     layout = SavedLayout(tensor=2, pipeline=1, data=1, world_size=2, zero_stage=0)
-    description = CheckpointMetadata(step, step, config, losses=(3.5, None), layout=layout)
-    write_metadata(unfinished, description, records)
-    return unfinished
+    write_metadata(staging, CheckpointMetadata(step, step, config, losses=(3.5, None), layout=layout), records)
+    return staging
 
 
 def write_checkpoint(directory: Path, step: int) -> Path:
@@ -51,6 +56,21 @@ def write_checkpoint(directory: Path, step: int) -> Path:
     return final
 
 
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a JSON file, and its record in the manifest next to it, if there is one."""
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+    manifest = path.with_name(MANIFEST)
+    if path != manifest and manifest.exists():
+        edit_json(manifest, lambda values: values["files"].update({path.name: asdict(record_of(path))}))
+
+
+def as_saved(config: Config) -> Config:
+    """Return the configuration as a checkpoint contains it: without the world size."""
+    return build_config(config.model_dump(mode="json"))
+
+
 def flip(path: Path, position: int) -> None:
     """Change one byte."""
     content = bytearray(path.read_bytes())
@@ -58,17 +78,17 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def damages(path: Path) -> dict[str, object]:
-    """Ways to damage a file, by name."""
+def damages(path: Path) -> dict[str, Callable[[], object]]:
+    """Return ways to damage a file, by name."""
     size = path.stat().st_size
     return {
         "first byte": lambda: flip(path, 0),
         "middle byte": lambda: flip(path, size // 2),
         "last byte": lambda: flip(path, size - 1),
-        "cut off": lambda: path.write_bytes(path.read_bytes()[:-1]),
+        "truncated": lambda: path.write_bytes(path.read_bytes()[:-1]),
         "longer": lambda: path.write_bytes(path.read_bytes() + b"x"),
         "empty": lambda: path.write_bytes(b""),
-        "gone": path.unlink,
+        "missing": path.unlink,
         "a folder": lambda: (path.unlink(), path.mkdir()),
     }
 
@@ -77,8 +97,3 @@ def copied(folder: Path, to: Path) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder, to)
     return to
-
-
-def as_saved(config: Config) -> Config:
-    """Return the configuration as a checkpoint has it: without the world size."""
-    return build_config(config.model_dump(mode="json"))

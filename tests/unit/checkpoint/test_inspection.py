@@ -25,13 +25,6 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_folder_of_a_run(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "run" / "checkpoints", 10)
-    shown = inspect(tmp_path / "run", "--json")
-    assert shown.exit_code == 0, shown.output
-    assert [line["step"] for line in json.loads(shown.stdout)] == [10]
-
-
 def test_one_checkpoint(directory: Path) -> None:
     folder = directory / "step_00000020"
     shown = inspect(folder, "--json")
@@ -46,15 +39,10 @@ def test_one_checkpoint(directory: Path) -> None:
     assert sum(parts.values()) == sum(map(math.prod, shapes.values()))
     assert (parts["embeddings"], parts["final_norm"]) == (2 * VOCAB_SIZE * 32, 32)
     assert parts["head 1"] == parts["head 4"] == parts["trunk"] / 4
-    groups = {group["name"]: group for group in report["weights"]}
-    assert groups["trunk.*.mlp.linear_fc2.weight"] == {
-        "name": "trunk.*.mlp.linear_fc2.weight",
-        "count": 4,
-        "shape": [32, 48],
-    }
+    groups = {group.pop("name"): group for group in report["weights"]}
+    assert groups["trunk.*.mlp.linear_fc2.weight"] == {"count": 4, "shape": [32, 48]}
     assert sum(group["count"] for group in groups.values()) == len(shapes) and len(groups) == 3 + 6 + 6
-    kinds = {"weights": "model-*", "optimizer": "optimizer-*"}
-    for kind, pattern in kinds.items():
+    for kind, pattern in {"weights": "model-*", "optimizer": "optimizer-*"}.items():
         assert report["bytes"][kind] == sum(path.stat().st_size for path in folder.glob(pattern))
     text = inspect(folder).stdout
     for fact in ("20, 20 updates", "tensor 2 x pipeline 1 x data 1, ZeRO 0, 2 processes", "3.5000 -", "7 files are"):
@@ -62,7 +50,7 @@ def test_one_checkpoint(directory: Path) -> None:
     assert "heads.*.0.self_attention.linear_qkv.weight" in text
 
 
-def test_several_checkpoints(directory: Path) -> None:
+def test_several_checkpoints(directory: Path, tmp_path: Path) -> None:
     lines = json.loads(inspect(directory, "--json").stdout)
     assert [(line["step"], line["latest"], line["damage"]) for line in lines] == [(20, True, None), (10, False, None)]
     assert all(line["bytes"] > 1e5 and line["losses"] == [3.5, None] for line in lines)
@@ -71,15 +59,17 @@ def test_several_checkpoints(directory: Path) -> None:
     shown = inspect(directory)
     assert shown.exit_code == 2 and "DAMAGED" in shown.stdout and "as written" in shown.stdout
     assert shown.stderr.startswith(f"error: {directory / 'step_00000010'} is ") and "config.json" in shown.stderr
+    write_checkpoint(tmp_path / "run" / "checkpoints", 30)
+    assert [line["step"] for line in json.loads(inspect(tmp_path / "run", "--json").stdout)] == [30]
 
 
-def test_a_damaged_one(directory: Path) -> None:
+def test_corrupt_checkpoint(directory: Path) -> None:
     folder = directory / "step_00000020"
     flip(folder / "optimizer-00001-of-00002.safetensors", -1)
     for options in ([], ["--json"]):
         shown = inspect(folder, *options)
         assert shown.exit_code == 2 and shown.stdout == ""
-        [sentence] = shown.stderr.splitlines()
-        assert sentence.startswith(f"error: {folder} is ") and "optimizer-00001-of-00002.safetensors has" in sentence
+        [message] = shown.stderr.splitlines()
+        assert message.startswith(f"error: {folder} is ") and "optimizer-00001-of-00002.safetensors has" in message
     (directory / "empty").mkdir()
     assert inspect(directory / "empty").exit_code == 2

@@ -1,116 +1,291 @@
-"""Saving while two ranks train: what is saved, what happens where it cannot be, and what is loaded of it."""
+"""Saves of a model in training on two ranks: in the background, on a full disk, with a bug, and starts from them."""
 
-import json
+import contextlib
+import logging
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from mtp_dist.checkpoint import find, restore, saver
+from mtp_dist.checkpoint.format import RunState
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, tensor_files
-from mtp_dist.checkpoint.reader import TensorReader, load_weights
+from mtp_dist.checkpoint.reader import load_weights
+from mtp_dist.checkpoint.restore import agree_on_resume_point
+from mtp_dist.checkpoint.saver import CheckpointSaver
+from mtp_dist.config import Config
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+from mtp_dist.errors import UserError
+from tests.engines import open_engine, take_step
 from tests.parity.comparison import layout_config
 from tests.ranks import Ranks
-from tests.unit.checkpoint.saving_on_ranks import ROOM, Seen, save_in_all_ways, start_from_damaged
+from tests.unit.checkpoint.folders import damages, flip
+
+SPACE = 4096
+"""Size limit of a file on a full disk, in bytes: enough for JSON, not for tensors."""
+
+
+@contextlib.contextmanager
+def collected(logger: logging.Logger) -> Iterator[list[str]]:
+    """Yield the messages of a logger, in a list that grows."""
+    messages: list[str] = []
+    logger.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logger, "handle", lambda record: messages.append(record.getMessage()))
+        yield messages
+
+
+class Training:
+    """A model in training, saved on demand."""
+
+    def __init__(self, config: Config) -> None:
+        self.engine = open_engine(config)
+        self.groups = new_gloo_groups(self.engine.topology)
+
+    def saver_into(self, directory: Path, **changes: object) -> CheckpointSaver:
+        config = self.engine.config
+        checkpoint = config.checkpoint.model_copy(update={"directory": str(directory)} | changes)
+        return CheckpointSaver(config.model_copy(update={"checkpoint": checkpoint}), self.engine, self.groups)
+
+
+def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
+    """Save step 1 into `waited`, and steps 1, 2 and the last into `async`. Return when the first files were there."""
+    training = Training(config)
+    take_step(training.engine, 1)
+    waited = training.saver_into(directory / "waited")
+    waited.save(RunState(1))
+    waited.wait()
+
+    background = training.saver_into(directory / "async")
+    first = directory / "async" / "step_00000001"
+    finished = {}
+    with _writing_held_back() as release:
+        background.save(RunState(1))
+        take_step(training.engine, 2)
+        finished["while training continues"] = first.exists()
+        timer = threading.Timer(0.3, release)
+        timer.start()
+        background.save(RunState(2))
+        finished["when the next save starts"] = first.exists()
+        timer.join()
+    background.wait()
+    take_step(training.engine, 3)
+    background.save(RunState(config.train.steps), last=True)
+    finished["when the last save returns"] = (directory / "async" / f"step_{config.train.steps:08d}").exists()
+    return finished
+
+
+@contextlib.contextmanager
+def _writing_held_back() -> Iterator[Callable[[], None]]:
+    """Write no tensor until the function that is yielded is called."""
+    release = threading.Event()
+    write_tensor_files = saver.write_tensor_files
+
+    def wait_first(*arguments: object) -> object:
+        assert release.wait(60)
+        return write_tensor_files(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "write_tensor_files", wait_first)
+        yield release.set
+
+
+@dataclass
+class Failures:
+    """What one rank saw of failing saves."""
+
+    messages: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    """Names in the folder after the first save that failed for good."""
+
+
+def save_on_full_disk(config: Config, directory: Path) -> Failures:
+    """Fill rank 1's disk for two attempts of step 2, for all of step 3 and for all of the last step. Keep two."""
+    seen, training = Failures(), Training(config)
+    saver_of_run = training.saver_into(directory, keep_last=2)
+    with collected(saver.logger) as seen.messages:
+        for step, attempts in {1: 0, 2: 2, 3: 99, 4: 0, config.train.steps: 99}.items():
+            take_step(training.engine, step)
+            with _full_disk(attempts if dist.get_rank() == 1 else 0):
+                try:
+                    saver_of_run.save(RunState(step))
+                    saver_of_run.wait()
+                except UserError as error:
+                    seen.errors.append(str(error))
+            if step == 3:
+                seen.kept = sorted(path.name for path in directory.iterdir())
+            dist.barrier()
+    return seen
+
+
+@contextlib.contextmanager
+def _full_disk(attempts: int) -> Iterator[None]:
+    """Let this process write no tensors in that many attempts, and retry without a delay."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failed = 0
+
+    def free_space_at_last(delay: float) -> None:
+        nonlocal failed
+        failed += 1
+        if failed == attempts:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "sleep", free_space_at_last)
+        if attempts:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (SPACE, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_with_bug(config: Config, directory: Path) -> str:
+    """Return the error of the save after one whose thread has raised."""
+    broken = Training(config).saver_into(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "write_tensor_files", lambda *_: [][0])
+        broken.save(RunState(1))
+        with pytest.raises(IndexError) as error:
+            broken.save(RunState(2))
+    return str(error.value)
+
+
+def start_from_damaged(config: Config, directory: Path) -> dict[str, tuple[str, list[str]]]:
+    """Damage each file of the newest checkpoint in turn, then one of every checkpoint, and start after each damage.
+
+    Return by damage the folder that all ranks agree on, or the error, and the messages.
+    """
+    topology = initialize_topology(config, select_device(config))
+    group = new_gloo_groups(topology).all
+    starts = {}
+
+    def start(name: str) -> None:
+        dist.barrier()
+        with collected(find.logger) as messages:
+            try:
+                point = agree_on_resume_point(config, topology, group)
+                result = point.folder.name if point else "from scratch"
+            except UserError as error:
+                result = str(error)
+        starts[name] = result, messages
+        dist.barrier()
+
+    def on_rank_0(action: Callable[[], object]) -> None:
+        dist.barrier()
+        if topology.rank == 0:
+            action()
+        dist.barrier()
+
+    newest, *others = sorted(directory.glob("step_*"), reverse=True)
+    start("no damage")
+    for path in sorted(newest.iterdir()):
+        content = path.read_bytes()
+        for damage in ("middle byte", "truncated", "missing"):
+            on_rank_0(damages(path)[damage])
+            start(f"{path.name}: {damage}")
+            on_rank_0(lambda path=path, content=content: path.write_bytes(content))
+    for folder in (newest, *others):
+        on_rank_0(lambda folder=folder: flip(next(folder.glob("optimizer-*-of-*")), -1))
+    start("all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(restore, "CHECK_INTERVAL_S", 0.0)
+        if topology.rank == 1:
+            patch.setattr(Path, "is_dir", lambda _: False)
+        start("other disks")
+    return starts
+
 
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("saver")
+def config_of(*layout: int, **sections: dict[str, object]) -> Config:
+    return layout_config((*layout, False), 2, train={"steps": STEPS}, **sections)
 
 
 @pytest.fixture(scope="module")
-def seen(ranks: Ranks, directory: Path) -> list[Seen]:
-    config = layout_config((1, 2, 1, False), 2, train={"steps": STEPS})
-    return ranks.run(2, save_in_all_ways, config, directory)
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, bool]]]:
+    directory = tmp_path_factory.mktemp("saver")
+    return directory, ranks.run(2, save_in_background, config_of(1, 2, 1), directory)
 
 
-def test_training_goes_on_and_one_save_waits_for_the_other(seen: list[Seen]) -> None:
-    for of_rank in seen:
-        assert of_rank.finished_before == {
-            "training went on": False,
-            "the next save": True,
-            "the run's last save ended": True,
+def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, list[dict[str, bool]]]) -> None:
+    directory, finished = saved
+    for of_one in finished:
+        assert of_one == {
+            "while training continues": False,
+            "when the next save starts": True,
+            "when the last save returns": True,
         }
-
-
-def test_what_is_saved_is_what_there_was_when_save_was_called(seen: list[Seen], directory: Path) -> None:
-    assert seen
     waited, meanwhile, later = (
         directory / name for name in ("waited/step_00000001", "async/step_00000001", "async/step_00000002")
     )
     records = read_manifest(waited)
     assert len(records) == 7
     for name in records.keys() - {"config.json"}:
-        assert (waited / name).read_bytes() == (meanwhile / name).read_bytes(), name
+        assert (waited / name).read_bytes() == (meanwhile / name).read_bytes(), f"{name} is of the time of the save"
     for name in tensor_files(records):
         assert (waited / name).read_bytes() != (later / name).read_bytes(), "training changes every file"
 
 
-def test_failing_writes_are_told_and_tried_again(seen: list[Seen], directory: Path) -> None:
-    failing = directory / "failing"
-    file = "model-00002-of-00002.safetensors"
+def test_failed_writes_are_logged_and_tried_again(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks.run(2, save_on_full_disk, config_of(1, 2, 1), tmp_path)
 
-    def told(step: int) -> str:
-        folder = failing / f"step_{step:08d}.unfinished"
-        return f"rank 1 cannot write into checkpoint.directory: {folder / file}: "
+    def failure(step: int) -> str:
+        file = tmp_path / f"step_{step:08d}.unfinished" / "model-00002-of-00002.safetensors"
+        return f"rank 1 cannot write into checkpoint.directory: {file}: "
 
-    reports, others = seen[0].reports, seen[1].reports
-    assert others == []
-    assert all("File too large" in report for report in reports), reports
-    assert [report.split(":")[0] for report in reports] == [
-        *["checkpoint of step 5"] * 2,
-        *["checkpoint of step 6"] * 3,
-        "checkpoint of step 6 is NOT saved",
+    messages = first.messages
+    assert [message.split(":")[0] for message in messages] == [
+        "Saved the checkpoint of step 1",
+        *["checkpoint of step 2"] * 2,
+        "Saved the checkpoint of step 2",
+        *["checkpoint of step 3"] * 3,
+        "checkpoint of step 3 is NOT saved",
+        "Saved the checkpoint of step 4",
         *[f"checkpoint of step {STEPS}"] * 3,
         f"checkpoint of step {STEPS} is NOT saved",
     ]
-    assert told(5) in reports[0] and reports[0].endswith("; trying again in 2 s") and "in 10 s" in reports[1]
-    for of_rank in seen:
-        assert [error.startswith(told(step)) for error, step in zip(of_rank.errors, (6, STEPS), strict=True)]
-    kept = ["step_00000004", "step_00000005"]
-    assert seen[0].left == ["latest", *kept], "none goes before the next one is there"
-    assert (failing / "latest").read_text() == "step_00000007\n"
-    names = sorted(path.name for path in failing.glob("step_*"))
-    assert names == ["step_00000005", "step_00000007"]
-    for step in (5, 7):
-        sizes = [record.bytes for record in check_fully(failing / f"step_{step:08d}").values()]
-        assert max(sizes) > ROOM
-    before, after = (load_weights(failing / f"step_{step:08d}")[1] for step in (5, 7))
-    assert not torch.equal(before["embedding.weight"], after["embedding.weight"]), "the run went on"
+    assert all("File too large" in message for message in messages if not message.startswith("Saved"))
+    assert failure(2) in messages[1] and messages[1].endswith("; trying again in 2 s") and "in 10 s" in messages[2]
+    for rank in (first, second):
+        assert [error.startswith(failure(step)) for error, step in zip(rank.errors, (3, STEPS), strict=True)]
+    assert first.kept == ["latest", "step_00000001", "step_00000002"], "none is deleted before the next one exists"
+    assert (tmp_path / "latest").read_text() == "step_00000004\n"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000004"]
+    for step in (2, 4):
+        assert max(record.bytes for record in check_fully(tmp_path / f"step_{step:08d}").values()) > SPACE
+    before, after = (load_weights(tmp_path / f"step_{step:08d}")[1] for step in (2, 4))
+    assert not torch.equal(before["embedding.weight"], after["embedding.weight"]), "training has continued"
 
 
-def test_a_mistake_in_the_thread_ends_the_run(seen: list[Seen]) -> None:
-    for of_rank in seen:
-        assert of_rank.bugs == ["IndexError('list index out of range')"], "which the next save raises"
+def test_bug_in_the_thread_ends_the_run(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks.run(2, save_with_bug, config_of(1, 2, 1), tmp_path) == ["list index out of range"] * 2
 
 
-def test_damaged_tensors_are_never_loaded(ranks: Ranks, seen: list[Seen], directory: Path) -> None:
-    assert seen
-    folder = directory / "async"
-    config = layout_config((2, 1, 1, False), 2, checkpoint={"directory": str(folder)}, train={"steps": STEPS})
-    files = [path.name for path in (folder / f"step_{STEPS:08d}").iterdir()]
-    first, second = ranks.run(2, start_from_damaged, config, folder)
-    assert first.starts == second.starts
-    assert first.starts.pop("nothing") == f"step_{STEPS:08d}" and first.warnings.pop("nothing") == ""
-    every, disks = first.starts.pop("all"), first.starts.pop("other disks")
-    assert "optimizer-0000" in every and "there is no older one to use instead" in every
+def test_damaged_tensors_are_never_loaded(
+    ranks: Ranks, saved: tuple[Path, list[dict[str, bool]]], tmp_path: Path
+) -> None:
+    folder = saved[0] / "async"
     newest = folder / f"step_{STEPS:08d}"
+    files = [path.name for path in newest.iterdir()]
+    first, second = ranks.run(2, start_from_damaged, config_of(2, 1, 1, checkpoint={"directory": str(folder)}), folder)
+    assert {name: start for name, (start, _) in first.items()} == {name: start for name, (start, _) in second.items()}
+    assert first.pop("no damage") == (newest.name, [])
+    (every, _), (disks, _) = first.pop("all"), first.pop("other disks")
+    assert "optimizer-0000" in every and "no older checkpoint is left" in every
     assert disks.startswith(f"rank 0 would start from {newest}, which rank 1 does not see: checkpoint.directory must ")
-    assert len(first.starts) == 3 * len(files)
-    for damage, start in first.starts.items():
+    assert len(first) == 3 * len(files)
+    for damage, (start, messages) in first.items():
         assert start == "step_00000002", damage
-        [warning] = first.warnings[damage].splitlines()
-        assert f"step_{STEPS:08d} is " in warning and warning.endswith("step_00000002")
+        [message] = messages
+        assert f"{newest} is " in message and message.endswith("step_00000002")
         name = damage.split(":")[0]
-        assert name in warning or name == "manifest.json"
-
-
-def test_config_json_tells_of_the_run(seen: list[Seen], directory: Path) -> None:
-    assert seen
-    values = json.loads((directory / "waited" / "step_00000001" / "config.json").read_text())
-    assert values["layout"] == {"tensor": 1, "pipeline": 2, "data": 1, "world_size": 2, "zero_stage": 0}
-    assert TensorReader(directory / "waited" / "step_00000001", "optimizer").shapes()["exp_avg.final_norm.weight"] == (
-        32,
-    )
+        assert name in message or name == "manifest.json"

@@ -1,25 +1,33 @@
-"""Small checkpoints of ours and small Llamas of Hugging Face, with weights that leave no factor hidden."""
+"""Small checkpoints, Llamas and tokenizers, with weights that leave no factor hidden."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mtp_dist.checkpoint.format import MODEL, CheckpointMetadata, tensor_file
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import load_weights
-from mtp_dist.config import Config
+from mtp_dist.checkpoint.writer import write_index
+from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.import_config import ImportRequest
+from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import tiny_config
 
 VOCAB_SIZE = 257
-"""That of the bytes."""
+"""Vocabulary size of the byte tokenizer."""
 STEP = 7
+SINGLE = "model.safetensors"
+TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
 
 
 def lively(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -28,21 +36,21 @@ def lively(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dict[str, Any]) -> ReferenceModel:
-    """A checkpoint of step 7 of a tiny model, and that model."""
+    """Write a checkpoint of step 7 of a tiny model, and return that model."""
     config = tiny_config(**sections | {"model": {"vocab_size": vocab_size} | sections.get("model", {})})
     generator = torch.Generator().manual_seed(8)
-    weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config).items()}
+    shapes, file = parameter_shapes(config), tensor_file(MODEL, 0, 1)
+    weights = {name: lively(shape, generator) for name, shape in shapes.items()}
     folder.mkdir(parents=True)
-    save_file(weights, folder / tensor_file(MODEL, 0, 1))
-    index = {"weight_map": dict.fromkeys(weights, tensor_file(MODEL, 0, 1))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(weights, folder / file)
+    write_index(folder, MODEL, {file: shapes})
     CheckpointMetadata(STEP, 0, config).write(folder)
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
     return ReferenceModel(config, weights)
 
 
 def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -> LlamaForCausalLM:
-    """A tiny Llama as transformers saves it, with a tokenizer, and that Llama."""
+    """Write a tiny Llama as transformers saves it, with a tokenizer, and return that Llama."""
     settings = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -59,27 +67,70 @@ def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -
             weight.copy_(lively(tuple(weight.shape), generator))
     llama.save_pretrained(folder)
     if tokenizer:
-        from mtp_dist.convert.tokenizer_files import write_tokenizer
-
         write_tokenizer(tokenizer, folder)
     return llama
 
 
-def tokens_of(batch: int, length: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
-    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(3))
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    """Return a change of a folder's config.json."""
+
+    def change(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return change
 
 
-def check_same_logits(model: ReferenceModel, llama: PreTrainedModel) -> None:
-    tokens = tokens_of(2, 40, model.weight("embedding.weight").shape[0])
-    with torch.no_grad():
-        ours, theirs = model.next_token_logits(tokens), llama(tokens).logits
-    assert float(ours.std()) > 0.3, "logits that say something"
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+def change_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    """Return a change of the weights in a folder's single file."""
+
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE)
+        change(tensors)
+        save_file(tensors, folder / SINGLE, {"format": "pt"})
+
+    return rewrite
+
+
+def import_from(folder: Path, *overrides: str, to: str = "c", **options: Any) -> Path:
+    """Import `folder/hf`."""
+    import_llama(ImportRequest(folder / "hf", folder / to, overrides=overrides, **options))
+    return folder / to
 
 
 def open_checkpoint(folder: Path) -> ReferenceModel:
     return ReferenceModel(*load_weights(folder))
 
 
-def config_of(folder: Path) -> Config:
-    return load_weights(folder)[0]
+def check_same_logits(model: ReferenceModel, llama: PreTrainedModel) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 40), generator=generator)
+    with torch.no_grad():
+        logits, expected = model.next_token_logits(tokens), llama(tokens).logits
+    assert float(logits.std()) > 0.3, "the logits are not trivial"
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def check_same_weights(model: ReferenceModel, other: ReferenceModel) -> None:
+    weights, others = model.named_weights(), other.named_weights()
+    assert weights.keys() == others.keys() and all(torch.equal(others[name], weights[name]) for name in weights)
+
+
+def byte_pairs(folder: Path, end: str = "<|endoftext|>") -> Path:
+    """Train a tokenizer as docs/data.md does."""
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[end])
+    library.train_from_iterator([TEXT] * 9, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def train_sentencepiece(folder: Path, text: str = TEXT, **options: object) -> Path:
+    (folder / "text").write_text(text * 9)
+    settings = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2} | options
+    prefix = str(folder / "tokenizer")
+    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=prefix, **settings)
+    return folder / "tokenizer.model"

@@ -10,177 +10,190 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
-from mtp_dist.convert.from_huggingface import import_llama
-from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.llama import llama_weights, split
-from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.errors import ConfigError
-from tests.tiny import LLAMA3_ROPE
-from tests.unit.convert.folders import check_same_logits, open_checkpoint, write_checkpoint, write_llama
+from mtp_dist.errors import UserError
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
+from tests.unit.convert.folders import (
+    SINGLE,
+    change_config,
+    change_weights,
+    check_same_logits,
+    import_from,
+    open_checkpoint,
+    write_llama,
+)
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    values = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(values))
-
-
-def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
-    names = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    save_file(load_file(folder / SINGLE) | names, folder / SINGLE, {"format": "pt"})
+INDEX = "model.safetensors.index.json"
 
 
 def shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None) -> dict[str, str]:
-    """Write the weights, changed, as two shards beside the single file, with an index, which is returned."""
+    """Write the weights, changed, as two files next to the single file, with an index, and return the index."""
     tensors = load_file(folder / SINGLE)
     change(tensors)
     names = sorted(tensors)
-    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
-    weight_map = {name: file for file, part in parts.items() for name in part}
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, its_names in files.items():
+        save_file({name: tensors[name] for name in its_names}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, its_names in files.items() for name in its_names}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
 
 
 def tied_with_the_same(folder: Path) -> None:
-    add_tensors(folder, lm_head__weight=load_file(folder / SINGLE)["model.embed_tokens.weight"].clone())
-
-
-def stale_shards(folder: Path) -> None:
-    shard(folder, lambda tensors: tensors["model.norm.weight"].mul_(3))
+    change_weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
 
 
 def wrong_index(folder: Path) -> None:
-    """The index names the other file for each weight; transformers reads all of both."""
-    weight_map = shard(folder)
+    """Let the index name the other file for each weight; transformers reads all of both."""
     other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
-    swapped = {name: other[file] for name, file in weight_map.items()}
+    swapped = {name: other[file] for name, file in shard(folder).items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": swapped}))
     (folder / SINGLE).unlink()
 
 
-def in_two_shards(folder: Path) -> None:
+def in_two_files(folder: Path) -> None:
     shard(folder)
     (folder / SINGLE).unlink()
     tensors = load_file(folder / "a.safetensors") | load_file(folder / "b.safetensors")
     save_file(tensors, folder / "b.safetensors", {"format": "pt"})
 
 
-LLAMA3 = {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500.0}}
-LAYOUTS: dict[str, tuple[dict[str, Any], Callable[[Path], object], str | None, tuple[pytest.MarkDecorator, ...]]] = {
-    "one file": ({}, lambda folder: None, None, ()),
-    "tied": ({"tie_word_embeddings": True}, lambda folder: None, None, ()),
-    "tied, and twice in the files": ({"tie_word_embeddings": True}, tied_with_the_same, None, ()),
-    "tied, and another lm_head in the files": (
-        {"tie_word_embeddings": True},
-        lambda folder: add_tensors(folder, lm_head__weight=torch.randn(257, 32)),
-        "has tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight",
-        (),
-    ),
-    "frequencies": ({}, lambda folder: add_tensors(folder, model__rotary_emb__inv_freq=torch.ones(4)), None, ()),
-    "a stale index": ({}, stale_shards, None, ()),
-    "an index with the wrong files": ({}, wrong_index, None, ()),
-    "weights in two files": ({}, in_two_shards, r"has lm_head\.weight in a\.safetensors and in b\.safet", ()),
-    "another variant only": (
-        {},
-        lambda folder: (folder / SINGLE).rename(folder / "model.fp16.safetensors"),
-        "has no weights",
-        (),
-    ),
-    "an adapter": (
-        {},
-        lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        r"has a PEFT adapter, adapter_config\.json",
-        (),
-    ),
-    "another model_type": (
-        {},
-        lambda folder: change_config(folder, model_type="mistral"),
-        "has model_type = 'mistral' in config.json, its architectures",
-        (),
-    ),
-    "weights elsewhere": (
-        {},
-        lambda folder: change_config(folder, transformers_weights="a.safetensors"),
-        "has transformers_weights = 'a.safetensors' in config.json",
-        (),
-    ),
-    "a scaling's length outside of it": (
-        LLAMA3,
-        lambda folder: change_config(folder, original_max_position_embeddings=32),
-        None,
-        (),
-    ),
-    "a rotation of all channels, named": ({"partial_rotary_factor": 1.0}, lambda folder: None, None, ()),
+def in_bf16(folder: Path) -> None:
+    LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 2
+    (folder / SINGLE).unlink()
+
+
+def pickled(folder: Path) -> None:
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / SINGLE).unlink()
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def old_scaling(key: str) -> Callable[[Path], None]:
+    """Return a change to the keys before transformers 5."""
+    return change_config(rope_parameters=None, rope_theta=500, rope_scaling={key: "linear", "factor": 4})
+
+
+TIED = {"tie_word_embeddings": True}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+ROPE_500 = {"rope_type": "default", "rope_theta": 500.0}
+LLAMA3 = {"rope_parameters": ROPE_500 | LLAMA3_ROPE}
+LINEAR = {"rope_parameters": ROPE_500 | LINEAR_ROPE}
+READ: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
+    "one file": ({}, lambda folder: None),
+    "tied": (TIED, lambda folder: None),
+    "tied, and twice in the files": (TIED, tied_with_the_same),
+    "frequencies": ({}, change_weights(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)}))),
+    "a stale index": ({}, lambda folder: shard(folder, lambda tensors: tensors["model.norm.weight"].mul_(3))),
+    "an index with the wrong files": ({}, wrong_index),
+    "bf16 in several files": ({}, in_bf16),
+    "the length of a scaling outside of it": (LLAMA3, change_config(original_max_position_embeddings=32)),
+    "rope_type before transformers 5": (LINEAR, old_scaling("rope_type")),
+    "type before transformers 5": (LINEAR, old_scaling("type")),
+    "rotation of all channels, named": ({"partial_rotary_factor": 1.0}, lambda folder: None),
+    "Mistral without a window": ({}, change_config(**MISTRAL, sliding_window=None)),
 }
 
 
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=case[3]) for name, case in LAYOUTS.items()])
+@pytest.mark.parametrize("layout", READ)
 def test_every_weight_is_the_one_that_transformers_holds(tmp_path: Path, layout: str) -> None:
-    settings, change, refusal, _ = LAYOUTS[layout]
+    settings, change = READ[layout]
     write_llama(tmp_path / "hf", **settings)
     change(tmp_path / "hf")
-    request = ImportRequest(tmp_path / "hf", tmp_path / "c")
-    if refusal:
-        with pytest.raises(ConfigError, match=f"^--from = '{tmp_path}/hf' {refusal}"):
-            import_llama(request)
-        return
-    import_llama(request)
-    model = open_checkpoint(tmp_path / "c")
+    model = open_checkpoint(import_from(tmp_path))
+    change_config(architectures=["LlamaForCausalLM"], model_type="llama")(tmp_path / "hf")
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     held = llama.state_dict()
-    ours = {
+    imported = {
         part: tensor
         for name, parts in llama_weights(model.config).items()
         for part, tensor in zip(parts, split(name, model.weight(name), model.config.model), strict=True)
     }
-    assert held.keys() - ours.keys() == ({"lm_head.weight"} if settings.get("tie_word_embeddings") else set())
-    assert all(torch.equal(tensor, held[part]) for part, tensor in ours.items())
+    assert held.keys() - imported.keys() == ({"lm_head.weight"} if settings is TIED else set())
+    assert all(torch.equal(tensor, held[part]) for part, tensor in imported.items())
     check_same_logits(model, llama)
 
 
-def test_tensors_that_are_not_used_are_reported(tmp_path: Path) -> None:
-    from mtp_dist.cli import app
-
-    def reported(*options: str) -> str:
-        result = CliRunner().invoke(app, ["import", "--from", str(tmp_path / "hf"), *options])
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    write_llama(tmp_path / "hf", tie_word_embeddings=True)
-    assert "Not used" not in reported("--to", str(tmp_path / "none"))
-    tied_with_the_same(tmp_path / "hf")
-    add_tensors(tmp_path / "hf", model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4))
-    assert (
-        "Not used: lm_head.weight (tied: it equals model.embed_tokens.weight), "
-        "model.layers.0.self_attn.rotary_emb.inv_freq (computed from config.json)\n"
-    ) in reported("--to", str(tmp_path / "some"))
-
-    write_checkpoint(tmp_path / "c")
-    (tmp_path / "hf").rename(tmp_path / "other")
-    export_checkpoint(tmp_path / "c", tmp_path / "hf", "fp32")
-    fewer = reported("--to", str(tmp_path / "fewer"), "--heads", "3")
-    assert "\nNot used: heads.4.0." in fewer and "heads.3.0." not in fewer
-
-
-def outside(folder: Path, name: str) -> None:
-    """Shards whose index names a file that has the last weight, and is not in the folder."""
-    weight_map = shard(folder)
-    (folder / SINGLE).rename(folder.parent / "outside.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": name}}))
+REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "mistral"}, "has model_type = 'mistral' in config.json, its architectures"),
+    ({"transformers_weights": "a.safetensors"}, "has transformers_weights = 'a.safetensors' in config.json"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "has a GPT2LMHeadModel: only LlamaForCausalLM"),
+    ({"architectures": ["Qwen2ForCausalLM"]}, "has a Qwen2ForCausalLM, whose attention has biases"),
+    ({"hidden_size": None}, "config.json lacks hidden_size"),
+    ({"attention_bias": True}, "has attention_bias = True in config.json: biases of attention are not supported"),
+    ({"mlp_bias": True}, "has mlp_bias = True"),
+    (MISTRAL | {"sliding_window": 9}, "has sliding_window = 9 .*: attention to a window of positions is not supported"),
+    ({"hidden_act": "gelu"}, "has hidden_act = 'gelu' in config.json: only SwiGLU"),
+    ({"head_dim": 16}, "has head_dim = 16 in config.json: only hidden_size / num_attention_heads"),
+    ({"quantization_config": {"bits": 4}}, "has quantization_config = "),
+    (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
+        "has rope_scaling = {'rope_type': 'yarn', .*: mtp_dist supports the rope types default, linear, llama3",
+    ),
+    ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "mtp_dist supports the rope types default, linear, llama3"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ": it lacks high_freq_factor$"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "full_attention is not supported$"),
+    ({"rope_scaling": "linear"}, "has rope_scaling = 'linear' .*it is not a JSON object"),
+    ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5 in config.json: rotary embeddings of a part"),
+    ({"rope_parameters": ROPE_500 | {"partial_rotary_factor": 0.5}}, "has rope_scaling = .*: rotary embeddings of a"),
+    ({"num_hidden_layers": 1}, "has 1 layers, of which head 1 of kind 'parallel' needs 1"),
+]
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors"])
-def test_no_file_outside_the_folder_is_read(tmp_path: Path, name: str) -> None:
+def change_norm(weight: torch.Tensor) -> Callable[[Path], None]:
+    return change_weights(lambda tensors: tensors.update({"model.norm.weight": weight}))
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    **{str(changes): (change_config(**changes), message) for changes, message in REFUSED_CONFIGS},
+    "tied, and another lm_head": (
+        change_weights(lambda tensors: tensors["lm_head.weight"].add_(1)),
+        "has tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight",
+    ),
+    "weights in two files": (in_two_files, r"has lm_head\.weight in a\.safetensors and in b\.safet"),
+    "variant": (lambda folder: (folder / SINGLE).rename(folder / "model.fp16.safetensors"), "has no weights"),
+    "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "has a PEFT adapter, adapter_c"),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
+    "no weights": (lambda folder: (folder / SINGLE).unlink(), "has no weights: model.safetensors is missing"),
+    "pickle": (pickled, "has its weights as a pickle, pytorch_model.bin, which can run any code"),
+    "truncated": (
+        lambda folder: (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-7]),
+        "model.safetensors cannot be read",
+    ),
+    "missing weight": (
+        change_weights(lambda tensors: tensors.pop("model.norm.weight")),
+        "lacks 1 weights, the first is model.norm.weight",
+    ),
+    "unknown weight": (
+        change_weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
+        "has weights that mtp_dist does not support, such as model.layers.0.self_attn.q_proj.bias",
+    ),
+    "shape": (change_norm(torch.ones(31)), r"has model.norm.weight as \[31\], its config.json requires \[32\]"),
+    "integers": (
+        change_norm(torch.ones(32).char()),
+        "model.norm.weight is torch.int8: only floating point can be impo",
+    ),
+    "no tokenizer": (without_tokenizer, "has no tokenizer: name the one it was trained with as data.tokenizer="),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_unsupported_folders_are_refused(tmp_path: Path, case: str) -> None:
+    change, message = REFUSED[case]
     write_llama(tmp_path / "hf")
-    (tmp_path / "hf" / "sub").mkdir()
-    outside(tmp_path / "hf", name.format(tmp_path))
-    with pytest.raises(ConfigError, match=rf"^--from = '{tmp_path}/hf': {INDEX} names '.*', which is not a file of"):
-        import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+    change(tmp_path / "hf")
+    if case.startswith("tied"):
+        change_config(**TIED)(tmp_path / "hf")
+    with pytest.raises(UserError, match=f"^--from = '{tmp_path}/hf'.*{message}"):
+        import_from(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"], "no staging directory remains"
 
 
 WRONG: list[Any] = [None, "x", "", -1, 0, 0.5, True, 10**9, 10**30, 1e400, math.nan, [], [3], {}, {"a": None}]
@@ -200,29 +213,40 @@ def test_any_value_in_config_json_is_read_or_refused(tmp_path: Path) -> None:
     for number, changed in enumerate([*tried, *without]):
         path.write_text(json.dumps(changed))
         try:
-            import_llama(ImportRequest(tmp_path / "hf", tmp_path / f"c{number}"))
-        except ConfigError as error:
+            import_from(tmp_path, to=f"c{number}")
+        except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000, changed
             refused += 1
     assert refused > len(tried) / 4
-    for text in ("[" * 100_000, '{"a":' * 100_000, "", "[]", "3", "null", "\ud800".encode("utf-8", "surrogatepass")):
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ConfigError, match=r"config\.json is not"):
-            import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+    for text in ("[" * 100_000, '{"a":' * 100_000, "", "[]", "3", "null", "\ud800"):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(UserError, match=r"config\.json is not"):
+            import_from(tmp_path)
 
 
-@pytest.mark.parametrize("wrong", [3, None, [], {}, True, "", "..", "."])
-def test_a_weight_map_of_another_type_is_refused(tmp_path: Path, wrong: Any) -> None:
+OUTSIDE = ("../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors")
+
+
+@pytest.mark.parametrize("file", [*OUTSIDE, 3, None, [], {}, True, "", "..", "."])
+def test_no_file_outside_the_folder_is_read(tmp_path: Path, file: Any) -> None:
     write_llama(tmp_path / "hf")
-    outside(tmp_path / "hf", wrong)
-    with pytest.raises(ConfigError, match=rf"^--from = '{tmp_path}/hf': {INDEX} names .*, which is not a file of"):
-        import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+    (tmp_path / "hf" / "sub").mkdir()
+    name_file(tmp_path / "hf", file.format(tmp_path) if isinstance(file, str) else file)
+    with pytest.raises(UserError, match=rf"^--from = '{tmp_path}/hf': {INDEX} names .*, which is not a file of"):
+        import_from(tmp_path)
 
 
-def test_a_weight_map_names_no_file_that_can_be(tmp_path: Path) -> None:
+def name_file(folder: Path, file: Any) -> None:
+    """Name that file for a weight in an index, and move the single file out of the folder."""
+    weight_map = shard(folder)
+    (folder / SINGLE).rename(folder.parent / "outside.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": file}}))
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf")
-    for name in ("missing.safetensors", "a\0b", "config.json", "x" * 5000):
-        outside(tmp_path / "hf", name)
-        with pytest.raises(ConfigError, match=rf"^--from = '{tmp_path}/hf': .* cannot be read: "):
-            import_llama(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+    for file in ("missing.safetensors", "a\0b", "config.json", "x" * 5000):
+        name_file(tmp_path / "hf", file)
+        with pytest.raises(UserError, match=rf"^--from = '{tmp_path}/hf': .* cannot be read: "):
+            import_from(tmp_path)
         (tmp_path / "outside.safetensors").rename(tmp_path / "hf" / SINGLE)

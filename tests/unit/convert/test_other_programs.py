@@ -1,4 +1,4 @@
-"""Other programs open an export as it is, and compute with it what our model computes."""
+"""Other programs open an export as it is, and compute the same with it."""
 
 import gc
 import json
@@ -8,20 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.data.tokenizer import Tokenizer as OurTokenizer
+from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.model.reference import ReferenceModel
-from tests.unit.convert.folders import open_checkpoint, write_checkpoint, write_llama
+from tests.unit.convert.folders import (
+    TEXT,
+    byte_pairs,
+    open_checkpoint,
+    train_sentencepiece,
+    write_checkpoint,
+    write_llama,
+)
 
-TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
 PROMPT, CONTINUATION = "def f(x):", " return x"
 KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama")
 
@@ -30,41 +35,14 @@ KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama")
 class Export:
     folder: Path
     model: ReferenceModel
-    tokenizer: OurTokenizer
+    tokenizer: TrainingTokenizer
 
     def logits(self, text: str) -> torch.Tensor:
         return self.model.next_token_logits(torch.tensor([self.tokenizer.encode(text).tolist()]))[0]
 
 
-def byte_pairs(folder: Path) -> Path:
-    """A tokenizer as docs/data.md trains one."""
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
-    library.train_from_iterator([TEXT] * 9, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    library.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
-
-
-def sentencepiece_model(folder: Path) -> Path:
-    (folder / "text").write_text(TEXT * 9)
-    options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=330,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
-    )
-    return folder / "tokenizer.model"
-
-
 def llama_with_bos(folder: Path) -> None:
-    """A Llama of other people, whose tokenizer begins each text with a BOS."""
+    """Write a Llama whose tokenizer begins each text with a BOS."""
     library = Tokenizer.from_file(str(byte_pairs(folder)))
     library.add_special_tokens(["<s>"])
     library.post_processor = processors.TemplateProcessing(
@@ -88,8 +66,13 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         import_llama(ImportRequest(folder / "llama", folder / "c"))
         model, name = open_checkpoint(folder / "c"), str(folder / "c")
     else:
-        names = {"byte pairs": byte_pairs, "bytes": lambda folder: "bytes", "SentencePiece": sentencepiece_model}
-        name = str(names[kind](folder))
+        options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        tokenizers = {
+            "byte pairs": byte_pairs,
+            "bytes": lambda folder: "bytes",
+            "SentencePiece": lambda folder: train_sentencepiece(folder, vocab_size=330, **options),
+        }
+        name = str(tokenizers[kind](folder))
         sections = {"data": {"tokenizer": name}, "train": {"sequence_length": 128}}
         model = write_checkpoint(folder / "c", build_tokenizer(name).vocab_size, **sections)
     export_checkpoint(folder / "c", folder / "hf", "fp32")
@@ -97,7 +80,7 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @every_export
-def test_a_pipeline_continues_a_text(export: Export) -> None:
+def test_pipeline_continues_a_text(export: Export) -> None:
     generate = pipeline("text-generation", model=str(export.folder), device="cpu")
     written = generate(PROMPT, max_new_tokens=5, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
     ids = export.tokenizer.encode(PROMPT).tolist()
@@ -107,7 +90,7 @@ def test_a_pipeline_continues_a_text(export: Export) -> None:
 
 
 @every_export
-def test_texts_of_several_lengths_make_a_batch(export: Export) -> None:
+def test_texts_of_several_lengths_form_a_batch(export: Export) -> None:
     tokenizer = AutoTokenizer.from_pretrained(export.folder)
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
     batch = tokenizer([PROMPT, TEXT], padding=True, return_tensors="pt")
@@ -132,10 +115,10 @@ def test_lm_eval_scores_a_text(export: Export) -> None:
 
     def expected(before: list[int], text: list[int]) -> float:
         log_probabilities = export.model.next_token_logits(torch.tensor([before + text]))[0].log_softmax(-1)
-        return sum(float(log_probabilities[len(before) - 1 + place, token]) for place, token in enumerate(text))
+        return sum(float(log_probabilities[len(before) - 1 + index, token]) for index, token in enumerate(text))
 
-    whole, prompt = (export.tokenizer.encode(text).tolist() for text in (PROMPT + CONTINUATION, PROMPT))
-    wanted = [expected(prompt, whole[len(prompt) :]), expected([export.tokenizer.end_of_document], prompt)]
+    full, prompt = (export.tokenizer.encode(text).tolist() for text in (PROMPT + CONTINUATION, PROMPT))
+    wanted = [expected(prompt, full[len(prompt) :]), expected([export.tokenizer.end_of_document], prompt)]
     assert scores == pytest.approx(wanted, rel=1e-4), "an empty context is the start of a document"
 
 
@@ -165,7 +148,7 @@ def test_peft_trains_an_adapter(export: Export) -> None:
 
 @every_export
 def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) -> None:
-    """What llama.cpp's converter takes from a folder, by its own classes, is written as GGUF and read again."""
+    """Write as GGUF what llama.cpp's converter takes from a folder, with its own classes, and read it again."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
     tokenizer = AutoTokenizer.from_pretrained(export.folder)
     special = gguf.SpecialVocab(export.folder, load_merges=True, n_vocab=len(tokenizer))
@@ -196,17 +179,17 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
     end = export.tokenizer.end_of_document
     assert (read["bos_token_id"], read["eos_token_id"], read["padding_token_id"]) == (end, end, end)
     assert (read["add_bos_token"], read["add_eos_token"]) == (False, False)
-    # llama.cpp opens no vocabulary of byte pairs without merges, so it has no use for an export with bytes.
+    # llama.cpp opens no vocabulary of byte pairs without merges, so it cannot use an export with bytes.
     assert ("merges" in read) == (export.tokenizer.name != "bytes")
 
 
 @every_export
-def test_an_import_has_the_tokenizer_of_the_training(export: Export, tmp_path: Path) -> None:
+def test_import_has_the_tokenizer_of_the_training(export: Export, tmp_path: Path) -> None:
     imported = import_llama(ImportRequest(export.folder, tmp_path / "c")).config
     assert build_tokenizer(imported.data.tokenizer).fingerprint == export.tokenizer.fingerprint
 
 
-def test_tokenizers_of_our_recipe_split_as_gpt_2_does(tmp_path: Path) -> None:
+def test_documented_tokenizers_split_as_gpt_2_does(tmp_path: Path) -> None:
     """llama.cpp implements this pre-tokenizer, by the name gpt-2."""
     gpt2 = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     splitter = Tokenizer.from_file(str(byte_pairs(tmp_path))).pre_tokenizer

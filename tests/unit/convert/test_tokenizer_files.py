@@ -1,20 +1,18 @@
-"""transformers reads texts as the training did."""
+"""transformers encodes texts as the training did."""
 
 import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtp_dist.convert.tokenizer_files import byte_level_tokenizer, write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
-from mtp_dist.errors import ConfigError
-
-TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
+from mtp_dist.errors import DataError
+from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
@@ -33,35 +31,22 @@ def test_bytes_through_transformers(tmp_path: Path) -> None:
     assert tokenizer(TEXT).input_ids == list(TEXT.encode())
     assert tokenizer.decode([*TEXT.encode(), 256], skip_special_tokens=True) == TEXT
     assert sorted(tokenizer.get_vocab().values()) == list(range(257))
-    # What a text may spell out in training is an end for transformers, as with every tokenizer there.
+    # transformers encodes it as the end of a text, as with every tokenizer; training encodes its bytes.
     assert tokenizer("<|endoftext|>a").input_ids == [256, 97]
 
 
-def byte_pairs(folder: Path) -> Path:
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    library.train_from_iterator(
-        [TEXT] * 9, trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
-    )
-    folder.mkdir()
-    library.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
-
-
-@pytest.mark.parametrize("beside", [{}, {"model_max_length": 99, "eos_token": "<eos>"}])
-def test_a_tokenizer_json_is_copied_with_its_end(tmp_path: Path, beside: dict[str, object]) -> None:
-    file = byte_pairs(tmp_path / "trained")
-    if beside:
-        (file.parent / "tokenizer_config.json").write_text(json.dumps(beside))
+@pytest.mark.parametrize("settings", [{}, {"model_max_length": 99, "eos_token": "<eos>"}])
+def test_tokenizer_json_is_copied(tmp_path: Path, settings: dict[str, object]) -> None:
+    file = byte_pairs(tmp_path / "trained", "<eos>")
+    if settings:
+        (file.parent / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "out").mkdir()
     assert write_tokenizer(str(file), tmp_path / "out") == ("<eos>", 0)
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == file.read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<eos>", 0)
     assert tokenizer(TEXT).input_ids == build_tokenizer(str(file)).encode(TEXT).tolist()
-    assert not beside or tokenizer.model_max_length == 99
+    assert not settings or tokenizer.model_max_length == 99
 
 
 TEXTS = [
@@ -90,27 +75,18 @@ NORMALIZATIONS: dict[str, dict[str, object]] = {
 }
 
 
-def train_sentencepiece(folder: Path, **options: object) -> str:
-    (folder / "text").write_text((TEXT + "\n".join(TEXTS)) * 9)
-    settings = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True} | options
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), minloglevel=2, **settings
-    )
-    return str(folder / "tokenizer.model")
-
-
 def check_same_ids(name: str, folder: Path) -> PreTrainedTokenizerBase:
-    """AutoTokenizer of the folder gives the ids that the training had."""
-    ours, theirs = build_tokenizer(name), AutoTokenizer.from_pretrained(folder)
+    """Check that AutoTokenizer gives the ids of the training, and return it."""
+    training, exported = build_tokenizer(name), AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert theirs(text).input_ids == ours.encode(text).tolist(), repr(text)
-    return theirs
+        assert exported(text).input_ids == training.encode(text).tolist(), repr(text)
+    return exported
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_sentencepiece_gives_the_ids_of_the_training(tmp_path: Path, kind: str, normalization: str) -> None:
-    name = train_sentencepiece(tmp_path, model_type=kind, **NORMALIZATIONS[normalization])
+    name = str(train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), model_type=kind, **NORMALIZATIONS[normalization]))
     (tmp_path / "out").mkdir()
     assert write_tokenizer(name, tmp_path / "out") == ("</s>", 2)
     tokenizer = check_same_ids(name, tmp_path / "out")
@@ -128,18 +104,18 @@ POST_PROCESSORS = {
 
 
 @pytest.mark.parametrize("kind", POST_PROCESSORS)
-def test_no_token_is_added_or_cut_that_the_training_did_not_see(tmp_path: Path, kind: str) -> None:
-    """What a post-processor, truncation, padding or the files beside would do does not happen in training."""
-    file = byte_pairs(tmp_path / "trained")
+def test_no_token_is_added_or_truncated(tmp_path: Path, kind: str) -> None:
+    """Training applies no post-processor, truncation, padding or other file next to the tokenizer."""
+    file = byte_pairs(tmp_path / "trained", "<eos>")
     library = Tokenizer.from_file(str(file))
     library.enable_truncation(7)
     library.enable_padding(length=9)
     if processor := POST_PROCESSORS[kind]:
         library.post_processor = processor
     library.save(str(file))
-    beside = {"eos_token": "<eos>", "bos_token": "<s>", "pad_token": "[PAD]", "model_max_length": 99}
-    beside |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "legacy": True}
-    (file.parent / "tokenizer_config.json").write_text(json.dumps(beside | {"chat_template": "{{ messages }}"}))
+    settings = {"eos_token": "<eos>", "bos_token": "<s>", "pad_token": "[PAD]", "model_max_length": 99}
+    settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "legacy": True}
+    (file.parent / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
     (file.parent / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
     (tmp_path / "out").mkdir()
     assert write_tokenizer(str(file), tmp_path / "out") == ("<eos>", 0)
@@ -149,10 +125,12 @@ def test_no_token_is_added_or_cut_that_the_training_did_not_see(tmp_path: Path, 
     assert (tokenizer.model_max_length, tokenizer.chat_template) == (99, "{{ messages }}")
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
-    name = train_sentencepiece(tmp_path, model_type="bpe", treat_whitespace_as_suffix=True)
+def test_tokenizer_with_other_ids_in_transformers_is_refused(tmp_path: Path) -> None:
+    name = str(
+        train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), model_type="bpe", treat_whitespace_as_suffix=True)
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(
-        ConfigError, match=rf"^data\.tokenizer = '{name}' cannot be exported: for .* AutoTokenizer would give"
+        DataError, match=rf"^data\.tokenizer = '{name}' cannot be exported: for .* AutoTokenizer would give"
     ):
         write_tokenizer(name, tmp_path / "out")
