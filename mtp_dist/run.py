@@ -117,9 +117,7 @@ def _restore_samples(datasets: Datasets, resumed: ResumePoint | None, config: Co
 def _build_reporter(
     config: Config, datasets: Datasets, engine: TrainingEngine, resumed: ResumePoint | None
 ) -> RunReporter:
-    """Return rank 0's reporter, in a folder without the files of another run. Print what the sources contain first."""
-    for line in datasets.notices:
-        print(line, flush=True)
+    """Return rank 0's reporter, in a folder without the files of another run."""
     if _is_new(resumed, config):
         archive_previous_run(config)
     return RunReporter(config, datasets.validation, engine.topology, engine.optimizer_name, resumed)

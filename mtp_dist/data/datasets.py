@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_loss
 from mtp_dist.data.tokenizer import Tokenizer, encode_documents
 from mtp_dist.errors import ConfigError, DataError, UserError
+
+logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 16 << 20
 """Text per work unit that is read and tokenized at once."""
@@ -88,8 +91,6 @@ class Datasets:
     fingerprints: tuple[str, ...]
     """Fingerprints of the training sources: they differ if the data differ."""
     validation: tuple[ValidationSet, ...]
-    notices: tuple[str, ...] = ()
-    """Lines about what was read of each source and what text the tokenizer loses."""
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """Return by source how many times it has been read after the first `num_samples` samples."""
@@ -155,7 +156,6 @@ def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets
         fingerprints=fingerprints,
         train_names=tuple(source.name or str(index) for index, source in enumerate(config.data.train)),
         validation=tuple(validation),
-        notices=tuple(corpora.notices),
     )
 
 
@@ -197,7 +197,6 @@ class _Corpora:
         self.config = config
         self.sources = sources
         self._opened: dict[SourceConfig, _Opened] = {}
-        self.notices: list[str] = []
 
     def open(self, source: SourceConfig, key: str) -> _Opened:
         """Return a source as packed tokens. Raise UserError, naming `key`."""
@@ -257,7 +256,7 @@ class _Corpora:
         counts = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *documents_input.files.describe()]
         if not num_tokens:
             raise DataError(f"{label} has no document with text ({'; '.join(counts)}): name another source")
-        self.notices.append(f"{key}: {'; '.join(counts)}")
+        logger.info("%s: %s", key, "; ".join(counts))
         tokens = np.concatenate(parts)
         return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
 
@@ -279,7 +278,7 @@ class _Corpora:
         name = self.sources.tokenizer.name
         loss.check(self.config.data.max_text_loss, "data.max_text_loss", f"{key}.path", name)
         if loss.lost_bytes:
-            self.notices.append(f"{key}: {loss.describe(name)}")
+            logger.info("%s: %s", key, loss.describe(name))
 
 
 def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:

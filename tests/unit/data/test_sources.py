@@ -248,17 +248,17 @@ def test_records_may_be_longer_than_the_inspected_head(tmp_path, brackets):
         assert documents(units(tmp_path / "a.json")) == texts
 
 
-def test_run_reports_the_files_of_its_sources(tmp_path):
+def test_run_logs_the_files_of_its_sources(tmp_path, log):
     tree(tmp_path, "a.py", "b.py")
     (tmp_path / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     source = {"path": str(tmp_path), "glob": "p*.py"}
     counts = error_of(DataError, load_datasets, data_config(source))
     assert "has no document with text (0 documents, " in counts and " 1 files skipped: 1 binary" in counts
-    datasets = load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
-    assert datasets.notices == (
+    load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
+    assert log.messages == [
         "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
-        f"{tmp_path / 'picture.py'}",
-    )
+        f"{tmp_path / 'picture.py'}"
+    ]
 
 
 json_values = st.recursive(
