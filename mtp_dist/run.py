@@ -19,8 +19,9 @@ from mtp_dist.config import Config
 from mtp_dist.config.notices import notices
 from mtp_dist.data.datasets import Datasets, load_datasets, with_positions
 from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
-from mtp_dist.distributed.topology import all_gather_objects, close_topology, initialize_topology, new_gloo_groups
+from mtp_dist.distributed.topology import close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel

@@ -16,8 +16,8 @@ from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, InvalidCheckpointError,
 from mtp_dist.checkpoint.manifest import check_content, read_manifest, tensor_files
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import Config
-from mtp_dist.distributed.collectives import from_rank_0
-from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group
+from mtp_dist.distributed.collectives import all_gather_objects, from_rank_0
+from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer_state import (
     MOMENTS,

@@ -26,7 +26,8 @@ from mtp_dist.checkpoint.save import (
 )
 from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.config import Config
-from mtp_dist.distributed.topology import GlooGroups, all_gather_objects
+from mtp_dist.distributed.collectives import all_gather_objects
+from mtp_dist.distributed.topology import GlooGroups
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.errors import CheckpointError
 

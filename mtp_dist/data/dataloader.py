@@ -14,7 +14,8 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import Datasets, ValidationSamples
 from mtp_dist.data.streaming import merge_states
-from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group
+from mtp_dist.distributed.collectives import all_gather_objects
+from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.model.targets import (
     IGNORE_INDEX,
     MicroBatch,

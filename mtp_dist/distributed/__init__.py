@@ -1,1 +1,1 @@
-"""Devices, process groups and what ranks exchange; no model."""
+"""Devices, process groups and what ranks exchange; without a model and without DeepSpeed."""

@@ -1,8 +1,9 @@
-"""Which device computes; the only place that knows about machines without a GPU."""
+"""Selection of the device, the only code that distinguishes machines without a GPU, and its memory statistics."""
 
 import os
 import socket
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ import torch
 from mtp_dist.config import Config
 from mtp_dist.distributed.determinism import use_deterministic_algorithms
 from mtp_dist.distributed.gpus import has_nvidia_gpu
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 
 
 def select_device(config: Config) -> torch.device:
-    """The device of this rank, made current. To be called before anything imports DeepSpeed.
+    """Return the device of this rank and make it current. Call it before anything imports DeepSpeed.
 
-    Raise ConfigError if `run.device` asks for a GPU that PyTorch cannot use, or if `auto` would leave one idle.
+    Raise LaunchError if `run.device` requires a GPU that PyTorch cannot use, or if `auto` would leave a GPU idle.
     """
     if config.parallel.tensor > 1:
         # One hardware queue keeps the order in which collectives and matmuls are issued, so that they overlap.
@@ -25,15 +26,15 @@ def select_device(config: Config) -> torch.device:
         use_deterministic_algorithms()
     available = torch.cuda.is_available()
     if config.run.device == "cuda" and not available:
-        raise ConfigError(
-            "run.device = 'cuda', but PyTorch sees no GPU on this machine: use 'cpu' or 'auto', or install a CUDA "
+        raise LaunchError(
+            "run.device = 'cuda', but PyTorch finds no GPU on this machine: use 'cpu' or 'auto', or install a CUDA "
             "build of PyTorch"
         )
     if config.run.device == "auto" and not available and has_nvidia_gpu():
-        build = "is a build for CPUs" if torch.version.cuda is None else "sees none: look at nvidia-smi"
-        raise ConfigError(
+        build = "is a build for CPUs" if torch.version.cuda is None else "finds none: check nvidia-smi"
+        raise LaunchError(
             f"run.device = 'auto', but PyTorch cannot use the NVIDIA GPU of {socket.gethostname()}: torch "
-            f"{torch.__version__} {build}. Let the job or the container have GPUs, or train on the CPU with "
+            f"{torch.__version__} {build}. Give the job or the container access to GPUs, or train on the CPU with "
             "run.device = 'cpu'"
         )
     if config.run.device == "cpu" or not available:
@@ -41,27 +42,27 @@ def select_device(config: Config) -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.device_count() == 1:
-        local_rank = 0  # each task sees a GPU of its own; ranks that share one are found where they meet
+        local_rank = 0  # each task has a GPU of its own; the rendezvous finds ranks that share one
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise LaunchError(
             f"local rank {local_rank} has no GPU, this machine has {torch.cuda.device_count()}: start as many "
-            "processes a machine as it has GPUs, or set run.device = 'cpu'"
+            "processes per machine as it has GPUs, or set run.device = 'cpu'"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _use_cpu() -> None:
-    # DeepSpeed picks its accelerator at import; Megatron-core allocates on `torch.cuda.current_device()`, which
-    # raises without CUDA and may as well be a torch.device.
+    # DeepSpeed selects its accelerator at import; Megatron-core allocates on `torch.cuda.current_device()`, which
+    # raises without CUDA and may as well return a torch.device.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = partial(torch.device, "cpu")  # type: ignore[assignment]
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory of this process since the last reset, in bytes.
+    """Return the peak memory of this process since the last reset, in bytes.
 
-    Allocated on the GPU, resident in RAM on the CPU.
+    Allocated memory on a GPU, resident memory on a CPU.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -71,11 +72,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the largest memory so far."""
+    """Start a new measurement of the peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with suppress(OSError):  # some sandboxes do not have this file: there it stays the largest so far
+    with suppress(OSError):  # some sandboxes do not have this file; the peak then remains that of the whole process
         Path("/proc/self/clear_refs").write_bytes(b"5")  # see proc_pid_clear_refs(5)
 
 

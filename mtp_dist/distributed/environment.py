@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common, and what each of them must have alone."""
+"""Comparison of the ranks of a run: device, configuration and versions must agree, GPUs must differ."""
 
 import socket
 from collections import Counter
@@ -12,7 +12,7 @@ from mtp_dist.config import Config
 
 MAX_LISTED = 16
 REMEDIES = {
-    "device": "look at nvidia-smi there, or set run.device",
+    "device": "check nvidia-smi there, or set run.device",
     "configuration": "start every rank with the same file and the same overrides",
     "version of torch": "all nodes need the same environment",
     "version of NCCL": "all nodes need the same environment",
@@ -20,15 +20,15 @@ REMEDIES = {
     "version of megatron-core": "all nodes need the same environment",
     "version of mtp-dist": "all nodes need the same environment",
 }
-"""What all ranks must have in common, and what to do if they do not."""
+"""What all ranks must have in common, and the remedy if they differ."""
 
 
 def describe_rank(config: Config, device: torch.device) -> dict[str, str]:
-    """Return what this rank shows the others where they meet."""
+    """Return what the rendezvous compares of this rank."""
     description = {
         "host": socket.gethostname(),
         "device": device.type,
-        # A hash, because thousands of configurations would fill the store.
+        # Hashed, because thousands of configurations would fill the store.
         "configuration": sha256(config.model_dump_json().encode()).hexdigest()[:12],
         "version of torch": torch.__version__,
         "version of NCCL": str(torch.cuda.nccl.version()) if device.type == "cuda" else "",
@@ -44,7 +44,7 @@ def describe_rank(config: Config, device: torch.device) -> dict[str, str]:
 
 
 def find_differences(ranks: Sequence[Mapping[str, str]]) -> str | None:
-    """Return a message, one line per difference, that names the ranks that are not as most of them are."""
+    """Return a message, one line per difference, that names the ranks that deviate from the majority."""
     lines = []
     device_differs = len({rank["device"] for rank in ranks}) > 1
     for name, remedy in REMEDIES.items():
@@ -65,6 +65,6 @@ def find_differences(ranks: Sequence[Mapping[str, str]]) -> str | None:
 
 
 def list_ranks(numbers: Sequence[int], ranks: Sequence[Mapping[str, str]]) -> str:
-    """Name the first of some ranks and their hosts."""
+    """Return the first MAX_LISTED ranks with their hosts, as text."""
     shown = ", ".join(f"rank {number} ({ranks[number]['host']})" for number in numbers[:MAX_LISTED])
     return shown if len(numbers) <= MAX_LISTED else f"{shown} and {len(numbers) - MAX_LISTED} more"

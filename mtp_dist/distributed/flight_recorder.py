@@ -1,4 +1,4 @@
-"""PyTorch's flight recorder: the last collectives of each rank, for a run that hangs."""
+"""PyTorch's flight recorder: the last collectives of each rank, to diagnose a run that hangs."""
 
 import os
 import pickle
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 FLIGHT_RECORDER = "flight_recorder"
-"""Folder in that of the run; its files are called rank_00000, rank_00001, ..., as `torchfrtrace` wants them."""
+"""Folder within the run's; its files are rank_00000, rank_00001, ..., as `torchfrtrace` expects them."""
 RECORDED_COLLECTIVES = "2000"
 
 
 def enable_flight_recorder(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Record the last collectives of this process. To be called before the first process group opens."""
+    """Record the last collectives of this process. Call it before the first process group opens."""
     environment.setdefault("TORCH_FR_BUFFER_SIZE", RECORDED_COLLECTIVES)
 
 
 def dump_flight_recorder(path: Path) -> str | None:
     """Write the record of this process and describe its last collective; return None if there is no record."""
-    from torch._C import _distributed_c10d as c10d  # here, as a program's start should not wait for torch
+    from torch._C import _distributed_c10d as c10d  # here, because a program's start does not wait for torch
 
-    # NCCL has a record of its own, in CUDA builds only; the other one is gloo's.
+    # NCCL has its own record, in CUDA builds only; the other one is gloo's.
     for name in ("_dump_nccl_trace", "_dump_fr_trace"):
         dump = getattr(c10d, name, None)
         record: bytes = dump() if dump else pickle.dumps({})

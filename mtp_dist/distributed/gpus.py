@@ -1,4 +1,4 @@
-"""Whether a machine has NVIDIA GPUs, also if PyTorch cannot use them."""
+"""Detection of NVIDIA GPUs without PyTorch, which may be unable to use them."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ ROOT = Path("/")
 
 
 def has_nvidia_gpu() -> bool:
-    """Return whether the driver or the PCI bus lists one; a container shows those of its machine."""
+    """Return whether the driver or the PCI bus lists an NVIDIA GPU; a container lists those of its host."""
     if any((ROOT / "proc/driver/nvidia/gpus").glob("*")):
         return True
     return any(

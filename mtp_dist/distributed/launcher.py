@@ -1,11 +1,11 @@
-"""The environment variables by which a launcher numbers the ranks."""
+"""Environment variables in which a launcher numbers the ranks."""
 
 import os
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""What torchrun and DeepSpeed's launcher call the number of ranks on this machine."""
+"""Number of ranks on this machine, in the variables of torchrun and of DeepSpeed's launcher."""
 
 
 def local_ranks() -> int | None:
@@ -14,11 +14,11 @@ def local_ranks() -> int | None:
 
 
 def check_launcher_variables() -> None:
-    """Raise ConfigError if a variable that numbers the ranks is set to anything but a number."""
+    """Raise LaunchError if a variable that numbers the ranks is set to anything but a number."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", *LOCAL_SIZES):
         value = os.environ.get(name, "0")
         if not value.isdecimal():
-            raise ConfigError(
+            raise LaunchError(
                 f"{name} = {value!r} in the environment is not a number: unset it to start one process, or let a "
                 "launcher such as torchrun set RANK, LOCAL_RANK and WORLD_SIZE"
             )

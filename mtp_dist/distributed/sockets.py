@@ -1,4 +1,4 @@
-"""What gloo needs of a machine, on GPU runs too: it connects every rank with all others."""
+"""Open files and the network interface for gloo, which connects every rank with all others, on GPU runs too."""
 
 import os
 import resource
@@ -9,31 +9,31 @@ from itertools import chain
 
 import psutil
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 
 MAX_OPEN_FILES = 65_536
-"""The soft limit that a rank asks for; some programs walk through all numbers up to it, so not the hard limit."""
+"""Soft limit that a rank sets. Not the hard limit: some programs iterate over all numbers up to it."""
 OTHER_FILES = 512
-"""What a rank has open besides its connections to the other ranks, at least."""
+"""Files that a rank has open besides its connections to the other ranks, at least."""
 
 
 def raise_open_files_limit(world_size: int) -> None:
-    """Raise this process's limit of open files, 1,024 on most systems. Raise ConfigError if it cannot be enough."""
+    """Raise this process's limit of open files, usually 1,024. Raise LaunchError if the hard limit is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     if max(soft, limit) < world_size + OTHER_FILES:
-        raise ConfigError(
+        raise LaunchError(
             f"{socket.gethostname()} allows {limit} open files per process (ulimit -Hn), and each of {world_size} "
             f"ranks connects to all others: raise the hard limit to {MAX_OPEN_FILES}"
         )
 
 
 def choose_gloo_interface(master_address: str) -> None:
-    """Set GLOO_SOCKET_IFNAME, unless it is set, to an interface that NCCL_SOCKET_IFNAME allows and rank 0 is behind.
+    """Set GLOO_SOCKET_IFNAME, unless it is set, to an interface towards rank 0 that NCCL_SOCKET_IFNAME allows.
 
-    gloo itself takes the address that the host's name stands for, which is 127.0.1.1 on many systems.
+    gloo itself uses the address to which the host's name resolves, which is 127.0.1.1 on many systems.
     """
     interfaces = {
         name: {address.address.partition("%")[0] for address in addresses if address.family != psutil.AF_LINK}
@@ -47,7 +47,7 @@ def choose_gloo_interface(master_address: str) -> None:
 
 
 def _nccl_allows(interface: str) -> bool:
-    """Read NCCL_SOCKET_IFNAME as NCCL does: prefixes with commas between, `=` for whole names, `^` for all others."""
+    """Apply NCCL_SOCKET_IFNAME as NCCL does: comma-separated prefixes, `=` for exact names, `^` for all others."""
     names = os.environ.get("NCCL_SOCKET_IFNAME", "")
     excludes, names = names.startswith("^"), names.removeprefix("^")
     is_exact, names = names.startswith("="), names.removeprefix("=")
@@ -56,13 +56,13 @@ def _nccl_allows(interface: str) -> bool:
 
 
 def _source_address(master_address: str, allowed: Iterable[str]) -> str | None:
-    """Return the address from which this machine talks to rank 0's; on that one, from which to the other nodes."""
+    """Return the address from which this machine connects to rank 0's, or rank 0's machine to the other nodes."""
     source = _route(master_address)
     if not source or not _is_loopback(source):
         return source
     if master_address != "localhost" and not _is_loopback(master_address):
-        # Rank 0's own machine, whose name stands for itself here only. A documentation address: any beyond a router.
-        # Without a router any network, as no other node reaches the loopback; a machine that has none is alone.
+        # Rank 0's own machine, whose name resolves to the loopback. Use the route to a documentation address, which is
+        # beyond any router; without a router any network, because other nodes cannot reach the loopback.
         networks = (
             address for address in allowed if not ip_address(address).is_link_local and not _is_loopback(address)
         )
@@ -78,7 +78,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _route(address: str) -> str | None:
-    """Return the address of the interface that packets for another one leave by; nothing is sent."""
+    """Return the local address of the route to another address; nothing is sent."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -1,7 +1,6 @@
-"""How many CPU threads a rank computes with: its part of the machine's cores.
+"""Number of CPU threads per rank: its part of the machine's cores.
 
-PyTorch alone takes every core in every rank, and threads that wait for one another in turns make a step several times
-slower.
+PyTorch by default uses every core in every rank, and the contention makes a step several times slower.
 """
 
 import os
@@ -16,7 +15,7 @@ CGROUP_FOLDER = Path("/sys/fs/cgroup")
 
 
 def set_threads() -> str | None:
-    """Let PyTorch compute with this rank's part of the cores. OMP_NUM_THREADS wins: return a line if it differs."""
+    """Limit PyTorch to this rank's part of the cores. OMP_NUM_THREADS has precedence; return a notice if it differs."""
     threads = cores_per_rank()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
@@ -34,13 +33,13 @@ def cores_per_rank() -> int:
     cores = len({_core(cpu) for cpu in mask})
     if ranks := local_ranks():
         return max(1, min(cores, _cgroup_cpus(cores)) // ranks)
-    # srun gives each task CPUs of its own, but only some clusters bind it to them.
+    # srun assigns CPUs to each task, but only some clusters bind the task to them.
     cpus_per_task = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(mask))
     return max(1, min(cores, _cgroup_cpus(cores), cpus_per_task * cores // len(mask)))
 
 
 def _core(cpu: int) -> str:
-    """Name the core of a CPU, which two hardware threads may share."""
+    """Return an identifier of the core of a CPU, which two hardware threads may share."""
     try:
         return (CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
     except OSError:
@@ -48,7 +47,7 @@ def _core(cpu: int) -> str:
 
 
 def _cgroup_cpus(cores: int) -> int:
-    """Return the limit that a container has (`docker run --cpus`, limits of Kubernetes), or `cores` without one."""
+    """Return the CPU limit of a container (`docker run --cpus`, limits of Kubernetes), or `cores` without one."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups of version 2, 1
         try:
             quota, period = " ".join((CGROUP_FOLDER / name).read_text() for name in names).split()

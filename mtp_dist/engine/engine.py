@@ -178,8 +178,11 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
 
     initialize: give the weights their initial values; False if a checkpoint is restored next.
     """
-    stage = MultiTokenPipeline(config, topology)
+    # On a CPU DeepSpeed would first compile a shared-memory collective that only its inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    stage = MultiTokenPipeline(config, topology)
     with suppress_stdout():
         pipeline, *_ = deepspeed.initialize(
             model=stage,

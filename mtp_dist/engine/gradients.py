@@ -13,7 +13,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
-from mtp_dist.distributed.topology import Topology, all_gather_objects
+from mtp_dist.distributed.collectives import all_gather_objects
+from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.hooks import RunInstruction, hook_instruction
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline
 from mtp_dist.model.parameters import named_weights

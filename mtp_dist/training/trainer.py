@@ -12,8 +12,8 @@ from mtp_dist.checkpoint.format import RunState
 from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets
+from mtp_dist.distributed.collectives import all_gather_floats
 from mtp_dist.distributed.device import peak_memory, reset_peak_memory
-from mtp_dist.distributed.topology import all_gather_floats
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import HeadSchedule, head_schedule

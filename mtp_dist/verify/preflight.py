@@ -16,8 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.device import device_name
-from mtp_dist.distributed.topology import Topology, all_gather_objects, dp_group, tp_group
+from mtp_dist.distributed.topology import Topology, dp_group, tp_group
 from mtp_dist.monitoring.callback import Callback
 from mtp_dist.monitoring.reporting import PREFLIGHT
 

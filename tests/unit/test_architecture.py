@@ -43,7 +43,7 @@ ROOMS = frozenset(DIRECTLY_BELOW)
 
 # The rooms that may import a library.
 LIBRARY_ROOMS = {
-    "deepspeed": frozenset({"distributed", "engine", "checkpoint", "bench"}),
+    "deepspeed": frozenset({"engine", "checkpoint", "bench"}),
     "megatron": frozenset({"model", "loss", "distributed", "engine", "data", "bench"}),
     "torch": ROOMS - {"planner", "config", "metrics", "errors", "fs"},
 }

@@ -1,9 +1,8 @@
-"""Ranks that find each other, and who is named where one does not come."""
+"""The rendezvous of ranks, and the messages that name missing or deviating ones."""
 
 import threading
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ import torch
 from mtp_dist.distributed import rendezvous
 from mtp_dist.distributed.environment import REMEDIES, describe_rank, find_differences
 from mtp_dist.distributed.rendezvous import join
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 from tests.integration.jobs import free_port
 from tests.tiny import tiny_config
+
+REFUSED = "this run cannot start: rank 0 reports why"
 
 
 @pytest.fixture
@@ -26,25 +27,28 @@ def meeting_point(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def described(**differing: str) -> dict[str, str]:
-    """A rank as all are, but for some of it."""
+    """Describe a rank like all others, except for the given values."""
     return {"host": "node-0", **dict.fromkeys(REMEDIES, "as usual"), **differing}
 
 
 def join_all(
     ranks: list[int],
     world_size: int,
-    seconds: float,
-    differ: Mapping[int, Mapping[str, str]] = MappingProxyType({}),
+    seconds: float = 60,
+    differ: Mapping[int, Mapping[str, str]] | None = None,
     refusal: str | None = None,
+    late: int | None = None,
 ) -> dict[int, object]:
-    """What each rank gets, or the sentence it ends with; each is a thread here."""
+    """Return each rank's store, or the message of its error; each rank is a thread here."""
     results: dict[int, object] = {}
 
     def run(rank: int) -> None:
+        if rank == late:
+            time.sleep(0.5)
         try:
-            description = described(**differ.get(rank, {}))
+            description = described(**(differ or {}).get(rank, {}))
             results[rank] = join(rank, world_size, seconds, description, None if rank else refusal)
-        except ConfigError as error:
+        except LaunchError as error:
             results[rank] = str(error)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
@@ -55,96 +59,73 @@ def join_all(
     return results
 
 
-def test_all_ranks_share_a_store(meeting_point: str) -> None:
-    stores = join_all([2, 0, 1], 3, 60)
-    stores[2].set("word", "heard")  # type: ignore[attr-defined]
-    assert [stores[rank].get("word") for rank in (0, 1)] == [b"heard"] * 2  # type: ignore[attr-defined]
+@pytest.mark.parametrize("late", [None, 0])
+def test_all_ranks_share_a_store(meeting_point: str, late: int | None) -> None:
+    stores = join_all([2, 0, 1], 3, late=late)
+    stores[2].set("key", "value")  # type: ignore[attr-defined]
+    assert [stores[rank].get("key") for rank in (0, 1)] == [b"value"] * 2  # type: ignore[attr-defined]
+    with pytest.raises(LaunchError, match=r"rank 0 cannot open the meeting point .* choose another MASTER_PORT"):
+        join(0, 4, 1, described())
 
 
-def test_rank_0_ends_the_start_of_all(meeting_point: str) -> None:
-    """If it knows a reason, it alone has the words; a port that another run uses is not that reason."""
-    assert join_all([0, 1, 2], 3, 60, refusal="in use") == {
-        0: "in use",
-        1: "this run cannot start: rank 0 reports why",
-        2: "this run cannot start: rank 0 reports why",
-    }
+def test_rank_0_refuses_for_all_ranks(meeting_point: str) -> None:
+    """Only rank 0 has the reason, which has precedence over a port that another run uses."""
+    assert join_all([0, 1, 2], 3, refusal="in use") == {0: "in use", 1: REFUSED, 2: REFUSED}
     other_run = join(0, 1, 60, described())
-    assert other_run and join_all([0], 3, 60, refusal="in use") == {0: "in use"}
+    assert other_run and join_all([0], 3, refusal="in use") == {0: "in use"}
 
 
 def test_missing_ranks_are_named(
-    meeting_point: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    meeting_point: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_STATUS_AFTER_S", 0.5)
-    said = join_all([0, 2], 4, 2)
+    results = join_all([0, 2], 4, 2)
     came = f"2 of 4 ranks came to {meeting_point} (MASTER_ADDR:MASTER_PORT), missing: 1, 3"
-    assert said[0] == (
-        f"within run.join_timeout = 2 s only {came}: look at their logs, or start as many as WORLD_SIZE says"
-    )
-    assert "not all of the 4 ranks" in str(said[2])
-    errors = capfd.readouterr().err
-    assert errors == f"{came}; waits within run.join_timeout = 2 s\n", "it says so once, without C++ tracebacks"
+    assert results[0] == f"within run.join_timeout = 2 s only {came}: check their logs, or start WORLD_SIZE = 4 ranks"
+    assert "not all of the 4 ranks" in str(results[2])
+    assert caplog.messages == [f"{came}; waiting within run.join_timeout = 2 s"], "once"
+    assert capfd.readouterr().err == "", "no C++ tracebacks"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "no-such-host.invalid"])
-def test_nobody_listens(
+def test_no_process_listens(
     meeting_point: str, address: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
-    with pytest.raises(ConfigError, match=rf"rank 1 cannot reach {address}:\d+ .* within run.join_timeout = 1 s \("):
+    with pytest.raises(LaunchError, match=rf"rank 1 cannot reach {address}:\d+ .* within run.join_timeout = 1 s \("):
         join(1, 2, 1, described())
     assert capfd.readouterr().err == ""
 
 
-def test_rank_0_comes_later(meeting_point: str) -> None:
-    stores: dict[int, object] = {}
-    thread = threading.Thread(target=lambda: stores.update({1: join(1, 2, 60, described())}))
-    thread.start()
-    time.sleep(0.5)
-    stores[0] = join(0, 2, 60, described())
-    thread.join()
-    assert set(stores) == {0, 1}
-
-
-def test_a_port_that_is_taken(meeting_point: str) -> None:
-    first = join_all([0, 1], 2, 60)
-    with pytest.raises(ConfigError, match=r"rank 0 cannot open the meeting point .* choose another MASTER_PORT"):
-        join(0, 3, 1, described())
-    del first
-
-
 @pytest.mark.parametrize(("address", "port"), [("", "29500"), ("node-0", ""), ("node-0", "abc"), ("node-0", "99999")])
-def test_no_meeting_point(address: str, port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_address_or_port(address: str, port: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("MASTER_PORT", port)
-    with pytest.raises(ConfigError, match=f"WORLD_SIZE = 2 with MASTER_ADDR = '{address}' and MASTER_PORT = '{port}'"):
+    with pytest.raises(LaunchError, match=f"WORLD_SIZE = 2 with MASTER_ADDR = '{address}' and MASTER_PORT = '{port}'"):
         join(1, 2, 1, described())
 
 
-def test_a_rank_that_differs_is_named_and_all_end(meeting_point: str) -> None:
-    said = join_all([0, 1, 2], 3, 60, {1: {"device": "cpu", "host": "node-7"}})
-    assert said == {
-        0: (
-            "the device is cpu on rank 1 (node-7), and as usual on 2 other ranks: look at nvidia-smi there, or set "
-            "run.device"
-        ),
-        1: "this run cannot start: rank 0 reports why",
-        2: "this run cannot start: rank 0 reports why",
-    }
+def test_deviating_rank_is_named_and_all_end(meeting_point: str) -> None:
+    message = (
+        "the device is cpu on rank 1 (node-7), and as usual on 2 other ranks: check nvidia-smi there, or set run.device"
+    )
+    differ = {1: {"device": "cpu", "host": "node-7"}}
+    assert join_all([0, 1, 2], 3, differ=differ) == {0: message, 1: REFUSED, 2: REFUSED}
 
 
-def test_what_ranks_compare() -> None:
+def test_every_property_is_compared() -> None:
     here = describe_rank(tiny_config(), torch.device("cpu"))
     assert find_differences([here] * 3) is None
     for name in REMEDIES:
-        differing = find_differences([here | {name: "other"}, here, here])
-        assert differing and differing.startswith(
-            f"the {name} is other on rank 0 ({here['host']}), and {here[name]} on 2"
-        )
+        message = find_differences([here | {name: "other"}, here, here]) or ""
+        assert message.startswith(f"the {name} is other on rank 0 ({here['host']}), and {here[name]} on 2")
     assert here["configuration"] != describe_rank(tiny_config(run={"seed": 7}), torch.device("cpu"))["configuration"]
 
 
-def test_each_difference_has_a_line() -> None:
+def test_each_difference_has_a_line_and_lists_of_ranks_an_end() -> None:
     ranks = [described(host=f"node-{number // 8}") for number in range(64)]
     for number in range(8, 56):
         ranks[number] |= {"version of torch": "2.12"}
@@ -155,6 +136,8 @@ def test_each_difference_has_a_line() -> None:
     assert "rank 63 (node-7), and 2.12 on 48 other ranks: " in torch_version
     ranks[60] |= {"configuration": "5678"}
     assert len((find_differences(ranks) or "").splitlines()) == 3
+    message = find_differences([described(device="cuda" if number < 40 else "cpu") for number in range(60)]) or ""
+    assert message.count("node-0") == 16 and "rank 55 (node-0) and 4 more, and cuda on 40" in message
 
 
 def test_ranks_that_share_a_gpu_are_named() -> None:
@@ -163,9 +146,3 @@ def test_ranks_that_share_a_gpu_are_named() -> None:
     assert find_differences(ranks) == (
         "rank 0 (node-0), rank 3 (node-0) have the same GPU: start as many ranks per node as it has GPUs"
     )
-
-
-def test_a_list_of_ranks_has_an_end() -> None:
-    ranks = [described(device="cuda" if number < 40 else "cpu") for number in range(60)]
-    message = find_differences(ranks)
-    assert message and message.count("node-0") == 16 and "rank 55 (node-0) and 4 more, and cuda on 40" in message

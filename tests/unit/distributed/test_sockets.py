@@ -1,4 +1,4 @@
-"""The interface and the open files of gloo's connections."""
+"""The network interface and the open files for gloo's connections."""
 
 import os
 import resource
@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from mtp_dist.distributed import sockets
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
 
 INTERFACES = {
     "lo": "127.0.0.1",
@@ -24,7 +24,7 @@ INTERFACES = {
 
 @pytest.fixture
 def routes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """By address, from which of its own this machine sends to it."""
+    """By address, this machine's address on the route to it."""
     monkeypatch.setattr(os, "environ", {})
     link = SimpleNamespace(family=psutil.AF_LINK, address="00:00:00:00:00:00")
     addresses = {
@@ -34,6 +34,13 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     routes = {"node-0": "10.0.0.7", "127.0.0.1": "127.0.0.1", "localhost": "127.0.0.1", "192.0.2.1": "192.168.0.7"}
     monkeypatch.setattr(sockets, "_route", routes.get)
     return routes
+
+
+def chosen_interface(master: str, **variables: str | None) -> str | None:
+    os.environ.clear()
+    os.environ.update({name: value for name, value in variables.items() if value})
+    sockets.choose_gloo_interface(master)
+    return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 @pytest.mark.parametrize(
@@ -53,19 +60,11 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ("node-0", "wlan0", None),
     ],
 )
-def test_gloo_takes_an_interface_that_leads_to_rank_0(
+def test_gloo_uses_an_interface_towards_rank_0(
     routes: dict[str, str], master: str, nccl: str | None, interface: str | None
 ) -> None:
-    if nccl:
-        os.environ["NCCL_SOCKET_IFNAME"] = nccl
-    sockets.choose_gloo_interface(master)
-    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
-
-
-def test_a_host_whose_name_stands_for_the_loopback(routes: dict[str, str]) -> None:
-    routes["node-0"] = "127.0.1.1"
-    sockets.choose_gloo_interface("node-0")
-    assert os.environ.pop("GLOO_SOCKET_IFNAME") == "eth1"
+    assert chosen_interface(master, NCCL_SOCKET_IFNAME=nccl) == interface
+    assert chosen_interface(master, NCCL_SOCKET_IFNAME=nccl, GLOO_SOCKET_IFNAME="eth1") == "eth1", "the user's stays"
 
 
 @pytest.mark.parametrize(
@@ -78,30 +77,20 @@ def test_a_host_whose_name_stands_for_the_loopback(routes: dict[str, str]) -> No
         ("lo", None, "lo"),
     ],
 )
-def test_rank_0_without_a_default_route(
+def test_rank_0_whose_name_resolves_to_the_loopback(
     routes: dict[str, str], monkeypatch: pytest.MonkeyPatch, interfaces: str, nccl: str | None, interface: str
 ) -> None:
-    """Other nodes cannot reach the loopback: it is taken only if there is no other address."""
+    """Other nodes cannot reach the loopback: it is used only if there is no other address."""
     routes["node-0"] = "127.0.1.1"
+    assert chosen_interface("node-0") == "eth1", "the default route"
     del routes["192.0.2.1"]
     addresses = psutil.net_if_addrs()
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {name: addresses[name] for name in interfaces.split()})
-    if nccl:
-        os.environ["NCCL_SOCKET_IFNAME"] = nccl
-    sockets.choose_gloo_interface("node-0")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == interface
-    del os.environ["GLOO_SOCKET_IFNAME"]
-    sockets.choose_gloo_interface("localhost")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert chosen_interface("node-0", NCCL_SOCKET_IFNAME=nccl) == interface
+    assert chosen_interface("localhost", NCCL_SOCKET_IFNAME=nccl) == "lo"
 
 
-def test_the_user_s_interface_stays(routes: dict[str, str]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "eth1"
-    sockets.choose_gloo_interface("node-0")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth1"
-
-
-def test_the_route_of_this_machine() -> None:
+def test_route_of_this_machine() -> None:
     assert sockets._route("127.0.0.1") == "127.0.0.1"
     assert sockets._route("no-such-host.invalid") is None
 
@@ -127,5 +116,5 @@ def test_open_files(monkeypatch: pytest.MonkeyPatch, limits: tuple[int, int], ra
 def test_too_few_open_files_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
     sockets.raise_open_files_limit(512)
-    with pytest.raises(ConfigError, match=r"allows 1024 open files per process \(ulimit -Hn\), and each of 1000 ranks"):
+    with pytest.raises(LaunchError, match=r"allows 1024 open files per process \(ulimit -Hn\), and each of 1000 ranks"):
         sockets.raise_open_files_limit(1000)

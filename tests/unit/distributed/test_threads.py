@@ -1,4 +1,4 @@
-"""A rank's part of the cores, on machines of several kinds."""
+"""Cores per rank, on machines of several kinds."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ HYPERTHREADS = {cpu: f"{cpu % 4},{cpu % 4 + 4}\n" for cpu in range(8)}
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Eight CPUs without files that describe them, and an environment without launchers."""
+    """A machine with eight CPUs without files that describe them, and an environment without launchers."""
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
@@ -51,7 +51,7 @@ def test_cores_per_rank(
     assert threads.cores_per_rank() == with_hyperthreads
 
 
-def test_a_task_that_is_bound_to_its_cpus_has_them(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_task_that_is_bound_to_its_cpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     describe_cores(machine)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
@@ -69,14 +69,14 @@ def test_a_task_that_is_bound_to_its_cpus_has_them(machine: Path, monkeypatch: p
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
     ],
 )
-def test_limits_of_a_container(machine: Path, files: dict[str, str], cores: int) -> None:
+def test_container_limits(machine: Path, files: dict[str, str], cores: int) -> None:
     for name, text in files.items():
         (machine / name).parent.mkdir(exist_ok=True)
         (machine / name).write_text(text)
     assert threads.cores_per_rank() == cores
 
 
-def test_the_environment_wins_and_is_reported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_precedence_and_is_reported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
