@@ -32,7 +32,10 @@ class InvalidCheckpointError(CheckpointError):
     """A checkpoint that is not, or no longer, what was written."""
 
     def __init__(self, folder: Path, problem: object) -> None:
-        super().__init__(f"{folder} is not a valid mtp_dist checkpoint (corrupt or incomplete): {problem}")
+        super().__init__(folder, str(problem))
+
+    def __str__(self) -> str:
+        return "{} is not a valid mtp_dist checkpoint (corrupt or incomplete): {}".format(*self.args)
 
 
 @dataclass(frozen=True)
