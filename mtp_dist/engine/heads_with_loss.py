@@ -1,6 +1,7 @@
 """The heads as the pipeline's last layer."""
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mtp_dist.config import Config
@@ -10,6 +11,7 @@ from mtp_dist.loss.objective import Distillation, HeadSums, Objective, Vocabular
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import HeadContext, PredictionHeads
+from mtp_dist.model.layers import AttentionInputs
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
 
 
@@ -20,8 +22,8 @@ class HeadsWithLoss(PredictionHeads):
     in `loss_fn`.
     """
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
+        super().__init__(config, megatron)
         self.begin(torch.zeros(config.heads.count + 1), config.heads.count)
 
     def begin(self, scales: Tensor, active_heads: int) -> None:
@@ -34,12 +36,11 @@ class HeadsWithLoss(PredictionHeads):
         """Sums over the batch's micro-batches so far, fp64."""
 
     def forward(
-        self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention_bias: Tensor | None
+        self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention: AttentionInputs
     ) -> Tensor:
         """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar."""
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
-        micro_batch = micro_batch.to(trunk_output.device)
-        context = HeadContext(micro_batch.samples, attention_bias, embedding_weight)
+        context = HeadContext(micro_batch.samples, attention, embedding_weight)
         mode, objective = self.config.heads.loss_mode, self._objective(micro_batch)
         if mode == "naive":
             loss, sums = naive_heads_loss(self, trunk_output, context, objective)

@@ -13,6 +13,8 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.heads_with_loss import HeadsWithLoss
+from mtp_dist.model.layers import AttentionInputs, transformer_config
+from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
@@ -69,6 +71,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         with suppress_stdout(), torch.no_grad():
             super().__init__(_layer_specs(config), topology=axes)
         tag_shards(self)
+        self._rope_angles = rope_angles(config.model, config.train.sequence_length).to(self.device)
 
     def _partition_layers(self, method: str = "") -> None:
         """Override of DeepSpeed's: it balances parameters, or layers, and knows nothing of the heads."""
@@ -103,12 +106,13 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
             assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
             documents = micro_batch.documents[:, : self.config.train.sequence_length]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
+        attention = AttentionInputs(self._rope_angles, bias)
         output = inputs if isinstance(inputs, Tensor) else StageOutput(*inputs).hidden
         for layer in self.forward_funcs:
             if isinstance(layer, TrunkLayer):
-                output = layer(output, bias)
+                output = layer(output, attention)
             elif isinstance(layer, HeadsWithLoss):
-                output = layer(output, micro_batch, bias)
+                output = layer(output, micro_batch, attention)
             else:
                 output = layer(output)
         return output if self.holds_loss else StageOutput(output)
@@ -122,13 +126,16 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
 
 
 def _layer_specs(config: Config) -> list[LayerSpec]:
-    trunk = [LayerSpec(TrunkLayer, config, index) for index in range(config.model.trunk_layers)]
-    heads = LayerSpec(HeadsWithLoss, config)
+    megatron = transformer_config(config)
+    trunk = [LayerSpec(TrunkLayer, config, megatron, index) for index in range(config.model.trunk_layers)]
+    heads = LayerSpec(HeadsWithLoss, config, megatron)
     if not _heads_have_embedding(config):
-        return [LayerSpec(TokenEmbedding, config), *trunk, heads]
+        return [LayerSpec(TokenEmbedding, config, megatron), *trunk, heads]
 
     def tied(**kwargs: object) -> TiedLayerSpec:
-        return TiedLayerSpec("embedding", TokenEmbedding, config, tied_weight_attr=["lookup.weight"], **kwargs)
+        return TiedLayerSpec(
+            "embedding", TokenEmbedding, config, megatron, tied_weight_attr=["lookup.weight"], **kwargs
+        )
 
     return [tied(), *trunk, tied(forward_fn=_add_embedding_weight), heads]
 

@@ -7,25 +7,26 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
-from mtp_dist.model.layers import DecoderLayer, RMSNorm, recompute, transformer_config
+from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, recompute
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
 
 
 class ReplicatedLinear(nn.Module):
-    """A matrix `[out, in]` without bias, whole on every tensor-parallel rank: hidden `[..., in]` -> `[..., out]`.
+    """A matrix `[out, in]` without bias that every tensor-parallel rank holds in full: `[..., in]` -> `[..., out]`.
 
     Under sequence parallelism each rank multiplies its own part of the sequence, and the copy-to-region mapping sums
     the weight's gradient over the ranks (see RMSNorm).
     """
 
-    def __init__(self, config: Config, inputs: int, outputs: int) -> None:
+    def __init__(self, megatron: TransformerConfig, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.sequence_parallel = config.parallel.sequence
+        self.sequence_parallel = megatron.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight) if self.sequence_parallel else self.weight
@@ -33,27 +34,24 @@ class ReplicatedLinear(nn.Module):
 
 
 class TransformerHead(nn.ModuleList):
-    """`layers_per_head` transformer layers: hidden `[S, B, D]` -> same (Gloeckle et al. 2024, section 2).
+    """`layers_per_head` transformer layers: hidden `[S, B, D]` -> same (Gloeckle et al. 2024, section 2)."""
 
-    attention_bias: see CausalAttention.
-    """
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         first = config.model.trunk_layers + 1
-        super().__init__(DecoderLayer(config, first + depth) for depth in range(config.heads.layers_per_head))
+        super().__init__(DecoderLayer(config, megatron, first + depth) for depth in range(config.heads.layers_per_head))
 
-    def forward(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
         for layer in self:
-            hidden = layer(hidden, attention_bias)
+            hidden = layer(hidden, attention)
         return hidden
 
 
 class LinearHead(nn.Module):
     """One matrix: W x (the linear heads of Gloeckle et al. 2024, table S4)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__()
-        self.linear = ReplicatedLinear(config, config.model.hidden_size, config.model.hidden_size)
+        self.linear = ReplicatedLinear(megatron, config.model.hidden_size, config.model.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         output: Tensor = self.linear(hidden)
@@ -73,28 +71,28 @@ class SequentialHead(nn.Module):
     The paper writes h first; the columns of `eh_proj` are in the order of its released weights and of Megatron-core.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__()
-        width, shared = config.model.hidden_size, transformer_config(config)
-        self.hnorm = RMSNorm(shared, width, config.model.norm_eps)
-        self.enorm = RMSNorm(shared, width, config.model.norm_eps)
-        self.eh_proj = ReplicatedLinear(config, 2 * width, width)
-        self.layers = TransformerHead(config)
+        width = config.model.hidden_size
+        self.hnorm = RMSNorm(megatron, width, config.model.norm_eps)
+        self.enorm = RMSNorm(megatron, width, config.model.norm_eps)
+        self.eh_proj = ReplicatedLinear(megatron, 2 * width, width)
+        self.layers = TransformerHead(config, megatron)
         self.activation_checkpointing = config.train.activation_checkpointing
 
-    def forward(self, hidden: Tensor, embedded: Tensor, attention_bias: Tensor | None) -> Tensor:
-        """hidden of the head before and embedded tokens, both `[S, B, D]` -> `[S, B, D]`."""
-        whole = self.activation_checkpointing == "full" and torch.is_grad_enabled()
-        joined = recompute(self._join, hidden, embedded) if whole else self._join(hidden, embedded)
-        output: Tensor = self.layers(joined, attention_bias)
+    def forward(self, hidden: Tensor, embedded: Tensor, attention: AttentionInputs) -> Tensor:
+        """Map the hidden states of the head before and embedded tokens, both `[S, B, D]`, to `[S, B, D]`."""
+        full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
+        projected = recompute(self._project, hidden, embedded) if full else self._project(hidden, embedded)
+        output: Tensor = self.layers(projected, attention)
         return output
 
-    def _join(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        joined: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))
-        return joined
+    def _project(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        projected: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))
+        return projected
 
 
-_HEADS: dict[str, Callable[[Config], nn.Module]] = {
+_HEADS: dict[str, Callable[[Config, TransformerConfig], nn.Module]] = {
     "parallel": TransformerHead,
     "causal": TransformerHead,
     "anticausal": TransformerHead,
@@ -105,24 +103,24 @@ _HEADS: dict[str, Callable[[Config], nn.Module]] = {
 
 
 class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
-    """Hidden `[S, B, D]` -> this rank's logits `[S, B, V/TP]`; padded entries are -inf, so nothing can predict them.
+    """Hidden `[S, B, D]` -> this rank's logits `[S, B, V/TP]`, -inf at padded tokens, so that nothing predicts them.
 
     Under sequence parallelism it gathers its input `[S/TP, B, D]` over the tensor-parallel ranks.
     """
 
-    def __init__(self, config: Config, tied: bool = False) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig, tied: bool = False) -> None:
         super().__init__(
             config.model.hidden_size,
             config.padded_vocab_size,
-            config=transformer_config(config),
+            config=megatron,
             init_method=nn.init.zeros_,
             bias=False,
             skip_weight_param_allocation=tied,
         )
-        first_entry = self.tp_group.rank() * self.output_size_per_partition
-        entries = torch.arange(first_entry, first_entry + self.output_size_per_partition)
-        self.has_padding = bool(entries[-1] >= config.vocab_size)
-        self.register_buffer("padding", entries >= config.vocab_size, persistent=False)
+        first_token = self.tp_group.rank() * self.output_size_per_partition
+        token_ids = torch.arange(first_token, first_token + self.output_size_per_partition)
+        self.has_padding = bool(token_ids[-1] >= config.vocab_size)
+        self.register_buffer("padding", token_ids >= config.vocab_size, persistent=False)
 
     def forward(self, hidden: Tensor, tied_weight: Tensor | None) -> Tensor:
         logits, _ = super().forward(hidden, tied_weight)
@@ -130,7 +128,10 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
 
 
 def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:
-    """The heads in the order in which they must run. The first of a chain reads z, the next ones the one before."""
+    """Return the heads in the order in which they run.
+
+    The first head of a chain reads the trunk's output z, each other head the hidden states of the head before it.
+    """
     numbers = tuple(range(1, heads.count + 1))
     if heads.kind == "anticausal":
         return (numbers[::-1],)
@@ -138,7 +139,7 @@ def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:
 
 
 def detached_heads(heads: HeadsConfig) -> frozenset[int]:
-    """Heads that hand no gradient to what they read."""
+    """Return the heads that pass no gradient on to their input."""
     if not heads.detach:
         return frozenset()
     return frozenset([2]) if heads.kind in ("causal", "sequential") else frozenset(range(2, heads.count + 1))
@@ -149,22 +150,20 @@ class HeadContext(NamedTuple):
 
     samples: Tensor
     """`[B, S + lookahead]`."""
-    attention_bias: Tensor | None
-    """See CausalAttention."""
+    attention: AttentionInputs
     embedding_weight: Tensor | None
-    """This rank's rows `[V/TP, D]`; None unless it is tied or the heads embed tokens."""
+    """This rank's rows `[V/TP, D]`; None unless the weight is tied or the heads embed tokens."""
 
 
 class PredictionHeads(nn.Module):
     """n heads of one kind, then ONE final norm and the unembedding, shared or each head's own.
 
-    Each head has a state: what it makes of the state of the head before it in its chain, or of z. Its hidden states,
-    which the unembedding reads, are the normalized state.
+    They meet `mtp_dist.loss.objective.Heads`, so that their loss can run them one by one.
     """
 
     global_prefix = ""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.chains = chains(config.heads)
@@ -173,15 +172,15 @@ class PredictionHeads(nn.Module):
         numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
         own = filter(None, dict.fromkeys(self.keys.values()))
-        self.heads = nn.ModuleDict({key: _HEADS[self.kind](config) for key in own})
-        self.final_norm = RMSNorm(transformer_config(config), config.model.hidden_size, config.model.norm_eps)
+        self.heads = nn.ModuleDict({key: _HEADS[self.kind](config, megatron) for key in own})
+        self.final_norm = RMSNorm(megatron, config.model.hidden_size, config.model.norm_eps)
         self.separate = config.heads.unembedding == "separate"
         if self.separate:
-            self.unembeddings = nn.ModuleDict({str(k): Unembedding(config) for k in numbers})
+            self.unembeddings = nn.ModuleDict({str(k): Unembedding(config, megatron) for k in numbers})
         else:
-            self.unembedding = Unembedding(config, config.model.tie_embeddings)
+            self.unembedding = Unembedding(config, megatron, config.model.tie_embeddings)
         if config.heads.token_order:
-            self.token_order = Unembedding(config)
+            self.token_order = Unembedding(config, megatron)
 
     def pre_norm_hidden(self, head: int, inputs: Tensor, context: HeadContext) -> Tensor:
         """Return the hidden states `[S, B, D]` of a head from z or those of the head before it, see `chains`."""
@@ -193,9 +192,9 @@ class PredictionHeads(nn.Module):
         if self.kind == "linear":
             hidden = module(inputs)
         elif self.kind == "sequential":
-            hidden = module(inputs, self._embed_ahead(head - 1, context), context.attention_bias)
+            hidden = module(inputs, self._embed_ahead(head - 1, context), context.attention)
         else:
-            hidden = module(inputs, context.attention_bias)
+            hidden = module(inputs, context.attention)
         return hidden
 
     def _embed_ahead(self, distance: int, context: HeadContext) -> Tensor:

@@ -1,12 +1,11 @@
 """The transformer layer that trunk and heads are made of, assembled from Megatron-core's parts."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,19 +18,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.rope import rope_inv_freq
 
 # Without dropout a recomputation draws no random numbers, so no generator state needs saving.
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
+class AttentionInputs(NamedTuple):
+    """What all attention layers of a stage share, for the whole sequence."""
+
+    rope_angles: Tensor
+    """See `rope_angles`."""
+    bias: Tensor | None
+    """See `document_attention_bias`; None if each position attends to itself and all positions before it."""
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019) of `[..., D]`, replicated over the tensor-parallel ranks.
 
-    Under sequence parallelism every rank sees its own part of the sequence, so the weight's gradient is a sum over
-    the tensor-parallel group. Passing the weight through the copy-to-region mapping makes that sum part of the
-    backward graph: it happens exactly once however often or wherever the backward pass runs, which a tensor hook
-    does not guarantee.
+    Under sequence parallelism every rank has its own part of the sequence, so the weight's gradient is a sum over the
+    tensor-parallel group. Passing the weight through the copy-to-region mapping makes that sum part of the backward
+    graph: it happens exactly once however often or wherever the backward pass runs, which a tensor hook does not
+    guarantee.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -55,9 +62,9 @@ class CausalAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, attention_bias: Tensor | None, **__: Any
     ) -> Tensor:
-        """query `[S, B, heads, head_dim]`, key and value `[S, B, groups, head_dim]` -> `[S, B, heads * head_dim]`.
+        """Map query `[S, B, heads, head_dim]`, key and value `[S, B, groups, head_dim]` to `[S, B, heads * head_dim]`.
 
-        attention_bias: as of `document_attention_bias`; where it is None, a position sees itself and all before it.
+        attention_bias: see AttentionInputs.
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_bias is None:
@@ -86,7 +93,7 @@ LAYER_SUBMODULES = TransformerLayerSubmodules(
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-core's description of one layer of ours: RMSNorm, RoPE, SwiGLU, grouped queries, no biases."""
+    """Return Megatron-core's description of all layers: RMSNorm, RoPE, SwiGLU, grouped queries, no biases."""
     model = config.model
     return TransformerConfig(
         num_layers=model.trunk_layers,
@@ -110,7 +117,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=config.parallel.sequence,
         deterministic_mode=config.train.deterministic,
         use_cpu_initialization=True,
-        # Weights come from model/parameters.py, independent of the layout.
+        # The initial values come from model/parameters.py, independent of the layout.
         perform_initialization=False,
     )
 
@@ -118,26 +125,21 @@ def transformer_config(config: Config) -> TransformerConfig:
 class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """One pre-norm causal transformer layer: hidden `[S, B, D]` (`[S/TP, B, D]` under sequence parallelism) -> same.
 
-    Recomputes nothing, its MLP or all of itself in the backward pass (`train.activation_checkpointing`). The attention
-    bias is an argument, so that a recomputation sees the same one; it is that of the whole sequence in any case.
+    Recomputes nothing, its MLP or all of itself in the backward pass (`train.activation_checkpointing`). What its
+    attention shares with other layers is an argument, so that a recomputation gets the same.
     """
 
-    def __init__(self, config: Config, layer_number: int) -> None:
-        super().__init__(transformer_config(config), LAYER_SUBMODULES, layer_number=layer_number)
-        self.rotary = RotaryEmbedding(config.model.head_dim, rotary_percent=1.0, use_cpu_initialization=True)
-        # Its own Llama 3 scaling knows only one original length and one pair of frequency factors.
-        self.rotary.inv_freq = rope_inv_freq(config.model)
-        self.sequence_length = config.train.sequence_length
+    def __init__(self, config: Config, megatron: TransformerConfig, layer_number: int) -> None:
+        super().__init__(megatron, LAYER_SUBMODULES, layer_number=layer_number)
         self.activation_checkpointing = config.train.activation_checkpointing
 
-    def forward(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
         if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            return recompute(self._layer, hidden, attention_bias)
-        return self._layer(hidden, attention_bias)
+            return recompute(self._layer, hidden, attention)
+        return self._layer(hidden, attention)
 
-    def _layer(self, hidden: Tensor, attention_bias: Tensor | None) -> Tensor:
-        rotary = self.rotary.get_emb(self.sequence_length)
-        output, _ = super().forward(hidden, rotary_pos_emb=rotary, attention_bias=attention_bias)
+    def _layer(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
+        output, _ = super().forward(hidden, rotary_pos_emb=attention.rope_angles, attention_bias=attention.bias)
         return output
 
     def _forward_mlp(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:

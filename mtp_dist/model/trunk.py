@@ -10,11 +10,12 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mtp_dist.config import Config
-from mtp_dist.model.layers import DecoderLayer, transformer_config
+from mtp_dist.model.layers import DecoderLayer
 
 
 class TokenEmbedding(nn.Module):
@@ -22,7 +23,7 @@ class TokenEmbedding(nn.Module):
 
     global_prefix = "embedding"
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__()
         self.sequence_parallel = config.parallel.sequence
         self.lookup = VocabParallelEmbedding(
@@ -30,7 +31,7 @@ class TokenEmbedding(nn.Module):
             config.model.hidden_size,
             init_method=nn.init.zeros_,
             reduce_scatter_embeddings=self.sequence_parallel,
-            config=transformer_config(config),
+            config=megatron,
         )
 
     @property
@@ -43,10 +44,10 @@ class TokenEmbedding(nn.Module):
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows `[..., D]` of a weight; its gradient is accumulated in fp32 and rounded once.
+    """Rows `[..., D]` of a weight, whose gradient is accumulated in fp32 and rounded once.
 
-    PyTorch accumulates in the weight's precision on a CPU, and between blocks of tokens on a GPU: in bf16 a frequent
-    token's sum soon stands still.
+    PyTorch accumulates in the weight's precision on a CPU, and between blocks of tokens on a GPU: in bf16 the sum of a
+    frequent token soon stops growing.
     """
 
     @staticmethod
@@ -65,11 +66,11 @@ class _Lookup(torch.autograd.Function):
 
 
 def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Tensor:
-    """Return what TokenEmbedding with that weight `[V/TP, D]` gives for tokens `[B, S]`."""
+    """Return the output of a TokenEmbedding with that weight `[V/TP, D]` for tokens `[B, S]`."""
     rows = tokens - get_tensor_model_parallel_group().rank() * len(weight)
-    elsewhere = (rows < 0) | (rows >= len(weight))
-    looked_up: Tensor = _Lookup.apply(weight, rows.masked_fill(elsewhere, 0))  # type: ignore[no-untyped-call]
-    partial = looked_up.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+    remote = (rows < 0) | (rows >= len(weight))
+    looked_up: Tensor = _Lookup.apply(weight, rows.masked_fill(remote, 0))  # type: ignore[no-untyped-call]
+    partial = looked_up.masked_fill(remote.unsqueeze(-1), 0.0)
     partial = partial.transpose(0, 1).contiguous()
     to_all = (
         reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
@@ -81,6 +82,6 @@ def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Ten
 class TrunkLayer(DecoderLayer):
     """Layer `index` of the trunk, counted from 0."""
 
-    def __init__(self, config: Config, index: int) -> None:
-        super().__init__(config, layer_number=index + 1)
+    def __init__(self, config: Config, megatron: TransformerConfig, index: int) -> None:
+        super().__init__(config, megatron, layer_number=index + 1)
         self.global_prefix = f"trunk.{index}"

@@ -16,6 +16,7 @@ from mtp_dist.loss.naive import naive_heads_loss
 from mtp_dist.loss.objective import Objective, Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
 from mtp_dist.model.heads import Unembedding
+from mtp_dist.model.layers import transformer_config
 from mtp_dist.model.targets import IGNORE_INDEX
 
 REFERENCE_BYTES = 2**28
@@ -41,7 +42,7 @@ class Problem:
         spread = 0.1 * torch.randn(heads, self.hidden_size, generator=generator, device=device)
         self.norms = (1 + spread).to(dtype)
         self.targets = torch.randint(self.vocab_size, (heads, 1, tokens), generator=generator, device=device)
-        self.unembedding = Unembedding(config).to(device, dtype)
+        self.unembedding = Unembedding(config, transformer_config(config)).to(device, dtype)
         rows = self.unembedding.weight.shape[0]
         whole = F.pad(self.whole_unembedding(), (0, 0, 0, config.padded_vocab_size - self.vocab_size))
         with torch.no_grad():

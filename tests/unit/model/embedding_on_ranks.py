@@ -35,13 +35,14 @@ def upstream_gradient(config: Config, dtype: torch.dtype) -> Tensor:
 def embedding_gradients(config: Config, dtype: torch.dtype) -> EmbeddingGradients:
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, tp_group
+    from mtp_dist.model.layers import transformer_config
     from mtp_dist.model.trunk import TokenEmbedding, embed_tokens
 
     topology = initialize_topology(config, select_device(config))
     tokens, grad = token_ids(config), upstream_gradient(config, dtype)
     if config.parallel.sequence:
         grad = grad.chunk(topology.tp_size)[topology.tp_rank]
-    embedding = TokenEmbedding(config).to(dtype)
+    embedding = TokenEmbedding(config, transformer_config(config)).to(dtype)
     embedding(tokens).backward(grad)
     weight = embedding.weight.detach().clone().requires_grad_()
     embed_tokens(weight, tokens, config.parallel.sequence).backward(grad)
