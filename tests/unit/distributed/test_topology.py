@@ -15,7 +15,8 @@ from tests.unit.distributed.on_ranks import collective_timeouts, join_with_seeds
 
 def run_on(ranks: Ranks, world_size: int, function: Any, *arguments: Any, **run: Any) -> list[Any]:
     tensor = 2 if world_size == 2 else 1
-    config = tiny_config(run={"join_timeout": 600, **run}, parallel={"tensor": tensor})
+    train = {"global_batch_size": 12}
+    config = tiny_config(run={"join_timeout": 600, **run}, parallel={"tensor": tensor}, train=train)
     return ranks.run(world_size, function, config, jobs.free_port(), *arguments)
 
 
