@@ -3,9 +3,11 @@
 Import it after the device is selected: DeepSpeed and Megatron-core probe the device when they are imported.
 """
 
+import logging
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,20 +24,23 @@ from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import close_topology, initialize_topology, new_gloo_groups
-from mtp_dist.engine.engine import TrainingEngine, build_engine
+from mtp_dist.engine.engine import build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.monitoring.callback import Callback, StopReason
+from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
+from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
-from mtp_dist.monitoring.reporting import RunReporter, archive_previous_run
-from mtp_dist.monitoring.stragglers import Stragglers
+from mtp_dist.monitoring.run_folder import archive_previous_run
+from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
 from mtp_dist.training.recovery import fit_and_recover
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
-from mtp_dist.verify.preflight import Preflight
+from mtp_dist.verify.preflight import run_preflight
 from mtp_dist.verify.startup import CheckedJob
+
+logger = logging.getLogger(__name__)
 
 SAMPLING_TEMPERATURE = 0.7
 
@@ -64,22 +69,29 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     if resumed:
         restore(engine, resumed.folder)
 
-    reporter = _build_reporter(config, datasets, engine, resumed) if topology.rank == 0 else None
-    log = reporter.note if reporter else print  # only rank 0 calls it
     saver = CheckpointSaver(config, engine, gloo_groups)
     stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
-    callbacks: list[Callback] = [reporter, Stragglers(hosts, log)] if reporter else []
-    callbacks += [Preflight(config, topology, gloo_groups.all, log)] if preflight else []
-    callbacks += profiling_callbacks(config, topology, memory_snapshot, log)
-
+    summary = SummaryRecorder(config, datasets.validation)
+    callbacks = profiling_callbacks(config, topology, memory_snapshot)
+    if topology.rank == 0:
+        if _is_new(resumed, config):
+            archive_previous_run(config)
+        step = resumed.step if resumed else 0
+        callbacks = [
+            *rank0_callbacks(config, topology, datasets.validation, hosts, step),
+            summary,
+            *callbacks,
+        ]
+    log_start(config, topology, engine.optimizer_name, resumed)
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
+        if preflight:
+            run_preflight(config, topology, gloo_groups.all)
         trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
-        result = fit_and_recover(trainer, saver, gloo_groups.all, reporter, resumed, samples_read)
+        result = fit_and_recover(trainer, saver, gloo_groups.all, resumed, samples_read)
 
-    if reporter and result.reason is StopReason.LAST_STEP:
-        checkpoint = checkpoint_path(config, config.train.steps)
-        reporter.show_result(checkpoint, lambda: _sample(config, datasets.tokenizer, checkpoint))
+    if topology.rank == 0 and result.reason is StopReason.LAST_STEP:
+        _show_result(config, datasets.tokenizer, summary)
     # Launchers give the other ranks little time after the first one has ended: srun 120 seconds.
     dist.barrier(gloo_groups.all)
     close_topology()
@@ -115,13 +127,15 @@ def _restore_samples(datasets: Datasets, resumed: ResumePoint | None, config: Co
     return datasets.restore(samples, may_change="data.train" in config.checkpoint.allow_changes)
 
 
-def _build_reporter(
-    config: Config, datasets: Datasets, engine: TrainingEngine, resumed: ResumePoint | None
-) -> RunReporter:
-    """Return rank 0's reporter, in a folder without the files of another run."""
-    if _is_new(resumed, config):
-        archive_previous_run(config)
-    return RunReporter(config, datasets.validation, engine.topology, engine.optimizer_name, resumed)
+def _show_result(config: Config, tokenizer: Tokenizer, recorder: SummaryRecorder) -> None:
+    """Write `summary.json`, add the sample, which may take minutes, and print both."""
+    checkpoint = checkpoint_path(config, config.train.steps)
+    summary = recorder.summary(checkpoint)
+    write_summary(summary)
+    if (sample := _sample(config, tokenizer, checkpoint)) is not None:
+        summary = replace(summary, sample=sample)
+        write_summary(summary)
+    print_summary(summary)
 
 
 def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | None:

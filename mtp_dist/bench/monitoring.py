@@ -28,8 +28,7 @@ from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.monitoring.callback import StopReason
-from mtp_dist.monitoring.reporting import RunReporter
-from mtp_dist.monitoring.stragglers import Stragglers
+from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.trainer import Trainer
@@ -101,8 +100,9 @@ def _training(
     engine = build_engine(config, topology)
     callbacks: list[Any] = []
     if topology.rank == 0:
-        reporter = RunReporter(config, datasets.validation, topology, engine.optimizer_name, None)
-        callbacks = [reporter, Stragglers([""] * topology.world_size, reporter.note)]
+        callbacks = rank0_callbacks(
+            config, topology, datasets.validation, [""] * topology.world_size, completed_steps=0
+        )
     trainer = Trainer(config, engine, datasets, callbacks, lambda *_: None, StopSignals(), watchdog)
     return trainer, Batches(config, topology, datasets)
 

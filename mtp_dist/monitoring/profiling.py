@@ -1,8 +1,9 @@
-"""Traces and memory snapshots of some steps of some ranks."""
+"""Traces and memory snapshots of selected steps and ranks."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,71 +11,67 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mtp_dist.config import Config
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import ConfigError, LaunchError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback, StopReason
 
-if TYPE_CHECKING:  # what it imports looks at the device, which is not chosen yet where the configuration is checked
+if TYPE_CHECKING:  # its imports probe the device, which is not selected yet when the configuration is checked
     from mtp_dist.distributed.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 PROFILE = "profile"
 """Folder in `run.output_dir`."""
 PROFILE_FILES = ("rank_*_steps_*.json.gz", "unfinished_rank_*_steps_*.json.gz", "memory_rank_*.pickle")
-"""Patterns of what is written there."""
+"""Patterns of the files in that folder."""
 SNAPSHOT_STEP = 2
-"""After which memory is looked at where no steps are profiled: the first one allocates what later ones find."""
+"""Step after which memory is recorded if no steps are profiled: the first one allocates what later ones reuse."""
 HISTORY_ENTRIES = 100_000
-"""Allocations and frees that are remembered, with their stacks: some steps, and not the host's memory."""
+"""Number of allocations and frees kept with their stacks: enough for some steps, little of the host's memory."""
+
+EVENT = {"event": "note", "all_ranks": True}
+"""Attributes of this module's log records."""
 
 
 def check_profile(config: Config, world_size: int, memory_snapshot: bool, device: torch.device) -> None:
-    """Raise ConfigError for ranks that are not there, and for a memory snapshot where there is no GPU."""
+    """Raise UserError for ranks that do not exist, and for a memory snapshot without a GPU or after the last step."""
     if (highest := max(config.log.profile_ranks)) >= world_size:
         raise ConfigError(
             f"log.profile_ranks = {list(config.log.profile_ranks)}: there is no rank {highest}, the {world_size} ranks "
             f"of this run are 0 to {world_size - 1}"
         )
     if memory_snapshot and device.type != "cuda":
-        raise ConfigError("--memory-snapshot records what the GPU's allocator does, this run is on a CPU: leave it out")
+        raise LaunchError("--memory-snapshot records the GPU's allocator, and this run is on a CPU: leave it out")
     if memory_snapshot and config.log.profile_steps is None and config.train.steps < SNAPSHOT_STEP:
-        raise ConfigError(
-            f"--memory-snapshot looks at step {SNAPSHOT_STEP}, train.steps = {config.train.steps}: make more"
+        raise LaunchError(
+            f"--memory-snapshot is taken after step {SNAPSHOT_STEP}, but train.steps = {config.train.steps}: raise it"
         )
 
 
 def begin_memory_history(config: Config, rank: int) -> None:
-    """Have CUDA's allocator remember where each block comes from; before the model is built, so that it is in it."""
+    """Record the origin of each CUDA allocation from now on. Call it before the model is built, to include it."""
     if rank in config.log.profile_ranks:
         torch.cuda.memory._record_memory_history(max_entries=HISTORY_ENTRIES)
 
 
-def profiling_callbacks(
-    config: Config, topology: "Topology", memory_snapshot: bool, note: Callable[[str], None]
-) -> list[Callback]:
-    """What this rank records; `note` is told where its files are."""
+def profiling_callbacks(config: Config, topology: "Topology", memory_snapshot: bool) -> list[Callback]:
+    """Return the callbacks that record this rank."""
     folder, steps, ranks = config.output_dir / PROFILE, config.log.profile_steps, config.log.profile_ranks
     callbacks: list[Callback] = []
     if steps and topology.rank in (0, *ranks):
-        callbacks.append(StepProfiler(folder, steps, ranks, topology, note))
+        callbacks.append(StepProfiler(folder, steps, ranks, topology))
     if memory_snapshot and topology.rank in ranks:
-        callbacks.append(MemorySnapshot(folder, steps[1] if steps else SNAPSHOT_STEP, topology.rank, note))
+        callbacks.append(MemorySnapshot(folder, steps[1] if steps else SNAPSHOT_STEP, topology.rank))
     return callbacks
 
 
 class StepProfiler(Callback):
-    """One trace of the steps first .. last, as far as they are made, for Perfetto and chrome://tracing.
+    """Writes a trace of the steps first .. last, as far as they are run, for Perfetto and chrome://tracing.
 
-    Rank 0 has one in any case, to say in the log what is traced.
+    Rank 0 always has one, which logs what is traced.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        steps: tuple[int, int],
-        ranks: Sequence[int],
-        topology: "Topology",
-        note: Callable[[str], None],
-    ) -> None:
+    def __init__(self, folder: Path, steps: tuple[int, int], ranks: Sequence[int], topology: "Topology") -> None:
         self._folder = folder
         self._first, self._last = steps
         self._ranks = list(ranks)
@@ -82,81 +79,88 @@ class StepProfiler(Callback):
         self._activities = [ProfilerActivity.CPU]
         if topology.device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
-        self._note = note
         self._profiler: profile | None = None
-        self._began = 0
-        self._made = 0
+        self._first_traced = 0
+        self._completed_steps = 0
 
     def on_start(self, completed_steps: int) -> None:
-        self._made = completed_steps
-        if self._rank == 0 and self._made < self._last:
-            steps = f"{max(self._first, self._made + 1)}-{self._last}"
-            self._note(f"profile: traces of steps {steps} on ranks {self._ranks} will be in {self._folder}")
-        self._begin_where_due()
+        self._completed_steps = completed_steps
+        if self._rank == 0 and completed_steps < self._last:
+            steps = f"{max(self._first, completed_steps + 1)}-{self._last}"
+            logger.info(
+                "profile: traces of steps %s on ranks %s will be in %s", steps, self._ranks, self._folder, extra=EVENT
+            )
+        self._start_if_due()
 
     def on_step(self, metrics: StepMetrics) -> None:
-        self._made = metrics.step
-        if self._made == self._last:
+        self._completed_steps = metrics.step
+        if metrics.step == self._last:
             self._finish()
-        self._begin_where_due()
+        self._start_if_due()
+
+    def on_rollback(self, completed_steps: int) -> None:
+        self._finish()
+        self._completed_steps = completed_steps
+        self._start_if_due()
 
     def on_end(self, reason: StopReason | None) -> None:
-        self._finish()  # of a run that ends before
+        self._finish()  # if the run ends before the last step to trace
 
-    def _begin_where_due(self) -> None:
-        """Before the next step."""
-        if self._rank in self._ranks and self._profiler is None and self._first <= self._made + 1 <= self._last:
-            # The profiler else prints lines of its own at each start and stop.
+    def _start_if_due(self) -> None:
+        """Start the profiler if the next step is to be traced."""
+        is_due = self._first <= self._completed_steps + 1 <= self._last
+        if self._rank in self._ranks and self._profiler is None and is_due:
+            # Otherwise the profiler prints lines of its own at each start and stop.
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             self._profiler = profile(activities=self._activities)
             self._profiler.start()
-            self._began = self._made + 1
+            self._first_traced = self._completed_steps + 1
 
     def _finish(self) -> None:
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
         profiler.stop()
-        if self._made < self._began:
+        if self._completed_steps < self._first_traced:
             return
-        file = self._folder / f"rank_{self._rank:05d}_steps_{self._began}-{self._made}.json.gz"
+        steps = f"{self._first_traced}-{self._completed_steps}"
+        file = self._folder / f"rank_{self._rank:05d}_steps_{steps}.json.gz"
         unfinished = file.with_name(f"unfinished_{file.name}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(unfinished))
             unfinished.replace(file)
-        except OSError as error:  # training goes on without
-            self._note(f"profile of rank {self._rank} is NOT written: {error}")
+        except OSError as error:  # training does not depend on it
+            logger.warning("profile of rank %d is NOT written: %s", self._rank, error, extra=EVENT)
         else:
-            self._note(f"profile of rank {self._rank}, steps {self._began}-{self._made}: {file}")
+            logger.info("profile of rank %d, steps %s: %s", self._rank, steps, file, extra=EVENT)
 
 
 class MemorySnapshot(Callback):
-    """What lies in the GPU's memory after a step, and where training runs out of it, for pytorch.org/memory_viz."""
+    """Writes the contents of the GPU's memory after a step, and when it runs out, for pytorch.org/memory_viz."""
 
-    def __init__(self, folder: Path, step: int, rank: int, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, step: int, rank: int) -> None:
         self._folder = folder
         self._step = step
         self._rank = rank
-        self._note = note
 
     def on_step(self, metrics: StepMetrics) -> None:
         if metrics.step == self._step:
             self._write(f"after step {self._step}")
 
     def on_end(self, reason: StopReason | None) -> None:
-        # The loop calls this while an exception passes through it, with all tensors of the failed step still alive.
+        # The trainer calls this while an exception passes through it: the tensors of the failed step still exist.
         if isinstance(sys.exception(), torch.OutOfMemoryError):
             self._write("out of memory")
-        if reason is not StopReason.SPIKE:  # after one the run goes on
+        if reason is not StopReason.SPIKE:  # after a rollback the run continues
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _write(self, when: str) -> None:
+    def _write(self, moment: str) -> None:
         file = self._folder / f"memory_rank_{self._rank:05d}.pickle"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(file))
         except OSError as error:
-            self._note(f"memory snapshot of rank {self._rank} is NOT written: {error}")
+            logger.warning("memory snapshot of rank %d is NOT written: %s", self._rank, error, extra=EVENT)
         else:
-            self._note(f"memory snapshot of rank {self._rank}, {when}: {file}")
+            logger.info("memory snapshot of rank %d, %s: %s", self._rank, moment, file, extra=EVENT)

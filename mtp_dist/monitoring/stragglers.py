@@ -1,36 +1,41 @@
-"""Naming the ranks that the others wait for."""
+"""Detection of ranks that the other ranks wait for."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from itertools import groupby
 from statistics import median_low
 
 from mtp_dist.metrics import RankStats, StepMetrics
 from mtp_dist.monitoring.callback import Callback
 
+logger = logging.getLogger(__name__)
+
 SLOW_RATIO = 1.3
-"""Times the median of the ranks that do the same work: what a rank needs to be called slow."""
+"""Ratio to the median of the ranks with the same work above which a rank is slow."""
 CONSECUTIVE_INTERVALS = 3
-"""Log intervals in a row that it takes: a machine's noise comes and goes."""
+"""Log intervals in a row before a rank is reported: noise of a machine comes and goes."""
 MAX_DATA_WAIT_FRACTION = 0.1
-"""Of an interval that a rank may wait for its samples."""
+"""Fraction of an interval that a rank may wait for its samples."""
 
 
 class Stragglers(Callback):
     """Compares each rank's passes with those of its pipeline stage, and its wait for samples with the step's time.
 
-    Ranks of one tensor-parallel group wait for one another within each layer, so all of them are slow where one is.
+    Ranks of one tensor-parallel group wait for one another within each layer, so all of them are slow if one is.
     """
 
-    def __init__(self, hosts: Sequence[str], note: Callable[[str], None]) -> None:
-        """hosts: name of each rank's machine."""
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """hosts: host name of each rank."""
         self._hosts = hosts
-        self._note = note
         self._seconds = 0.0
         self._slow_intervals = [0] * len(hosts)
         self._late_intervals = [0] * len(hosts)
 
     def on_start(self, completed_steps: int) -> None:
-        self._seconds = 0.0  # the ranks' figures begin anew, too
+        self._seconds = 0.0
+
+    def on_rollback(self, completed_steps: int) -> None:
+        self._seconds = 0.0  # the ranks' statistics start again, too
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._seconds += metrics.seconds
@@ -39,26 +44,24 @@ class Stragglers(Callback):
             self._compare_waiting(metrics.ranks)
             self._seconds = 0.0
 
-    def _compare_stages(self, figures: Sequence[RankStats]) -> None:
-        for stage, of_stage in groupby(range(len(figures)), key=lambda rank: figures[rank].stage):
-            ranks = list(of_stage)
-            median = median_low([figures[rank].busy_seconds for rank in ranks])
+    def _compare_stages(self, stats: Sequence[RankStats]) -> None:
+        for stage, stage_ranks in groupby(range(len(stats)), key=lambda rank: stats[rank].stage):
+            ranks = list(stage_ranks)
+            median = median_low([stats[rank].busy_seconds for rank in ranks])
             for rank in ranks:
-                times = figures[rank].busy_seconds / median if median else 1.0
-                what = f"takes {times:.2g} times as long as the median rank of stage {stage}"
-                self._count(self._slow_intervals, rank, times > SLOW_RATIO, what)
+                ratio = stats[rank].busy_seconds / median if median else 1.0
+                symptom = f"takes {ratio:.2g} times as long as the median rank of stage {stage}"
+                self._count(self._slow_intervals, rank, ratio > SLOW_RATIO, symptom)
 
-    def _compare_waiting(self, figures: Sequence[RankStats]) -> None:
-        for rank, of_rank in enumerate(figures):
-            share = of_rank.waiting_seconds / self._seconds
-            self._count(
-                self._late_intervals, rank, share > MAX_DATA_WAIT_FRACTION, f"waits {share:.0%} of the time for samples"
-            )
+    def _compare_waiting(self, stats: Sequence[RankStats]) -> None:
+        for rank, rank_stats in enumerate(stats):
+            fraction = rank_stats.waiting_seconds / self._seconds
+            symptom = f"waits {fraction:.0%} of the time for samples"
+            self._count(self._late_intervals, rank, fraction > MAX_DATA_WAIT_FRACTION, symptom)
 
-    def _count(self, intervals: list[int], rank: int, is_slow: bool, what: str) -> None:
-        """Say it once, until it is over."""
+    def _count(self, intervals: list[int], rank: int, is_slow: bool, symptom: str) -> None:
+        """Count a rank's slow intervals in a row; log once per series."""
         intervals[rank] = intervals[rank] + 1 if is_slow else 0
         if intervals[rank] == CONSECUTIVE_INTERVALS:
-            self._note(
-                f"straggler: rank {rank} on {self._hosts[rank]} {what}, {CONSECUTIVE_INTERVALS} log intervals in a row"
-            )
+            text = f"straggler: rank {rank} on {self._hosts[rank]} {symptom}, {CONSECUTIVE_INTERVALS} log intervals"
+            logger.info("%s in a row", text, extra={"event": "note"})

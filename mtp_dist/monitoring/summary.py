@@ -1,4 +1,4 @@
-"""What a reader sees when a run has ended, and the same numbers for programs in `summary.json`."""
+"""Result of a finished run: tables on standard output and `summary.json` for programs."""
 
 import json
 import shlex
@@ -12,8 +12,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.metrics import HeadMetrics
-from mtp_dist.monitoring.callbacks import bits_per_byte, json_number
+from mtp_dist.config import Config
+from mtp_dist.data.datasets import ValidationSet
+from mtp_dist.fs import atomic_write_text
+from mtp_dist.metrics import HeadMetrics, StepMetrics
+from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.scalars import bits_per_byte, json_number
 
 
 @dataclass(frozen=True)
@@ -23,27 +27,62 @@ class ValidationResult:
     name: str | None
     heads: HeadMetrics
     unigram_entropy: float
-    """Entropy of the validation corpus's token frequencies, in nats: the loss of a head that learnt only these."""
+    """Entropy of the set's token frequencies, in nats: the loss of a head that has learned nothing else."""
     bytes_per_token: float
-    """Mean length of a validation token, in bytes of text."""
+    """Mean bytes of text per validation token."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Everything that the end of a run shows and writes."""
+    """The result of a finished run."""
 
     name: str
     steps: int
-    """Optimizer updates made."""
+    """Completed optimizer steps."""
     tokens_per_second: float
-    """Trained positions per second over the whole run, all ranks together."""
+    """Trained positions per second since the start or restart, all ranks together."""
     output_dir: Path
     validation: Sequence[ValidationResult] = ()
-    """One for each validation set."""
+    """One per validation set."""
     sample: str | None = None
-    """Text that the trained model wrote."""
+    """Text sampled from the trained model."""
     tensorboard_dir: Path | None = None
     checkpoint: Path | None = None
+
+
+class SummaryRecorder(Callback):
+    """Collects the figures of a run's summary while it trains. For rank 0 only."""
+
+    def __init__(self, config: Config, validation_sets: Sequence[ValidationSet]) -> None:
+        self._config = config
+        self._validation_sets = validation_sets
+        self._last_validation: dict[str | None, HeadMetrics] = {}
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        self._tokens += metrics.tokens
+        self._seconds += metrics.seconds
+
+    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
+        self._last_validation[name] = heads
+
+    def summary(self, checkpoint: Path) -> RunSummary:
+        """Return the summary of the finished run; checkpoint: its last one."""
+        config = self._config
+        results = [
+            ValidationResult(each.name, self._last_validation[each.name], each.unigram_entropy, each.bytes_per_token)
+            for each in self._validation_sets
+        ]
+        return RunSummary(
+            name=config.run.name,
+            steps=config.train.steps,
+            tokens_per_second=self._tokens / self._seconds,
+            output_dir=config.output_dir,
+            validation=results,
+            tensorboard_dir=config.output_dir / "tensorboard" if config.log.tensorboard else None,
+            checkpoint=checkpoint,
+        )
 
 
 def _head_table(validation: ValidationResult) -> Table:
@@ -63,12 +102,12 @@ def _head_table(validation: ValidationResult) -> Table:
 
 
 def _printable(text: str) -> Text:
-    """A model can write any bytes, those that control a terminal too."""
+    """Replace characters that control a terminal: a model can write any bytes."""
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)))
 
 
 def print_summary(summary: RunSummary, console: Console | None = None) -> None:
-    """Show the result of a run on `console`, standard output when absent."""
+    """Print the result of a run on `console`, by default standard output."""
     console = console or Console()
     for validation in summary.validation:
         console.print(_head_table(validation))
@@ -82,7 +121,7 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
         facts["TensorBoard folder"] = str(summary.tensorboard_dir)
         facts["Show the curves"] = shlex.join(["tensorboard", "--logdir", str(summary.tensorboard_dir)])
     for label, value in facts.items():
-        # Not wrapped: a path or a command that is broken over two lines cannot be copied.
+        # Not wrapped: a path or command that spans two lines cannot be copied.
         console.print(Text(f"{label + ':':<20}{value}"), soft_wrap=True)
 
 
@@ -107,10 +146,7 @@ def _validation_record(validation: ValidationResult) -> dict[str, Any]:
 
 
 def write_summary(summary: RunSummary) -> Path:
-    """Write `summary.json` into the run folder: losses and entropies in nats, paths as text, null for what is absent.
-
-    Returns the file's path.
-    """
+    """Write `summary.json` into the run's folder and return its path: losses and entropies in nats, null if absent."""
     record = {
         "name": summary.name,
         "steps": summary.steps,
@@ -123,7 +159,5 @@ def write_summary(summary: RunSummary) -> Path:
     }
     path = summary.output_dir / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    atomic_write_text(path, json.dumps(record, indent=2) + "\n")
     return path

@@ -1,5 +1,6 @@
 """Training that goes back where the loss jumps, and gives up where going on would be no use."""
 
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.errors import ConfigError
 from mtp_dist.monitoring.callback import StopReason
-from mtp_dist.monitoring.reporting import RunReporter
 from mtp_dist.training.trainer import FitResult, Trainer
+
+logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3
 """Times that a run goes back to the same checkpoint: more new samples would not help either."""
@@ -21,13 +23,12 @@ def fit_and_recover(
     trainer: Trainer,
     saver: CheckpointSaver,
     gloo_group: dist.ProcessGroup,
-    reporter: RunReporter | None,
     begun_from: ResumePoint | None,
     samples_read: int,
 ) -> FitResult:
     """`trainer.fit` from `begun_from` on, and after each SPIKE from the newest checkpoint, with the samples after it.
 
-    gloo_group: all ranks. reporter: on rank 0. No checkpoint is being written when it returns or raises ConfigError,
+    gloo_group: all ranks. No checkpoint is being written when it returns or raises ConfigError,
     which it does on every rank after SKIPS, and where MAX_ROLLBACKS to the same checkpoint have not helped.
     """
     times: Counter[Path] = Counter()
@@ -48,9 +49,10 @@ def fit_and_recover(
             restore(trainer.engine, point.folder)
             trainer.spikes.restore(point.recent_losses)
         step = point.step if point else ending.step
-        if reporter:
-            where = f"to {point.folder}" if point else "nowhere, having no checkpoint"
-            reporter.roll_back(step, f"goes back from step {ending.step} {where}, on with new samples")
+        for callback in trainer.callbacks:
+            callback.on_rollback(step)
+        where = f"Rolled back from step {ending.step} to {point.folder}" if point else "No checkpoint to roll back to"
+        logger.info("%s, continuing after step %d with new samples", where, step, extra={"event": "rollback"})
         ending = trainer.fit(step, trainer.datasets.restore(ending.samples, may_change=True))
     saver.join()
     if ending.reason is StopReason.SKIPS:

@@ -1,6 +1,7 @@
-"""What each rank and each link can do, measured before the first step, and who is slower than its like."""
+"""Speed of each rank and each link, measured before the first step, and the ones slower than their peers."""
 
 import json
+import logging
 import socket
 import statistics
 import time
@@ -19,19 +20,20 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology, dp_group, tp_group
-from mtp_dist.monitoring.callback import Callback
-from mtp_dist.monitoring.reporting import PREFLIGHT
+from mtp_dist.monitoring.run_folder import PREFLIGHT
+
+logger = logging.getLogger(__name__)
 
 SLOW = 0.8
-"""Part of its like's median below which something is named. Healthy GPUs of one kind lie within some percent of each
-other, links within some ten; what is throttled, shares a switch or runs at half its width lies below this."""
+"""Fraction of its peers' median below which a measurement is slow. Healthy GPUs of one kind differ by a few percent,
+links by about ten; what is throttled, shares a switch or runs at half its width lies below this."""
 WARM_UP, REPETITIONS = 2, 5
 MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
-"""Rows and columns: enough to fill a device, little enough for some milliseconds."""
+"""Rows and columns: enough to fill a device, few enough for some milliseconds."""
 MESSAGE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
-"""Enough that latency does not count."""
+"""Size of a message: large enough that latency does not count."""
 ROWS_SHOWN = 16
-"""Of more ranks than these the table shows a summary, and those that are slow."""
+"""Number of ranks above which the table shows a summary and the slow ranks only."""
 
 KINDS = {
     "matmul": "TFLOP/s",
@@ -39,24 +41,24 @@ KINDS = {
     "all-reduce, data": "GB/s",
     "to the next stage": "GB/s",
 }
-"""What is measured, and its unit. All-reduces count bus bandwidth: 2 (n - 1) / n * bytes / seconds for n ranks."""
+"""Measurements with their units. All-reduces count bus bandwidth: 2 (n - 1) / n * bytes / seconds for n ranks."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """One rank's measurements, by kind; those of groups of one rank are missing."""
+    """Measurements of one rank; those of groups of one rank are missing."""
 
     rank: int
     host: str
     device: str
     values: dict[str, float]
     groups: dict[str, list[int]]
-    """Who takes part in each."""
+    """Ranks that take part in each."""
 
 
 @dataclass(frozen=True)
 class Slow:
-    """Some ranks whose measurement is below SLOW of the median of its like."""
+    """A group of ranks with a measurement below SLOW times the median of its peers."""
 
     kind: str
     ranks: list[int]
@@ -73,60 +75,47 @@ class Slow:
 
 
 def find_slow(reports: Sequence[RankReport]) -> list[Slow]:
-    """The ranks, groups and links below SLOW of the median of their like, in the order of KINDS.
+    """Return the ranks, groups and links below SLOW times the median of their peers, in the order of KINDS.
 
-    A group is as fast as its slowest member says. Groups are alike that lie on the same number of hosts: a link within
-    a machine says nothing of one between two.
+    A group is as fast as its slowest member reports. Peers are groups on the same number of hosts: a link within a
+    machine cannot be compared with one between two.
     """
     hosts = {report.rank: report.host for report in reports}
     measured: dict[tuple[str, int], dict[tuple[int, ...], float]] = defaultdict(dict)
     for report in reports:
         for kind, value in report.values.items():
             ranks = tuple(report.groups[kind])
-            like = measured[kind, len({hosts[rank] for rank in ranks})]
-            like[ranks] = min(value, like.get(ranks, value))
+            peers = measured[kind, len({hosts[rank] for rank in ranks})]
+            peers[ranks] = min(value, peers.get(ranks, value))
     slow = []
     for kind, spread in sorted(measured, key=lambda key: (list(KINDS).index(key[0]), key[1])):
-        like = measured[kind, spread]
-        median = statistics.median(like.values())
+        peers = measured[kind, spread]
+        median = statistics.median(peers.values())
         slow += [
             Slow(kind, list(ranks), sorted({hosts[rank] for rank in ranks}), value, median)
-            for ranks, value in sorted(like.items())
+            for ranks, value in sorted(peers.items())
             if value < SLOW * median
         ]
     return slow
 
 
-class Preflight(Callback):
-    """Measures on every rank before the first step; rank 0 shows, writes and notes the result. The run goes on."""
-
-    def __init__(
-        self, config: Config, topology: Topology, gloo_group: dist.ProcessGroup, note: Callable[[str], None]
-    ) -> None:
-        self._config = config
-        self._topology = topology
-        self._cpu_group = gloo_group
-        self._note = note
-        self._is_done = False
-
-    def on_start(self, completed_steps: int) -> None:
-        if self._is_done:
-            return
-        self._is_done = True
-        reports = all_gather_objects(measure(self._config, self._topology), self._cpu_group)
-        if self._topology.rank:
-            return
-        slow = find_slow(reports)
-        print_reports(reports, slow, Console())
-        write_reports(self._config.output_dir / PREFLIGHT, reports, slow)
-        for found in slow:
-            self._note(str(found))
-        if not slow:
-            self._note(f"preflight: no rank, group or link is below {SLOW:.0%} of the median of its like")
+def run_preflight(config: Config, topology: Topology, gloo_group: dist.ProcessGroup) -> None:
+    """Measure every rank; rank 0 prints, writes and logs the result. Every rank calls it; a slow rank is no error."""
+    reports = all_gather_objects(measure(config, topology), gloo_group)
+    if topology.rank:
+        return
+    slow = find_slow(reports)
+    print_reports(reports, slow, Console())
+    write_reports(config.output_dir / PREFLIGHT, reports, slow)
+    for found in slow:
+        logger.info("%s", found, extra={"event": "note"})
+    if not slow:
+        text = f"preflight: no rank, group or link is below {SLOW:.0%} of the median of its peers"
+        logger.info("%s", text, extra={"event": "note"})
 
 
 def measure(config: Config, topology: Topology) -> RankReport:
-    """This rank's report. All ranks call it, and measure the same at the same time, as in training."""
+    """Return this rank's report. All ranks call it and measure the same at the same time, as in training."""
     device, rank = topology.device, topology.rank
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     values, groups = {"matmul": matmul_rate(device, dtype)}, {"matmul": [rank]}
@@ -150,7 +139,7 @@ def measure(config: Config, topology: Topology) -> RankReport:
 
 
 def median_seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Of one call, after some that do not count."""
+    """Return the median duration of a call, after WARM_UP calls."""
     seconds = []
     for repetition in range(WARM_UP + REPETITIONS):
         _finish(device)
@@ -168,23 +157,23 @@ def _finish(device: torch.device) -> None:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matmul."""
+    """Return the TFLOP/s of a large matmul."""
     size = MATMUL_SIZE[device.type]
-    # Random numbers: equal ones take so little power that no device throttles.
+    # Random numbers: with equal ones a device needs so little power that it never throttles.
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     product = torch.empty_like(left)
     return 2 * size**3 / median_seconds(lambda: torch.matmul(left, right, out=product), device) / 1e12
 
 
 def all_reduce_rate(message: Tensor, group: dist.ProcessGroup) -> float:
-    """GB/s of bus bandwidth, which does not depend on the group's size."""
+    """Return the bus bandwidth of an all-reduce in GB/s, which does not depend on the group's size."""
     dist.barrier(group)
     seconds = median_seconds(lambda: dist.all_reduce(message, group=group), message.device)
     return 2 * (group.size() - 1) / group.size() * message.nbytes / seconds / 1e9
 
 
 def round_trip_rate(message: Tensor, other: int) -> float:
-    """GB/s there and back, of which `other` makes its part by `answer_round_trips`."""
+    """Return the GB/s of sending a message to rank `other` and back; that rank calls `answer_round_trips`."""
 
     def round_trip() -> None:
         dist.send(message, other)
@@ -200,7 +189,7 @@ def answer_round_trips(message: Tensor, other: int) -> None:
 
 
 def print_reports(reports: Sequence[RankReport], slow: Sequence[Slow], console: Console) -> None:
-    """A row a rank; of many ranks the smallest, the median and the largest, and the slow ones."""
+    """Print a row per rank; of many ranks the smallest, median and largest values, and the slow ranks."""
     kinds = [kind for kind in KINDS if any(kind in report.values for report in reports)]
     table = Table(title="Preflight")
     for column in ("rank", "host", "device", *(f"{kind} {KINDS[kind]}" for kind in kinds)):
@@ -209,9 +198,9 @@ def print_reports(reports: Sequence[RankReport], slow: Sequence[Slow], console: 
     if len(reports) > ROWS_SHOWN:
         named = {rank for found in slow for rank in found.ranks}
         shown = [report for report in reports if report.rank in named]
-        of_kinds = [[report.values[kind] for report in reports if kind in report.values] for kind in kinds]
+        columns = [[report.values[kind] for report in reports if kind in report.values] for kind in kinds]
         for label, summary in (("smallest", min), ("median", statistics.median), ("largest", max)):
-            table.add_row(label, "", "", *(f"{summary(values):.3g}" for values in of_kinds))
+            table.add_row(label, "", "", *(f"{summary(values):.3g}" for values in columns))
         table.add_section()
     for report in shown:
         cells = (f"{report.values[kind]:.3g}" if kind in report.values else "" for kind in kinds)
@@ -220,7 +209,7 @@ def print_reports(reports: Sequence[RankReport], slow: Sequence[Slow], console: 
 
 
 def write_reports(file: Path, reports: Sequence[RankReport], slow: Sequence[Slow]) -> None:
-    """`preflight.json`."""
+    """Write `preflight.json`."""
     content = {
         "units": KINDS,
         "slow_below": SLOW,

@@ -11,9 +11,9 @@ from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import check_launcher_variables
 from mtp_dist.errors import LaunchError
-from mtp_dist.monitoring.dashboards import check_wandb
 from mtp_dist.monitoring.logs import configure_logging
 from mtp_dist.monitoring.profiling import check_profile
+from mtp_dist.monitoring.writers.wandb import check_wandb
 from mtp_dist.verify.memory import check_memory
 
 

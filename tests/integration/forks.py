@@ -21,7 +21,7 @@ from pathlib import Path
 
 STORE_SHUTDOWN_GRACE_S = 1
 """What the ranks that live on get after one has failed, as under a launcher."""
-IMPORTED = ("mtp_dist.checkpoint.saver", "mtp_dist.training.trainer", "mtp_dist.monitoring.reporting")
+IMPORTED = ("mtp_dist.checkpoint.saver", "mtp_dist.training.trainer", "mtp_dist.monitoring.rank0")
 FORK = multiprocessing.get_context("fork")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mtp_dist.monitoring import dashboards
+from mtp_dist.monitoring.writers import wandb
 from mtp_dist.pretrain import main
 from tests.integration import jobs
 
@@ -126,7 +126,7 @@ def test_weights_and_biases_not_installed(
     def missing(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr(dashboards, "version", missing)
+    monkeypatch.setattr(wandb, "version", missing)
     message = error_of(capsys, config, "log.wandb=project")
     assert message.startswith(
         "error: log.wandb = 'project' needs the package wandb, which is not installed: pip install"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mtp_dist.monitoring.dashboards import WandbWriter
+from mtp_dist.monitoring.writers.wandb import WandbWriter
 from mtp_dist.training.stopping import EXIT_PREEMPTED
 from tests.integration import jobs
 
@@ -146,7 +146,7 @@ def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Pa
         for process in processes:
             process.terminate()
         assert job.wait() == EXIT_PREEMPTED, job.output
-    assert "warning: Weights & Biases gets nothing more, training goes on: " in job.stderr
+    assert "warning: Weights & Biases gets nothing more, training continues: " in job.stderr
     assert (out / f"checkpoints/step_{jobs.learned(out)[-1]['step']:08d}").is_dir()
 
 

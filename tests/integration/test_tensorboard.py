@@ -10,8 +10,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.monitoring.callbacks import ThroughputWindow, step_scalars
-from mtp_dist.monitoring.dashboards import TensorBoardWriter
+from mtp_dist.monitoring.scalars import ThroughputWindow, step_scalars
+from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from tests.integration import jobs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

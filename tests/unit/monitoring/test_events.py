@@ -1,56 +1,108 @@
-"""Restarts of a SLURM job, counted since its last checkpoint."""
+"""`events.jsonl`, and restarts of a SLURM job counted since its last checkpoint."""
 
 import logging
-from collections.abc import Callable
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mtp_dist.errors import ConfigError
-from mtp_dist.monitoring import events
+from mtp_dist.errors import LaunchError
+from mtp_dist.monitoring.events import EVENTS, EventRecorder, check_progress
 from mtp_dist.monitoring.logs import PACKAGE_LOGGER, configure_logging
+from tests.unit.monitoring.test_metrics_logger import step_metrics
+from tests.unit.monitoring.test_writers import full_disk, read_lines
 
-Record = Callable[[str, str], None]
+logger = logging.getLogger("mtp_dist.test")
+
+
+def start(path: Path, completed_steps: int, shown: list[str]) -> EventRecorder:
+    configure_logging(0)
+    events = EventRecorder(path, completed_steps, 9, shown.append)
+    PACKAGE_LOGGER.addHandler(events)
+    return events
+
+
+def record(text: str, event: str = "note") -> None:
+    logger.info(text, extra={"event": event})
 
 
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of a SLURM job; its events."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    logger = logging.getLogger("mtp_dist.test")
-    configure_logging(0)
-    PACKAGE_LOGGER.addHandler(events.EventsHandler(tmp_path / events.EVENTS, 0, lambda text: None))
-    return lambda kind, text: logger.info(text, extra={"event": kind})
+    start(tmp_path / EVENTS, 0, [])
+    return tmp_path / EVENTS
 
 
-def test_a_checkpoint_is_progress(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, shown = tmp_path / EVENTS, list[str]()
+    start(path, 0, shown)
+    record("started")
+    with path.open("a") as file:
+        file.write('{"time": "20')
+    start(path, 0, shown)
+    logger.info("not an event")
+    record("resumed")
+    with full_disk(path.stat().st_size + 5):
+        record("lost")
+        record("lost")
+    record("there is room again")
+    assert [line["text"] for line in read_lines(path)] == ["started", "resumed", "there is room again"]
+    assert shown == ["started", "resumed", "lost", "lost", "there is room again"]
+    output = capsys.readouterr()
+    assert [line for line in output.out.splitlines() if line != "not an event"] == shown
+    assert output.err.count("events.jsonl cannot be written, training continues") == 1
+
+
+def test_events_of_training_with_their_steps(tmp_path: Path) -> None:
+    events = start(tmp_path / EVENTS, 3, [])
+    record("Resuming", "start")
+    events.on_step(replace(step_metrics(4), skipped="NaN on rank 3"))
+    events.on_step(step_metrics(5))
+    events.on_spike(5, "7 deviations")
+    events.on_rollback(2)
+    record("Rolled back", "rollback")
+    events.on_step(step_metrics(3))
+    events.on_stop(3, signal.SIGTERM)
+    assert [(line["kind"], line["step"], line["text"]) for line in read_lines(tmp_path / EVENTS)] == [
+        ("start", 3, "Resuming"),
+        ("skip", 4, "step 4 changed no parameter: NaN on rank 3"),
+        ("spike", 5, "step 5 is a spike: 7 deviations"),
+        ("rollback", 2, "Rolled back"),
+        ("stop", 3, "SIGTERM: stopping after step 3 of 9 with a checkpoint; the same command resumes the run"),
+    ]
+
+
+def test_checkpoint_counts_as_progress(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for restart in range(1, 30):
-        events.check_progress(tmp_path / events.EVENTS)
+        check_progress(slurm)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        record("start", "goes on")
-        record("checkpoint", f"of step {restart}")
+        record("Resuming", "start")
+        record(f"Saved the checkpoint of step {restart}", "checkpoint")
     for restart in (30, 31, 32):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        record("start", "goes on")
-        events.check_progress(tmp_path / events.EVENTS)
+        record("Resuming", "start")
+        check_progress(slurm)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "33")
-    with pytest.raises(ConfigError, match="restarted job 7 4 times since its last checkpoint"):
-        events.check_progress(tmp_path / events.EVENTS)
+    with pytest.raises(LaunchError, match="restarted job 7 4 times since its last checkpoint"):
+        check_progress(slurm)
 
 
-def test_only_this_job_s_restarts_count(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_restarts_of_this_job_count(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "30")
-    record("checkpoint", "of another job")
+    record("of another job", "checkpoint")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    events.check_progress(tmp_path / events.EVENTS)
+    check_progress(slurm)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "31")
-    with pytest.raises(ConfigError, match="restarted job 8 31 times"):
-        events.check_progress(tmp_path / events.EVENTS)
+    with pytest.raises(LaunchError, match="restarted job 8 31 times"):
+        check_progress(slurm)
 
 
-def test_without_slurm_nothing_counts(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_counts_without_slurm(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID")
-    record("checkpoint", "of step 1")
-    assert "slurm" not in (tmp_path / events.EVENTS).read_text()
-    events.check_progress(tmp_path / "no such file")
+    record("Saved", "checkpoint")
+    assert "slurm" not in slurm.read_text()
+    check_progress(slurm.parent / "no such file")

@@ -1,4 +1,4 @@
-"""What a terminal and what a log file show of a run."""
+"""What a terminal and a log file show of a run."""
 
 import io
 import re
@@ -7,13 +7,14 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.monitoring import progress
-from mtp_dist.monitoring.callbacks import ThroughputWindow, step_scalars, validation_scalars
-from mtp_dist.monitoring.progress import ProgressBar
+from mtp_dist.monitoring.scalars import ThroughputWindow, step_scalars, validation_scalars
+from mtp_dist.monitoring.writers import progress
+from mtp_dist.monitoring.writers.progress import ProgressBar
 
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
 METRICS = StepMetrics(20, HEADS, 0.75, {}, 3e-4, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)])
-SCALARS = step_scalars(METRICS, ThroughputWindow(tokens=123456, flops=1, seconds=10.0), None)
+WINDOW = ThroughputWindow(tokens=123456, flops=120_000_000, seconds=10.0)
+SCALARS = step_scalars(METRICS, WINDOW, None)
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
+def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     output = io.StringIO()
     bar = ProgressBar(120, Console(file=output, width=80))
     for step in range(1, 21):
@@ -33,30 +34,26 @@ def test_plain_lines_where_there_is_no_terminal(clock: list[float]) -> None:
         clock[0] += 60.0 if step == 19 else 0.0
     bar.write(20, validation_scalars(HEADS, None, 1.0))
     bar.write(20, validation_scalars(HEADS, "web", 1.0))
+    bar.write(20, step_scalars(METRICS, WINDOW, 2.9e7))
+    bar.rewind(18)
+    bar.advance(19)
+    bar.write(19, SCALARS)
     bar.close(failed=False)
-    first, second, validation, on_web = output.getvalue().splitlines()
-    assert on_web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
+    first, second, validation, web, with_mfu, repeated = output.getvalue().splitlines()
     assert first.startswith("step 1/120 | head losses 2.2500 3.5000 4.1250 | ") and first.endswith("| ? left")
     described = "head losses 2.2500 3.5000 4.1250 | total 9.8750 | lr 3.00e-04 | grad norm 0.75 | 12,346 tokens/s"
     left = "0:05:16"  # 60 seconds for the 19 steps after the first, 100 more to go
     assert second == f"step 20/120 | {described} | {left} left"
+    assert with_mfu == f"step 20/120 | {described} | 41.4% MFU | {left} left"
+    assert repeated == f"step 19/120 | {described} | ? left", "the pace is measured again"
     assert validation == (
         "validation at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461 5.0494 5.9511 | "
         "accuracies 0.5000 0.2500 0.1250"
     )
+    assert web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
 
 
-def test_mfu_is_shown_where_the_peak_is_known() -> None:
-    output = io.StringIO()
-    bar = ProgressBar(120, Console(file=output, width=80))
-    bar.write(20, step_scalars(METRICS, ThroughputWindow(tokens=123456, flops=120_000_000, seconds=10.0), 2.9e7))
-    bar.write(20, SCALARS)
-    known, unknown = output.getvalue().splitlines()
-    assert "| 12,346 tokens/s | 41.4% MFU |" in known
-    assert "MFU" not in unknown
-
-
-def test_a_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     output = io.StringIO()
     bar = ProgressBar(50, Console(file=output, force_terminal=True, width=80))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.monitoring.reporting import archive_previous_run
+from mtp_dist.monitoring.run_folder import archive_previous_run
 from tests.tiny import tiny_config
 
 PROJECT = Path(__file__).parents[3]

@@ -92,7 +92,7 @@ def train(
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.monitoring.logs import configure_logging
-    from mtp_dist.monitoring.reporting import RunReporter
+    from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
     from mtp_dist.training.recovery import fit_and_recover
     from mtp_dist.training.stopping import StopSignals
     from mtp_dist.training.trainer import Trainer
@@ -111,17 +111,18 @@ def train(
         point = ResumePoint(folder, description.step, description.config, recent_losses=description.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
-    recorder, watchdog, callbacks, reporter = Recorder(), Listening(), list[Any](), None
+    recorder, watchdog, callbacks = Recorder(), Listening(), list[Any]()
     if topology.rank == 0:
-        reporter = RunReporter(config, datasets.validation, topology, engine.optimizer_name, point)
-        callbacks = [reporter]
+        step = point.step if point else 0
+        callbacks = rank0_callbacks(config, topology, datasets.validation, [""] * topology.world_size, step)
+        log_start(config, topology, engine.optimizer_name, point)
     saver = CheckpointSaver(config, engine, groups)
     trainer = Trainer(config, engine, datasets, [*callbacks, recorder], saver.save, StopSignals(), watchdog)
     trainer.train_step = skipping(trainer.train_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
     trainer.spikes = Jumps(jumps)
     try:
-        reason = fit_and_recover(trainer, saver, groups.all, reporter, point, samples_read).reason.name
+        reason = fit_and_recover(trainer, saver, groups.all, point, samples_read).reason.name
     except ConfigError as error:
         reason = str(error)
     saver.join()

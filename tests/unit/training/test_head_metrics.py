@@ -15,10 +15,12 @@ from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callback import StopReason
-from mtp_dist.monitoring.callbacks import MetricsFile, MetricsLogger, ThroughputUnits, validation_scalars
-from mtp_dist.monitoring.dashboards import TensorBoardWriter
-from mtp_dist.monitoring.progress import ProgressBar
+from mtp_dist.monitoring.metrics_logger import MetricsLogger
+from mtp_dist.monitoring.scalars import ThroughputUnits, validation_scalars
 from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
+from mtp_dist.monitoring.writers.jsonl import JsonlWriter
+from mtp_dist.monitoring.writers.progress import ProgressBar
+from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.training.spikes import SpikeDetector
 from tests.tiny import tiny_config
 
@@ -55,8 +57,8 @@ def test_a_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Pa
     heads = metrics_of(sums_of())
     output = io.StringIO()
     console = Console(file=output, width=80)
-    writers = [MetricsFile(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
-    logger = MetricsLogger(writers, ThroughputUnits([1, 2, 3], 1.0, {None: 2.0}))
+    writers = [JsonlWriter(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
+    logger = MetricsLogger(writers, ThroughputUnits([1, 2, 3], 1.0, {None: 2.0}), {})
     logger.on_step(StepMetrics(1, heads, 0.5, {}, 1e-3, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)]))
     logger.on_validation(1, None, heads)
     logger.on_end(StopReason.LAST_STEP)

@@ -1,4 +1,6 @@
-"""The preflight on every rank, with stand-ins for the matmuls: a busy machine would name any rank."""
+"""The preflight on every rank, with stand-ins for the matmuls: on a busy machine any rank may be slow."""
+
+import logging
 
 import pytest
 
@@ -8,13 +10,21 @@ SLOWED = 2
 
 
 def preflight(config: Config, slowed: bool) -> list[str]:
-    """What this rank notes."""
+    """Return this rank's log messages."""
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+    from mtp_dist.monitoring.logs import PACKAGE_LOGGER, configure_logging
     from mtp_dist.verify import preflight as module
 
     topology = initialize_topology(config, select_device(config))
-    notes: list[str] = []
+    configure_logging(topology.rank)
+    messages: list[str] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    PACKAGE_LOGGER.addHandler(Recorder())
     measured = module.matmul_rate
 
     def matmul_rate(*arguments: object) -> float:
@@ -23,5 +33,5 @@ def preflight(config: Config, slowed: bool) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "matmul_rate", matmul_rate)
-        module.Preflight(config, topology, new_gloo_groups(topology).all, notes.append).on_start(0)
-    return notes
+        module.run_preflight(config, topology, new_gloo_groups(topology).all)
+    return messages

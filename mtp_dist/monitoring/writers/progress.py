@@ -1,4 +1,4 @@
-"""The terminal's view of a run: a live bar, or plain lines where the output is a file or a launcher's pipe."""
+"""Progress of a run on standard output: a live bar on a terminal, plain lines in a file or a launcher's pipe."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -8,11 +8,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from mtp_dist.monitoring.callbacks import MetricsWriter, Scalars
+from mtp_dist.monitoring.scalars import Scalars
+from mtp_dist.monitoring.writers.writer import MetricsWriter
 
 
 def _numbers(scalars: Scalars, prefix: str) -> str:
-    """The values of head 1..n, in this order."""
+    """Return the values of heads 1..n, in this order."""
     return " ".join(_number(value) for name, value in scalars.items() if name.startswith(f"{prefix}/head_"))
 
 
@@ -29,7 +30,7 @@ def _describe_step(scalars: Scalars) -> str:
             f"lr {scalars['train/learning_rate']:.2e}",
             f"grad norm {scalars['train/grad_norm']:.3g}",
             f"{scalars['throughput/tokens_per_second']:,.0f} tokens/s",
-            *([f"{mfu:.1%} MFU"] if mfu else []),  # 0 where the peak of the device is not known
+            *([f"{mfu:.1%} MFU"] if mfu else []),  # 0 if the peak of the device is not known
         )
     )
 
@@ -47,7 +48,7 @@ def _describe_validation(step: int, scalars: Scalars) -> str:
 
 
 class _Bar(Progress):
-    """One line of progress and, below it, the last logged step."""
+    """A line of progress and, below it, the last logged step."""
 
     status = ""
 
@@ -57,12 +58,12 @@ class _Bar(Progress):
 
 
 class ProgressBar(MetricsWriter):
-    """Steps done, time left and the last logged scalars: a bar on a terminal, else one line a logged step."""
+    """Completed steps, time left and the last logged scalars: a bar on a terminal, else one line per logged step."""
 
     name = "standard output"
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
-        """`console` is where to write, standard output when absent."""
+        """console: where to write; standard output by default."""
         self._total_steps = total_steps
         self._console = console or Console()
         self._first: tuple[int, float] | None = None  # the first step seen and when it ended
@@ -89,12 +90,15 @@ class ProgressBar(MetricsWriter):
         # Text and soft_wrap: one line stays one line in a log file, and brackets are not taken for markup.
         self._console.print(Text(text), soft_wrap=True)
 
+    def rewind(self, completed_steps: int) -> None:
+        self._first = None
+
     def close(self, failed: bool) -> None:
         if self._console.is_interactive:
             self._bar.stop()
 
     def _time_left(self, step: int) -> str:
-        """From the mean pace since the first step's end: that step also compiles and allocates."""
+        """Estimate it from the mean pace since the first step's end: that step also compiles and allocates."""
         now = monotonic()
         if self._first is None:
             self._first = (step, now)

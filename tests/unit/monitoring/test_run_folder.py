@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.monitoring.logs import configure_logging
-from mtp_dist.monitoring.reporting import archive_previous_run
+from mtp_dist.monitoring.run_folder import archive_previous_run
 from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.tiny import tiny_config

@@ -1,0 +1,87 @@
+"""What rank 0 logs of a run in addition to the other ranks."""
+
+import logging
+from collections.abc import Sequence
+
+from mtp_dist.checkpoint.find import ResumePoint
+from mtp_dist.config import Config
+from mtp_dist.data.datasets import ValidationSet
+from mtp_dist.distributed.device import device_name
+from mtp_dist.distributed.topology import Topology
+from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.events import EVENTS, EventRecorder
+from mtp_dist.monitoring.logs import PACKAGE_LOGGER
+from mtp_dist.monitoring.metrics_logger import MetricsLogger
+from mtp_dist.monitoring.run_folder import describe_run
+from mtp_dist.monitoring.scalars import ThroughputUnits
+from mtp_dist.monitoring.stragglers import Stragglers
+from mtp_dist.monitoring.writers.jsonl import JsonlWriter
+from mtp_dist.monitoring.writers.progress import ProgressBar
+from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
+from mtp_dist.monitoring.writers.wandb import WandbWriter
+from mtp_dist.monitoring.writers.writer import MetricsWriter
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
+from mtp_dist.planner.partition import trunk_layers_per_stage
+
+logger = logging.getLogger(__name__)
+
+
+def rank0_callbacks(
+    config: Config,
+    topology: Topology,
+    validation_sets: Sequence[ValidationSet],
+    hosts: Sequence[str],
+    completed_steps: int,
+) -> list[Callback]:
+    """Describe the run in `run.json`, record its events from now on and return the callbacks of rank 0.
+
+    hosts: host name of each rank. completed_steps: 0, or the step of the checkpoint that the run resumes from.
+    """
+    metrics = MetricsLogger(
+        _build_writers(config, [validation_set.name for validation_set in validation_sets], completed_steps),
+        _throughput_units(config, topology, validation_sets),
+        describe_run(config, topology),
+    )
+    events = EventRecorder(config.output_dir / EVENTS, completed_steps, config.train.steps, metrics.note)
+    PACKAGE_LOGGER.addHandler(events)
+    return [events, metrics, Stragglers(hosts)]
+
+
+def _build_writers(
+    config: Config, validation_sets: Sequence[str | None], completed_steps: int
+) -> Sequence[MetricsWriter]:
+    folder = config.output_dir
+    writers: list[MetricsWriter] = [
+        ProgressBar(config.train.steps),
+        JsonlWriter(folder / "metrics.jsonl", completed_steps),
+    ]
+    if config.log.tensorboard:
+        writers.append(TensorBoardWriter(folder / "tensorboard", validation_sets, completed_steps))
+    if config.log.wandb:
+        writers.append(WandbWriter(config.log.wandb, config.run.name, folder))
+    return writers
+
+
+def _throughput_units(config: Config, topology: Topology, validation_sets: Sequence[ValidationSet]) -> ThroughputUnits:
+    peak = peak_flops(device_name(topology.device), config.train.precision)
+    return ThroughputUnits(
+        flops_per_token=[model_flops_per_token(config, active) for active in range(1, config.heads.count + 1)],
+        peak_flops=peak and peak * topology.world_size,
+        bytes_per_token={validation_set.name: validation_set.bytes_per_token for validation_set in validation_sets},
+    )
+
+
+def log_start(config: Config, topology: Topology, optimizer_name: str, resumed: ResumePoint | None) -> None:
+    """Log the size of the model, the layout, and the checkpoint that the run resumes from."""
+    micro_batches = config.micro_batches
+    stages = list(trunk_layers_per_stage(config))
+    counts = parameter_counts(config)
+    logger.info(
+        f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
+        f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
+        f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
+        f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
+        f"{stages} + heads on the last, {micro_batches} micro-batches per step"
+    )
+    start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
+    logger.info("%s, %d ranks", start, topology.world_size, extra={"event": "start"})

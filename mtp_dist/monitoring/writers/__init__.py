@@ -1,0 +1,1 @@
+"""Places that the scalars of a run are written to."""
