@@ -23,7 +23,7 @@ def train_tokenizer(texts: list[str], file: Path) -> None:
     tokenizer.save(str(file))
 
 
-def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
+def test_text_becomes_a_trained_model(tmp_path: Path) -> None:
     """Two prepared corpora blended, two validation sets, attention and losses within documents."""
     for name in ("one", "two"):
         jobs.write_corpus(tmp_path / name, functions=60 if name == "one" else 200)
@@ -33,11 +33,15 @@ def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
         arguments = [str(tmp_path / name), "--glob", "*.py", "--to", str(tmp_path / f"{name}_corpus")]
         options = ["--tokenizer", str(tokenizer), "--workers", "1", "--json"]
-        result = jobs.run(jobs.forked(*MTP_DIST, "prepare", *arguments, *options))
+        prepare = jobs.forked(*MTP_DIST, "prepare", *arguments, *options)
+        result = jobs.run(prepare)
         assert result.status == 0, result.output
-        said = json.loads(result.stdout)
-        assert said["bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.py"))
-        assert said["tokens"] < said["bytes"] / 1.5
+        counts = json.loads(result.stdout)
+        assert counts["bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.py"))
+        assert counts["tokens"] < counts["bytes"] / 1.5
+    again = jobs.run(prepare)
+    assert again.status == 2 and again.stdout == ""
+    assert again.stderr == f"error: {tmp_path / 'two_corpus.bin'} exists: delete it, or choose another --to\n"
 
     shown = jobs.run(jobs.forked(*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"))
     report = json.loads(shown.stdout)
@@ -59,7 +63,7 @@ def test_from_text_to_a_trained_model(tmp_path: Path) -> None:
     last = {name: value for line in lines for name, value in line.items()}
     for name in ("one", "two"):
         nats, bits = (last[f"validation/{name}/{kind}/head_1"] for kind in ("loss", "bits_per_byte"))
-        assert 1 < nats / bits < 6, "several bytes a token"
+        assert 1 < nats / bits < 6, "several bytes per token"
         assert last[f"data/epochs/{name}"] > 0
     assert last["data/epochs/one"] > last["data/epochs/two"], "the smaller corpus is read more often"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -71,8 +75,8 @@ def learned(folder: Path) -> list[list[float]]:
     return [[line["train/grad_norm"], *(line[f"loss/head_{k}"] for k in range(1, 5))] for line in lines]
 
 
-def test_a_killed_stream_goes_on_where_it_was_at_another_degree(tmp_path: Path) -> None:
-    """In four shards, of which each of two ranks reads two."""
+def test_killed_stream_resumes_at_another_degree(tmp_path: Path) -> None:
+    """With four shards, of which each of two ranks reads two."""
     documents = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" * (i % 5) for i in range(200)]
     (tmp_path / "documents").mkdir()
     for part in range(4):

@@ -55,30 +55,22 @@ def parquet():
     return content.getvalue()
 
 
+COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
 FILES_OF_RECORDS = {
-    "lines.json": JSON_LINES,
-    "array.json": JSON_ARRAY,
-    "indented.json": json.dumps(RECORDS, indent=2).encode(),
-    "a.jsonl": JSON_LINES,
+    **dict.fromkeys(("lines.json", "a.jsonl", "a.JSONL", "part-00000", "lines.txt"), JSON_LINES),
+    **dict.fromkeys(("compressed.jsonl", "a.jsonl.GZ", "part-00000.gz"), gzip.compress(JSON_LINES)),
+    **{f"a.jsonl.{suffix}": compress(JSON_LINES) for suffix, compress in COMPRESSIONS.items()},
     "marked.jsonl": BYTE_ORDER_MARK + JSON_LINES,
-    "marked.json": BYTE_ORDER_MARK + JSON_ARRAY,
-    "a.JSONL": JSON_LINES,
-    "a.jsonl.GZ": gzip.compress(JSON_LINES),
-    "compressed.jsonl": gzip.compress(JSON_LINES),
-    "array.json.gz": gzip.compress(JSON_ARRAY),
     "lines.json.bz2": bz2.compress(JSON_LINES),
-    "a.jsonl.xz": lzma.compress(JSON_LINES),
-    "a.jsonl.zst": zstd(JSON_LINES),
-    "part-00000": JSON_LINES,
-    "part-00000.gz": gzip.compress(JSON_LINES),
-    "lines.txt": JSON_LINES,
-    "a.csv": table(),
+    "array.json": JSON_ARRAY,
+    "array.json.gz": gzip.compress(JSON_ARRAY),
+    "marked.json": BYTE_ORDER_MARK + JSON_ARRAY,
+    "indented.json": json.dumps(RECORDS, indent=2).encode(),
+    **dict.fromkeys(("a.csv", "a.CSV"), table()),
     "marked.csv": BYTE_ORDER_MARK + table(),
-    "a.CSV": table(),
     "a.csv.gz": gzip.compress(table()),
     "a.tsv": table("\t"),
-    "a.PARQUET": parquet(),
-    "part-0": parquet(),
+    **dict.fromkeys(("a.PARQUET", "part-0"), parquet()),
 }
 
 
@@ -138,14 +130,13 @@ def test_saved_datasets_are_read_row_by_row(tmp_path, streaming):
     assert "'id' is not text but int" in message(path, field="id")
 
 
-SETTINGS = json.dumps({"name": "package", "text": "no record"}, indent=2).encode()
+NO_RECORDS = "is JSON, but neither one object per line nor an array of objects"
 UNREADABLE = {
-    "settings.json": (SETTINGS, "is JSON, but neither one object per line nor an array of objects"),
-    "numbers.json": (b"[1, 2, 3]", "is JSON, but neither one object per line nor an array of objects"),
-    "other.json": (b'{"content": "a"}\n{"content": "b"}\n', "has no field 'text', it has 'content'"),
-    "other.txt": (b'{"content": "a"}\n{"content": "b"}\n', "has no field 'text', it has 'content'"),
+    "settings.json": (json.dumps({"name": "package", "text": "no record"}, indent=2).encode(), NO_RECORDS),
+    "numbers.json": (b"[1, 2, 3]", NO_RECORDS),
+    **dict.fromkeys(("other.json", "other.txt"), (b'{"content": "a"}\n' * 2, "has no field 'text', it has 'content'")),
     "mixed.json": (b'[{"text": "a"}, {"name": "b"}]', "has no field 'text', it has 'name' in row 1"),
-    "deep.json": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is JSON, but neither"),
+    "deep.json": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", NO_RECORDS),
     "text.txt.GZ": (gzip.compress(b"text " * 99), "is compressed: decompress it"),
     "renamed.txt": (b"PK\x03\x04" + b"text" * 9, "is binary"),
     "picture.png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is binary"),
@@ -169,7 +160,7 @@ CORRUPT = {
     "deep.jsonl": (GOOD_LINES + b"[" * 100_000 + b"]" * 100_000, ", line 51 is not valid JSON (nested too deep)"),
     **{
         f"cut.jsonl.{suffix}": ((whole := compress(JSON_LINES))[: len(whole) // 2], " is truncated or not a valid ")
-        for suffix, compress in {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}.items()
+        for suffix, compress in COMPRESSIONS.items()
     },
 }
 
@@ -188,9 +179,16 @@ def test_parquet_columns_of_one_name_are_refused(tmp_path):
     assert documents(units(tmp_path / "a.parquet", field="other")) == ["b"]
 
 
-def test_files_of_a_folder_are_counted(tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
+def test_files_of_a_folder_are_counted(tmp_path, monkeypatch):
+    folder, really_scan = tmp_path / "folder", os.scandir
+    tree(folder, "closed/b.py")
+
+    def scan(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return really_scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
     for name, (content, _) in UNREADABLE.items():
         (folder / name).write_bytes(content)
     for name in ("lines.json", "a.csv", "a.PARQUET"):
@@ -213,10 +211,11 @@ def test_files_of_a_folder_are_counted(tmp_path):
         "binary": 4,
         "broken link": 1,
         "compressed": 1,
+        "folder that cannot be read": 1,
     }
     lines = describe(tmp_path / "corpus", prepared)
     assert "4 files: 1 CSV, 1 JSON lines, 1 Parquet, 1 text" in lines
-    assert "16 files skipped: 1 CSV without the field 'text', 3 JSON without records, 3 JSON without the field" in lines
+    assert "17 files skipped: 1 CSV without the field 'text', 3 JSON without records, 3 JSON without the field" in lines
 
 
 RECORD = b'{"text": "a"}'
@@ -319,40 +318,22 @@ def test_linked_folders_are_read_once_by_every_pattern(tmp_path):
     assert documents(units(folder, glob="link/**/*.py")) == ["deep/y.py", "x.py"]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        *((pattern, ["a.py"]) for pattern in ("**/*.py", "*.py")),
-        (".github/**/*.py", [".github/workflows/g.py"]),
-        ("**/.*.py", [".b.py"]),
-    ],
-)
-def test_hidden_files_are_read_only_if_the_pattern_names_them(tmp_path, pattern, expected):
+def test_hidden_files_are_read_only_if_the_pattern_names_them(tmp_path):
     tree(tmp_path, "a.py", ".b.py", ".git/c.py", "d/.e/f.py", ".github/workflows/g.py")
-    assert documents(units(tmp_path, glob=pattern)) == expected
+    for pattern, expected in (
+        ("**/*.py", "a.py"),
+        ("*.py", "a.py"),
+        (".github/**/*.py", ".github/workflows/g.py"),
+        ("**/.*.py", ".b.py"),
+    ):
+        assert documents(units(tmp_path, glob=pattern)) == [expected]
 
 
-@pytest.mark.parametrize(
-    "pattern", ["**/*.py", "*.py", "*/*.py", "a/**/*", "**/a/*.py", "**/a/**/*.py", "?/[ab].py", "b/a/a.py"]
-)
-def test_patterns_match_what_pathlib_matches(tmp_path, pattern):
+def test_patterns_match_what_pathlib_matches(tmp_path):
     tree(tmp_path, "a.py", "b.txt", "a/a.py", "b/a/a.py", "b/a/c/b.py", "a/b/a.py", "c/b.py", "cc/b.py")
-    expected = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern) if path.is_file())
-    assert documents(units(tmp_path, glob=pattern)) == expected
-
-
-def test_unreadable_folders_are_counted(tmp_path, monkeypatch):
-    tree(tmp_path / "folder", "a.py", "closed/b.py")
-    really_scan = os.scandir
-
-    def scan(path):
-        if Path(path).name == "closed":
-            raise PermissionError(13, "Permission denied", str(path))
-        return really_scan(path)
-
-    monkeypatch.setattr(os, "scandir", scan)
-    prepared = made(request(tmp_path / "folder", tmp_path / "corpus", glob="**/*.py"))
-    assert prepared.as_json()["files"]["skipped"] == {"folder that cannot be read": 1}
+    for pattern in "**/*.py *.py */*.py a/**/* **/a/*.py **/a/**/*.py ?/[ab].py b/a/a.py".split():
+        expected = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.glob(pattern) if path.is_file())
+        assert documents(units(tmp_path, glob=pattern)) == expected
 
 
 OPTION_ERRORS = [
@@ -377,31 +358,19 @@ def test_wrong_options_are_reported_by_option_or_key(tmp_path, name, options, re
     assert reason.format(path=path, option=option) in message(path, ConfigError, key=key, **options)
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub that has every dataset."""
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-
-
-@pytest.mark.usefixtures("hub")
-def test_subset_and_split_reach_the_datasets_library(monkeypatch):
+def test_hub_datasets_come_from_the_datasets_library(monkeypatch):
     calls = []
 
     def load(*names, **options):
+        if names[0] == "no/such":
+            raise ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
         calls.append((*names, options))
         return datasets.Dataset.from_dict({"text": TEXTS})
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert documents(units("some/web", subset="en", split="test")) == TEXTS
     assert calls == [("some/web", "en", {"split": "test", "streaming": False})]
-
-
-@pytest.mark.usefixtures("hub")
-def test_dataset_that_cannot_be_loaded_is_reported(monkeypatch):
-    def load_dataset(*_, **__):
-        raise ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert message("no/such").endswith("cannot load it: Couldn't reach 'no/such' on the Hub")
 
 

@@ -102,38 +102,27 @@ def test_states_without_shards_are_read(path):
         assert np.array_equal(samples.read(8, 8, rank, 2), packed(random_texts(1), 3)[8 + 4 * rank :][:4])
 
 
-def write_parquet(path, texts, field="text"):
-    pyarrow.parquet.write_table(pyarrow.table({field: texts}), path)
-
-
-def write_compressed(path, texts, field="text"):
-    path.write_bytes(gzip.compress("".join(json.dumps({field: text}) + "\n" for text in texts).encode()))
-
-
-def write_code(path, texts, field="text"):
-    path.mkdir()
-    for number, text in enumerate(texts):
-        (path / f"{number:03}.py").write_text(text)
-
-
-def write_dataset(path, texts, field="text"):
-    datasets_library.Dataset.from_dict({field: texts}).save_to_disk(path, num_shards=3)
-
-
-WRITERS = {
-    "a.txt": lambda path, texts: path.write_text("".join(texts)),
-    "a.jsonl": write_jsonl,
-    "a.jsonl.gz": write_compressed,
-    "a.parquet": write_parquet,
-    "code": write_code,
-    "saved": write_dataset,
-}
+def write(path, texts, field="text"):
+    """Write documents as the kind that the name implies."""
+    lines = "".join(json.dumps({field: text}) + "\n" for text in texts).encode()
+    if path.suffix == ".txt":
+        path.write_text("".join(texts))
+    elif path.suffix in (".jsonl", ".gz"):
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({field: texts}), path)
+    elif path.name == "saved":
+        datasets_library.Dataset.from_dict({field: texts}).save_to_disk(path, num_shards=3)
+    else:
+        path.mkdir()
+        for number, text in enumerate(texts):
+            (path / f"{number:03}.py").write_text(text)
 
 
 @pytest.mark.parametrize("name", ["code", "saved", "a.jsonl.gz", "a.parquet"])
 def test_any_kind_of_source_can_be_streamed(tmp_path, name):
     texts = [text for text in random_texts(3) if text]
-    WRITERS[name](tmp_path / name, texts, "content")
+    write(tmp_path / name, texts, "content")
     samples = samples_of(tmp_path / name, **({"glob": "*.py"} if name == "code" else {"field": "content"}))
     expected = packed(texts, 3)
     assert np.array_equal(samples.read(0, 100), expected[:100])
@@ -166,7 +155,7 @@ def test_file_that_vanishes_is_reported(tmp_path, name):
     """The second of two files, after the first was read."""
     for part in ("first", "second"):
         (tmp_path / part).mkdir()
-        WRITERS[name](tmp_path / part / name, random_texts(1))
+        write(tmp_path / part / name, random_texts(1))
     samples = samples_of(tmp_path, glob=f"**/{name}")
     samples.read(0, 2)
     (tmp_path / "second" / name).unlink()
@@ -179,7 +168,7 @@ def test_file_that_vanishes_is_reported(tmp_path, name):
 def test_truncated_file_is_reported(tmp_path, name):
     """Between two passes, at the end of a line; and of a Parquet file before the rows of a unit are read."""
     file = tmp_path / name
-    WRITERS[name](file, random_texts(1))
+    write(file, random_texts(1))
     stream = stream_of(file)
     stream.next_tokens(10, 5)
     [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
@@ -215,16 +204,12 @@ def test_older_checkpoint_of_a_folder_resumes_if_names_imply_the_kinds(tmp_path)
     assert datasets.train.read(6, 4).tolist() == [list(sample) for sample in OLDER_SAMPLES]
 
 
+RECORD = b'{"text": "one"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [
-        ("f.json", b'{"text": "one"}\n'),
-        ("f.csv", b"text\none\n"),
-        ("f.txt", b'{"text": "one"}\n'),
-        ("f.txt", b"\0\1"),
-        ("f.csv", b"name\none\n"),
-        ("f.JSONL", b'{"text": "one"}\n'),
-    ],
+    [*((name, RECORD) for name in ("f.json", "f.txt", "f.JSONL")), ("f.csv", b"text\n1\n"), ("f.txt", b"\0\1")],
 )
 def test_older_checkpoint_of_a_folder_with_other_kinds_does_not_resume(tmp_path, name, content):
     folder, source = tmp_path / "folder", older_folder(tmp_path / "folder")
@@ -283,12 +268,9 @@ class Ranks:
         """Return the samples of the next steps, [steps, BATCH, S + n], those of a step in a canonical order."""
         batches = []
         for _ in range(steps):
-            ranks = len(self.datasets)
-            parts = [
-                datasets.train.read(self.samples_read, BATCH, rank, ranks)
-                for rank, datasets in enumerate(self.datasets)
-            ]
-            assert {len(part) for part in parts} == {BATCH // ranks}
+            num_ranks, first = len(self.datasets), self.samples_read
+            parts = [data.train.read(first, BATCH, rank, num_ranks) for rank, data in enumerate(self.datasets)]
+            assert {len(part) for part in parts} == {BATCH // num_ranks}
             batch = np.concatenate(parts)
             batches.append(batch[np.lexsort(batch.T)])
             self.samples_read += BATCH
