@@ -4,7 +4,6 @@ import json
 from typing import NamedTuple
 
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -132,17 +131,6 @@ def tokens_read(phases, sizes):
     return by_phase
 
 
-@pytest.mark.parametrize("change", ["weight", "source", "sequence_length", "seed"])
-def test_nothing_is_repeated_before_the_rest_is_read(change):
-    before = Phase({0: 1.0, 1: 1.0}, 2, 1, 7, 100)
-    weights = {"weight": {0: 1.0, 1: 9.0}, "source": {1: 1.0, 2: 1.0}}.get(change, before.weights)
-    after = Phase(weights, 4 if change == "sequence_length" else 2, 1, 8 if change == "seed" else 7, 100)
-    first, second = tokens_read([before, after], [961, 961, 961])
-    earlier = {token for sample in first for token in sample}
-    assert not any(earlier.intersection(sample) for sample in second), "most of each source was unread"
-    assert {sample[0] // SOURCE_TOKENS for sample in second} == set(weights)
-
-
 @st.composite
 def runs(draw):
     """Phases of which each may change anything, and the sources' sizes."""
@@ -155,6 +143,8 @@ def runs(draw):
 @settings(max_examples=200)
 @given(runs())
 @example(([Phase({0: 1.0, 1: 1.0}, 2, 1, 0, 40), Phase({0: 1.0, 1: 3.0}, 2, 1, 0, 20)], [90, 90, 12]))
+@example(([Phase({0: 1.0, 1: 1.0}, 2, 1, 7, 100), Phase({1: 1.0, 2: 1.0}, 2, 1, 7, 100)], [961, 961, 961]))
+@example(([Phase({0: 1.0, 1: 1.0}, 2, 1, 7, 100), Phase({0: 1.0, 1: 1.0}, 4, 1, 8, 100)], [961, 961, 961]))
 def test_every_epoch_has_each_token_once_whatever_changes(run):
     """Except fewer tokens at its end than one sample has."""
     phases, sizes = run

@@ -221,3 +221,12 @@ def test_start_builds_the_tokenizer_once_and_opens_each_source_once(tmp_path, tr
         "FilesInput.units": 1,
         "DatasetInput.units": 1,
     }
+
+
+def test_prepare_builds_the_tokenizer_once_and_opens_its_inputs_once(tmp_path, trained_tokenizers, monkeypatch):
+    calls = count_calls(
+        monkeypatch, (text_tokenizers.HuggingFaceTokenizer, "__init__"), (text_sources.FilesInput, "__init__")
+    )
+    tokenizer = trained_tokenizers / "tokenizer.json"
+    made(request(write_jsonl(tmp_path / "a.jsonl", ["abc" * 99]), tmp_path / "corpus", tokenizer))
+    assert calls == {"HuggingFaceTokenizer.__init__": 1, "FilesInput.__init__": 1}
