@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from mtp_dist.bench.checkpoint.report import NAMES
+from mtp_dist.cli.tables import BENCH_CHECKPOINT_LABELS
 from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
 from mtp_dist.config.base import MAX_INTEGER
 
@@ -233,7 +233,7 @@ def checkpoint_speed(results: list[dict[str, Any]]) -> str:
         layout, machine = result["layout"], result["machine"]
         rows = [
             [label, f"{result['seconds'][way]:.2f}", f"{result['megabytes'] / result['seconds'][way]:,.0f}"]
-            for way, label in NAMES.items()
+            for way, label in BENCH_CHECKPOINT_LABELS.items()
         ]
         degrees = f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
         sections.append(

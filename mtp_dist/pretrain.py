@@ -6,15 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 from mtp_dist.config import load_config
-from mtp_dist.errors import UserError
+from mtp_dist.errors import UserError, exit_with_error
 from mtp_dist.monitoring.output import make_output_optional, silence_import_warnings
 from mtp_dist.training.run_lock import hold_folders
 from mtp_dist.training.stopping import StopSignals
 
-RANK0_REPORT_GRACE_S = 10
 PEER_EXIT_GRACE_S = 3
 
 
@@ -60,22 +58,6 @@ def pretrain(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
         from mtp_dist.run import run
 
         return run(job, stop_signals, options.preflight, options.memory_snapshot)
-
-
-def exit_with_error(error: UserError) -> NoReturn:
-    """Print the error and end this process with status 2. What all ranks see only rank 0 prints."""
-    rank, prefix = os.environ.get("RANK", "0"), "error"
-    if rank.isdecimal() and int(rank):
-        # Launchers kill the other ranks as soon as one has ended, so rank 0 must be the first. A rank that still runs
-        # after that has an error of its own, such as a missing GPU.
-        time.sleep(RANK0_REPORT_GRACE_S)
-        prefix = f"error on rank {rank}"
-    print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
-    if (torch := sys.modules.get("torch")) and torch.distributed.is_initialized():
-        # A thread that saves may be inside a collective: a regular exit would end in an abort instead of status 2.
-        sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

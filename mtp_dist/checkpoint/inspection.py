@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from mtp_dist.checkpoint.find import checkpoint_directory, finished_checkpoints, latest_name
 from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, SavedLayout, read_metadata
 from mtp_dist.checkpoint.manifest import FileRecord, ProgressCallback, check_fully, check_quickly
@@ -119,53 +115,3 @@ def list_checkpoints(directory: Path) -> list[CheckpointLine]:
             line = CheckpointLine(str(folder), step, folder.name == latest, damage=str(error))
         lines.append(line)
     return lines
-
-
-def _layout(layout: SavedLayout | None) -> str:
-    if layout is None:
-        return "imported"
-    return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, ZeRO {layout.zero_stage}"
-
-
-def _losses(losses: Sequence[float | None]) -> str:
-    return " ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
-def print_list(lines: Sequence[CheckpointLine], console: Console) -> None:
-    table = Table("step", "", "size", "saved at", "losses of heads 1, 2, ...", "names, sizes, JSON files")
-    for line in lines:
-        size = "" if line.bytes is None else _size(line.bytes)
-        saved_at = "" if line.damage else _layout(line.layout)
-        verdict = "DAMAGED" if line.damage else "as written"
-        table.add_row(f"{line.step:,}", "latest" * line.latest, size, saved_at, _losses(line.losses), verdict)
-    console.print(table)
-
-
-def print_checkpoint(report: CheckpointReport, console: Console) -> None:
-    layout, total = report.layout, sum(report.parameters.values())
-    processes = f", {layout.world_size} processes" if layout else ""
-    facts = {
-        "Run": report.run,
-        "Step": f"{report.step:,}, {report.optimizer_updates:,} updates of Adam",
-        "Saved at": f"{_layout(layout)}{processes}",
-        "Losses": f"{_losses(report.losses)} nats, heads 1, 2, ..." if report.losses else "none",
-        "Vocabulary": f"{report.vocab_size:,} tokens",
-        "Versions": ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items()),
-        "On disk": ", ".join(f"{kind} {_size(size)}" for kind, size in report.bytes.items()),
-        "Integrity": f"all {report.files} files are what was written",
-    }
-    for label, value in facts.items():
-        console.print(Text(f"{label + ':':<12}{value}"), soft_wrap=True)
-    table = Table("part", "parameters", "share", title=f"{total / 1e6:,.2f} M parameters")
-    for part, number in report.parameters.items():
-        table.add_row(part, f"{number:,}", f"{number / total:.1%}")
-    console.print(table)
-    table = Table("weight", "number", "shape", "parameters", title="Weights, fp32")
-    for group in report.weights:
-        shape = " x ".join(map(str, group.shape))
-        table.add_row(Text(group.name), f"{group.count}", shape, f"{group.count * prod(group.shape):,}")
-    console.print(table)

@@ -1,151 +1,141 @@
-"""The `mtp-dist bench` commands."""
+"""`mtp-dist bench`: measurements of the user's own machine."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mtp_dist.cli.options import AsJson, Overrides
+from mtp_dist.cli.progress import head_loss_progress
+from mtp_dist.cli.tables import bench_checkpoint_table, bench_data_tables, head_loss_table, monitoring_table, show
 from mtp_dist.config import load_config
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import LaunchError, exits_with_user_errors
 from mtp_dist.monitoring.output import silence_import_warnings
-from mtp_dist.pretrain import exit_with_error
 
-bench = typer.Typer(no_args_is_help=True, help="Measure a part of this project beside its peers.")
+app = typer.Typer(no_args_is_help=True, help="Measure a part of mtp-dist and compare it with baselines.")
 
 
 def _show(result: dict[str, Any], as_json: bool, *tables: Table) -> None:
-    """As one JSON object, or as tables."""
     if as_json:
         print(json.dumps(result), flush=True)
     else:
-        Console(width=None if os.isatty(1) else 120).print(*tables, sep="\n")
+        show(*tables)
 
 
-@bench.command("head-loss")
+@app.command("head-loss")
+@exits_with_user_errors
 def head_loss(
-    tokens: Annotated[int | None, typer.Option(help="of one micro-batch; 2048 on a CPU, 8192 on a GPU")] = None,
-    hidden: Annotated[int | None, typer.Option(help="hidden size; 512 on a CPU, 4096 on a GPU")] = None,
-    vocab: Annotated[int | None, typer.Option(help="vocabulary; 32000 on a CPU, 128256 on a GPU")] = None,
-    heads: Annotated[str, typer.Option(help="numbers of heads, with commas between")] = "1,2,4,8",
-    tp: Annotated[int, typer.Option(help="tensor-parallel degree: starts as many processes")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; fp32 on a CPU, bf16 on a GPU")] = None,
-    modes: Annotated[
-        str | None, typer.Option(help="with commas between; all that can run here but, on a CPU, compiled")
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens per micro-batch; by default 2048 on a CPU, 8192 on a GPU.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size; by default 512 on a CPU, 4096 on a GPU.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Vocabulary size; by default 32000 on a CPU, 128256 on a GPU.")
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Numbers of heads, separated by commas.")] = "1,2,4,8",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel degree; starts that many processes.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; by default fp32 on a CPU, bf16 on a GPU.")] = None,
+    modes: Annotated[
+        str | None,
+        typer.Option(help="Modes, separated by commas; by default all that run here, on a CPU all but compiled."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: AsJson = False,
 ) -> None:
-    """Memory, time, communication and error of the heads' loss against the number of heads.
+    """Measure memory, time, communication and error of the heads' loss for several numbers of heads.
 
-    Modes: naive, eager and recompute are this project's; pytorch, compiled, liger and cut-cross-entropy are peers.
+    Modes: naive, eager and recompute are those of mtp-dist; pytorch, compiled, liger and cut-cross-entropy are
+    baselines.
     """
     from mtp_dist.bench.head_loss.measurement import measure_head_loss
-    from mtp_dist.bench.head_loss.report import table
     from mtp_dist.bench.head_loss.settings import read_settings
 
-    try:
-        settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
-        result = measure_head_loss(settings, silence_import_warnings)
-    except UserError as error:
-        exit_with_error(error)
-    _show(result, as_json, table(result))
+    settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
+    result = measure_head_loss(settings, head_loss_progress)
+    _show(result, as_json, head_loss_table(result))
 
 
-@bench.command("checkpoint")
+@app.command("checkpoint")
+@exits_with_user_errors
 def checkpoint(
-    config: Annotated[str, typer.Option(help="YAML file of the run whose model and layout are taken")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
-    to: Annotated[str, typer.Option(help="a new folder on the disk to measure")] = "bench-checkpoint",
-    rounds: Annotated[int, typer.Option(min=1, help="of which the medians are shown")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    config: Annotated[str, typer.Option(help="YAML file of the run whose model and layout are measured.")],
+    overrides: Overrides = None,
+    to: Annotated[str, typer.Option(help="New folder on the disk to measure.")] = "bench-checkpoint",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 5,
+    as_json: AsJson = False,
 ) -> None:
-    """How fast checkpoints are saved and loaded, and how long training waits, beside torch.save of the same bytes.
+    """Measure saving and loading of checkpoints, and how long training waits, compared with torch.save.
 
     Start it like training: under torchrun or deepspeed with all ranks. It needs no data.
     """
     from mtp_dist.verify.startup import check_startup
 
     folder = Path(to).expanduser()
-    try:
-        job = check_startup(load_config(config, overrides or []), needs_data=False)
-        if folder.exists():
-            raise ConfigError(f"--to = '{to}' exists: name a new folder")
-    except UserError as error:
-        exit_with_error(error)
+    job = check_startup(load_config(config, overrides or []), needs_data=False)
+    if folder.exists():
+        raise LaunchError(f"--to = '{to}' exists: name a new folder")
     silence_import_warnings()
-    from mtp_dist.bench.checkpoint.measurement import measure_checkpoints
-    from mtp_dist.bench.checkpoint.report import table
+    from mtp_dist.bench.checkpoint import measure_checkpoints
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
-    try:
-        topology = initialize_topology(job.config, job.device)
-        result = measure_checkpoints(job.config, topology, folder, rounds)
-    except UserError as error:
-        exit_with_error(error)
+    topology = initialize_topology(job.config, job.device)
+    result = measure_checkpoints(job.config, topology, folder, rounds)
     close_topology()
     if topology.rank == 0:
-        _show(result, as_json, table(result))
+        _show(result, as_json, bench_checkpoint_table(result))
 
 
-@bench.command("data")
+@app.command("data")
+@exits_with_user_errors
 def data(
     folder: Annotated[str, typer.Argument(metavar="FOLDER")],
-    glob: Annotated[str, typer.Option(help="which of its files")] = "**/*.py",
+    glob: Annotated[str, typer.Option(help="Files of the folder to read.")] = "**/*.py",
     tokenizer: Annotated[
-        list[str] | None, typer.Option(help="may be repeated; bytes, and one trained on the files, when absent")
+        list[str] | None,
+        typer.Option(help="Tokenizer; may be repeated. By default bytes, and one trained on the files."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes; as many as there are cores")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="of which the medians are shown")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; by default one per core.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 3,
+    as_json: AsJson = False,
 ) -> None:
-    """How fast text becomes a corpus, beside the tokenizer alone, and a corpus training samples."""
-    from mtp_dist.bench.data.loading import measure_loader
-    from mtp_dist.bench.data.preparation import TRAINED, measure_preparation
-    from mtp_dist.bench.data.report import tables
+    """Measure `prepare` compared with its tokenizer alone, and reading training samples from a corpus."""
+    from mtp_dist.bench.data import TRAINED, measure_loader, measure_preparation
     from mtp_dist.bench.measure import processor_name, usable_cores
 
     processes = workers or usable_cores()
-    try:
-        preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
-    except UserError as error:
-        exit_with_error(error)
+    preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
     machine = {"processor": processor_name(), "cores": usable_cores()}
     silence_import_warnings()
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
-    _show(result, as_json, *tables(result))
+    _show(result, as_json, *bench_data_tables(result))
 
 
-@bench.command("monitoring")
+@app.command("monitoring")
+@exits_with_user_errors
 def monitoring(
-    config: Annotated[str, typer.Option(help="YAML file of the run")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="of `log.every` steps each, of which the medians are shown")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+    config: Annotated[str, typer.Option(help="YAML file of the run.")],
+    overrides: Overrides = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of rounds of `log.every` steps; medians are reported.")
+    ] = 20,
+    as_json: AsJson = False,
 ) -> None:
-    """How much longer a step takes for all that is measured, watched and logged, beside the same step without.
+    """Measure how much longer a step takes with logs and callbacks than without.
 
     Start it like training: under torchrun or deepspeed with all ranks.
     """
     from mtp_dist.verify.startup import check_startup
 
-    try:
-        job = check_startup(load_config(config, overrides or []))
-    except UserError as error:
-        exit_with_error(error)
+    job = check_startup(load_config(config, overrides or []))
     silence_import_warnings()
-    from mtp_dist.bench.monitoring import measure_monitoring, table
+    from mtp_dist.bench.monitoring import measure_monitoring
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
-    try:
-        topology = initialize_topology(job.config, job.device)
-        result = measure_monitoring(job.config, topology, rounds)
-    except UserError as error:
-        exit_with_error(error)
+    topology = initialize_topology(job.config, job.device)
+    result = measure_monitoring(job.config, topology, rounds)
     close_topology()
     if topology.rank == 0:
-        _show(result, as_json, table(result))
+        _show(result, as_json, monitoring_table(result))

@@ -1,1 +1,0 @@
-"""`mtp-dist bench head-loss`: memory, time, communication and error of the heads' loss against the number of heads."""

@@ -1,4 +1,4 @@
-"""The measurement: every mode at every number of heads, on as many ranks as it needs."""
+"""The measurement of every mode at every number of heads, on --tp ranks."""
 
 import gc
 import os
@@ -9,35 +9,36 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mtp_dist.bench.head_loss.inputs import Inputs, gradient
-from mtp_dist.bench.head_loss.peers import PEERS
+from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, gradient
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
 from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import LaunchError
+from mtp_dist.monitoring.output import silence_import_warnings
 
-# Megatron-core and DeepSpeed look at the device when they are imported, so ranks import them once it is selected.
+# Megatron-core and DeepSpeed probe the device when they are imported, so ranks import them once it is selected.
 if TYPE_CHECKING:
     from mtp_dist.bench.head_loss.problem import ReferenceGradients
     from mtp_dist.distributed.topology import Topology
 
 ROUNDS = 3
 MATMULS = "matmuls"
-"""The step beside the modes: the three matmuls of one head and nothing else."""
+"""Name of the step with the three matmuls of one head and nothing else."""
 
 Result = dict[str, Any]
+NewProgress = Callable[[bool], Progress]
+"""Function of a module, called on each rank with whether it is the first one, which shows its progress bar."""
 
 
-def measure_head_loss(settings: Settings, prepare: Callable[[], None]) -> Result:
-    """Run the benchmark; `prepare` runs on each rank before heavy imports. Raises ConfigError."""
+def measure_head_loss(settings: Settings, new_progress: NewProgress) -> Result:
+    """Run the benchmark, on ranks that it starts itself. Raise LaunchError if a rank fails."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("WORLD_SIZE is above 1: start this benchmark as one process, it starts those of --tp itself")
+        raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts those of --tp itself")
     if settings.tp == 1:
-        return measure_on_rank(settings, prepare)
+        return measure_on_rank(settings, new_progress)
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -48,19 +49,19 @@ def measure_head_loss(settings: Settings, prepare: Callable[[], None]) -> Result
         max_restarts=0,
     )
     try:
-        results: dict[int, Result] = elastic_launch(launch, measure_on_rank)(settings, prepare)
+        results: dict[int, Result] = elastic_launch(launch, measure_on_rank)(settings, new_progress)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ConfigError(f"rank {rank} ended with status {failure.exitcode}: what it said is above") from None
+        raise LaunchError(f"rank {rank} ended with status {failure.exitcode}: its output is above") from None
     return results[0]
 
 
-def measure_on_rank(settings: Settings, prepare: Callable[[], None]) -> Result:
-    """This rank's part of the benchmark; rank 0's result is the one to show. Raises ConfigError where memory ends."""
+def measure_on_rank(settings: Settings, new_progress: NewProgress) -> Result:
+    """Run this rank's part and return its result; rank 0's is shown. Raise LaunchError if memory is exhausted."""
     from mtp_dist.distributed.device import select_device
 
     device = select_device(settings.config)
-    prepare()
+    silence_import_warnings()
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     threads = torch.get_num_threads()
@@ -68,11 +69,11 @@ def measure_on_rank(settings: Settings, prepare: Callable[[], None]) -> Result:
         torch.set_num_threads(max(1, usable_cores() // settings.tp))
     topology = initialize_topology(settings.config, device)
     try:
-        return _Benchmark(settings, topology).run()
+        return _Benchmark(settings, topology, new_progress).run()
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        raise ConfigError("not even the inputs fit into memory: lower --tokens, --hidden or --vocab") from None
+        raise LaunchError("not even the inputs fit into memory: lower --tokens, --hidden or --vocab") from None
     finally:
         torch.set_num_threads(threads)
         close_topology()
@@ -84,9 +85,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class _Benchmark:
-    """One rank's modes, inputs and progress bar; only the first rank has the reference and shows the bar."""
+    """One rank's modes, inputs and progress bar; the first rank also has the reference."""
 
-    def __init__(self, settings: Settings, topology: "Topology") -> None:
+    def __init__(self, settings: Settings, topology: "Topology", new_progress: NewProgress) -> None:
         from mtp_dist.bench.head_loss.problem import Problem
         from mtp_dist.distributed.topology import tp_group
 
@@ -96,15 +97,7 @@ class _Benchmark:
         self.group = tp_group()
         self.problem = Problem(settings.config, settings.tokens, DTYPES[settings.dtype], self.device, self.group)
         self.matmul_seconds: list[float] = []
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(None),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True, quiet=not self.is_first),
-            expand=True,
-            speed_estimate_period=3600,
-        )
+        self.progress = new_progress(self.is_first)
         head_runs = len(settings.modes) * sum(settings.heads) * (1 + ROUNDS)
         self.task = self.progress.add_task("reference", total=max(settings.heads) + head_runs)
 
@@ -132,7 +125,7 @@ class _Benchmark:
         }
 
     def _references(self) -> "dict[int, ReferenceGradients]":
-        """By number of heads, on the first rank; the others wait for it."""
+        """Return the references by number of heads on the first rank, none on the others."""
         from mtp_dist.bench.head_loss.problem import reference_gradients
 
         if not self.is_first:
@@ -145,7 +138,7 @@ class _Benchmark:
         return references
 
     def _rows(self, heads: int, reference: "ReferenceGradients | None", matmuls: Step) -> list[Result]:
-        """One row for each mode; where memory does not suffice its measurements are None."""
+        """Return one row per mode; its measurements are None if memory does not suffice."""
         rows: list[Result] = []
         steps: dict[str, Step] = {MATMULS: matmuls}
         inputs: dict[str, Inputs] = {}
@@ -172,14 +165,14 @@ class _Benchmark:
         return rows
 
     def _add_times(self, row: Result, seconds: dict[str, list[float]]) -> None:
-        of_mode = seconds.get(row["mode"])
-        row["seconds"] = statistics.median(of_mode) if of_mode else None
-        row["seconds_by_round"] = of_mode
-        row["seconds_relative_to_naive"] = _median_ratio(of_mode, seconds.get("naive"))
-        matmuls = [row["heads"] * of_one_head for of_one_head in seconds[MATMULS]]
-        row["fraction_of_matmul_rate"] = _median_ratio(matmuls, of_mode)
-        said = f"{row['seconds']:.3f} s" if of_mode else "not enough memory"
-        self.progress.console.print(f"n = {row['heads']}, {row['mode']}: {said}", highlight=False)
+        mode_seconds = seconds.get(row["mode"])
+        row["seconds"] = statistics.median(mode_seconds) if mode_seconds else None
+        row["seconds_by_round"] = mode_seconds
+        row["seconds_relative_to_naive"] = _median_ratio(mode_seconds, seconds.get("naive"))
+        matmuls = [row["heads"] * head_seconds for head_seconds in seconds[MATMULS]]
+        row["fraction_of_matmul_rate"] = _median_ratio(matmuls, mode_seconds)
+        text = f"{row['seconds']:.3f} s" if mode_seconds else "not enough memory"
+        self.progress.console.print(f"n = {row['heads']}, {row['mode']}: {text}", highlight=False)
 
     def _step(self, mode: str, inputs: Inputs) -> Step:
         loss, targets = self.problem.loss(mode), self.problem.targets[: len(inputs.norms)]
@@ -191,11 +184,11 @@ class _Benchmark:
         return step
 
     def _examine(self, mode: str, step: Step, inputs: Inputs, reference: "ReferenceGradients | None") -> Result:
-        """Memory, communication and error of one step, which warms up as well."""
+        """Measure memory, communication and error of one step, which also warms up."""
         collectives = CollectiveCounter()
         peak, error = None, None
         try:
-            if mode in PEERS:  # some compile in their first step, which takes memory that no later step takes
+            if mode in BASELINES:  # some compile in their first step, which takes memory that no later step takes
                 step()
                 inputs.clear()
             # One rank sends nothing, whatever it calls; and torch.compile does not compile under the counter.
@@ -215,17 +208,17 @@ class _Benchmark:
         }
 
     def _gradient_error(self, inputs: Inputs, reference: "ReferenceGradients | None") -> float | None:
-        """On the first rank, which has the reference."""
-        of_unembedding = gradient(inputs.unembedding)
+        """Return the error on the first rank, which has the reference; None on the others."""
+        grad_unembedding = gradient(inputs.unembedding)
         if self.settings.tp > 1:
-            shards = [torch.empty_like(of_unembedding) for _ in range(self.settings.tp)]
-            torch.distributed.all_gather(shards, of_unembedding, group=self.group)
-            of_unembedding = torch.cat(shards)
-        return reference.error(inputs, of_unembedding[: self.settings.vocab]) if reference else None
+            shards = [torch.empty_like(grad_unembedding) for _ in range(self.settings.tp)]
+            torch.distributed.all_gather(shards, grad_unembedding, group=self.group)
+            grad_unembedding = torch.cat(shards)
+        return reference.error(inputs, grad_unembedding[: self.settings.vocab]) if reference else None
 
 
 def _median_ratio(numerators: list[float] | None, denominators: list[float] | None) -> float | None:
-    """Of what was measured in the same rounds."""
+    """Return the median ratio of measurements of the same rounds."""
     if not numerators or not denominators:
         return None
     return statistics.median(one / other for one, other in zip(numerators, denominators, strict=True))

@@ -1,4 +1,4 @@
-"""The problem of the head loss's benchmark, this project's modes on it, and its gradients in fp64."""
+"""Inputs of the head-loss benchmark, the modes of mtp-dist on them, and their gradients in fp64."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_dist.bench.head_loss.inputs import Inputs, Loss, gradient
-from mtp_dist.bench.head_loss.peers import PEERS
+from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, Loss, gradient
 from mtp_dist.config import Config
 from mtp_dist.loss.naive import naive_heads_loss
 from mtp_dist.loss.objective import Objective, Vocabulary
@@ -24,7 +23,7 @@ REFERENCE_BYTES = 2**28
 
 
 class Problem:
-    """Random inputs and targets, the same on every rank but for the rank's rows of the unembedding."""
+    """Random inputs and targets, equal on all ranks except for the rank's rows of the unembedding."""
 
     def __init__(
         self,
@@ -44,37 +43,37 @@ class Problem:
         self.targets = torch.randint(self.vocab_size, (heads, 1, tokens), generator=generator, device=device)
         self.unembedding = Unembedding(config, transformer_config(config)).to(device, dtype)
         rows = self.unembedding.weight.shape[0]
-        whole = F.pad(self.whole_unembedding(), (0, 0, 0, config.padded_vocab_size - self.vocab_size))
+        whole = F.pad(self.full_unembedding(), (0, 0, 0, config.padded_vocab_size - self.vocab_size))
         with torch.no_grad():
             self.unembedding.weight.copy_(whole[group.rank() * rows :][:rows])
 
-    def whole_unembedding(self) -> Tensor:
-        """`[V, D]`, for logits with a standard deviation near 1."""
+    def full_unembedding(self) -> Tensor:
+        """Return the weight `[V, D]`, for logits with a standard deviation near 1."""
         generator = torch.Generator(self.device).manual_seed(1)
         whole = torch.randn(self.vocab_size, self.hidden_size, generator=generator, device=self.device)
         return (whole / math.sqrt(self.hidden_size)).to(self.dtype)
 
     def inputs(self, mode: str, heads: int) -> Inputs:
-        """The leaves of one mode, all in this problem's memory."""
+        """Return the leaves of one mode, which share the memory of this problem."""
         weight = self.unembedding.weight
-        rows = weight if mode not in PEERS else weight.detach()[: self.vocab_size].requires_grad_()
+        rows = weight if mode not in BASELINES else weight.detach()[: self.vocab_size].requires_grad_()
         norms = [norm.detach().requires_grad_() for norm in self.norms[:heads]]
         return Inputs(self.trunk_output.detach().requires_grad_(), norms, rows)
 
     def loss(self, mode: str) -> Loss:
-        return PEERS[mode].loss if mode in PEERS else self._own_loss(mode)
+        return BASELINES[mode].loss if mode in BASELINES else self._own_loss(mode)
 
     def matmuls(self) -> Callable[[], None]:
-        """A step that does the three matmuls of one head with all tokens at once, into memory that it keeps."""
+        """Return a step with the three matmuls of one head, all tokens at once, into preallocated memory."""
         hidden = self.trunk_output.flatten(0, 1)
         weight = self.unembedding.weight.detach()
         logits = torch.mm(hidden, weight.T)
-        grad_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
         def step() -> None:
             torch.mm(hidden, weight.T, out=logits)
             torch.mm(logits, weight, out=grad_hidden)
-            torch.mm(logits.T, hidden, out=of_weight)
+            torch.mm(logits.T, hidden, out=grad_weight)
 
         return step
 
@@ -125,7 +124,7 @@ class _NormHeads:
 
 @dataclass(frozen=True)
 class ReferenceGradients:
-    """Of the loss of the first heads, fp64."""
+    """Gradients of the loss of the first heads, in fp64."""
 
     trunk_output: Tensor
     norms: list[Tensor]
@@ -133,14 +132,17 @@ class ReferenceGradients:
     """`[V, D]`."""
 
     def copy(self) -> "ReferenceGradients":
-        """A copy in the CPU's memory."""
+        """Return a copy in the CPU's memory."""
         leaves = (self.trunk_output, *self.norms, self.unembedding)
         trunk_output, *norms, unembedding = (leaf.to("cpu", copy=True) for leaf in leaves)
         return ReferenceGradients(trunk_output, norms, unembedding)
 
-    def error(self, inputs: Inputs, of_unembedding: Tensor) -> float:
-        """The largest relative error, in the 2-norm, of a mode's gradients; of_unembedding: over all its rows."""
-        pairs = [(gradient(inputs.trunk_output), self.trunk_output), (of_unembedding, self.unembedding)]
+    def error(self, inputs: Inputs, grad_unembedding: Tensor) -> float:
+        """Return the largest relative error, in the 2-norm, of a mode's gradients.
+
+        grad_unembedding: all rows, those of the other ranks included.
+        """
+        pairs = [(gradient(inputs.trunk_output), self.trunk_output), (grad_unembedding, self.unembedding)]
         pairs += zip((gradient(norm) for norm in inputs.norms), self.norms, strict=True)
         return max(_relative_error(actual, expected) for actual, expected in pairs)
 
@@ -151,8 +153,11 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def reference_gradients(problem: Problem, heads: int) -> Iterator[ReferenceGradients]:
-    """Of the first head, the first two and so on, by plain PyTorch on a few tokens at a time: copy what to keep."""
-    weight = problem.whole_unembedding().double().requires_grad_()
+    """Yield the gradients with one head, with two, and so on, by plain PyTorch on a few tokens at a time.
+
+    The next ones are added in place: copy those to keep.
+    """
+    weight = problem.full_unembedding().double().requires_grad_()
     trunk_output = problem.trunk_output.double().requires_grad_()
     norms = [norm.double().requires_grad_() for norm in problem.norms]
     inputs = Inputs(trunk_output, norms, weight)
@@ -164,5 +169,7 @@ def reference_gradients(problem: Problem, heads: int) -> Iterator[ReferenceGradi
             hidden = inputs.hidden(distance, trunk_output[part]).flatten(0, 1)
             targets = problem.targets[distance - 1, 0, part]
             (F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / tokens).backward()
-        grad_trunk_output, of_weight, *of_norms = (gradient(leaf) for leaf in (trunk_output, weight, *norms[:distance]))
-        yield ReferenceGradients(grad_trunk_output, of_norms, of_weight)
+        grad_trunk_output, grad_weight, *grad_norms = (
+            gradient(leaf) for leaf in (trunk_output, weight, *norms[:distance])
+        )
+        yield ReferenceGradients(grad_trunk_output, grad_norms, grad_weight)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,46 +55,34 @@ def head_loss(dtype: str, modes: str | None = None) -> dict[str, Any]:
     """A tiny benchmark; by default of all modes that run on a CPU and compile nothing."""
     from mtp_dist.bench.head_loss.measurement import measure_on_rank
     from mtp_dist.bench.head_loss.settings import read_settings
+    from mtp_dist.cli.progress import head_loss_progress
 
     settings = read_settings("2,1", 1, modes, "cpu", tokens=64, hidden=32, vocab=300, dtype=dtype)
-    return measure_on_rank(settings, prepare=lambda: None)
+    return measure_on_rank(settings, head_loss_progress)
 
 
 def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
     """Likewise, where PyTorch's own way asks for more memory than there is."""
     from dataclasses import replace
 
-    from mtp_dist.bench.head_loss.peers import PEERS
+    from mtp_dist.bench.head_loss.baselines import BASELINES
 
     def loss(*_: Any) -> Tensor:
         return torch.empty(2**50)
 
-    peer = PEERS["pytorch"]
-    PEERS["pytorch"] = replace(peer, loss=loss)
+    baseline = BASELINES["pytorch"]
+    BASELINES["pytorch"] = replace(baseline, loss=loss)
     try:
         return head_loss("fp32", "naive,eager,pytorch")
     finally:
-        PEERS["pytorch"] = peer
+        BASELINES["pytorch"] = baseline
 
 
-def monitored(path: Path) -> tuple[int, int, dict[str, Any]]:
-    """Steps whose gradients were looked at, others, and the result of one round."""
+def monitored(path: Path) -> dict[str, Any]:
+    """Return the result of one round."""
     from mtp_dist.bench.monitoring import measure_monitoring
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
-    from mtp_dist.engine.engine import TrainingEngine
 
     config = load_resolved(path)
-    topology = initialize_topology(config, select_device(config))
-    with_progress = []
-    train_step = TrainingEngine.train_step
-
-    def noting(engine: TrainingEngine, *arguments: Any) -> Any:
-        result = train_step(engine, *arguments)
-        with_progress.append(bool(result.grad_norms_by_module) and result.busy_seconds > 0)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingEngine, "train_step", noting)
-        result = measure_monitoring(config, topology, rounds=1)
-    return sum(with_progress), len(with_progress) - sum(with_progress), result
+    return measure_monitoring(config, initialize_topology(config, select_device(config)), rounds=1)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_dist.bench.head_loss.report import table
 from mtp_dist.bench.head_loss.settings import Settings
 from mtp_dist.cli import app
+from mtp_dist.cli.tables import head_loss_table
 from tests.ranks import Ranks
 from tests.unit.bench import on_ranks
 
@@ -50,7 +50,7 @@ def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
     assert two - one <= 32 * 4 + 256
     one, two = peaks(result, "naive")
     assert two - one >= 64 * 300 * 4
-    assert table(result).row_count == 8
+    assert head_loss_table(result).row_count == 8
 
 
 def test_a_mode_that_memory_does_not_suffice_for(ranks: Ranks) -> None:
@@ -60,7 +60,7 @@ def test_a_mode_that_memory_does_not_suffice_for(ranks: Ranks) -> None:
     assert [row["heads"] for row in failed] == [1, 2]
     measured = ROW_KEYS - {"mode", "heads", "flops"}
     assert all(row[key] is None for row in failed for key in measured)
-    assert table(result).row_count == 6
+    assert head_loss_table(result).row_count == 6
 
 
 def test_two_ranks_by_the_command() -> None:
@@ -82,8 +82,8 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no head": (["--heads", "0"], ["--heads 0", "above 0"]),
     "heads that are no numbers": (["--heads", "1,x"], ["--heads 1,x"]),
     "unknown mode": (["--modes", "eager,fast"], ["fast is not known", "eager", "cut-cross-entropy"]),
-    "peer without its package or GPU": (["--modes", "liger"], ["liger needs"]),
-    "peer on several ranks": (["--modes", "pytorch", "--tp", "2"], ["pytorch needs --tp 1"]),
+    "baseline without its package or GPU": (["--modes", "liger"], ["liger needs"]),
+    "baseline on several ranks": (["--modes", "pytorch", "--tp", "2"], ["pytorch needs --tp 1"]),
     "no token": (["--tokens", "0"], ["--tokens 0"]),
     "no rank": (["--tp", "0"], ["--tp 0"]),
     "small vocabulary": (["--vocab", "1"], ["--vocab 1"]),

@@ -1,4 +1,4 @@
-"""What others offer for the loss of several heads, beside which the benchmark puts this project's modes."""
+"""Other implementations of the loss of several heads, with which the benchmark compares the modes of mtp-dist."""
 
 import functools
 import importlib
@@ -10,7 +10,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_dist.bench.head_loss.inputs import Inputs, Loss
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The leaves of one mode, whose `.grad` is its result."""
+
+    trunk_output: Tensor
+    """Trunk output z, `[T, 1, D]`."""
+    norms: list[Tensor]
+    """Norm weight `[D]` of each head."""
+    unembedding: Tensor
+    """Weight `[V/TP, D]` with padded rows; `[V, D]` for the baselines."""
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.norms, self.unembedding]
+
+    def hidden(self, distance: int, trunk_output: Tensor) -> Tensor:
+        """Return the output of head `distance`: the smallest head that differs from the others."""
+        norm = self.norms[distance - 1]
+        return F.rms_norm(trunk_output, norm.shape, norm, NORM_EPS)
+
+    def clear(self) -> None:
+        for leaf in (self.trunk_output, *self.parameters):
+            leaf.grad = None
+
+
+def gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+Loss = Callable[[Inputs, Tensor], Tensor]
+"""(inputs, targets `[n, 1, T]`) -> sum over the heads of their mean cross-entropy."""
 
 
 def _sum_of_heads(head_loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, targets: Tensor) -> Tensor:
@@ -46,8 +80,8 @@ def _cut_cross_entropy(inputs: Inputs, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """Somebody else's way to compute the same; without tensor parallelism."""
+class Baseline:
+    """An implementation of the same loss, without tensor parallelism."""
 
     loss: Loss
     package: str = "torch"
@@ -55,7 +89,7 @@ class Peer:
     needs_bf16: bool = False
 
     def obstacle(self, device: str, dtype: str, tp: int) -> str | None:
-        """Why it cannot run, as the end of a sentence that begins with its name."""
+        """Return why it cannot run, as the end of a sentence that begins with its name; None if it can."""
         if tp > 1:
             return "needs --tp 1"
         if self.needs_cuda and device != "cuda":
@@ -65,9 +99,9 @@ class Peer:
         return "needs --dtype bf16" if self.needs_bf16 and dtype != "bf16" else None
 
 
-PEERS = {
-    "pytorch": Peer(_pytorch),
-    "compiled": Peer(_compiled),
-    "liger": Peer(_liger, "liger_kernel", needs_cuda=True),
-    "cut-cross-entropy": Peer(_cut_cross_entropy, "cut_cross_entropy", needs_cuda=True, needs_bf16=True),
+BASELINES = {
+    "pytorch": Baseline(_pytorch),
+    "compiled": Baseline(_compiled),
+    "liger": Baseline(_liger, "liger_kernel", needs_cuda=True),
+    "cut-cross-entropy": Baseline(_cut_cross_entropy, "cut_cross_entropy", needs_cuda=True, needs_bf16=True),
 }

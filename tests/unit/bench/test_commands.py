@@ -1,11 +1,15 @@
+"""A small measurement by `bench data` and `bench monitoring` has all results that their tables show."""
+
 from pathlib import Path
 
-from mtp_dist.bench.data.loading import SEQUENCE_LENGTHS, measure_loader
-from mtp_dist.bench.data.preparation import TRAINED, measure_preparation
-from mtp_dist.bench.data.report import tables
+from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
+from mtp_dist.cli.tables import bench_data_tables, monitoring_table
+from tests.integration import jobs
+from tests.ranks import Ranks
+from tests.unit.bench.on_ranks import monitored
 
 
-def test_prepare_is_measured_beside_its_tokenizer(tmp_path: Path) -> None:
+def test_prepare_is_compared_with_its_tokenizer(tmp_path: Path) -> None:
     for number in range(30):
         (tmp_path / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 20)
     rows = measure_preparation(str(tmp_path), "*.py", ["bytes", TRAINED], workers=1, rounds=2, unit_bytes=5000)
@@ -16,10 +20,17 @@ def test_prepare_is_measured_beside_its_tokenizer(tmp_path: Path) -> None:
     for row in rows:
         assert min(row["prepare_megabytes_per_second"], row["bare_megabytes_per_second"]) > 0
         assert all(len(seconds) == 2 for seconds in row["seconds_by_round"].values())
-    assert [len(row["shares_by_round"]) for row in rows] == [0, 2]
-    assert all(0 < share < 1 for share in rows[1]["shares_by_round"])
     loader = measure_loader(rounds=1, corpus_tokens=50_000, seconds=0.05)
     assert [row["sequence_length"] for row in loader] == list(SEQUENCE_LENGTHS)
     assert all(row["samples_tokens_per_second"] > 0 < row["with_targets_tokens_per_second"] for row in loader)
     result = {"machine": {"processor": "x", "cores": 2}, "workers": 1, "preparation": rows, "loader": loader}
-    assert [table.row_count for table in tables(result)] == [2, 3]
+    assert [table.row_count for table in bench_data_tables(result)] == [2, 3]
+
+
+def test_steps_are_measured_with_and_without_monitoring(ranks: Ranks, tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, log={"every": 2}, parallel={"pipeline": 2}, train={"validate_every": None})
+    for result in ranks.run(2, monitored, config):
+        assert result["ratios"] == [result["ratio"]] and result["ratio"] > 0
+        assert result["step_seconds"]["with"] > 0 < result["step_seconds"]["without"]
+        assert monitoring_table(result).row_count == 1
+    assert not (tmp_path / "out").exists(), "it writes into a folder of its own"

@@ -1,4 +1,4 @@
-"""How long saving and loading take, and how long training waits for it, beside `torch.save` of the same bytes."""
+"""Seconds of saving and loading a checkpoint, and of training's wait for it, compared with `torch.save`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Subject:
     groups: GlooGroups
     saver: CheckpointSaver
     plain_file: Path
-    """Of this rank, by torch.save."""
+    """File of this rank that torch.save writes."""
 
     def save(self) -> None:
         self.saver.save(RunState(STEP))
@@ -47,7 +47,7 @@ class _Subject:
         self.saver.wait()
 
     def save_plainly(self) -> None:
-        """What this rank saves of the model, gathered in the same way, written and synced by torch.save."""
+        """Write and sync this rank's part of the checkpoint by torch.save, gathered in the same way."""
         snapshot = take_snapshot(self.config, self.engine, RunState(STEP))
         tensors = gather_owned_tensors(snapshot, self.engine.topology, self.groups.tensor)
         with self.plain_file.open("wb") as stream:
@@ -63,9 +63,8 @@ class _Subject:
 
 
 def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds: int) -> dict[str, Any]:
-    """Medians over the rounds of each way's seconds, on every rank. folder: on the disk to measure, emptied at the end.
-
-    Raises ConfigError where the folder cannot be written.
+    """Return the medians over the rounds, on every rank. Raise UserError if `folder`, on the disk to measure, cannot be
+    written; it is deleted at the end.
     """
     to_folder = config.checkpoint.model_copy(update={"directory": str(folder)})
     config = config.model_copy(update={"checkpoint": to_folder})

@@ -1,4 +1,8 @@
-"""`mtp-dist prepare` beside the bare tokenizer: what reading, writing and joining cost."""
+"""How fast text becomes a corpus, compared with the tokenizer alone, and a corpus training samples.
+
+The samples are read from a corpus in the page cache. A run makes the heads' targets as well, and masks them by document
+if a key of `data` asks for it.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +13,41 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any
 
+import numpy as np
 import torch
 
-from mtp_dist.bench.data.timed_tokenizer import TimedTokenizer
 from mtp_dist.bench.measure import Step, paired_seconds
-from mtp_dist.data.prepare import prepare as preparation
+from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary, in_batches
 from mtp_dist.data.prepare.worker_pool import map_in_order
+from mtp_dist.data.samples import PackedCorpus
 from mtp_dist.data.sources.text_sources import UNIT_BYTES, InputOptions, open_inputs
 from mtp_dist.data.sources.work_units import WorkUnit
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
+from mtp_dist.model.targets import document_ids, head_targets
 
 TRAINED = "trained"
-"""The tokenizer that the benchmark trains on the text itself."""
+"""Name of the tokenizer that the benchmark trains on the text itself."""
 VOCAB_SIZE = 32_768
 TRAINING_BYTES = 8 << 20
+CORPUS_TOKENS = 100_000_000
+SEQUENCE_LENGTHS = (512, 2048, 8192)
+BATCH_TOKENS = 65_536
+HEADS = 4
+SOURCES = (3.0, 1.0)
+"""Sampling weights of the blended corpora."""
 
 
 @dataclass(frozen=True)
 class _BareTokenizer:
-    """Encodes a work unit, in batches that are in memory already, and says how many seconds that alone took.
+    """Encodes work units and returns the seconds spent in the tokenizer alone.
 
-    Of a Hugging Face tokenizer only the library's own call counts, which the ids are still to be fetched from.
+    For a Hugging Face tokenizer that is the library's own call, without converting the ids.
     """
 
     tokenizer: Tokenizer
@@ -57,7 +68,7 @@ class _BareTokenizer:
 
 
 class _FirstUnit:
-    """A progress that notes when the first work unit is in its place: listing files and starting processes are over."""
+    """Records when the first work unit is written, which ends the start-up: files are listed, processes run."""
 
     at = 0.0
     bytes = 0
@@ -73,23 +84,14 @@ class _FirstUnit:
 def measure_preparation(
     folder: str, glob: str, tokenizers: Sequence[str], workers: int, rounds: int, unit_bytes: int = UNIT_BYTES
 ) -> list[dict[str, Any]]:
-    """A row for each tokenizer: megabytes of text a second of `prepare` and of the tokenizer alone, and their ratio.
+    """Return one row per tokenizer: megabytes of text per second of `prepare` and of the tokenizer alone, their ratio.
 
-    Both use the same number of processes, in turns. The bare tokenizer's rate is the bytes over the seconds within it,
-    averaged over the processes; `prepare`'s over the seconds from call to finished corpus, with its processes' starts,
-    but not with the first import of Megatron-core. Of a Hugging Face tokenizer also the share of the processes' time in
-    `prepare` itself that is spent within the tokenizer, which knows no noise between runs. Raises ConfigError.
+    Both use the same number of processes, in turns. The tokenizer's rate is the bytes over the seconds spent in it,
+    averaged over the processes; that of `prepare` includes starting the processes, but not the first import of
+    Megatron-core. Raise UserError if the folder or a tokenizer cannot be read.
     """
     with tempfile.TemporaryDirectory() as scratch:
         return [_row(folder, glob, name, workers, rounds, unit_bytes, Path(scratch)) for name in tokenizers]
-
-
-def _timed(tokenizer: Tokenizer, notes: Path) -> Tokenizer:
-    """The same, which notes its seconds where it is one of Hugging Face."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        tokenizer.__class__ = TimedTokenizer
-        cast(TimedTokenizer, tokenizer).notes = notes
-    return tokenizer
 
 
 def _row(
@@ -105,7 +107,6 @@ def _row(
     first = _FirstUnit()
     prepared = prepare(request, first)  # imports Megatron-core, and has the files in the page cache
     after_the_start: list[float] = []
-    notes, shares = scratch / "seconds", list[float]()
 
     def clear(_: str) -> None:
         for suffix in (".bin", ".idx", ".json"):
@@ -116,14 +117,7 @@ def _row(
         within.append(sum(seconds for _, seconds in timed) / workers)
 
     def run_prepare() -> None:
-        notes.unlink(missing_ok=True)
-        timed = _timed(build_tokenizer(path, "--tokenizer"), notes)
-        with patch.object(preparation, "build_tokenizer", lambda *_: timed):
-            start = time.perf_counter()
-            size = prepare(request, first).description.bytes
-        if notes.exists():
-            in_tokenizer = sum(map(float, notes.read_text(encoding="utf-8").split()))
-            shares.append(in_tokenizer / workers / (time.perf_counter() - start))
+        size = prepare(request, first).description.bytes
         after_the_start.append((size - first.bytes) / 1e6 / (time.perf_counter() - first.at))
 
     clear("")
@@ -138,14 +132,12 @@ def _row(
         "after_the_start_megabytes_per_second": statistics.median(after_the_start),
         "bare_megabytes_per_second": megabytes / statistics.median(within),
         "ratio": statistics.median(alone / all_of_it for alone, all_of_it in zip(within, whole, strict=True)),
-        "share_in_tokenizer": statistics.median(shares) if shares else None,
-        "shares_by_round": shares,
         "seconds_by_round": {"prepare": whole, "bare": within},
     }
 
 
 def _train(units: Iterable[WorkUnit], folder: Path) -> Path:
-    """Byte pairs of the text's first megabytes."""
+    """Train byte pairs on the first megabytes of the text and return the tokenizer's file."""
     from tokenizers import Tokenizer as Trainable
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -157,7 +149,7 @@ def _train(units: Iterable[WorkUnit], folder: Path) -> Path:
         if size >= TRAINING_BYTES:
             break
     if not size:
-        raise ConfigError("the files have no text to train a tokenizer on: choose others")
+        raise DataError("the files have no text to train a tokenizer on: choose others")
     tokenizer = Trainable(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -171,3 +163,33 @@ def _train(units: Iterable[WorkUnit], folder: Path) -> Path:
     file = folder / "tokenizer.json"
     tokenizer.save(str(file))
     return file
+
+
+def measure_loader(rounds: int, corpus_tokens: int = CORPUS_TOKENS, seconds: float = 1.0) -> list[dict[str, Any]]:
+    """Return one row per sequence length: tokens per second of one process, medians over the rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "tokens.bin")
+        np.random.default_rng(0).integers(0, 50_000, corpus_tokens, dtype=np.uint16).tofile(file)
+        tokens = np.memmap(file, mode="r", dtype=np.uint16)
+        tokens.max()  # in the page cache
+        return [_loader_row(tokens, length, rounds, seconds) for length in SEQUENCE_LENGTHS]
+
+
+def _loader_row(tokens: np.ndarray[Any, Any], length: int, rounds: int, seconds: float) -> dict[str, Any]:
+    batch = max(1, BATCH_TOKENS // length)
+    corpora = [PackedCorpus(half, length, HEADS) for half in np.split(tokens, [len(tokens) // 2])]
+    rates: dict[str, list[float]] = {name: [] for name in ("samples", "with_targets", "with_document_masks")}
+    for seed in range(rounds):
+        samples = BlendedSamples(corpora, SOURCES, seed)
+        for name, of_round in rates.items():
+            start, read = time.perf_counter(), 0
+            while (spent := time.perf_counter() - start) < seconds:
+                read_batch = torch.from_numpy(samples.read(read, batch))
+                if name != "samples":
+                    documents = document_ids(read_batch, 0) if name == "with_document_masks" else None
+                    head_targets(read_batch, range(1, HEADS + 1), length, documents)
+                read += batch
+            of_round.append(read * length / spent)
+    return {"sequence_length": length, "batch": batch} | {
+        f"{name}_tokens_per_second": statistics.median(of_round) for name, of_round in rates.items()
+    }

@@ -1,1 +1,0 @@
-"""`mtp-dist bench data`: how fast text becomes a corpus."""

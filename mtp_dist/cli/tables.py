@@ -1,0 +1,174 @@
+"""What the commands print on a terminal: tables, and lines of facts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:  # they import numpy and torch, for which `--help` has no time
+    from mtp_dist.checkpoint.format import SavedLayout
+    from mtp_dist.checkpoint.inspection import CheckpointLine, CheckpointReport
+    from mtp_dist.verify.selfcheck import Comparison
+
+WIDTH_OF_FILES = 120
+
+
+def result_console() -> Console:
+    """Return the console for results, as wide as the terminal."""
+    return Console(width=None if os.isatty(1) else WIDTH_OF_FILES)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables, and lines of text unbroken."""
+    console = result_console()
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _facts(facts: Mapping[str, str]) -> Iterator[Text]:
+    width = max(map(len, facts)) + 2
+    for label, value in facts.items():
+        yield Text(f"{label + ':':<{width}}{value}")
+
+
+def selfcheck_table(comparisons: Sequence[Comparison], layout: str) -> Table:
+    table = Table("precision", "quantity", "worst relative error", "tolerance", "where", "", title=layout)
+    for c in comparisons:
+        verdict = "ok" if c.passed else "WRONG"
+        table.add_row(c.precision, c.quantity, f"{c.error:.1e}", f"{c.tolerance:.0e}", c.where, verdict)
+    return table
+
+
+def _layout(layout: SavedLayout | None) -> str:
+    if layout is None:
+        return "imported"
+    return f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}, ZeRO {layout.zero_stage}"
+
+
+def _losses(losses: Sequence[float | None]) -> str:
+    return " ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def checkpoints_table(lines: Sequence[CheckpointLine]) -> Table:
+    table = Table("step", "", "size", "saved at", "losses of heads 1, 2, ...", "names, sizes, JSON files")
+    for line in lines:
+        size = "" if line.bytes is None else _size(line.bytes)
+        saved_at = "" if line.damage else _layout(line.layout)
+        verdict = "DAMAGED" if line.damage else "as written"
+        table.add_row(f"{line.step:,}", "latest" * line.latest, size, saved_at, _losses(line.losses), verdict)
+    return table
+
+
+def checkpoint_tables(report: CheckpointReport) -> Iterator[RenderableType]:
+    layout, total = report.layout, sum(report.parameters.values())
+    processes = f", {layout.world_size} processes" if layout else ""
+    yield from _facts(
+        {
+            "Run": report.run,
+            "Step": f"{report.step:,}, {report.optimizer_updates:,} updates of Adam",
+            "Saved at": f"{_layout(layout)}{processes}",
+            "Losses": f"{_losses(report.losses)} nats, heads 1, 2, ..." if report.losses else "none",
+            "Vocabulary": f"{report.vocab_size:,} tokens",
+            "Versions": ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items()),
+            "On disk": ", ".join(f"{kind} {_size(size)}" for kind, size in report.bytes.items()),
+            "Integrity": f"all {report.files} files are as written",
+        }
+    )
+    table = Table("part", "parameters", "share", title=f"{total / 1e6:,.2f} M parameters")
+    for part, number in report.parameters.items():
+        table.add_row(part, f"{number:,}", f"{number / total:.1%}")
+    yield table
+    table = Table("weight", "number", "shape", "parameters", title="Weights, fp32")
+    for group in report.weights:
+        shape = " x ".join(map(str, group.shape))
+        table.add_row(Text(group.name), f"{group.count}", shape, f"{group.count * prod(group.shape):,}")
+    yield table
+
+
+def head_loss_table(result: dict[str, Any]) -> Table:
+    """Return a table with one row per number of heads and mode; cells are empty if memory did not suffice."""
+    settings, machine = result["settings"], result["machine"]
+    title = (
+        f"{settings['tokens']} tokens, hidden size {settings['hidden']}, vocabulary {settings['vocab']}, "
+        f"{settings['dtype']}, tensor parallel {settings['tp']}, on {machine['device']}, "
+        f"{machine['threads_per_rank']} threads per rank"
+    )
+    columns = ["heads", "mode", "seconds", "x naive", "peak MiB", "collectives", "their MiB", "gradient error"]
+    table = Table(*columns, title=title)
+    for row in result["rows"]:
+        cells = ["out of memory"] if row["peak_bytes"] is None else _head_loss_cells(row)
+        table.add_row(str(row["heads"]), row["mode"], *cells)
+    return table
+
+
+def _head_loss_cells(row: dict[str, Any]) -> list[str]:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        cell(row["seconds"], ".3f"),
+        cell(row["seconds_relative_to_naive"], ".2f"),
+        cell(row["peak_bytes"] / 2**20, ",.1f"),
+        str(row["collectives"]),
+        cell(row["collective_bytes"] / 2**20, ",.1f"),
+        cell(row["gradient_error"], ".1e"),
+    ]
+
+
+BENCH_CHECKPOINT_LABELS = {
+    "stall": "training waits",
+    "save": "saved: gathered, written, synced, read back, hashed",
+    "torch.save": "torch.save: gathered, written, synced",
+    "load": "loaded into the engine",
+    "torch.load": "torch.load into memory",
+}
+
+
+def bench_checkpoint_table(result: dict[str, Any]) -> Table:
+    layout = " x ".join(f"{axis} {degree}" for axis, degree in result["layout"].items())
+    title = f"{result['megabytes']:,.0f} MB, {layout}, stall {result['stall_share']:.0%} of a save"
+    table = Table("", "seconds", "MB/s", title=title)
+    for name, label in BENCH_CHECKPOINT_LABELS.items():
+        seconds = result["seconds"][name]
+        table.add_row(label, f"{seconds:.2f}", f"{result['megabytes'] / seconds:,.0f}")
+    return table
+
+
+def bench_data_tables(result: dict[str, Any]) -> list[Table]:
+    """Return a table with one row per tokenizer, and one with one row per sequence length."""
+    workers, processor = result["workers"], result["machine"]["processor"]
+    preparation = Table(
+        *("tokenizer", "MB of text", "prepare MB/s", "after start-up", "tokenizer alone MB/s", "ratio"),
+        title=f"prepare: {workers} workers on {processor}",
+    )
+    for row in result["preparation"]:
+        rates = [f"{row[f'{name}_megabytes_per_second']:.1f}" for name in ("prepare", "after_the_start", "bare")]
+        preparation.add_row(row["tokenizer"], f"{row['megabytes']:.1f}", *rates, f"{row['ratio']:.2f}")
+    loader = Table(
+        *("sequence length", "samples: million tokens/s", "with the targets of 4 heads", "masked by document"),
+        title="loader: one process, corpus in the page cache",
+    )
+    for row in result["loader"]:
+        names = ("samples", "with_targets", "with_document_masks")
+        rates = [f"{row[f'{name}_tokens_per_second'] / 1e6:.0f}" for name in names]
+        loader.add_row(str(row["sequence_length"]), *rates)
+    return [preparation, loader]
+
+
+def monitoring_table(result: dict[str, Any]) -> Table:
+    title = f"Monitoring: medians of {result['rounds']} rounds of {result['steps_of_a_round']} steps"
+    table = Table("seconds per step, with", "without", "ratio", "its quartiles", title=title)
+    seconds = (f"{result['step_seconds'][name]:.4f}" for name in ("with", "without"))
+    low, high = result["ratio_quartiles"][0], result["ratio_quartiles"][-1]
+    table.add_row(*seconds, f"{result['ratio']:.4f}", f"{low:.4f} to {high:.4f}")
+    return table
