@@ -1,1 +1,1 @@
-"""Saving and opening what a run has learned, independent of the layout."""
+"""Checkpoints that open at any layout: format, search, saving and restoring."""

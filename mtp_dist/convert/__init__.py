@@ -1,1 +1,1 @@
-"""Models to and from Hugging Face's Llama."""
+"""Conversion of checkpoints to and from Hugging Face's Llama."""

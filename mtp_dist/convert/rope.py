@@ -16,25 +16,25 @@ KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama
 def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Return the rotary keys of the section `model`. Raise CheckpointError if mtp_dist does not support them."""
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the order of transformers 5
-    where = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
+    prefix = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
     if not isinstance(written, dict):
-        raise CheckpointError(f"{where}it is not a JSON object")
+        raise CheckpointError(f"{prefix}it is not a JSON object")
     kind = str(written.get("rope_type", written.get("type", "default")))
     if kind not in KEYS:
-        raise CheckpointError(f"{where}mtp_dist supports the rope types {', '.join(KEYS)}")
+        raise CheckpointError(f"{prefix}mtp_dist supports the rope types {', '.join(KEYS)}")
     if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3}):
-        raise CheckpointError(f"{where}{', '.join(unknown)} is not supported")
+        raise CheckpointError(f"{prefix}{', '.join(unknown)} is not supported")
     if written.get("partial_rotary_factor") not in (None, 1):
-        raise CheckpointError(f"{where}rotary embeddings of a part of the channels are not supported")
+        raise CheckpointError(f"{prefix}rotary embeddings of a part of the channels are not supported")
     known = {"original_max_position_embeddings": values["max_position_embeddings"]} | written
     if values["original_max_position_embeddings"] is not None:  # transformers 5 prefers it to the scaling's own
         known["original_max_position_embeddings"] = values["original_max_position_embeddings"]
     if missing := [key for key in KEYS[kind] if key not in known]:
-        raise CheckpointError(f"{where}it lacks {', '.join(missing)}")
+        raise CheckpointError(f"{prefix}it lacks {', '.join(missing)}")
     known.setdefault("rope_theta", 10000.0 if values["rope_theta"] is None else values["rope_theta"])
     for key in ("rope_theta", *KEYS[kind]):
         if type(known[key]) not in (int, float) or not 0 < known[key] <= sys.float_info.max:
-            raise CheckpointError(f"{where}{key} is not a positive number")
+            raise CheckpointError(f"{prefix}{key} is not a positive number")
     scaling = {"rope_type": kind} | {key: known[key] for key in KEYS[kind]}
     return {"rope_theta": float(known["rope_theta"]), "rope_scaling": scaling if KEYS[kind] else None}
 

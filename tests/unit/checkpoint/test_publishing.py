@@ -16,7 +16,7 @@ from mtp_dist.checkpoint.find import candidates, finished_checkpoints, first_val
 from mtp_dist.checkpoint.format import checkpoint_path
 from mtp_dist.checkpoint.manifest import check_fully
 from mtp_dist.checkpoint.retention import expired_checkpoints, prune_checkpoints
-from mtp_dist.checkpoint.writer import publish
+from mtp_dist.checkpoint.writer import new_folder, publish
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 
 
@@ -39,6 +39,13 @@ def test_only_expired_checkpoints_are_deleted(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     prune_checkpoints(tmp_path, 100, 1, 9)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_save_of_a_run_does_not_disturb_an_import(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "step_00000000") as imported:
+        (imported / "config.json").touch()
+        write_checkpoint(tmp_path, 10)
+    assert (tmp_path / "step_00000000" / "config.json").exists()
 
 
 class Killed(BaseException):

@@ -56,7 +56,7 @@ class Training:
 
 def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
     """Save step 1 into `waited`, and steps 1, 2 and the last into `async`. Return when the first files were there."""
-    training = Training(config)
+    training, release, finished = Training(config), threading.Event(), {}
     take_step(training.engine, 1)
     waited = training.saver_into(directory / "waited")
     waited.save(RunState(1))
@@ -64,12 +64,13 @@ def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
 
     background = training.saver_into(directory / "async")
     first = directory / "async" / "step_00000001"
-    finished = {}
-    with _writing_held_back() as release:
+    write_tensor_files = saver.write_tensor_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saver, "write_tensor_files", lambda *files: release.wait(60) and write_tensor_files(*files))
         background.save(RunState(1))
         take_step(training.engine, 2)
         finished["while training continues"] = first.exists()
-        timer = threading.Timer(0.3, release)
+        timer = threading.Timer(0.3, release.set)
         timer.start()
         background.save(RunState(2))
         finished["when the next save starts"] = first.exists()
@@ -79,21 +80,6 @@ def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
     background.save(RunState(config.train.steps), last=True)
     finished["when the last save returns"] = (directory / "async" / f"step_{config.train.steps:08d}").exists()
     return finished
-
-
-@contextlib.contextmanager
-def _writing_held_back() -> Iterator[Callable[[], None]]:
-    """Write no tensor until the function that is yielded is called."""
-    release = threading.Event()
-    write_tensor_files = saver.write_tensor_files
-
-    def wait_first(*arguments: object) -> object:
-        assert release.wait(60)
-        return write_tensor_files(*arguments)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "write_tensor_files", wait_first)
-        yield release.set
 
 
 @dataclass
