@@ -4,9 +4,7 @@ Import it after the device is selected: DeepSpeed and Megatron-core probe the de
 """
 
 import logging
-import os
 import socket
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +25,12 @@ from mtp_dist.distributed.topology import close_topology, initialize_topology, n
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.monitoring.callback import StopReason
+from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.monitoring.run_folder import archive_previous_run
 from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
-from mtp_dist.training.recovery import fit_and_recover
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
@@ -43,13 +40,18 @@ from mtp_dist.verify.startup import CheckedJob
 logger = logging.getLogger(__name__)
 
 SAMPLING_TEMPERATURE = 0.7
+ALREADY_FINISHED = (
+    "%s has already reached step %d/%d; nothing to do.\nStart from scratch with checkpoint.resume=none, or train "
+    "longer with a larger train.steps and checkpoint.allow_changes=[train.steps]"
+)
 
 
 def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snapshot: bool) -> int:
     """Train from scratch or from a checkpoint, validate, save and show the result. Return the exit status."""
     config, sources, device = job
     datasets = load_datasets(config, sources)
-    _print_notices(config, datasets)
+    for notice in notices(config, datasets.tokenizer.vocab_size):
+        logger.warning(notice)
 
     topology = initialize_topology(config, device)
     if memory_snapshot:
@@ -58,7 +60,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
 
     resumed = agree_on_resume_point(config, topology, gloo_groups.all)
     if resumed and resumed.step >= config.train.steps:
-        _print_finished(config, resumed)
+        logger.info(ALREADY_FINISHED, resumed.folder, resumed.step, config.train.steps)
         close_topology()
         return 0
     if config.log.rank_logs:
@@ -78,17 +80,25 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         if _is_new(resumed, config):
             archive_previous_run(config)
         step = resumed.step if resumed else 0
-        callbacks = [
-            *rank0_callbacks(config, topology, datasets.validation, hosts, step),
-            summary,
-            *callbacks,
-        ]
+        callbacks = [*rank0_callbacks(config, topology, datasets.validation, hosts, step), summary, *callbacks]
+
     log_start(config, topology, engine.optimizer_name, resumed)
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         if preflight:
             run_preflight(config, topology, gloo_groups.all)
-        trainer = Trainer(config, engine, datasets, callbacks, saver.save, stop_signals, watchdog)
-        result = fit_and_recover(trainer, saver, gloo_groups.all, resumed, samples_read)
+        trainer = Trainer(
+            config=config,
+            engine=engine,
+            datasets=datasets,
+            saver=saver,
+            callbacks=CallbackList(callbacks),
+            stop_signals=stop_signals,
+            watchdog=watchdog,
+            gloo_group=gloo_groups.all,
+            resume_point=resumed,
+            samples_read=samples_read,
+        )
+        result = trainer.fit()
 
     if topology.rank == 0 and result.reason is StopReason.LAST_STEP:
         _show_result(config, datasets.tokenizer, summary)
@@ -96,22 +106,6 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     dist.barrier(gloo_groups.all)
     close_topology()
     return exit_status(result.signal) if result.signal else 0
-
-
-def _print_notices(config: Config, datasets: Datasets) -> None:
-    """Print the settings that are more often a mistake than a choice, on rank 0."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        for line in notices(config, datasets.tokenizer.vocab_size):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
-
-
-def _print_finished(config: Config, resumed: ResumePoint) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(
-            f"{resumed.folder} has already reached step {resumed.step}/{config.train.steps}; nothing to do.\n"
-            "Start from scratch with checkpoint.resume=none, or train longer with a larger train.steps and "
-            "checkpoint.allow_changes=[train.steps]"
-        )
 
 
 def _is_new(resumed: ResumePoint | None, config: Config) -> bool:
@@ -142,7 +136,7 @@ def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | Non
     """Return the prompt and its continuation by the saved model; None if no prompt is configured."""
     if config.log.sample_prompt is None:
         return None
-    print(f"Sampling: verifying and reading the weights of {checkpoint}", flush=True)
+    logger.info("Sampling: verifying and reading the weights of %s", checkpoint)
     prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
     model = ReferenceModel(*load_weights(checkpoint))
     tokens = sample_continuation(

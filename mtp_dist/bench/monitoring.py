@@ -12,18 +12,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from mtp_dist.bench.measure import processor_name, usable_cores
+from mtp_dist.checkpoint.format import RunState
+from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.distributed.device import device_name
-from mtp_dist.distributed.topology import Topology
+from mtp_dist.distributed.topology import Topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.callback import Callback, CallbackList
 from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
+
+
+class _NoCheckpoints(CheckpointSaver):
+    """A saver that saves nothing."""
+
+    def save(self, state: RunState, last: bool = False) -> None:
+        pass
 
 
 class _StepTimes(Callback):
@@ -39,15 +48,16 @@ class _StepTimes(Callback):
 def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[str, Any]:
     """Return the medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
     steps = config.log.every
-    engine, datasets = build_engine(config, topology), load_datasets(config)
+    engine, datasets, groups = build_engine(config, topology), load_datasets(config), new_gloo_groups(topology)
+    saver = _NoCheckpoints(config, engine, groups)
     seconds: dict[str, list[float]] = {"with": [], "without": []}
 
     def train(config: Config, callbacks: Sequence[Callback]) -> float:
         """Return the seconds of all steps but the first one, which starts the reader and the logs."""
         times = _StepTimes()
         with Watchdog(config.run.step_timeout, topology.rank) as watchdog:
-            trainer = Trainer(config, engine, datasets, [*callbacks, times], lambda *_: None, StopSignals(), watchdog)
-            trainer.fit()
+            observers = CallbackList([*callbacks, times])
+            Trainer(config, engine, datasets, saver, observers, StopSignals(), watchdog, groups.all).fit()
         return times.times[-1] - times.times[0]
 
     for number in range(1 + rounds):  # the first round warms up

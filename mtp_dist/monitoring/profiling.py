@@ -152,8 +152,7 @@ class MemorySnapshot(Callback):
         # The trainer calls this while an exception passes through it: the tensors of the failed step still exist.
         if isinstance(sys.exception(), torch.OutOfMemoryError):
             self._write("out of memory")
-        if reason is not StopReason.SPIKE:  # after a rollback the run continues
-            torch.cuda.memory._record_memory_history(enabled=None)
+        torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, moment: str) -> None:
         file = self._folder / f"memory_rank_{self._rank:05d}.pickle"

@@ -31,9 +31,6 @@ class Stragglers(Callback):
         self._slow_intervals = [0] * len(hosts)
         self._late_intervals = [0] * len(hosts)
 
-    def on_start(self, completed_steps: int) -> None:
-        self._seconds = 0.0
-
     def on_rollback(self, completed_steps: int) -> None:
         self._seconds = 0.0  # the ranks' statistics start again, too
 

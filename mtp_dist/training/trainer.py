@@ -1,14 +1,21 @@
 """The training loop."""
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
+from mtp_dist.checkpoint.find import ResumePoint
 from mtp_dist.checkpoint.format import RunState
+from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
+from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets
@@ -16,6 +23,7 @@ from mtp_dist.distributed.collectives import all_gather_floats
 from mtp_dist.distributed.device import peak_memory, reset_peak_memory
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import learning_rate
+from mtp_dist.errors import TrainingDivergedError
 from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from mtp_dist.metrics import RankStats, StepMetrics
 from mtp_dist.monitoring.callback import Callback, StopReason
@@ -23,20 +31,27 @@ from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
 
+logger = logging.getLogger(__name__)
+
+MAX_ROLLBACKS = 3
+"""Rollbacks to the same checkpoint, after which other samples are not expected to help."""
+
 
 @dataclass(frozen=True)
 class FitResult:
+    """Where and why training stopped."""
+
     reason: StopReason
     step: int
-    """The last one made."""
+    """Last completed step."""
     samples: Any
     """State of the training samples after it."""
     signal: int = 0
-    """Number of the one that stopped the run."""
+    """Number of the signal that stopped the run, or 0."""
 
 
 class TrainingClock:
-    """Wall time of training, without the parts that do not count as such."""
+    """Wall time of training, without validations and checkpoints."""
 
     def __init__(self) -> None:
         self.restart()
@@ -45,7 +60,7 @@ class TrainingClock:
         self._since = time.perf_counter()
 
     def lap(self) -> float:
-        """Return the seconds since the last lap or restart that count."""
+        """Return the counted seconds since the last lap or restart."""
         since, self._since = self._since, time.perf_counter()
         return self._since - since
 
@@ -61,95 +76,102 @@ class TrainingClock:
 
 @dataclass
 class Trainer:
-    """Makes updates, and tells callbacks of them; every rank has one."""
+    """The training loop of one rank. All ranks run it and take the same decisions."""
 
     config: Config
     engine: TrainingEngine
     datasets: Datasets
-    callbacks: Sequence[Callback]
-    save: Callable[[RunState, bool], None]
-    """Given how far the run has come, and whether it is the last time."""
+    saver: CheckpointSaver
+    callbacks: Callback
     stop_signals: StopSignals
     watchdog: Watchdog
+    gloo_group: dist.ProcessGroup
+    """All ranks."""
+    resume_point: ResumePoint | None = None
+    """Checkpoint that the engine was restored from; None: training starts from scratch."""
+    samples_read: int = 0
+    """Number of training samples read before the resume point."""
 
     def __post_init__(self) -> None:
         self.spikes = SpikeDetector(self.config.train.spike_deviations)
-        self._skips = 0
-        """In a row, up to the last step."""
+        self._rollbacks: Counter[Path] = Counter()
         self._first_step = 1
         self._clock = TrainingClock()
-        self._measured = np.zeros(3)
-        """Seconds of waiting for samples, of passes and of all micro-batches on this rank since the last log."""
+        self._seconds = np.zeros(3)
+        """This rank's wait for samples, passes, and micro-batches with waits, since the last logged step."""
 
-    def fit(self, completed_steps: int = 0, samples_read: int = 0) -> FitResult:
-        """Train up to `train.steps` updates, validating and saving on the way and at the end.
+    def fit(self) -> FitResult:
+        """Train up to `train.steps`, with validations and checkpoints on the way and at the end.
 
-        completed_steps and samples_read are those of the state that the engine is in. Every rank comes to the same end.
+        After a spike roll back and continue with new samples. Raise TrainingDivergedError, on every rank, if rollbacks
+        do not help or if `train.max_skipped_steps` steps in a row are skipped. Afterwards no checkpoint is being saved.
         """
-        self._first_step, self._measured[:] = completed_steps + 1, 0
-        ending: FitResult | None = None
+        point, reason = self.resume_point, None
+        if point:
+            self.spikes.restore(point.recent_losses)
+        self.watchdog.enter("the start")
+        try:
+            self.callbacks.on_start(point.step if point else 0)
+            result = self._train(point.step if point else 0, self.samples_read)
+            while result.reason is StopReason.SPIKE:
+                result = self._train(*self._roll_back(result))
+            reason = result.reason
+        finally:
+            self.callbacks.on_end(reason)
+        self.saver.join()
+        if reason is StopReason.SKIPS:
+            raise TrainingDivergedError(
+                f"train.max_skipped_steps = {self.config.train.max_skipped_steps} steps in a row were skipped, the "
+                f"last one was step {result.step}: the log names ranks and parameters; resume from an older checkpoint "
+                "(checkpoint.resume) or with a lower optimizer.lr"
+            )
+        return result
 
-        def tell_end(callback: Callback) -> None:
-            callback.on_end(ending.reason if ending else None)
-
-        with ExitStack() as ends:
-            batches = Batches(self.config, self.engine.topology, self.datasets, completed_steps, samples_read)
-            ends.callback(batches.close)
-            self.watchdog.enter("the start")
-            for callback in self.callbacks:
-                ends.callback(tell_end, callback)
-                callback.on_start(completed_steps)
-            ending = self._train(batches)
-        return ending
-
-    def _train(self, batches: Batches) -> FitResult:
-        """From the first step to the end, whatever that is."""
-        config, watchdog = self.config, self.watchdog
+    def _train(self, completed_steps: int, samples_read: int) -> FitResult:
+        """Train from the engine's state to the last step, a signal, a spike or too many skips."""
+        config, watchdog, last_step = self.config, self.watchdog, self.config.train.steps
+        self._first_step, skips = completed_steps + 1, 0
+        self._seconds[:] = 0
         self._clock.restart()
         reset_peak_memory(self.engine.topology.device)
-        for step in range(self._first_step, config.train.steps + 1):
-            watchdog.enter(f"step {step}")
-            metrics, signal = self.train_step(step, batches)
-            watchdog.enter(f"the log of step {step}")
-            self.tell("on_step", metrics)
-            self._skips = self._skips + 1 if metrics.skipped else 0
-            if self._skips == config.train.max_skipped_steps:
-                return FitResult(StopReason.SKIPS, step, batches.state())
-            if not metrics.skipped and (spike := self.spikes.update(metrics.heads.losses[0])):
-                self.tell("on_spike", step, spike)
-                if config.train.spike_rollback:
-                    return FitResult(StopReason.SPIKE, step, batches.state())
-            stopping = signal > 0 and step < config.train.steps
-            if stopping:
-                self.tell("on_stop", step, signal)
-            due = _is_due(step, config.train.validate_every, config.train.steps)
-            if due and not stopping:
-                self._validate(step, batches)
-            if _is_due(step, config.checkpoint.every, config.train.steps) or stopping:
-                watchdog.enter(f"the save after step {step}, or the one before")
-                state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.gather_state())
-                with self._clock.paused():
-                    self.save(state, stopping or step == config.train.steps)
-            if due and stopping:  # saved first: the time may be short, and a validation takes long
-                self._validate(step, batches)
-            if stopping:
-                return FitResult(StopReason.SIGNAL, step, batches.state(), signal)
-        return FitResult(StopReason.LAST_STEP, config.train.steps, batches.state())
+        with closing(Batches(config, self.engine.topology, self.datasets, completed_steps, samples_read)) as batches:
+            for step in range(self._first_step, last_step + 1):
+                watchdog.enter(f"step {step}")
+                metrics, signal = self.train_step(step, batches)
+                watchdog.enter(f"the log of step {step}")
+                self.callbacks.on_step(metrics)
 
-    def tell(self, event: str, *arguments: object) -> None:
-        """Call the hook of that name of all callbacks."""
-        for callback in self.callbacks:
-            getattr(callback, event)(*arguments)
+                skips = skips + 1 if metrics.skipped else 0
+                if skips == config.train.max_skipped_steps:
+                    return FitResult(StopReason.SKIPS, step, batches.state())
+                if not metrics.skipped and (spike := self.spikes.update(metrics.heads.losses[0])):
+                    self.callbacks.on_spike(step, spike)
+                    if config.train.spike_rollback:
+                        return FitResult(StopReason.SPIKE, step, batches.state())
+
+                stopping = signal > 0 and step < last_step
+                if stopping:
+                    self.callbacks.on_stop(step, signal)
+                validate = _is_due(step, config.train.validate_every, last_step)
+                if validate and not stopping:
+                    self._validate(step, batches)
+                if stopping or _is_due(step, config.checkpoint.every, last_step):
+                    self._save(step, metrics, batches, last=stopping or step == last_step)
+                if validate and stopping:  # the checkpoint comes first: the time may be short, validations take long
+                    self._validate(step, batches)
+                if stopping:
+                    return FitResult(StopReason.SIGNAL, step, batches.state(), signal)
+            return FitResult(StopReason.LAST_STEP, last_step, batches.state())
 
     def train_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
-        """One update. Returns what it reports, and the number of a signal that has reached a rank, or 0."""
+        """Make one optimizer step. Return its metrics, and the number of a signal that has reached a rank, or 0."""
         config = self.config
         started = time.perf_counter()
         batch = batches.next_train_batch()
         waited = time.perf_counter() - started
         rate = learning_rate(config, step)
         result = self.engine.train_step(batch, rate, head_schedule(config, step), lambda: self.stop_signals.received)
-        self._measured += waited, result.busy_seconds, result.schedule_seconds
+        self._seconds += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
             step=step,
@@ -166,24 +188,57 @@ class Trainer:
         return metrics, result.stop_signal
 
     def _gather_rank_stats(self) -> list[RankStats]:
-        """Of the steps since the last log. A collective over all ranks."""
+        """Return the statistics of all ranks since the last logged step. A collective over all ranks."""
         topology = self.engine.topology
-        of_ranks = all_gather_floats([*self._measured, peak_memory(topology.device)], topology)
-        self._measured[:] = 0
+        gathered = all_gather_floats([*self._seconds, peak_memory(topology.device)], topology)
+        self._seconds[:] = 0
         reset_peak_memory(topology.device)
         return [
             RankStats(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
-            for rank, (waiting, busy, scheduled, memory) in enumerate(of_ranks)
+            for rank, (waiting, busy, scheduled, memory) in enumerate(gathered)
         ]
 
     def _validate(self, step: int, batches: Batches) -> None:
-        """On all sets, with all heads."""
+        """Evaluate all heads on all validation sets."""
         self.watchdog.enter(f"the validation after step {step}")
-        weights = HeadSchedule(head_schedule(self.config, step).loss_weights, self.config.heads.count)
+        schedule = HeadSchedule(head_schedule(self.config, step).loss_weights, self.config.heads.count)
         with self._clock.paused():
             for validation in self.datasets.validation:
-                heads = self.engine.evaluate(batches.validation_batch(validation.samples), weights)
-                self.tell("on_validation", step, validation.name, heads)
+                heads = self.engine.evaluate(batches.validation_batch(validation.samples), schedule)
+                self.callbacks.on_validation(step, validation.name, heads)
+
+    def _save(self, step: int, metrics: StepMetrics, batches: Batches, last: bool) -> None:
+        """Save a checkpoint in the background, or, if it is the run's last, wait until it is written."""
+        self.watchdog.enter(f"the save after step {step}, or the one before")
+        state = RunState(step, metrics.heads.losses, self.spikes.losses, batches.gather_state())
+        with self._clock.paused():
+            self.saver.save(state, last)
+
+    def _roll_back(self, spike: FitResult) -> tuple[int, int]:
+        """Restore this run's newest checkpoint, if it has one, and skip the samples read since.
+
+        Return the number of completed steps and of samples read. Raise TrainingDivergedError if MAX_ROLLBACKS to that
+        checkpoint have not helped.
+        """
+        self.watchdog.enter(f"the rollback from step {spike.step} to a checkpoint")
+        self.saver.join()
+        newest = self.config.checkpoint.model_copy(update={"resume": "auto"})
+        config, engine = self.config.model_copy(update={"checkpoint": newest}), self.engine
+        point = agree_on_resume_point(config, engine.topology, self.gloo_group) or self.resume_point
+        if point:
+            self._rollbacks[point.folder] += 1
+            if self._rollbacks[point.folder] > MAX_ROLLBACKS:
+                raise TrainingDivergedError(
+                    f"the loss has jumped {MAX_ROLLBACKS + 1} times after {point.folder}, each time with other "
+                    "samples: resume from an older checkpoint (checkpoint.resume) or with a lower optimizer.lr"
+                )
+            restore(engine, point.folder)
+            self.spikes.restore(point.recent_losses)
+        step = point.step if point else spike.step
+        self.callbacks.on_rollback(step)
+        where = f"Rolled back from step {spike.step} to {point.folder}" if point else "No checkpoint to roll back to"
+        logger.info("%s, continuing after step %d with new samples", where, step, extra={"event": "rollback"})
+        return step, self.datasets.restore(spike.samples, may_change=True)
 
 
 def _is_due(step: int, every: int | None, last: int) -> bool:

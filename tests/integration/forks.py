@@ -1,8 +1,8 @@
-"""The programs of the tests without their imports: forked from one process that has made them.
+"""Programs without the time of their imports: forked from one process that has imported the packages.
 
-The imports of a rank take a core ten seconds, and what most of the tests train takes it one. A test whose question is
-how a program starts (a launcher, a command's first words) starts it for real. So does `test_launchers.py` the common
-layouts, because what depends on the order of a set cannot differ between forked ranks.
+The imports of a rank take ten seconds, and most of the tests' trainings one. Tests of how a program starts (a launcher,
+a command's first output) start it for real, and so does `test_launchers.py` the common layouts, because anything that
+depends on the order of a set cannot differ between forked ranks.
 """
 
 import atexit
@@ -19,20 +19,19 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-STORE_SHUTDOWN_GRACE_S = 1
-"""What the ranks that live on get after one has failed, as under a launcher."""
-IMPORTED = ("mtp_dist.checkpoint.saver", "mtp_dist.training.trainer", "mtp_dist.monitoring.rank0")
+PEER_GRACE_S = 1
+"""Time that the other ranks get after one has failed, as under a launcher."""
 FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Program:
-    """`python SCRIPT ...` or `python -m MODULE ...` on so many ranks."""
+    """`python SCRIPT ...` or `python -m MODULE ...` on one or several ranks."""
 
     arguments: tuple[str, ...]
     processes: int = 1
     port: int = 0
-    """Where several ranks meet."""
+    """Port of the rendezvous."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ def _serve(connection: Connection) -> None:
     from mtp_dist.monitoring.output import silence_import_warnings
 
     silence_import_warnings()
-    for name in IMPORTED:
-        importlib.import_module(name)
+    importlib.import_module("mtp_dist.run")
     with suppress(EOFError):  # the tests have ended
         while True:
             task = connection.recv()
@@ -61,7 +59,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _status(ranks: Sequence[BaseProcess]) -> int:
-    """Wait for the end of all ranks: 0, or the exit code of the first that failed, which ends the others."""
+    """Return 0 once all ranks have ended, or the exit code of the first that failed, which ends the others."""
     running = list(ranks)
     while running:
         wait([process.sentinel for process in running])
@@ -69,7 +67,7 @@ def _status(ranks: Sequence[BaseProcess]) -> int:
             running.remove(process)
             if process.exitcode:
                 for other in running:
-                    other.join(STORE_SHUTDOWN_GRACE_S)
+                    other.join(PEER_GRACE_S)
                     other.kill()
                     other.join()
                 return process.exitcode
@@ -96,7 +94,7 @@ def _be_rank(rank: int, task: _Task) -> None:
 
 
 class _Server:
-    """The process with the imports, one for all tests of this process. Runs one program at a time."""
+    """The process with the imports, one per test process. It runs one program at a time."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -112,7 +110,7 @@ _servers: list[_Server] = []
 
 
 class Forked:
-    """A running program, with what these tests use of subprocess.Popen."""
+    """A running program, with the part of subprocess.Popen's interface that the tests use."""
 
     def __init__(self, program: Program, folder: Path, environment: dict[str, str], streams: Sequence[Path]) -> None:
         if not _servers:
@@ -123,7 +121,7 @@ class Forked:
         self._server.connection.send(_Task(program, folder, environment, streams))
         self.server_pid = self._server.process.pid
         self.pids: list[int] = self._server.connection.recv()
-        """By rank."""
+        """PIDs by rank."""
         self.returncode: int | None = None
 
     def poll(self) -> int | None:

@@ -24,14 +24,15 @@ from tests.integration.forks import Forked, Program
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
+FAULTY = str(ROOT / "tests" / "integration" / "faulty.py")
 TIMEOUT_SECONDS = 600
-"""Longest time of one job: some 10 s on an idle machine, most of them imports, and minutes on a crowded one."""
+"""Limit of one job: ten seconds on an idle machine, most of them imports, and minutes on a crowded one."""
 MARK = "MTP_DIST_TEST_JOB"
-"""Environment variable by which every process of a job is known, whatever its parent and process group."""
+"""Environment variable that identifies every process of a job, whatever its parent and process group."""
 
 
 def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
-    """A folder of Python files, always the same."""
+    """Write a folder of Python files, always the same ones."""
     numbers = random.Random(0)
     folder.mkdir(parents=True)
     for index in range(files):
@@ -44,29 +45,17 @@ def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
 
 
 def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
-    """`tiny.yaml` in folder, with its corpus; its output goes to `folder/out`. sections replace single keys."""
+    """Write `tiny.yaml` and its corpus; the run's folder is `folder/out`. sections: keys that replace the defaults."""
     corpus = write_corpus(folder / "corpus")
     values: dict[str, dict[str, Any]] = {
         "run": {"name": "tiny", "device": "cpu", "output_dir": str(folder / "out")},
-        "model": {
-            "hidden_size": 32,
-            "trunk_layers": 3,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "ffn_hidden_size": 64,
-        },
+        "model": {"hidden_size": 32, "trunk_layers": 3, "num_attention_heads": 4, "num_query_groups": 2}
+        | {"ffn_hidden_size": 64},
         "heads": {"count": 4},
         "parallel": {},
         "data": {"train": [{"path": str(corpus)}], "validation": [{"path": str(corpus / "module_0.py")}]},
-        "train": {
-            "steps": 5,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "sequence_length": 32,
-            "precision": "fp32",
-            "validate_every": 2,
-            "validation_samples": 7,
-        },
+        "train": {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32}
+        | {"precision": "fp32", "validate_every": 2, "validation_samples": 7},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
         "log": {"every": 1},
     }
@@ -78,13 +67,13 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
 
 
 PORTS = range(10_000, 30_000)
-"""Below those that Linux gives to connections: none of these takes a port between the question and its use."""
+"""Below Linux's ephemeral ports, so that no connection takes a port between the check and its use."""
 PORTS_OF_A_WORKER = len(PORTS) // 10
 _offsets = itertools.count(os.getpid())
 
 
 def free_port() -> int:
-    """Each of pytest's parallel workers has ports of its own, and gives none of them twice in a row."""
+    """Return a free port. Each of pytest's parallel workers has its own range and cycles through it."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
     while True:
         port = PORTS[worker * PORTS_OF_A_WORKER + next(_offsets) % PORTS_OF_A_WORKER]
@@ -94,30 +83,29 @@ def free_port() -> int:
 
 
 def plain(script: str, *arguments: str) -> list[str]:
-    """One process without a launcher."""
+    """Return the command of one process without a launcher."""
     return [sys.executable, script, *arguments]
 
 
 def deepspeed(*arguments: str, processes: int = 2) -> list[str]:
-    """arguments: the script and its own, or `--module` first."""
+    """arguments: the script and its arguments, or `--module` first."""
     options = ["--quiet", "--num_gpus", str(processes), "--master_port", str(free_port())]
     return [str(BIN / "deepspeed"), *options, *arguments]
 
 
 def torchrun(*arguments: str, processes: int = 2) -> list[str]:
-    """arguments: the script and its own, or `-m` first."""
+    """arguments: the script and its arguments, or `-m` first."""
     options = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return [str(BIN / "torchrun"), *options, *arguments]
 
 
 def forked(*arguments: str, processes: int = 1) -> Program:
-    """The ranks without a launcher and without the time that their imports take. arguments: the script and its own, or
-    `-m` first."""
+    """Return ranks that need no launcher and no imports. arguments: the script and its arguments, or `-m` first."""
     return Program(arguments, processes, free_port())
 
 
 class Job:
-    """A running command, and every process that it started."""
+    """A running command with every process that it started."""
 
     def __init__(self, command: Sequence[str] | Program, folder: Path) -> None:
         self.mark = uuid.uuid4().hex
@@ -154,7 +142,7 @@ class Job:
         return self.stdout + self.stderr
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of the job."""
+        """Return every live process of the job."""
         if isinstance(self.process, Forked):
             found = psutil.Process(self.process.server_pid).children(recursive=True)
         else:
@@ -173,26 +161,24 @@ class Job:
             return False
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
+        """Return the process of a rank."""
         if isinstance(self.process, Forked):
             return psutil.Process(self.process.pids[number])
         return next(p for p in self.processes() if p.environ().get("RANK") == str(number))
 
     def wait(self, seconds: float = TIMEOUT_SECONDS) -> int:
-        """The exit status. Raises where the job runs on."""
+        """Return the exit status. Fail if the job does not end."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the job has not ended after {seconds} s:\n{self.output}") from None
 
-    def wait_until(self, happened: Callable[[], bool]) -> float:
-        """Wait for something that the running job does and return how long that took since the job's start, in
-        seconds. Raises where the job ends before."""
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """Wait until something has happened. Fail if the job ends first."""
         while not happened():
             assert self.process.poll() is None, f"the job has ended too early:\n{self.output}"
             assert time.monotonic() - self.started < TIMEOUT_SECONDS, f"the job does not get there:\n{self.output}"
             time.sleep(0.1)
-        return time.monotonic() - self.started
 
     def kill(self) -> None:
         for process in self.processes():
@@ -203,7 +189,7 @@ class Job:
 
 @contextmanager
 def started(command: Sequence[str] | Program, folder: Path) -> Iterator[Job]:
-    """A job that is killed, with all of its processes, where the test leaves it running."""
+    """Start a job, and kill all of its processes that run at the end."""
     job = Job(command, folder)
     try:
         yield job
@@ -216,7 +202,6 @@ class Result:
     status: int
     stdout: str
     stderr: str
-    seconds: float
 
     @property
     def output(self) -> str:
@@ -224,23 +209,22 @@ class Result:
 
 
 def run(command: Sequence[str] | Program) -> Result:
-    """Run a command to its end, in an empty folder of its own."""
+    """Run a command to its end in an empty folder."""
     with tempfile.TemporaryDirectory() as folder, started(command, Path(folder)) as job:
-        status = job.wait()
-        return Result(status, job.stdout, job.stderr, time.monotonic() - job.started)
+        return Result(job.wait(), job.stdout, job.stderr)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's `metrics.jsonl`, so far."""
+    """Return the complete lines of a run's `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 MEASURED = ("throughput/", "memory/")
-"""What the scalars begin with that differ between two runs that learn the same."""
+"""Prefixes of the scalars that differ between two runs of the same training."""
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` without what was measured."""
+    """Return the lines of `metrics.jsonl` without measured scalars."""
     return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in metrics(folder)]

@@ -1,7 +1,7 @@
-"""A training whose ranks are killed again and again, and started again until it has ended.
+"""A training whose ranks are killed and restarted until it has ended.
 
-`python -m tests.integration.kills --kills 100 > docs/data/kills.json` counts what became of it. The ranks run
-`launchers/pretrain.py`, forked from a process that has the packages imported already, so that a start takes a second.
+`python -m tests.integration.kills --kills 100 > docs/data/kills.json` counts the outcomes. The ranks are forked from a
+process that has imported the packages, so that a start takes a second.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tests.integration import jobs
 
 RANKS = 2
 STEPS = 40
-SECONDS_OF_A_LIFE = 60
+LIFETIME_S = 60
 KEYS = ("checkpoint.every=2", "checkpoint.keep_last=2", "parallel.pipeline=2", "log.tensorboard=false")
 
 
@@ -28,14 +28,14 @@ KEYS = ("checkpoint.every=2", "checkpoint.keep_last=2", "parallel.pipeline=2", "
 class Counts:
     kills: int = 0
     during_a_save: int = 0
-    """Kills that found a checkpoint unfinished that this start had begun."""
+    """Kills while this start was writing a checkpoint."""
     starts: int = 0
     finished_runs: int = 0
-    """Each equal to the run that nobody killed, to the last bit."""
+    """Finished runs, each bitwise identical to the run without kills."""
 
 
 class Training:
-    """A run in a folder, started as often as it takes."""
+    """A run that is started as often as necessary."""
 
     def __init__(self, config: Path, output_dir: Path) -> None:
         self.output_dir = output_dir
@@ -49,22 +49,22 @@ class Training:
         return jobs.started(jobs.forked(*self._arguments, processes=RANKS), self.output_dir.parent)
 
     def is_saving(self) -> bool:
-        """Since its last start: a kill leaves what it found."""
+        """Return whether the last start is writing a checkpoint; an earlier one may have left an unfinished one."""
         with suppress(FileNotFoundError):
             return any(path.stat().st_mtime > self.started for path in self.checkpoints.glob("*.unfinished"))
         return False
 
     def outcome(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
-        """What was learned: the metrics, and the last checkpoint's tensors."""
+        """Return the metrics and the last checkpoint's tensors."""
         last = self.checkpoints / f"step_{STEPS:08d}"
         return jobs.learned(self.output_dir), {
             path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))
         }
 
 
-def wait_for_the_moment(training: Training, job: jobs.Job, numbers: random.Random) -> None:
-    """Some time in the life of a run, more often than not while it saves. May come when a rank has ended already."""
-    deadline = time.monotonic() + SECONDS_OF_A_LIFE
+def wait_for_a_moment(training: Training, job: jobs.Job, numbers: random.Random) -> None:
+    """Wait for a random moment of the run, mostly during a save. A rank may have ended by then."""
+    deadline = time.monotonic() + LIFETIME_S
     if numbers.random() < 0.3:
         deadline = time.monotonic() + 4 * numbers.random()
     saves = numbers.randrange(1, 4)
@@ -76,26 +76,21 @@ def wait_for_the_moment(training: Training, job: jobs.Job, numbers: random.Rando
 
 
 def kill_one(job: jobs.Job, numbers: random.Random) -> bool:
-    """Kill a rank, after which the others get a second. False where one has ended before."""
+    """Kill a rank and wait for the others. Return False if one had ended before."""
     victim = numbers.randrange(RANKS)
     if len(job.processes()) < RANKS:
         return False
     job.rank(victim).kill()
-    job.wait(SECONDS_OF_A_LIFE)
+    job.wait(LIFETIME_S)
     return True
 
 
-def end(job: jobs.Job) -> None:
-    """Wait for a life that nobody ends. Raises where it fails."""
-    assert job.wait(SECONDS_OF_A_LIFE) == 0, job.output[-5000:]
-
-
 def count_kills(folder: Path, kills: int, seed: int) -> Counts:
-    """Train in `folder` until so many kills have been survived. Raises AssertionError where one was not."""
+    """Train in `folder` until that many kills were survived. Raise AssertionError if one was not."""
     config = jobs.write_config(folder)
     whole = Training(config, folder / "whole")
     with whole.start() as job:
-        end(job)
+        assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
     expected = whole.outcome()
     numbers, counts = random.Random(seed), Counts()
     training = Training(config, folder / "killed-0")
@@ -103,14 +98,14 @@ def count_kills(folder: Path, kills: int, seed: int) -> Counts:
         with training.start() as job:
             counts.starts += 1
             if counts.kills < kills:
-                wait_for_the_moment(training, job, numbers)
+                wait_for_a_moment(training, job, numbers)
                 saving = training.is_saving()
                 if kill_one(job, numbers):
                     counts.kills += 1
                     counts.during_a_save += saving
                     continue
-            end(job)
-        assert training.outcome() == expected, f"{training.output_dir} has learned something else"
+            assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
+        assert training.outcome() == expected, f"{training.output_dir} is not the run without kills"
         counts.finished_runs += 1
         print(counts, file=sys.stderr)
         if counts.kills < kills:

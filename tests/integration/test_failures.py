@@ -1,103 +1,113 @@
-"""A rank that fails ends the whole job, soon, with an error, and leaves nothing running and nothing half-written."""
+"""Ranks that fail, hang or never come, and files that vanish: the job soon ends with an error, nothing runs on."""
 
+import os
 import pickle
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from rich.console import Console
 
 from mtp_dist.checkpoint.reader import load_weights
+from mtp_dist.cli.data_tables import PreparationProgress
+from mtp_dist.data.prepare.prepare import Request, prepare
+from mtp_dist.data.sources.text_sources import InputOptions
+from mtp_dist.training.watchdog import EXIT_HUNG
 from tests.integration import jobs
-
-FAULTY_PROGRAM = str(Path(__file__).with_name("train_with_fault.py"))
-NAN_PROGRAM = str(Path(__file__).with_name("train_with_nan.py"))
-FULL_DISK_PROGRAM = str(Path(__file__).with_name("train_on_a_full_disk.py"))
-STOPPED_CLOCK_PROGRAM = str(Path(__file__).with_name("train_with_stopped_clock.py"))
+from tests.integration.forks import Program
 
 Launch = Callable[..., list[str]]
+ENDLESS = {"train": {"steps": 100_000}, "checkpoint": {"every": 1, "keep_last": 3}}
 
 
-def assert_ends_with_an_error(job: jobs.Job) -> None:
-    """Call this when a rank has just failed. Without the launcher the others would wait for half an hour."""
-    assert job.wait() != 0
-    assert job.processes() == []
+def assert_nothing_runs(job: jobs.Job) -> int:
+    """Wait for the end of a failed job and return its status. Without a launcher other ranks would wait for long."""
+    status = job.wait()
+    assert status != 0 and job.processes() == []
+    return status
 
 
-def assert_checkpoints_are_whole(folder: Path) -> None:
+def user_error(command: Sequence[str] | Program, folder: Path) -> str:
+    """Run a job that ends with status 2 and return its only error message."""
+    with jobs.started(command, folder) as job:
+        return user_error_of(job)
+
+
+def user_error_of(job: jobs.Job) -> str:
+    assert assert_nothing_runs(job) == 2, job.output
+    assert "Traceback" not in job.output, job.output
+    [error] = {line for line in job.stderr.splitlines() if line.startswith("error")}
+    return error
+
+
+def assert_checkpoints_are_valid(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]
     unfinished = [name for name in names if name.endswith(".unfinished")]
     assert finished and len(unfinished) <= 1 and {*names} == {*finished, *unfinished, "latest"}, names
     assert (folder / "latest").read_text().strip() in finished
-    expected = load_weights(folder / finished[0])[1]
-    for name in finished:
-        weights = load_weights(folder / name)[1]
-        assert {key: weight.shape for key, weight in weights.items()} == {k: w.shape for k, w in expected.items()}
+    shapes = [{key: weight.shape for key, weight in load_weights(folder / name)[1].items()} for name in finished]
+    assert all(shape == shapes[0] for shape in shapes)
 
 
 @pytest.mark.parametrize("launch", [jobs.deepspeed, jobs.torchrun])
-def test_a_rank_that_raises(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_raises(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     config = jobs.write_config(tmp_path)
     monkeypatch.setenv("FAULTY_RANK", "1")
-    with jobs.started(launch(FAULTY_PROGRAM, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
+    command = launch(jobs.FAULTY, "unreadable_sample", "--config", str(config), "parallel.pipeline=2")
+    with jobs.started(command, tmp_path) as job:
         job.wait_until((tmp_path / "raised").exists)
-        assert_ends_with_an_error(job)
+        assert_nothing_runs(job)
         assert "RuntimeError: this sample cannot be read" in job.output
         assert "Traceback" in job.output and "read_or_raise" in job.output
-    assert [line["step"] for line in jobs.metrics(tmp_path / "out")] == [1]
-    assert not (tmp_path / "out" / "checkpoints").exists()
-    assert not (tmp_path / "out" / "summary.json").exists()
+    out = tmp_path / "out"
+    assert [line["step"] for line in jobs.metrics(out)] == [1]
+    assert not (out / "checkpoints").exists() and not (out / "summary.json").exists()
 
 
 @pytest.mark.parametrize(("launch", "rank"), [(jobs.deepspeed, 1), (jobs.torchrun, 0)])
-def test_a_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> None:
+def test_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> None:
     config = jobs.write_config(tmp_path, train={"steps": 100_000}, checkpoint={"every": 1})
     with jobs.started(launch(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
         job.rank(rank).kill()
-        assert_ends_with_an_error(job)
+        assert_nothing_runs(job)
     assert not (tmp_path / "out" / "summary.json").exists()
-    assert_checkpoints_are_whole(tmp_path / "out" / "checkpoints")
+    assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """Training goes on without the checkpoints in between; without the last one the run has failed."""
-    config = jobs.write_config(tmp_path, checkpoint={"every": 2}, log={"tensorboard": True})
-    result = jobs.run(jobs.forked(FULL_DISK_PROGRAM, "--config", str(config)))
+def test_full_disk(tmp_path: Path) -> None:
+    """Training continues without the checkpoints in between; without the last one the run has failed."""
+    config, out = jobs.write_config(tmp_path, checkpoint={"every": 2}), tmp_path / "out"
+    result = jobs.run(jobs.forked(jobs.FAULTY, "full_disk", "--config", str(config)))
     assert result.status == 2, result.output
-    checkpoints = tmp_path / "out" / "checkpoints"
     for step in (2, 4, 5):
-        file = checkpoints / f"step_{step:08d}.unfinished" / "model-00001-of-00001.safetensors"
+        file = out / f"checkpoints/step_{step:08d}.unfinished/model-00001-of-00001.safetensors"
         wrong = f"cannot write into checkpoint.directory: {file}: "
         assert result.stderr.count(f"warning: checkpoint of step {step}: {wrong}") == 1
         assert result.stderr.count(f"warning: checkpoint of step {step} is NOT saved: {wrong}") == 1
     [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: {wrong}") and "File too large" in error
     assert "Traceback" not in result.output
-    assert list(checkpoints.iterdir()) == [], "nothing takes the room that the logs need"
-    assert max(line["step"] for line in jobs.metrics(tmp_path / "out")) == 5
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
-    events.Reload()
-    notes = [note.tensor_proto.string_val[0].decode() for note in events.Tensors("note/text_summary")]
-    assert sum("is NOT saved" in note for note in notes) == 3
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert list((out / "checkpoints").iterdir()) == [], "nothing takes the room that the logs need"
+    assert max(line["step"] for line in jobs.metrics(out)) == 5
+    assert (out / "events.jsonl").read_text().count("is NOT saved") == 3
+    assert not (out / "summary.json").exists()
 
 
-def test_a_rank_that_hangs(tmp_path: Path) -> None:
-    """The rank that waits for it reports where and writes its last collectives; the launcher ends what is left."""
+def test_rank_that_hangs(tmp_path: Path) -> None:
+    """The waiting rank reports where and writes its last collectives; the launcher ends the other one."""
     config = jobs.write_config(tmp_path, run={"step_timeout": 8}, train={"steps": 100_000})
-    command = jobs.deepspeed(STOPPED_CLOCK_PROGRAM, "--config", str(config), "parallel.pipeline=2")
+    command = jobs.deepspeed(jobs.FAULTY, "stopped_clock", "--config", str(config), "parallel.pipeline=2")
     with jobs.started(command, tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 3)
         job.rank(1).suspend()
         (tmp_path / "hang").touch()
-        assert job.wait() != 0
-        assert job.processes() == []
+        assert_nothing_runs(job)
         assert re.search(r"error: rank 0: step \d+ takes longer than run.step_timeout = 8 s; all threads:", job.output)
-        # In a pass of the step or in the all-reduce after it.
         assert "in train_step" in job.output and "in fit" in job.output
     record = pickle.loads((tmp_path / "out" / "flight_recorder" / "rank_00000").read_bytes())
     last = record["entries"][-1]
@@ -105,27 +115,90 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
     assert f"rank 0: its last collective was {last['profiling_name']}" in job.output
 
 
-def test_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
-    """Steps are skipped, the rank and the weight are named, and after as many as are allowed the run ends."""
-    config = jobs.write_config(
-        tmp_path, train={"steps": 100, "max_skipped_steps": 2, "validate_every": None}, checkpoint={"every": 1}
-    )
-    command = jobs.deepspeed(NAN_PROGRAM, "--config", str(config), "parallel.pipeline=2", "train.precision=bf16")
-    with jobs.started(command, tmp_path) as job:
-        assert job.wait() == 2
-        out = tmp_path / "out"
-        where = "first on rank 1 (stage 1): the gradient of heads.2.0.mlp.linear_fc1.weight"
-        for step in (3, 4):
-            assert f"step {step} changed no parameter: the gradient is not finite, {where}" in job.output
-        [error] = [line for line in job.stderr.splitlines() if line.startswith("error")]
-        assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 4" in error
-        assert "Traceback" not in job.output
+def test_file_system_that_blocks(tmp_path: Path) -> None:
+    """The saving thread waits for it, and the watchdog ends the step that waits for this thread."""
+    config, out = jobs.write_config(tmp_path, run={"step_timeout": 8}, **ENDLESS), tmp_path / "out"
+    with jobs.started(jobs.plain(jobs.FAULTY, "stopped_clock", "--config", str(config)), tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(out)) >= 4)
+        os.mkfifo(tmp_path / "blocks")  # opening it for writing blocks until something reads it
+        (tmp_path / "blocks").rename(out / "events.jsonl")
+        (tmp_path / "hang").touch()
+        assert assert_nothing_runs(job) == EXIT_HUNG
+    phase = r"the save after step \d+, or the one before"
+    assert re.search(rf"error: rank 0: {phase} takes longer than run.step_timeout = 8 s; all threads:", job.stderr)
+    assert "in _write_with_retries" in job.stderr and re.search(r"saver.py\", line \d+ in join", job.stderr)
+    assert_checkpoints_are_valid(out / "checkpoints")
+
+
+def test_nan_gradient(tmp_path: Path) -> None:
+    """Steps are skipped, the rank and the parameter are named, and after the allowed number the run ends."""
+    train, out = {"steps": 100, "max_skipped_steps": 2, "validate_every": None}, tmp_path / "out"
+    config = jobs.write_config(tmp_path, train=train, checkpoint={"every": 1})
+    overrides = ["parallel.pipeline=2", "train.precision=bf16"]
+    with jobs.started(
+        jobs.deepspeed(jobs.FAULTY, "nan_gradient", "--config", str(config), *overrides), tmp_path
+    ) as job:
+        error = user_error_of(job)
+    assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 4" in error
+    where = "first on rank 1 (stage 1): the gradient of heads.2.0.mlp.linear_fc1.weight"
+    for step in (3, 4):
+        assert f"step {step} changed no parameter: the gradient is not finite, {where}" in job.output
     lines = jobs.metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert [line["train/grad_norm"] is None for line in lines] == [False, False, True, True]
-    assert [line["train/grad_norm/head_2"] is None for line in lines] == [False, False, True, True]
-    assert lines[3]["train/grad_norm/head_1"] > 0, "not what no sum has touched"
+    for norm in ("train/grad_norm", "train/grad_norm/head_2"):
+        assert [line[norm] is None for line in lines] == [False, False, True, True]
+    assert lines[3]["train/grad_norm/head_1"] > 0, "head 1 is not affected"
     assert (out / "events.jsonl").read_text().count('"kind": "skip"') == 2
-    assert_checkpoints_are_whole(out / "checkpoints")
+    assert_checkpoints_are_valid(out / "checkpoints")
     before, after = (load_weights(out / "checkpoints" / f"step_0000000{step}")[1] for step in (2, 3))
     assert before and all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_truncated_corpus(tmp_path: Path) -> None:
+    """Without a check, reading it would end a rank with SIGBUS."""
+    prefix, texts = tmp_path / "prepared", jobs.write_corpus(tmp_path / "texts")
+    request = Request((str(texts),), prefix, "bytes", InputOptions(glob="*.py"), "error", 1)
+    prepare(request, PreparationProgress(Console(file=None, quiet=True)))
+    config = jobs.write_config(tmp_path, data={"train": [{"path": str(prefix)}]}, **ENDLESS)
+    file = prefix.with_suffix(".bin")
+    size = file.stat().st_size
+    with jobs.started(jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
+        os.truncate(file, 0)
+        error = user_error_of(job)
+    assert re.match("error(: | on rank 1: )", error) and "Bus error" not in job.output
+    assert f"{file} has 0 bytes, it had {size} when the run started" in error
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
+
+
+def test_stream_whose_file_vanishes(tmp_path: Path) -> None:
+    config, folder = jobs.write_config(tmp_path, **ENDLESS), tmp_path / "streamed"
+    shutil.copytree(tmp_path / "corpus", folder)
+    source = f"data.train=[{{path: {folder}, stream: true}}]"
+    with jobs.started(jobs.plain(jobs.PRETRAIN, "--config", str(config), source), tmp_path) as job:
+        job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
+        (folder / "module_1.py").unlink()
+        error = user_error_of(job)
+    assert error.startswith(
+        f"error: data.train.0.path = '{folder}': cannot read {folder / 'module_1.py'} (No such file"
+    )
+    assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
+
+
+def test_rank_that_never_comes(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, run={"join_timeout": 2})
+    variables = ["RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={jobs.free_port()}"]
+    command = ["env", *variables, *jobs.plain(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2")]
+    error = user_error(command, tmp_path)
+    assert error.startswith("error: within run.join_timeout = 2 s only 1 of 2 ranks came to 127.0.0.1:")
+    assert "missing: 1" in error and "frame #" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_job_that_slurm_restarts_without_end(tmp_path: Path) -> None:
+    """For example because its time limit is shorter than its start."""
+    command = jobs.plain(jobs.PRETRAIN, "--config", str(jobs.write_config(tmp_path)))
+    error = user_error(["env", "SLURM_JOB_ID=20042", "SLURM_RESTART_COUNT=4", *command], tmp_path)
+    assert "SLURM has restarted job 20042 4 times since its last checkpoint" in error and "--time" in error
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What a real run writes for people, over two starts of which the second makes a step again."""
+"""What a real run writes for people, over two starts of which the second repeats a step."""
 
 import importlib.util
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtp_dist.monitoring.writers.wandb import WandbWriter
 from mtp_dist.training.stopping import EXIT_PREEMPTED
@@ -32,43 +31,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = jobs.write_config(
         folder, train={"steps": STEPS}, parallel={"pipeline": 2}, checkpoint={"every": 2}, log=log
     )
-    out = folder / "out"
-    starts = []
-    for _ in range(2):
-        command = ["env", "WANDB_MODE=offline", *jobs.torchrun(jobs.PRETRAIN, "--config", str(config))]
-        starts.append(jobs.run(command))
-        assert starts[-1].status == 0, starts[-1].output
-        last = out / f"checkpoints/step_{STEPS:08d}"
-        if len(starts) == 1:
-            shutil.rmtree(last)  # as if killed in the last step
-    return Run(out, starts)
+    command = ["env", "WANDB_MODE=offline", *jobs.torchrun(jobs.PRETRAIN, "--config", str(config))]
+    starts = [jobs.run(command)]
+    assert starts[0].status == 0, starts[0].output
+    shutil.rmtree(folder / f"out/checkpoints/step_{STEPS:08d}")  # as if killed in the last step
+    starts.append(jobs.run(command))
+    assert starts[1].status == 0, starts[1].output
+    return Run(folder / "out", starts)
 
 
-def test_each_rank_has_a_log_that_a_restart_continues(run: Run) -> None:
+def test_rank_logs_continue_after_a_restart(run: Run) -> None:
     assert sorted(path.name for path in (run.folder / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
-    for rank in (0, 1):
-        text = (run.folder / f"logs/rank_{rank:05d}.log").read_text()
-        assert text.count(f": rank {rank} of 2 starts on ") == 2
-        assert text.count(f"step {STEPS}/{STEPS} ") == (2 if rank == 0 else 0)
+    texts = [(run.folder / f"logs/rank_0000{rank}.log").read_text() for rank in (0, 1)]
+    assert [text.count(f": rank {rank} of 2 starts on ") for rank, text in enumerate(texts)] == [2, 2]
+    assert [text.count(f"step {STEPS}/{STEPS} ") for text in texts] == [2, 0]
     for start in run.starts:
-        lines = (run.folder / "logs/rank_00000.log").read_text().splitlines()
-        assert set(start.stdout.splitlines()) <= set(lines)
+        assert set(start.stdout.splitlines()) <= set(texts[0].splitlines())
         assert start.stdout.count(f"step {STEPS}/{STEPS} ") == 1
         assert start.stdout.count("data.train.0: ") == 1 and " bytes of text; " in start.stdout, "what rank 0 read"
 
 
-def test_tensorboard_has_the_configuration_as_text(run: Run) -> None:
-    events = EventAccumulator(str(run.folder / "tensorboard"))
-    events.Reload()
-    description = json.loads((run.folder / "run.json").read_text())
-    for tag, expected in (("configuration", "trunk_layers: 3"), ("run", f"torch: {description['versions']['torch']}")):
-        for event in events.Tensors(f"{tag}/text_summary"):
-            text = event.tensor_proto.string_val[0].decode()
-            assert text.startswith("```yaml\n") and text.endswith("\n```") and expected in text
-
-
 def wandb_records(path: Path) -> list[Any]:
-    """What `wandb sync` would upload. The file has LevelDB's log format after a header of 7 bytes."""
+    """Return what `wandb sync` would upload: the file has LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, parts, records = path.read_bytes(), 7, b"", []
@@ -79,19 +63,19 @@ def wandb_records(path: Path) -> list[Any]:
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             records.append(Record.FromString(parts))
             parts = b""
     return records
 
 
 @needs_wandb
-def test_weights_and_biases_goes_on_in_the_same_run(run: Run) -> None:
+def test_wandb_continues_the_same_run(run: Run) -> None:
     files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     run_id = (run.folder / "wandb/run_id").read_text()
-    steps = []
-    for path in files:
+    losses = {line["step"]: line["loss/head_4"] for line in jobs.metrics(run.folder) if "loss/head_4" in line}
+    for path, steps in zip(files, ([1, 2, 3], [3]), strict=True):
         records = wandb_records(path)
         [started] = [record.run for record in records if record.HasField("run")]
         assert (started.run_id, started.project, started.display_name) == (run_id, "tests", "tiny")
@@ -103,17 +87,21 @@ def test_weights_and_biases_goes_on_in_the_same_run(run: Run) -> None:
             for record in records
             if record.HasField("history")
         ]
-        steps.append([row["step"] for row in rows if "loss/head_1" in row])
-        lines = {line["step"]: line for line in jobs.metrics(run.folder) if "loss/head_1" in line}
-        assert all(row["loss/head_4"] == lines[row["step"]]["loss/head_4"] for row in rows if "loss/head_4" in row)
-    assert steps == [[1, 2, 3], [3]]
+        assert {row["step"]: row["loss/head_4"] for row in rows if "loss/head_4" in row} == {
+            step: losses[step] for step in steps
+        }
+
+
+def train_with_wandb(folder: Path, *environment: str, **sections: dict[str, Any]) -> list[str]:
+    log = {"wandb": "tests", "tensorboard": False}
+    config = jobs.write_config(folder, log=log, **sections)
+    return ["env", "-u", "WANDB_MODE", *environment, *jobs.plain(jobs.PRETRAIN, "--config", str(config))]
 
 
 @needs_wandb
-def test_without_a_login_the_run_does_not_begin(tmp_path: Path) -> None:
-    config = jobs.write_config(tmp_path, log={"wandb": "tests"})
-    nobody = ["env", "-u", "WANDB_API_KEY", "-u", "WANDB_MODE", f"HOME={tmp_path}", f"NETRC={tmp_path / 'none'}"]
-    result = jobs.run([*nobody, *jobs.plain(jobs.PRETRAIN, "--config", str(config))])
+def test_run_without_a_wandb_login_does_not_start(tmp_path: Path) -> None:
+    nobody = ["-u", "WANDB_API_KEY", f"HOME={tmp_path}", f"NETRC={tmp_path / 'none'}"]
+    result = jobs.run(train_with_wandb(tmp_path, *nobody))
     assert result.status == 2, result.output
     message = result.stderr.splitlines()[-1]
     assert message.startswith("error: log.wandb = 'tests' cannot log in to Weights & Biases: "), result.output
@@ -122,11 +110,9 @@ def test_without_a_login_the_run_does_not_begin(tmp_path: Path) -> None:
 
 
 @needs_wandb
-def test_training_does_not_depend_on_the_service(tmp_path: Path) -> None:
-    config = jobs.write_config(tmp_path, log={"wandb": "tests"}, train={"steps": 1})
-    nowhere = ["env", "-u", "WANDB_MODE", "WANDB_BASE_URL=http://127.0.0.1:9", "WANDB_INIT_TIMEOUT=2"]
-    key = f"WANDB_API_KEY={'0' * 40}"
-    result = jobs.run([*nowhere, key, *jobs.plain(jobs.PRETRAIN, "--config", str(config))])
+def test_training_continues_without_the_wandb_service(tmp_path: Path) -> None:
+    nowhere = ["WANDB_BASE_URL=http://127.0.0.1:9", "WANDB_INIT_TIMEOUT=2", f"WANDB_API_KEY={'0' * 40}"]
+    result = jobs.run(train_with_wandb(tmp_path, *nowhere, train={"steps": 1}))
     assert result.status == 0, result.output
     assert "warning: Weights & Biases writes to the disk only: " in result.stderr
     [file] = (tmp_path / "out/wandb").glob("offline-run-*/*.wandb")
@@ -134,15 +120,14 @@ def test_training_does_not_depend_on_the_service(tmp_path: Path) -> None:
 
 
 @needs_wandb
-def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Path) -> None:
-    """SLURM sends SIGTERM to every process of a job, and the service dies of it."""
-    config = jobs.write_config(tmp_path, log={"wandb": "tests", "tensorboard": False}, train={"steps": 100_000})
+def test_signal_that_ends_the_wandb_service_stops_the_run(tmp_path: Path) -> None:
+    """SLURM sends SIGTERM to every process of a job, which the service does not survive."""
     out = tmp_path / "out"
-    command = ["env", "WANDB_MODE=offline", *jobs.plain(jobs.PRETRAIN, "--config", str(config))]
+    command = train_with_wandb(tmp_path, "WANDB_MODE=offline", train={"steps": 100_000})
     with jobs.started(command, tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
         processes = job.processes()
-        assert len(processes) > 1, "the service is one of its own"
+        assert len(processes) > 1, "the service is a process of its own"
         for process in processes:
             process.terminate()
         assert job.wait() == EXIT_PREEMPTED, job.output
@@ -152,7 +137,7 @@ def test_a_signal_that_ends_the_service_stops_the_run_as_without_it(tmp_path: Pa
 
 @needs_wandb
 @pytest.mark.parametrize("failed", [False, True])
-def test_a_run_that_fails_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+def test_wandb_marks_failed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")

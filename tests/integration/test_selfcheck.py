@@ -1,4 +1,4 @@
-"""`mtp-dist selfcheck` under the launchers: it passes where the model is right and fails where it is not."""
+"""`mtp-dist selfcheck` under the launchers: it passes if the model is right and fails if it is not."""
 
 import json
 from pathlib import Path
@@ -7,27 +7,24 @@ import pytest
 
 from tests.integration import jobs
 
-FAULTY_PROGRAM = str(Path(__file__).with_name("selfcheck_with_fault.py"))
 COMMANDS = {
     "torchrun": lambda *arguments: jobs.torchrun("-m", "mtp_dist.cli", *arguments),
     "deepspeed": lambda *arguments: jobs.deepspeed("--module", "mtp_dist.cli", *arguments),
 }
-LAYOUT = ["parallel.tensor=2", "parallel.sequence=true"]
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """selfcheck needs no data, so what the configuration names need not be here."""
+    """A configuration whose data does not exist: the self-check needs none."""
     config = jobs.write_config(tmp_path, data={"train": [{"path": "/not/here"}], "validation": []})
-    return ["selfcheck", "--config", str(config), *LAYOUT]
+    return ["selfcheck", "--config", str(config), "parallel.tensor=2", "parallel.sequence=true"]
 
 
 @pytest.mark.parametrize("launcher", COMMANDS)
-def test_passes(tmp_path: Path, arguments: list[str], launcher: str) -> None:
+def test_right_model_passes(tmp_path: Path, arguments: list[str], launcher: str) -> None:
     result = jobs.run(COMMANDS[launcher](*arguments, "--json", "train.precision=bf16"))
     assert result.status == 0, result.output
-    # A program reads it: nothing else on standard output.
-    report = json.loads(result.stdout)
+    report = json.loads(result.stdout)  # nothing else is on standard output
     assert report["passed"] is True
     assert report["layout"] == "tensor 2 x pipeline 1 x data 1"
     quantities = {"losses", "gradient norm", "gradients", "updated weights"}
@@ -38,8 +35,8 @@ def test_passes(tmp_path: Path, arguments: list[str], launcher: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_finds_a_broken_norm(arguments: list[str]) -> None:
-    result = jobs.run(jobs.forked(FAULTY_PROGRAM, *arguments, processes=2))
+def test_norm_without_gradient_reduction_fails(arguments: list[str]) -> None:
+    result = jobs.run(jobs.forked(jobs.FAULTY, "unreduced_norm", *arguments, processes=2))
     assert result.status == 1, result.output
     assert "FAILED" in result.stdout
     [gradients] = [line for line in result.stdout.splitlines() if "gradients" in line]

@@ -15,7 +15,6 @@ from tests.integration import jobs
 
 STEPS = 60
 SECONDS_TO_END = 60
-WITHOUT_READERS = str(Path(__file__).with_name("train_without_readers.py"))
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path: Path) -> None:
@@ -70,7 +69,7 @@ def test_ctrl_c_saves(tmp_path: Path) -> None:
 
 def test_training_does_not_depend_on_its_readers(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, log={"every": 1, "tensorboard": False})
-    result = jobs.run(jobs.forked(WITHOUT_READERS, "--config", str(config)))
+    result = jobs.run(jobs.forked(jobs.FAULTY, "closed_output", "--config", str(config)))
     assert result.status == 0
     assert (tmp_path / "out" / "summary.json").exists()
     assert (tmp_path / "out" / "checkpoints" / "latest").read_text() == "step_00000005\n"

@@ -137,9 +137,10 @@ def test_the_stop_changes_no_bit_of_what_is_learned(array: dict[str, Submitted])
 def test_rank_0_ends_its_work_although_srun_waits_for_seconds_only(cluster: Cluster, project: Path) -> None:
     """The sample at the end of the run takes longer than srun would wait for it after the end of another rank."""
     script = (project / "launchers" / "slurm" / "pretrain.sbatch").read_text()
-    program = Path(__file__).with_name("train_with_long_sample.py")
     assert "--wait 120" in script and "python launchers/pretrain.py" in script
-    script = script.replace("--wait 120", "--wait 1").replace("python launchers/pretrain.py", f"python {program}")
+    script = script.replace("--wait 120", "--wait 1").replace(
+        "python launchers/pretrain.py", f"python {jobs.FAULTY} long_sample"
+    )
     (project / "impatient.sbatch").write_text(script)
     output_dir = project / "my runs" / "sampled"
     keys = ("run.output_dir=my runs/sampled", "train.steps=2", "log.tensorboard=false")

@@ -1,10 +1,11 @@
 """Training on every rank with and without a profiler."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.callback import Callback, CallbackList
 from tests.tiny import load_resolved
 
 
@@ -20,7 +21,7 @@ def profiling_changes_nothing(path: Path) -> tuple[bool, list[str]]:
     """Return whether both trainings computed the same, and the watchdog's phases of one."""
     from mtp_dist.data.datasets import load_datasets
     from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.monitoring.profiling import profiling_callbacks
     from mtp_dist.training.stopping import StopSignals
@@ -29,7 +30,7 @@ def profiling_changes_nothing(path: Path) -> tuple[bool, list[str]]:
 
     config = load_resolved(path)
     topology = initialize_topology(config, select_device(config))
-    phases: list[str] = []
+    phases, groups = list[str](), new_gloo_groups(topology)
 
     class RecordingWatchdog(Watchdog):
         def enter(self, phase: str) -> None:
@@ -40,7 +41,9 @@ def profiling_changes_nothing(path: Path) -> tuple[bool, list[str]]:
         phases.clear()
         engine, datasets = build_engine(config, topology), load_datasets(config)
         recorder, watchdog = Recorder(), RecordingWatchdog(None, topology.rank)
-        Trainer(config, engine, datasets, [recorder, *callbacks], lambda *_: None, StopSignals(), watchdog).fit()
+        saver = SimpleNamespace(save=lambda *_: None, join=lambda: None)
+        observers = CallbackList([recorder, *callbacks])
+        Trainer(config, engine, datasets, saver, observers, StopSignals(), watchdog, groups.all).fit()
         return recorder.steps
 
     return train() == train(*profiling_callbacks(config, topology, False)), phases

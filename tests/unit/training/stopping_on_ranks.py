@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mtp_dist.metrics import StepMetrics
@@ -13,7 +14,7 @@ from tests.tiny import load_resolved
 
 
 class Events(Callback):
-    """Notes what happens on a rank, and lets a signal reach it during the step `signalled_in`."""
+    """Records what happens on a rank, and lets a signal reach it during the step `signalled_in`."""
 
     def __init__(self, signals: StopSignals, signalled_in: int | None) -> None:
         self.signals = signals
@@ -33,11 +34,10 @@ class Events(Callback):
 
 
 def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
-    """Whether the training came to its end, and the events."""
-    from mtp_dist.checkpoint.format import RunState
+    """Return whether the training reached its last step, and the events."""
     from mtp_dist.data.datasets import load_datasets
     from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
+    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.training.trainer import Trainer
 
@@ -46,9 +46,7 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     engine = build_engine(config, topology)
     signals = StopSignals()
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
-
-    def save(state: RunState, last: bool) -> None:
-        callback.events.append(f"save {state.step}")
-
-    trainer = Trainer(config, engine, load_datasets(config), [callback], save, signals, Watchdog(None, topology.rank))
+    saver = SimpleNamespace(save=lambda state, last: callback.events.append(f"save {state.step}"), join=lambda: None)
+    watchdog, group = Watchdog(None, topology.rank), new_gloo_groups(topology).all
+    trainer = Trainer(config, engine, load_datasets(config), saver, callback, signals, watchdog, group)  # type: ignore[arg-type]
     return trainer.fit().reason is StopReason.LAST_STEP, ", ".join(callback.events)
