@@ -1,35 +1,19 @@
 """The real programs from text to a trained model: prepared corpora, several validation sets, streams, kills."""
 
 import json
-from pathlib import Path
-from typing import Any
-
-import tokenizers
 
 from tests.integration import jobs
+from tests.unit.data.conftest import train_byte_pairs
 
 MTP_DIST = ("-m", "mtp_dist.cli")
 
 
-def train_tokenizer(texts: list[str], file: Path) -> None:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(file))
-
-
-def test_text_becomes_a_trained_model(tmp_path: Path) -> None:
+def test_text_becomes_a_trained_model(tmp_path):
     """Two prepared corpora blended, two validation sets, attention and losses within documents."""
     for name in ("one", "two"):
         jobs.write_corpus(tmp_path / name, functions=60 if name == "one" else 200)
-    texts = [file.read_text() for file in tmp_path.glob("*/*.py")]
     tokenizer = tmp_path / "tokenizer.json"
-    train_tokenizer(texts, tokenizer)
+    train_byte_pairs().save(str(tokenizer))
     for name in ("one", "two"):
         arguments = [str(tmp_path / name), "--glob", "*.py", "--to", str(tmp_path / f"{name}_corpus")]
         options = ["--tokenizer", str(tokenizer), "--workers", "1", "--json"]
@@ -48,7 +32,7 @@ def test_text_becomes_a_trained_model(tmp_path: Path) -> None:
     sample = report["samples"][0]
     assert report["documents"] == 3 and sample["tokens"][2:] == sample["targets"][1][:-2]
 
-    data: dict[str, Any] = {
+    data = {
         "tokenizer": str(tokenizer),
         "train": [{"path": str(tmp_path / f"{name}_corpus"), "name": name, "weight": 3.0} for name in ("one", "two")],
         "validation": [{"path": str(tmp_path / f"{name}_corpus"), "name": name} for name in ("one", "two")],
@@ -70,12 +54,12 @@ def test_text_becomes_a_trained_model(tmp_path: Path) -> None:
     assert [validation["name"] for validation in summary["validation"]] == ["one", "two"]
 
 
-def learned(folder: Path) -> list[list[float]]:
+def learned(folder):
     lines = [line for line in jobs.metrics(folder) if "train/grad_norm" in line]
     return [[line["train/grad_norm"], *(line[f"loss/head_{k}"] for k in range(1, 5))] for line in lines]
 
 
-def test_killed_stream_resumes_at_another_degree(tmp_path: Path) -> None:
+def test_killed_stream_resumes_at_another_degree(tmp_path):
     """With four shards, of which each of two ranks reads two."""
     documents = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" * (i % 5) for i in range(200)]
     (tmp_path / "documents").mkdir()
@@ -86,7 +70,7 @@ def test_killed_stream_resumes_at_another_degree(tmp_path: Path) -> None:
     data = {"train": [source], "validation": [], "stream_shards": 4}
     config = jobs.write_config(tmp_path, data=data, checkpoint={"every": 2})
 
-    def arguments(output: str) -> list[str]:
+    def arguments(output):
         options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]
         return [jobs.PRETRAIN, "--config", str(config), *options]
 

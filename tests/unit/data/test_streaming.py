@@ -58,16 +58,15 @@ def through_json(state):
     return json.loads(json.dumps(state))
 
 
-def test_samples_are_the_documents_in_order_again_and_again(path):
-    expected = packed(random_texts(1), 3)
+def test_epochs_are_complete_passes(path):
     samples = samples_of(path)
-    assert np.array_equal(samples.read(0, len(expected)), expected)
+    samples.read(0, len(packed(random_texts(1), 3)))
     assert samples.epochs(0) == [2.0], "the third pass has not been read to its end"
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
-def test_stream_continues_from_any_state(path, reads, data):
+def test_samples_are_the_packed_documents_from_any_state(path, reads, data):
     expected = packed(random_texts(1), 12)
     samples, first = samples_of(path), 0
     for count in reads:
