@@ -30,7 +30,7 @@ from mtp_dist.engine.optimizer_state import (
 )
 from mtp_dist.errors import LaunchError
 from mtp_dist.model.parameters import named_weights, parameter_shapes
-from mtp_dist.model.sharding import blocks_of_part
+from mtp_dist.model.sharding import shard_blocks
 
 FOLDER_CHECKS, CHECK_INTERVAL_S = 60, 1.0
 """A rank waits that long for the folder that rank 0 names: NFS may cache for a minute that it does not exist."""
@@ -112,7 +112,7 @@ class _ShardReader:
     def _read(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
         values = torch.zeros(last - first, *self.weight.shape[1:])
         done = 0
-        for block in blocks_of_part(self.shape, self.weight, self.topology.tp_rank, self.topology.tp_size, first, last):
+        for block in shard_blocks(self.shape, self.weight, self.topology.tp_rank, self.topology.tp_size, first, last):
             read = reader.read_block(name, block)
             values[done : done + len(read)] = read
             done += len(read)

@@ -1,4 +1,4 @@
-"""Continuations of a text by head 1, for models that fit one device."""
+"""Samples of text from head 1, for models that fit on one device."""
 
 import torch
 
@@ -10,20 +10,20 @@ from mtp_dist.model.targets import document_ids
 def sample_continuation(
     model: ReferenceModel, prompt: list[int], tokens: int, temperature: float, seed: int, end_of_document: int
 ) -> list[int]:
-    """Up to `tokens` new tokens after the prompt, drawn one by one from head 1's distribution at that temperature.
+    """Return up to `tokens` new tokens after the prompt, drawn one by one from head 1 at that temperature.
 
-    The model sees what it saw in training: the last `train.sequence_length` tokens, and where its attention stopped at
-    documents, of these the last document.
+    The context is as in training: the last `train.sequence_length` tokens, and only their last document if attention
+    stops at documents' ends.
     """
-    context = model.config.train.sequence_length
+    length = model.config.train.sequence_length
     generator = torch.Generator().manual_seed(seed)
     text = list(prompt)
     for _ in range(tokens):
-        seen = torch.tensor([text[-context:]])
+        context = torch.tensor([text[-length:]])
         if not model.config.data.attention_across_documents:
-            documents = document_ids(seen, end_of_document)
-            seen = seen[documents == documents[0, -1]][None]
-        logits = model.next_token_logits(seen)[0, -1]
+            documents = document_ids(context, end_of_document)
+            context = context[documents == documents[0, -1]][None]
+        logits = model.next_token_logits(context)[0, -1]
         if not logits.isfinite().all():  # a run that diverged
             break
         probabilities = (logits / temperature).softmax(-1)

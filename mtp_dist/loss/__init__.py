@@ -1,1 +1,1 @@
-"""From the heads' logits to the training loss."""
+"""Training loss of the prediction heads."""

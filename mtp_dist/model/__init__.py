@@ -1,1 +1,1 @@
-"""What the network is: layer specs, trunk, heads and targets."""
+"""The network: layers, trunk, heads, targets, and the names and shards of its parameters."""

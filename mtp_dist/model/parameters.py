@@ -1,7 +1,7 @@
 """The parameters by their global names: which there are, their shapes and their initial values.
 
-A global name such as `trunk.3.mlp.linear_fc1.weight` is the same at every layout, and so is the whole tensor behind
-it; tensor parallelism only decides which part of it a rank holds.
+A global name such as `trunk.3.mlp.linear_fc1.weight` is the same at every layout, and so is the full tensor that it
+names; tensor parallelism only decides which shard of it a rank holds.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from mtp_dist.config import Config, HeadsConfig
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every whole weight by global name, in the order of the forward pass.
+    """Return the shape of every full parameter by global name, in the order of the forward pass.
 
     `linear_qkv` has Megatron's order of rows: for each query group its queries, then its key, then its value.
     `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor.
@@ -47,14 +47,14 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def head_key(heads: HeadsConfig, head: int) -> str | None:
-    """Name of the module that head 1..n has; None where it has none and reads the trunk as a plain model does."""
+    """Return the name of a head's own module, None if the head is only the final norm and the unembedding."""
     if head == 1 and heads.kind in ("mlp", "sequential"):
         return None
     return "repeated" if heads.repeated else str(head)
 
 
 def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Of one head's own weights; layer: those of a transformer layer."""
+    """Return the shapes of one head's own parameters. layer: shapes of a transformer layer."""
     width, kind = config.model.hidden_size, config.heads.kind
     if kind in ("linear", "mlp"):
         return {"linear.weight": (width, width)}
@@ -70,10 +70,10 @@ def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
-    """The whole initial weight of that global name, fp32 on the CPU: a function of the seed and the name only.
+    """Return the full initial value of a parameter, fp32 on the CPU, as a function of the seed and the name only.
 
     Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
-    GPT-2, depth being the trunk's layers and those of one head, also where heads are chained.
+    GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained.
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
@@ -86,7 +86,7 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The local weights below `module` by global name. Each layer's `global_prefix` says where it stands."""
+    """Yield the local parameters of a module by global name, from each layer's `global_prefix`."""
     for layer in module.modules():
         prefix = getattr(layer, "global_prefix", None)
         if prefix is not None:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 
 def tag_shards(module: nn.Module) -> None:
-    """Mark every weight that tensor parallelism cuts, with Megatron's attributes.
+    """Tag every parameter that tensor parallelism shards, with Megatron's attributes.
 
-    The engine reads `tensor_model_parallel` to count each weight once in the gradient norm; `partition_dim` and
-    `partition_stride` say how the weight is cut (stride 2: SwiGLU's two halves are cut one by one).
+    The engine reads `tensor_model_parallel` to count each parameter once in the gradient norm; `partition_dim` and
+    `partition_stride` describe the shards (stride 2: SwiGLU's two halves are sharded one by one).
     """
     for name, child in module.named_modules():
         if isinstance(child, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            if child.weight is None:  # the tied unembedding holds no weight of its own
+            if child.weight is None:  # the tied unembedding has no weight of its own
                 continue
             child.weight.tensor_model_parallel = True
             child.weight.partition_dim = int(isinstance(child, RowParallelLinear))
@@ -23,36 +23,36 @@ def tag_shards(module: nn.Module) -> None:
 
 
 def is_sharded(weight: nn.Parameter) -> bool:
-    """Whether tensor-parallel ranks hold different parts of this weight; they hold the same values where not."""
+    """Whether tensor-parallel ranks hold different shards of this parameter; otherwise they hold the same values."""
     return getattr(weight, "tensor_model_parallel", False)
 
 
 def _partition(weight: nn.Parameter) -> tuple[int, int]:
-    """Dimension and stride in which a weight is cut."""
+    """Return the dimension and the stride of a parameter's shards."""
     return weight.partition_dim, weight.partition_stride  # type: ignore[attr-defined]
 
 
-def shard(whole: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
-    """The part of the `whole` tensor that tensor-parallel rank `rank` of `ranks` holds in `weight`.
+def shard(full: Tensor, weight: nn.Parameter, rank: int, ranks: int) -> Tensor:
+    """Return the shard of the full tensor that tensor-parallel rank `rank` of `ranks` holds in `weight`.
 
-    Rows of a vocabulary beyond the real one are 0.
+    Rows beyond the real vocabulary are 0.
     """
     if not is_sharded(weight):
-        return whole
+        return full
     dim, stride = _partition(weight)
-    missing = weight.shape[dim] * ranks - whole.shape[dim]
+    missing = weight.shape[dim] * ranks - full.shape[dim]
     if missing:
-        whole = torch.cat([whole, whole.new_zeros(missing, *whole.shape[1:])])
-    blocks = whole.chunk(stride, dim)
+        full = torch.cat([full, full.new_zeros(missing, *full.shape[1:])])
+    blocks = full.chunk(stride, dim)
     return torch.cat([block.chunk(ranks, dim)[rank] for block in blocks], dim)
 
 
-def blocks_of_part(
+def shard_blocks(
     shape: Sequence[int], weight: nn.Parameter, rank: int, ranks: int, first: int, last: int
 ) -> Iterator[tuple[slice, ...]]:
-    """Yield which blocks of the whole tensor of that shape are rows first to last - 1 of what `cut` gives a rank.
+    """Yield the blocks of the full tensor of that shape that are rows first to last - 1 of a rank's shard, in order.
 
-    They are in the order of the rows. Rows beyond the real vocabulary are in none of them.
+    Rows beyond the real vocabulary are in none of them.
     """
     if first == last:
         return
@@ -65,18 +65,18 @@ def blocks_of_part(
         return
     rows = weight.shape[0] // stride
     for block in range(stride):
-        # Row 0 of this rank's part of the block is at `offset` more in the whole.
+        # Row i of the shard is row i + offset of the full tensor, for the rows of this block.
         offset = block * rows * ranks + rank * rows - block * rows
         begin, end = max(first, block * rows), min(last, (block + 1) * rows, shape[0] - offset)
         if begin < end:
             yield (slice(begin + offset, end + offset),)
 
 
-def unshard(parts: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
-    """The whole tensor of that shape from the parts of all tensor-parallel ranks, in rank order: undoes `cut`."""
+def unshard(shards: Sequence[Tensor], weight: nn.Parameter, shape: Sequence[int]) -> Tensor:
+    """Return the full tensor of that shape from the shards of all tensor-parallel ranks, in rank order."""
     if not is_sharded(weight):
-        return parts[0]
+        return shards[0]
     dim, stride = _partition(weight)
-    blocks = zip(*(part.chunk(stride, dim) for part in parts), strict=True)
-    whole = torch.cat([part for block in blocks for part in block], dim)
-    return whole.narrow(dim, 0, shape[dim])
+    blocks = zip(*(piece.chunk(stride, dim) for piece in shards), strict=True)
+    full = torch.cat([piece for block in blocks for piece in block], dim)
+    return full.narrow(dim, 0, shape[dim])

@@ -1,4 +1,4 @@
-"""Which tokens each head must predict, and where documents stop them and the attention."""
+"""Micro-batches and their targets, and the documents that bound targets and attention."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""A target that does not count."""
+"""Target that does not count."""
 
 
 class MicroBatch(NamedTuple):
@@ -50,31 +50,31 @@ def count_valid_targets(micro_batches: Sequence[MicroBatch], heads: int) -> Tens
 
 
 def document_ids(tokens: Tensor, end_of_document: int) -> Tensor:
-    """Which document, counted from 0, each of the tokens `[B, S]` lies in. An end-of-document token is its last one."""
+    """Return the index of each token's document, from 0, for tokens `[B, S]`. An end-of-document token ends its own."""
     ends = (tokens == end_of_document).long()
     return ends.cumsum(-1) - ends
 
 
 def document_attention_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """What keeps attention within documents `[B, S]`: `[B, 1, S, S]`, 0 where a position sees another, else -inf.
+    """Return the additive causal attention mask `[B, 1, S, S]`: 0 within a document, -inf across documents.
 
-    It sees itself and those before it in its document. Rotary embeddings know only how far two positions lie apart, so
-    none starts anew with a document. Numbers to add and not truth values, as PyTorch would turn those into such numbers
-    in every layer, and keep them for its backward pass.
+    documents: `[B, S]`, index of each token's document. Positions do not restart with a document, because RoPE depends
+    only on the distance of two positions. The mask is additive because PyTorch would convert a boolean one in every
+    layer and keep the result for its backward pass.
     """
-    seen = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
+    visible = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
 def head_targets(samples: Tensor, distances: Sequence[int], length: int, documents: Tensor | None = None) -> Tensor:
-    """Targets `[n, B, S]` of samples `[B, S + lookahead]`: those of a head at distance d are `samples[:, d : d + S]`.
+    """Return the targets `[n, B, S]` of samples `[B, S + lookahead]`: `samples[:, d : d + S]` for distance d.
 
-    S is `length`. Position t of head k asks for token t + d_k, with d_k = k in Gloeckle et al. 2024, equation 2, so
-    every head has a real label at every position. Where `documents [B, S + lookahead]` are given, it counts only if
-    token t lies in the same one.
+    length: S. Head k predicts token t + d_k at position t, with d_k = k in Gloeckle et al. 2024, equation 2, so every
+    head has a real label at every position. If documents `[B, S + lookahead]` are given, a target counts only if it
+    lies in position t's document.
     """
     targets = torch.stack([samples[:, distance : distance + length] for distance in distances])
     if documents is None:
         return targets
-    of_targets = torch.stack([documents[:, distance : distance + length] for distance in distances])
-    return targets.masked_fill(of_targets != documents[:, :length], IGNORE_INDEX)
+    target_documents = torch.stack([documents[:, distance : distance + length] for distance in distances])
+    return targets.masked_fill(target_documents != documents[:, :length], IGNORE_INDEX)

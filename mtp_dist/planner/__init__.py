@@ -1,1 +1,1 @@
-"""Arithmetic about a run that needs neither torch nor a process: sizes, FLOPs, peaks."""
+"""Arithmetic about a run, without torch: parameters, FLOPs, memory, partition."""

@@ -1,4 +1,4 @@
-"""How many parameters a model has, how many FLOPs a trained position costs, and what a GPU could do at best."""
+"""Parameters of a model, FLOPs per trained position, and peak FLOP/s of GPUs."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class ParameterCounts:
     heads: int
     """The prediction heads' layers and the final norm that they share."""
     embeddings: int
-    """Embedding and unembeddings, V*D each: n of them where they are separate, none where they are tied."""
+    """Embedding and unembeddings, V*D each: n of them if they are separate, none if they are tied."""
 
     @property
     def total(self) -> int:
@@ -23,9 +23,10 @@ class ParameterCounts:
 
 
 def layer_matrices(model: ModelConfig) -> int:
-    """Parameters of one layer's matrices: query-key-value [D, D + 2*G*C], projection [D, D], SwiGLU 3 * [D, F].
+    """Return the parameters of one layer's matrices.
 
-    G is the number of query groups, C the channels of an attention head.
+    They are query-key-value [D, D + 2*G*C], projection [D, D] and SwiGLU's 3 * [D, F]. G is the number of query groups,
+    C the channels of an attention head.
     """
     hidden = model.hidden_size
     query_key_value = hidden * (hidden + 2 * model.query_groups * model.head_dim)
@@ -33,26 +34,26 @@ def layer_matrices(model: ModelConfig) -> int:
 
 
 def _unembeddings(config: Config) -> int:
-    """Matrices of unembeddings that are not the embedding's too."""
-    further = 1 if config.heads.token_order else 0
+    """Return the number of unembedding matrices, without one that is the embedding's."""
+    token_order = 1 if config.heads.token_order else 0
     if config.heads.unembedding == "separate":
-        return config.heads.count + further
-    return further + (0 if config.model.tie_embeddings else 1)
+        return config.heads.count + token_order
+    return token_order + (0 if config.model.tie_embeddings else 1)
 
 
 def _extra_matrix(config: Config) -> int:
-    """Parameters of the matrix that a head's block has beside its transformer layers."""
+    """Return the parameters of the matrix that a head's block has in addition to its transformer layers."""
     squares = {"linear": 1, "mlp": 1, "sequential": 2}
     return squares.get(config.heads.kind, 0) * config.model.hidden_size**2
 
 
 def _extra_parameters(config: Config) -> int:
-    """The same with the two norms that a `sequential` block has before its matrix."""
+    """Return the same with the two norms before a `sequential` block's matrix."""
     return _extra_matrix(config) + (2 * config.model.hidden_size if config.heads.kind == "sequential" else 0)
 
 
 def head_matrices(config: Config, active: int) -> int:
-    """Parameters of the matrices that multiply one position in heads 1..active; a shared one counts for each user."""
+    """Return the parameters of the matrices that multiply a position in heads 1..active; shared ones once per use."""
     heads = config.heads
     block = heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
     unembeddings = active + (1 if heads.token_order else 0)
@@ -60,7 +61,7 @@ def head_matrices(config: Config, active: int) -> int:
 
 
 def parameter_counts(config: Config) -> ParameterCounts:
-    """Parameters of the unsharded model with a vocabulary of V tokens."""
+    """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     blocks = min(1, config.heads.blocks) if config.heads.repeated else config.heads.blocks
@@ -72,13 +73,13 @@ def parameter_counts(config: Config) -> ParameterCounts:
 
 
 def model_flops_per_token(config: Config, active: int) -> int:
-    """FLOPs of the matrix products, forward and backward, for one trained position while heads 1..active run.
+    """Return the FLOPs of all matrix products, forward and backward, per trained position while heads 1..active run.
 
     The convention of PaLM (arXiv:2204.02311, appendix B): 6 for each parameter of a matrix that multiplies the
     position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
     although causality needs half of them, as PaLM does, so that the numbers compare with published ones; what
     activation checkpointing computes twice is not counted. Trunk and head layers count alike, the unembedding
-    once for each head, the embedding's look-up not at all.
+    once per head, the embedding's lookup not at all.
     """
     model = config.model
     layers = model.trunk_layers + config.heads.active_blocks(active) * config.heads.block_layers
@@ -98,15 +99,15 @@ _BF16_PEAKS = {
     frozenset({"l40s"}): 362e12,
     frozenset({"4090"}): 165e12,
 }
-_TELLING_WORDS = frozenset().union(*_BF16_PEAKS) | {"nvl", "mig", "laptop", "d"}
+_VARIANT_WORDS = frozenset().union(*_BF16_PEAKS) | {"nvl", "mig", "laptop", "d"}
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense matrix FLOP/s of one device, named as `torch.cuda.get_device_name` does; None where it is unknown.
+    """Return the dense matrix FLOP/s of a device by the name from `torch.cuda.get_device_name`; None if unknown.
 
     Only `bf16` has peaks: that of fp32 depends on whether the run allows TF32.
     """
     if precision != "bf16":
         return None
     words = re.findall(r"[a-z0-9]+", device_name.lower())
-    return _BF16_PEAKS.get(_TELLING_WORDS.intersection(words))
+    return _BF16_PEAKS.get(_VARIANT_WORDS.intersection(words))

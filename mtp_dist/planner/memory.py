@@ -1,17 +1,17 @@
-"""The least memory that a run needs, whatever its activations."""
+"""Minimum memory of a run, without its activations."""
 
 from mtp_dist.config import Config
 from mtp_dist.planner.flops import parameter_counts
 
-BYTES_PER_ID = 8
-"""Token ids are int64 from the reader on."""
+BYTES_PER_TOKEN = 8
+"""Size of an int64 token id."""
 
 
-def least_parameter_bytes(config: Config) -> int:
-    """Bytes of weights, gradients and optimizer state on the average rank of a stage.
+def min_parameter_bytes(config: Config) -> int:
+    """Return the bytes of parameters, gradients and optimizer state on the average rank.
 
-    fp32: 4 for the weight, 4 for its gradient, 8 for Adam's moments. bf16: 2 for the weight, 4 for the accumulated
-    gradient, 12 for the master weight and the moments, which bf16 always shards over the data-parallel ranks.
+    Per parameter in fp32: 4 bytes, 4 for its gradient, 8 for Adam's moments. In bf16: 2 bytes, 4 for the accumulated
+    gradient, 12 for master weight and moments, which bf16 always shards over the data-parallel ranks.
     """
     bf16 = config.train.precision == "bf16"
     sharded = bf16 or config.parallel.zero_stage
@@ -22,6 +22,6 @@ def least_parameter_bytes(config: Config) -> int:
 
 
 def step_token_bytes(config: Config) -> int:
-    """Bytes of the samples of one step that one data-parallel rank reads."""
+    """Return the bytes of one step's samples on one data-parallel rank."""
     samples = config.train.global_batch_size // config.dp_size
-    return samples * (config.train.sequence_length + config.heads.lookahead) * BYTES_PER_ID
+    return samples * (config.train.sequence_length + config.heads.lookahead) * BYTES_PER_TOKEN

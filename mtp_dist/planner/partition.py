@@ -1,11 +1,11 @@
-"""Which trunk layers each pipeline stage holds. The embedding is before the first ones, all heads after the last."""
+"""Trunk layers of each pipeline stage. The first stage also has the embedding, the last stage all heads."""
 
 from mtp_dist.config import Config
 from mtp_dist.planner.flops import head_matrices, layer_matrices
 
 
 def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
-    """Number of trunk layers of each stage, first stage first.
+    """Return the number of trunk layers of each stage, first stage first.
 
     `balanced` makes the slowest stage as fast as possible: one trunk layer costs 1, the last stage also pays for the
     heads and for one unembedding per head, whose cost relative to a layer is that of their matmuls.
@@ -22,7 +22,7 @@ def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
         others = -(-(layers - last_layers) // (stages - 1))
         return max(others, last_layers + _heads_cost(config))
 
-    # Every stage but the last needs a layer of its own; of equal choices the fullest last stage leaves the others
+    # Every stage except the last needs a layer of its own; of equal choices the fullest last stage leaves the others
     # the fewest layers, and with them the least memory for activations in flight.
     last = min(range(layers - stages + 2), key=lambda n: (slowest(n), -n))
     share, rest = divmod(layers - last, stages - 1)
@@ -31,5 +31,5 @@ def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
 
 
 def _heads_cost(config: Config) -> float:
-    """Matmul weights of all heads and their unembeddings over those of one trunk layer."""
+    """Return the cost of all heads and their unembeddings in trunk layers, by matmul parameters."""
     return head_matrices(config, config.heads.count) / layer_matrices(config.model)

@@ -7,7 +7,7 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.planner.memory import least_parameter_bytes, step_token_bytes
+from mtp_dist.planner.memory import min_parameter_bytes, step_token_bytes
 
 
 def check_memory(config: Config, device: torch.device) -> None:
@@ -17,7 +17,7 @@ def check_memory(config: Config, device: torch.device) -> None:
     """
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
-    if (needed := least_parameter_bytes(config)) > memory:
+    if (needed := min_parameter_bytes(config)) > memory:
         total = parameter_counts(config).total
         raise ConfigError(
             f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "
