@@ -40,15 +40,15 @@ class Blend:
         """Return how many samples of each source precede some sample at or before `first`, and the sources from there
         to sample first + count - 1.
 
-        Occurrence k of a source with fraction w has the rank (k + 1/2) / w; the samples are all occurrences sorted by
-        rank (the first source wins ties). `floor(w * x + 1/2)` occurrences have ranks up to x, over all m sources
+        Occurrence k of a source with fraction w lies at (k + 1/2) / w; the samples are all occurrences sorted by
+        position (the first source wins ties). `floor(w * x + 1/2)` occurrences lie up to x, over all m sources
         x - m/2 to x + m/2 of them: so start 2 m before `first` and sort the few that follow.
         """
         sources = len(self.fractions)
         skipped = np.floor(self.fractions * max(0, first - 2 * sources) + 0.5).astype(np.int64)
         occurrences = skipped[:, None] + np.arange(count + 3 * sources + 1)
-        ranks = (occurrences + 0.5) / self.fractions[:, None]
-        order = np.argsort(ranks, axis=None, kind="stable")[: first + count - skipped.sum()]
+        positions = (occurrences + 0.5) / self.fractions[:, None]
+        order = np.argsort(positions, axis=None, kind="stable")[: first + count - skipped.sum()]
         return skipped, order // occurrences.shape[1]
 
 

@@ -30,7 +30,7 @@ def first_tokens(samples, indices):
 
 
 @given(weight_lists, st.integers(1, 300))
-def test_blend_merges_the_sources_by_ideal_rank(weights, count):
+def test_blend_merges_the_sources_by_ideal_position(weights, count):
     blend = Blend(weights)
     ranks = [((k + 0.5) / fraction, source, k) for source, fraction in enumerate(blend.fractions) for k in range(count)]
     expected = [(source, k) for _, source, k in sorted(ranks)[:count]]

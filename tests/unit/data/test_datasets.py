@@ -1,13 +1,14 @@
 import json
 import math
-from collections import Counter
+from contextlib import ExitStack
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from mtp_dist.data import corpus, run_sources, text_tokenizers
+from mtp_dist.data import corpus, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.sources import text_sources
@@ -16,6 +17,7 @@ from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.pretrain import main
 from tests.unit.data.preparing import data_config, error_of, made, request, write_jsonl
 
+INPUTS = (text_sources.FilesInput, text_sources.DatasetInput)
 TEXTS = ["abc" * 20, "defg" * 15, "h" * 33]
 
 
@@ -164,24 +166,16 @@ def test_too_small_source_is_reported(tmp_path):
     assert "8 + 2 = 10" in message
 
 
-def count_calls(monkeypatch, *functions):
-    calls = Counter()
-
-    def count(owner, name):
-        original = getattr(owner, name)
-
-        def counting(*args, **options):
-            calls[getattr(owner, "__name__", "").rpartition(".")[2] + "." + name] += 1
-            return original(*args, **options)
-
-        monkeypatch.setattr(owner, name, counting)
-
-    for owner, name in functions:
-        count(owner, name)
-    return calls
+@pytest.fixture
+def spy():
+    """A function that counts the calls of another one."""
+    with ExitStack() as stack:
+        yield lambda owner, name: stack.enter_context(
+            patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+        )
 
 
-def test_start_builds_the_tokenizer_once_and_opens_each_source_once(tmp_path, trained_tokenizers, monkeypatch):
+def test_start_builds_the_tokenizer_once_and_opens_each_source_once(tmp_path, trained_tokenizers, monkeypatch, spy):
     """From the command line to the opening of the process group; sources named twice are read once."""
     tokenizer = trained_tokenizers / "tokenizer.json"
     made(request(write_jsonl(tmp_path / "a.jsonl", ["abc" * 99]), tmp_path / "corpus", tokenizer))
@@ -194,39 +188,21 @@ def test_start_builds_the_tokenizer_once_and_opens_each_source_once(tmp_path, tr
     values = data_config(train, validation, data={"tokenizer": str(tokenizer)}).model_dump(mode="json")
     values["run"] |= {"output_dir": str(tmp_path / "out")}
     (tmp_path / "config.yaml").write_text(json.dumps(values))
-    calls = count_calls(
-        monkeypatch,
-        (text_tokenizers.HuggingFaceTokenizer, "__init__"),
-        (corpus, "read_index"),
-        (run_sources, "open_inputs"),
-        (text_sources.FilesInput, "units"),
-        (text_sources.DatasetInput, "units"),
-    )
-
-    class StartedError(BaseException):
-        pass
-
-    def start(*_):
-        raise StartedError
-
+    once = [
+        spy(text_tokenizers.HuggingFaceTokenizer, "__init__"),
+        spy(corpus, "read_index"),
+        *(spy(kind, name) for kind in INPUTS for name in ("__init__", "units")),
+    ]
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
-    monkeypatch.setattr("mtp_dist.run.initialize_topology", start)
-    with pytest.raises(StartedError):
+    monkeypatch.setattr("mtp_dist.run.initialize_topology", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         main(["--config", str(tmp_path / "config.yaml")])
-    assert calls == {
-        "HuggingFaceTokenizer.__init__": 1,
-        "corpus.read_index": 1,
-        "run_sources.open_inputs": 2,
-        "FilesInput.units": 1,
-        "DatasetInput.units": 1,
-    }
+    assert [mock.call_count for mock in once] == [1] * 6
 
 
-def test_prepare_builds_the_tokenizer_once_and_opens_its_inputs_once(tmp_path, trained_tokenizers, monkeypatch):
-    calls = count_calls(
-        monkeypatch, (text_tokenizers.HuggingFaceTokenizer, "__init__"), (text_sources.FilesInput, "__init__")
-    )
+def test_prepare_builds_the_tokenizer_once_and_opens_its_inputs_once(tmp_path, trained_tokenizers, spy):
+    once = [spy(text_tokenizers.HuggingFaceTokenizer, "__init__"), spy(text_sources.FilesInput, "__init__")]
     tokenizer = trained_tokenizers / "tokenizer.json"
     made(request(write_jsonl(tmp_path / "a.jsonl", ["abc" * 99]), tmp_path / "corpus", tokenizer))
-    assert calls == {"HuggingFaceTokenizer.__init__": 1, "FilesInput.__init__": 1}
+    assert [mock.call_count for mock in once] == [1, 1]

@@ -244,7 +244,7 @@ def test_records_may_be_longer_than_the_inspected_head(tmp_path, brackets):
     for lengths in ((5 << 20, 1), (1, 5 << 20), (3 << 20, 3 << 20)):
         texts = ["a" * length for length in lengths]
         (tmp_path / "a.json").write_text(start + between.join(json.dumps({"text": text}) for text in texts) + end)
-        assert documents(units(tmp_path / "a.json")) == texts
+        assert documents(units(tmp_path / "a.json", unit_bytes=1 << 20)) == texts
 
 
 def test_run_logs_the_files_of_its_sources(tmp_path, log):
