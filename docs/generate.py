@@ -1,7 +1,7 @@
-"""Makes what the docs show from committed data: `python docs/generate.py` rewrites it, `--check` only compares.
+"""Generates parts of the docs from code and committed data: `python docs/generate.py` writes, `--check` compares.
 
-configuration.md comes from the configuration's own docstrings, the tables of benchmarks.md from data/*.json. Pictures
-come from data too, but only without --check, as pixels depend on fonts.
+configuration.md comes from the configuration's JSON schema, the tables of benchmarks.md from data/*.json. Pictures
+come from data too, but only without --check, because pixels depend on fonts.
 """
 
 import argparse
@@ -11,15 +11,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from mtp_dist.cli.tables import BENCH_CHECKPOINT_LABELS
-from mtp_dist.config import Config, RopeScalingConfig, Section, SourceConfig
+from mtp_dist.config import Config
 from mtp_dist.config.base import MAX_INTEGER
 
 DOCS = Path(__file__).parent
-NAMES_OF_TYPES = {int: "integer", float: "number", bool: "true / false", str: "text", dict: "mapping"}
+NAMES_OF_TYPES = {"boolean": "true / false", "string": "text", "object": "mapping"}
+BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 HEAD_LOSS_IMAGES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
@@ -30,39 +30,36 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
-    """Return what a value of this type may be, as a user writes it."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return describe_type(arguments[0], [*arguments[1:], *metadata])
-    if origin in (Union, UnionType):
-        kinds = [describe_type(kind, metadata) for kind in arguments if kind is not NoneType]
-        return " / ".join(dict.fromkeys(kinds))
-    if origin is Literal:
-        return " / ".join(f"`{value}`" for value in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        return "list of sources" if arguments[0] is SourceConfig else f"list of {describe_type(arguments[0])}"
-    if origin is tuple:
-        return f"[{', '.join(map(describe_type, arguments))}]"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "keys below"
-    return NAMES_OF_TYPES[origin or annotation] + bounds_of(metadata)
+SCHEMA = Config.model_json_schema()
+CLASSES = SCHEMA["$defs"]
 
 
-def bounds_of(metadata: Iterable[Any]) -> str:
-    """Return the bounds of a number, but for the limit that every count has."""
-    items = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = {signs[name]: getattr(item, name) for item in items for name in signs if hasattr(item, name)}
-    shown = [f"{sign} {bound:,}" for sign, bound in bounds.items() if bound < MAX_INTEGER]
-    return f" {', '.join(shown)}" if shown else ""
+def describe_type(schema: dict[str, Any]) -> str:
+    """Return the values that a JSON schema allows, as a user writes them."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return "source" if name == "SourceConfig" else "keys below"
+    if "anyOf" in schema:
+        return " / ".join(describe_type(kind) for kind in schema["anyOf"] if kind.get("type") != "null")
+    if "enum" in schema or "const" in schema:
+        return " / ".join(f"`{value}`" for value in schema.get("enum") or [schema["const"]])
+    if "prefixItems" in schema:
+        return f"[{', '.join(map(describe_type, schema['prefixItems']))}]"
+    if schema["type"] == "array":
+        items = describe_type(schema["items"])
+        return "list of sources" if items == "source" else f"list of {items}"
+    bounds = [
+        f"{sign} {schema[name]:,}" for name, sign in BOUNDS.items() if schema.get(name, MAX_INTEGER) < MAX_INTEGER
+    ]
+    return " ".join([NAMES_OF_TYPES.get(schema["type"], schema["type"]), *[", ".join(bounds)] * bool(bounds)])
 
 
-def field_rows(section: type[Section]) -> Iterator[list[str]]:
-    for key, field in section.model_fields.items():
-        default = "**required**" if field.is_required() else "absent" if field.default is None else f"`{field.default}`"
-        kind = describe_type(field.annotation, field.metadata)
-        yield [f"`{key}`", kind, default, " ".join((field.description or "").split())]
+def field_rows(section: dict[str, Any]) -> Iterator[list[str]]:
+    for key, schema in section["properties"].items():
+        default = schema.get("default")
+        shown = default if isinstance(default, str) else json.dumps(default)
+        default = f"`{shown}`" if "default" in schema else "**required**"
+        yield [f"`{key}`", describe_type(schema), default, " ".join(schema["description"].split())]
 
 
 def configuration_page() -> str:
@@ -72,18 +69,19 @@ def configuration_page() -> str:
         "A run is one YAML file, such as [configs/demo.yaml](../configs/demo.yaml), and any number of overrides on the "
         "command line:\n",
         "    mtp-dist launch --config configs/demo.yaml train.steps=50 parallel.pipeline=1\n",
-        "A wrong key or value ends with one sentence and exit status 2 before any rank does work. This page is made "
-        "from the docstrings in [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
+        "An invalid key or value ends the program with one message and exit status 2 before any rank does work. This "
+        "page is generated from the JSON schema of [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
     ]
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            parts += [f"## {name}\n", table(header, field_rows(field.annotation))]
+    for name, schema in SCHEMA["properties"].items():
+        if "$ref" in schema:
+            parts += [f"## {name}\n", table(header, field_rows(CLASSES[schema["$ref"].rpartition("/")[2]]))]
         else:
-            parts += [f"## {name}\n", f"{field.description}\n"]
+            parts += [f"## {name}\n", f"{schema['description']}\n"]
         if name == "model":
-            parts += ["`rope_scaling`, by the names of Hugging Face:\n", table(header, field_rows(RopeScalingConfig))]
+            rows = field_rows(CLASSES["RopeScalingConfig"])
+            parts += ["`rope_scaling`, by the names of Hugging Face:\n", table(header, rows)]
         if name == "data":
-            parts += ["A source:\n", table(header, field_rows(SourceConfig))]
+            parts += ["A source:\n", table(header, field_rows(CLASSES["SourceConfig"]))]
     return "\n".join(parts)
 
 
@@ -174,7 +172,6 @@ def data_speed_section(result: dict[str, Any]) -> str:
             f"{after:.1f}" if (after := row.get("after_the_start_megabytes_per_second")) else "not measured",
             f"{row['bare_megabytes_per_second']:,.1f}",
             f"{row['ratio']:.2f}",
-            f"{share:.0%}" if (share := row["share_in_tokenizer"]) else "",
         ]
         for row in result["preparation"]
     ]
@@ -195,7 +192,6 @@ def data_speed_section(result: dict[str, Any]) -> str:
         "after its start",
         "tokenizer alone MB/s",
         "ratio",
-        "time within the tokenizer",
     ]
     return "\n".join(
         [
@@ -254,12 +250,11 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
                 f"{result['step_seconds']['without']:.3f}",
                 f"{result['step_seconds']['with']:.3f}",
                 f"{result['ratio'] - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})",
-                f"{result['seconds_within'] * 1e3:.1f} ms, {result['share_within']:.2%}",
             ]
         )
     machine = results[0]["machine"]
-    header = ["model, tensor x pipeline x data", "seconds a step without", "with", "more, and its quartiles"]
-    shown = table([*header, "time within it"], rows)
+    header = ["model, tensor x pipeline x data", "seconds per step without", "with", "more, and its quartiles"]
+    shown = table(header, rows)
     return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 
 

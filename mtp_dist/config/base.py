@@ -1,4 +1,4 @@
-"""What every section of a configuration is, and the types that several of them share."""
+"""The base class of the sections of a configuration, and types that several of them share."""
 
 import os
 from typing import Annotated
@@ -9,10 +9,12 @@ MAX_INTEGER = 2**31 - 1
 """Largest count in a configuration. The product of two of them fits into the 64 bits of PyTorch and NumPy."""
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
-"""Limits of Linux for one name in a path and for the whole path."""
+"""Limits of Linux for one name in a path and for the full path."""
 
 
 class Section(BaseModel):
+    """A part of a configuration: frozen, strictly typed and without unknown keys."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -38,4 +40,4 @@ PositiveInt = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_INTEGER)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
-"""A path in which `~` is the home folder of the user."""
+"""A path in which `~` is expanded to the user's home folder."""

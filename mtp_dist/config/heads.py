@@ -1,4 +1,4 @@
-"""The section of the prediction heads: what they are, what they predict and how their losses are weighed."""
+"""The section of the prediction heads: their architecture, their targets and the weights of their losses."""
 
 from __future__ import annotations
 
@@ -11,61 +11,63 @@ from pydantic import Field, NonNegativeFloat
 from mtp_dist.config.base import PositiveInt, Section
 
 StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
-"""(step, value from that step on)."""
+"""A step, and the value from that step on."""
 
 
 class HeadsConfig(Section):
+    """The prediction heads."""
+
     count: Annotated[PositiveInt, Field(le=1000)] = 4
     """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
     kind: Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"] = "parallel"
-    """`parallel`: each head is `layers_per_head` transformer layers of its own on the trunk's output; `causal`: head k
-    reads head k - 1 instead, `anticausal`: head k + 1; `linear`: a matrix each; `mlp`: from head 2 on a residual block
-    each (Medusa); `sequential`: from head 2 on a transformer block each, which reads the head before it and the token
-    before its target (DeepSeek-V3)."""
+    """`parallel`: each head has `layers_per_head` transformer layers on the trunk's output; `causal`: head k reads head
+    k - 1 instead, `anticausal`: head k + 1; `linear`: each head is a matrix; `mlp`: each head from head 2 on is a
+    residual block (Medusa); `sequential`: each head from head 2 on is a transformer block that reads the previous head
+    and the token before its target (DeepSeek-V3)."""
     layers_per_head: Annotated[PositiveInt, Field(le=1000)] = 1
     """Transformer layers of each head, or of each `sequential` block."""
     repeated: bool = False
-    """One block serves all heads from head 2 on (`sequential` only)."""
+    """Share one block among all heads from head 2 on (`sequential` only)."""
     prediction_distances: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] | None = None
-    """Positions ahead that heads 1..n predict, increasing from 1, such as [1, 3, 5, 7]; 1..n when absent."""
+    """Positions ahead that heads 1..n predict, increasing from 1, such as [1, 3, 5, 7]; 1..n by default."""
     unembedding: Literal["shared", "separate"] = "shared"
-    """`shared`: one unembedding serves all heads; `separate`: each has its own. One final norm serves all in any
-    case."""
+    """`shared`: all heads share one unembedding; `separate`: each head has its own. All heads share one final norm."""
     detach: bool = False
-    """The losses of heads 2..n train these heads and what all heads share: the final norm, the unembedding, and the
-    embedding where heads read it. No gradient of theirs reaches the trunk's layers or those of head 1."""
+    """Stop the gradient of heads 2..n before the trunk's layers and those of head 1. Their losses still train what all
+    heads share: the final norm, the unembedding, and the embedding if heads read it."""
     loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
-    """Weight w_k of each head's loss, head 1 first; all 1 when absent."""
+    """Weight w_k of each head's loss, head 1 first; by default all 1."""
     auxiliary_weight: NonNegativeFloat | Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)] | None = (
         None
     )
-    """Instead of `loss_weights`: 1 for head 1, and this number in equal parts for the others (DeepSeek-V3's lambda/D).
-    A list such as [[1, 0.3], [10000, 0.1]] gives it from each of these steps on."""
+    """Instead of `loss_weights`: 1 for head 1, and this number divided equally among the others (DeepSeek-V3's
+    lambda/D). A list such as [[1, 0.3], [10000, 0.1]] changes it at these steps."""
     loss_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Instead of `loss_weights`: beta^(k-1) over the sum of these, k the head's number whatever its distance."""
+    """Instead of `loss_weights`: beta^(k-1) divided by the sum over all heads, where k is the head's number."""
     schedule: Literal["constant", "forward", "reverse"] = "constant"
-    """Which heads learn, in n equal stages of `train.steps`: all; heads 1..s in stage s (`forward`); heads 1..n-s+1
-    (`reverse`). The others do not run; their gradient is 0."""
+    """Heads that run and learn in n equal stages of `train.steps`: all; heads 1..s in stage s (`forward`); heads
+    1..n-s+1 (`reverse`). The gradient of the others is 0."""
     distillation: NonNegativeFloat = 0.0
-    """Weight, beside the cross-entropy of each head from head 2 on, of that to head 1's distribution for the same token
-    (MTP-D); nothing of it trains head 1's part."""
+    """Weight of an additional loss of each head from head 2 on: the cross-entropy to head 1's distribution for the same
+    token (MTP-D). It does not train head 1."""
     distillation_top: PositiveInt = 64
-    """Most probable tokens that head 1's distribution is cut to."""
+    """Number of most probable tokens that head 1's distribution is truncated to."""
     token_order: NonNegativeFloat = 0.0
-    """Weight of token-order prediction: a further unembedding on head 1's hidden states ranks the upcoming tokens."""
+    """Weight of token-order prediction: an additional unembedding on head 1's hidden states ranks the upcoming
+    tokens."""
     token_order_window: PositiveInt = 32
-    """Positions ahead that it ranks; ranks count e times less from one to the next."""
+    """Number of positions ahead that it ranks; the weight of each rank is 1/e of the one before."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight, beside each cross-entropy, of the squared logarithm of the softmax's denominator (PaLM's 1e-4 keeps
-    logits from drifting); the reported losses are without it."""
+    """Weight of the squared logarithm of the softmax's denominator, added to each cross-entropy (PaLM uses 1e-4 to keep
+    logits from drifting). The reported losses exclude it."""
     loss_mode: Literal["eager", "recompute", "naive"] = "eager"
-    """`eager` runs each head forward and backward before the next one, so memory stays that of one head (chained kinds
-    keep their blocks' activations, not their logits); `recompute` does it in the backward pass, for one more forward
-    pass of the heads and nothing kept until then; `naive` keeps the logits of all heads until the backward pass: a
-    reference."""
+    """`eager` runs each head forward and backward before the next one, so that memory is that of one head (chained
+    kinds also keep the activations of their blocks, not their logits); `recompute` does so in the backward pass, at the
+    cost of one more forward pass of the heads, and keeps nothing until then; `naive`, a reference, keeps the logits of
+    all heads until the backward pass."""
     chunk_tokens: PositiveInt | None = None
-    """Tokens whose logits are in memory at once in `eager` and `recompute`; when absent as many as fit into 64 MiB on
-    a CPU and 1 GiB on a GPU."""
+    """Number of tokens whose logits are in memory at once in `eager` and `recompute`; by default as many as fit into
+    64 MiB on a CPU and 1 GiB on a GPU."""
 
     @property
     def distances(self) -> tuple[int, ...]:
@@ -74,28 +76,28 @@ class HeadsConfig(Section):
 
     @property
     def lookahead(self) -> int:
-        """Tokens after a sample's last position that are read as labels."""
+        """Number of tokens after a sample's last position that are read as labels."""
         return max(self.distances[-1], self.token_order_window if self.token_order else 0)
 
     @property
     def blocks(self) -> int:
-        """Heads that have a block between the trunk and the final norm, or after it."""
+        """Number of heads that have a block between the trunk and the final norm."""
         return self.active_blocks(self.count)
 
     def active_blocks(self, active: int) -> int:
-        """Those of heads 1..active."""
+        """Return the number of blocks of heads 1..active."""
         return active - 1 if self.kind in ("mlp", "sequential") else active
 
     @property
     def block_layers(self) -> int:
-        """Transformer layers of one block."""
+        """Number of transformer layers in one block."""
         return 0 if self.kind in ("linear", "mlp") else self.layers_per_head
 
 
 def incompatible_head_settings(
     heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int
 ) -> Iterator[str]:
-    """Yield one sentence for each pair of keys that cannot stand together."""
+    """Yield one message per pair of settings that are incompatible."""
     if tie_embeddings and heads.unembedding == "separate":
         yield (
             "model.tie_embeddings = true ties the embedding to the one unembedding that all heads share: use "
@@ -152,7 +154,7 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
 def _incompatible_distillation(heads: HeadsConfig) -> Iterator[str]:
     if heads.loss_weights and not heads.loss_weights[0]:
         yield (
-            "heads.distillation teaches from head 1, whose heads.loss_weights is 0 so that it never learns: give it a "
+            "heads.distillation teaches from head 1, whose heads.loss_weights is 0, so that it never learns: give it a "
             "weight above 0"
         )
     if heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])):
@@ -171,7 +173,7 @@ def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterato
         yield f"{key} must increase from 1: head 1 predicts the next token"
     elif heads.prediction_distances and distances[-1] > sequence_length:
         yield (
-            f"the last of heads.prediction_distances, {distances[-1]}, looks further ahead than a sample is long, "
+            f"the last of heads.prediction_distances, {distances[-1]}, exceeds the length of a sample, "
             f"train.sequence_length = {sequence_length}: lower it or train on longer samples"
         )
     elif heads.kind == "sequential" and distances != tuple(range(1, len(distances) + 1)):
@@ -184,7 +186,7 @@ def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterato
 def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     given = [key for key in ("loss_weights", "auxiliary_weight", "loss_decay") if getattr(heads, key) is not None]
     if len(given) > 1:
-        yield f"{' and '.join(f'heads.{key}' for key in given)} each say how the losses are weighed: keep one"
+        yield f"{' and '.join(f'heads.{key}' for key in given)} all set the weights of the losses: keep one"
     weights = heads.loss_weights
     if weights is not None and len(weights) != heads.count:
         yield f"heads.loss_weights has {len(weights)} numbers, heads.count is {heads.count}: give one per head"
@@ -196,7 +198,7 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
             "the trunk, give it a weight above 0"
         )
     if heads.auxiliary_weight is not None and heads.count == 1:
-        yield "heads.auxiliary_weight weighs the heads from head 2 on, heads.count is 1: remove it"
+        yield "heads.auxiliary_weight is the weight of the heads from head 2 on, heads.count is 1: remove it"
     if heads.schedule != "constant" and weights and not weights[0]:
         yield (
             f"heads.schedule = '{heads.schedule}' has a stage with head 1 alone, whose heads.loss_weights is 0: give "

@@ -1,4 +1,4 @@
-"""From a YAML file and `section.key=value` overrides to a checked configuration, or one sentence for each mistake."""
+"""Reads a YAML file and `section.key=value` overrides into a checked configuration. Errors have one line per key."""
 
 import difflib
 import re
@@ -16,15 +16,13 @@ from mtp_dist.config.validation import incompatible_settings
 from mtp_dist.errors import ConfigError
 
 MIN_NAME_SIMILARITY = 0.75
-"""Ratio of difflib from which a name counts as misspelt: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip`
-0.63."""
+"""Smallest difflib ratio of a misspelling: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip` 0.63."""
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars and YAML as people write it: 1e-4 is a number, 010 is ten, 1:30 and no are text.
+    """A loader of YAML 1.2 scalars: 1e-4 is a number, 010 is ten, 1:30 and no are text. A repeated key is an error.
 
-    PyYAML implements YAML 1.1, which wants 1.0e-4 and reads the others as 8, 90 and false. A key given twice is an
-    error.
+    PyYAML implements YAML 1.1, which requires 1.0e-4 and reads the others as 8, 90 and false.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, as PyYAML declares it
@@ -70,7 +68,7 @@ def _read_yaml(text: str, origin: str) -> Any:
 
 
 def _read_number(text: str) -> Any:
-    """Return the number or boolean that a YAML scalar is; any other text as it is, which the key's type refuses."""
+    """Return the number or boolean of a YAML scalar; other text unchanged, which the key's type rejects."""
     loader = _YamlLoader("")
     try:
         tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
@@ -87,9 +85,9 @@ def _all_keys() -> list[str]:
 
 
 def _nearest_key(parts: Sequence[str]) -> str | None:
-    """Return the known key whose name is misspelt, of the same section first; None if none is close.
+    """Return the known key with the most similar name, preferably of the same section; None if none is similar.
 
-    Only the names are compared: a section's own letters would make any two of its keys look alike.
+    Only names are compared: with the section, any two of its keys would be similar.
     """
     *section, name = parts
     if len(section) > 1:  # a section in a section, or an item of a list of sources
@@ -97,8 +95,8 @@ def _nearest_key(parts: Sequence[str]) -> str | None:
         known = [".".join([*section, key]) for key in nested.model_fields]
     else:
         known = _all_keys() if section else list(Config.model_fields)
-    of_section = [key for key in known if key.rpartition(".")[0] == ".".join(section)]
-    for candidates in (of_section, known):
+    section_keys = [key for key in known if key.rpartition(".")[0] == ".".join(section)]
+    for candidates in (section_keys, known):
         by_name = {key.rpartition(".")[2]: key for key in candidates}
         if close := difflib.get_close_matches(name, by_name, 1, MIN_NAME_SIMILARITY):
             return by_name[close[0]]
@@ -106,16 +104,16 @@ def _nearest_key(parts: Sequence[str]) -> str | None:
 
 
 def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """One sentence for each key that pydantic complains of; a key of several types has a complaint for each."""
+    """Yield one message per invalid key; pydantic has one error per type that the key may have."""
     union_members = ("literal", "tuple", "constrained-")
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for error in errors:
         parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]
         by_key.setdefault(".".join(parts), []).append(error)
-    for key, of_key in by_key.items():
-        # What is wrong inside a list makes the whole list wrong too: say it once.
+    for key, key_errors in by_key.items():
+        # An invalid item of a list makes the list invalid too: report it once.
         if not any(other.startswith(f"{key}.") for other in by_key):
-            yield _sentence(key, of_key)
+            yield _message(key, key_errors)
 
 
 _MESSAGES = {
@@ -129,7 +127,7 @@ _MESSAGES = {
 }
 
 
-def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
+def _message(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
     parts, error = key.split("."), errors[0]
     if error["type"] == "missing":
         return f"{key} is missing: give it a value"
@@ -143,9 +141,9 @@ def _sentence(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
 
 
 def typed_config(values: Mapping[str, Any]) -> Config:
-    """Return a configuration whose values have the right types, and may be incompatible with each other.
+    """Return a configuration with values of valid types, which may be incompatible with each other.
 
-    Raise ConfigError with one line for each that has not.
+    Raise ConfigError with one line per invalid value.
     """
     try:
         return Config.model_validate(values)
@@ -154,7 +152,7 @@ def typed_config(values: Mapping[str, Any]) -> Config:
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
-    """The checked configuration from nested mappings. Raises ConfigError with one line a mistake."""
+    """Return the checked configuration of nested mappings. Raise ConfigError with one line per error."""
     config = typed_config(values)
     if wrong := list(incompatible_settings(config)):
         raise ConfigError("\n".join(wrong))
@@ -180,8 +178,8 @@ def _types_of(key: Sequence[str]) -> set[Any]:
 
 
 def _override_value(key: Sequence[str], text: str, override: str) -> Any:
-    """Return what an override gives its key: for a text key all that follows "=", for a number or a boolean one scalar,
-    for others what YAML makes of it."""
+    """Return the value of an override: for a text key everything after "=", for a number or boolean one scalar, for
+    other keys any YAML."""
     types = _types_of(key)
     given = types - {NoneType}
     if given and all(kind is str or get_origin(kind) is Literal for kind in given):
@@ -192,7 +190,7 @@ def _override_value(key: Sequence[str], text: str, override: str) -> Any:
 
 
 def _subsection(section: Any, name: str) -> Any:
-    """The mapping of that name in a section, made where it is absent or empty; None where there can be none."""
+    """Return the mapping of that name in a section, created if absent or empty; None if the section is no mapping."""
     if not isinstance(section, dict):
         return None
     if section.get(name) is None:
@@ -201,9 +199,9 @@ def _subsection(section: Any, name: str) -> Any:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply overrides such as `train.steps=100`; lists and mappings are YAML too.
+    """Read a YAML file and apply overrides such as `train.steps=100`, whose lists and mappings are YAML too.
 
-    Raises ConfigError naming the key, its value and what is allowed.
+    Raise ConfigError, naming the key, its value and the allowed ones.
     """
     values = read_values(path)
     override_values(values, overrides)
@@ -211,7 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The unchecked sections of a YAML file. Raises ConfigError where it has none."""
+    """Return the unchecked sections of a YAML file. Raise ConfigError if it cannot be read or has no sections."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -227,7 +225,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Replace what overrides such as `train.steps=100` name. Raises ConfigError where one has another form."""
+    """Set the keys of overrides such as `train.steps=100`. Raise ConfigError if one has another form."""
     for override in overrides:
         key, separator, value = override.partition("=")
         parts = key.split(".")

@@ -1,6 +1,6 @@
-"""Configurations in checkpoints and exports, which keep the keys of the version that wrote them.
+"""Configurations saved in checkpoints and exports, with the keys of the version that wrote them.
 
-To rename or remove a key: raise VERSION, and add to MIGRATIONS what makes the new keys of the old ones.
+To rename or remove a key, increment VERSION and add a function to MIGRATIONS that converts the old keys.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ from mtp_dist.config.schema import Config
 from mtp_dist.errors import ConfigError
 
 VERSION = 2
-"""That of the keys in config/sections.py; a file without a version has the first."""
+"""Version of the keys in config/schema.py; a file without a version has version 1."""
 
 
 def _from_version_1(values: dict[str, Any]) -> None:
-    """Give the gradients' type a key of its own, and lower counts to the limit that they have now."""
+    """Move the gradients' data type to its own key, and lower counts to today's limit."""
     given = values.get("deepspeed", {}).pop("communication_data_type", None)
     if given in ("bf16", "bfp16", "bfloat16") and values["train"]["precision"] == "bf16":
         values["parallel"]["grad_reduce_dtype"] = "bf16"
@@ -29,20 +29,20 @@ def _from_version_1(values: dict[str, Any]) -> None:
 
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_version_1}
-"""By version, what changes a configuration in place into one of the next version."""
+"""Functions by version, which convert a configuration in place to the next version."""
 
 
 def saved_config(file: Mapping[str, Any]) -> Config:
-    """Return the configuration in the JSON of a checkpoint or of an export, which has `config` and `config_version`.
+    """Return the configuration in the JSON of a checkpoint or export, which has `config` and `config_version`.
 
-    Settings that a run may not combine are not refused: what was saved was allowed then. Raise ConfigError if a newer
-    version wrote it, or if it is none; KeyError or TypeError if there is none at all.
+    The vocabulary size next to it replaces an absent `model.vocab_size`. Incompatible settings are accepted, as they
+    were when they were saved. Raise ConfigError if a newer version wrote it or a value is invalid, KeyError or
+    TypeError if the JSON has no configuration.
     """
     version, values = int(file.get("config_version", 1)), deepcopy(file["config"])
     if version > VERSION:
         raise ConfigError(
-            f"its configuration is of version {version}, and this program reads up to version {VERSION}: install a "
-            "newer mtp-dist"
+            f"its configuration has version {version}, this mtp-dist reads up to version {VERSION}: install a newer one"
         )
     for number in range(version, VERSION):
         MIGRATIONS[number](values)
@@ -51,5 +51,5 @@ def saved_config(file: Mapping[str, Any]) -> Config:
 
 
 def config_to_save(config: Config) -> dict[str, Any]:
-    """Return what `saved_config` reads."""
+    """Return the JSON that `saved_config` reads."""
     return {"config_version": VERSION, "config": config.model_dump(mode="json")}

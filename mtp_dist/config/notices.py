@@ -1,4 +1,4 @@
-"""Settings that are allowed, but more often a mistake than a choice."""
+"""Warnings about settings that are valid but rarely intended."""
 
 from collections.abc import Iterator
 from math import gcd
@@ -7,7 +7,7 @@ from mtp_dist.config.schema import Config
 
 
 def notices(config: Config, tokenizer_vocab_size: int) -> Iterator[str]:
-    """Yield one line for each such setting, with what follows from it."""
+    """Yield one line per such setting, with its consequence. `config` is resolved."""
     warmup, steps = config.optimizer.warmup_steps, config.train.steps
     if warmup > steps:
         yield (

@@ -1,4 +1,4 @@
-"""The section of scaled rotary embeddings: how a model reads longer texts than its first training had."""
+"""The section of scaled rotary embeddings, for longer texts than those of the first training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from mtp_dist.config.base import PositiveInt, Section
 
 
 class RopeScalingConfig(Section):
+    """Scaling of RoPE, by the names of Hugging Face."""
+
     rope_type: Literal["linear", "llama3"]
-    """`linear`: every wavelength is `factor` times as long; `llama3`: long ones are, short ones stay, those between
-    change smoothly from one to the other (Llama 3.1). `llama3` needs all the other keys, `linear` only `factor`."""
+    """`linear`: multiply every wavelength by `factor`; `llama3`: multiply long ones, keep short ones, interpolate
+    between (Llama 3.1). `llama3` needs all other keys, `linear` only `factor`."""
     factor: Annotated[float, Field(ge=1)]
-    """How many times as long wavelengths become, 1 at least."""
+    """Factor by which wavelengths become longer, at least 1."""
     low_freq_factor: PositiveFloat | None = None
-    """Wavelengths above `original_max_position_embeddings` over this number become longer by the whole `factor`."""
+    """Wavelengths above `original_max_position_embeddings` over this number are multiplied by the full `factor`."""
     high_freq_factor: PositiveFloat | None = None
-    """Wavelengths below `original_max_position_embeddings` over this number stay."""
+    """Wavelengths below `original_max_position_embeddings` over this number are kept."""
     original_max_position_embeddings: PositiveInt | None = None
-    """Tokens of the longest text of the training before the scaling."""
+    """Sequence length, in tokens, of the training before the scaling."""
 
 
 LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def incompatible_rope_settings(scaling: RopeScalingConfig) -> Iterator[str]:
-    """Yield one sentence for each pair of keys that cannot stand together."""
+    """Yield one message per pair of settings that are incompatible."""
     for key in LLAMA3_KEYS:
         value = getattr(scaling, key)
         if scaling.rope_type == "llama3" and value is None:

@@ -13,23 +13,28 @@ from mtp_dist.config.rope import RopeScalingConfig
 
 
 class RunConfig(Section):
+    """Name, place and process settings of a run."""
+
     name: Annotated[str, Field(pattern=r"^[^/.\s\x00][^/\x00]*$", max_length=100)] = "run"
     """Title of the run in logs and reports."""
     output_dir: PathText | None = None
-    """Folder of this run's metrics, TensorBoard files and checkpoints; `runs/<name>` when absent."""
+    """Folder of this run's metrics, TensorBoard files and checkpoints; by default `runs/<name>`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
     """Seed of the initial weights and of the order of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute. `auto` takes the GPU if there is one, and refuses a machine whose GPU PyTorch cannot use."""
+    """Device of the computation. `auto` selects the GPU if there is one, and rejects a machine whose GPU PyTorch cannot
+    use."""
     step_timeout: Seconds | None = 1800.0
-    """Seconds that a step, a validation or the wait for a save may take; after that every rank prints its Python
-    stacks, writes its last collectives, and the run ends with status 70. `null`: no limit."""
+    """Largest duration, in seconds, of a step, a validation or the wait for a save. After it every rank prints its
+    Python stacks, writes its last collectives, and the run ends with status 70. `null`: no limit."""
     join_timeout: Seconds = 600.0
-    """Seconds that the ranks wait for one another at the start; after that the run ends with status 2 and names those
-    that have not come."""
+    """Seconds that the ranks wait for one another at the start. After that the run ends with status 2 and names the
+    missing ranks."""
 
 
 class ModelConfig(Section):
+    """The architecture."""
+
     hidden_size: PositiveInt
     """Width D of the trunk."""
     trunk_layers: Annotated[PositiveInt, Field(le=10_000)]
@@ -38,21 +43,22 @@ class ModelConfig(Section):
     num_attention_heads: PositiveInt
     """Query heads of each attention layer."""
     num_query_groups: PositiveInt | None = None
-    """Key-value heads (grouped-query attention); as many as `num_attention_heads` when absent."""
+    """Key-value heads (grouped-query attention); by default as many as `num_attention_heads`."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when absent."""
+    """Width of the SwiGLU layer; by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
     vocab_size: PositiveInt | None = None
-    """Tokens of the vocabulary before padding; the tokenizer's when absent."""
+    """Vocabulary size, in tokens, before padding; by default the tokenizer's."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary position embedding's wavelengths."""
     rope_scaling: RopeScalingConfig | None = None
-    """Longer wavelengths, for texts longer than those of an earlier training; none when absent."""
+    """Scaling of the wavelengths, for texts longer than those of an earlier training; by default none."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of RMSNorm."""
     tie_embeddings: bool = False
-    """Use the embedding's weight as the unembedding too."""
+    """Share the weight of the embedding with the unembedding."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream get it over sqrt(2 * depth)."""
+    """Standard deviation of the initial weights; projections into the residual stream use it divided by sqrt(2 *
+    depth)."""
 
     @property
     def query_groups(self) -> int:
@@ -69,54 +75,61 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
+    """The layout over ranks."""
+
     tensor: PositiveInt = 1
     """Tensor-parallel degree: ranks that share each layer's matrices and the vocabulary."""
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree: stages that share the layers; the heads sit on the last one."""
     sequence: bool = False
     """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
-    zero_stage: NonNegativeInt = 0
+    zero_stage: Annotated[NonNegativeInt, Field(json_schema_extra={"enum": [0, 1]})] = 0
     """0, or 1 to shard the optimizer state over the data-parallel ranks."""
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """In which precision the data-parallel ranks sum gradients. `bf16`, only with `train.precision: bf16`, halves the
-    traffic and rounds each gradient to 8 bits, the sum again at each rank."""
+    """Precision in which the data-parallel ranks sum gradients. `bf16`, only with `train.precision: bf16`, halves the
+    traffic and rounds each gradient, and the sum at each rank, to 8 bits."""
     schedule: Literal["1f1b"] = "1f1b"
     """Pipeline schedule."""
     partition: (
         Literal["balanced", "uniform"] | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
     ) = "balanced"
-    """Trunk layers of each stage: `balanced` counts the cost of the heads, `uniform` gives every stage the same
-    number, a list such as [4, 4, 3, 1] gives them one by one."""
+    """Trunk layers per stage: `balanced` accounts for the cost of the heads, `uniform` gives every stage the same
+    number, a list such as [4, 4, 3, 1] sets each stage."""
 
 
 MAX_TEXT_LOSS = 0.01
 
 
 class SourceConfig(Section):
+    """One source of documents."""
+
     path: PathText
     """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
     tokenized at each start: a folder, a file of text, JSON lines, JSON, CSV or Parquet, the name of a Hugging Face
     dataset, or `python-stdlib`, the standard library of this Python."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    """In logs; several validation sets need one each."""
+    """Name in logs; required if there are several validation sets."""
     subset: str | None = None
-    """Of a Hugging Face dataset that has several."""
+    """Subset of a Hugging Face dataset that has several."""
     split: str | None = None
-    """Part of the source: of files `train` or `validation`, to which about one in twenty belongs by a hash of its
-    relative path; of a Hugging Face dataset one of its splits, `train` when absent."""
+    """Part of the source. For files `train` or `validation`, to which about one file in twenty belongs by a hash of its
+    relative path; for a Hugging Face dataset one of its splits, by default `train`."""
     glob: PathText = "**/*.py"
-    """Which files of a folder. Linked folders are followed, and what begins with a dot is left out unless a part of the
-    pattern does."""
+    """Pattern of the files of a folder. Linked folders are followed; names that begin with a dot are left out unless a
+    part of the pattern does."""
     field: str = "text"
-    """Which field of JSON, CSV, Parquet and datasets is the document."""
+    """Field with the document, in JSON, CSV, Parquet and datasets."""
     stream: bool = False
-    """Train on the documents in their order while they are read, without tokenizing all of them first: for datasets
-    that are too large for memory and are not worth preparing."""
+    """Train on the documents in order while they are read, without tokenizing all of them first: for datasets that are
+    too large for memory and not worth preparing."""
     weight: PositiveFloat = 1.0
-    """Share of the training samples drawn from this source, relative to the other weights; validation ignores it."""
+    """Sampling weight: fraction of the training samples drawn from this source, relative to the other weights.
+    Validation ignores it."""
 
 
 class DataConfig(Section):
+    """Sources, tokenizer and document boundaries."""
+
     train: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
     """Sources of the training samples."""
     validation: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = ()
@@ -126,60 +139,64 @@ class DataConfig(Section):
     a data-parallel rank tokenizes only the shards of its samples: a multiple of every data-parallel degree that the run
     may have, such as 64, divides the work evenly. 1: the order of the documents, and every rank tokenizes all."""
     tokenizer: PathText = "bytes"
-    """`bytes`: one token a byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
+    """`bytes`: one token per byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
     folder with one, or a name in the Hugging Face cache of this machine."""
     max_text_loss: Annotated[float, Field(ge=0, le=1)] = MAX_TEXT_LOSS
-    """Share of a source's text, measured on a sample, that may not survive encoding and decoding: characters that the
-    tokenizer has no tokens for, or changes, except whitespace. A source that loses more is refused."""
+    """Largest fraction of a source's text, measured on a sample, that may be lost by encoding and decoding: characters
+    that the tokenizer has no tokens for, or changes, except whitespace. A source that loses more is rejected."""
     loss_across_documents: bool = True
-    """`false`: a head's target counts only where it lies in the same document as the token at its position. A document
-    ends with its end-of-document token. Token-order prediction ranks no tokens beyond it then."""
+    """`false`: ignore targets in another document than the token at their position. A document ends with its
+    end-of-document token, beyond which token-order prediction ranks no tokens either."""
     attention_across_documents: bool = True
-    """`false`: a position attends only to its own document, in the trunk and the heads. On a GPU that excludes the
-    flash kernel."""
+    """`false`: restrict attention to the position's own document, in the trunk and the heads. On a GPU this excludes
+    the flash kernel."""
 
 
 class TrainConfig(Section):
+    """Batches, precision, validation and reactions to bad steps."""
+
     steps: PositiveInt
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     global_batch_size: PositiveInt
-    """Samples of one step, over all data-parallel ranks and micro-batches."""
+    """Samples per step, over all data-parallel ranks and micro-batches."""
     micro_batch_size: PositiveInt
-    """Samples of one forward and backward pass on one data-parallel rank."""
+    """Samples per forward and backward pass on one data-parallel rank."""
     sequence_length: PositiveInt
-    """Tokens of a sample, S; `heads.count` more are read as labels."""
+    """Tokens per sample, S; `heads.count` more are read as labels."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` keeps master weights, moments and accumulated gradients in fp32."""
     deterministic: bool = False
-    """Let a run repeat bitwise on GPUs too: only deterministic kernels of PyTorch, cuBLAS and Megatron-core, and NCCL's
-    ring unless `NCCL_ALGO` is set. Slower. On a CPU runs repeat without it."""
+    """Make runs on GPUs bitwise reproducible: only deterministic kernels of PyTorch, cuBLAS and Megatron-core, and
+    NCCL's ring unless `NCCL_ALGO` is set. Slower. Runs on a CPU are reproducible without it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing, each layer's MLP, or each layer whole."""
+    """What the backward pass recomputes: nothing, each layer's MLP, or each full layer."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Global norm to which the gradient is clipped; 0: no clipping."""
     max_skipped_steps: PositiveInt = 10
-    """A step whose loss or gradient is not finite changes no weight. After so many in a row the run ends with status
-    2."""
+    """A step with a NaN or Inf in its loss or gradient changes no weight. After this many in a row the run ends with
+    status 2."""
     spike_deviations: PositiveFloat | None = 6.0
-    """A loss of head 1 this many standard deviations above the mean of the 128 steps before is a spike, which the log
-    and the events tell. `null`: nothing is."""
+    """A loss of head 1 this many standard deviations above the mean of the 128 previous steps is a spike, which is
+    logged. `null`: no detection."""
     spike_rollback: bool = False
-    """Go back to the newest checkpoint at a spike, and from there on with the samples after it."""
+    """Roll back to the newest checkpoint at a spike and continue with the samples after it."""
     validate_every: PositiveInt | None = None
-    """Steps between two validations; one at the end in any case."""
+    """Steps between two validations; there is always one at the end."""
     validation_samples: PositiveInt = 128
-    """Samples of each validation set, spaced evenly over it; all there are where it has fewer."""
+    """Samples per validation set, evenly spaced; all of them if it has fewer."""
 
 
 class OptimizerConfig(Section):
+    """Optimizer and learning rate."""
+
     name: Literal["adamw"] = "adamw"
     """AdamW with decoupled weight decay."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Field(strict=False)] = (0.9, 0.95)
-    """Decay of the moments' averages."""
+    """Decay rates of the moment estimates."""
     eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Number added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices; norms and biases are never decayed."""
     warmup_steps: NonNegativeInt = 0
@@ -191,41 +208,45 @@ class OptimizerConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Saving and resuming."""
+
     directory: PathText | None = None
-    """Folder of the checkpoints; `<run.output_dir>/checkpoints` when absent."""
+    """Folder of the checkpoints; by default `<run.output_dir>/checkpoints`."""
     every: PositiveInt | None = None
-    """Steps between two checkpoints; one at the end in any case."""
+    """Steps between two checkpoints; there is always one at the end."""
     keep_last: PositiveInt | None = None
-    """Checkpoints that are kept, the newest ones; older ones are deleted when a newer one has been written and read
-    back. All are kept when absent."""
+    """Number of newest checkpoints to keep; older ones are deleted after a newer one has been written and read back. By
+    default all are kept."""
     keep_every: PositiveInt | None = None
-    """Those of steps that are a multiple of it are kept in any case; only with `keep_last`."""
+    """Keep the checkpoints of steps that are a multiple of this too; only with `keep_last`."""
     resume: PathText = "auto"
-    """Where to go on: `auto` from the newest checkpoint of `directory`, if there is one; `none` starts anew; or the
-    folder of a checkpoint, or of several, of which the newest is taken. Of several, damaged ones are passed over."""
+    """Checkpoint to resume from: `auto` for the newest one of `directory`, if there is one; `none` to start from
+    scratch; or the folder of a checkpoint, or of several, of which the newest valid one is used."""
     allow_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Keys, such as [heads.count, train.steps], that may differ from those the checkpoint was trained with. Weights
-    that it lacks start anew, those that are no longer wanted are left out."""
+    """Keys, such as [heads.count, train.steps], that may differ from those that the checkpoint was trained with.
+    Weights that the checkpoint lacks are initialized, weights that the model lacks are dropped."""
 
 
 class LogConfig(Section):
+    """Logs, profiles and the sample at the end."""
+
     every: PositiveInt = 10
     """Steps between two lines of `metrics.jsonl`, of TensorBoard and of the terminal."""
     tensorboard: bool = True
     """Write TensorBoard files into `<run.output_dir>/tensorboard`."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
-    """Project on Weights & Biases to write into too; needs the package `wandb`. None when absent."""
+    """Project on Weights & Biases to log to; needs the package `wandb`. By default none."""
     rank_logs: bool = False
-    """Copy what each rank writes to standard output and standard error into `<run.output_dir>/logs/rank_00000.log`,
+    """Copy the standard output and standard error of each rank into `<run.output_dir>/logs/rank_00000.log`,
     `rank_00001.log`, ..."""
     sample_prompt: str | None = None
-    """When given, rank 0 opens the last checkpoint unsharded on its CPU and shows a continuation of this text at the
-    end: for small models."""
+    """Text that rank 0 continues at the end, with the last checkpoint unsharded on its CPU: for small models. By
+    default none."""
     sample_tokens: PositiveInt = 200
-    """Tokens of that continuation."""
+    """Number of tokens of that continuation."""
     profile_steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
-    """First and last step of a PyTorch profiler trace in `<run.output_dir>/profile`, such as [5, 7]; none when
-    absent."""
+    """First and last step of a PyTorch profiler trace in `<run.output_dir>/profile`, such as [5, 7]; by default
+    none."""
     profile_ranks: Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)] = (0,)
     """Ranks that write a trace, and a memory snapshot with `--memory-snapshot`."""
 
@@ -243,7 +264,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Keys added to the DeepSpeed configuration as they are; those that we derive cannot be set here."""
+    """Keys added unchanged to the DeepSpeed configuration; keys that mtp-dist derives cannot be set."""
     _world_size: int | None = None
 
     @property

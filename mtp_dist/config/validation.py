@@ -16,7 +16,7 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
 
 
 def incompatible_settings(config: Config) -> Iterator[str]:
-    """Yield one sentence for each pair of keys that cannot stand together."""
+    """Yield one message per pair of settings that are incompatible."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
     yield from _indivisible(
         "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
@@ -102,7 +102,7 @@ def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:
     if first > last:
         yield f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"
     if last > steps:
-        yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps that are made"
+        yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps within the run"
 
 
 def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _incompatible_sources(data: DataConfig) -> Iterator[str]:
         )
     named = [source.name for source in data.train if source.name]
     if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
-        yield f"data.train has sources with the names {named}: give each a `name` of its own that is no number"
+        yield f"data.train has sources with the names {named}: give each a different `name` that is not a number"
     names = [source.name for source in data.validation]
     if len(names) > 1 and (None in names or len(set(names)) < len(names)):
-        yield f"data.validation has {len(names)} sets with the names {names}: give each a `name` of its own"
+        yield f"data.validation has {len(names)} sets with the names {names}: give each a different `name`"
