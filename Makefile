@@ -50,10 +50,11 @@ test-slurm: $(STAMP) ## Install SLURM where it is missing (Debian, as root) and 
 		apt-get install --yes --no-install-recommends slurm-wlm munge; }
 	$(RUN) $(VENV)/bin/python -m pytest tests/slurm $(PYTEST_ARGS)
 
-check: $(STAMP) ## Lint Python, shell scripts and the Dockerfile, check the format and the types
+check: $(STAMP) ## Lint Python, shell scripts and the Dockerfile, check format, types and imports
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 	$(VENV)/bin/shellcheck .ci/run launchers/*.sh launchers/slurm/*.sbatch
 	$(VENV)/bin/hadolint docker/Dockerfile
 
@@ -62,7 +63,7 @@ format: $(STAMP) ## Format the code and apply the linter's safe fixes
 	$(VENV)/bin/ruff check --fix .
 
 clean: ## Remove caches and build products (not .venv, not runs)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # PyTorch goes first: DeepSpeed's build looks at it, and the constraint keeps later steps from replacing it.
