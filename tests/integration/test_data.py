@@ -26,6 +26,7 @@ def test_text_becomes_a_trained_model(tmp_path):
     again = jobs.run(prepare)
     assert again.status == 2 and again.stdout == ""
     assert again.stderr == f"error: {tmp_path / 'two_corpus.bin'} exists: delete it, or choose another --to\n"
+    assert sorted(file.suffix for file in tmp_path.glob("two_corpus*")) == [".bin", ".idx", ".json"]
 
     shown = jobs.run(jobs.forked(*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"))
     report = json.loads(shown.stdout)

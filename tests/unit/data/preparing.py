@@ -56,9 +56,11 @@ def data_config(train: Any, validation: Any = (), data: Any = (), heads: int = 2
 
 
 class Recorder:
-    """A progress that keeps what it receives."""
+    """A progress that keeps what it receives, for tests that act on it or kill the process at a known moment."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[int], Any] | None = None, units: float = math.inf, pause: float = 0.0) -> None:
+        """act: called with the number of each unit. Wait `pause` seconds after each, forever after `units` of them."""
+        self.act, self.units, self.pause = act, units, pause
         self.total: int | None = -1
         self.reused: list[bool] = []
         """Of each work unit."""
@@ -68,6 +70,11 @@ class Recorder:
 
     def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
         self.reused.append(reused)
+        if self.act:
+            self.act(len(self.reused))
+        time.sleep(self.pause)
+        while len(self.reused) >= self.units:
+            time.sleep(1)
 
 
 def request(
@@ -89,26 +96,11 @@ def made(asked: Request) -> Prepared:
     return prepare(asked, Recorder())
 
 
-class Halting(Recorder):
-    """A progress that waits `pause` seconds after each work unit, and forever after the first `units` of them."""
-
-    def __init__(self, units: float, pause: float) -> None:
-        super().__init__()
-        self.units = units
-        self.pause = pause
-
-    def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
-        super().advance(size, summary, reused)
-        time.sleep(self.pause)
-        while len(self.reused) >= self.units:
-            time.sleep(1)
-
-
 def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
-    """Run `prepare` in a process of its own, to be killed; it may have workers. units and pause: see Halting."""
+    """Run `prepare` in a process of its own, to be killed; it may have workers. units and pause: see Recorder."""
     preload_modules("mtp_dist.data.prepare.tokenize")
-    target, arguments = prepare, (asked, Halting(units, pause))
-    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    arguments = (asked, Recorder(None, units, pause))
+    process = multiprocessing.get_context("forkserver").Process(target=prepare, args=arguments)
     process.start()
     return process
 

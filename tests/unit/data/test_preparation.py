@@ -46,18 +46,6 @@ def corpus(tmp_path):
     return folder
 
 
-class Acting(Recorder):
-    """A progress that calls a function with the number of each work unit."""
-
-    def __init__(self, act):
-        super().__init__()
-        self.act = act
-
-    def advance(self, size, summary, reused):
-        super().advance(size, summary, reused)
-        self.act(len(self.reused))
-
-
 def message(asked, kind=DataError):
     """Return the error of a preparation, which changes nothing under the final names."""
     before = digests(asked.prefix)
@@ -132,7 +120,7 @@ def test_complete_units_are_not_encoded_again(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(asked, Acting(interrupt))
+        prepare(asked, Recorder(interrupt))
     assert not list(tmp_path.glob("a.[bij]*"))
     recorder = Recorder()
     prepare(asked, recorder)
@@ -165,7 +153,7 @@ def test_unfinished_folder_of_another_corpus_is_refused(corpus, tmp_path):
 def test_existing_corpus_and_another_process_are_not_disturbed(tmp_path):
     asked = request(write_jsonl(tmp_path / "a.jsonl", ["a"]), tmp_path / "a.corpus")
     others = []
-    prepare(asked, Acting(lambda _: others.append(error_of(ConfigError, made, asked))))
+    prepare(asked, Recorder(lambda _: others.append(error_of(ConfigError, made, asked))))
     assert others == [f"another process is preparing '{asked.prefix}': wait, or choose another --to"]
     assert texts_of(asked.prefix) == [b"a"]
     assert f"{asked.prefix}.bin exists: delete it, or choose another" in message(asked, ConfigError)

@@ -34,13 +34,6 @@ JSON_ARRAY = json.dumps(RECORDS).encode()
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
-def zstd(content):
-    compressed = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(compressed, "zstd") as stream:
-        stream.write(content)
-    return compressed.getvalue().to_pybytes()
-
-
 def table(delimiter=","):
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["id", "text"], delimiter=delimiter)
@@ -55,7 +48,7 @@ def parquet():
     return content.getvalue()
 
 
-COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": pyarrow.Codec("zstd").compress}
 FILES_OF_RECORDS = {
     **dict.fromkeys(("lines.json", "a.jsonl", "a.JSONL", "part-00000", "lines.txt"), JSON_LINES),
     **dict.fromkeys(("compressed.jsonl", "a.jsonl.GZ", "part-00000.gz"), gzip.compress(JSON_LINES)),
