@@ -1,1 +1,0 @@
-"""Reproducible benchmarks, behind `mtp-dist bench`."""

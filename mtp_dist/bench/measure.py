@@ -1,4 +1,4 @@
-"""Instruments: memory, collectives and time of one step, a function without arguments."""
+"""Memory, collectives and time of one step, which is a function without arguments."""
 
 import os
 import platform
@@ -18,10 +18,10 @@ Step = Callable[[], object]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Most bytes of tensors that were alive at once during `step`, above those alive when it began.
+    """Return the peak bytes of tensors during `step`, above those allocated when it begins.
 
-    By PyTorch's own count of its allocations; what libraries allocate for themselves is not in it. On a CPU what
-    `step` frees of the tensors that were alive before is not subtracted.
+    PyTorch counts its own allocations, not those of libraries. On a CPU, tensors from before that `step` frees are not
+    subtracted.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -30,7 +30,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # The profiler else prints lines of its own at each start and stop.
+    # Otherwise the profiler prints lines at each start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
@@ -41,13 +41,13 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that this rank starts while it is active, in backward passes too."""
+    """A mode that counts the collectives that this rank starts, in backward passes too."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
         self.bytes = 0
-        """Bytes of the tensors that this rank puts in."""
+        """Bytes of this rank's input tensors."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -65,10 +65,10 @@ class CollectiveCounter(TorchDispatchMode):
 def paired_seconds(
     steps: Mapping[str, Step], rounds: int, device: torch.device, after_each: Callable[[str], None] = lambda _: None
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round; a round runs each step once, so that a slow moment slows all of them.
+    """Return the seconds of every step in every round. A round runs each step once, so that noise affects all of them.
 
-    The step that goes first changes from round to round. Warm up each step before. All ranks must call it, and start
-    each step together. `after_each` gets the step's name and is not timed.
+    The first step rotates from round to round. Steps must be warm. All ranks call this and start each step together.
+    `after_each` gets the step's name and is not timed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -93,12 +93,12 @@ def _wait_for_all(device: torch.device) -> None:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Return the number of CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def processor_name() -> str:
-    """The CPU's name."""
+    """Return the name of the CPU."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

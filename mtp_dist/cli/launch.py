@@ -1,4 +1,4 @@
-"""`mtp-dist launch`: the ranks of one machine, which get every signal that this process gets."""
+"""The launcher of `mtp-dist launch`: starts the ranks of one machine and forwards every signal to them."""
 
 import ctypes
 import os
@@ -12,49 +12,50 @@ from types import FrameType
 
 from mtp_dist.training.stopping import STOP_SIGNALS, exit_status
 
-SECONDS_AFTER_A_FAILURE = 15.0
-"""Given to the ranks that are left when one has failed, to print what they know."""
-POLL_SECONDS = 0.1
+FAILURE_GRACE_S = 15.0
+"""Seconds that the other ranks have after one has failed, to print what they know."""
+POLL_INTERVAL_S = 0.1
 PR_SET_PDEATHSIG = 1
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Train on so many processes and return their exit status.
+    """Train on that many processes and return their exit status.
 
-    A stop signal reaches every rank, and they get the time that they need to save. If a rank fails, the others end.
+    Stop signals are forwarded to every rank, which has all the time it needs to save. If a rank fails, the others are
+    ended.
     """
     return _Ranks(ranks, [sys.executable, "-m", "mtp_dist.pretrain", *arguments]).wait()
 
 
 class _Ranks:
-    """The processes of a run. To be created in the main thread."""
+    """The processes of a run; created in the main thread."""
 
     def __init__(self, count: int, command: Sequence[str]) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._received = 0
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as of SIGHUP under nohup, which ranks inherit
+            if signal.getsignal(number) is not signal.SIG_IGN:  # such as SIGHUP under nohup, which ranks inherit
                 signal.signal(number, self._forward)
         for rank in range(count):
             self._processes.append(
                 subprocess.Popen(command, env=_environment(rank, count), preexec_fn=_end_with_parent)
             )
-        if self._received:  # some may have started after it
+        if self._received:  # some may have started after the signal
             self._send(self._received)
 
     def wait(self) -> int:
-        """Return the status of the first rank that did not end well, or 0, when all have ended."""
+        """Wait for all ranks. Return the status of the first one that failed, or 0."""
         status, deadline = 0, float("inf")
         while left := self._running():
             failed = [rank for rank, process in enumerate(self._processes) if process.poll()]
             if failed and not status:
-                status, deadline = self._status(failed[0]), time.monotonic() + SECONDS_AFTER_A_FAILURE
+                status, deadline = self._status(failed[0]), time.monotonic() + FAILURE_GRACE_S
                 if not self._received:
                     self._send(signal.SIGTERM)
             if time.monotonic() > deadline:
                 for process in left:
                     process.kill()
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_INTERVAL_S)
         failed = [rank for rank, process in enumerate(self._processes) if process.returncode]
         return status or (self._status(failed[0]) if failed else 0)
 
@@ -67,7 +68,7 @@ class _Ranks:
 
     def _send(self, number: int) -> None:
         for process in self._processes:
-            process.send_signal(number)  # which does nothing to one that has ended
+            process.send_signal(number)  # no effect on a process that has ended
 
     def _status(self, rank: int) -> int:
         code = self._processes[rank].returncode
@@ -98,5 +99,5 @@ def _free_port() -> int:
 
 
 def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this rank if the launcher is killed: it saves instead of running on unseen."""
+    """Have the kernel send SIGTERM to this rank if the launcher is killed, so that it saves and ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,6 +1,7 @@
 """Whatever a configuration contains, a run starts or ends with status 2 and plain messages."""
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -27,23 +28,7 @@ KEYS = [
 NOT_FUZZED = {"log.rank_logs", "log.wandb"}
 """One redirects this process's output, the other asks a server."""
 TEXTS = ["", "\0", "x\0y", "~nouser/x", "/no/such", ".", "/", "é" * 300, "\u2028", "null", "-1", "[", "{}", "x" * 300]
-NUMBERS = [
-    0,
-    -1,
-    1,
-    3,
-    2**31 - 1,
-    2**31,
-    2**63,
-    10**30,
-    -(10**30),
-    0.0,
-    -0.5,
-    1e-320,
-    1e308,
-    float("inf"),
-    float("nan"),
-]
+NUMBERS = [0, -1, 1, 3, 2**31 - 1, 2**31, 2**63, 10**30, -(10**30), 0.0, -0.5, 1e-320, 1e308, math.inf, math.nan]
 SCALARS = st.sampled_from([None, True, False, *NUMBERS, *TEXTS])
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TEXTS), inner, max_size=2)

@@ -129,7 +129,7 @@ def test_the_launcher_ends_with_the_rank_that_failed(tmp_path: Path, rank: int) 
         "time.sleep(1000)"
     )
     code = (
-        "import sys; from mtp_dist.cli import launch; launch.SECONDS_AFTER_A_FAILURE = 0.5\n"
+        "import sys; from mtp_dist.cli import launch; launch.FAILURE_GRACE_S = 0.5\n"
         f"sys.exit(launch._Ranks(2, [sys.executable, '-c', {program!r}]).wait())"
     )
     assert jobs.run([sys.executable, "-c", code]).status == 7

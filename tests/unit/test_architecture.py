@@ -78,14 +78,7 @@ def path_faults(root: Path) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize(
-    "find_faults",
-    [
-        size_faults,
-        path_faults,
-        asserts_with_effects,
-    ],
-)
+@pytest.mark.parametrize("find_faults", [size_faults, path_faults, asserts_with_effects])
 def test_project_has_no_faults(find_faults):
     assert find_faults(PROJECT) == []
 
@@ -97,34 +90,19 @@ def test_every_folder_is_a_package():
 
 
 HOME = "/" + "home/ada/data"
-ROOT_HOME = "/" + "root/.cache"
 
 
 @pytest.mark.parametrize(
     ("find_faults", "file", "text", "fault"),
     [
-        (size_faults, "model/a.py", "x = 1\n" * 401, ": 401 lines are more than 400"),
-        (size_faults, "model/a.py", "def f():\n" + "    x = 1\n" * 60, ":1: f has 61 lines, more than 60"),
-        (path_faults, "data/notes.txt", f"see\n{HOME}", f":2: {HOME} exists on one machine only"),
-        (path_faults, "a.py", f"x = '{ROOT_HOME}'", f":1: {ROOT_HOME} exists on one machine only"),
+        (size_faults, "a.py", "x = 1\n" * 401, ": 401 lines are more than 400"),
+        (size_faults, "a.py", "def f():\n" + "    x = 1\n" * 60, ":1: f has 61 lines, more than 60"),
+        (size_faults, "a.py", "def f():\n" + "    x = 1\n" * 59 + "x = 1\n" * 340, None),
+        (path_faults, "notes.txt", f"see\n{HOME}", f":2: {HOME} exists on one machine only"),
+        (path_faults, "a.py", f"'https://host{HOME} .{HOME} /data/corpus' # /homework/{HOME[1:]}", None),
     ],
 )
-def test_fault_is_found(tmp_path, find_faults, file, text, fault):
-    path = tmp_path / PACKAGE / file
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert find_faults(tmp_path) == [f"{PACKAGE}/{file}{fault}"]
-
-
-@pytest.mark.parametrize(
-    ("find_faults", "file", "text"),
-    [
-        (size_faults, "model/a.py", "def f():\n" + "    x = 1\n" * 59 + "x = 1\n" * 340),
-        (path_faults, "a.py", f"'https://host{HOME} .{HOME} /data/corpus' # /homework/{HOME[1:]}"),
-    ],
-)
-def test_no_false_alarm(tmp_path, find_faults, file, text):
-    path = tmp_path / PACKAGE / file
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert find_faults(tmp_path) == []
+def test_faults_are_found(tmp_path, find_faults, file, text, fault):
+    (tmp_path / PACKAGE).mkdir()
+    (tmp_path / PACKAGE / file).write_text(text)
+    assert find_faults(tmp_path) == ([f"{PACKAGE}/{file}{fault}"] if fault else [])

@@ -1,4 +1,4 @@
-"""What hadolint does not know of the Dockerfile."""
+"""Rules for the Dockerfile that hadolint does not check."""
 
 import re
 import tomllib
@@ -13,19 +13,16 @@ PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (PROJECT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 
 
-def test_nothing_runs_beside_the_training() -> None:
-    """A check of health would take memory and time from it, and only Docker would run it."""
+def test_no_health_check_and_no_root() -> None:
+    """A health check would take memory and time from it."""
     assert "HEALTHCHECK" not in DOCKERFILE
+    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["10001"]
 
 
-def test_the_build_is_sent_what_it_copies_and_no_more() -> None:
+def test_build_context_is_what_is_copied() -> None:
     ignored, *kept = (PROJECT / ".dockerignore").read_text().split()
     copied = [name for names in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()]
     assert ignored == "*" and sorted(kept) == sorted([*(f"!{name}" for name in copied), "**/__pycache__"])
-
-
-def test_nobody_is_root() -> None:
-    assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["10001"]
 
 
 def pins() -> dict[str, str]:
@@ -44,11 +41,11 @@ def wanted() -> list[Requirement]:
 
 
 def test_every_version_is_pinned() -> None:
-    """What the image brings is pinned by its tag: PyTorch, and setuptools, which builds."""
+    """The tag of the image pins PyTorch and setuptools."""
     versions, missing = pins(), {canonicalize_name(requirement.name) for requirement in wanted()} - set(pins())
     for name in versions:
         with suppress(PackageNotFoundError):
-            # The requirements of another version than the pinned one say nothing about that.
+            # The requirements of another version may differ.
             if version(name) == versions[name]:
                 needed = [Requirement(text) for text in requires(name) or []]
                 here = [need.name for need in needed if not need.marker or need.marker.evaluate({"extra": ""})]
@@ -57,7 +54,7 @@ def test_every_version_is_pinned() -> None:
     assert re.search(r"^FROM \S+:\d\d\.\d\d-py3$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_pinned_versions_are_allowed() -> None:
+def test_pinned_versions_are_allowed() -> None:
     versions = pins()
     for requirement in wanted():
         if (name := canonicalize_name(requirement.name)) in versions:

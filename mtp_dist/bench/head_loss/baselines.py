@@ -48,7 +48,10 @@ Loss = Callable[[Inputs, Tensor], Tensor]
 
 
 def _sum_of_heads(head_loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs, targets: Tensor) -> Tensor:
-    """head_loss: (hidden `[T, D]`, unembedding `[V, D]`, targets `[T]`) -> mean cross-entropy."""
+    """Return the sum over the heads.
+
+    head_loss: (hidden `[T, D]`, unembedding `[V, D]`, targets `[T]`) -> mean cross-entropy.
+    """
     losses = (
         head_loss(inputs.hidden(k, inputs.trunk_output).flatten(0, 1), inputs.unembedding, head_targets.flatten())
         for k, head_targets in enumerate(targets, 1)

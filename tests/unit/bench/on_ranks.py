@@ -1,4 +1,4 @@
-"""What the tests of this folder run on every rank."""
+"""Functions that the tests of this folder run on every rank."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ class SumInBackward(torch.autograd.Function):
 
 
 def count_collectives() -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """(collectives, bytes) after each kind in a forward pass and after the backward one, and of an empty counter."""
+    """Return (collectives, bytes) after each kind forward and after the backward pass, and of an idle counter."""
     from mtp_dist.bench.measure import CollectiveCounter
 
     value = torch.ones(TOKENS, WIDTH, requires_grad=True)
@@ -52,7 +52,7 @@ def count_collectives() -> tuple[list[tuple[int, int]], tuple[int, int]]:
 
 
 def head_loss(dtype: str, modes: str | None = None) -> dict[str, Any]:
-    """A tiny benchmark; by default of all modes that run on a CPU and compile nothing."""
+    """Run a tiny benchmark, by default of all modes that run on a CPU and compile nothing."""
     from mtp_dist.bench.head_loss.measurement import measure_on_rank
     from mtp_dist.bench.head_loss.settings import read_settings
     from mtp_dist.cli.progress import head_loss_progress
@@ -62,7 +62,7 @@ def head_loss(dtype: str, modes: str | None = None) -> dict[str, Any]:
 
 
 def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
-    """Likewise, where PyTorch's own way asks for more memory than there is."""
+    """Run it with a PyTorch baseline that allocates more memory than there is."""
     from dataclasses import replace
 
     from mtp_dist.bench.head_loss.baselines import BASELINES

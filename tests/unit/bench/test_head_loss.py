@@ -1,4 +1,4 @@
-"""A tiny benchmark of the head loss has all it promises; a wrong option ends with one sentence."""
+"""A tiny head-loss benchmark has all results; an invalid option ends with one message."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
     assert head_loss_table(result).row_count == 8
 
 
-def test_a_mode_that_memory_does_not_suffice_for(ranks: Ranks) -> None:
+def test_mode_without_enough_memory(ranks: Ranks) -> None:
     [result] = ranks.run(1, on_ranks.head_loss_without_memory_for_pytorch)
     check_rows(result | {"rows": [row for row in result["rows"] if row["mode"] == "eager"]}, ["eager"], 1e-6)
     failed = [row for row in result["rows"] if row["mode"] == "pytorch"]
@@ -63,7 +63,7 @@ def test_a_mode_that_memory_does_not_suffice_for(ranks: Ranks) -> None:
     assert head_loss_table(result).row_count == 6
 
 
-def test_two_ranks_by_the_command() -> None:
+def test_command_with_two_ranks() -> None:
     command = [sys.executable, "-m", "mtp_dist.cli", "bench", "head-loss", *TINY, "--tp", "2", "--json"]
     variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
@@ -78,19 +78,19 @@ def test_two_ranks_by_the_command() -> None:
     assert run.stderr.count("n = 2, recompute") == 1, run.stderr
 
 
-MISTAKES: dict[str, tuple[list[str], list[str]]] = {
-    "no head": (["--heads", "0"], ["--heads 0", "above 0"]),
-    "heads that are no numbers": (["--heads", "1,x"], ["--heads 1,x"]),
-    "unknown mode": (["--modes", "eager,fast"], ["fast is not known", "eager", "cut-cross-entropy"]),
-    "baseline without its package or GPU": (["--modes", "liger"], ["liger needs"]),
-    "baseline on several ranks": (["--modes", "pytorch", "--tp", "2"], ["pytorch needs --tp 1"]),
-    "no token": (["--tokens", "0"], ["--tokens 0"]),
-    "no rank": (["--tp", "0"], ["--tp 0"]),
-    "small vocabulary": (["--vocab", "1"], ["--vocab 1"]),
-    "hidden size that ranks cannot share": (["--hidden", "32", "--tp", "3"], ["--hidden 32", "2 * tp = 6"]),
-    "unknown precision": (["--dtype", "fp16"], ["--dtype fp16", "fp32 or bf16"]),
-    "unknown device": (["--device", "tpu"], ["--device tpu", "auto, cpu or cuda"]),
-}
+ERRORS = """
+--heads 0 => --heads 0 ... above 0
+--heads 1,x => --heads 1,x
+--modes eager,fast => fast is not known ... eager ... cut-cross-entropy
+--modes liger => liger needs
+--modes pytorch --tp 2 => pytorch needs --tp 1
+--tokens 0 => --tokens 0
+--tp 0 => --tp 0
+--vocab 1 => --vocab 1
+--hidden 32 --tp 3 => --hidden 32 ... 2 * tp = 6
+--dtype fp16 => --dtype fp16 ... fp32 or bf16
+--device tpu => --device tpu ... auto, cpu or cuda
+"""
 
 
 def error_of(*options: str) -> str:
@@ -101,11 +101,11 @@ def error_of(*options: str) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake(mistake: str) -> None:
-    options, named = MISTAKES[mistake]
-    message = error_of(*options)
-    assert all(part in message for part in named), message
+@pytest.mark.parametrize("case", ERRORS.strip().split("\n"))
+def test_error_names_option_and_remedy(case: str) -> None:
+    options, expected = case.split(" => ")
+    message = error_of(*options.split())
+    assert all(fragment in message for fragment in expected.split(" ... ")), message
 
 
 def test_inside_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +124,6 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--tp 2 needs 2 GPUs, this machine has 1" in error_of("--device", "cuda", "--tp", "2")
 
 
-def test_flops_are_those_of_three_matmuls() -> None:
+def test_flops_of_three_matmuls() -> None:
     settings = Settings(tokens=2, hidden=3, vocab=5, heads=(1,), tp=1, dtype="fp32", modes=("eager",), device="cpu")
     assert settings.flops_per_head == 3 * (2 * 2 * 3 * 5)

@@ -12,7 +12,7 @@ def block(kibibytes: int) -> torch.Tensor:
     return torch.empty(kibibytes * KIBIBYTE, dtype=torch.uint8)
 
 
-def test_peak_is_that_of_what_lives_at_once() -> None:
+def test_peak_of_tensors_alive_at_once() -> None:
     def step() -> None:
         first = block(64)
         second = block(256)
@@ -24,14 +24,14 @@ def test_peak_is_that_of_what_lives_at_once() -> None:
     assert peak_bytes(step, CPU) == (256 + 128) * KIBIBYTE
 
 
-def test_peak_is_above_what_was_there_before() -> None:
+def test_peak_excludes_earlier_tensors() -> None:
     held = [block(512)]
     assert peak_bytes(lambda: held.append(block(16)), CPU) == 16 * KIBIBYTE
 
 
 def test_peak_of_a_backward_pass() -> None:
     weight = torch.ones(KIBIBYTE, requires_grad=True)
-    # The constant gradient of the sum and the product, beside scalars.
+    # The constant gradient of the sum and the product, in addition to scalars.
     peak = peak_bytes(lambda: (weight * 2).sum().backward(), CPU)
     assert 4 * KIBIBYTE <= peak <= 3 * 4 * KIBIBYTE
 

@@ -1,4 +1,4 @@
-"""What launchers/slurm/pretrain.sbatch makes of SLURM's variables. tests/slurm runs it on a real SLURM."""
+"""How launchers/slurm/pretrain.sbatch uses the variables of SLURM. tests/slurm runs it on a real SLURM."""
 
 import os
 import re
@@ -51,7 +51,7 @@ class Outcome:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A project folder with a space in its name, and commands of SLURM that note what they are asked."""
+    """Return a project folder with a space in its name, and SLURM commands that record their arguments."""
     folder = tmp_path / "a project"
     (folder / "bin").mkdir(parents=True)
     (folder / "launchers").symlink_to(PROJECT / "launchers")
@@ -62,19 +62,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
-    """Run the file as a job would; without arguments it is given a configuration."""
+    """Run the script as a job does; without arguments with a configuration."""
     arguments = arguments or ("--config", "c.yaml")
     job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "gpu-[7-8]", "SLURM_CPUS_ON_NODE": "64"}
     environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", **job, **variables}
     result = subprocess.run(["bash", SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
-    def noted(name: str) -> list[str]:
+    def recorded(name: str) -> list[str]:
         path = folder / f"{name}.txt"
         return path.read_text().splitlines() if path.exists() else []
 
-    requeued = "".join(noted("requeued"))
+    requeued = "".join(recorded("requeued"))
     output = result.stdout + result.stderr
-    return Outcome(result.returncode, output, noted("srun"), noted("variables"), noted("environment"), requeued)
+    return Outcome(
+        result.returncode, output, recorded("srun"), recorded("variables"), recorded("environment"), requeued
+    )
 
 
 def value(arguments: list[str], option: str) -> str:
@@ -82,7 +84,7 @@ def value(arguments: list[str], option: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("variables", "of_a_node", "cores"),
+    ("variables", "ranks_per_node", "cores"),
     [
         ({"SLURM_GPUS_ON_NODE": "8"}, 8, 8),
         ({"SLURM_NTASKS_PER_NODE": "4"}, 4, 16),
@@ -91,62 +93,58 @@ def value(arguments: list[str], option: str) -> str:
         ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_ON_NODE": "2"}, 4, 1),
     ],
 )
-def test_one_rank_a_gpu(folder: Path, variables: dict[str, str], of_a_node: int, cores: int) -> None:
+def test_one_rank_per_gpu(folder: Path, variables: dict[str, str], ranks_per_node: int, cores: int) -> None:
     outcome = run(folder, "--config", "c.yaml", **variables)
     assert outcome.status == 0, outcome.output
-    assert value(outcome.srun, "--ntasks") == str(2 * of_a_node)
-    assert value(outcome.srun, "--ntasks-per-node") == str(of_a_node)
+    assert value(outcome.srun, "--ntasks") == str(2 * ranks_per_node)
+    assert value(outcome.srun, "--ntasks-per-node") == str(ranks_per_node)
     assert value(outcome.srun, "--cpus-per-task") == str(cores)
-    assert outcome.variables == [str(2 * of_a_node), "10.0.0.7", "10042"]
+    assert outcome.variables == [str(2 * ranks_per_node), "10.0.0.7", "10042"]
 
 
-def test_the_number_of_threads_is_left_to_the_program(folder: Path) -> None:
+def test_thread_count_is_not_set(folder: Path) -> None:
     assert not [line for line in run(folder).environment if line.startswith("OMP_NUM_THREADS=")]
     assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").environment
 
 
-def test_arguments_are_handed_on_as_they_are(folder: Path) -> None:
-    given = ["--config", "my configs/x.yaml", "data.train=[{path: 'a b', glob: '*.py'}]", "run.name=100%a"]
-    outcome = run(folder, *given)
-    assert outcome.srun[-5:] == ["launchers/pretrain.py", *given]
+RESUME = ("--config", "c", "checkpoint.resume=x")
+LIST = ("--config", "my configs/x.yaml", "data.train=[{path: 'a b', glob: '*.py'}]", "run.name=100%a")
+ARRAY_TASK = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "20040"}
 
 
-def test_an_array_has_its_number_in_the_arguments(folder: Path) -> None:
-    outcome = run(
-        folder, "--config", "c/%a.yaml", "run.name=%a-%a", SLURM_ARRAY_TASK_ID="3", SLURM_ARRAY_JOB_ID="20040"
-    )
-    assert outcome.srun[-2:] == ["c/3.yaml", "run.name=3-3"]
-
-
-def test_a_restart_goes_on_from_its_own_checkpoints(folder: Path) -> None:
-    given = ["--config", "c.yaml", "checkpoint.resume=elsewhere"]
-    assert run(folder, *given, SLURM_RESTART_COUNT="0").srun[-1] == given[-1]
-    assert run(folder, *given, SLURM_RESTART_COUNT="1").srun[-2:] == [given[-1], "checkpoint.resume=auto"]
+@pytest.mark.parametrize(
+    ("given", "variables", "passed"),
+    [
+        (LIST, {}, LIST),
+        (("--config", "c/%a.yaml", "run.name=%a-%a"), ARRAY_TASK, ("--config", "c/3.yaml", "run.name=3-3")),
+        (RESUME, {"SLURM_RESTART_COUNT": "0"}, RESUME),
+        (RESUME, {"SLURM_RESTART_COUNT": "1"}, (*RESUME, "checkpoint.resume=auto")),
+    ],
+)
+def test_arguments(folder: Path, given: tuple[str, ...], variables: dict[str, str], passed: tuple[str, ...]) -> None:
+    arguments = run(folder, *given, **variables).srun
+    assert tuple(arguments[arguments.index("launchers/pretrain.py") + 1 :]) == passed
 
 
 @pytest.mark.parametrize(
     ("status", "requeued"), [(0, ""), (1, ""), (2, ""), (137, ""), (143, ""), (EXIT_PREEMPTED, "20042")]
 )
-def test_only_a_run_that_has_saved_is_requeued(folder: Path, status: int, requeued: str) -> None:
+def test_only_preempted_runs_are_requeued(folder: Path, status: int, requeued: str) -> None:
     outcome = run(folder, "--config", "c.yaml", STATUS=str(status))
     assert outcome.requeued == requeued
     assert outcome.status == (0 if requeued else status)
 
 
-def test_one_job_of_an_array_is_requeued_alone(folder: Path) -> None:
+def test_jobs_of_an_array(folder: Path) -> None:
+    """Each is requeued alone and has its own GPUs: one that has ended has none any more."""
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
     assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).requeued == "20042_9"
-
-
-def test_other_jobs_of_an_array_have_gpus_of_their_own(folder: Path) -> None:
-    """Such as one that has ended and has none any more."""
-    array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
     nodes = "     Nodes=gpu-[7-8] CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)"
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=nodes, **array)
     assert outcome.status == 0, outcome.output
 
 
-def test_the_python_of_the_environment(folder: Path) -> None:
+def test_virtual_environment(folder: Path) -> None:
     for name in (".venv", "my environment"):
         (folder / name / "bin").mkdir(parents=True)
         (folder / name / "bin" / "activate").write_text(f"export STATUS={len(name)}")
@@ -171,28 +169,28 @@ def test_containers(folder: Path) -> None:
 
 
 def refusal(outcome: Outcome) -> str:
-    """Return the only line of a job that has started nothing."""
+    """Return the only line of a job that starts nothing."""
     assert outcome.status == 2 and not outcome.srun, outcome
-    [sentence] = outcome.output.splitlines()
-    assert sentence.startswith("error: ")
-    return sentence
+    [message] = outcome.output.splitlines()
+    assert message.startswith("error: ")
+    return message
 
 
-def test_a_job_that_exports_nothing_gives_its_ranks_what_they_need(folder: Path) -> None:
-    """After `sbatch --export=NONE`, which sites recommend, srun passes nothing on unless it is told to."""
+def test_export_none(folder: Path) -> None:
+    """After `sbatch --export=NONE`, which sites recommend, srun passes no variables on by default."""
     outcome = run(folder, SLURM_EXPORT_ENV="NONE")
     assert value(outcome.srun, "--export") == "ALL"
-    assert "PYTHONUNBUFFERED=1" in outcome.environment, "a rank that is killed leaves its last lines"
+    assert "PYTHONUNBUFFERED=1" in outcome.environment, "the last lines of a killed rank are not lost"
 
 
-def test_a_cluster_that_hides_its_nodes(folder: Path) -> None:
+def test_private_nodes(folder: Path) -> None:
     """PrivateData=nodes: `scontrol show node` finds none."""
     outcome = run(folder, PRIVATE_DATA="nodes")
     assert outcome.status == 0, outcome.output
     assert outcome.variables == ["2", "gpu-7", "10042"]
 
 
-def test_every_task_sees_all_gpus_of_its_node(folder: Path) -> None:
+def test_tasks_see_all_gpus_of_their_node(folder: Path) -> None:
     """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
     per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **per_task)
@@ -207,7 +205,7 @@ def test_tasks_get_whole_cores_of_the_smallest_node(folder: Path, cpus: str, per
     assert value(outcome.srun, "--cpus-per-task") == str(per_task)
 
 
-def test_nodes_with_different_gpus_are_refused(folder: Path) -> None:
+def test_nodes_with_different_gpus(folder: Path) -> None:
     lines = [
         "     Nodes=gpu-7 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)",
         "     Nodes=gpu-8 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:4(IDX:0,2-4)",
@@ -218,11 +216,8 @@ def test_nodes_with_different_gpus_are_refused(folder: Path) -> None:
     assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=alike).status == 0
 
 
-def test_a_heterogeneous_job_is_refused(folder: Path) -> None:
+def test_jobs_without_gpus_on_a_cluster_with_gpus(folder: Path) -> None:
     assert "heterogeneous" in refusal(run(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2"))
-
-
-def test_no_gpu_asked_for_on_a_cluster_with_gpus_is_refused(folder: Path) -> None:
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu,craynetwork"))
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8"))
     on_cpus = run(folder, "--config", "c.yaml", "run.device=cpu", GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="4")
@@ -231,7 +226,7 @@ def test_no_gpu_asked_for_on_a_cluster_with_gpus_is_refused(folder: Path) -> Non
     assert run(folder, GRES_TYPES="bandwidth").status == 0
 
 
-def test_a_port_in_use_is_left_alone(folder: Path) -> None:
+def test_used_ports_are_skipped(folder: Path) -> None:
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", jobs.free_port()))
         port = first.getsockname()[1]
@@ -242,21 +237,16 @@ def test_a_port_in_use_is_left_alone(folder: Path) -> None:
     assert int(outcome.variables[2]) > port + 1
 
 
-def test_no_array_is_empty() -> None:
-    """Before version 4.4 bash takes the elements of an empty array for an unset variable, which `set -u` forbids."""
+def test_no_empty_array() -> None:
+    """Before bash 4.4 an empty array counts as unset, which `set -u` rejects."""
     assert not re.findall(r"\w+=\(\)", SCRIPT.read_text())
 
 
-def test_a_job_without_a_configuration_is_refused(folder: Path) -> None:
+def test_other_refusals(folder: Path) -> None:
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "gpu-7", "SLURM_CPUS_ON_NODE": "64"}
     path = f"{folder}/bin:{os.environ['PATH']}"
     result = subprocess.run(["bash", SCRIPT], cwd=folder, env={"PATH": path, **job}, capture_output=True, text=True)
     assert result.returncode == 2 and "--config" in result.stderr
-
-
-def test_another_folder_is_refused(folder: Path) -> None:
     (folder / "launchers").unlink()
-    outcome = run(folder)
-    assert outcome.status == 2 and not outcome.srun
-    [sentence] = outcome.output.splitlines()
-    assert sentence.startswith(f"error: {folder} has no launchers/pretrain.py: submit from the project's folder")
+    message = refusal(run(folder))
+    assert message.startswith(f"error: {folder} has no launchers/pretrain.py: submit from the project's folder")

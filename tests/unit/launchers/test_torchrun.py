@@ -1,4 +1,4 @@
-"""What launchers/torchrun.sh makes of the environment. tests/integration starts it as two nodes."""
+"""How launchers/torchrun.sh uses the environment. tests/integration starts it as two nodes."""
 
 import os
 import shutil
@@ -37,12 +37,12 @@ def run(folder: Path, **variables: str) -> list[str]:
     return result.stdout.rsplit(maxsplit=2)
 
 
-def test_the_number_of_threads_is_left_to_the_program(tmp_path: Path) -> None:
+def test_thread_count_is_not_set(tmp_path: Path) -> None:
     assert run(tmp_path)[0].split()[0] == "None"
     assert run(tmp_path, OMP_NUM_THREADS="3")[0].split()[0] == "3"
 
 
-def test_the_code_is_the_checkout_s(tmp_path: Path) -> None:
+def test_code_comes_from_the_checkout(tmp_path: Path) -> None:
     assert run(tmp_path)[0].split(maxsplit=1)[1] == f"{tmp_path}/a checkout"
     first, *arguments = run(tmp_path, PYTHONPATH="/elsewhere")
     assert first.split(maxsplit=1)[1] == f"{tmp_path}/a checkout:/elsewhere"
