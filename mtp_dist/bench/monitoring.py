@@ -16,6 +16,7 @@ from mtp_dist.checkpoint.format import RunState
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import load_datasets
+from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
@@ -45,10 +46,10 @@ class _StepTimes(Callback):
         self.times.append(time.perf_counter())
 
 
-def measure_monitoring(config: Config, topology: Topology, rounds: int) -> dict[str, Any]:
+def measure_monitoring(config: Config, sources: RunSources, topology: Topology, rounds: int) -> dict[str, Any]:
     """Return the medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
     steps = config.log.every
-    engine, datasets, groups = build_engine(config, topology), load_datasets(config), new_gloo_groups(topology)
+    engine, datasets, groups = build_engine(config, topology), load_datasets(config, sources), new_gloo_groups(topology)
     saver = _NoCheckpoints(config, engine, groups)
     seconds: dict[str, list[float]] = {"with": [], "without": []}
 

@@ -135,7 +135,7 @@ def monitoring(
     from mtp_dist.distributed.topology import close_topology, initialize_topology
 
     topology = initialize_topology(job.config, job.device)
-    result = measure_monitoring(job.config, topology, rounds)
+    result = measure_monitoring(job.config, job.sources, topology, rounds)
     close_topology()
     if topology.rank == 0:
         _show(result, as_json, monitoring_table(result))

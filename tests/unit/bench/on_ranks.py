@@ -81,8 +81,10 @@ def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
 def monitored(path: Path) -> dict[str, Any]:
     """Return the result of one round."""
     from mtp_dist.bench.monitoring import measure_monitoring
+    from mtp_dist.data.run_sources import RunSources
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology
 
     config = load_resolved(path)
-    return measure_monitoring(config, initialize_topology(config, select_device(config)), rounds=1)
+    topology = initialize_topology(config, select_device(config))
+    return measure_monitoring(config, RunSources(config), topology, rounds=1)
