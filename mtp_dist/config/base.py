@@ -1,6 +1,7 @@
 """The base class of the sections of a configuration, and types that several of them share."""
 
 import os
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -18,6 +19,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def failing(*rules: tuple[object, str]) -> Iterator[str]:
+    """Return the messages of the rules (condition, message) whose condition is true."""
+    return (message for condition, message in rules if condition)
 
 
 def expand_path(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from mtp_dist.config.base import PositiveInt, Section
+from mtp_dist.config.base import PositiveInt, Section, failing
 
 StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
 """A step, and the value from that step on."""
@@ -112,39 +112,51 @@ def incompatible_head_settings(
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
-    if heads.repeated and heads.kind != "sequential":
-        yield f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it"
-    if heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"):
-        yield (
+    yield from failing(
+        (
+            heads.repeated and heads.kind != "sequential",
+            f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it",
+        ),
+        (
+            heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"),
             f"heads.layers_per_head = {heads.layers_per_head} does not go with heads.kind = '{heads.kind}', which has "
-            "no transformer layers: remove it"
-        )
-    if heads.kind == "anticausal" and heads.detach:
-        yield (
+            "no transformer layers: remove it",
+        ),
+        (
+            heads.kind == "anticausal" and heads.detach,
             "heads.detach = true does not go with heads.kind = 'anticausal': head 1 reaches the trunk through all "
-            "other heads, so their gradient cannot be stopped before it"
-        )
-    if heads.kind == "anticausal" and heads.schedule != "constant":
-        yield (
+            "other heads, so their gradient cannot be stopped before it",
+        ),
+        (
+            heads.kind == "anticausal" and heads.schedule != "constant",
             f"heads.schedule = '{heads.schedule}' does not go with heads.kind = 'anticausal': head 1 reads the trunk "
-            "through all other heads, so none of them can be left out"
-        )
+            "through all other heads, so none of them can be left out",
+        ),
+    )
 
 
 def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
-    if heads.distillation and heads.count == 1:
-        yield "heads.distillation teaches the heads from head 2 on, heads.count is 1: remove it"
-    if heads.distillation and heads.kind == "anticausal":
-        yield (
+    yield from failing(
+        (
+            heads.distillation and heads.count == 1,
+            "heads.distillation teaches the heads from head 2 on, heads.count is 1: remove it",
+        ),
+        (
+            heads.distillation and heads.kind == "anticausal",
             "heads.distillation does not go with heads.kind = 'anticausal': head 1, which teaches the others, is the "
-            "last to run"
-        )
+            "last to run",
+        ),
+        (
+            heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation,
+            "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key",
+        ),
+        (
+            heads.token_order_window != HeadsConfig().token_order_window and not heads.token_order,
+            "heads.token_order_window has no effect without heads.token_order: give it a weight or remove the key",
+        ),
+    )
     if heads.distillation and heads.count > 1:
         yield from _incompatible_distillation(heads)
-    if heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation:
-        yield "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key"
-    if heads.token_order_window != HeadsConfig().token_order_window and not heads.token_order:
-        yield "heads.token_order_window has no effect without heads.token_order: give it a weight or remove the key"
     used = {"distillation": heads.distillation, "token_order": heads.token_order}
     for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
         if heads.loss_mode == "naive":
@@ -152,16 +164,18 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
 
 
 def _incompatible_distillation(heads: HeadsConfig) -> Iterator[str]:
-    if heads.loss_weights and not heads.loss_weights[0]:
-        yield (
+    yield from failing(
+        (
+            heads.loss_weights and not heads.loss_weights[0],
             "heads.distillation teaches from head 1, whose heads.loss_weights is 0, so that it never learns: give it a "
-            "weight above 0"
-        )
-    if heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])):
-        yield (
+            "weight above 0",
+        ),
+        (
+            heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])),
             "heads.distillation is part of the losses of heads 2..n, whose weights are all 0: give one of them a "
-            "weight above 0 or remove heads.distillation"
-        )
+            "weight above 0 or remove heads.distillation",
+        ),
+    )
 
 
 def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterator[str]:
@@ -188,28 +202,36 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     if len(given) > 1:
         yield f"{' and '.join(f'heads.{key}' for key in given)} all set the weights of the losses: keep one"
     weights = heads.loss_weights
-    if weights is not None and len(weights) != heads.count:
-        yield f"heads.loss_weights has {len(weights)} numbers, heads.count is {heads.count}: give one per head"
-    if weights is not None and not any(weights) and not heads.token_order:
-        yield "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0"
-    if weights and not weights[0] and any(weights) and heads.detach:
-        yield (
+    yield from failing(
+        (
+            weights is not None and len(weights) != heads.count,
+            f"heads.loss_weights has {len(weights or ())} numbers, heads.count is {heads.count}: give one per head",
+        ),
+        (
+            weights is not None and not any(weights) and not heads.token_order,
+            "heads.loss_weights are all 0: nothing would be trained, give at least one head a weight above 0",
+        ),
+        (
+            weights and not weights[0] and any(weights) and heads.detach,
             "heads.detach = true leaves the trunk to head 1 alone, whose heads.loss_weights is 0: nothing would train "
-            "the trunk, give it a weight above 0"
-        )
-    if heads.auxiliary_weight is not None and heads.count == 1:
-        yield "heads.auxiliary_weight is the weight of the heads from head 2 on, heads.count is 1: remove it"
-    if heads.schedule != "constant" and weights and not weights[0]:
-        yield (
+            "the trunk, give it a weight above 0",
+        ),
+        (
+            heads.auxiliary_weight is not None and heads.count == 1,
+            "heads.auxiliary_weight is the weight of the heads from head 2 on, heads.count is 1: remove it",
+        ),
+        (
+            heads.schedule != "constant" and weights and not weights[0],
             f"heads.schedule = '{heads.schedule}' has a stage with head 1 alone, whose heads.loss_weights is 0: give "
-            "it a weight above 0"
-        )
+            "it a weight above 0",
+        ),
+        (
+            heads.schedule != "constant" and steps < heads.count,
+            f"heads.schedule = '{heads.schedule}' has heads.count = {heads.count} stages, train.steps = {steps} are "
+            "fewer: train for longer or use fewer heads",
+        ),
+    )
     if isinstance(heads.auxiliary_weight, tuple):
         starts = [step for step, _ in heads.auxiliary_weight]
         if starts[0] != 1 or sorted(set(starts)) != starts:
             yield f"heads.auxiliary_weight has the steps {starts}: they must increase from 1"
-    if heads.schedule != "constant" and steps < heads.count:
-        yield (
-            f"heads.schedule = '{heads.schedule}' has heads.count = {heads.count} stages, train.steps = {steps} are "
-            "fewer: train for longer or use fewer heads"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mtp_dist.config.base import failing
 from mtp_dist.config.heads import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
 from mtp_dist.config.schema import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
@@ -55,21 +56,23 @@ def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterat
 
 def _incompatible_parallelism(config: Config) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
-    if parallel.zero_stage > 1:
-        yield (
+    yield from failing(
+        (
+            parallel.zero_stage > 1,
             f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
-            "within a step, which the pipeline's micro-batch loop cannot do"
-        )
-    if parallel.grad_reduce_dtype == "bf16" and train.precision != "bf16":
-        yield (
+            "within a step, which the pipeline's micro-batch loop cannot do",
+        ),
+        (
+            parallel.grad_reduce_dtype == "bf16" and train.precision != "bf16",
             f"parallel.grad_reduce_dtype = 'bf16' needs train.precision = 'bf16', not '{train.precision}': gradients "
-            "in fp32 are summed in fp32"
-        )
-    if parallel.pipeline > model.trunk_layers:
-        yield (
+            "in fp32 are summed in fp32",
+        ),
+        (
+            parallel.pipeline > model.trunk_layers,
             f"parallel.pipeline = {parallel.pipeline} stages are more than model.trunk_layers = {model.trunk_layers} "
-            f"layers: use at most {model.trunk_layers} stages"
-        )
+            f"layers: use at most {model.trunk_layers} stages",
+        ),
+    )
     if parallel.partition == "uniform":
         yield from _indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
     elif parallel.partition != "balanced":
@@ -99,10 +102,13 @@ def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:
     if log.profile_steps is None:
         return
     first, last = log.profile_steps
-    if first > last:
-        yield f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"
-    if last > steps:
-        yield f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps within the run"
+    yield from failing(
+        (first > last, f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"),
+        (
+            last > steps,
+            f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps within the run",
+        ),
+    )
 
 
 def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
@@ -114,16 +120,18 @@ def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
 
 
 def _incompatible_sources(data: DataConfig) -> Iterator[str]:
-    if len({source.stream for source in data.train}) > 1:
-        yield (
+    yield from failing(
+        (
+            len({source.stream for source in data.train}) > 1,
             "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "
-            "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`"
-        )
-    if data.stream_shards > 1 and not data.train[0].stream:
-        yield (
+            "others are shuffled; stream all of them, or prepare those with `mtp-dist prepare`",
+        ),
+        (
+            data.stream_shards > 1 and not data.train[0].stream,
             f"data.stream_shards = {data.stream_shards} splits streams: remove it, or give the training sources "
-            "`stream: true`"
-        )
+            "`stream: true`",
+        ),
+    )
     named = [source.name for source in data.train if source.name]
     if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
         yield f"data.train has sources with the names {named}: give each a different `name` that is not a number"
