@@ -120,7 +120,7 @@ class _ShardReader:
 
 
 def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.ProcessGroup) -> ResumePoint | None:
-    """Return the newest checkpoint that `checkpoint.resume` asks for, the same on every rank; None for a new run.
+    """Return the newest checkpoint that `checkpoint.resume` selects, the same on every rank; None for a new run.
 
     Rank 0 finds it and broadcasts it; all ranks together verify its tensor files, each rank some of them. A collective
     over `gloo_group`, all ranks. Raise on every rank what `find_resume_point` raises, and LaunchError if a rank does

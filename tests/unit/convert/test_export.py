@@ -10,8 +10,7 @@ import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mtp_dist.checkpoint import manifest, writer
-from mtp_dist.checkpoint.reader import load_weights
+from mtp_dist.checkpoint import writer
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, ConfigError
 from tests.tiny import LLAMA3_ROPE
@@ -22,14 +21,13 @@ from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_same_logits, writ
 
 def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
-    model = write_checkpoint(tmp_path / "c")
+    write_checkpoint(tmp_path / "c")
     progress: list[tuple[int, int]] = []
     export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda done, total: progress.append((done, total)))
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     sizes = [path.stat().st_size for path in files]
     assert [size > 22_000 for size in sizes] == [True, *[False] * (len(sizes) - 2), True], "embedding and unembedding"
-    check_same_logits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert progress[-1] == (len(progress), len(progress)), "progress counts every weight"
 
 
@@ -160,23 +158,14 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
 
 def test_only_weights_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The moments are two thirds of a checkpoint; neither an export nor a sample reads them."""
-    folder = write_checkpoint_with_moments(tmp_path / "checkpoints", 3)
-    files = sorted(path for path in folder.glob("model-*.safetensors"))
-    flip(folder / "optimizer-00001-of-00002.safetensors", 5000)
-    verified: list[str] = []
-    record_of = manifest.record_of
-
-    def recorded(path: Path, *rest: Any) -> manifest.FileRecord:
-        verified.append(path.name)
-        return record_of(path, *rest)
-
-    monkeypatch.setattr(manifest, "record_of", recorded)
     monkeypatch.setattr("mtp_dist.convert.to_huggingface.write_tokenizer", lambda *rest: ("<|endoftext|>", 256))
+    folder = write_checkpoint_with_moments(tmp_path / "checkpoints", 3)
+    files = sorted(folder.glob("model-*.safetensors"))
+    for path in folder.glob("optimizer-*.safetensors"):
+        flip(path, 5000)
     progress: list[tuple[int, int]] = []
-    load_weights(folder)
     on_verified = {"on_verified": lambda done, total: progress.append((done, total))}
     export_checkpoint(tmp_path / "checkpoints", tmp_path / "out", None, **on_verified)
-    assert [name for name in verified if name.endswith(".safetensors")] == 2 * [path.name for path in files]
     size = sum(path.stat().st_size for path in files)
     assert progress[-1] == (size, size), "progress counts the bytes of the weights"
     flip(files[1], 5000)

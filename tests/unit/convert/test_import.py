@@ -15,7 +15,7 @@ from mtp_dist.config import Config, build_config, load_config
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.errors import CheckpointError, ConfigError
+from mtp_dist.errors import ConfigError
 from tests.unit.convert.folders import SINGLE, change_weights, import_from, write_checkpoint, write_llama
 
 SCALED = "model.rope_scaling={rope_type: linear, factor: 2}"
@@ -60,15 +60,6 @@ def test_vocabulary_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
     for overrides in ([], ["data.tokenizer=bytes"]):
         with pytest.raises(ConfigError, match=r"has a vocabulary of 200 tokens, data.tokenizer = '.*' one of 257: "):
             import_from(tmp_path, *overrides)
-
-
-def test_source_must_and_target_must_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^--from = '.*hf' is not a folder: "):
-        import_from(tmp_path)
-    write_llama(tmp_path / "hf")
-    import_from(tmp_path)
-    with pytest.raises(CheckpointError, match=r"^--to = '.*c' exists: "):
-        import_from(tmp_path)
 
 
 def test_tensors_that_are_not_used_are_reported(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mtp_dist.convert.tokenizer_files import byte_level_tokenizer, write_tokenizer
+from mtp_dist.convert.tokenizer_files import SAMPLE_TEXTS, byte_level_tokenizer, write_tokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
 from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece
@@ -49,22 +49,7 @@ def test_tokenizer_json_is_copied(tmp_path: Path, settings: dict[str, object]) -
     assert not settings or tokenizer.model_max_length == 99
 
 
-TEXTS = [
-    TEXT,
-    "return x and café",
-    " one space before",
-    "one after ",
-    "a  b   c",
-    "\n\nclass A:\n    x = 1\n\n\n    def f(self):\n        pass\n",
-    "windows\r\nlines\r\n",
-    "\tif x:\n\t\ty\n",
-    "½ ﬁnance, ① \uff26\uff55\uff4c\uff4c width, no\u00a0break, e\u0301",
-    "日本語のテキスト。 Über größere Straßen, Привет!",
-    "👍🏽 👩\u200d💻 🇩🇪",
-    " ",
-    "\n",
-    "",
-]
+TEXTS = [*SAMPLE_TEXTS, TEXT, " one space before", "one after ", "return x and café", " "]
 NORMALIZATIONS: dict[str, dict[str, object]] = {
     "default": {},
     "identity": {"normalization_rule_name": "identity"},
