@@ -89,10 +89,12 @@ def test_other_folders_are_not_valid_checkpoints(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "model.safetensors.index.json").write_text("{}")
-    for content in (None, "{", '{"architectures": ["LlamaForCausalLM"]}'):
+    for content in (None, "{", "[]", '{"architectures": ["LlamaForCausalLM"]}'):
         if content:
             (other / "config.json").write_text(content)
-            write_manifest(other, {path.name: record_of(path) for path in other.glob("*.index.json")})
+            write_manifest(
+                other, {name: record_of(other / name) for name in ("config.json", "model.safetensors.index.json")}
+            )
         for folder in (tmp_path / "missing", other, other / "config.json"):
             with pytest.raises(CheckpointError, match=f"^{folder} is not a valid mtp_dist checkpoint"):
                 load_weights(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mtp_dist.checkpoint.find import find_resume_point
@@ -15,7 +15,7 @@ from mtp_dist.config import Config, build_config, load_config
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import CheckpointError, ConfigError
 from tests.unit.convert.folders import SINGLE, change_weights, import_from, write_checkpoint, write_llama
 
 SCALED = "model.rope_scaling={rope_type: linear, factor: 2}"
@@ -83,3 +83,21 @@ def test_tensors_that_are_not_used_are_reported(tmp_path: Path) -> None:
     export_checkpoint(tmp_path / "c", tmp_path / "hf", "fp32")
     fewer = report("--to", str(tmp_path / "fewer"), "--heads", "3")
     assert "\nNot used: heads.4.0." in fewer and "heads.3.0." not in fewer
+
+
+def test_corrupt_heads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^--from = '.*hf' is not a folder: "):
+        import_from(tmp_path)
+    write_checkpoint(tmp_path / "saved")
+    export_checkpoint(tmp_path / "saved", tmp_path / "hf", "fp32")
+    heads, config = tmp_path / "hf" / "mtp_heads.safetensors", tmp_path / "hf" / "mtp_config.json"
+    tensors, text = load_file(heads), config.read_text()
+    save_file(tensors | {"heads.2.0.mlp.linear_fc2.weight": torch.ones(3)}, heads)
+    with pytest.raises(CheckpointError, match=r"linear_fc2.weight as \[3\], its configuration requires \[32, 48\]$"):
+        import_from(tmp_path)
+    heads.write_bytes(heads.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match=r"hf' is a corrupt export: mtp_config.json or mtp_heads.safetensors: "):
+        import_from(tmp_path)
+    config.write_text(text[:-9])
+    with pytest.raises(CheckpointError, match=r"hf' is a corrupt export: mtp_config.json or mtp_heads.safetensors: "):
+        import_from(tmp_path)
