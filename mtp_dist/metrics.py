@@ -1,4 +1,4 @@
-"""What one training step and one validation report."""
+"""Metrics of a training step and of a validation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 class HeadMetrics:
     """Per-head results over the valid targets of a global batch or a validation set, head 1 first.
 
-    In a training step only those of the heads that the schedule lets learn.
+    Those of a training step are of the heads that are active in its schedule.
     """
 
     losses: tuple[float | None, ...]
     """Mean cross-entropy of each head, in nats; None for a head without a valid target."""
     accuracies: tuple[float | None, ...]
-    """Share of the targets that are the head's most probable token; None likewise."""
+    """Fraction of the targets that are the head's most probable token; None for a head without a valid target."""
     total: float | None
     """Minimized objective without the z-loss, in nats: sum_k w_k * L_k over the heads that have a loss, and the
     auxiliary losses; None if no head has a loss."""
@@ -27,44 +27,44 @@ class HeadMetrics:
 
 @dataclass(frozen=True)
 class RankStats:
-    """What one rank measured in the steps since the last logged one."""
+    """Measurements of one rank over the steps since the last logged one."""
 
     stage: int
-    """Its pipeline stage, from 0."""
+    """Pipeline stage of the rank, from 0."""
     waiting_seconds: float
-    """For its samples, before a step."""
+    """Seconds of waiting for samples before the steps."""
     busy_seconds: float
-    """Forward and backward passes of its stage, with the collectives within it."""
+    """Seconds of forward and backward passes of its stage, with the collectives within the stage."""
     schedule_seconds: float
-    """All micro-batches, with the wait for other stages."""
+    """Seconds of all micro-batches, with the wait for other stages."""
     peak_memory: int
-    """Largest memory since the last logged step, in bytes: allocated on the GPU, resident in RAM on the CPU."""
+    """Peak memory since the last logged step, in bytes: allocated on the GPU, resident in RAM on the CPU."""
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer update. The same values on every rank."""
+    """Metrics of one optimizer update, the same on every rank."""
 
     step: int
-    """Updates made so far, this one included."""
+    """Number of completed steps, this one included."""
     heads: HeadMetrics
     grad_norm: float
-    """Global norm of the gradient before clipping; not finite where the step was skipped."""
+    """Global norm of the gradient before clipping; NaN or Inf if the step was skipped."""
     grad_norms_by_module: Mapping[str, float]
-    """The same of the parts of the model, see `StepResult`."""
+    """Gradient norms of the parts of the model before clipping, see `StepResult`."""
     learning_rate: float
     tokens: int
     """Trained positions of the step: global batch size * sequence length."""
     seconds: float
     """Wall time since the last step ended, without validation and saves in between."""
     epochs: Mapping[str, float]
-    """By training source: how many times it has been read so far."""
+    """Number of times that each training source has been read so far, by its name."""
     ranks: Sequence[RankStats]
-    """By rank; empty where the step is not to be logged."""
+    """Measurements by rank; empty if the step is not logged."""
     skipped: str | None = None
-    """Why the step changed no weight."""
+    """Reason for which the step changed no parameter; None if it did."""
 
     @property
     def peak_memory(self) -> int:
-        """Of the rank with the largest, in bytes."""
-        return max(figures.peak_memory for figures in self.ranks)
+        """Return the largest peak memory of a rank, in bytes."""
+        return max(rank.peak_memory for rank in self.ranks)

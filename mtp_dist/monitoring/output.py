@@ -1,4 +1,4 @@
-"""Standard output and standard error that a run does not depend on."""
+"""Standard output and standard error that a run does not depend on, and without known warnings of libraries."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ READER_IS_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
 
 
 class _OptionalOutput(io.FileIO):
-    """A file descriptor to which a write never fails: text that cannot be written is dropped."""
+    """A file descriptor whose writes never fail: text that cannot be written is dropped."""
 
     def write(self, data: "ReadableBuffer") -> int:
         try:
@@ -44,7 +44,7 @@ def make_output_optional() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            # Started with `>&-`: the next file that is opened would get this number, and what libraries print.
+            # Started with `>&-`: the next opened file would get this number, and libraries would print into it.
             os.open(os.devnull, os.O_RDWR)
     if sys.stdout is sys.__stdout__:
         sys.stdout = _optional(sys.stdout, 1)
@@ -56,7 +56,7 @@ def _optional(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream:
         with suppress(OSError):
             stream.flush()
-    # A line is written when it is complete, also into a file: that of a rank that is killed later is not lost.
+    # Each complete line is written at once, also into a file, so that a rank that is killed loses none.
     return io.TextIOWrapper(
         io.BufferedWriter(_OptionalOutput(descriptor, "w", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",

@@ -1,4 +1,4 @@
-"""A file for each rank with all that it writes, beside what the terminal shows."""
+"""A log file per rank with everything that it prints, in addition to the terminal."""
 
 import atexit
 import os
@@ -12,23 +12,23 @@ from pathlib import Path
 LOGS = "logs"
 LOG_FILES = ("rank_*.log",)
 EARLIER = "earlier"
-"""Folder in `logs/` for the files of an earlier run, until rank 0 sets all of that run aside."""
-NOT_FOR_COPIERS = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-"""Launchers and SLURM signal every process of a job; a copier that ended then would break the save that follows."""
-SECONDS_TO_END = 5.0
+"""Folder in `logs/` for the files of a previous run, until rank 0 archives all of that run."""
+SIGNALS_BLOCKED_IN_TEE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+"""Launchers and SLURM signal every process of a job; without its tee process a rank could not print while it saves."""
+TEE_EXIT_TIMEOUT_S = 5.0
 
 
-def tee_output(output_dir: Path, anew: bool) -> None:
-    """From now on copy what this process and its children write to file descriptors 1 and 2 into this rank's file.
+def tee_output(output_dir: Path, is_new: bool) -> None:
+    """Copy what this process and its children write to file descriptors 1 and 2 into this rank's log file.
 
-    The copying is done by processes of their own, so that nothing is lost where this one is killed. anew: the run does
-    not go on from a checkpoint in output_dir; the file of an earlier run is moved then.
+    Processes of their own copy it, so that nothing is lost if this one is killed. is_new: the run does not resume from
+    a checkpoint in output_dir, so the log file of a previous run is moved.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = output_dir / LOGS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _name(rank)
-    if anew:
+    if is_new:
         _move_earlier_files(folder, rank, ranks)
     with path.open("a", encoding="utf-8") as file:
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -36,8 +36,7 @@ def tee_output(output_dir: Path, anew: bool) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     copies = [_copy(descriptor, path) for descriptor in (1, 2)]
-    # Not earlier: Python prints the traceback of an error that nobody caught just before.
-    atexit.register(_end, copies)
+    atexit.register(_finish, copies)  # runs after Python has printed the traceback of an uncaught error
 
 
 def _name(rank: int) -> str:
@@ -45,28 +44,28 @@ def _name(rank: int) -> str:
 
 
 def _move_earlier_files(folder: Path, rank: int, ranks: int) -> None:
-    """Each rank moves its own, as it knows when it opens the next; rank 0 also those of ranks that are no more."""
+    """Move this rank's file of a previous run; on rank 0 also those of ranks that this run does not have."""
     expected = {_name(other) for other in range(ranks)}
     gone = [path for path in folder.glob(_name(0).replace("0", "?")) if path.name not in expected]
     for path in [folder / _name(rank), *(gone if rank == 0 else [])]:
         moved = folder / EARLIER / path.name
-        # Where there is one already, the last start ended before rank 0 had set that run aside: its log goes on.
+        # If there is one already, the last start ended before rank 0 archived that run: its log is continued.
         if path.exists() and not moved.exists():
             moved.parent.mkdir(exist_ok=True)
             path.rename(moved)
 
 
 def _copy(descriptor: int, path: Path) -> tuple[int, int, subprocess.Popen[bytes]]:
-    """The descriptor, one of what it led to before, and the process that now reads it."""
+    """Return the descriptor, a duplicate of its previous target, and the process that reads it from now on."""
     before = os.dup(descriptor)
-    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_COPIERS)  # which children inherit
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_BLOCKED_IN_TEE)  # children inherit it
     try:
         tee = subprocess.Popen(
             ["tee", "-a", path],
             stdin=subprocess.PIPE,
             stdout=before,
             start_new_session=True,
-            # SIGPIPE stays ignored, as in Python: the file is written also if the terminal has no reader any more.
+            # SIGPIPE stays ignored, as in Python: the file is also written if nobody reads the terminal any more.
             restore_signals=False,
         )
     finally:
@@ -77,22 +76,19 @@ def _copy(descriptor: int, path: Path) -> tuple[int, int, subprocess.Popen[bytes
     return descriptor, before, tee
 
 
-def _end(copies: list[tuple[int, int, subprocess.Popen[bytes]]]) -> None:
-    """Let the copiers reach their end, unless a child that lives on can still write to them."""
+def _finish(copies: list[tuple[int, int, subprocess.Popen[bytes]]]) -> None:
+    """Wait until the tee processes have copied everything, unless a child process can still write to them."""
     sys.stdout.flush()
     sys.stderr.flush()
     for descriptor, before, _ in copies:
         os.dup2(before, descriptor)
     for _, _, tee in copies:
         try:
-            tee.wait(SECONDS_TO_END)
+            tee.wait(TEE_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             continue
 
 
 def earlier_logs(logs: Path, copied: bool) -> Path:
-    """Return the folder that has the logs of an earlier run.
-
-    copied: this run copies its output too, so that `logs/` is its own by now.
-    """
+    """Return the folder with the logs of a previous run; copied: whether this run uses `logs/` itself."""
     return logs / EARLIER if copied else logs

@@ -13,7 +13,7 @@ from mtp_dist.planner.memory import min_parameter_bytes, step_token_bytes
 def check_memory(config: Config, device: torch.device) -> None:
     """Raise ConfigError if this rank's parameters, or the samples of one step, are larger than its memory.
 
-    Only what is needed at the least is counted, so a run that passes may still run out of memory.
+    Only the minimum is counted, so a run that passes may still run out of memory.
     """
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
@@ -21,8 +21,8 @@ def check_memory(config: Config, device: torch.device) -> None:
         total = parameter_counts(config).total
         raise ConfigError(
             f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "
-            f"parallel.pipeline = {config.parallel.pipeline} each rank needs {_gigabytes(needed)} for its part and the "
-            f"optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
+            f"parallel.pipeline = {config.parallel.pipeline} each rank needs {_gigabytes(needed)} for its shard and "
+            f"the optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
         )
     if (needed := step_token_bytes(config)) > host:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Training the plain reference model: what sharded training is compared with."""
+"""Training of the plain reference model, which sharded training is compared with."""
 
 import math
 from typing import NamedTuple
@@ -26,13 +26,13 @@ END_OF_DOCUMENT = 0
 """Token that ends the documents of random batches."""
 
 TOKENS_AT_ONCE = 2048
-"""Tokens that the reference differentiates together, if a sample does not have more."""
+"""Number of tokens per backward pass of the reference, if a sample has no more."""
 
 
 def zipf_tokens(vocab_size: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Draw token ids as frequent as those of a language: the r-th most frequent one with probability ~ 1/r (Zipf).
 
-    Which ids are the frequent ones is random; END_OF_DOCUMENT is the least frequent one.
+    The order of the ids is random, except that END_OF_DOCUMENT is the least frequent one.
     """
     others = 1 + torch.randperm(vocab_size - 1, generator=generator)
     by_rank = torch.cat([others, torch.tensor([END_OF_DOCUMENT])])
@@ -41,11 +41,11 @@ def zipf_tokens(vocab_size: int, shape: tuple[int, int], generator: torch.Genera
 
 
 def random_batch(config: Config) -> tuple[Tensor, Tensor]:
-    """Samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
+    """Return samples `[B, S + lookahead]` and targets `[n, B, S]` of a global batch.
 
-    A few tokens are most of the text, as in the data of a run, so that sums over a token's positions are long.
-    The share of masked targets grows from 0 to 0.9 over the samples, so micro-batches and data-parallel ranks have
-    unequal numbers of valid targets. Where documents matter their number in a sample shrinks instead.
+    A few tokens make up most of the text, as in real data, so that sums over a token's positions are long. The
+    fraction of masked targets grows from 0 to 0.9 over the samples, so micro-batches and data-parallel ranks have
+    unequal numbers of valid targets. If document boundaries matter, the number of documents per sample decreases, too.
     """
     generator = torch.Generator().manual_seed(config.run.seed)
     number = config.train.global_batch_size
@@ -61,7 +61,7 @@ def random_batch(config: Config) -> tuple[Tensor, Tensor]:
 
 
 def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> TrainBatch:
-    """Return this data-parallel rank's part of a global batch."""
+    """Return this data-parallel rank's micro-batches of a global batch."""
     size = config.train.micro_batch_size
     samples, targets = (
         samples.chunk(topology.dp_size)[topology.dp_rank],
@@ -74,8 +74,8 @@ def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Te
 
 
 def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
-    """Return `[3, n]`, fp64: per target the cross-entropies, those to head 1's distribution, and, in head 1's column of
-    the last row, those to the order of the upcoming tokens; 0 if there is none."""
+    """Return `[3, n]`, fp64: the mean cross-entropies, those to head 1's distribution, and, in the last row's first
+    column, that to the order of the upcoming tokens; 0 for a loss that does not exist."""
     table = torch.zeros(3, heads, dtype=torch.float64)
     for row, losses in zip(table, (metrics.losses, (None, *metrics.distillation), (metrics.token_order,)), strict=True):
         row[: len(losses)] = torch.tensor([loss or 0.0 for loss in losses], dtype=torch.float64)
@@ -83,21 +83,21 @@ def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
 
 
 class ReferenceStep(NamedTuple):
-    """Results of one update of the reference."""
+    """Results of one training step of the reference."""
 
     losses: Tensor
-    """`[3, n]` before the update, rows as of `mean_losses`; 0 for a head that is not active."""
+    """`[3, n]` before the update, with the rows of `mean_losses`; 0 for an inactive head."""
     grad_norm: float
-    """Before clipping."""
+    """Global gradient norm before clipping."""
     gradients: dict[str, Tensor]
-    """Before clipping, by global name."""
+    """Gradients before clipping, by global parameter name."""
 
 
 class ReferenceTraining:
-    """The reference model in fp64 with PyTorch's AdamW and clipping, one update at a time."""
+    """The reference model in fp64 with PyTorch's AdamW and clipping, trained step by step."""
 
     def __init__(self, config: Config, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
-        """The ranks divide a batch among them, each with the full model, and add up their gradients."""
+        """Share each batch with the other ranks; each has the full model, and their gradients are summed."""
         self.config = config
         self.rank, self.world_size = rank, world_size
         self.model = ReferenceModel(config).double().to(device)
@@ -106,27 +106,27 @@ class ReferenceTraining:
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
-    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, weights: HeadSchedule) -> ReferenceStep:
-        """Make one update on a global batch."""
-        losses = self._differentiate(samples, targets, weights)
-        gradients = {name: self._gradient(weight) for name, weight in self.model.named_weights().items()}
+    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, schedule: HeadSchedule) -> ReferenceStep:
+        """Train on one global batch."""
+        losses = self._differentiate(samples, targets, schedule)
+        gradients = {name: self._gradient(param) for name, param in self.model.named_weights().items()}
         norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
         if self.config.train.grad_clip:
             scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
-            for weight in self.model.parameters():
-                if weight.grad is not None:
-                    weight.grad.mul_(scale)
+            for param in self.model.parameters():
+                if param.grad is not None:
+                    param.grad.mul_(scale)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         return ReferenceStep(losses, norm, gradients)
 
-    def _differentiate(self, samples: Tensor, targets: Tensor, weights: HeadSchedule) -> Tensor:
-        """Leave this rank's part of the gradients in the weights; return the losses of the batch."""
+    def _differentiate(self, samples: Tensor, targets: Tensor, schedule: HeadSchedule) -> Tensor:
+        """Accumulate this rank's share of the gradients; return the losses of the batch."""
         self.optimizer.zero_grad(set_to_none=False)
         counts = (targets != IGNORE_INDEX).sum((1, 2))
-        active = torch.arange(len(targets), device=self.device) < weights.active_heads
-        loss_weights = torch.tensor(weights.loss_weights, dtype=torch.float64, device=self.device)
+        active = torch.arange(len(targets), device=self.device) < schedule.active_heads
+        loss_weights = torch.tensor(schedule.loss_weights, dtype=torch.float64, device=self.device)
         losses = torch.zeros(3, len(targets), dtype=torch.float64, device=self.device)
         size = max(1, TOKENS_AT_ONCE // targets.shape[-1])
         parts = zip(samples.split(size), targets.split(size, 1), strict=True)
@@ -135,17 +135,17 @@ class ReferenceTraining:
                 continue
             batch = (*part, document_ids(part[0], END_OF_DOCUMENT), counts)
             results = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
-            of_heads = (results.objectives * loss_weights)[active].sum()
-            (of_heads + self.config.heads.token_order * results.token_order).backward()
+            heads_objective = (results.objectives * loss_weights)[active].sum()
+            (heads_objective + self.config.heads.token_order * results.token_order).backward()
             losses[:2] += torch.stack([results.losses, results.distillation]).detach() * active
             losses[2, 0] += results.token_order.detach()
         if self.world_size > 1:
             dist.all_reduce(losses)
         return losses
 
-    def _gradient(self, weight: Tensor) -> Tensor:
-        """Return a copy of a weight's gradient, summed over the ranks."""
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    def _gradient(self, param: Tensor) -> Tensor:
+        """Return a copy of a parameter's gradient, summed over the ranks."""
+        param.grad = torch.zeros_like(param) if param.grad is None else param.grad
         if self.world_size > 1:
-            dist.all_reduce(weight.grad)
-        return weight.grad.clone()
+            dist.all_reduce(param.grad)
+        return param.grad.clone()

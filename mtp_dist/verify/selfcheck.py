@@ -1,4 +1,4 @@
-"""Does this machine, at this layout, compute what one plain PyTorch process computes?"""
+"""Comparison of one sharded training step with one of the plain reference, on this machine and at this layout."""
 
 import math
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
@@ -27,21 +27,22 @@ from mtp_dist.verify.reference_training import (
 PARAMETER_LIMIT = 20_000_000
 """A larger model is checked at reduced widths: every rank has the full reference, in fp64."""
 WORK_LIMIT = 40_000_000_000
-"""So is a model of which a rank would do more than so many parameters * tokens: a minute of one CPU core."""
+"""So is a model with more parameters * tokens per rank than this: about a minute of one CPU core."""
 MICRO_BATCHES_PER_STAGE = 2
 LENGTH_LIMIT = 2048
-"""Longer samples are shortened: the reference's attention has S x S scores for each attention head, in fp64."""
+"""Longer samples are shortened: the reference's attention has S x S scores per attention head, in fp64."""
 
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-8}
 ROUNDINGS_OUTSIDE_LAYERS = 8
-"""Of the embedded token, the normalized hidden states, their gradient, that of a weight, and what lies between."""
+"""Roundings of the embedded token, the normalized hidden states, their gradient, a parameter's gradient, and of the
+values between them."""
 FIRST_STEP = 0.02
-"""Learning rate over the smallest standard deviation of initial weights."""
+"""Ratio of the learning rate to the smallest standard deviation of initial parameters."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The worst relative error of one quantity over all ranks, and where it is."""
+    """The largest relative error of one quantity over all ranks, and the tensor or loss that has it."""
 
     quantity: str
     precision: str
@@ -55,11 +56,10 @@ class Comparison:
 
 
 def reduced(config: Config) -> Config:
-    """Return the configuration to check: the same layout and kinds, at small widths if the model is
-    large.
+    """Return the configuration to check: the same layout and kinds, at small widths if the model is large.
 
-    Prediction heads, precision and every degree stay, and whether queries are grouped; so do the trunk layers of an
-    explicit partition, and the tokens of a micro-batch: if its samples are shortened, there are more of them.
+    Prediction heads, precision, all degrees, grouped queries and the trunk layers of an explicit partition are kept, as
+    is the number of tokens per micro-batch: if samples are shortened, there are more of them.
     """
     parallel, train = config.parallel, config.train
     model = config.model.model_copy(update={"vocab_size": min(config.vocab_size, 1000)})
@@ -87,17 +87,17 @@ def reduced(config: Config) -> Config:
 
 
 def with_small_batch(config: Config, data_parallel: int) -> Config:
-    """Return the configuration with MICRO_BATCHES_PER_STAGE for each pipeline stage."""
+    """Return the configuration with MICRO_BATCHES_PER_STAGE micro-batches per pipeline stage."""
     micro_batches = MICRO_BATCHES_PER_STAGE * config.parallel.pipeline
     samples = config.train.micro_batch_size * micro_batches * data_parallel
     return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": samples})})
 
 
 def with_gentle_step(config: Config) -> Config:
-    """Return the configuration with a learning rate of FIRST_STEP times the smallest initial weights' deviation.
+    """Return the configuration with FIRST_STEP times the smallest standard deviation of parameters as learning rate.
 
-    Adam's first step is about lr * sign(gradient). Where a gradient is near 0 rounding decides its sign, so the user's
-    rate would decide how far correct layouts may lie apart.
+    Adam's first step is about lr * sign(gradient), and rounding decides the sign of a gradient near 0: the difference
+    between correct layouts would depend on the user's rate.
     """
     depth = config.model.trunk_layers + config.heads.layers_per_head
     rate = FIRST_STEP * config.model.init_std / math.sqrt(2 * depth)
@@ -105,10 +105,10 @@ def with_gentle_step(config: Config) -> Config:
 
 
 def tolerances(config: Config, data_parallel: int) -> dict[str, float]:
-    """Return the largest relative error by quantity that rounding explains: that of independent roundings in series.
+    """Return by quantity the largest relative error that independent roundings in series explain.
 
     Each layer rounds the sums with its two branches, forward and backward; with tensor parallelism each of them is a
-    sum over ranks, rounded as often. Matrix products and other long sums add in fp32.
+    sum over ranks with as many roundings. Matrix products and other long sums accumulate in fp32.
     """
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
     chained = heads.kind in ("causal", "anticausal", "sequential")
@@ -119,48 +119,44 @@ def tolerances(config: Config, data_parallel: int) -> dict[str, float]:
     additions = max(
         train.micro_batch_size * train.sequence_length, config.vocab_size, model.ffn_size, model.hidden_size
     )
-    of_sums = UNIT_ROUNDOFF["fp32"] * math.sqrt(additions)
-    gradients = UNIT_ROUNDOFF[train.precision] * math.sqrt(roundings) + of_sums
+    accumulation = UNIT_ROUNDOFF["fp32"] * math.sqrt(additions)
+    gradients = UNIT_ROUNDOFF[train.precision] * math.sqrt(roundings) + accumulation
     return {
         # A mean over many tokens, whose errors differ in sign.
-        "losses": UNIT_ROUNDOFF[train.precision] + of_sums,
+        "losses": UNIT_ROUNDOFF[train.precision] + accumulation,
         "gradient norm": gradients,
         "gradients": gradients,
-        # About that share of the gradient's signs is wrong, and Adam's first step goes the other way there.
+        # About that fraction of the gradient's signs is wrong, and Adam's first step has the wrong sign there.
         "updated weights": 2 * FIRST_STEP * math.sqrt(gradients),
     }
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth| in the 2-norm; absolute where the truth is 0, infinite where value is not finite."""
+    """Return |value - truth| / |truth| in the 2-norm: absolute if the truth is 0, infinite for NaN or Inf."""
     truth = truth.double().cpu()
     error = float((value.double().cpu() - truth).norm() / (truth.norm() or 1.0))
-    return error if math.isfinite(error) else math.inf  # NaN would lose every comparison
+    return error if math.isfinite(error) else math.inf  # max() would drop NaN
 
 
 def worst(errors: Mapping[str, float]) -> tuple[float, str]:
-    """The largest error and its name over all ranks."""
+    """Return the largest error over all ranks and its name."""
     local = max(((error, name) for name, error in errors.items()), default=(0.0, ""))
-    everywhere: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
-    dist.all_gather_object(everywhere, local)
-    return max(everywhere)
+    return max(all_gather_objects(local))
 
 
 def names_over_ranks(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names that at least one rank has."""
-    everywhere: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(everywhere, set(tensors))
-    return set().union(*everywhere)
+    """Return the names that at least one rank has."""
+    return set().union(*all_gather_objects(set(tensors)))
 
 
 class Truth(NamedTuple):
-    """What the reference computes on a batch."""
+    """A batch and the reference's results on it."""
 
     samples: Tensor
     targets: Tensor
     step: ReferenceStep
-    weights: dict[str, Tensor]
-    """After the update, by global name."""
+    params: dict[str, Tensor]
+    """Parameters after the update, by global name."""
 
 
 def reference_truth(config: Config, topology: Topology) -> Truth:
@@ -168,15 +164,16 @@ def reference_truth(config: Config, topology: Topology) -> Truth:
     samples, targets = random_batch(config)
     training = ReferenceTraining(config, topology.device, topology.rank, topology.world_size)
     step = training.step(samples, targets, config.optimizer.lr, all_heads_schedule(config))
-    return Truth(samples, targets, step, {name: w.detach() for name, w in training.model.named_weights().items()})
+    params = {name: param.detach() for name, param in training.model.named_weights().items()}
+    return Truth(samples, targets, step, params)
 
 
 def all_heads_schedule(config: Config) -> HeadSchedule:
-    """Return the weights of step 1, with all heads active."""
+    """Return the loss weights of step 1, with all heads active."""
     return HeadSchedule(head_schedule(config, 1).loss_weights, config.heads.count)
 
 
-def errors_of_sharded(config: Config, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
+def sharded_errors(config: Config, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
     """Return the relative errors of one step of the sharded model on the same batch, by quantity and name."""
     engine = build_engine(config, topology)
     shapes = parameter_shapes(config)
@@ -185,29 +182,28 @@ def errors_of_sharded(config: Config, topology: Topology, truth: Truth) -> dict[
         result = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
     updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared_by_any = [names_over_ranks(tensors) for tensors in (gradients, updated)]
-    assert compared_by_any == [set(shapes)] * 2, "every weight is compared"
+    assert compared_by_any == [set(shapes)] * 2, "every parameter is compared"
     kinds = ("head", "distillation of head", "token order of head")
     names = [f"{kind} {k}" for kind in kinds for k in range(1, config.heads.count + 1)]
     computed = mean_losses(result.heads, config.heads.count)
     losses = zip(names, computed.flatten(), truth.step.losses.flatten(), strict=True)
     norms = torch.tensor([result.grad_norm, truth.step.grad_norm], dtype=torch.float64)
-    of_gradients = {name: relative_error(value, truth.step.gradients[name]) for name, value in gradients.items()}
+    gradient_errors = {name: relative_error(value, truth.step.gradients[name]) for name, value in gradients.items()}
     if (name := "embedding.weight") in gradients:
         # The longest sum over positions: a seventh of the tokens.
         token = int(truth.samples.flatten().mode().values)
         row, true_row = gradients[name][token], truth.step.gradients[name][token]
-        of_gradients[f"{name}, token {token}"] = relative_error(row, true_row)
+        gradient_errors[f"{name}, token {token}"] = relative_error(row, true_row)
     return {
         "losses": {name: relative_error(value, loss) for name, value, loss in losses},
         "gradient norm": {"all parameters": relative_error(*norms)},
-        "gradients": of_gradients,
-        "updated weights": {name: relative_error(value, truth.weights[name]) for name, value in updated.items()},
+        "gradients": gradient_errors,
+        "updated weights": {name: relative_error(value, truth.params[name]) for name, value in updated.items()},
     }
 
 
 def selfcheck(config: Config, topology: Topology) -> list[Comparison]:
-    """Return every comparison at the configuration's layout: in fp32, where agreement must be close, then in its
-    precision."""
+    """Return all comparisons at the configured layout: in fp32, which must agree closely, then in its precision."""
     config = with_small_batch(with_gentle_step(reduced(config)), topology.dp_size)
     truth = reference_truth(config, topology)
     comparisons = []
@@ -215,7 +211,7 @@ def selfcheck(config: Config, topology: Topology) -> list[Comparison]:
         train = config.train.model_copy(update={"precision": precision})
         in_precision = config.model_copy(update={"train": train})
         bounds = tolerances(in_precision, topology.dp_size)
-        for quantity, of_names in errors_of_sharded(in_precision, topology, truth).items():
-            error, where = worst(of_names)
+        for quantity, errors in sharded_errors(in_precision, topology, truth).items():
+            error, where = worst(errors)
             comparisons.append(Comparison(quantity, precision, error, bounds[quantity], where))
     return comparisons

@@ -18,13 +18,14 @@ from mtp_dist.verify.memory import check_memory
 
 
 class CheckedJob(NamedTuple):
-    """What a job starts with once its checks have passed."""
+    """A job that has passed its checks."""
 
     config: Config
-    """Resolved."""
+    """The resolved configuration."""
     sources: RunSources
-    """Tokenizer and, if the job needs data, opened sources."""
+    """The tokenizer and, if the job needs data, opened sources."""
     device: torch.device
+    """The selected device of this rank."""
 
 
 def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> CheckedJob:

@@ -1,4 +1,4 @@
-"""The curves of one run or of several, as pictures."""
+"""Pictures of the curves of one or several runs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS_IN_A_ROW = 4
-INCHES = (3.3, 2.8)
-"""Of one panel."""
+PANEL_INCHES = (3.3, 2.8)
+"""Width and height of a panel, in inches."""
 RATES = {
     "throughput": ("throughput/tokens_per_second", "tokens/s", 1.0),
     "memory": ("memory/peak_bytes", "peak memory of a rank (GB)", 1e-9),
     "gradient-norm": ("train/grad_norm", "gradient norm", 1.0),
     "learning-rate": ("train/learning_rate", "learning rate", 1.0),
 }
-"""By file name: the scalar, its label, and what it is multiplied by."""
+"""Scalar, label and factor by file name."""
 
 
 def draw(runs: Sequence[RunFiles]) -> dict[str, bytes]:
-    """PNG files by name. Losses have a panel for each head where there are several runs, else one for all heads."""
+    """Return PNG files by name. Losses have a panel per head if there are several runs, else one for all heads."""
     pictures = {"training-loss": _losses(runs, "loss", "training loss (nats)")}
     for prefix in dict.fromkeys(prefix for run in runs for prefix in run.validation_prefixes()):
         label = f"{prefix.replace('/', ' on ')} (nats)"
         pictures[f"{prefix.replace('/', '-')}-loss"] = _losses(runs, f"{prefix}/loss", label)
-    pictures |= {name: _rate(runs, *of_name) for name, of_name in RATES.items()}
+    pictures |= {name: _rate(runs, *arguments) for name, arguments in RATES.items()}
     return {name: picture for name, picture in pictures.items() if picture}
 
 
@@ -75,7 +75,7 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     columns = min(number, PANELS_IN_A_ROW)
     rows = -(-number // columns)
     wide = 2 if number == 1 else 1
-    figure = Figure(figsize=(columns * INCHES[0] * wide, rows * INCHES[1]), layout="constrained")
+    figure = Figure(figsize=(columns * PANEL_INCHES[0] * wide, rows * PANEL_INCHES[1]), layout="constrained")
     grid = [figure.add_subplot(rows, columns, index + 1) for index in range(number)]
     for axes in grid:
         axes.grid(alpha=0.3)
@@ -90,7 +90,7 @@ def _plot(axes: Axes, run: RunFiles, scalar: str, label: str, factor: float = 1.
 
 
 def _legend_label(name: str) -> str:
-    """Return the name so that it is shown: matplotlib leaves labels that begin with an underscore out of a legend."""
+    """Return the name as a label: matplotlib leaves labels that begin with an underscore out of a legend."""
     return f" {name}" if name.startswith("_") else name
 
 
@@ -103,7 +103,7 @@ def _png(figure: Figure) -> bytes:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name such as a$b$c is no formula
+        text.set_parse_math(False)  # a name such as a$b$c is not a formula
     stream = BytesIO()
     figure.savefig(stream, dpi=140, format="png")
     return stream.getvalue()

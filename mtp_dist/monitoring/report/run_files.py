@@ -1,4 +1,4 @@
-"""What a run has left in its folder."""
+"""Files of a run that a report reads."""
 
 import json
 from collections.abc import Sequence
@@ -6,65 +6,67 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import DataError
 
 EVENTS = "events.jsonl"
 Curve = list[tuple[int, float]]
-"""(step, value)."""
+"""Pairs of step and value."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
+    """Contents of a run's folder."""
+
     name: str
     folder: Path
     metrics: Sequence[dict[str, Any]]
     """Lines of `metrics.jsonl`."""
     events: Sequence[dict[str, Any]]
-    """Lines of `events.jsonl`; none of a run before there were any."""
+    """Lines of `events.jsonl`; empty if there is no such file."""
     description: dict[str, Any]
     """`run.json`: configuration, layout, device, parameters, versions."""
 
     def curve(self, scalar: str) -> Curve:
-        """Without values that were not finite."""
+        """Return the values of a scalar without NaN and Inf."""
         return [(line["step"], line[scalar]) for line in self.metrics if line.get(scalar) is not None]
 
     def scalars(self, prefix: str) -> list[str]:
-        """Names of scalars that begin so and end with a head's number, in the order of the heads."""
+        """Return the names `PREFIX/head_K` of scalars in the order of the heads."""
         found = {name for line in self.metrics for name in line if name.startswith(f"{prefix}/head_")}
         return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
 
     def validation_prefixes(self) -> list[str]:
-        """Such as `validation` or `validation/code`."""
+        """Return the prefixes of validation scalars, such as `validation` or `validation/code`."""
         names = dict.fromkeys(name for line in self.metrics for name in line)
         ending = "/loss/total"
         return [name.removesuffix(ending) for name in names if name.startswith("validation") and name.endswith(ending)]
 
     @property
     def restarts(self) -> list[int]:
-        """The steps after which it went on."""
+        """Return the steps after which the run was resumed."""
         return [event["step"] for event in self.events if event["kind"] == "start" and event["step"]]
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises ConfigError where the folder has no run, or a damaged one."""
+    """Return the run's files. Raise UserError if the folder does not contain a run or a file is damaged."""
     if not (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"RUN '{folder}' has no metrics.jsonl: give a run's folder, such as runs/demo")
+        raise DataError(f"RUN '{folder}' has no metrics.jsonl: give a run's folder, such as runs/demo")
     metrics = _lines(folder / "metrics.jsonl", {"step": int})
     if not metrics:
-        raise ConfigError(f"RUN '{folder}' has no step in its metrics.jsonl yet: wait for the first one")
+        raise DataError(f"RUN '{folder}' has no step in its metrics.jsonl yet: wait for the first one")
     events = _lines(folder / EVENTS, {"time": str, "step": int, "kind": str, "text": str})
     description = _description(folder / "run.json")
     return RunFiles(_name(description) or folder.name, folder, metrics, events, description)
 
 
 def _description(path: Path) -> dict[str, Any]:
-    """Return what a run's `run.json` contains, nothing if there is none."""
+    """Return the contents of `run.json`; empty if there is no such file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(values, dict) or not isinstance(_name(values), str | None):
             raise ValueError("it has no config.run.name")
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} does not describe a run ({error}): remove it to report without it") from None
+        raise DataError(f"{path} does not describe a run ({error}): remove it to report without it") from None
     return values
 
 
@@ -75,7 +77,7 @@ def _name(description: Any) -> Any:
 def _lines(path: Path, types: dict[str, type]) -> list[dict[str, Any]]:
     """Return the complete lines; a run that is still training may be writing the last one.
 
-    Raise ConfigError if one is not a JSON object with values of these types.
+    Raise DataError if one is not a JSON object with values of these types.
     """
     if not path.exists():
         return []
@@ -87,8 +89,8 @@ def _lines(path: Path, types: dict[str, type]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{path}, line {number} is not JSON ({error}): remove that line") from None
+            raise DataError(f"{path}, line {number} is not JSON ({error}): remove that line") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in types.items()):
-            raise ConfigError(f"{path}, line {number} does not have the keys {', '.join(types)}: remove that line")
+            raise DataError(f"{path}, line {number} does not have the keys {', '.join(types)}: remove that line")
         rows.append(row)
     return rows

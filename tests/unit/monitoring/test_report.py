@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import UserError
 from mtp_dist.monitoring.report.page import write_report
 from mtp_dist.monitoring.report.run_files import read_run
 
@@ -117,7 +117,7 @@ def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
     run = write_run(tmp_path / "a")
     (run / file).write_text(text)
-    with pytest.raises(ConfigError, match=re.escape(str(run / file))):
+    with pytest.raises(UserError, match=re.escape(str(run / file))):
         write_report([run], tmp_path / "report")
 
 
@@ -127,15 +127,15 @@ def test_packages_without_a_version_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no metrics\.jsonl: give a run's folder"):
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl: give a run's folder"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"has no step in its metrics\.jsonl yet"):
+    with pytest.raises(UserError, match=r"has no step in its metrics\.jsonl yet"):
         read_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("not JSON\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 1 is not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is not JSON"):
         read_run(tmp_path)
     run = write_run(tmp_path / "a")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"cannot write --to = .*file.report' \(.*: Not a directory\)"):
+    with pytest.raises(UserError, match=r"cannot write --to = .*file.report' \(.*: Not a directory\)"):
         write_report([run], tmp_path / "file" / "report")
