@@ -12,7 +12,7 @@ from mtp_dist.errors import ConfigError
 
 
 class _ReadRecorder(dict[str, Any]):
-    """A mapping that records which of its keys are read, also those of the mappings in it."""
+    """A mapping that records which of its keys are read, also in nested mappings."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(
@@ -39,7 +39,7 @@ class _ReadRecorder(dict[str, Any]):
     def unread(self, prefix: str = "") -> Iterator[str]:
         """Yield the full names of the keys that were not read.
 
-        A mapping of which no key was read went to pydantic as a whole, which forbids unknown keys itself.
+        A mapping without a read key was passed to pydantic, which rejects unknown keys itself.
         """
         for key, value in self.items():
             if key not in self.read:
@@ -49,9 +49,9 @@ class _ReadRecorder(dict[str, Any]):
 
 
 def check_deepspeed_section(section: Mapping[str, Any]) -> None:
-    """Raise ConfigError if DeepSpeed would ignore one of the keys, or refuse its value.
+    """Raise ConfigError if DeepSpeed would ignore one of the keys, or reject its value.
 
-    DeepSpeed ignores keys that it does not know, so a misspelt one would have no effect.
+    DeepSpeed ignores unknown keys, so a misspelt one would have no effect.
     """
     recorder = _ReadRecorder({**section, "train_batch_size": 1, "train_micro_batch_size_per_gpu": 1})
     try:
@@ -59,15 +59,15 @@ def check_deepspeed_section(section: Mapping[str, Any]) -> None:
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_invalid_values(section, error))) from None
     except Exception as error:  # DeepSpeed raises whatever the wrong value leads to
-        raise ConfigError(f"DeepSpeed refuses the section deepspeed = {dict(section)}: {error}") from None
+        raise ConfigError(f"DeepSpeed rejects the section deepspeed = {dict(section)}: {error}") from None
     if unread := list(recorder.unread("deepspeed.")):
         raise ConfigError("\n".join(f"{key} is not a key that DeepSpeed reads: remove it" for key in unread))
 
 
 def _invalid_values(section: Mapping[str, Any], error: pydantic.ValidationError) -> Iterator[str]:
-    """Yield one line per complaint, with the key's full name where it can be found in the section."""
-    for complaint in error.errors():
-        parts = [str(part) for part in complaint["loc"]]
+    """Yield one line per invalid value, with the key's full name if the section contains it."""
+    for fault in error.errors():
+        parts = [str(part) for part in fault["loc"]]
         parents = [key for key, value in section.items() if isinstance(value, dict) and parts and parts[0] in value]
         name = ".".join(["deepspeed", *parents[:1], *parts])
-        yield f"{name} = {complaint['input']!r} is wrong: {complaint['msg']}"
+        yield f"{name} = {fault['input']!r} is wrong: {fault['msg']}"

@@ -58,7 +58,7 @@ class TrainingEngine:
         self.stage = stage
         self.pipeline = pipeline
         self.pipeline.set_batch_fn(stage.load)
-        # In fp32 without ZeRO DeepSpeed counts some weights twice and others not at all.
+        # In fp32 without ZeRO DeepSpeed's norm counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
         modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config))))
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
@@ -72,7 +72,7 @@ class TrainingEngine:
     @torch.no_grad()
     def set_initial_weights(self) -> None:
         """Give the weights the initial values of a new run."""
-        # Not before there is the optimizer: its fp32 copies would be those of weights that are rounded to bf16.
+        # After the optimizer exists, whose fp32 copies would otherwise be those of weights rounded to bf16.
         shapes = parameter_shapes(self.config)
         for name, weight in named_weights(self.stage):
             set_master_weight(weight, self.initial_values(name, weight, shapes[name]))

@@ -22,14 +22,14 @@ from mtp_dist.model.sharding import is_sharded
 
 
 def is_tied_replica(weight: nn.Parameter) -> bool:
-    """Whether this is a tied weight on a stage after its first."""
+    """Return whether this is a tied weight on a stage after its first."""
     return getattr(weight, "ds_pipe_replicated", False)
 
 
-def counts(weight: nn.Parameter, tp_rank: int) -> bool:
-    """Whether a norm over all ranks has this rank's part of a weight in it, so that every weight is in it once.
+def owns_param_for_norm(weight: nn.Parameter, tp_rank: int) -> bool:
+    """Return whether this rank adds its shard of a weight to a norm over all ranks, so that each weight counts once.
 
-    Replicated weights are on tensor-parallel rank 0, tied ones on their first stage.
+    Replicated weights count on tensor-parallel rank 0, tied ones on their first stage.
     """
     return (tp_rank == 0 or is_sharded(weight)) and not is_tied_replica(weight)
 
@@ -37,20 +37,20 @@ def counts(weight: nn.Parameter, tp_rank: int) -> bool:
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngine) -> Tensor:
     """Scale the gradients in place to the engine's `gradient_clipping`; return their global norm before.
 
-    A norm that is not finite drops all gradients, so that the step changes nothing.
+    If the norm is not finite, drop all gradients, so that the step changes nothing.
 
     For fp32 without ZeRO, where DeepSpeed 0.19.8 counts replicated weights on the first stage only and tied weights
-    twice. Here every weight counts once, see `counts`.
+    twice.
     """
     gradients = {weight: weight.grad for weight in parameters if weight.grad is not None}
     squared = torch.zeros((), dtype=torch.float64, device=engine.device)
     for weight, gradient in gradients.items():
-        if counts(weight, engine.grid.get_slice_parallel_rank()):
+        if owns_param_for_norm(weight, engine.grid.get_slice_parallel_rank()):
             squared += gradient.double().pow(2).sum()
     dist.all_reduce(squared, group=engine.grid.get_model_parallel_group())
     norm = squared.sqrt()
     if not norm.isfinite():
-        # As DeepSpeed's other optimizers do: no update. A weight without a gradient is left alone, decay included.
+        # Like DeepSpeed's other optimizers: no update, and no weight decay either.
         for weight in gradients:
             weight.grad = None
         return norm
@@ -61,15 +61,15 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngi
 
 
 @contextmanager
-def before_update(engine: PipelineEngine, look: Callable[[], None]) -> Iterator[None]:
-    """Within this context, call `look` in every step after the gradients are reduced and before they are used."""
+def before_update(engine: PipelineEngine, inspect: Callable[[], None]) -> Iterator[None]:
+    """Within this context, call `inspect` in every step after the gradients are reduced and before they are used."""
     take_step = engine._take_model_step
 
-    def look_and_take_step(*args: object, **kwargs: object) -> None:
-        look()
+    def inspect_and_take_step(*args: object, **kwargs: object) -> None:
+        inspect()
         take_step(*args, **kwargs)
 
-    engine._take_model_step = look_and_take_step
+    engine._take_model_step = inspect_and_take_step
     try:
         yield
     finally:
@@ -77,21 +77,21 @@ def before_update(engine: PipelineEngine, look: Callable[[], None]) -> Iterator[
 
 
 def reduced_gradient(weight: nn.Parameter) -> Tensor:
-    """This rank's gradient of the global batch in fp32, whole over the data-parallel ranks, whatever the optimizer."""
+    """Return this rank's gradient of the global batch in fp32, unsharded over the data-parallel ranks."""
     gradient: Tensor = safe_get_full_grad(weight)
     return gradient
 
 
 @dataclass(frozen=True)
 class NonFiniteGradient:
-    """Where a gradient that is not finite came from; its text is a sentence's part for the user."""
+    """Origin of a gradient that is not finite; `str()` is meant for the log."""
 
     rank: int | None
-    """The first, of the last stage that has one, as gradients flow from there to the first; None where only the sum
-    over the ranks overflowed."""
+    """First rank of the last stage that has one, because gradients flow from the last stage to the first; None if only
+    the sum over the ranks overflowed."""
     stage: int = 0
     weight: str | None = None
-    """Global name of its first weight; None where only a loss is not finite."""
+    """Global name of the rank's first such weight; None if only a loss is not finite."""
     losses: tuple[int, ...] = ()
     """Heads whose loss is not finite on that rank."""
 
@@ -105,7 +105,7 @@ class NonFiniteGradient:
 
 
 def module_group(name: str) -> str:
-    """The part of the model that a weight's global name belongs to, such as `head_2`."""
+    """Return the module, such as `head_2`, to which a weight's global name belongs in logs."""
     if match := re.match(r"(?:heads|unembeddings)\.(\d+)\.", name):
         return f"head_{match[1]}"
     if name.startswith("heads.repeated."):
@@ -114,108 +114,109 @@ def module_group(name: str) -> str:
 
 
 class GradientMonitor:
-    """Looks at the gradients before the data-parallel ranks sum them, and again before the update."""
+    """Per-module gradient norms, and the origin of NaN and inf.
+
+    Reads the gradients before the data-parallel ranks sum them, and again before the update.
+    """
 
     def __init__(
-        self, pipeline: PipelineEngine, stage: MultiTokenPipeline, topology: Topology, parts: tuple[str, ...]
+        self, pipeline: PipelineEngine, stage: MultiTokenPipeline, topology: Topology, modules: tuple[str, ...]
     ) -> None:
-        """parts: what `module_group` gives for the weights of the whole model."""
+        """modules: results of `module_group` for the weights of the whole model."""
         self._stage = stage
         self._topology = topology
-        self.modules = parts
+        self.modules = modules
         self._weights = {name: weight for name, weight in named_weights(stage) if weight.requires_grad}
-        self._parts = {name: parts.index(module_group(name)) for name in self._weights}
+        self._modules = {name: modules.index(module_group(name)) for name in self._weights}
         self._indices: dict[tuple[int, ...], Tensor] = {}
-        self._local: dict[str, Tensor] = {}
-        self.squared_norms = torch.zeros(len(parts), dtype=torch.float64, device=topology.device)
-        """Squared norm of this rank's share of the last step's gradient, before clipping, by part; their sum over all
-        ranks is that of the whole gradient."""
+        self._local_norms: dict[str, Tensor] = {}
+        self.squared_norms = torch.zeros(len(modules), dtype=torch.float64, device=topology.device)
+        """Squared norms per module of this rank's part of the last step's gradient, before clipping. Their sum over all
+        ranks is that of the full gradient."""
         self.fault = torch.zeros((), dtype=torch.float64, device=topology.device)
         """0, or NaN if a gradient that this rank's optimizer reads in the last step is not finite."""
-        self._counted: Tensor | None = None
-        hook_instruction(pipeline, schedule.ReduceTiedGrads, self._look_before_reduction)
-        hook_instruction(pipeline, schedule.OptimizerStep, self._look_before_update)
+        self._in_norm: Tensor | None = None
+        """A gradient of the last step that counts in DeepSpeed's norm."""
+        hook_instruction(pipeline, schedule.ReduceTiedGrads, self._measure_local)
+        hook_instruction(pipeline, schedule.OptimizerStep, self._measure_reduced)
 
     @torch.no_grad()
-    def _look_before_reduction(self, execute: RunInstruction) -> None:
-        gradients = {
-            name: gradient
-            for name, weight in self._weights.items()
-            if (gradient := _local_gradient(weight)) is not None
-        }
-        self._local = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+    def _measure_local(self, execute: RunInstruction) -> None:
+        self._local_norms, _ = self._norms(_local_gradient)
         execute()
 
     @torch.no_grad()
-    def _look_before_update(self, execute: RunInstruction) -> None:
-        gradients = {
-            name: gradient
-            for name, weight in self._weights.items()
-            if (gradient := _reduced_gradient(weight)) is not None
-        }
-        norms = dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True))
+    def _measure_reduced(self, execute: RunInstruction) -> None:
+        norms, gradients = self._norms(_optimizer_gradient)
         self.squared_norms.zero_()
-        if owned := [name for name in gradients if self._owns(self._weights[name])]:
+        if owned := [name for name in gradients if self._owns_gradient(self._weights[name])]:
             squares = torch.stack([norms[name] for name in owned]).double().square()
-            self.squared_norms.index_add_(0, self._index(tuple(self._parts[name] for name in owned)), squares)
+            self.squared_norms.index_add_(0, self._index(tuple(self._modules[name] for name in owned)), squares)
         if norms:
             self.fault = 0 * torch.stack(list(norms.values())).double().sum()
-        counted = (name for name in gradients if counts(self._weights[name], self._topology.tp_rank))
-        self._counted = next((gradients[name] for name in counted), None)
+        tp_rank = self._topology.tp_rank
+        in_norm = (gradients[name] for name in gradients if owns_param_for_norm(self._weights[name], tp_rank))
+        self._in_norm = next(in_norm, None)
         execute()
+
+    def _norms(self, read: Callable[[nn.Parameter], Tensor | None]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return norms and gradients of the weights that have one."""
+        found = ((name, read(weight)) for name, weight in self._weights.items())
+        gradients = {name: gradient for name, gradient in found if gradient is not None}
+        return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True)), gradients
 
     @torch.no_grad()
     def add_fault(self, fault: Tensor) -> None:
-        """Add the fault that all ranks have found to one element of a gradient whose norm decides about the update.
+        """Add the fault of all ranks to one element of a gradient that counts in DeepSpeed's norm.
 
-        If it is NaN, the optimizers of all ranks drop the step by their own rules, which look at one replica of the
-        model only, and the device is not asked in between. To be called before the update.
+        If it is NaN, the optimizers of all ranks drop the step by their own rules, which consider only one replica of
+        the model, without a synchronization of the device. Call it before the update.
         """
-        if self._counted is not None:
-            self._counted[(0,) * self._counted.dim()] += fault
+        if self._in_norm is not None:
+            self._in_norm[(0,) * self._in_norm.dim()] += fault
 
-    def _index(self, parts: tuple[int, ...]) -> Tensor:
-        # Made once: a copy to the GPU waits for all that it has to do before.
-        if parts not in self._indices:
-            self._indices[parts] = torch.tensor(parts, device=self._topology.device)
-        return self._indices[parts]
+    def _index(self, modules: tuple[int, ...]) -> Tensor:
+        # Cached: a copy to the GPU waits for all of its queued work.
+        if modules not in self._indices:
+            self._indices[modules] = torch.tensor(modules, device=self._topology.device)
+        return self._indices[modules]
 
-    def _owns(self, weight: nn.Parameter) -> bool:
-        """Return whether this rank answers for what it has of a reduced gradient: each element is one rank's only."""
-        is_replicated = _is_whole(weight) and self._topology.dp_rank > 0
-        return counts(weight, self._topology.tp_rank) and not is_replicated
+    def _owns_gradient(self, weight: nn.Parameter) -> bool:
+        """Return whether this rank counts what it has of a reduced gradient: each element counts on one rank only."""
+        is_replicated = _is_full(weight) and self._topology.dp_rank > 0
+        return owns_param_for_norm(weight, self._topology.tp_rank) and not is_replicated
 
     def find_non_finite(self) -> NonFiniteGradient:
-        """Where the last step's gradient was not finite. A collective over all ranks."""
-        weights = [name for name, norm in reversed(self._local.items()) if not norm.isfinite()]
-        # What all heads share is not finite either where one head's are not.
+        """Return where the last step's gradient was not finite. A collective over all ranks."""
+        weights = [name for name, norm in reversed(self._local_norms.items()) if not norm.isfinite()]
+        # A head's gradient that is not finite also spreads to what all heads share.
         own = [name for name in weights if module_group(name) != "shared"]
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
         if self._topology.holds_loss:
-            of_heads = self._stage.heads.sums.heads.cross_entropy.isfinite().tolist()
-            losses = tuple(head for head, finite in enumerate(of_heads, 1) if not finite)
+            finite_losses = self._stage.heads.sums.heads.cross_entropy.isfinite().tolist()
+            losses = tuple(head for head, finite in enumerate(finite_losses, 1) if not finite)
         topology = self._topology
-        mine = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
-        found = [of_rank for of_rank in all_gather_objects(mine) if of_rank]
-        last_stage = max((of_rank.stage for of_rank in found), default=0)
-        return next((of_rank for of_rank in found if of_rank.stage == last_stage), NonFiniteGradient(None))
+        local = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
+        found = [origin for origin in all_gather_objects(local) if origin]
+        last_stage = max((origin.stage for origin in found), default=0)
+        return next((origin for origin in found if origin.stage == last_stage), NonFiniteGradient(None))
 
 
 def _local_gradient(weight: nn.Parameter) -> Tensor | None:
-    """Of this rank's micro-batches; in bf16 it is summed in fp32."""
+    """Return the gradient of this rank's micro-batches, in bf16 training their sum in fp32."""
     gradient: Tensor | None = getattr(weight, "_hp_grad", None)
     return weight.grad if gradient is None else gradient
 
 
-def _is_whole(weight: nn.Parameter) -> bool:
-    """Return whether each data-parallel rank has the whole of the weight's reduced gradient: not under ZeRO."""
+def _is_full(weight: nn.Parameter) -> bool:
+    """Return whether each data-parallel rank has the full reduced gradient of the weight, which ZeRO shards."""
     return not hasattr(weight, "_hp_mapping") or hasattr(weight, "_hp_grad")
 
 
-def _reduced_gradient(weight: nn.Parameter) -> Tensor | None:
-    """Return what this rank's optimizer reads of the weight's gradient; None if that is nothing."""
-    if _is_whole(weight):
+def _optimizer_gradient(weight: nn.Parameter) -> Tensor | None:
+    """Return the part of the weight's gradient that this rank's optimizer reads; None if there is none."""
+    if _is_full(weight):
         return _local_gradient(weight)
     mapping: Any = weight._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:

@@ -12,7 +12,7 @@ TimePoint = float | torch.cuda.Event
 
 
 def hook_instruction(pipeline: PipelineEngine, instruction: type, wrapper: Callable[[RunInstruction], None]) -> None:
-    """From now on `wrapper` is called with each instruction of that type, and is to execute it."""
+    """Call `wrapper` with each instruction of that type; it must execute the instruction."""
     method = pipeline._INSTRUCTION_MAP[instruction]
 
     def wrapped(engine: PipelineEngine, *args: object, **kwargs: object) -> None:
@@ -22,7 +22,7 @@ def hook_instruction(pipeline: PipelineEngine, instruction: type, wrapper: Calla
 
 
 class StageTimer:
-    """Times the forward and backward passes of this rank's stage, on the GPU without waiting for it."""
+    """Timer of the forward and backward passes of this rank's stage, on a GPU without waiting for it."""
 
     def __init__(self, pipeline: PipelineEngine, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -30,18 +30,18 @@ class StageTimer:
         self._begun = self._ended = self._mark()
         for instruction in (schedule.ForwardPass, schedule.BackwardPass):
             hook_instruction(pipeline, instruction, self._time)
-        # The first one after the last backward pass.
+        # The first instruction after the last backward pass.
         hook_instruction(pipeline, schedule.ReduceTiedGrads, self._end)
 
     def begin(self) -> None:
-        """To be called before each training batch."""
+        """Start a training batch."""
         self._passes.clear()
         self._begun = self._mark()
 
     def seconds(self) -> tuple[float, float]:
-        """Of the last training batch, once the device has finished it: what the forward and backward passes took with
-        the collectives within the stage, and all of it from the batch's begin to the end of the last backward pass."""
-        return sum(self._between(*of_pass) for of_pass in self._passes), self._between(self._begun, self._ended)
+        """Return the times of the last training batch: forward and backward passes with the collectives within the
+        stage, and all from the batch's begin to the end of the last backward pass. Call it when the device is done."""
+        return sum(self._between(*interval) for interval in self._passes), self._between(self._begun, self._ended)
 
     def _time(self, execute: RunInstruction) -> None:
         start = self._mark()

@@ -1,4 +1,4 @@
-"""The model as DeepSpeed's pipeline sees it: embedding | trunk layers | heads with their loss."""
+"""The model as layers of DeepSpeed's pipeline: embedding | trunk layers | heads with their loss."""
 
 import contextlib
 import io
@@ -25,13 +25,13 @@ Phase = Literal["training", "evaluation"]
 
 @contextlib.contextmanager
 def suppress_stdout() -> Iterator[None]:
-    """Drop what DeepSpeed prints while it builds: its topology, partition and memory."""
+    """Suppress what DeepSpeed prints while it builds: its topology, partition and memory."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 def _heads_have_embedding(config: Config) -> bool:
-    """Whether the last stage holds the embedding too: to unembed with it, or to embed the tokens that heads read."""
+    """Return whether the heads' stage has the embedding too, as output layer or to embed tokens that heads read."""
     return config.model.tie_embeddings or config.heads.kind == "sequential"
 
 
@@ -55,7 +55,7 @@ def _add_embedding_weight(embedding: TokenEmbedding, hidden: Tensor) -> HeadsInp
 
 
 class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
-    """The layers of this rank's stage. Their weights have no values yet: the engine sets them."""
+    """The layers of this rank's stage. Their weights are uninitialized until the engine sets them."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config = config
@@ -67,14 +67,14 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self._index = 0
         self.bounds = _stage_bounds(config)
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
-        # Without no_grad the broadcast of shared weights would get into their graph, which warns in every run.
+        # Without no_grad the broadcast of tied weights would enter their graph, which warns in every run.
         with suppress_stdout(), torch.no_grad():
             super().__init__(_layer_specs(config), topology=axes)
         tag_shards(self)
         self._rope_angles = rope_angles(config.model, config.train.sequence_length).to(self.device)
 
     def _partition_layers(self, method: str = "") -> None:
-        """Override of DeepSpeed's: it balances parameters, or layers, and knows nothing of the heads."""
+        """Override of DeepSpeed's, which balances parameters or layers and disregards the heads."""
         self.parts = self.bounds
         self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
 
@@ -119,9 +119,9 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
 
     @property
     def heads(self) -> HeadsWithLoss:
-        """The last stage's heads."""
+        """The heads, on the stage that has them."""
         layer = self.forward_funcs[-1]
-        assert isinstance(layer, HeadsWithLoss), "only the last stage has the heads"
+        assert isinstance(layer, HeadsWithLoss), "topology.holds_loss is False"
         return layer
 
 
@@ -141,7 +141,7 @@ def _layer_specs(config: Config) -> list[LayerSpec]:
 
 
 def _stage_bounds(config: Config) -> list[int]:
-    """Index of each stage's first pipeline layer, and the number of layers at the end."""
+    """Return the index of each stage's first pipeline layer, and after them the number of layers."""
     bounds = [0]
     for layers in trunk_layers_per_stage(config):
         bounds.append(bounds[-1] + layers)

@@ -1,4 +1,4 @@
-"""Whole weights and gradients from the parts that the ranks hold."""
+"""Full weights, gradients and moments from the shards of the ranks, for checkpoints and comparisons."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from mtp_dist.model.sharding import is_sharded, unshard
 
 
 def master_weight(weight: nn.Parameter) -> Tensor:
-    """The fp32 values behind a weight of this rank: the optimizer's copy in bf16, the weight itself in fp32.
+    """Return the fp32 values of a weight of this rank: the optimizer's copy in bf16, the weight itself in fp32.
 
     A collective over the data-parallel group.
     """
@@ -32,34 +32,33 @@ def full_tensors(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
-    local: Callable[[nn.Parameter], Tensor],
+    read: Callable[[nn.Parameter], Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield this stage's tensors one by one by global name, copied to the CPU, on every rank of the stage.
+    """Yield this stage's full tensors one by one by global name, copied to the CPU, on every rank of the stage.
 
-    local gives this rank's part for one of its weights: its value, its gradient or a moment. A tied weight comes from
-    its first stage only.
+    read returns this rank's shard for one of its weights: its value, its gradient or a moment. A tied weight is yielded
+    on its first stage only.
     """
     group = tp_group()
     for name, weight in named_weights(stage):
-        part = local(weight).contiguous()
+        shard = read(weight).contiguous()
         if is_tied_replica(weight):
             continue
+        shards = [shard]
         if topology.tp_size > 1 and is_sharded(weight):
-            parts = [torch.empty_like(part) for _ in range(topology.tp_size)]
-            dist.all_gather(parts, part, group=group)
-        else:
-            parts = [part]
-        yield name, _copied(unshard(parts, weight, shapes[name]))
+            shards = [torch.empty_like(shard) for _ in range(topology.tp_size)]
+            dist.all_gather(shards, shard, group=group)
+        yield name, _copy_to_cpu(unshard(shards, weight, shapes[name]))
 
 
-def _copied(tensor: Tensor) -> Tensor:
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> dict[str, tuple[int, int]]:
-    """The (data-parallel, tensor-parallel) rank that answers for each weight of the stage, by global name.
+def _writers(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topology) -> dict[str, tuple[int, int]]:
+    """Return the (data-parallel, tensor-parallel) rank that writes each weight of the stage, by global name.
 
-    The ranks of a stage each get a run of its weights, of about the same size.
+    Each rank of a stage gets consecutive weights, of about the same total size.
     """
     sizes = {name: math.prod(shapes[name]) for name, weight in named_weights(stage) if not is_tied_replica(weight)}
     ranks, total = topology.tp_size * topology.dp_size, sum(sizes.values())
@@ -71,14 +70,14 @@ def _owners(stage: nn.Module, shapes: dict[str, tuple[int, ...]], topology: Topo
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A copy in host memory of what this rank has of a tensor."""
+    """A copy of this rank's shard of a tensor in host memory."""
 
     values: Tensor
     weight: nn.Parameter
     shape: tuple[int, ...]
-    """Of the whole tensor."""
-    owner: int
-    """The tensor-parallel rank that is to have the whole."""
+    """Shape of the full tensor."""
+    writer: int
+    """Tensor-parallel rank that writes the full tensor."""
 
 
 @torch.no_grad()
@@ -86,50 +85,50 @@ def local_shards(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
-    local: Callable[[nn.Parameter], Tensor],
+    read: Callable[[nn.Parameter], Tensor],
 ) -> dict[str, TensorShard]:
-    """This rank's contribution to its stage's tensors, by global name. `local` is that of `full_tensors`."""
-    owners = _owners(stage, shapes, topology)
-    parts: dict[str, TensorShard] = {}
+    """Return the shards that this rank contributes to its stage's files, by global name. read: see `full_tensors`."""
+    writers = _writers(stage, shapes, topology)
+    shards: dict[str, TensorShard] = {}
     for name, weight in named_weights(stage):
-        values = local(weight)  # of every weight: it may be a collective
-        if is_tied_replica(weight) or owners[name][0] != topology.dp_rank:
+        values = read(weight)  # also if it is not needed here: it may be a collective
+        if is_tied_replica(weight) or writers[name][0] != topology.dp_rank:
             continue
-        owner = owners[name][1]
-        if is_sharded(weight) or owner == topology.tp_rank:
-            parts[name] = TensorShard(_copied(values), weight, shapes[name], owner)
-    return parts
+        writer = writers[name][1]
+        if is_sharded(weight) or writer == topology.tp_rank:
+            shards[name] = TensorShard(_copy_to_cpu(values), weight, shapes[name], writer)
+    return shards
 
 
 @torch.no_grad()
 def gather_full_tensors(
-    parts: dict[str, TensorShard], topology: Topology, group: dist.ProcessGroup
+    shards: dict[str, TensorShard], topology: Topology, group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
-    """The whole tensors that this rank answers for. Empties `parts`, so that memory holds each tensor once.
+    """Return the full tensors that this rank writes. Empty `shards`, so that memory holds each tensor once.
 
-    A collective over `group`, the ranks of the tensor-parallel group, of a backend for the CPU.
+    A collective over `group`, the ranks of the tensor-parallel group, with a backend for the CPU.
     """
-    wholes: dict[str, Tensor] = {}
-    for name in list(parts):
-        part = parts.pop(name)
-        of_all = [part.values]
-        if topology.tp_size > 1 and is_sharded(part.weight):
-            mine = part.owner == topology.tp_rank
-            of_all = [torch.empty_like(part.values) for _ in range(topology.tp_size)] if mine else []
-            dist.gather(part.values, of_all or None, group=group, group_dst=part.owner)
-        if of_all:
-            wholes[name] = unshard(of_all, part.weight, part.shape).contiguous()
-    return wholes
+    tensors: dict[str, Tensor] = {}
+    for name in list(shards):
+        shard = shards.pop(name)
+        gathered = [shard.values]
+        if topology.tp_size > 1 and is_sharded(shard.weight):
+            is_writer = shard.writer == topology.tp_rank
+            gathered = [torch.empty_like(shard.values) for _ in range(topology.tp_size)] if is_writer else []
+            dist.gather(shard.values, gathered or None, group=group, group_dst=shard.writer)
+        if gathered:
+            tensors[name] = unshard(gathered, shard.weight, shard.shape).contiguous()
+    return tensors
 
 
 @contextmanager
 def capture_first_gradients(engine: TrainingEngine, shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, Tensor]]:
-    """Yield a mapping that the first step in this context fills: this stage's whole gradients before clipping."""
+    """Yield a mapping that the first step in this context fills with this stage's full gradients before clipping."""
     gradients: dict[str, Tensor] = {}
 
-    def look() -> None:
+    def capture() -> None:
         if not gradients:
             gradients.update(full_tensors(engine.stage, shapes, engine.topology, reduced_gradient))
 
-    with before_update(engine.pipeline, look):
+    with before_update(engine.pipeline, capture):
         yield gradients
