@@ -1,7 +1,12 @@
-"""A layout's training beside the plain reference's, and how much they may differ."""
+"""Trainings of a sharded model and of the plain reference, and how much they may differ."""
 
 import functools
-from typing import Any
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+import yaml
 
 from mtp_dist.config import Config
 from tests.errors import largest_error, norm_error
@@ -9,20 +14,47 @@ from tests.parity.runs import Run, merge, reference_run, sharded_run
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
 
-Layout = tuple[int, int, int, bool]
-"""(tensor, pipeline, data, sequence)."""
+
+class Layout(NamedTuple):
+    """Degrees of the axes, and whether activations are sequence-parallel."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}{'-sp' if self.sequence else ''}"
 
 
-def name_of(layout: Layout) -> str:
-    tensor, pipeline, data, sequence = layout
-    return f"tp{tensor}-pp{pipeline}-dp{data}{'-sp' if sequence else ''}"
+def parse_case(text: str) -> tuple[Layout, Config]:
+    """Build a configuration from a layout's name and `key=value` words, such as `tp2-pp1-dp1-sp heads.kind=causal`.
+
+    Keys are those of the configuration, and `micro_batches` (default 4).
+    """
+    name, *words = text.split()
+    match = re.fullmatch(r"tp(\d)-pp(\d)-dp(\d)(-sp)?", name)
+    assert match, text
+    layout = Layout(*map(int, match.groups()[:3]), bool(match[4]))
+    values = dict(word.split("=", 1) for word in words)
+    micro_batches = int(values.pop("micro_batches", 4))
+    sections: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in values.items():
+        section, _, field = key.partition(".")
+        sections[section][field] = yaml.safe_load(value)
+    return layout, layout_config(layout, micro_batches, **sections)
 
 
-def layout_config(layout: Layout, accumulation: int, zero_stage: int = 0, **sections: Any) -> Config:
+def layout_config(layout: Layout, micro_batches: int, zero_stage: int = 0, **sections: Any) -> Config:
+    """Build a configuration at a layout with that many micro-batches per step."""
     tensor, pipeline, data, sequence = layout
     parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "zero_stage": zero_stage}
     sections["parallel"] = parallel | sections.get("parallel", {})
-    sections["train"] = {"micro_batch_size": 8 // data // accumulation} | sections.get("train", {})
+    sections["train"] = {"micro_batch_size": 8 // data // micro_batches} | sections.get("train", {})
     return tiny_config(**sections)
 
 
@@ -32,7 +64,7 @@ def _reference(key: str, steps: int) -> Run:
 
 
 def reference_of(config: Config, steps: int) -> Run:
-    """The reference's run: computed once for all layouts and ways to the loss, because it knows none of them."""
+    """Return the reference's run, which is the same at all layouts and for all ways to the loss."""
     plain = config.model_copy(update={"parallel": type(config.parallel)()})
     train = plain.train.model_copy(
         update={"micro_batch_size": 1, "precision": "fp32", "activation_checkpointing": "none"}
@@ -42,12 +74,11 @@ def reference_of(config: Config, steps: int) -> Run:
 
 
 def run_sharded(ranks: Ranks, config: Config, layout: Layout, steps: int) -> Run:
-    tensor, pipeline, data, _ = layout
-    return merge(ranks.run(tensor * pipeline * data, sharded_run, config, steps))
+    return merge(ranks.run(layout.world_size, sharded_run, config, steps))
 
 
 def errors_of(run: Run, truth: Run) -> dict[str, float]:
-    """Largest relative errors of a run."""
+    """Return the largest relative errors of a run."""
     assert run.gradients.keys() == run.weights.keys() == truth.gradients.keys() == truth.weights.keys()
     return {
         "losses": largest_error(run.losses[0], truth.losses[0]),
@@ -77,6 +108,7 @@ def assert_within_bounds(config: Config, errors: dict[str, float]) -> None:
         assert errors[name] <= bound, f"{name}: {errors[name]:.1e}"
 
 
-def assert_equals_reference(ranks: Ranks, config: Config, layout: Layout, steps: int) -> None:
-    """Train that many steps both ways, and compare."""
-    assert_within_bounds(config, errors_of(run_sharded(ranks, config, layout, steps), reference_of(config, steps)))
+def assert_bitwise_equal(one: Run, other: Run) -> None:
+    assert torch.equal(one.losses, other.losses) and torch.equal(one.norms, other.norms)
+    for name, weight in one.weights.items():
+        assert torch.equal(weight, other.weights[name]), name

@@ -1,6 +1,6 @@
-"""Losses of short trainings in full precision, so that a change of numerics does not go unseen.
+"""Losses of short trainings in full precision, which reveal an unintended change of numerics.
 
-`python -m tests.parity.golden` writes `golden.json` again, for a change that is meant.
+`python -m tests.parity.golden` rewrites `golden.json` after an intended change.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.tiny import tiny_config
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 4
 BOUNDS = {"fp32": 2e-6, "bf16": 2e-4}
-"""Largest relative differences: processors with other vector units add in another order."""
+"""Largest relative differences: processors with other vector units sum in another order."""
 CONFIGS: dict[str, Config] = {
     "parallel heads": tiny_config(),
     "sequential heads, tied embeddings": tiny_config(
@@ -30,7 +30,7 @@ CONFIGS: dict[str, Config] = {
 
 
 def golden_run(config: Config) -> dict[str, Any]:
-    """Losses `[step][kind][head]` and gradient norms `[step]` of a training on one rank."""
+    """Return losses `[step][kind][head]` and gradient norms `[step]` of a training on one rank."""
     run = sharded_run(config, STEPS)
     assert run is not None
     return {"losses": run.losses.tolist(), "grad_norms": run.norms.tolist()}

@@ -1,6 +1,7 @@
-"""A training that goes on from a checkpoint, at the layout that saved it or at another.
+"""A training that resumes from a checkpoint, at the layout that saved it or at another.
 
-`python -m tests.parity.resuming > docs/data/resume-matrix.json` opens the checkpoints of every layout at every layout.
+`python -m tests.parity.resuming > docs/data/resume-matrix.json` resumes from the checkpoints of every layout at every
+layout.
 """
 
 import json
@@ -13,42 +14,39 @@ import torch
 
 from mtp_dist.config import Config
 from tests.errors import largest_error, norm_error
-from tests.parity.comparison import Layout, layout_config, name_of
+from tests.parity.comparison import Layout, layout_config
 from tests.ranks import Ranks
 from tests.unit.checkpoint.on_ranks import Part, train_part
 
 MIDDLE, END = 3, 6
-"""Updates before the checkpoint, and in all."""
-ONE, TENSOR, PIPELINE = (1, 1, 1, False), (2, 1, 1, True), (1, 2, 1, False)
-BOTH, DATA, ALL = (2, 2, 1, False), (1, 1, 2, False), (2, 1, 2, False)
-LAYOUTS: list[Layout] = [ONE, TENSOR, PIPELINE, BOTH, DATA, ALL]
+"""Step of the checkpoint, and the last one."""
+ONE, TENSOR, PIPELINE = Layout(1, 1, 1), Layout(2, 1, 1, True), Layout(1, 2, 1)
+BOTH, DATA, ALL = Layout(2, 2, 1), Layout(1, 1, 2), Layout(2, 1, 2)
+LAYOUTS = [ONE, TENSOR, PIPELINE, BOTH, DATA, ALL]
 
 
-def at(layout: Layout, directory: Path, **sections: Any) -> Config:
-    zero_stage = sections.pop("zero_stage", 0)
+def at(layout: Layout, directory: Path, zero_stage: int = 0, **sections: Any) -> Config:
     return layout_config(layout, 2, zero_stage, checkpoint={"directory": str(directory)}, **sections)
 
 
 def run(ranks: Ranks, config: Config, layout: Layout, *arguments: Any) -> Part:
-    """What all stages have together."""
-    tensor, pipeline, data, _ = layout
-    parts = ranks.run(tensor * pipeline * data, train_part, config, *arguments)
+    """Train a part (see `train_part`) and merge the results of all stages."""
+    parts = ranks.run(layout.world_size, train_part, config, *arguments)
     weights = {name: weight for part in parts for name, weight in part.weights.items()}
     return Part(parts[0].losses, weights, {name: moment for part in parts for name, moment in part.moments.items()})
 
 
 def save_in_the_middle(ranks: Ranks, before: Layout, directory: Path, zero_stage: int) -> Part:
-    """Leave a checkpoint at this layout. Returns the training without a stop."""
-    config = at(before, directory, zero_stage=zero_stage)
+    """Save a checkpoint at this layout. Return the uninterrupted training."""
+    config = at(before, directory, zero_stage)
     run(ranks, config, before, 0, MIDDLE)
     return run(ranks, config, before, 0, END, None, False)
 
 
-def errors_elsewhere(ranks: Ranks, after: Layout, directory: Path, zero_stage: int, whole: Part) -> dict[str, float]:
-    """Largest relative errors of the training that goes on at another layout."""
-    config = at(after, directory, zero_stage=zero_stage)
+def resume_errors(ranks: Ranks, after: Layout, directory: Path, zero_stage: int, whole: Part) -> dict[str, float]:
+    """Return the largest relative errors of the training that resumes at another layout."""
+    config = at(after, directory, zero_stage)
     rest = run(ranks, config, after, MIDDLE, END, directory / f"step_{MIDDLE:08d}", False)
-    # The first row only: these heads do not have the other losses.
     losses, expected = (torch.stack(part.losses[-END + MIDDLE :])[:, 0] for part in (rest, whole))
     return {
         "losses": largest_error(losses, expected),
@@ -57,16 +55,15 @@ def errors_elsewhere(ranks: Ranks, after: Layout, directory: Path, zero_stage: i
 
 
 def measure_all_pairs() -> list[dict[str, Any]]:
-    """A row for each pair of layouts, with ZeRO before and without it after, or the other way round."""
+    """Return a row per pair of layouts, with ZeRO before and without it after, or vice versa."""
     ranks, rows = Ranks(4), []
     for before in LAYOUTS:
         for zero_stage in (0, 1):
             with tempfile.TemporaryDirectory() as folder:
                 whole = save_in_the_middle(ranks, before, Path(folder), zero_stage)
                 for after in LAYOUTS:
-                    errors = errors_elsewhere(ranks, after, Path(folder), 1 - zero_stage, whole)
-                    pair = {"before": name_of(before), "after": name_of(after), "zero_stage_before": zero_stage}
-                    rows.append(pair | errors)
+                    errors = resume_errors(ranks, after, Path(folder), 1 - zero_stage, whole)
+                    rows.append({"before": str(before), "after": str(after), "zero_stage_before": zero_stage} | errors)
                     print(rows[-1], file=sys.stderr)
     ranks.close()
     return rows

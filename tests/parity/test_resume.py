@@ -1,4 +1,4 @@
-"""A training that was interrupted equals the one that was not, at the same layout and at others."""
+"""An interrupted training equals the uninterrupted one, at the same layout and at others."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.comparison import Layout, name_of
+from tests.parity.comparison import Layout
 from tests.parity.resuming import (
     ALL,
     BOTH,
@@ -17,7 +17,7 @@ from tests.parity.resuming import (
     ONE,
     PIPELINE,
     at,
-    errors_elsewhere,
+    resume_errors,
     run,
     save_in_the_middle,
 )
@@ -35,7 +35,7 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_layout_is_the_same_to_the_last_bit(ranks: Ranks, tmp_path: Path, name: str) -> None:
+def test_same_layout_is_bitwise_identical(ranks: Ranks, tmp_path: Path, name: str) -> None:
     layout, sections = SAME[name]
     config = at(layout, tmp_path, **sections)
     whole = run(ranks, config, layout, 0, END, None, False)
@@ -47,13 +47,11 @@ def test_same_layout_is_the_same_to_the_last_bit(ranks: Ranks, tmp_path: Path, n
         assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=lambda layout: name_of(layout)
-)
+@pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout) -> None:
     zero_stage = LAYOUTS.index(before) % 2
     whole = save_in_the_middle(ranks, before, tmp_path, zero_stage)
-    errors = errors_elsewhere(ranks, after, tmp_path, 1 - zero_stage, whole)
+    errors = resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole)
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 

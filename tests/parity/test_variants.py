@@ -1,0 +1,144 @@
+"""Every kind of heads, way to the loss and mask of documents equals the plain reference, alone and combined."""
+
+import json
+
+import pytest
+
+from tests.parity.comparison import assert_within_bounds, errors_of, parse_case, reference_of, run_sharded
+from tests.ranks import Ranks
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
+
+APART = "data.loss_across_documents=false data.attention_across_documents=false"
+RECOMPUTE, NAIVE = "heads.loss_mode=recompute", "heads.loss_mode=naive"
+SEQUENTIAL, TIED, SEPARATE = "heads.kind=sequential", "model.tie_embeddings=true", "heads.unembedding=separate"
+FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
+DISTILLED = "heads.distillation=0.5 heads.distillation_top=5"
+ORDERED, ZERO, BF16 = (
+    "heads.token_order=0.7 heads.token_order_window=8",
+    "parallel.zero_stage=1",
+    "train.precision=bf16",
+)
+FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
+
+
+def product(layouts: str, *variants: str) -> list[str]:
+    return [f"{layout} {variant}" for layout in layouts.split() for variant in variants]
+
+
+TWO_STEPS = [
+    # Every kind of heads.
+    *product(
+        "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1 tp2-pp1-dp1-sp",
+        "heads.layers_per_head=2 heads.count=3",
+        *(f"heads.kind={kind}" for kind in ("causal", "anticausal", "linear", "mlp", "sequential")),
+        f"{SEQUENTIAL} heads.repeated=true",
+    ),
+    "tp2-pp2-dp1-sp heads.kind=causal heads.detach=true",
+    "tp1-pp2-dp1 heads.detach=true",
+    f"tp2-pp2-dp1 heads.kind=mlp heads.detach=true {SEPARATE}",
+    f"tp1-pp2-dp1 {SEQUENTIAL} heads.detach=true",
+    f"tp2-pp2-dp1 {SEQUENTIAL} {TIED}",
+    f"tp2-pp2-dp1-sp {SEQUENTIAL} {SEPARATE} {RECOMPUTE}",
+    f"tp2-pp2-dp1-sp {SEQUENTIAL} {NAIVE}",
+    f"tp2-pp1-dp1-sp heads.kind=anticausal {RECOMPUTE}",
+    f"tp2-pp1-dp1 heads.kind=anticausal {NAIVE}",
+    f"tp2-pp2-dp1 {SEQUENTIAL} heads.repeated=true {FULL}",
+    f"tp1-pp2-dp2 {SEQUENTIAL} {ZERO}",
+    # Distances and weights.
+    f"tp2-pp2-dp1 {LEAPS}",
+    "tp1-pp2-dp1 heads.kind=causal heads.count=3 heads.prediction_distances=[1,2,4]",
+    "tp1-pp2-dp1 heads.auxiliary_weight=[[1,0.3],[2,0.1]]",
+    "tp1-pp1-dp2 heads.loss_decay=0.6",
+    # Distillation and token order.
+    f"tp2-pp1-dp1 {DISTILLED}",
+    f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.distillation=0.5 heads.distillation_top=500 {RECOMPUTE}",
+    f"tp2-pp2-dp1 heads.distillation=2.0 heads.distillation_top=3 {LEAPS} heads.chunk_tokens=5 heads.z_loss=0.01"
+    f" {SEPARATE}",
+    f"tp1-pp2-dp2 {DISTILLED} heads.loss_weights=[1,0.3,0.5,0]",
+    f"tp1-pp1-dp2 {SEQUENTIAL} heads.distillation=0.5 {ORDERED}",
+    f"tp2-pp2-dp1 {ORDERED}",
+    f"tp2-pp1-dp1-sp heads.token_order=1.0 heads.token_order_window=20 heads.chunk_tokens=5 {RECOMPUTE}",
+    # In bf16.
+    f"tp2-pp1-dp1 {DISTILLED} {BF16}",
+    f"tp2-pp2-dp1 {ORDERED} {BF16}",
+    f"tp2-pp2-dp1 {SEQUENTIAL} {TIED} {BF16}",
+    f"tp2-pp2-dp1-sp heads.kind=causal heads.detach=true {BF16}",
+    # Ways to the loss; most of `eager`, the default, is in test_layouts.py.
+    *(
+        f"{layout} {mode}"
+        for mode in (RECOMPUTE, NAIVE)
+        for layout in (
+            "tp1-pp1-dp1",
+            f"tp2-pp2-dp1-sp {ZERO}",
+            "tp1-pp2-dp2 micro_batches=1",
+            f"tp4-pp1-dp1 micro_batches=1 {ZERO} {FOUR_GROUPS}",
+            f"tp2-pp2-dp1-sp {BF16}",
+            f"tp1-pp2-dp2 {BF16}",
+        )
+    ),
+    f"tp2-pp2-dp1-sp {ZERO} {SEPARATE}",
+    f"tp1-pp2-dp2 {SEPARATE} heads.z_loss=0.01 {BF16}",
+    f"tp4-pp1-dp1 micro_batches=1 {FOUR_GROUPS} {SEPARATE} heads.z_loss=0.01 heads.chunk_tokens=5",
+    f"tp2-pp2-dp1-sp micro_batches=1 heads.z_loss=0.01 heads.chunk_tokens=5 {FULL}",
+    f"tp2-pp2-dp1-sp {SEPARATE} heads.z_loss=0.01 {RECOMPUTE} heads.chunk_tokens=5",
+    f"tp2-pp2-dp1-sp {ZERO} {RECOMPUTE} {TIED} {FULL}",
+    f"tp4-pp1-dp1 {FOUR_GROUPS} {RECOMPUTE} heads.z_loss=0.01 {SELECTIVE}",
+    f"tp2-pp2-dp1-sp {ZERO} {SEPARATE} heads.z_loss=0.01 {NAIVE}",
+    f"tp1-pp2-dp2 {NAIVE} {TIED}",
+    # Documents that stop attention and targets.
+    *product(
+        "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp3-dp1 tp1-pp1-dp2",
+        *(f"heads.kind={kind} {APART}" for kind in ("parallel", "causal", "sequential")),
+    ),
+    f"tp1-pp4-dp1 {APART}",
+    "tp1-pp3-dp1 data.loss_across_documents=false",
+    "tp1-pp3-dp1 data.attention_across_documents=false",
+    f"tp1-pp3-dp1 {APART} {FULL}",
+    f"tp2-pp2-dp1-sp {APART} {FULL} heads.kind=causal {RECOMPUTE}",
+    f"tp2-pp2-dp1-sp {APART} {SELECTIVE}",
+    f"tp1-pp2-dp1 {APART} {SEQUENTIAL} {NAIVE}",
+    f"tp2-pp2-dp1-sp {APART} {RECOMPUTE} {TIED}",
+    *product("tp1-pp2-dp1", *(f"{APART} heads.kind={kind}" for kind in ("anticausal", "mlp", "linear"))),
+    f"tp1-pp3-dp1 {APART} {SEQUENTIAL} heads.repeated=true heads.layers_per_head=2",
+    f"tp2-pp2-dp1-sp {APART} {LEAPS} {DISTILLED}",
+    f"tp1-pp3-dp1 {APART} {ORDERED}",
+    f"tp2-pp1-dp1-sp {APART} heads.token_order=0.7 heads.token_order_window=20 {RECOMPUTE} heads.chunk_tokens=5",
+    f"tp1-pp2-dp2 {APART} {ZERO}",
+    f"tp2-pp2-dp1-sp {APART} {BF16} {FULL}",
+]
+"""Cases whose first step compares gradients, and the second one what the update made of them."""
+
+VARIANTS = [
+    "heads.count=2 heads.layers_per_head=2",
+    "heads.count=3 heads.loss_weights=[1.0,0.3,0.0]",
+    FOUR_GROUPS,
+    *(
+        f"model.rope_scaling={json.dumps(scaling, separators=(',', ':'))} model.init_std=0.2"
+        for scaling in (LINEAR_ROPE, LLAMA3_ROPE)
+    ),
+    *(f"parallel.partition={partition}" for partition in ("[3,1]", "uniform", "[4,0]")),
+    "train.grad_clip=0.0",
+    "train.grad_clip=0.05",
+]
+THREE_STEPS = [
+    *(f"tp2-pp2-dp1-sp micro_batches=2 {variant}" for variant in VARIANTS),
+    f"tp4-pp1-dp1-sp micro_batches=2 {FOUR_GROUPS}",  # a rank whose vocabulary is all padding
+    *product("tp2-pp2-dp1 tp2-pp2-dp1-sp", SELECTIVE, FULL),
+    *product("tp1-pp1-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2 tp1-pp4-dp1", TIED, f"{TIED} {ZERO}"),
+    *product("tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2", f"{TIED} {BF16}"),
+]
+SIX_STEPS = [
+    f"{layout} heads.kind={kind} heads.schedule={schedule} heads.count=3 train.steps=6"
+    for layout in ("tp2-pp1-dp1-sp", f"tp1-pp2-dp1 {ZERO}")
+    for kind in ("parallel", "sequential")
+    for schedule in ("forward", "reverse")
+]
+STEPS = {2: TWO_STEPS, 3: THREE_STEPS, 6: SIX_STEPS}
+
+
+@pytest.mark.parametrize(("steps", "case"), [(steps, case) for steps, cases in STEPS.items() for case in cases])
+def test_variant_equals_reference(ranks: Ranks, case: str, steps: int) -> None:
+    layout, config = parse_case(case)
+    truth = reference_of(config, steps)
+    assert_within_bounds(config, errors_of(run_sharded(ranks, config, layout, steps), truth))
+    assert ("unembedding.weight" in truth.gradients) == (not config.model.tie_embeddings) or SEPARATE in case
