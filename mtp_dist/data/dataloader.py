@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import Datasets, ValidationSamples
@@ -29,20 +28,6 @@ STEPS_AHEAD = 2
 """Batches that are read before they are needed."""
 
 
-def split_micro_batches(config: Config, samples: Tensor, end_of_document: int) -> list[MicroBatch]:
-    """Split samples `[B, S + lookahead]`, B a multiple of the micro-batch size, and make their targets."""
-    apart = not (config.data.loss_across_documents and config.data.attention_across_documents)
-    documents = document_ids(samples, end_of_document) if apart else None
-    loss_documents = None if config.data.loss_across_documents else documents
-    targets = head_targets(samples, config.heads.distances, config.train.sequence_length, loss_documents)
-    size = config.train.micro_batch_size
-    count = -(-len(samples) // size)
-    document_parts = repeat(None, count) if documents is None else documents.split(size)
-    return [
-        MicroBatch(*part) for part in zip(samples.split(size), targets.split(size, dim=1), document_parts, strict=True)
-    ]
-
-
 class Batches:
     """The batches of this rank; a background thread reads the next steps' and makes their targets.
 
@@ -56,6 +41,7 @@ class Batches:
         self.config = config
         self.topology = topology
         self.datasets = datasets
+        self._distances = config.heads.distances
         self.needs_data = topology.reads_tokens or topology.holds_loss or not config.data.attention_across_documents
         self.samples_read = samples_read
         """Samples of the global batches up to the last step that was asked for."""
@@ -129,7 +115,16 @@ class Batches:
         return self._batch(self._split(tokens)), samples.state()
 
     def _split(self, samples: NDArray[np.int64]) -> list[MicroBatch]:
-        return split_micro_batches(self.config, torch.from_numpy(samples), self.datasets.tokenizer.end_of_document)
+        """Split samples `[B, S + lookahead]`, B a multiple of the micro-batch size, and make their targets."""
+        data, train, tokens = self.config.data, self.config.train, torch.from_numpy(samples)
+        apart = not (data.loss_across_documents and data.attention_across_documents)
+        documents = document_ids(tokens, self.datasets.tokenizer.end_of_document) if apart else None
+        loss_documents = None if data.loss_across_documents else documents
+        targets = head_targets(tokens, self._distances, train.sequence_length, loss_documents)
+        size = train.micro_batch_size
+        document_parts = repeat(None, len(tokens) // size) if documents is None else documents.split(size)
+        parts = zip(tokens.split(size), targets.split(size, dim=1), document_parts, strict=True)
+        return [MicroBatch(*part) for part in parts]
 
     def _batch(self, micro_batches: list[MicroBatch]) -> TrainBatch:
         """Return the batch, in pinned memory if it goes to a GPU."""

@@ -115,7 +115,7 @@ class TrainingEngine:
         finite = isfinite(grad_norm)  # the same on all ranks, see _agree_and_update
         self.optimizer_updates += finite
         return StepResult(
-            heads=head_metrics(self.config, HeadSums.from_tensor(sums), schedule),
+            heads=head_metrics(self.config, HeadSums(*sums.unbind(-1)), schedule),
             grad_norm=grad_norm,
             grad_norms_by_module=dict(zip(self.gradient_monitor.modules, squared_norms.sqrt().tolist(), strict=True)),
             skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
@@ -128,8 +128,8 @@ class TrainingEngine:
         """Return the active heads' metrics without training."""
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
-        [sums] = _sum_over_ranks(self._local_sums())
-        return head_metrics(self.config, HeadSums.from_tensor(sums.cpu()), schedule)
+        self._sum_over_ranks()
+        return head_metrics(self.config, HeadSums(*self._totals[0].cpu().unbind(-1)), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -141,7 +141,7 @@ class TrainingEngine:
         signals = monitor.squared_norms.new_zeros(NSIG)
         if number := self._stop_signal():
             signals[number] = 1
-        self._totals = _sum_over_ranks(self._local_sums(), monitor.squared_norms, monitor.fault, signals)
+        self._sum_over_ranks(monitor.squared_norms, monitor.fault, signals)
         sums, _, fault, _ = self._totals
         monitor.add_fault(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
         update(*args)
@@ -163,11 +163,18 @@ class TrainingEngine:
         scales = torch.cat([counts.new_tensor(schedule.loss_weights) * per_target, token_order_scale])
         self.stage.heads.begin(scales.float(), schedule.active_heads)
 
-    def _local_sums(self) -> Tensor:
-        """Return this rank's HeadSums over its micro-batches as one tensor; 0 if another rank has them."""
+    def _sum_over_ranks(self, *others: Tensor) -> None:
+        """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
         if self.topology.holds_loss and self.topology.tp_rank == 0:
-            return self.stage.heads.sums.tensor
-        return HeadSums.zeros(self.config.heads.count, self.topology.device).tensor
+            sums = torch.stack(self.stage.heads.sums, -1)
+        else:  # the same columns
+            shape = self.config.heads.count + 1, len(HeadSums._fields)
+            sums = torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
+        tensors = [sums, *others]
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        parts = together.split([tensor.numel() for tensor in tensors])
+        self._totals = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
@@ -196,33 +203,27 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     return engine
 
 
-def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Return the sums over all ranks, by one collective."""
-    together = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(together)
-    parts = together.split([tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def head_metrics(config: Config, sums: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
+def head_metrics(config: Config, columns: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
     """Return the active heads' metrics from the sums over all ranks."""
-    targets, losses, correct, distillation = (
-        column[: schedule.active_heads]
-        for column in (sums.targets, sums.cross_entropy, sums.correct, sums.soft_cross_entropy)
+    heads = config.heads
+    has_target = (columns.targets[: schedule.active_heads] > 0).tolist()
+    losses, accuracies, distillation = (
+        tuple(
+            total / target if has else None
+            for total, target, has in zip(column.tolist(), columns.targets.tolist(), has_target, strict=False)
+        )
+        for column in (columns.cross_entropy, columns.correct, columns.soft_cross_entropy)
     )
-    losses, correct, distillation = (column / targets.clamp(min=1) for column in (losses, correct, distillation))
-    token_order = float(sums.token_order.soft_cross_entropy / targets[0].clamp(min=1))
-    objectives = losses + config.heads.distillation * distillation
-    objective = sum(w * loss for w, loss in zip(schedule.loss_weights, objectives.tolist(), strict=False))
-    has_target = [number > 0 for number in targets.tolist()]
-
-    def reported(means: Tensor) -> tuple[float | None, ...]:
-        return tuple(mean if has else None for mean, has in zip(means.tolist(), has_target, strict=True))
-
+    token_order = float(columns.soft_cross_entropy[-1] / columns.targets[0].clamp(min=1))
+    objective = sum(
+        weight * (loss + heads.distillation * (soft or 0.0))
+        for weight, loss, soft in zip(schedule.loss_weights, losses, distillation, strict=False)
+        if loss is not None
+    )
     return HeadMetrics(
-        losses=reported(losses),
-        accuracies=reported(correct),
-        distillation=reported(distillation)[1:] if config.heads.distillation else (),
-        token_order=token_order if config.heads.token_order and has_target[0] else None,
-        total=objective + config.heads.token_order * token_order if any(has_target) else None,
+        losses=losses,
+        accuracies=accuracies,
+        distillation=distillation[1:] if heads.distillation else (),
+        token_order=token_order if heads.token_order and has_target[0] else None,
+        total=objective + heads.token_order * token_order if any(has_target) else None,
     )

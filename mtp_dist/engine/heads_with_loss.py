@@ -24,6 +24,7 @@ class HeadsWithLoss(PredictionHeads):
 
     def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__(config, megatron)
+        self.vocabulary = Vocabulary(config.vocab_size, IGNORE_INDEX, tp_group())
         self.begin(torch.zeros(config.heads.count + 1), config.heads.count)
 
     def begin(self, scales: Tensor, active_heads: int) -> None:
@@ -63,7 +64,7 @@ class HeadsWithLoss(PredictionHeads):
             targets=targets,
             active_heads=self.active_heads,
             scales=self.scales,
-            vocabulary=Vocabulary(self.config.vocab_size, IGNORE_INDEX, tp_group()),
+            vocabulary=self.vocabulary,
             z_loss=heads.z_loss,
             chunk_tokens=heads.chunk_tokens,
             sequence_parallel=self.config.parallel.sequence,

@@ -22,14 +22,14 @@ def derived(**sections: Any) -> dict[str, Any]:
     ("precision", "configured", "stage"), [("fp32", 0, 0), ("fp32", 1, 1), ("bf16", 0, 1), ("bf16", 1, 1)]
 )
 def test_derived_values(precision: str, configured: int, stage: int) -> None:
-    train = {"precision": precision, "global_batch_size": 24, "micro_batch_size": 3, "grad_clip": 0.5}
+    train = {"precision": precision, "global_batch_size": 24, "micro_batch_size": 6, "grad_clip": 0.5}
     values = derived(train=train, parallel={"zero_stage": configured})
     expected = {
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "train_batch_size": 24,
-        "train_micro_batch_size_per_gpu": 3,
+        "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 0.5,
     }
