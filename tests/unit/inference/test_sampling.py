@@ -1,4 +1,4 @@
-"""Continuations of a text."""
+"""Samples of text from head 1."""
 
 import pytest
 import torch
@@ -13,74 +13,67 @@ END_OF_DOCUMENT = 9
 PROMPT = [3, 1, 4, 1, 5]
 
 
-class WatchedModel(ReferenceModel):
-    """Remembers what it was asked."""
+class RecordingModel(ReferenceModel):
+    """Records the tokens of every call."""
 
     def __init__(self, **data: bool) -> None:
         sections = {"train": {"sequence_length": 8}, "model": {"init_std": 0.3, "vocab_size": VOCAB_SIZE}, "data": data}
         super().__init__(tiny_config(**sections))
-        self.seen: list[list[int]] = []
+        self.contexts: list[list[int]] = []
 
     def next_token_logits(self, tokens: Tensor) -> Tensor:
-        self.seen.append(tokens[0].tolist())
+        self.contexts.append(tokens[0].tolist())
         return super().next_token_logits(tokens)
 
-
-def continuation(model: WatchedModel, prompt: list[int], tokens: int, temperature: float, seed: int) -> list[int]:
-    return sample_continuation(model, prompt, tokens, temperature, seed, END_OF_DOCUMENT)
+    def sample(self, prompt: list[int], tokens: int, temperature: float = 1.0, seed: int = 1) -> list[int]:
+        self.contexts.clear()
+        return sample_continuation(self, prompt, tokens, temperature, seed, END_OF_DOCUMENT)
 
 
 @pytest.fixture(scope="module")
-def model() -> WatchedModel:
-    return WatchedModel()
+def model() -> RecordingModel:
+    return RecordingModel()
 
 
-def test_repeats_by_seed(model: WatchedModel) -> None:
-    first, second, other = (continuation(model, PROMPT, 12, 1.0, seed) for seed in (1, 1, 2))
+def test_repeats_by_seed(model: RecordingModel) -> None:
+    first, second, other = (model.sample(PROMPT, 12, seed=seed) for seed in (1, 1, 2))
     assert first == second != other
     assert len(first) == 12 and all(0 <= token < VOCAB_SIZE for token in first)
     torch.manual_seed(7)
-    assert continuation(model, PROMPT, 12, 1.0, 1) == first, "the global generator does not matter"
-    assert continuation(model, PROMPT, 5, 1.0, 1) == first[:5]
+    assert model.sample(PROMPT, 12) == first, "the global generator does not matter"
+    assert model.sample(PROMPT, 5) == first[:5] and model.sample(PROMPT, 0) == []
 
 
-def test_sees_the_last_tokens_only(model: WatchedModel) -> None:
+def test_context_is_the_last_tokens(model: RecordingModel) -> None:
     prompt = list(PROMPT)
-    model.seen.clear()
-    text = prompt + continuation(model, prompt, 10, 1.0, 1)
+    text = prompt + model.sample(prompt, 10)
     assert prompt == PROMPT, "the caller's list is untouched"
-    assert model.seen == [text[max(0, end - 8) : end] for end in range(5, 15)]
-    model.seen.clear()
-    continuation(model, list(range(20)), 1, 1.0, 1)
-    assert model.seen == [list(range(12, 20))]
+    assert model.contexts == [text[max(0, end - 8) : end] for end in range(5, 15)]
+    model.sample(list(range(20)), 1)
+    assert model.contexts == [list(range(12, 20))]
 
 
-def test_cold_is_greedy(model: WatchedModel) -> None:
+def test_cold_is_greedy(model: RecordingModel) -> None:
     text = list(PROMPT)
     for _ in range(10):
         text.append(int(model.next_token_logits(torch.tensor([text[-8:]]))[0, -1].argmax()))
-    assert continuation(model, PROMPT, 10, 1e-6, 1) == text[5:]
-    assert continuation(model, PROMPT, 10, 5.0, 1) != text[5:]
+    assert model.sample(PROMPT, 10, 1e-6) == text[5:] != model.sample(PROMPT, 10, 5.0)
 
 
-def test_draws_from_head_1_at_that_temperature(model: WatchedModel) -> None:
-    draws = [continuation(model, PROMPT, 1, 2.0, seed)[0] for seed in range(1500)]
+def test_draws_from_head_1_at_that_temperature(model: RecordingModel) -> None:
+    draws = [model.sample(PROMPT, 1, 2.0, seed)[0] for seed in range(1500)]
     shares = torch.bincount(torch.tensor(draws), minlength=VOCAB_SIZE) / len(draws)
     with torch.no_grad():
         expected = (model.next_token_logits(torch.tensor([PROMPT]))[0, -1] / 2.0).softmax(-1)
     assert float((shares - expected).abs().sum()) < 0.15
 
 
-def test_no_tokens(model: WatchedModel) -> None:
-    assert continuation(model, PROMPT, 0, 1.0, 1) == []
-
-
-def test_sees_what_training_showed_of_documents() -> None:
+def test_context_has_the_documents_of_training() -> None:
     prompt = [9, 3, 1, 9, 4, 1, 5, 9, 2]
-    stream, documents = WatchedModel(loss_across_documents=False), WatchedModel(attention_across_documents=False)
-    text = prompt + continuation(stream, prompt, 3, 1.0, 1)
-    assert stream.seen == [text[end - 8 : end] for end in range(9, 12)]
-    continuation(documents, prompt, 1, 1.0, 1)
-    continuation(documents, prompt[:-1], 1, 1.0, 1)
-    continuation(documents, prompt[:1], 1, 1.0, 1)
-    assert documents.seen == [[2], [4, 1, 5, 9], [9]], "an end-of-document token belongs to the document before it"
+    stream, documents = RecordingModel(loss_across_documents=False), RecordingModel(attention_across_documents=False)
+    text = prompt + stream.sample(prompt, 3)
+    assert stream.contexts == [text[end - 8 : end] for end in range(9, 12)]
+    # An end-of-document token belongs to the document before it.
+    for given, context in [(prompt, [2]), (prompt[:-1], [4, 1, 5, 9]), (prompt[:1], [9])]:
+        documents.sample(given, 1)
+        assert documents.contexts == [context]

@@ -1,4 +1,4 @@
-"""Counts against shapes that are written out here one by one, and peaks by the names that drivers report."""
+"""Parameters and FLOPs from the shapes of matrices, and peaks by the names that drivers report."""
 
 import math
 from typing import Any
@@ -15,16 +15,16 @@ def make_config(heads: dict[str, Any], sequence_length: int, **model: Any) -> Co
     return resolve(config, model.get("vocab_size", 101), 1)
 
 
-def small_config(**changes: Any) -> Config:
+def small_config(heads: dict[str, Any] | None = None, **model: Any) -> Config:
     """D = 48, 6 attention heads of 8 channels in 2 groups, F = 80; 3 trunk layers, 2 heads of 2 layers, S = 10."""
-    model = {
+    shape = {
         "hidden_size": 48,
         "trunk_layers": 3,
         "num_attention_heads": 6,
         "num_query_groups": 2,
         "ffn_hidden_size": 80,
     }
-    return make_config({"count": 2, "layers_per_head": 2}, 10, **(model | changes))
+    return make_config({"count": 2, "layers_per_head": 2} | (heads or {}), 10, **(shape | model))
 
 
 # query, key, value, projection, gate, up, down
@@ -44,34 +44,19 @@ def test_counts_equal_the_shapes() -> None:
     assert counts.total == counts.trunk + counts.heads + counts.embeddings
 
 
-def test_tied_embeddings_count_once_but_still_multiply() -> None:
-    tied = small_config(tie_embeddings=True)
-    assert parameter_counts(tied).embeddings == 101 * 48
-    assert model_flops_per_token(tied, tied.heads.count) == model_flops_per_token(
-        small_config(), small_config().heads.count
-    )
-
-
-def test_separate_unembeddings_count_each_but_multiply_like_a_shared_one() -> None:
-    sections = small_config().model_dump(mode="json")
-    separate = resolve(build_config(sections | {"heads": sections["heads"] | {"unembedding": "separate"}}), 101, 1)
-    assert parameter_counts(separate).embeddings == size((101, 48), *[(101, 48)] * 2)
-    assert parameter_counts(separate).heads == parameter_counts(small_config()).heads
-    assert model_flops_per_token(separate, separate.heads.count) == model_flops_per_token(
-        small_config(), small_config().heads.count
-    )
+@pytest.mark.parametrize(
+    ("changes", "matrices"), [({"tie_embeddings": True}, 1), ({"heads": {"unembedding": "separate"}}, 3)]
+)
+def test_other_unembeddings_multiply_like_a_shared_one(changes: dict[str, Any], matrices: int) -> None:
+    config, plain = small_config(**changes), small_config()
+    assert parameter_counts(config).embeddings == matrices * 101 * 48
+    assert parameter_counts(config).heads == parameter_counts(plain).heads
+    assert model_flops_per_token(config, 2) == model_flops_per_token(plain, 2)
 
 
 def a_7b_model(trunk_layers: int, **heads: Any) -> Config:
-    return make_config(
-        heads,
-        4096,
-        vocab_size=32000,
-        hidden_size=4096,
-        trunk_layers=trunk_layers,
-        num_attention_heads=32,
-        ffn_hidden_size=11008,
-    )
+    shape = {"vocab_size": 32000, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008}
+    return make_config(heads, 4096, trunk_layers=trunk_layers, **shape)
 
 
 def test_a_7b_model() -> None:
@@ -88,21 +73,21 @@ def test_a_7b_model() -> None:
 
 def test_other_kinds_of_heads_on_a_7b_model() -> None:
     layer, square = 202_383_360, 4096**2
-    of_heads = {
+    expected = {
         "causal": 4 * layer,
         "anticausal": 4 * layer,
         "linear": 4 * square,
         "mlp": 3 * square,
         "sequential": 3 * (layer + 2 * square + 2 * 4096),
     }
-    for kind, parameters in of_heads.items():
+    for kind, parameters in expected.items():
         counts = parameter_counts(a_7b_model(28, count=4, kind=kind))
         assert counts.heads == parameters + 4096, kind
         assert (counts.trunk, counts.embeddings) == (28 * layer, 262_144_000)
     repeated = parameter_counts(a_7b_model(28, count=4, kind="sequential", repeated=True))
     assert repeated.heads == layer + 2 * square + 2 * 4096 + 4096
-    further = parameter_counts(a_7b_model(28, count=4, unembedding="separate", token_order=1.0))
-    assert further.embeddings == (1 + 4 + 1) * 32000 * 4096
+    separate = parameter_counts(a_7b_model(28, count=4, unembedding="separate", token_order=1.0))
+    assert separate.embeddings == (1 + 4 + 1) * 32000 * 4096
 
 
 def test_flops_of_every_matrix_product() -> None:
@@ -110,7 +95,7 @@ def test_flops_of_every_matrix_product() -> None:
     layers, query_channels, keys = 3 + 2 * 2, 48, 10
     scores, values = 2 * query_channels * keys, 2 * keys * query_channels
     forward = layers * (2 * size(*LAYER_MATRICES) + scores + values) + 2 * (2 * 48 * 101)
-    assert model_flops_per_token(small_config(), small_config().heads.count) == 3 * forward
+    assert model_flops_per_token(small_config(), 2) == 3 * forward
 
 
 @pytest.mark.parametrize("kind", ["parallel", "linear", "mlp", "sequential"])

@@ -1,4 +1,4 @@
-"""Trunk layers of the stages."""
+"""Trunk layers of each pipeline stage."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ def config_of(
 
 
 def compositions(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
-    """Every way to give each stage but the last at least one layer."""
+    """Yield every partition that gives each stage except the last at least one layer."""
     for others in itertools.product(range(1, layers + 1), repeat=stages - 1):
         if sum(others) <= layers:
             yield (*others, layers - sum(others))
 
 
 def heads_cost(config: Config) -> float:
-    """In trunk layers, from the shapes of the matrices: D = 32, 4 attention heads in 2 groups, F = 48."""
+    """Return the cost in trunk layers, from the matrices: D = 32, 4 attention heads in 2 groups, F = 48."""
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     return config.heads.count * (config.heads.layers_per_head * layer + config.vocab_size * 32) / layer
 
@@ -77,7 +77,7 @@ def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> No
         (5, 1, [5], (5,)),
         (5, 1, "balanced", (5,)),
         (4, 4, "balanced", (1, 1, 2, 0)),
-        # 131 entries of 32 numbers are 0.545 of a layer's 7680: two heads cost 3.09 layers.
+        # 131 tokens of 32 numbers are 0.545 of a layer's 7680: two heads cost 3.09 layers.
         (12, 2, "balanced", (8, 4)),
     ],
 )
