@@ -22,7 +22,7 @@ def blended(weights, seed=1, sizes=None):
     """Samples that advance by two tokens."""
     sizes = sizes or [5] * len(weights)
     tokens = [np.arange(j * SOURCE_TOKENS, j * SOURCE_TOKENS + 2 * size + 1) for j, size in enumerate(sizes)]
-    return BlendedSamples([PackedCorpus(of_source, 2, 1) for of_source in tokens], weights, seed)
+    return BlendedSamples([PackedCorpus(source_tokens, 2, 1) for source_tokens in tokens], weights, seed)
 
 
 def first_tokens(samples, indices):
