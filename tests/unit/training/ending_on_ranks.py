@@ -1,13 +1,15 @@
-"""A whole run on every rank, of which the order of its last acts is recorded."""
+"""A complete run on every rank that records the order of its last actions."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def order_of_the_end(config: Path) -> list[str]:
-    """Train, and return what this rank does after the last save."""
+    """Train, and return what this rank does after its last save."""
     import torch.distributed as dist
 
     from mtp_dist import pretrain, run
@@ -15,27 +17,18 @@ def order_of_the_end(config: Path) -> list[str]:
     done: list[str] = []
 
     def recorded(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*arguments: Any, **options: Any) -> Any:
-            done.append(name)
-            return action(*arguments, **options)
-
-        return record
+        return lambda *arguments, **options: (done.append(name), action(*arguments, **options))[1]
 
     def sample(*_: Any) -> str:
         written = (config.parent / "out" / "summary.json").exists()
         done.append("sample, with a summary" if written else "sample, without a summary")
         return "def f"
 
-    saved = run._sample, run.close_topology, dist.barrier
-    run._sample = sample
-    run.close_topology = recorded("close", run.close_topology)
-    dist.barrier = recorded("barrier", dist.barrier)
     os.environ.setdefault("LOCAL_RANK", "0")
-    try:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
+        patch.setattr(run, "_sample", sample)
+        patch.setattr(run, "close_topology", recorded("close", run.close_topology))
+        patch.setattr(dist, "barrier", recorded("barrier", dist.barrier))
         pretrain.main(["--config", str(config)])
-    except SystemExit as end:
-        assert not end.code, end.code
-    finally:
-        run._sample, run.close_topology, dist.barrier = saved
     last = max((index for index, name in enumerate(done) if name == "barrier"), default=-1)
     return [name for index, name in enumerate(done) if name != "barrier" or index == last]

@@ -87,19 +87,18 @@ def train(
     from mtp_dist.checkpoint.restore import restore
     from mtp_dist.checkpoint.saver import CheckpointSaver
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.engine.engine import build_engine
+    from mtp_dist.distributed.topology import new_gloo_groups
     from mtp_dist.monitoring.logs import configure_logging
     from mtp_dist.monitoring.rank0 import rank0_callbacks
     from mtp_dist.training.stopping import StopSignals
     from mtp_dist.training.trainer import Trainer
+    from tests.engines import open_engine
 
     config = load_resolved(path)
-    topology = initialize_topology(config, select_device(config))
+    engine = open_engine(config)
+    topology = engine.topology
     configure_logging(topology.rank)
     groups, datasets = new_gloo_groups(topology), load_datasets(config)
-    engine = build_engine(config, topology)
     point, samples_read = None, 0
     if start:
         folder, samples_read = start
@@ -113,18 +112,9 @@ def train(
         step = point.step if point else 0
         callbacks = rank0_callbacks(config, topology, datasets.validation, [""] * topology.world_size, step)
     saver = CheckpointSaver(config, engine, groups)
-    trainer = Trainer(
-        config=config,
-        engine=engine,
-        datasets=datasets,
-        saver=saver,
-        callbacks=CallbackList([*callbacks, recorder]),
-        stop_signals=StopSignals(),
-        watchdog=watchdog,
-        gloo_group=groups.all,
-        resume_point=point,
-        samples_read=samples_read,
-    )
+    observers, signals = CallbackList([*callbacks, recorder]), StopSignals()
+    run = (config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
+    trainer = Trainer(*run)
     trainer.train_step = with_skips(trainer.train_step, skips)  # type: ignore[method-assign]
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
     trainer.spikes = FakeSpikes(spikes)

@@ -14,7 +14,7 @@ from tests.tiny import load_resolved
 
 
 class Events(Callback):
-    """Records what happens on a rank, and lets a signal reach it during the step `signalled_in`."""
+    """Records the events of a rank, and lets a signal reach it during the step `signalled_in`."""
 
     def __init__(self, signals: StopSignals, signalled_in: int | None) -> None:
         self.signals = signals
@@ -36,17 +36,14 @@ class Events(Callback):
 def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     """Return whether the training reached its last step, and the events."""
     from mtp_dist.data.datasets import load_datasets
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-    from mtp_dist.engine.engine import build_engine
+    from mtp_dist.distributed.topology import new_gloo_groups
     from mtp_dist.training.trainer import Trainer
+    from tests.engines import open_engine
 
-    config = load_resolved(path)
-    topology = initialize_topology(config, select_device(config))
-    engine = build_engine(config, topology)
-    signals = StopSignals()
+    config, signals = load_resolved(path), StopSignals()
+    engine, datasets = open_engine(config), load_datasets(config)
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
     saver = SimpleNamespace(save=lambda state, last: callback.events.append(f"save {state.step}"), join=lambda: None)
-    watchdog, group = Watchdog(None, topology.rank), new_gloo_groups(topology).all
-    trainer = Trainer(config, engine, load_datasets(config), saver, callback, signals, watchdog, group)  # type: ignore[arg-type]
+    watchdog, group = Watchdog(None, engine.topology.rank), new_gloo_groups(engine.topology).all
+    trainer = Trainer(config, engine, datasets, saver, callback, signals, watchdog, group)  # type: ignore[arg-type]
     return trainer.fit().reason is StopReason.LAST_STEP, ", ".join(callback.events)

@@ -1,4 +1,4 @@
-"""What counts as a jump of the loss."""
+"""Which losses count as spikes."""
 
 import random
 
@@ -11,27 +11,25 @@ def noisy(mean: float) -> float:
     return mean + NUMBERS.gauss(0, 0.03)
 
 
-def test_a_jump_is_told_with_its_size() -> None:
+def test_spike_is_described_and_does_not_mask_the_next_one() -> None:
     detector = SpikeDetector(6.0)
     losses = [2.0 + 0.1 * (-1) ** index for index in range(WINDOW)]
-    assert not any(map(detector.update, losses))
-    assert detector.update(2.59) is None
+    assert not any(map(detector.update, losses)) and detector.update(2.59) is None
     detector.restore(losses)
-    assert (
-        detector.update(1e9) == f"head 1's loss is {1e9:.4f}, the mean of the {WINDOW} steps before is 2.0000 +- 0.1000"
-    )
+    expected = f"head 1's loss is {1e9:.4f}, the mean of the {WINDOW} steps before is 2.0000 +- 0.1000"
+    assert detector.update(1e9) == expected
     assert detector.update(2.5) is None
-    assert detector.update(2.8) is not None, "the first one does not hide it"
+    assert detector.update(2.8) is not None
     assert SpikeDetector(None).update(1e9) is None
 
 
-def test_a_loss_that_stays_higher_is_one_for_some_steps() -> None:
+def test_lasting_rise_is_a_spike_for_some_steps() -> None:
     detector = SpikeDetector(6.0)
-    told = [detector.update(noisy(2.0 if step < 1000 else 2.5)) is not None for step in range(2000)]
-    assert told[1000] and sum(told) < 20 and not any(told[1020:])
+    spikes = [detector.update(noisy(2.0 if step < 1000 else 2.5)) is not None for step in range(2000)]
+    assert spikes[1000] and sum(spikes) < 20 and not any(spikes[1020:])
 
 
-def test_after_going_far_back_the_losses_from_there_are_none() -> None:
+def test_restored_detector_compares_with_earlier_losses() -> None:
     def losses(first: int, last: int) -> list[float]:
         return [noisy(2 + 3 / (1 + step / 500)) for step in range(first, last)]
 
@@ -39,20 +37,18 @@ def test_after_going_far_back_the_losses_from_there_are_none() -> None:
     assert not any(map(detector.update, losses(0, 1000)))
     saved = detector.losses
     assert not any(map(detector.update, losses(1000, 2000))) and detector.update(4.5)
-    assert detector.update(losses(1000, 1001)[0]), "which is why a checkpoint has them"
+    assert detector.update(losses(1000, 1001)[0]), "without restoring, a repeated step is a spike"
     for restored in (detector, other):
         restored.restore(saved)
         assert restored.losses == saved and not any(map(restored.update, losses(1000, 2000)))
 
 
-def test_a_falling_loss_with_noise_has_none() -> None:
-    numbers = random.Random(0)
-    detector = SpikeDetector(6.0)
+def test_noisy_falling_loss_has_no_spike() -> None:
+    numbers, detector = random.Random(0), SpikeDetector(6.0)
     assert not any(detector.update(5 / (1 + step / 100) + numbers.gauss(0, 0.05)) for step in range(2000))
 
 
-def test_nothing_is_a_spike_before_the_window_is_full() -> None:
+def test_no_loss_is_a_spike_until_the_window_is_full() -> None:
     detector = SpikeDetector(6.0)
     assert not any(detector.update(float(step % 2)) for step in range(WINDOW - 1))
-    assert detector.update(1.0) is None
-    assert detector.update(200.0)
+    assert detector.update(1.0) is None and detector.update(200.0)

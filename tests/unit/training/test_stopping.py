@@ -1,4 +1,4 @@
-"""Which signals are noted, what a second SIGTERM does, and that all ranks stop after the same step."""
+"""Which signals are recorded, what a second one does, and that all ranks stop after the same step."""
 
 import os
 import signal
@@ -17,36 +17,53 @@ from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.unit.training.stopping_on_ranks import train
 
-SECONDS_TO_WAIT = 20
+TIMEOUT_S = 20
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS_TO_WAIT
+    deadline = time.monotonic() + TIMEOUT_S
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_noted(number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    "numbers", [*([number] for number in STOP_SIGNALS), [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]]
+)
+def test_signals_are_recorded(numbers: list[signal.Signals]) -> None:
+    """One SIGTERM may arrive twice, and after another signal."""
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals() as signals:
         assert signals.received == 0
-        os.kill(os.getpid(), number)
-        wait_until(lambda: signals.received == number)
-
-
-def test_one_sigterm_may_arrive_twice_and_after_another_signal() -> None:
-    with StopSignals() as signals:
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+        assert all(signal.getsignal(number) not in before for number in STOP_SIGNALS)
+        for number in numbers:
             os.kill(os.getpid(), number)
             wait_until(lambda number=number: signals.received == number)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# The main thread waits inside a call of a C library, as in a collective with a rank that is gone.
+STUCK = """
+import ctypes, os, signal, threading, time
+from mtp_dist.training import stopping
+stopping.SIGNAL_DEBOUNCE_S = 0.0
+with stopping.StopSignals() as signals:
+    def report():
+        while not signals.received:
+            time.sleep(0.01)
+        print(signals.received, flush=True)
+    threading.Thread(target=report).start()
+    print("ready", flush=True)
+    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
+"""
 
 
 @contextmanager
 def started(program: str) -> Iterator[subprocess.Popen[str]]:
-    """A program that has said that it is ready, and that is killed in the end, or if it takes too long."""
+    """Start a program, wait for its "ready", and kill it at the end or if it takes too long."""
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    killer = threading.Timer(SECONDS_TO_WAIT, process.kill)
+    killer = threading.Timer(TIMEOUT_S, process.kill)
     killer.start()
     try:
         assert process.stdout and process.stdout.readline() == "ready\n"
@@ -57,55 +74,27 @@ def started(program: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_handlers_are_as_before_in_the_end() -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with StopSignals():
-        assert all(signal.getsignal(number) not in before for number in STOP_SIGNALS)
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
-    assert signal.set_wakeup_fd(-1) == -1
-
-
-# The main thread waits inside one call of a C library, as in a collective with a rank that is gone.
-STUCK = """
-import ctypes, os, signal, threading, time
-from mtp_dist.training import stopping
-stopping.SIGNAL_DEBOUNCE_S = 0.0
-with stopping.StopSignals() as signals:
-    def say():
-        while not signals.received:
-            time.sleep(0.01)
-        print(signals.received, flush=True)
-    threading.Thread(target=say).start()
-    print("ready", flush=True)
-    ctypes.CDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)
-"""
-
-
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGTERM, *(pytest.param(n) for n in (signal.SIGINT, signal.SIGHUP))],
-)
-def test_a_second_signal_ends_a_process_that_is_stuck(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_second_signal_ends_a_stuck_process(number: signal.Signals) -> None:
     with started(STUCK) as process:
         assert process.stdout
         process.send_signal(number)
         assert process.stdout.readline() == f"{number.value}\n"
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(SECONDS_TO_WAIT) == 128 + number
+        assert process.wait(TIMEOUT_S) == 128 + number
 
 
-def test_signals_that_the_process_was_started_to_ignore_stay_ignored() -> None:
-    """As SIGHUP under nohup, and SIGINT in a shell's background job."""
-    program = "import signal\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n" + STUCK
-    with started(program) as process:
+def test_inherited_ignored_signals_stay_ignored() -> None:
+    """Such as SIGHUP under nohup, and SIGINT in a shell's background job."""
+    with started("import signal\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n" + STUCK) as process:
         assert process.stdout
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             process.send_signal(number)
         assert process.stdout.readline() == f"{signal.SIGUSR1.value}\n"
 
 
-# Saved first, since the time may be short. Validated then: a run that goes on validates after later steps only.
+# The checkpoint comes first, since the time may be short; a resumed run validates only after later steps.
 AFTER_2 = "step 1, step 2, stop 2 by SIGUSR1, save 2, validation 2"
 AFTER_3 = "step 1, step 2, validation 2, step 3, stop 3 by SIGUSR1, save 3"
 NEVER = "step 1, step 2, validation 2, step 3, step 4, validation 4, save 4"
@@ -113,13 +102,7 @@ NEVER = "step 1, step 2, validation 2, step 3, step 4, validation 4, save 4"
 
 @pytest.mark.parametrize(
     ("signalled_in", "expected"),
-    [
-        pytest.param((None, 2), AFTER_2),
-        ((3, 2), AFTER_2),
-        ((3, None), AFTER_3),
-        ((None, None), NEVER),
-        ((4, 4), NEVER),
-    ],
+    [((None, 2), AFTER_2), ((3, 2), AFTER_2), ((3, None), AFTER_3), ((None, None), NEVER), ((4, 4), NEVER)],
 )
 def test_all_ranks_stop_after_the_same_step(
     tmp_path: Path, ranks: Ranks, signalled_in: tuple[int | None, ...], expected: str

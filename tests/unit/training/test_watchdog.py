@@ -1,4 +1,4 @@
-"""A part that takes too long ends its process, and the stacks tell where it was."""
+"""A phase that takes too long ends its process, and the stacks show where it was."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ import pytest
 
 from mtp_dist.training.watchdog import EXIT_HUNG
 
+# Three steps of 0.9 s and a fourth one, by a clock that only the program moves.
 PROGRAM = """
 import threading, time
 from mtp_dist.training import watchdog
@@ -32,7 +33,6 @@ for thread in threading.enumerate():
         thread.join()
 print("the end")
 """
-"""Three steps of 0.9 s and a fourth one, by a clock that only the program moves."""
 
 
 def run(hang: str, seconds: float | None = 1.0, grace: float = 600.0) -> subprocess.CompletedProcess[str]:
@@ -40,20 +40,20 @@ def run(hang: str, seconds: float | None = 1.0, grace: float = 600.0) -> subproc
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
-def test_a_step_that_hangs_ends_the_process() -> None:
+def test_hanging_step_ends_the_process() -> None:
     ended = run("sleep_too_long()")
     assert ended.returncode == EXIT_HUNG and not ended.stdout
     assert ended.stderr.startswith("error: rank 3: step 4 takes longer than run.step_timeout = 1 s; all threads:\n")
     assert "in sleep_too_long" in ended.stderr
 
 
-def test_also_where_python_itself_cannot_go_on() -> None:
+def test_thread_that_keeps_the_interpreter_lock_ends_the_process() -> None:
     ended = run("keep_the_lock_too_long()", grace=0.5)
     assert ended.returncode != 0 and not ended.stdout
     assert "in keep_the_lock_too_long" in ended.stderr
 
 
 @pytest.mark.parametrize(("hang", "seconds"), [("pass", 1.0), ("now[0] += 1000", None)])
-def test_what_takes_its_time_in_the_limit_is_left_alone(hang: str, seconds: float | None) -> None:
+def test_phases_within_the_limit_do_not_end_the_process(hang: str, seconds: float | None) -> None:
     ended = run(hang, seconds)
     assert ended.returncode == 0 and ended.stdout == "the end\n" and not ended.stderr
