@@ -5,5 +5,5 @@ import faulthandler
 from mtp_dist.pretrain import main
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a rank that a signal such as SIGBUS ends says where it was
+    faulthandler.enable()  # a rank that is ended by a signal such as SIGBUS prints its stack
     main()

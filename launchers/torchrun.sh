@@ -6,13 +6,13 @@ set -euo pipefail
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
 ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 project=$(cd "$(dirname "$0")/.." && pwd)
-export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # the code of this folder, whatever is installed
+export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" # the code of this folder, not an installed package
 
-# Seconds from a signal, which torchrun gives to its ranks, to their SIGKILL: for a step, a save and a validation, not 30.
+# Seconds between a signal that torchrun forwards to its ranks and their SIGKILL: a step, a save and a validation, not 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
 program=(python)
-# torchrun sets OMP_NUM_THREADS to 1 if it is not set; without it each rank takes its part of the cores.
+# torchrun sets OMP_NUM_THREADS to 1 if it is not set; without it each rank takes its share of the cores.
 [[ -n ${OMP_NUM_THREADS:-} ]] || program=(env -u OMP_NUM_THREADS python)
 
 exec torchrun --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \

@@ -104,6 +104,9 @@ def forked(*arguments: str, processes: int = 1) -> Program:
     return Program(arguments, processes, free_port())
 
 
+LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
 class Job:
     """A running command with every process that it started."""
 
@@ -111,23 +114,16 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self._streams = [folder / f"{name}_{self.mark[:8]}.txt" for name in ("stdout", "stderr")]
-        launcher_variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-        inherited = {name: value for name, value in os.environ.items() if name not in launcher_variables}
-        ours = {
-            MARK: self.mark,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        environment |= {MARK: self.mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self.process: subprocess.Popen[bytes] | Forked
         with self._streams[0].open("w") as stdout, self._streams[1].open("w") as stderr:
             if isinstance(command, Program):
-                self.process = Forked(command, folder, inherited | ours, self._streams)
+                self.process = Forked(command, folder, environment, self._streams)
             else:
-                self.process = subprocess.Popen(
-                    command, cwd=folder, env=inherited | ours, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
-                )
+                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+                self.process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
 
     @property
     def stdout(self) -> str:

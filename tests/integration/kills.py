@@ -56,10 +56,8 @@ class Training:
 
     def outcome(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
         """Return the metrics and the last checkpoint's tensors."""
-        last = self.checkpoints / f"step_{STEPS:08d}"
-        return jobs.learned(self.output_dir), {
-            path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))
-        }
+        files = sorted((self.checkpoints / f"step_{STEPS:08d}").glob("*.safetensors"))
+        return jobs.learned(self.output_dir), {path.name: path.read_bytes() for path in files}
 
 
 def wait_for_a_moment(training: Training, job: jobs.Job, numbers: random.Random) -> None:
@@ -88,13 +86,13 @@ def kill_one(job: jobs.Job, numbers: random.Random) -> bool:
 def count_kills(folder: Path, kills: int, seed: int) -> Counts:
     """Train in `folder` until that many kills were survived. Raise AssertionError if one was not."""
     config = jobs.write_config(folder)
-    whole = Training(config, folder / "whole")
-    with whole.start() as job:
+    complete = Training(config, folder / "complete")
+    with complete.start() as job:
         assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
-    expected = whole.outcome()
+    expected = complete.outcome()
     numbers, counts = random.Random(seed), Counts()
     training = Training(config, folder / "killed-0")
-    while counts.kills < kills or not training.output_dir.joinpath("summary.json").exists():
+    while counts.kills < kills or not (training.output_dir / "summary.json").exists():
         with training.start() as job:
             counts.starts += 1
             if counts.kills < kills:
@@ -105,7 +103,7 @@ def count_kills(folder: Path, kills: int, seed: int) -> Counts:
                     counts.during_a_save += saving
                     continue
             assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
-        assert training.outcome() == expected, f"{training.output_dir} is not the run without kills"
+        assert training.outcome() == expected, f"{training.output_dir} differs from the run without kills"
         counts.finished_runs += 1
         print(counts, file=sys.stderr)
         if counts.kills < kills:

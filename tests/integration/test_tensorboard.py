@@ -1,4 +1,4 @@
-"""What a real browser shows of the TensorBoard files that a run writes."""
+"""The TensorBoard files of a run in a real browser."""
 
 import math
 import re
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.scalars import ThroughputWindow, step_scalars
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="neither Chromium nor C
 
 HEADS = 4
 STEPS = 40
-METADATA_FILE = {
+DESCRIPTION = {
     "config": {"model": {"hidden_size": 32}, "heads": {"count": HEADS}, "log": {"wandb": None}},
     "layout": {"tensor": 2, "pipeline": 1, "data": 4},
     "device": "abacus",
@@ -33,11 +33,11 @@ def losses(step: int) -> tuple[float, ...]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """TensorBoard, on files of a run that was killed after step 30 and went on from step 20."""
+    """Start TensorBoard on the files of a run that was killed after step 30 and resumed from step 20."""
     folder = tmp_path_factory.mktemp("tensorboard")
     for first, last in ((1, 30), (21, STEPS)):
         writer = TensorBoardWriter(folder / "files", [None], first - 1)
-        writer.describe(METADATA_FILE)
+        writer.describe(DESCRIPTION)
         for step in range(first, last + 1):
             heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
             metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankStats(0, 0.0, 0.1, 0.2, 1)])
@@ -58,20 +58,16 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    # A page of its own for each test: TensorBoard does not load another dashboard where only the fragment changes.
+    # A new page per test: TensorBoard does not load another dashboard if only the fragment changes.
     with browser.new_page(viewport={"width": 1400, "height": 900}) as opened:
         opened.set_default_timeout(120_000)  # on a crowded machine
         yield opened
 
 
-def chart(page: Page, title: str) -> Locator:
-    cards = page.locator("tf-custom-scalar-multi-line-chart-card")
-    return cards.filter(has=page.get_by_text(title, exact=True))
-
-
-def test_all_heads_are_drawn_in_one_chart(page: Page, address: str) -> None:
+def test_all_heads_share_one_chart(page: Page, address: str) -> None:
     page.goto(f"{address}/#custom_scalars")
-    loss = chart(page, "loss of all heads")
+    cards = page.locator("tf-custom-scalar-multi-line-chart-card")
+    loss = cards.filter(has=page.get_by_text("loss of all heads", exact=True))
     curves = loss.locator(".line-plot:not(.ghost) path.line")
     curves.nth(HEADS - 1).wait_for(state="attached")
     shapes = [curve.get_attribute("d") or "" for curve in curves.all()]

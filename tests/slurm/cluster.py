@@ -1,7 +1,4 @@
-"""A SLURM cluster on this machine, for the length of a test: munge, a controller and two nodes, without systemd.
-
-Runs as any user; jobs are that user's. What it writes is in one temporary folder.
-"""
+"""A temporary SLURM cluster on this machine: munge, a controller and two nodes, without systemd, run by any user."""
 
 import getpass
 import os
@@ -14,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,12 +21,12 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("node-0", "node-1")
 CPUS_OF_A_NODE = 4
 GPUS_OF_A_NODE = 2
-"""Empty files that jobs can ask for."""
+"""Empty files that stand for the GPUs of a node."""
 SECONDS_TO_START = 120
 SEARCHED = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
-"""The daemons are not for users, so their folder is not in every PATH."""
+"""The daemons' folders are not in every user's PATH."""
 
-# linuxproc and task/none need neither cgroups nor root. Everything else is there to lose no time.
+# linuxproc and task/none need neither cgroups nor root. All other settings save time.
 SETTINGS = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -67,11 +65,11 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Clients find it by `environment`."""
+    """A running cluster, which SLURM's commands find by `environment`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # The tests may themselves be a job of another cluster.
+        # The tests may be a job of another cluster themselves.
         inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("SLURM_", "SBATCH_"))}
         self.environment = inherited | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCHED}
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -82,7 +80,7 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         files = {name: f"--{name}-file={self.folder / f'munge.{name}'}" for name in ("key", "log", "pid", "seed")}
-        # --force: a temporary folder may lie in one that others can write to.
+        # --force: others may write to the parent of a temporary folder.
         self._spawn("munged", "--foreground", "--force", f"--socket={self.folder / 'munge.socket'}", *files.values())
         self.wait("munge answers", (self.folder / "munge.socket").is_socket, SECONDS_TO_START)
         self._spawn("slurmctld", "-D")
@@ -92,14 +90,14 @@ class Cluster:
         self.wait("both nodes are idle", lambda: self.client("sinfo", "-h", "-o", "%D %T") == idle, SECONDS_TO_START)
 
     def _write_settings(self) -> None:
-        host = socket.gethostname().split(".")[0]
+        host, user = socket.gethostname().split(".")[0], getpass.getuser()
+        resources = f"CPUs={CPUS_OF_A_NODE} Gres=gpu:{GPUS_OF_A_NODE}"
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={jobs.free_port()} CPUs={CPUS_OF_A_NODE} "
-            f"Gres=gpu:{GPUS_OF_A_NODE}"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={jobs.free_port()} {resources}"
             for node in NODES
         )
         settings = SETTINGS.format(
-            host=host, user=getpass.getuser(), controller_port=jobs.free_port(), folder=self.folder, nodes=nodes
+            host=host, user=user, controller_port=jobs.free_port(), folder=self.folder, nodes=nodes
         )
         (self.folder / "slurm.conf").write_text(settings)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS_OF_A_NODE - 1}]\n")
@@ -112,31 +110,28 @@ class Cluster:
         found = shutil.which(program, path=SEARCHED)
         assert found, f"{program} is installed"
         with (self.folder / f"{program}.out").open("ab") as output:
-            self._daemons.append(
-                subprocess.Popen(
-                    [found, *options], env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-                )
-            )
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            self._daemons.append(subprocess.Popen([found, *options], env=self.environment, **streams))
 
     def client(self, *command: str) -> str:
-        """What one of SLURM's commands prints; nothing where it fails."""
+        """Return what one of SLURM's commands prints; nothing if it fails."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else ""
 
     def submit(self, *arguments: str, folder: Path) -> str:
-        """Queue a job with sbatch from a folder. Returns its id."""
+        """Queue a job with sbatch from a folder and return its id."""
         command = ["sbatch", "--parsable", *arguments]
         result = subprocess.run(command, cwd=folder, env=self.environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
     def job(self, name: str) -> dict[str, str]:
-        """What `scontrol show job` says of a job, or of one of an array, such as 1_2. Values are cut at a space."""
+        """Return the fields of `scontrol show job`, cut at spaces. An array's job has a name such as 1_2."""
         words = self.client("scontrol", "show", "job", name).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, what: str, happened: Callable[[], bool], seconds: float = jobs.TIMEOUT_SECONDS) -> None:
-        """Raises where it does not happen, or where a daemon ends."""
+        """Fail if it does not happen, or if a daemon ends."""
         deadline = time.monotonic() + seconds
         while not happened():
             dead = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
@@ -148,7 +143,7 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of the cluster: daemons, those that watch over jobs, and the jobs'."""
+        """Return every live process of the cluster and of its jobs."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -158,7 +153,7 @@ class Cluster:
         return found
 
     def stop(self) -> None:
-        """Kill all of it: nothing here is to be kept."""
+        """Kill all processes."""
         while left := self.processes():
             for process in left:
                 with suppress(psutil.NoSuchProcess):
@@ -169,7 +164,7 @@ class Cluster:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    # Not pytest's folder: the path of a Unix socket may have 107 bytes.
+    # Not pytest's folder: the path of a Unix socket is limited to 107 bytes.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
         cluster = Cluster(Path(folder))
