@@ -110,7 +110,7 @@ def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
             (run, "restore", restore),
         ):
             wrap(owner, name, wrapper)
-        patch.setattr(run, "fit_and_recover", stop)
+        patch.setattr(run, "Trainer", stop)
         with suppress(Started):
             train(config_file, overrides)
     return seen
