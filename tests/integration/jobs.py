@@ -139,22 +139,17 @@ class Job:
 
     def processes(self) -> list[psutil.Process]:
         """Return every live process of the job."""
-        if isinstance(self.process, Forked):
-            found = psutil.Process(self.process.server_pid).children(recursive=True)
-        else:
-            found = [process for process in psutil.process_iter() if self._has_started(process)]
         alive = []
-        for process in found:
+        for process in psutil.process_iter():
             with suppress(psutil.Error):
-                if process.status() != psutil.STATUS_ZOMBIE:
+                if self._has_started(process) and process.status() != psutil.STATUS_ZOMBIE:
                     alive.append(process)
         return alive
 
     def _has_started(self, process: psutil.Process) -> bool:
-        try:
-            return process.environ().get(MARK) == self.mark
-        except psutil.Error:
-            return False
+        if isinstance(self.process, Forked):  # its environment is that of the process it was forked from
+            return any(one.pid in self.process.pids for one in (process, *process.parents()))
+        return process.environ().get(MARK) == self.mark
 
     def rank(self, number: int) -> psutil.Process:
         """Return the process of a rank."""
