@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from mtp_dist.config import Config
 from mtp_dist.errors import LaunchError, UserError
 from mtp_dist.monitoring.events import EVENTS, check_progress
-
-if TYPE_CHECKING:
-    from mtp_dist.training.stopping import StopSignals
+from mtp_dist.training.stopping import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +287,7 @@ def _end_process(text: str) -> None:
 
 
 @contextmanager
-def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
+def hold_folders(config: Config, stop_signals: StopSignals) -> Iterator[None]:
     """Hold the RunLock on rank 0. Raise UserError on all ranks if another run holds it or if restarts save nothing."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as held:
@@ -301,7 +299,7 @@ def hold_folders(config: Config, stop_signals: "StopSignals") -> Iterator[None]:
                 held.enter_context(lock)
             except UserError as error:
                 if world_size > 1:
-                    from mtp_dist.distributed.rendezvous import join
+                    from mtp_dist.distributed.rendezvous import join  # imports torch, which takes seconds
 
                     join(rank, world_size, config.run.join_timeout, {}, refusal=str(error))
                 raise

@@ -89,7 +89,7 @@ class Submitted:
 def submit(cluster: Cluster, project: Path, *options: str) -> str:
     # Jobs share the nodes, unlike with the file's --exclusive, so that their ports must differ.
     on_both_nodes = ("--nodes", "2", "--ntasks-per-node", "1", "--gpus-per-task", "1", "--oversubscribe", *options)
-    # As on sites where jobs export nothing: srun must be told to pass on what the ranks need.
+    # As on sites whose jobs export nothing: srun must pass on what the ranks need.
     exported = ("--export", "SLURM_CONF,PATH")
     # resume=none applies to the first start only.
     arguments = (*CONFIG, "run.output_dir=my runs/%a", "checkpoint.resume=none")

@@ -31,6 +31,19 @@ class FakeSpikes(SpikeDetector):
         return "a jump" if self.seen in self.at else None
 
 
+class Trained(NamedTuple):
+    reason: str
+    """Name of the stop reason, or the error message."""
+    losses: list[tuple[int, tuple[float | None, ...]]]
+    """Step and head losses of each trained step."""
+    recent: list[float]
+    """Losses that the next one would be compared with."""
+    logged: list[tuple[int, float, float]]
+    """Steps with rank statistics, and rank 0's seconds of passes and of all micro-batches."""
+    rollbacks: list[str]
+    """Watchdog phases of rollbacks."""
+
+
 class Recorder(Callback):
     def __init__(self) -> None:
         self.losses: list[tuple[int, tuple[float | None, ...]]] = []
@@ -60,19 +73,6 @@ def with_skips(train_step: TrainStep, skips: Collection[int]) -> TrainStep:
         return replace(metrics, skipped="a fault" if next(trained) in skips else None), signal
 
     return train
-
-
-class Trained(NamedTuple):
-    reason: str
-    """Name of the stop reason, or the error message."""
-    losses: list[tuple[int, tuple[float | None, ...]]]
-    """Step and head losses of each trained step."""
-    recent: list[float]
-    """Losses that the next one would be compared with."""
-    logged: list[tuple[int, float, float]]
-    """Steps with rank statistics, and rank 0's seconds of passes and of all micro-batches."""
-    rollbacks: list[str]
-    """Watchdog phases of rollbacks."""
 
 
 def train(
