@@ -36,7 +36,7 @@ def test_killed_run_resumes_from_an_older_checkpoint_if_the_newest_is_damaged(co
         job.rank(1).kill()
         assert job.wait() != 0
     checkpoints = out / "checkpoints"
-    damaged, older = candidates(checkpoints, print)[:2]
+    damaged, older = candidates(checkpoints)[:2]
     flip(damaged / "optimizer-00002-of-00002.safetensors", -1)
     result = jobs.run(train(config, out))
     assert result.status == 0, result.output
@@ -47,7 +47,7 @@ def test_killed_run_resumes_from_an_older_checkpoint_if_the_newest_is_damaged(co
     assert jobs.learned(out) == jobs.learned(complete)
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["latest", *(f"step_{step:08d}" for step in range(2, STEPS + 1, 2))]
-    for checkpoint in candidates(checkpoints, print):
+    for checkpoint in candidates(checkpoints):
         check_fully(checkpoint)
 
     again = jobs.run(train(config, out))

@@ -89,7 +89,7 @@ def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
         seen.bytes_needed = 12 * numbers / engine.topology.dp_size
         operation(engine, *arguments)
 
-    def stop(*_: Any) -> None:
+    def stop(**_: Any) -> None:
         raise Started
 
     with pytest.MonkeyPatch.context() as patch:
