@@ -86,7 +86,7 @@ def configuration_page() -> str:
 
 
 def parity_table(records: list[dict[str, Any]]) -> str:
-    """One row a layout: the worst error over ZeRO stages, accumulation steps and numbers of heads."""
+    """Return one row per layout: the worst error over ZeRO stages, accumulation steps and numbers of heads."""
     rows = []
     for layout in dict.fromkeys(tuple(record["layout"]) for record in records):
         cells = []
@@ -103,12 +103,12 @@ def parity_table(records: list[dict[str, Any]]) -> str:
 
 
 def head_loss_section(result: dict[str, Any]) -> str:
-    """The measurement in words, its table and its picture."""
+    """Return the description, table and picture of a measurement."""
     machine, settings = result["machine"], result["settings"]
     sizes = " ".join(f"--{name} {settings[name]}" for name in ("tokens", "hidden", "vocab", "tp", "dtype", "device"))
     heads, modes = (",".join(map(str, settings[name])) for name in ("heads", "modes"))
     number = machine["threads_per_rank"]
-    threads = f", {number} thread{'s' * (number > 1)} a rank" if settings["device"] == "cpu" else ""
+    threads = f", {number} thread{'s' * (number > 1)} per rank" if settings["device"] == "cpu" else ""
     header = ["n", "mode", "seconds", "x naive", "of the matmuls' rate", "peak MiB", "gradient error"]
     if settings["tp"] > 1:
         header += ["collectives", "their MiB"]
@@ -147,7 +147,7 @@ def head_loss_image(settings: dict[str, Any]) -> str:
 
 
 def head_loss_results() -> list[dict[str, Any]]:
-    """A CPU before a GPU, few ranks before many."""
+    """Return the measurements, CPU before GPU, then by number of ranks."""
     results = [json.loads(path.read_text()) for path in (DOCS / "data").glob("head-loss-*.json")]
     return sorted(results, key=lambda result: (result["settings"]["device"], result["settings"]["tp"]))
 
@@ -161,7 +161,7 @@ def head_loss_sections() -> str:
 
 
 def data_speed_section(result: dict[str, Any]) -> str:
-    """What `mtp-dist bench data` measured."""
+    """Return the tables of `mtp-dist bench data`."""
     machine = result["machine"]
     preparation = [
         [
@@ -197,14 +197,14 @@ def data_speed_section(result: dict[str, Any]) -> str:
         [
             f"On {machine['processor']}, {result['workers']} workers on {machine['cores']} cores:\n",
             table(header, preparation),
-            "The loader, one process, corpus in the page cache, million tokens a second:\n",
+            "The loader, one process, corpus in the page cache, million tokens per second:\n",
             table(["sequence length", "samples", "with the targets of 4 heads", "and masked by document"], loader),
         ]
     )
 
 
 def resume_matrix(rows: list[dict[str, Any]]) -> str:
-    """Worst error of the losses for each pair of layouts."""
+    """Return the worst error of the losses for each pair of layouts."""
     layouts = list(dict.fromkeys(row["before"] for row in rows))
     worst = {
         pair: max(row["losses"] for row in rows if (row["before"], row["after"]) == pair)
@@ -263,7 +263,7 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What every generated page must contain."""
+    """Return the text of every generated page."""
     tables = {
         "parity": parity_table(json.loads((DOCS / "data/parity.json").read_text())),
         "head-loss": head_loss_sections(),
@@ -285,7 +285,7 @@ def pages() -> dict[Path, str]:
 
 
 def _pyplot() -> Any:
-    """Imported late: `--check` of the texts needs no matplotlib."""
+    """Return pyplot, imported late because `--check` does not need it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -326,7 +326,7 @@ def draw_head_loss(result: dict[str, Any]) -> None:
         style = "s--" if mode == "recompute" else "o-"
         memory.plot(heads, [row["peak_bytes"] / 2**20 for row in rows], style, label=mode)
         time.plot(heads, [row["seconds"] for row in rows], style, label=mode)
-    for axes, label in ((memory, "peak memory (MiB)"), (time, "seconds a step")):
+    for axes, label in ((memory, "peak memory (MiB)"), (time, "seconds per step")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(settings["heads"], settings["heads"])
         axes.set(xlabel="heads n", ylabel=label)
@@ -341,13 +341,13 @@ def draw_head_loss(result: dict[str, Any]) -> None:
 
 
 def head_runs() -> dict[str, list[dict[str, float]]]:
-    """The metrics of a short run of each kind of head, by its name."""
+    """Return the metrics of a short run per kind of head."""
     paths = sorted((DOCS / "data/heads").glob("*.jsonl"))
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
 
 
 def head_runs_table() -> str:
-    """The last validation of each run."""
+    """Return the last validation of each run."""
     header = ["run", *(f"head {k}" for k in range(1, 5))]
     rows = []
     for name, records in head_runs().items():
