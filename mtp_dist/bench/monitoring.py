@@ -5,7 +5,9 @@ Both are trainings of the same model in one process, in turns; what the engine i
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from mtp_dist.distributed.topology import Topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback, CallbackList
+from mtp_dist.monitoring.logs import PACKAGE_LOGGER
 from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.training.stopping import StopSignals
@@ -49,6 +52,7 @@ class _StepTimes(Callback):
 def measure_monitoring(config: Config, sources: RunSources, topology: Topology, rounds: int) -> dict[str, Any]:
     """Return the medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
     steps = config.log.every
+    config = config.model_copy(update={"data": config.data.model_copy(update={"validation": ()})})
     engine, datasets, groups = build_engine(config, topology), load_datasets(config, sources), new_gloo_groups(topology)
     saver = _NoCheckpoints(config, engine, groups)
     seconds: dict[str, list[float]] = {"with": [], "without": []}
@@ -63,13 +67,16 @@ def measure_monitoring(config: Config, sources: RunSources, topology: Topology, 
 
     for number in range(1 + rounds):  # the first round warms up
         for name in sorted(seconds, reverse=number % 2 == 1):
-            with tempfile.TemporaryDirectory() as folder:
-                part = _without_validation(config, steps + 1, folder)
+            handlers = list(PACKAGE_LOGGER.handlers)
+            # Standard output is for the result.
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+                part = _short_run(config, steps + 1, folder)
                 callbacks: list[Callback] = []
                 if name == "with" and topology.rank == 0:
                     hosts = [""] * topology.world_size
                     callbacks = rank0_callbacks(part, topology, datasets.validation, hosts, completed_steps=0)
                 passed = train(part, callbacks)
+            PACKAGE_LOGGER.handlers = handlers
             if number:
                 seconds[name].append(passed)
     ratios = [one / other for one, other in zip(seconds["with"], seconds["without"], strict=True)]
@@ -86,11 +93,7 @@ def measure_monitoring(config: Config, sources: RunSources, topology: Topology, 
     }
 
 
-def _without_validation(config: Config, steps: int, folder: str) -> Config:
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"output_dir": folder}),
-            "train": config.train.model_copy(update={"steps": steps, "validate_every": None}),
-            "data": config.data.model_copy(update={"validation": ()}),
-        }
-    )
+def _short_run(config: Config, steps: int, folder: str) -> Config:
+    run = config.run.model_copy(update={"output_dir": folder})
+    train = config.train.model_copy(update={"steps": steps, "validate_every": None})
+    return config.model_copy(update={"run": run, "train": train})

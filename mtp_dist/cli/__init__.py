@@ -3,11 +3,13 @@
 Subcommands import what they run when they run: `mtp-dist --help` takes half a second of processor time at most.
 """
 
+import logging
 from typing import Annotated
 
 import typer
 
 from mtp_dist.cli import bench, convert, data, train
+from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -15,6 +17,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 @app.callback(help="Pretrain and use language models that predict several tokens at once.")
 def _options(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0) -> None:
     """Accept the --local_rank that the deepspeed launcher passes to every rank; the environment contains it too."""
+    # Standard output is for the command's result.
+    configure_logging(0, logging.WARNING)
 
 
 app.add_typer(bench.app, name="bench")

@@ -1,6 +1,7 @@
 """`mtp-dist bench`: measurements of the user's own machine."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,7 @@ def checkpoint(
     from mtp_dist.verify.startup import check_startup
 
     folder = Path(to).expanduser()
-    job = check_startup(load_config(config, overrides or []), needs_data=False)
+    job = check_startup(load_config(config, overrides or []), needs_data=False, log_level=logging.WARNING)
     if folder.exists():
         raise LaunchError(f"--to = '{to}' exists: name a new folder")
     silence_import_warnings()
@@ -129,7 +130,7 @@ def monitoring(
     """
     from mtp_dist.verify.startup import check_startup
 
-    job = check_startup(load_config(config, overrides or []))
+    job = check_startup(load_config(config, overrides or []), log_level=logging.WARNING)
     silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring
     from mtp_dist.distributed.topology import close_topology, initialize_topology

@@ -1,6 +1,7 @@
 """`mtp-dist launch`, `selfcheck` and `report`."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +44,7 @@ def selfcheck(config: ConfigFile, overrides: Overrides = None, as_json: AsJson =
     """
     from mtp_dist.verify.startup import check_startup
 
-    job = check_startup(load_config(config, overrides or []), needs_data=False)
+    job = check_startup(load_config(config, overrides or []), needs_data=False, log_level=logging.WARNING)
     silence_import_warnings()
     from mtp_dist.distributed.topology import close_topology, initialize_topology
     from mtp_dist.verify.selfcheck import selfcheck as compare

@@ -32,9 +32,9 @@ class ConsoleHandler(logging.Handler):
             print(text, file=stream, flush=True)
 
 
-def configure_logging(rank: int) -> None:
-    """Print what the package logs from INFO on; of ranks other than 0 only what is meant for all ranks."""
-    console = ConsoleHandler()
+def configure_logging(rank: int, level: int = logging.INFO) -> None:
+    """Print what the package logs from `level` on; of ranks other than 0 only what is meant for all ranks."""
+    console = ConsoleHandler(level)
     console.addFilter(RankFilter(rank))
     PACKAGE_LOGGER.handlers = [console]
     PACKAGE_LOGGER.setLevel(logging.INFO)

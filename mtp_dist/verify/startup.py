@@ -1,5 +1,6 @@
 """Checks of a job before its ranks meet: every rank runs them, and ends with the same message if one fails."""
 
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +29,15 @@ class CheckedJob(NamedTuple):
     """The selected device of this rank."""
 
 
-def check_startup(config: Config, needs_data: bool = True, memory_snapshot: bool = False) -> CheckedJob:
+def check_startup(
+    config: Config, needs_data: bool = True, memory_snapshot: bool = False, log_level: int = logging.INFO
+) -> CheckedJob:
     """Check the launcher, sources, folders and device before any process group opens. Raise UserError if one is wrong.
 
     Select the device, so that DeepSpeed and Megatron-core may be imported afterwards.
     """
     check_launcher_variables()
-    configure_logging(int(os.environ.get("RANK", 0)))
+    configure_logging(int(os.environ.get("RANK", 0)), log_level)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     sources = RunSources(config)
     config = resolve(config, sources.tokenizer.vocab_size, world_size)

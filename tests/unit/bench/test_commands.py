@@ -1,5 +1,6 @@
 """A small measurement by `bench data` and `bench monitoring` has all results that their tables show."""
 
+import json
 from pathlib import Path
 
 from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
@@ -34,3 +35,14 @@ def test_steps_are_measured_with_and_without_monitoring(ranks: Ranks, tmp_path: 
         assert result["step_seconds"]["with"] > 0 < result["step_seconds"]["without"]
         assert monitoring_table(result).row_count == 1
     assert not (tmp_path / "out").exists(), "it writes into a folder of its own"
+
+
+def test_standard_output_is_the_result(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, log={"every": 2})
+    for command in (
+        ["checkpoint", "--config", str(config), "--to", str(tmp_path / "new"), "--rounds", "1"],
+        ["monitoring", "--config", str(config), "--rounds", "1"],
+    ):
+        result = jobs.run(jobs.plain("-m", "mtp_dist.cli", "bench", *command, "--json"))
+        assert result.status == 0, result.output
+        assert json.loads(result.stdout)["machine"]["cores"] > 0
