@@ -67,6 +67,8 @@ class ToyAnswer:
     """Calls of the heads' methods, by name and head."""
     second_backward: str = ""
     """Error of a second backward pass through the last micro-batch's loss."""
+    evaluation: tuple[Tensor, ...] = ()
+    """Loss and sums of the last micro-batch under no_grad."""
 
 
 class ToyHeads:
@@ -205,7 +207,7 @@ def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswe
 
     rank, ranks, sequence = topology.tp_rank, topology.tp_size, config.parallel.sequence
     heads = ToyHeads(case, rank, ranks, sequence)
-    answer = ToyAnswer([], HeadSums.zeros(case.heads, torch.device("cpu")).tensor, {}, calls=heads.calls)
+    answer = ToyAnswer([], HeadSums.zeros(case.heads, torch.device("cpu")).tensor, {})
     for name, param in heads.params.items():
         if param.requires_grad:
             param.register_post_accumulate_grad_hook(lambda _, name=name: answer.hooks.update([name]))
@@ -221,25 +223,16 @@ def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswe
         answer.sums += sums.tensor
         answer.collectives = [forward.counts, backward.counts]
     answer.gradients |= {name: None if grad is None else grad.clone() for name, grad in heads.gradients().items()}
+    calls = Counter(heads.calls)
+    with torch.no_grad():
+        evaluated, sums = toy_loss(mode, heads, trunk_output, targets)
+    answer.evaluation, answer.calls = (evaluated, sums.tensor), calls
     try:
         loss.backward()
     except (RuntimeError, TypeError, AssertionError) as error:
         answer.second_backward = f"{type(error).__name__}: {error}"
         assert z.grad is None or torch.equal(z.grad, answer.gradients[f"z.{index}"]), "a refused pass adds nothing"
     return answer
-
-
-def sums_without_gradients(config: Config, case: ToyCase, modes: list[str]) -> list[tuple[bool, Tensor, Tensor]]:
-    """Return whether the loss has a graph under no_grad, the loss and the sums, by mode."""
-    initialize(config)
-    answers = []
-    for mode in modes:
-        heads = ToyHeads(case)
-        with torch.no_grad():
-            loss, sums = toy_loss(mode, heads, *micro_batch(case, 0))
-        assert all(gradient is None for gradient in heads.gradients().values())
-        answers.append((loss.requires_grad, loss, sums.tensor))
-    return answers
 
 
 def peaks(config: Config, cases: list[tuple[ToyCase, str]], micro_batches: int) -> list[list[int]]:
