@@ -59,7 +59,7 @@ def test_validation_sets_have_their_own_names_and_baselines(tmp_path):
         with pytest.raises(ConfigError, match=r"^data\.train has sources with the names "):
             data_config(named(*names))
     for names in ((None, None), ("x", "x"), ("x", None)):
-        with pytest.raises(ConfigError, match=r"^data\.validation has 2 sets with the names .* give each a `name`"):
+        with pytest.raises(ConfigError, match=r"^data\.validation has 2 sets with the names .* give each a different"):
             data_config(sources, named(*names))
 
 
