@@ -7,17 +7,6 @@ from contextlib import suppress
 PACKAGE_LOGGER = logging.getLogger("mtp_dist")
 
 
-class RankFilter(logging.Filter):
-    """Passes the records of rank 0, and those of other ranks that have `extra={"all_ranks": True}`."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        self._rank = rank
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return self._rank == 0 or getattr(record, "all_ranks", False)
-
-
 class ConsoleHandler(logging.Handler):
     """Prints information on standard output as it is, and warnings and errors on standard error with their level.
 
@@ -33,9 +22,9 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure_logging(rank: int, level: int = logging.INFO) -> None:
-    """Print what the package logs from `level` on; of ranks other than 0 only what is meant for all ranks."""
+    """Print what the package logs from `level` on; on ranks other than 0 only what has `extra={"all_ranks": True}`."""
     console = ConsoleHandler(level)
-    console.addFilter(RankFilter(rank))
+    console.addFilter(lambda record: rank == 0 or getattr(record, "all_ranks", False))
     PACKAGE_LOGGER.handlers = [console]
     PACKAGE_LOGGER.setLevel(logging.INFO)
     PACKAGE_LOGGER.propagate = False  # a library that calls logging.basicConfig would print each line again
