@@ -108,9 +108,7 @@ def test_counts_above_a_later_limit_are_lowered() -> None:
 def test_newer_version_is_reported_and_not_called_corrupt(tmp_path: Path) -> None:
     checkpoint, export = changed(tmp_path, lambda values: values.update(config_version=99))
     for read, folder in ((read_metadata, checkpoint), (SavedHeads, export)):
-        with pytest.raises(
-            CheckpointError, match=r"version 99, .* up to version \d: install a newer mtp-dist"
-        ) as error:
+        with pytest.raises(CheckpointError, match=r"version 99, .* up to version \d: install a newer one") as error:
             read(folder)
         assert "corrupt" not in str(error.value)
 
