@@ -1,4 +1,4 @@
-"""The report of runs: what is on its page, and what is wrong with a folder."""
+"""The report of runs, and folders that it refuses."""
 
 import json
 import re
@@ -26,20 +26,23 @@ def write_run(folder: Path, heads: int = 2, steps: int = 5, **description: Any) 
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
     events = [
-        {"time": "2030-01-01T00:00:00+00:00", "step": 0, "kind": "start", "text": "begins, 2 ranks"},
-        {"time": "2030-01-01T00:01:00+00:00", "step": 3, "kind": "skip", "text": "step 3 <changed> no weight"},
-        {"time": "2030-01-01T00:02:00+00:00", "step": 4, "kind": "start", "text": "goes on"},
+        {"time": "2030-01-01T00:00:00+00:00", "step": 0, "kind": "start", "text": "Starting from scratch, 2 ranks"},
+        {"time": "2030-01-01T00:01:00+00:00", "step": 3, "kind": "skip", "text": "step 3 <changed> no parameter"},
+        {"time": "2030-01-01T00:02:00+00:00", "step": 4, "kind": "start", "text": "Resuming from step 4"},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     (folder / "run.json").write_text(json.dumps(description))
     return folder
 
 
-def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
-    description = {"config": {"run": {"name": "first"}, "heads": {"count": 2}}, "versions": {"torch": "2.x"}}
+def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
+    description = {
+        "config": {"run": {"name": "first"}, "heads": {"count": 2}},
+        "versions": {"mtp-dist": None, "torch": "2.x"},
+    }
     run = write_run(tmp_path / "a", **description)
     page = write_report([run], tmp_path / "report").read_text()
-    for text in ("<h1>first</h1>", "torch 2.x", "step 3 &lt;changed&gt; no weight", "count: 2"):
+    for text in ("<h1>first</h1>", "<td>torch 2.x</td>", "step 3 &lt;changed&gt; no parameter", "count: 2"):
         assert text in page
     assert "<td>1.8000 2.8000</td>" in page and "<td>3.0000 4.0000</td>" in page, "the last losses"
     assert not re.search(r"(src|href)='?\"?(http|/)|<script|<link", page)
@@ -53,7 +56,7 @@ def test_the_page_has_everything_and_needs_nothing(tmp_path: Path) -> None:
     assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
 
 
-def test_a_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
+def test_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", heads=3)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
     text = "".join(
@@ -71,20 +74,20 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
     assert "<th>a</th><th>b</th>" in page
 
 
-def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_nan_or_inf_are_left_out(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a"))
     assert [step for step, _ in run.curve("train/grad_norm")] == [1, 2, 4, 5]
     assert run.scalars("loss") == ["loss/head_1", "loss/head_2"] and run.restarts == [4]
 
 
-def test_a_run_without_events_and_description_is_shown_too(tmp_path: Path) -> None:
+def test_run_without_events_and_description(tmp_path: Path) -> None:
     run = write_run(tmp_path / "old")
     (run / "events.jsonl").unlink()
     (run / "run.json").unlink()
     assert "<h1>old</h1>" in write_report([run], tmp_path / "report").read_text()
 
 
-def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_not_formulas_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     legends: list[list[str]] = []
     savefig = Figure.savefig
 
@@ -114,27 +117,23 @@ def test_names_are_text_in_pictures_too(tmp_path: Path, monkeypatch: pytest.Monk
         ("events.jsonl", '{"step": 1}\n'),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
+def test_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
     run = write_run(tmp_path / "a")
     (run / file).write_text(text)
     with pytest.raises(UserError, match=re.escape(str(run / file))):
         write_report([run], tmp_path / "report")
 
 
-def test_packages_without_a_version_are_left_out(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", versions={"mtp-dist": None, "torch": "2.x"})
-    assert "<td>torch 2.x</td>" in write_report([run], tmp_path / "report").read_text()
-
-
-def test_what_is_no_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no metrics\.jsonl: give a run's folder"):
-        read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"has no step in its metrics\.jsonl yet"):
-        read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text("not JSON\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1 is not JSON"):
-        read_run(tmp_path)
+def test_folder_without_a_run(tmp_path: Path) -> None:
+    for text, message in (
+        (None, r"has no metrics\.jsonl: give a run's folder"),
+        ("", r"has no step in its metrics\.jsonl yet"),
+        ("not JSON\n", r"metrics\.jsonl, line 1 is not JSON"),
+    ):
+        if text is not None:
+            (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_run(tmp_path)
     run = write_run(tmp_path / "a")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write --to = .*file.report' \(.*: Not a directory\)"):
