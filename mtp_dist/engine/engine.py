@@ -171,10 +171,10 @@ class TrainingEngine:
             shape = self.config.heads.count + 1, len(HeadSums._fields)
             sums = torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
         tensors = [sums, *others]
-        together = torch.cat([tensor.flatten() for tensor in tensors])
+        together = torch.cat([*map(torch.flatten, tensors)])
         dist.all_reduce(together)
-        parts = together.split([tensor.numel() for tensor in tensors])
-        self._totals = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        totals = together.split([tensor.numel() for tensor in tensors])
+        self._totals = [*map(Tensor.view_as, totals, tensors)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
