@@ -1,4 +1,4 @@
-"""Ranks for the tests: spawned once a session and reused, because importing DeepSpeed takes seconds.
+"""Ranks for the tests: processes that are spawned once per session, because importing DeepSpeed takes seconds.
 
 Spawned and not forked from one process: what depends on the order of a set must be able to differ between them.
 """
@@ -18,16 +18,15 @@ from mtp_dist.config import Config
 from tests.tiny import at_world_size
 
 TIMEOUT_SECONDS = 600
-"""Longest time of one task: some seconds on an idle machine, with the imports a minute and more on a crowded one."""
-
-OPENING = timedelta(minutes=5)
-"""Longest time of opening a process group, of which most is the imports of the slowest rank."""
-OPENINGS = 3
-"""gloo now and then closes a connection while it connects the ranks of a crowded machine."""
+"""Longest time of one task: some seconds on an idle machine, with the imports a minute and more on a busy one."""
+OPEN_TIMEOUT = timedelta(minutes=5)
+"""Longest time of opening a process group, most of which is the imports of the slowest rank."""
+OPEN_ATTEMPTS = 3
+"""On a busy machine gloo sometimes closes a connection while it connects the ranks."""
 
 
 class RankError(AssertionError):
-    """A rank raised; the message is its traceback."""
+    """A rank raised an exception; the message is its traceback."""
 
 
 def _serve(rank: int, connection: Connection) -> None:
@@ -41,8 +40,7 @@ def _serve(rank: int, connection: Connection) -> None:
     silence_import_warnings()
     import mtp_dist.engine.engine  # noqa: F401
 
-    # Of the half million objects of the packages none is ever garbage, and to look at them at the end of each task
-    # takes a quarter of its time.
+    # None of the packages' half million objects is ever garbage, and scanning them would take a quarter of each task.
     gc.collect()
     gc.freeze()
     while (task := connection.recv()) is not None:
@@ -51,7 +49,7 @@ def _serve(rank: int, connection: Connection) -> None:
         try:
             try:
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{store}", timeout=OPENING, rank=rank, world_size=world_size
+                    "gloo", init_method=f"file://{store}", timeout=OPEN_TIMEOUT, rank=rank, world_size=world_size
                 )
                 connection.send(None)
             except Exception:
@@ -70,7 +68,7 @@ def _close_groups() -> None:
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from megatron.core import parallel_state
 
-    # Hooks in C++ keep every engine alive, and with it its process groups and their threads: empty it by hand.
+    # C++ hooks keep every engine alive, and with it its process groups and their threads: empty it explicitly.
     for thing in gc.get_objects():
         if type(thing) is PipelineEngine:
             thing.optimizer.__dict__.clear()
@@ -81,7 +79,7 @@ def _close_groups() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.distributed_c10d._world.group_count = 0  # an opening that failed counts on some ranks only, and names differ
+    dist.distributed_c10d._world.group_count = 0  # a failed attempt counts on some ranks only, and names differ
     deepspeed.comm.comm.cdb = None
     gc.collect()
 
@@ -113,9 +111,9 @@ class Ranks:
         self._open_group(used, function, resolved)
         answers, errors = [], []
         for rank, connection in enumerate(used):
-            # What one rank raises is why others are silent: do not wait as long for each of them.
+            # After an error the other ranks may hang: do not wait as long for each of them.
             if not connection.poll(TIMEOUT_SECONDS if not errors else 1):
-                errors.append(f"rank {rank} gave no answer within {TIMEOUT_SECONDS} s")
+                errors.append(f"rank {rank} did not return within {TIMEOUT_SECONDS} s")
                 continue
             ok, answer = connection.recv()
             (answers if ok else errors).append(answer)
@@ -124,8 +122,8 @@ class Ranks:
         return answers
 
     def _open_group(self, used: Sequence[Connection], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        """Give each rank the task, and let them begin it as soon as all have opened their process group."""
-        for _ in range(OPENINGS):
+        """Send the task to each rank, which starts it when all have opened their process group."""
+        for _ in range(OPEN_ATTEMPTS):
             self.tasks += 1
             store = Path(self.folder.name) / f"store_{self.tasks}"
             for connection in used:

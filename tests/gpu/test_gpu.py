@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU shows: the kernels, NCCL, and a resume on them. Skipped on other machines."""
+"""Kernels, NCCL and a deterministic resume on NVIDIA GPUs. Skipped on other machines."""
 
 import json
 import subprocess
@@ -15,19 +15,20 @@ from mtp_dist.loss.objective import Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.errors import norm_error
 from tests.integration import jobs
+from tests.unit.data.test_dataloader import batches_of, config_of
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(GPUS == 0, reason="PyTorch sees no NVIDIA GPU on this machine"),
+    pytest.mark.skipif(GPUS == 0, reason="PyTorch finds no NVIDIA GPU on this machine"),
 ]
 ON_GPU = ["env", "DS_ACCELERATOR=cuda"]
-"""The jobs of the other tests run on the CPU."""
+"""The jobs of other tests run on the CPU."""
 two_gpus = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs 2 NVIDIA GPUs, this machine has {GPUS}")]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_the_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: float) -> None:
+def test_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: float) -> None:
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype).cuda() for size in (300, 5000))
     targets = torch.randint(0, 5000, (300,), generator=generator).cuda()
@@ -45,6 +46,15 @@ def test_the_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: floa
     assert norm_error(request.weight, exact_weight.grad) <= bound
 
 
+def test_train_batches_are_in_pinned_memory() -> None:
+    batches = batches_of(config_of(4, 2, attention_across_documents=False), device=torch.device("cuda", 0))
+    micro_batch = batches.next_train_batch().micro_batches[0]
+    batches.close()
+    assert all(tensor.is_pinned() for tensor in micro_batch if tensor is not None)
+    for copy, tensor in zip(micro_batch.to(torch.device("cuda")), micro_batch, strict=True):
+        assert copy is not None and tensor is not None and torch.equal(copy.cpu(), tensor)
+
+
 LAYOUTS = [
     pytest.param(1, [], id="one GPU"),
     pytest.param(2, ["parallel.tensor=2", "parallel.sequence=true"], marks=two_gpus, id="tensor 2"),
@@ -55,7 +65,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("processes", "overrides"), LAYOUTS)
 def test_parity_with_the_reference(tmp_path: Path, processes: int, overrides: list[str]) -> None:
-    """NCCL, PyTorch's attention and the optimizer of the machine, in fp32 and in bf16."""
+    """Compare fp32 and bf16 with NCCL, PyTorch's attention and the machine's optimizer."""
     config = jobs.write_config(tmp_path, run={"device": "cuda"}, train={"precision": "bf16", "sequence_length": 128})
     command = jobs.torchrun(
         "-m", "mtp_dist.cli", "selfcheck", "--config", str(config), "--json", *overrides, processes=processes
@@ -66,8 +76,8 @@ def test_parity_with_the_reference(tmp_path: Path, processes: int, overrides: li
     assert report["passed"] and {row["precision"] for row in report["comparisons"]} == {"fp32", "bf16"}
 
 
-def test_a_resumed_run_learns_the_same_bits(tmp_path: Path) -> None:
-    """With `train.deterministic`: 6 steps, and 3 steps that are resumed up to step 6."""
+def test_resumed_run_is_bitwise_identical(tmp_path: Path) -> None:
+    """With `train.deterministic`, 6 steps equal 3 steps that are resumed up to step 6."""
     learned = {}
     for name, parts in {"whole": [6], "resumed": [3, 6]}.items():
         (tmp_path / name).mkdir()
@@ -102,7 +112,7 @@ dist.destroy_process_group()
 """
 
 
-def test_the_flight_recorder_has_the_collectives_of_nccl(tmp_path: Path) -> None:
+def test_flight_recorder_has_nccl_collectives(tmp_path: Path) -> None:
     path = tmp_path / "rank_00000"
     ended = subprocess.run(
         [sys.executable, "-c", NCCL_PROGRAM, str(path)], cwd=jobs.ROOT, capture_output=True, text=True, timeout=300

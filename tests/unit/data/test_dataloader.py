@@ -1,7 +1,7 @@
-"""Which samples every rank reads."""
+"""The samples that every rank reads, and their targets."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
-from mtp_dist.data.datasets import Datasets, TrainingSamples
-from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.data.datasets import Datasets
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.tiny import tiny_config
 
 HEADS, LENGTH = 2, 5
 END_OF_DOCUMENT = 103
+CPU = torch.device("cpu")
 
 
 class NumberedSamples:
@@ -54,23 +54,23 @@ def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: in
     )
 
 
-def topology_of(config: Config, data: int, dp_rank: int, pp_rank: int = 0, tp_rank: int = 0) -> Topology:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    return Topology(tensor, pipeline, data, tp_rank, pp_rank, dp_rank, torch.device("cpu"))
-
-
 def batches_of(
     config: Config,
-    data: int,
-    dp_rank: int,
-    pp_rank: int = 0,
-    tp_rank: int = 0,
+    data: int = 1,
+    dp_rank: int = 0,
     completed_steps: int = 0,
     samples: int = 10**6,
+    device: torch.device = CPU,
+    **ranks: int,
 ) -> Batches:
-    tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
-    datasets = Datasets(cast(Tokenizer, tokenizer), cast(TrainingSamples, NumberedSamples(samples)), ("a",), ("f",), ())
-    topology = topology_of(config, data, dp_rank, pp_rank, tp_rank)
+    """Build the loader of a rank; ranks: its pp_rank and tp_rank, 0 by default."""
+    position = {"tp_rank": 0, "pp_rank": 0} | ranks
+    topology = Topology(
+        config.parallel.tensor, config.parallel.pipeline, data, dp_rank=dp_rank, device=device, **position
+    )
+    tokenizer: Any = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
+    source: Any = NumberedSamples(samples)
+    datasets = Datasets(tokenizer, source, ("a",), ("f",), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
 
 
@@ -122,7 +122,7 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
 def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[str, bool]) -> None:
     config = config_of(4, 2, pipeline=4, **data)
     needs_data = pp_rank in (0, 3) or "attention_across_documents" in data
-    batches = batches_of(config, 1, 0, pp_rank)
+    batches = batches_of(config, pp_rank=pp_rank)
     for batch, count in ((batches.next_train_batch(), 2), (batches.validation_batch(NumberedSamples(7)), 4)):
         assert batch.num_micro_batches == count
         assert len(batch.micro_batches) == (count if needs_data else 0)
@@ -131,7 +131,7 @@ def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[st
 
 def test_tensor_ranks_read_the_same() -> None:
     config = config_of(4, 2, tensor=2, attention_across_documents=False)
-    batches = [batches_of(config, 1, 0, tp_rank=rank, completed_steps=1).next_train_batch() for rank in (0, 1)]
+    batches = [batches_of(config, tp_rank=rank, completed_steps=1).next_train_batch() for rank in (0, 1)]
     for one, two in zip(*(batch.micro_batches for batch in batches), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
@@ -148,7 +148,7 @@ def test_state_is_that_after_the_step_however_far_ahead_is_read() -> None:
     ("completed_steps", "samples"), [(tiny_config().train.steps - 2, 10**6), (0, 9)], ids=["last step", "last sample"]
 )
 def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed_steps: int, samples: int) -> None:
-    batches = batches_of(config_of(4, 2), 1, 0, completed_steps=completed_steps, samples=samples)
+    batches = batches_of(config_of(4, 2), completed_steps=completed_steps, samples=samples)
     for _ in range(2):
         assert batches.next_train_batch().num_micro_batches == 2
     with pytest.raises(IndexError):
@@ -159,7 +159,7 @@ def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed
 @pytest.mark.parametrize("across", [True, False])
 def test_documents_and_valid_targets(across: bool) -> None:
     keys = {"loss_across_documents": across, "attention_across_documents": False}
-    batch = batches_of(config_of(4, 2, **keys), 1, 0).next_train_batch()
+    batch = batches_of(config_of(4, 2, **keys)).next_train_batch()
     micro_batch, *others = batch.micro_batches
     assert micro_batch.documents is not None
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
@@ -175,6 +175,6 @@ def test_documents_and_valid_targets(across: bool) -> None:
 
 
 def test_validation_masks_both_documents_and_repeated_samples() -> None:
-    batches = batches_of(config_of(4, 4, loss_across_documents=False), 1, 0)
+    batches = batches_of(config_of(4, 4, loss_across_documents=False))
     [micro_batch] = batches.validation_batch(NumberedSamples(2)).micro_batches
     assert (micro_batch.targets != IGNORE_INDEX).sum((0, 2)).tolist() == [10, 7, 0, 0]
