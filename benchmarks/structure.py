@@ -4,8 +4,9 @@
 
 Train one step of a tiny model in this process under `sys.setprofile` and report
 - the files of mtp_dist that a batch passes from disk to the weights' update, and the frames entered there;
-- the functions that hand on the loss of head 3 on its way from the kernel to TensorBoard: those whose result contains
-  the number, as a sum or as a mean, and those on the stack when it reaches TensorBoard's writer;
+- the functions that hand on the loss of head 3 from the kernel to TensorBoard: the kernel, which adds it to its row of
+  sums; functions whose result contains it, as a sum or as a mean; and those on the stack when TensorBoard's writer
+  gets it;
 - statements of the package (docstrings excluded), lines of the tests, processor time of `mtp-dist --help`, and that of
   a run of three steps of one process beyond the import of torch.
 """
@@ -45,6 +46,7 @@ STEP = 2
 """The profiled step: the first one also builds what later ones reuse."""
 WINDOWS = ("TrainingEngine.train_step", "Batches._read")
 """Functions between whose call and return a batch is processed."""
+KERNEL = "linear_cross_entropy"
 WRITER = "TensorBoardWriter.write"
 TOKENS = 64
 """Targets of one head in a step."""
@@ -124,7 +126,8 @@ class Profile:
             self._callers = stack[1:]
         elif event == "return" and not self._is_written and stack[0] not in self.hops:
             in_other_writer = any(name.endswith(".write") for name in stack)
-            if not in_other_writer and any(self._is_wanted(number) for number in numbers_in(result)):
+            handed_on = frame.f_locals["sums"] if frame.f_code.co_qualname == KERNEL else result
+            if not in_other_writer and any(self._is_wanted(number) for number in numbers_in(handed_on)):
                 self.hops.append(stack[0])
 
     def _is_wanted(self, number: float) -> bool:

@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -43,12 +44,12 @@ class Topology:
         """Degree per axis, for logs and results."""
         return {"tensor": self.tp_size, "pipeline": self.pp_size, "data": self.dp_size}
 
-    @property
+    @cached_property
     def reads_tokens(self) -> bool:
         """Whether this rank embeds the tokens."""
         return self.pp_rank == 0
 
-    @property
+    @cached_property
     def holds_loss(self) -> bool:
         """Whether this rank has the heads and computes their losses."""
         return self.pp_rank == self.pp_size - 1

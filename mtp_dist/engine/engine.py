@@ -63,6 +63,7 @@ class TrainingEngine:
         modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config))))
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
+        self._dp_group = dp_group()
         self._totals: list[Tensor] = []
         self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
@@ -115,7 +116,7 @@ class TrainingEngine:
         finite = isfinite(grad_norm)  # the same on all ranks, see _agree_and_update
         self.optimizer_updates += finite
         return StepResult(
-            heads=head_metrics(self.config, HeadSums(*sums.unbind(-1)), schedule),
+            heads=head_metrics(self.config, HeadSums(sums), schedule),
             grad_norm=grad_norm,
             grad_norms_by_module=dict(zip(self.gradient_monitor.modules, squared_norms.sqrt().tolist(), strict=True)),
             skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
@@ -129,7 +130,7 @@ class TrainingEngine:
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
         self._sum_over_ranks()
-        return head_metrics(self.config, HeadSums(*self._totals[0].cpu().unbind(-1)), schedule)
+        return head_metrics(self.config, HeadSums(self._totals[0].cpu()), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -156,7 +157,7 @@ class TrainingEngine:
         if not self.topology.holds_loss:
             return
         counts = batch.valid_targets.to(self.topology.device, non_blocking=True, copy=True)
-        dist.all_reduce(counts, group=dp_group())
+        dist.all_reduce(counts, group=self._dp_group)
         averaged_over = batch.num_micro_batches * self.topology.dp_size
         per_target = averaged_over / counts.clamp(min=1)
         token_order_scale = self.config.heads.token_order * per_target[:1]
@@ -166,9 +167,9 @@ class TrainingEngine:
     def _sum_over_ranks(self, *others: Tensor) -> None:
         """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
         if self.topology.holds_loss and self.topology.tp_rank == 0:
-            sums = torch.stack(self.stage.heads.sums, -1)
+            sums = self.stage.heads.sums.tensor
         else:  # the same columns
-            shape = self.config.heads.count + 1, len(HeadSums._fields)
+            shape = self.config.heads.count + 1, len(HeadSums.COLUMNS)
             sums = torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
         tensors = [sums, *others]
         together = torch.cat([*map(torch.flatten, tensors)])

@@ -194,7 +194,7 @@ class GradientMonitor:
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
         if self._topology.holds_loss:
-            finite_losses = self._stage.heads.sums.heads.cross_entropy.isfinite().tolist()
+            finite_losses = self._stage.heads.sums.cross_entropy[:-1].isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(finite_losses, 1) if not finite)
         topology = self._topology
         local = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None

@@ -33,7 +33,7 @@ class HeadsWithLoss(PredictionHeads):
         scales: `[n + 1]`, fp32, of the rows of `sums` in the loss. active_heads: heads 1..this run.
         """
         self.scales, self.active_heads = scales, active_heads
-        self.sums = HeadSums.zeros(self.config.heads.count, scales.device)
+        self.sums = HeadSums(scales.new_zeros(len(scales), len(HeadSums.COLUMNS), dtype=torch.float64))
         """Sums over the batch's micro-batches so far, fp64."""
 
     def forward(
@@ -43,11 +43,12 @@ class HeadsWithLoss(PredictionHeads):
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
         context = HeadContext(micro_batch.samples, attention, embedding_weight)
         mode, objective = self.config.heads.loss_mode, self._objective(micro_batch)
+        sums = objective.zero_sums(trunk_output.dtype)
         if mode == "naive":
-            loss, sums = naive_heads_loss(self, trunk_output, context, objective)
+            loss = naive_heads_loss(self, trunk_output, context, objective, sums)
         else:
-            loss, sums = sequential_heads_loss(mode, self, trunk_output, context, objective)
-        self.sums = HeadSums.from_tensor(self.sums.tensor + sums.tensor)
+            loss = sequential_heads_loss(mode, self, trunk_output, context, objective, sums)
+        self.sums.tensor.add_(sums.tensor)
         return loss
 
     def _objective(self, micro_batch: MicroBatch) -> Objective:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
+from mtp_dist.loss.objective import SoftTargets, Vocabulary
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Memory for the logits of one chunk, in bytes, by type of device.
@@ -65,12 +65,13 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     vocabulary: Vocabulary,
+    sums: Tensor,
     chunk_tokens: int | None = None,
     grads: GradientBuffers | None = None,
     soft: SoftTargets | None = None,
     on_logits: Callable[[slice, Tensor], None] | None = None,
-) -> HeadSums:
-    """Return one row of sums over the targets `[T]`, and compute gradients if `grads` is given.
+) -> None:
+    """Add the sums over the targets `[T]` to `sums`, a row of HeadSums, and compute gradients if `grads` is given.
 
     hidden: `[T, D]`, weight: this rank's rows `[V/TP, D]`. All ranks of the vocabulary must call it, with the same
     hidden states and targets; the sums are the same on each. At most `chunk_tokens` positions (by default as many as
@@ -83,7 +84,6 @@ def linear_cross_entropy(
     size = -(-tokens // chunks)
     buffer = hidden.new_empty(size, local_vocab_size, dtype=accumulation_dtype(hidden.dtype))
     rounded = buffer if buffer.dtype == hidden.dtype or grads is None else hidden.new_empty(size, local_vocab_size)
-    sums = buffer.new_zeros(len(HeadSums._fields))
     for start in range(0, tokens, size):
         positions = slice(start, start + size)
         logits = buffer[: len(hidden[positions])]
@@ -92,13 +92,12 @@ def linear_cross_entropy(
         if on_logits is not None:
             on_logits(positions, logits)
         softmax = _Softmax(logits, targets[positions], vocabulary, soft and soft.at(positions))
-        sums += softmax.sums()
+        softmax.add_sums(sums)
         if grads is not None:
             grad_logits = softmax.grad_logits(grads, out=rounded[: len(logits)])
             torch.mm(grad_logits, weight, out=grads.hidden[positions])
             if grads.weight is not None:
                 _add_matmul(grads.weight, grad_logits.T, hidden[positions])
-    return HeadSums.from_tensor(sums)
 
 
 def _mask_padding(logits: Tensor, vocabulary: Vocabulary) -> None:
@@ -173,11 +172,11 @@ class _Softmax:
             above_best = mass * (maximum - best).where(mass > 0, 0.0)
             self.soft_losses = (above_best - below).sum(0) + self.soft_mass * log_total
 
-    def sums(self) -> Tensor:
-        """Return the chunk's row of HeadSums as one tensor `[columns]`."""
+    def add_sums(self, row: Tensor) -> None:
+        """Add the chunk's sums to a row of HeadSums."""
         terms = torch.stack([self.losses, self.log_z.square(), self.correct.to(self.losses)]).where(self.valid, 0.0)
         sums = torch.cat([terms, self.soft_losses.unsqueeze(0)]).sum(1)
-        return torch.cat([sums, self.valid.sum(0, keepdim=True)])
+        row += torch.cat([sums, self.valid.sum(0, keepdim=True)])
 
     def grad_logits(self, grads: GradientBuffers, out: Tensor) -> Tensor:
         """Return the gradient of this rank's logits in `out` `[C, V/TP]`, which may be their own memory.

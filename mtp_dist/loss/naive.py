@@ -11,33 +11,33 @@ from torch import Tensor
 from mtp_dist.loss.objective import Heads, HeadSums, Objective
 
 
-def naive_heads_loss(heads: Heads, trunk_output: Tensor, context: Any, objective: Objective) -> tuple[Tensor, HeadSums]:
-    """Return the loss, a scalar, and the sums behind it. All heads' logits stay alive for the backward pass."""
-    rows = objective.empty_rows()
+def naive_heads_loss(heads: Heads, trunk_output: Tensor, context: Any, objective: Objective, sums: HeadSums) -> Tensor:
+    """Return the loss, a scalar, and add the sums behind it to `sums`, which are 0 before.
+
+    All heads' logits stay alive for the backward pass.
+    """
+    rows = list(objective.zero_sums(trunk_output.dtype).tensor)
     for chain in heads.chains:
         hidden = trunk_output
         for head in objective.active(chain):
             hidden = heads.pre_norm_hidden(head, hidden.detach() if head in heads.detached else hidden, context)
             logits = heads.logits(head, heads.normalize(head, hidden), context)
             rows[head - 1] = head_sums(logits, objective.targets[head - 1].T.contiguous(), objective)
-    sums = HeadSums.from_rows(rows)
-    return objective.loss(sums), HeadSums(*(column.detach() for column in sums))
+    differentiable = HeadSums(torch.stack(rows))
+    sums.tensor.add_(differentiable.tensor.detach())
+    return objective.loss(differentiable)
 
 
-def head_sums(logits: Tensor, targets: Tensor, objective: Objective) -> HeadSums:
-    """Return one head's row from this rank's logits `[S, B, V/TP]`, which it overwrites, and targets `[S, B]`."""
+def head_sums(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+    """Return a row of HeadSums from this rank's logits `[S, B, V/TP]`, which it overwrites, and targets `[S, B]`."""
     valid = targets != objective.vocabulary.ignore_index
     # The cross-entropy comes last: Megatron-core turns fp32 logits into their softmax in place.
     correct = count_correct(logits, targets)
     log_z_squared = log_z_squared_sum(logits, valid) if objective.z_loss else logits.new_zeros(())
     losses = vocab_parallel_cross_entropy(logits, targets.where(valid, 0))
-    return HeadSums(
-        cross_entropy=losses.where(valid, 0.0).sum(),
-        log_z_squared=log_z_squared,
-        correct=correct,
-        soft_cross_entropy=logits.new_zeros(()),
-        targets=valid.sum(),
-    )
+    no_soft_targets = losses.new_zeros(())
+    columns = losses.where(valid, 0.0).sum(), log_z_squared, correct, no_soft_targets, valid.sum()
+    return torch.stack([column.to(losses.dtype) for column in columns])
 
 
 def log_z_squared_sum(logits: Tensor, valid: Tensor) -> Tensor:

@@ -69,53 +69,22 @@ class SoftTargets(NamedTuple):
         return SoftTargets(self.token_ids[positions], self.probabilities[positions])
 
 
-class HeadSums(NamedTuple):
-    """Sums over the valid targets: scalars for one head, columns `[n + 1]` for all heads.
+class HeadSums:
+    """Sums over the valid targets in named columns: row k - 1 is head k's, the last row that of token-order prediction.
 
-    Row k - 1 of the columns is head k's, the last row that of token-order prediction. The kernel returns one row, in
-    fp32 (fp64 from fp64); the engine adds the fp64 columns of all micro-batches and ranks by way of `tensor`.
+    All columns are views of one tensor, to which the kernel adds and which a collective sums.
     """
 
-    cross_entropy: Tensor
-    """Nats."""
-    log_z_squared: Tensor
-    """Squared log of the softmax's denominator, the term of the z-loss (PaLM, arXiv:2204.02311, section 5)."""
-    correct: Tensor
-    """Number of targets more probable than every other token; ties count as wrong."""
-    soft_cross_entropy: Tensor
-    """Nats, over the positions that have soft targets."""
-    targets: Tensor
-    """Number of valid targets."""
+    COLUMNS = ("cross_entropy", "log_z_squared", "correct", "soft_cross_entropy", "targets")
 
-    @classmethod
-    def zeros(cls, heads: int, device: torch.device) -> "HeadSums":
-        """Return the columns, fp64, before the first micro-batch."""
-        return cls.from_tensor(torch.zeros(heads + 1, len(cls._fields), dtype=torch.float64, device=device))
-
-    @classmethod
-    def from_rows(cls, rows: Sequence["HeadSums"]) -> "HeadSums":
-        """Return the columns of n + 1 rows."""
-        return cls(*(torch.stack(column) for column in zip(*rows, strict=True)))
-
-    @classmethod
-    def from_tensor(cls, tensor: Tensor) -> "HeadSums":
-        """Return the columns of a tensor `[n + 1, columns]`, or the row in a tensor `[columns]`."""
-        return cls(*tensor.unbind(-1))
-
-    @property
-    def tensor(self) -> Tensor:
-        """All columns as one tensor `[n + 1, columns]`, for a collective."""
-        return torch.stack(self, -1)
-
-    @property
-    def heads(self) -> "HeadSums":
-        """Rows of heads 1..n, columns of `[n]`."""
-        return HeadSums(*(column[:-1] for column in self))
-
-    @property
-    def token_order(self) -> "HeadSums":
-        """Row of token-order prediction, which has soft targets only."""
-        return HeadSums(*(column[-1] for column in self))
+    def __init__(self, tensor: Tensor) -> None:
+        """tensor: `[n + 1, columns]`."""
+        self.tensor = tensor
+        columns = tensor.unbind(-1)
+        self.cross_entropy, self.log_z_squared, self.correct, self.soft_cross_entropy, self.targets = columns
+        """Nats; squared log of the softmax's denominator, the term of the z-loss (PaLM, arXiv:2204.02311, section 5);
+        number of targets more probable than every other token (ties count as wrong); nats over the positions that have
+        soft targets; number of valid targets."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +131,13 @@ class Objective:
         """Return the weight of a head's soft targets, those of head 1's distribution."""
         return self.distillation.weight if self.distillation and head > 1 else 0.0
 
-    def empty_rows(self) -> list[HeadSums]:
-        """Return n + 1 rows of zeros, in which the active heads replace theirs."""
-        return [HeadSums(*self.scales.new_zeros(len(HeadSums._fields)))] * len(self.scales)
+    def zero_sums(self, dtype: torch.dtype) -> HeadSums:
+        """Return the sums of a micro-batch with hidden states of that dtype before any head has run."""
+        shape = len(self.scales), len(HeadSums.COLUMNS)
+        return HeadSums(self.scales.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32)))
 
     def loss(self, sums: HeadSums) -> Tensor:
         """Return the scalar."""
-        heads, soft_weight = sums.heads, self.distillation.weight if self.distillation else 0.0
-        losses = heads.cross_entropy + self.z_loss * heads.log_z_squared + soft_weight * heads.soft_cross_entropy
-        return (self.scales * torch.cat([losses, sums.token_order.soft_cross_entropy[None]])).sum()
+        soft_weight = self.distillation.weight if self.distillation else 0.0
+        losses = sums.cross_entropy + self.z_loss * sums.log_z_squared + soft_weight * sums.soft_cross_entropy
+        return (self.scales * torch.cat([losses[:-1], sums.soft_cross_entropy[-1:]])).sum()

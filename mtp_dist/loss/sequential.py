@@ -27,9 +27,14 @@ class _Problem(NamedTuple):
 
 
 def sequential_heads_loss(
-    mode: Literal["eager", "recompute"], heads: Heads, trunk_output: Tensor, context: Any, objective: Objective
-) -> tuple[Tensor, HeadSums]:
-    """Return the loss, a scalar, and the sums behind it.
+    mode: Literal["eager", "recompute"],
+    heads: Heads,
+    trunk_output: Tensor,
+    context: Any,
+    objective: Objective,
+    sums: HeadSums,
+) -> Tensor:
+    """Return the loss, a scalar, and add the sums behind it to `sums`, which are 0 before.
 
     Each chain of heads, which is one head if the heads are independent, runs from the trunk's output z to the gradient
     of z before the next chain starts. `eager` does that in the forward pass and keeps the gradients for the backward
@@ -38,11 +43,11 @@ def sequential_heads_loss(
     """
     problem = _Problem(heads, context, objective)
     if not torch.is_grad_enabled():
-        sums = _forward(problem, trunk_output)
-        return objective.loss(sums), sums
+        _forward(problem, trunk_output, sums)
+        return objective.loss(sums)
     inputs = (trunk_output, *heads.trained_parameters(context), *_trained_unembeddings(problem))
-    loss, columns = _SequentialLoss.apply(mode, problem, *inputs)  # type: ignore[no-untyped-call]
-    return loss, HeadSums.from_tensor(columns)
+    loss: Tensor = _SequentialLoss.apply(mode, problem, sums, *inputs)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _SequentialLoss(torch.autograd.Function):
@@ -52,28 +57,26 @@ class _SequentialLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mode: str, problem: _Problem, trunk_output: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, mode: str, problem: _Problem, sums: HeadSums, trunk_output: Tensor, *_: Tensor) -> Tensor:
         ctx.gradients = ctx.inputs = None
         if mode == "eager":
-            ctx.gradients = _differentiate(problem, trunk_output.detach())
-            sums = ctx.gradients.losses.sums()
+            ctx.gradients = _differentiate(problem, trunk_output.detach(), sums)
         else:
             ctx.inputs = problem, trunk_output.detach()
-            sums = _forward(*ctx.inputs)
-        columns = sums.tensor
-        ctx.mark_non_differentiable(columns)
-        return problem.objective.loss(sums), columns
+            _forward(problem, trunk_output.detach(), sums)
+        return problem.objective.loss(sums)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients: _HeadGradients | None = ctx.gradients
         if gradients is None:
             if ctx.inputs is None:
                 raise RuntimeError("a second backward pass through the heads' loss: the first has freed its gradients")
-            gradients = _differentiate(*ctx.inputs)
+            problem, trunk_output = ctx.inputs
+            gradients = _differentiate(problem, trunk_output, problem.objective.zero_sums(trunk_output.dtype))
         ctx.gradients = ctx.inputs = None
-        return None, None, *gradients.times(upstream)
+        return None, None, None, *gradients.times(upstream)
 
 
 def _trained_unembeddings(problem: _Problem) -> list[Tensor]:
@@ -85,10 +88,10 @@ def _trained_unembeddings(problem: _Problem) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _forward(problem: _Problem, trunk_output: Tensor) -> HeadSums:
+def _forward(problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> None:
     """Run the heads' forward passes only."""
     heads, context, objective = problem
-    losses = _Losses(problem)
+    losses = _Losses(problem, sums)
     for chain in heads.chains:
         hidden = trunk_output
         for head in objective.active(chain):
@@ -97,12 +100,11 @@ def _forward(problem: _Problem, trunk_output: Tensor) -> HeadSums:
             losses.add_head(head, normalized)
             if head == 1 and objective.token_order:
                 losses.add_token_order(normalized)
-    return losses.sums()
 
 
-def _differentiate(problem: _Problem, trunk_output: Tensor) -> "_HeadGradients":
+def _differentiate(problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> "_HeadGradients":
     """Run every head's forward and backward pass."""
-    gradients = _HeadGradients(problem, trunk_output)
+    gradients = _HeadGradients(problem, trunk_output, sums)
     for chain in problem.heads.chains:
         gradients.add_chain(problem.objective.active(chain), trunk_output)
     gradients.finish(trunk_output.dtype)
@@ -132,15 +134,12 @@ def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 class _Losses:
     """Losses of one micro-batch from hidden states `[S, B, D]` of the whole sequence, head 1 before the others."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: _Problem, sums: HeadSums) -> None:
         self.objective = problem.objective
+        self.rows = sums.tensor
         self.unembeddings = problem.heads.unembedding_weights(problem.context)
         self.token_order_weight = problem.heads.token_order_weight
-        self.rows = self.objective.empty_rows()
         self.teacher: Teacher | None = None
-
-    def sums(self) -> HeadSums:
-        return HeadSums.from_rows(self.rows)
 
     def add_head(self, head: int, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
         objective, soft, on_logits = self.objective, None, None
@@ -153,11 +152,12 @@ class _Losses:
             assert self.teacher, "head 1 runs first"
             valid = targets != objective.vocabulary.ignore_index
             soft = self.teacher.soft_targets(distillation.distances[head - 1], valid)
-        self.rows[head - 1] = linear_cross_entropy(
+        linear_cross_entropy(
             normalized.flatten(0, 1),
             self.unembeddings[head - 1],
             targets,
             objective.vocabulary,
+            self.rows[head - 1],
             objective.chunk_tokens,
             grads,
             soft,
@@ -169,11 +169,12 @@ class _Losses:
         objective = self.objective
         assert self.token_order_weight is not None
         no_targets = torch.full_like(objective.targets[0].flatten(), objective.vocabulary.ignore_index)
-        self.rows[-1] = linear_cross_entropy(
+        linear_cross_entropy(
             normalized.flatten(0, 1),
             self.token_order_weight,
             no_targets,
             objective.vocabulary,
+            self.rows[-1],
             objective.chunk_tokens,
             grads,
             objective.token_order,
@@ -183,14 +184,14 @@ class _Losses:
 class _HeadGradients:
     """Gradients of one micro-batch's loss, computed head by head; what several heads add to is summed in fp32."""
 
-    def __init__(self, problem: _Problem, trunk_output: Tensor) -> None:
+    def __init__(self, problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> None:
         self.heads, self.context, self.objective = problem
         self.params = self.heads.trained_parameters(self.context)
         self.trained_unembeddings = _trained_unembeddings(problem)
         self.grad_trunk_output = _zeros_like(trunk_output)
         self.grad_params: list[Tensor | None] = [None] * len(self.params)
         self.grad_unembeddings: dict[int, Tensor] = {}
-        self.losses = _Losses(problem)
+        self.losses = _Losses(problem, sums)
 
     def add_chain(self, chain: Sequence[int], trunk_output: Tensor) -> None:
         """Run the forward and backward passes of heads of which each reads the one before it.

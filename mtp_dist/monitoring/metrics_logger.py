@@ -7,7 +7,13 @@ from typing import Any
 
 from mtp_dist.metrics import HeadMetrics, StepMetrics
 from mtp_dist.monitoring.callback import Callback, StopReason
-from mtp_dist.monitoring.scalars import ThroughputUnits, ThroughputWindow, step_scalars, validation_scalars
+from mtp_dist.monitoring.scalars import (
+    ThroughputUnits,
+    ThroughputWindow,
+    head_scalars,
+    step_scalars,
+    validation_scalars,
+)
 from mtp_dist.monitoring.writers.writer import MetricsWriter
 
 logger = logging.getLogger(__name__)
@@ -44,7 +50,7 @@ class MetricsLogger(Callback):
         self._window.add(metrics, self._units.flops_per_token[len(metrics.heads.losses) - 1])
         scalars = {}
         if metrics.ranks:
-            scalars = step_scalars(metrics, self._window, self._units.peak_flops)
+            scalars = head_scalars(metrics.heads) | step_scalars(metrics, self._window, self._units.peak_flops)
             self._window = ThroughputWindow()
         for writer in self._writers:
             with self._tolerate_errors(writer):

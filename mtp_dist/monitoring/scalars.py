@@ -47,7 +47,8 @@ def json_number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
+def head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
+    """Return the losses in nats and the accuracies of a step or a validation."""
     scalars = {f"loss/head_{k}": loss for k, loss in enumerate(heads.losses, 1)}
     scalars["loss/total"] = heads.total
     scalars |= {f"loss/distillation/head_{k}": loss for k, loss in enumerate(heads.distillation, 2)}
@@ -72,10 +73,10 @@ def _stage_scalars(metrics: StepMetrics) -> dict[str, float]:
 
 
 def step_scalars(metrics: StepMetrics, window: ThroughputWindow, peak_flops: float | None) -> dict[str, float | None]:
-    """Return the scalars of a logged step: losses in nats, rates per second over all ranks, memory in bytes."""
+    """Return a logged step's scalars besides those of the heads: rates per second over all ranks, memory in bytes."""
     flops_per_second = window.flops / window.seconds
     longest_wait = max(rank.waiting_seconds for rank in metrics.ranks)
-    return _head_scalars(metrics.heads) | {
+    return {
         "train/grad_norm": metrics.grad_norm,
         **{f"train/grad_norm/{module}": norm for module, norm in metrics.grad_norms_by_module.items()},
         "train/learning_rate": metrics.learning_rate,
@@ -97,7 +98,7 @@ def validation_prefix(name: str | None) -> str:
 def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: float) -> dict[str, float | None]:
     """Return the scalars of a validation: losses in nats per token and in bits per byte of text."""
     prefix = validation_prefix(name)
-    scalars = {f"{prefix}/{scalar}": value for scalar, value in _head_scalars(heads).items()}
+    scalars = {f"{prefix}/{scalar}": value for scalar, value in head_scalars(heads).items()}
     for k, loss in enumerate(heads.losses, 1):
         scalars[f"{prefix}/bits_per_byte/head_{k}"] = None if loss is None else bits_per_byte(loss, bytes_per_token)
     return scalars

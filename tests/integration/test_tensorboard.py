@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.monitoring.scalars import ThroughputWindow, step_scalars
+from mtp_dist.monitoring.scalars import ThroughputWindow, head_scalars, step_scalars
 from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from tests.integration import jobs
 
@@ -41,7 +41,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for step in range(first, last + 1):
             heads = HeadMetrics(losses(step), (0.5,) * HEADS, sum(losses(step)))
             metrics = StepMetrics(step, heads, 0.7, {}, 3e-4, 100, 0.5, {}, [RankStats(0, 0.0, 0.1, 0.2, 1)])
-            writer.write(step, step_scalars(metrics, ThroughputWindow(100, 1, 0.5), None))
+            writer.write(step, head_scalars(metrics.heads) | step_scalars(metrics, ThroughputWindow(100, 1, 0.5), None))
         writer.close(failed=False)
     port = jobs.free_port()
     options = ["--logdir", str(folder / "files"), "--host", "127.0.0.1", "--port", str(port)]

@@ -87,10 +87,11 @@ class Problem:
                 scales=torch.full((count + 1,), 1 / tokens, device=targets.device),
                 vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, self.group),
             )
+            sums = objective.zero_sums(inputs.trunk_output.dtype)
             if mode == "naive":
-                return naive_heads_loss(heads, inputs.trunk_output, None, objective)[0]
+                return naive_heads_loss(heads, inputs.trunk_output, None, objective, sums)
             sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
-            return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective)[0]
+            return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective, sums)
 
         return loss
 

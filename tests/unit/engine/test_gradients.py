@@ -48,7 +48,7 @@ def step_with_fault(config: Config, rank: int, fault: str) -> tuple[StepResult, 
 
         def forward_with_infinite_loss(*args: object) -> Tensor:
             loss = forward(*args)
-            heads.sums.heads.cross_entropy[int(fault[-1]) - 1] = float("inf")
+            heads.sums.cross_entropy[int(fault[-1]) - 1] = float("inf")
             return loss
 
         heads.forward = forward_with_infinite_loss  # type: ignore[method-assign]

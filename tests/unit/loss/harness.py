@@ -134,7 +134,7 @@ def dense_distribution(token_ids: Tensor, probabilities: Tensor, vocab_size: int
 def kernel_answer(case: LinearCase, weight: Tensor, group: Any) -> LinearAnswer:
     """Run the kernel with this rank's rows."""
     from mtp_dist.loss.linear_cross_entropy import GradientBuffers, accumulation_dtype, linear_cross_entropy
-    from mtp_dist.loss.objective import SoftTargets, Vocabulary
+    from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
 
     dtype = accumulation_dtype(weight.dtype)
     grads = GradientBuffers(
@@ -145,13 +145,13 @@ def kernel_answer(case: LinearCase, weight: Tensor, group: Any) -> LinearAnswer:
         soft_weight=case.soft_weight,
     )
     vocabulary = Vocabulary(len(case.weight), IGNORE_INDEX, group)
-    arguments = case.hidden, weight, case.targets, vocabulary, case.chunk_tokens
+    sums, forward_sums = torch.zeros(2, len(HeadSums.COLUMNS), dtype=dtype)
+    inputs = case.hidden, weight, case.targets, vocabulary
     soft = case.soft and SoftTargets(*case.soft)
     with Collectives() as both:
-        sums = linear_cross_entropy(*arguments, grads, soft).tensor
+        linear_cross_entropy(*inputs, sums, case.chunk_tokens, grads, soft)
     with Collectives() as forward:
-        forward_sums = linear_cross_entropy(*arguments, soft=soft).tensor
-    assert sums.dtype == dtype
+        linear_cross_entropy(*inputs, forward_sums, case.chunk_tokens, soft=soft)
     return LinearAnswer(sums, grads.hidden, grads.weight, forward_sums, (both.counts, forward.counts))
 
 
@@ -180,7 +180,7 @@ def naive_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]
         targets = case.targets[:, None]
         objective = Objective(targets[None], 1, torch.tensor([case.scale, 0.0]), vocabulary, case.z_loss)
         row = head_sums(logits, targets, objective)
-        sums = HeadSums.from_rows([row, objective.empty_rows()[0]])
+        sums = HeadSums(torch.stack([row, torch.zeros_like(row)]))
         objective.loss(sums).backward()
         assert hidden.grad is not None
         answers.append(LinearAnswer(sums.tensor[0].detach(), hidden.grad, weight.grad))

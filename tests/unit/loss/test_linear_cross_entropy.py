@@ -13,7 +13,7 @@ from torch import Tensor
 from mtp_dist.bench.measure import peak_bytes
 from mtp_dist.loss import linear_cross_entropy as module
 from mtp_dist.loss.linear_cross_entropy import GradientBuffers, default_chunk_tokens, linear_cross_entropy
-from mtp_dist.loss.objective import SoftTargets, Vocabulary
+from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.ranks import Ranks
 from tests.unit.loss.harness import (
@@ -154,9 +154,10 @@ def test_losses_over_a_large_vocabulary_have_no_bias() -> None:
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(5)) * 6
     targets = logits.argmax(1)
     vocabulary = Vocabulary(vocab_size, IGNORE_INDEX, ALONE)
-    found = linear_cross_entropy(torch.eye(tokens), logits.T.contiguous(), targets, vocabulary).cross_entropy
+    sums = torch.zeros(len(HeadSums.COLUMNS))
+    linear_cross_entropy(torch.eye(tokens), logits.T.contiguous(), targets, vocabulary, sums)
     truth = F.cross_entropy(logits.double(), targets, reduction="sum")
-    assert abs(float(found.double() - truth)) / tokens < 1e-6
+    assert abs(float(sums[0].double() - truth)) / tokens < 1e-6
 
 
 def test_inputs_with_gradients_get_no_graph() -> None:
@@ -165,8 +166,9 @@ def test_inputs_with_gradients_get_no_graph() -> None:
     grads = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros_like(weight))
     assert grads.weight is not None
     vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, ALONE)
-    sums = linear_cross_entropy(hidden, weight, case.targets, vocabulary, 7, grads)
-    for result in (*sums, grads.hidden, grads.weight):
+    sums = torch.zeros(len(HeadSums.COLUMNS))
+    linear_cross_entropy(hidden, weight, case.targets, vocabulary, sums, 7, grads)
+    for result in (sums, grads.hidden, grads.weight):
         assert not result.requires_grad and result.grad_fn is None
     assert hidden.grad is None and weight.grad is None
 
@@ -184,7 +186,10 @@ def test_callback_gets_every_chunk_before_it_changes() -> None:
     for chunk_tokens in (None, 1, 7):
         seen.fill_(float("nan"))
         grads = GradientBuffers(torch.tensor(1.0), 0.0, torch.empty_like(case.hidden), torch.zeros_like(rows))
-        linear_cross_entropy(case.hidden, rows, case.targets, vocabulary, chunk_tokens, grads, on_logits=on_logits)
+        sums = torch.zeros(len(HeadSums.COLUMNS), dtype=torch.float64)
+        linear_cross_entropy(
+            case.hidden, rows, case.targets, vocabulary, sums, chunk_tokens, grads, on_logits=on_logits
+        )
         torch.testing.assert_close(seen[:, :VOCAB_SIZE], case.hidden @ case.weight.T)
         assert (seen[:, VOCAB_SIZE:] < -1e300).all(), "padding is hidden"
 
@@ -201,13 +206,13 @@ def kernel_peak(
     tokens = 240
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(rows, width).to(dtype)
     targets, vocabulary = torch.randint(0, rows, (tokens,)), Vocabulary(rows, IGNORE_INDEX, ALONE)
-    soft, grads = None, None
+    soft, grads, sums = None, None, torch.zeros(len(HeadSums.COLUMNS))
     if soft_tokens:
         soft = SoftTargets(torch.randint(0, rows, (tokens, soft_tokens)), torch.rand(tokens, soft_tokens))
     if gradients:
         grads = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, width), 0.5)
     return peak_bytes(
-        lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, CHUNK, grads, soft), hidden.device
+        lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, sums, CHUNK, grads, soft), hidden.device
     )
 
 
@@ -243,5 +248,6 @@ def test_default_chunk_fits_into_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", budget)
     hidden, weight, targets = torch.randn(50, 4), torch.randn(rows, 4), torch.randint(0, rows, (50,))
     vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
-    peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, targets, vocabulary), cpu)
+    sums = torch.zeros(len(HeadSums.COLUMNS))
+    peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, sums), cpu)
     assert 7 * rows * 4 <= peak <= budget + 7 * SMALL_VECTORS

@@ -191,9 +191,10 @@ def toy_loss(mode: str, heads: ToyHeads, z: Tensor, targets: Tensor, scales: Ten
         chunk_tokens=case.chunk_tokens,
         sequence_parallel=heads.sequence,
     )
+    sums = objective.zero_sums(z.dtype)
     if mode == "naive":
-        return naive_heads_loss(heads, z, None, objective)
-    return sequential_heads_loss(mode, heads, z, None, objective)  # type: ignore[arg-type]
+        return naive_heads_loss(heads, z, None, objective, sums), sums
+    return sequential_heads_loss(mode, heads, z, None, objective, sums), sums  # type: ignore[arg-type]
 
 
 def toy_answers(config: Config, cases: list[ToyCase], modes: list[str]) -> list[dict[str, ToyAnswer]]:
@@ -207,7 +208,7 @@ def _answer(config: Config, topology: Any, case: ToyCase, mode: str) -> ToyAnswe
 
     rank, ranks, sequence = topology.tp_rank, topology.tp_size, config.parallel.sequence
     heads = ToyHeads(case, rank, ranks, sequence)
-    answer = ToyAnswer([], HeadSums.zeros(case.heads, torch.device("cpu")).tensor, {})
+    answer = ToyAnswer([], torch.zeros(case.heads + 1, len(HeadSums.COLUMNS), dtype=torch.float64), {})
     for name, param in heads.params.items():
         if param.requires_grad:
             param.register_post_accumulate_grad_hook(lambda _, name=name: answer.hooks.update([name]))
@@ -265,7 +266,7 @@ def gradient_dtypes(config: Config, case: ToyCase) -> list[tuple[int, torch.dtyp
     initialize(config)
     with mock.patch.object(sequential, "linear_cross_entropy", wraps=sequential.linear_cross_entropy) as kernel:
         toy_loss("eager", ToyHeads(case), *micro_batch(case, 0))
-    buffers = [call.args[5].weight for call in kernel.call_args_list]
+    buffers = [call.args[6].weight for call in kernel.call_args_list]
     return [([id(other) for other in buffers].index(id(buffer)), buffer.dtype) for buffer in buffers]
 
 

@@ -7,14 +7,14 @@ import pytest
 from rich.console import Console
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
-from mtp_dist.monitoring.scalars import ThroughputWindow, step_scalars, validation_scalars
+from mtp_dist.monitoring.scalars import ThroughputWindow, head_scalars, step_scalars, validation_scalars
 from mtp_dist.monitoring.writers import progress
 from mtp_dist.monitoring.writers.progress import ProgressBar
 
 HEADS = HeadMetrics((2.25, 3.5, 4.125), (0.5, 0.25, 0.125), 9.875)
 METRICS = StepMetrics(20, HEADS, 0.75, {}, 3e-4, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)])
 WINDOW = ThroughputWindow(tokens=123456, flops=120_000_000, seconds=10.0)
-SCALARS = step_scalars(METRICS, WINDOW, None)
+SCALARS = head_scalars(METRICS.heads) | step_scalars(METRICS, WINDOW, None)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
         clock[0] += 60.0 if step == 19 else 0.0
     bar.write(20, validation_scalars(HEADS, None, 1.0))
     bar.write(20, validation_scalars(HEADS, "web", 1.0))
-    bar.write(20, step_scalars(METRICS, WINDOW, 2.9e7))
+    bar.write(20, head_scalars(METRICS.heads) | step_scalars(METRICS, WINDOW, 2.9e7))
     bar.rewind(18)
     bar.advance(19)
     bar.write(19, SCALARS)

@@ -34,7 +34,7 @@ def metrics_of(active: int = 3, token_order_sum: float = 0.0, **values: Any) -> 
     """Return the metrics of 3 heads with 8, 4 and no targets. values: columns of the sums, or keys of `heads`."""
     columns = {"cross_entropy": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]} | values
     heads = {key: columns.pop(key) for key in ("distillation", "token_order") if key in columns}
-    sums = HeadSums.zeros(3, torch.device("cpu"))
+    sums = HeadSums(torch.zeros(4, len(HeadSums.COLUMNS), dtype=torch.float64))
     for name, column in columns.items():
         getattr(sums, name)[:-1] = torch.tensor(column)
     sums.soft_cross_entropy[-1] = token_order_sum
