@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,20 @@ def _close_groups() -> None:
 
 
 class Ranks:
-    """A pool of processes that run a function at any world size up to its own."""
+    """A pool of processes that run a function at any world size up to its own; each starts when it is first needed."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        self.size = size
         self.folder = tempfile.TemporaryDirectory()
         self.tasks = 0
         self.connections: list[Connection] = []
-        self.processes = []
-        for rank in range(size):
+        self.processes: list[SpawnProcess] = []
+
+    def _start(self, world_size: int) -> None:
+        """Start the ranks that are not running yet: many tests need one or two, and each imports for seconds."""
+        assert world_size <= self.size
+        context = multiprocessing.get_context("spawn")
+        for rank in range(len(self.processes), world_size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -106,6 +112,7 @@ class Ranks:
 
         Configurations are resolved for the ranks.
         """
+        self._start(world_size)
         used = self.connections[:world_size]
         resolved = [at_world_size(each, world_size) if isinstance(each, Config) else each for each in arguments]
         self._open_group(used, function, resolved)
