@@ -199,6 +199,20 @@ def test_only_folders_may_refuse_to_be_synced(
             write_checkpoint(tmp_path, 10)
 
 
+def test_every_file_is_synced_before_the_checkpoint_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, synced = os.fsync, set()
+
+    def record(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    folder = write_unfinished(config_in(tmp_path), 10)
+    assert synced >= {folder, *folder.iterdir()}
+
+
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
 @pytest.mark.parametrize("path", ["../outside.safetensors", "{}/outside.safetensors", "sub/outside.safetensors", ""])
 def test_only_files_of_the_manifest_are_read(tmp_path: Path, kind: str, path: str) -> None:

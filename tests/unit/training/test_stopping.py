@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.training.stopping import STOP_SIGNALS, StopSignals
+from mtp_dist.training.stopping import STOP_SIGNALS, StopSignals, exit_status
 from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.unit.training.stopping_on_ranks import train
@@ -72,6 +72,11 @@ def started(program: str) -> Iterator[subprocess.Popen[str]]:
         killer.cancel()
         process.kill()
         process.communicate()
+
+
+def test_only_an_interactive_stop_is_not_continued() -> None:
+    assert [exit_status(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [75, 75]
+    assert [exit_status(number) for number in (signal.SIGINT, signal.SIGHUP)] == [130, 129]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
