@@ -1,0 +1,168 @@
+"""Show that the tests find deliberate faults.
+
+`python -m tests.mutants [NAME ...] [--jobs N]` applies each patch of this folder, or those whose names contain one of
+the given words, to a temporary copy of the working tree, and runs the tests that its header names. It prints one row
+per mutant with the test that failed and why, and ends with status 1 if a mutant survived or no longer applies.
+
+To add a mutant: commit your work, put one fault into `mtp_dist/` (one to six lines, a mistake that somebody could
+really make), write `git diff -U2 mtp_dist > tests/mutants/NNN-short-name.patch`, take the fault back, and put two lines
+in front of the diff:
+
+    # fault: the gradient of the hidden states is not summed over the tensor-parallel ranks
+    # tests: "tests/unit/loss/test_sequential.py::test_equals_fp64_on_one_rank[(2, False)-shared-eager]"
+
+`tests` has pytest's arguments: as few and as fast tests as find the fault. If none does, write one. A patch that no
+longer applies after a refactoring is ported by hand: the same fault at the code's new place.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 900
+TESTS_FAILED = 1
+"""pytest's exit status; 2 is an error while it collects, 4 and 5 are tests that do not exist."""
+FAILURE = re.compile(r"^(FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+REASON = re.compile(r"^E +(\S.*)$", re.MULTILINE)
+BROKEN_CODE = re.compile(
+    r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError|AttributeError)\b",
+    re.MULTILINE,
+)
+"""Errors of a patch that does not fit the code, rather than of a test that finds a fault."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One deliberate fault."""
+
+    patch: Path
+    fault: str
+    tests: tuple[str, ...]
+    """Arguments of pytest."""
+
+    @property
+    def name(self) -> str:
+        return self.patch.stem
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of trying a mutant."""
+
+    name: str
+    found: bool
+    """Whether a test failed because of the fault."""
+    test: str
+    """The test that failed."""
+    reason: str
+    seconds: float
+
+    def __str__(self) -> str:
+        verdict = "found" if self.found else "SURVIVED"
+        return f"{self.name:44} {verdict:8} {self.seconds:4.0f} s  {self.test}: {self.reason}"
+
+
+def read_mutant(patch: Path) -> Mutant:
+    """Return the mutant of a patch. Raise ValueError if its header lacks a line."""
+    header = dict(re.findall(r"^# (fault|tests): (.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE))
+    if header.keys() != {"fault", "tests"}:
+        raise ValueError(f"{patch} must begin with the lines '# fault: ...' and '# tests: ...'")
+    return Mutant(patch, header["fault"], tuple(shlex.split(header["tests"])))
+
+
+def read_mutants(words: Sequence[str] = ()) -> list[Mutant]:
+    """Return the mutants whose names contain one of the words, or all of them, by name."""
+    patches = sorted(Path(__file__).parent.glob("*.patch"))
+    return [read_mutant(patch) for patch in patches if not words or any(word in patch.stem for word in words)]
+
+
+def apply(patch: Path, tree: Path, *options: str) -> str | None:
+    """Apply a patch to a tree. Return why it does not apply, or None if it does."""
+    command = ["git", "apply", "-p1", *options, str(patch)]
+    run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    return run.stderr.strip() if run.returncode else None
+
+
+def copy_tree(target: Path) -> None:
+    """Copy the files of the working tree that git tracks, or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # deleted, and not yet committed so
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+
+
+def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
+    """Run pytest in a tree until the first failure. Return its exit status and its output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=short", "-rfE", *tests]
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    try:
+        run = subprocess.run(
+            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"E  no result within {TIMEOUT_S} s"
+    return run.returncode, run.stdout + run.stderr
+
+
+def judge(status: int, output: str) -> tuple[bool, str, str]:
+    """Return whether a test found the fault, which one, and the first line of its reason."""
+    failure, reasons = FAILURE.search(output), REASON.findall(output)
+    # The error of another process comes as its traceback, of which the last line names the error.
+    first = next((line for line in reasons if "Traceback (most recent call last)" not in line), "")
+    reason = reasons[-1] if reasons and first != reasons[0] else first
+    found = status == TESTS_FAILED and bool(failure) and not BROKEN_CODE.search(output)
+    test = failure[2] if failure else f"pytest ended with status {status}"
+    return found, test, reason[:160]
+
+
+def try_mutant(mutant: Mutant, trees: "Queue[Path]") -> Outcome:
+    """Run a mutant's tests in one of the trees, and take the fault back."""
+    tree, started = trees.get(), time.monotonic()
+    try:
+        if error := apply(mutant.patch, tree):
+            return Outcome(mutant.name, False, "the patch does not apply", error.splitlines()[0], 0.0)
+        found, test, reason = judge(*run_tests(tree, mutant.tests))
+        if error := apply(mutant.patch, tree, "--reverse"):
+            raise RuntimeError(f"{mutant.name} cannot be taken back: {error}")
+        return Outcome(mutant.name, found, test, reason, time.monotonic() - started)
+    finally:
+        trees.put(tree)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="parts of the mutants' names; all of them by default")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at the same time")
+    arguments = parser.parse_args()
+    mutants = read_mutants(arguments.names)
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        trees: Queue[Path] = Queue()
+        for number in range(arguments.jobs):
+            tree = Path(folder) / str(number)
+            copy_tree(tree)
+            trees.put(tree)
+        for outcome in pool.map(lambda mutant: try_mutant(mutant, trees), mutants):
+            print(outcome, flush=True)
+            survivors += [] if outcome.found else [outcome.name]
+    print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants were found")
+    sys.exit(f"survived: {', '.join(survivors)}" if survivors or not mutants else 0)
+
+
+if __name__ == "__main__":
+    main()
