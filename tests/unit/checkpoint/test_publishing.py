@@ -84,7 +84,9 @@ def killed_at(number: int) -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize(("step", "keep_last"), [(30, None), (30, 1), (20, None), (20, 1)])
-def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path, step: int, keep_last: int | None) -> None:
+def test_kill_at_any_moment_leaves_a_valid_checkpoint(
+    tmp_path: Path, step: int, keep_last: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
     """Steps 10 and 20 are there; a run that was at 10 or at 20 saves 20 again, or 30."""
     write_checkpoint(tmp_path / "start", 10)
     write_checkpoint(tmp_path / "start", 20)
@@ -105,6 +107,7 @@ def test_kill_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path, step: int,
                 pass
         found = candidates(config.checkpoint_dir)
         assert first_valid(found, check_fully) == found[0], number
+        assert "does not exist" not in caplog.text, "latest names a checkpoint at every moment"
         assert found[0].name[:13] in ("step_00000020", final.name)
         for finished in finished_checkpoints(config.checkpoint_dir).values():
             check_fully(finished)
