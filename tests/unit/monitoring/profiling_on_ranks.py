@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback, CallbackList
+from mtp_dist.monitoring.callback import Callback
 from tests.tiny import load_resolved
 
 
@@ -42,7 +42,7 @@ def profiling_changes_nothing(path: Path) -> tuple[bool, list[str]]:
         engine, datasets = build_engine(config, topology), load_datasets(config)
         recorder, watchdog = Recorder(), RecordingWatchdog(None, topology.rank)
         saver = SimpleNamespace(save=lambda *_: None, join=lambda: None)
-        observers = CallbackList([recorder, *callbacks])
+        observers = [recorder, *callbacks]
         Trainer(config, engine, datasets, saver, observers, StopSignals(), watchdog, groups.all).fit()
         return recorder.steps
 

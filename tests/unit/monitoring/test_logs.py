@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mtp_dist.monitoring.callback import Callback, CallbackList, StopReason
+from mtp_dist.monitoring.callback import Callback, StopReason, end_callbacks
 from mtp_dist.monitoring.logs import configure_logging
 
 logger = logging.getLogger("mtp_dist.some.module")
@@ -36,7 +36,7 @@ class Ending(Callback):
 
 def test_every_callback_ends_also_if_one_fails() -> None:
     ended: list[object] = []
-    callbacks = CallbackList([Ending(ended, "first"), Ending(ended, "failing"), Ending(ended, "last")])
+    callbacks = [Ending(ended, name) for name in ("first", "failing", "last")]
     with pytest.raises(OSError, match="no room"):
-        callbacks.on_end(StopReason.SIGNAL)
+        end_callbacks(callbacks, StopReason.SIGNAL)
     assert ended == ["last", StopReason.SIGNAL, "failing", StopReason.SIGNAL, "first", StopReason.SIGNAL]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mtp_dist.errors import TrainingDivergedError
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback, CallbackList
+from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.watchdog import Watchdog
 from tests.tiny import load_resolved
@@ -112,7 +112,7 @@ def train(
         step = point.step if point else 0
         callbacks = rank0_callbacks(config, topology, datasets.validation, [""] * topology.world_size, step)
     saver = CheckpointSaver(config, engine, groups)
-    observers, signals = CallbackList([*callbacks, recorder]), StopSignals()
+    observers, signals = [*callbacks, recorder], StopSignals()
     run = (config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
     trainer = Trainer(*run)
     trainer.train_step = with_skips(trainer.train_step, skips)  # type: ignore[method-assign]

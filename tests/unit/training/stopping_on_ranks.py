@@ -45,5 +45,5 @@ def train(path: Path, signalled_in: tuple[int | None, ...]) -> tuple[bool, str]:
     callback = Events(signals, signalled_in[int(os.environ["RANK"])])
     saver = SimpleNamespace(save=lambda state, last: callback.events.append(f"save {state.step}"), join=lambda: None)
     watchdog, group = Watchdog(None, engine.topology.rank), new_gloo_groups(engine.topology).all
-    trainer = Trainer(config, engine, datasets, saver, callback, signals, watchdog, group)  # type: ignore[arg-type]
+    trainer = Trainer(config, engine, datasets, saver, [callback], signals, watchdog, group)  # type: ignore[arg-type]
     return trainer.fit().reason is StopReason.LAST_STEP, ", ".join(callback.events)
