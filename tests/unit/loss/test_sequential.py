@@ -52,8 +52,8 @@ CASES = {
     "chain, 1 of 3 active": ToyCase(chain="causal", active=1),
     "chain, 2 of 3 active, detached": ToyCase(chain="causal", active=2, detached=(2,), z_loss=1e-2),
 }
-BOUNDS = {torch.float32: (1e-6, 2e-6), torch.bfloat16: (2e-3, 3e-2)}
-"""Relative errors of the 2-norm of losses and gradients."""
+BOUNDS = {torch.float32: (1e-6, 1e-6, 2e-6), torch.bfloat16: (2e-3, 2e-2, 3e-2)}
+"""Relative errors of the 2-norm of losses, and of gradients in the sequential modes and in `naive`."""
 FEW_RANKS = {n for n, case in CASES.items() if case.frozen or case.chain != "none" or case.detached or case.active}
 """Cases that do not depend on the number of ranks; 4 ranks cost seconds."""
 RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 or name not in FEW_RANKS]
@@ -86,7 +86,8 @@ def summed_if_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[
 def test_equals_fp64_on_one_rank(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
     by_rank = [answers[mode] for answers in _answers(ranks, *layout)[name]]
     case, truth = CASES[name], toy_truth(CASES[name])
-    loss_bound, gradient_bound = BOUNDS[case.dtype]
+    loss_bound, *gradient_bounds = BOUNDS[case.dtype]
+    gradient_bound = gradient_bounds[mode == "naive"]
     low = case.dtype == torch.bfloat16
     for answer in by_rank:
         for loss, expected in zip([*answer.losses, answer.sums[:, 0]], [*truth.losses, truth.sums[:, 0]], strict=True):
