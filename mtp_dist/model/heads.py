@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
-from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, recompute
+from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, call_recomputed
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
 
@@ -82,8 +82,7 @@ class SequentialHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedded: Tensor, attention: AttentionInputs) -> Tensor:
         """Map the hidden states of the head before and embedded tokens, both `[S, B, D]`, to `[S, B, D]`."""
-        full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
-        projected = recompute(self._project, hidden, embedded) if full else self._project(hidden, embedded)
+        projected = call_recomputed(self.activation_checkpointing == "full", self._project, hidden, embedded)
         output: Tensor = self.layers(projected, attention)
         return output
 

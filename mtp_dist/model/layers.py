@@ -1,6 +1,6 @@
 """The transformer layer that trunk and heads are made of, assembled from Megatron-core's parts."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
 
-# Without dropout a recomputation draws no random numbers, so no generator state needs saving.
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+def call_recomputed(is_enabled: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return the function's result. If enabled keep no activations of it: the backward pass computes them again."""
+    if not is_enabled or not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    # Without dropout a recomputation draws no random numbers, so no generator state needs saving.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class AttentionInputs(NamedTuple):
@@ -134,15 +139,12 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
         self.activation_checkpointing = config.train.activation_checkpointing
 
     def forward(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
-        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            return recompute(self._layer, hidden, attention)
-        return self._layer(hidden, attention)
+        return call_recomputed(self.activation_checkpointing == "full", self._layer, hidden, attention)
 
     def _layer(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
         output, _ = super().forward(hidden, rotary_pos_emb=attention.rope_angles, attention_bias=attention.bias)
         return output
 
     def _forward_mlp(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.activation_checkpointing == "selective" and torch.is_grad_enabled():
-            return recompute(super()._forward_mlp, hidden, *args, **kwargs)
-        return super()._forward_mlp(hidden, *args, **kwargs)
+        is_recomputed = self.activation_checkpointing == "selective"
+        return call_recomputed(is_recomputed, super()._forward_mlp, hidden, *args, **kwargs)

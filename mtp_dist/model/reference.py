@@ -115,9 +115,9 @@ class ReferenceModel(nn.Module):
             name = "heads.repeated" if heads.repeated else name
             tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
             embedded = F.embedding(tokens, self.weight("embedding.weight"))
-            normed = [_rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)]
-            normed += [_rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)]
-            before = torch.cat(normed, -1) @ self.weight(f"{name}.eh_proj.weight").T
+            embedded = _rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)
+            before = _rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)
+            before = torch.cat([embedded, before], -1) @ self.weight(f"{name}.eh_proj.weight").T
             name += ".layers"
         for depth in range(heads.layers_per_head):
             before = self._recomputed_layer(f"{name}.{depth}", before, mask)

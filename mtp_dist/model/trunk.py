@@ -70,8 +70,7 @@ def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Ten
     rows = tokens - get_tensor_model_parallel_group().rank() * len(weight)
     remote = (rows < 0) | (rows >= len(weight))
     looked_up: Tensor = _Lookup.apply(weight, rows.masked_fill(remote, 0))  # type: ignore[no-untyped-call]
-    partial = looked_up.masked_fill(remote.unsqueeze(-1), 0.0)
-    partial = partial.transpose(0, 1).contiguous()
+    partial = looked_up.masked_fill(remote.unsqueeze(-1), 0.0).transpose(0, 1).contiguous()
     to_all = (
         reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
     )
