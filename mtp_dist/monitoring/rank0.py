@@ -37,51 +37,37 @@ def rank0_callbacks(
 
     hosts: host name of each rank. completed_steps: 0, or the step of the checkpoint that the run resumes from.
     """
-    metrics = MetricsLogger(
-        _build_writers(config, [validation_set.name for validation_set in validation_sets], completed_steps),
-        _throughput_units(config, topology, validation_sets),
-        describe_run(config, topology),
-    )
-    events = EventRecorder(config.output_dir / EVENTS, completed_steps, config.train.steps, metrics.note)
-    PACKAGE_LOGGER.addHandler(events)
-    return [events, metrics, Stragglers(hosts)]
-
-
-def _build_writers(
-    config: Config, validation_sets: Sequence[str | None], completed_steps: int
-) -> Sequence[MetricsWriter]:
     folder = config.output_dir
     writers: list[MetricsWriter] = [
         ProgressBar(config.train.steps),
         JsonlWriter(folder / "metrics.jsonl", completed_steps),
     ]
     if config.log.tensorboard:
-        writers.append(TensorBoardWriter(folder / "tensorboard", validation_sets, completed_steps))
+        names = [validation_set.name for validation_set in validation_sets]
+        writers.append(TensorBoardWriter(folder / "tensorboard", names, completed_steps))
     if config.log.wandb:
         writers.append(WandbWriter(config.log.wandb, config.run.name, folder))
-    return writers
-
-
-def _throughput_units(config: Config, topology: Topology, validation_sets: Sequence[ValidationSet]) -> ThroughputUnits:
     peak = peak_flops(device_name(topology.device), config.train.precision)
-    return ThroughputUnits(
+    units = ThroughputUnits(
         flops_per_token=[model_flops_per_token(config, active) for active in range(1, config.heads.count + 1)],
         peak_flops=peak and peak * topology.world_size,
         bytes_per_token={validation_set.name: validation_set.bytes_per_token for validation_set in validation_sets},
     )
+    metrics = MetricsLogger(writers, units, describe_run(config, topology))
+    events = EventRecorder(folder / EVENTS, completed_steps, config.train.steps, metrics.note)
+    PACKAGE_LOGGER.addHandler(events)
+    return [events, metrics, Stragglers(hosts)]
 
 
 def log_start(config: Config, topology: Topology, optimizer_name: str, resumed: ResumePoint | None) -> None:
     """Log the size of the model, the layout, and the checkpoint that the run resumes from."""
-    micro_batches = config.micro_batches
-    stages = list(trunk_layers_per_stage(config))
     counts = parameter_counts(config)
     logger.info(
         f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
         f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
         f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
         f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
-        f"{stages} + heads on the last, {micro_batches} micro-batches per step"
+        f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
     )
     start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
     logger.info("%s, %d ranks", start, topology.world_size, extra={"event": "start"})

@@ -87,8 +87,3 @@ def _finish(copies: list[tuple[int, int, subprocess.Popen[bytes]]]) -> None:
             tee.wait(TEE_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             continue
-
-
-def earlier_logs(logs: Path, copied: bool) -> Path:
-    """Return the folder with the logs of a previous run; copied: whether this run uses `logs/` itself."""
-    return logs / EARLIER if copied else logs

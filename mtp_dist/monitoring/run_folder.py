@@ -15,7 +15,7 @@ from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.monitoring.events import EVENTS
 from mtp_dist.monitoring.profiling import PROFILE, PROFILE_FILES
-from mtp_dist.monitoring.rank_logs import LOG_FILES, LOGS, earlier_logs
+from mtp_dist.monitoring.rank_logs import EARLIER, LOG_FILES, LOGS
 from mtp_dist.monitoring.writers.wandb import WANDB_FOLDER, wandb_files
 from mtp_dist.planner.flops import parameter_counts
 
@@ -47,7 +47,8 @@ def archive_previous_run(config: Config) -> None:
     moved = {output_dir / name: name for name in FILES}
     for name, patterns in (FOLDERS | {WANDB_FOLDER: wandb_files(output_dir / WANDB_FOLDER)}).items():
         folder = output_dir / name
-        content = earlier_logs(folder, config.log.rank_logs) if name == LOGS else folder
+        # This run uses `logs/` itself if it has rank logs.
+        content = folder / EARLIER if name == LOGS and config.log.rank_logs else folder
         if folder.is_symlink() or folder.is_mount():
             _archive(folder, _matching(content, patterns))
         else:

@@ -21,18 +21,6 @@ from mtp_dist.monitoring.scalars import bits_per_byte, json_number
 
 
 @dataclass(frozen=True)
-class ValidationResult:
-    """The last validation of a run on one set."""
-
-    name: str | None
-    heads: HeadMetrics
-    unigram_entropy: float
-    """Entropy of the set's token frequencies, in nats: the loss of a head that has learned nothing else."""
-    bytes_per_token: float
-    """Mean bytes of text per validation token."""
-
-
-@dataclass(frozen=True)
 class RunSummary:
     """The result of a finished run."""
 
@@ -42,8 +30,8 @@ class RunSummary:
     tokens_per_second: float
     """Trained positions per second since the start or restart, all ranks together."""
     output_dir: Path
-    validation: Sequence[ValidationResult] = ()
-    """One per validation set."""
+    validation: Sequence[tuple[ValidationSet, HeadMetrics]] = ()
+    """The last validation on each set."""
     sample: str | None = None
     """Text sampled from the trained model."""
     tensorboard_dir: Path | None = None
@@ -70,26 +58,22 @@ class SummaryRecorder(Callback):
     def summary(self, checkpoint: Path) -> RunSummary:
         """Return the summary of the finished run; checkpoint: its last one."""
         config = self._config
-        results = [
-            ValidationResult(each.name, self._last_validation[each.name], each.unigram_entropy, each.bytes_per_token)
-            for each in self._validation_sets
-        ]
         return RunSummary(
             name=config.run.name,
             steps=config.train.steps,
             tokens_per_second=self._tokens / self._seconds,
             output_dir=config.output_dir,
-            validation=results,
+            validation=[(each, self._last_validation[each.name]) for each in self._validation_sets],
             tensorboard_dir=config.output_dir / "tensorboard" if config.log.tensorboard else None,
             checkpoint=checkpoint,
         )
 
 
-def _head_table(validation: ValidationResult) -> Table:
+def _head_table(validation: ValidationSet, heads: HeadMetrics) -> Table:
     table = Table(title=f"Validation on {validation.name}" if validation.name else "Validation")
     for column in ("head", "loss (nats)", "bits per byte", "below unigram", "accuracy"):
         table.add_column(column, justify="right")
-    heads, unigram, length = validation.heads, validation.unigram_entropy, validation.bytes_per_token
+    unigram, length = validation.unigram_entropy, validation.bytes_per_token
     for k, (loss, accuracy) in enumerate(zip(heads.losses, heads.accuracies, strict=True), 1):
         if loss is None or accuracy is None:
             table.add_row(f"{k}", *"----")
@@ -109,8 +93,8 @@ def _printable(text: str) -> Text:
 def print_summary(summary: RunSummary, console: Console | None = None) -> None:
     """Print the result of a run on `console`, by default standard output."""
     console = console or Console()
-    for validation in summary.validation:
-        console.print(_head_table(validation))
+    for validation, heads in summary.validation:
+        console.print(_head_table(validation, heads))
     if summary.sample is not None:
         console.print(Panel(_printable(summary.sample), title="Sample"))
     facts = {"Steps": f"{summary.steps:,}", "Tokens per second": f"{summary.tokens_per_second:,.0f}"}
@@ -125,8 +109,8 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
         console.print(Text(f"{label + ':':<20}{value}"), soft_wrap=True)
 
 
-def _validation_record(validation: ValidationResult) -> dict[str, Any]:
-    heads, unigram, length = validation.heads, validation.unigram_entropy, validation.bytes_per_token
+def _validation_record(validation: ValidationSet, heads: HeadMetrics) -> dict[str, Any]:
+    unigram, length = validation.unigram_entropy, validation.bytes_per_token
     return {
         "name": validation.name,
         "total": json_number(heads.total),
@@ -151,7 +135,7 @@ def write_summary(summary: RunSummary) -> Path:
         "name": summary.name,
         "steps": summary.steps,
         "tokens_per_second": summary.tokens_per_second,
-        "validation": [_validation_record(validation) for validation in summary.validation],
+        "validation": [_validation_record(*validation) for validation in summary.validation],
         "sample": summary.sample,
         "output_dir": str(summary.output_dir),
         "tensorboard_dir": str(summary.tensorboard_dir) if summary.tensorboard_dir else None,

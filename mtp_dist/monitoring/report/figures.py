@@ -39,18 +39,16 @@ def _losses(runs: Sequence[RunFiles], prefix: str, label: str) -> bytes | None:
     if not heads:
         return None
     if len(runs) == 1:
-        figure, [axes] = _panels(1)
+        figure, grid = _panels(1)
         for scalar in heads:
-            _plot(axes, runs[0], scalar, f"head {scalar.rpartition('_')[2]}")
-        _mark_restarts(axes, runs[0])
-        axes.set(xlabel="step", ylabel=label)
-        axes.legend(fontsize=8)
-        return _png(figure)
-    figure, grid = _panels(len(heads))
-    for axes, scalar in zip(grid, heads, strict=True):
-        for run in runs:
-            _plot(axes, run, scalar, _legend_label(run.name))
-        axes.set(xlabel="step", title=f"head {scalar.rpartition('_')[2]}")
+            _plot(grid[0], runs[0], scalar, f"head {scalar.rpartition('_')[2]}")
+        _mark_restarts(grid[0], runs[0])
+    else:
+        figure, grid = _panels(len(heads))
+        for axes, scalar in zip(grid, heads, strict=True):
+            for run in runs:
+                _plot(axes, run, scalar, _legend_label(run.name))
+            axes.set(title=f"head {scalar.rpartition('_')[2]}")
     grid[0].set(ylabel=label)
     grid[0].legend(fontsize=8)
     return _png(figure)
@@ -61,7 +59,7 @@ def _rate(runs: Sequence[RunFiles], scalar: str, label: str, factor: float) -> b
     for run in runs:
         _plot(axes, run, scalar, _legend_label(run.name), factor)
         _mark_restarts(axes, run)
-    axes.set(xlabel="step", ylabel=label)
+    axes.set(ylabel=label)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     if len(runs) > 1:
@@ -79,6 +77,7 @@ def _panels(number: int) -> tuple[Figure, list[Axes]]:
     grid = [figure.add_subplot(rows, columns, index + 1) for index in range(number)]
     for axes in grid:
         axes.grid(alpha=0.3)
+        axes.set(xlabel="step")
     return figure, grid
 
 

@@ -79,9 +79,7 @@ def _lines(path: Path, types: dict[str, type]) -> list[dict[str, Any]]:
 
     Raise DataError if one is not a JSON object with values of these types.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):

@@ -68,8 +68,14 @@ class ProgressBar(MetricsWriter):
         self._console = console or Console()
         self._first: tuple[int, float] | None = None  # the first step seen and when it ended
         self._left = "?"
-        bar_columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description} left"))
-        self._bar = _Bar(*bar_columns, console=self._console, expand=True)
+        self._bar = _Bar(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(None),
+            TextColumn("{task.description} left"),
+            console=self._console,
+            expand=True,
+        )
         self._task = self._bar.add_task(self._left, total=total_steps)
 
     def advance(self, step: int) -> None:

@@ -30,9 +30,8 @@ class TensorBoardWriter(MetricsWriter):
         self._writer: SummaryWriter | None = self._open()
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        rest = {name: value for name, value in description.items() if name != "config"}
         self._add_text("configuration", _as_yaml(description["config"]))
-        self._add_text("run", _as_yaml(rest))
+        self._add_text("run", _as_yaml({name: value for name, value in description.items() if name != "config"}))
 
     def advance(self, step: int) -> None:
         self._step = step

@@ -85,8 +85,8 @@ class WandbWriter(MetricsWriter):
         self._run.define_metric("*", step_metric="step")
 
     def describe(self, description: Mapping[str, Any]) -> None:
-        rest = {name: value for name, value in description.items() if name != "config"}
-        self._call(self._run.config.update, {**description["config"], **rest}, allow_val_change=True)
+        values = description["config"] | {name: value for name, value in description.items() if name != "config"}
+        self._call(self._run.config.update, values, allow_val_change=True)
 
     def write(self, step: int, scalars: Scalars) -> None:
         present = {name: value for name, value in scalars.items() if value is not None}

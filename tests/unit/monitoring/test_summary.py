@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.metrics import HeadMetrics
-from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
+from mtp_dist.monitoring.summary import RunSummary, print_summary, write_summary
 
 HEADS = HeadMetrics(losses=(1.5, 2.25), accuracies=(0.5, 0.25), total=3.75)
 SUMMARY = RunSummary(
@@ -18,7 +19,7 @@ SUMMARY = RunSummary(
     steps=1200,
     tokens_per_second=12345.6,
     output_dir=Path("runs/demo"),
-    validation=[ValidationResult(None, HEADS, unigram_entropy=3.0, bytes_per_token=2.0)],
+    validation=[(ValidationSet(None, (), unigram_entropy=3.0, bytes_per_token=2.0), HEADS)],
     sample="def f(x):\n\treturn [x]\x1b[31m\x07",
     tensorboard_dir=Path("runs/my demo/tensorboard"),
     checkpoint=Path("runs/demo/checkpoints/step_1200"),
@@ -72,7 +73,7 @@ def test_file_contains_all_numbers_in_full_precision(tmp_path: Path) -> None:
 def test_absent_and_diverged_values_are_null(tmp_path: Path) -> None:
     bare = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path)).read_text())
     assert bare["validation"] == [] and bare["checkpoint"] is bare["tensorboard_dir"] is bare["sample"] is None
-    diverged = ValidationResult("web", HeadMetrics((math.nan,), (0.0,), math.nan), 3.0, 1.0)
+    diverged = (ValidationSet("web", (), 3.0, 1.0), HeadMetrics((math.nan,), (0.0,), math.nan))
     [validation] = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path, [diverged])).read_text())[
         "validation"
     ]

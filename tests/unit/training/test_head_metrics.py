@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.engine.engine import head_metrics
 from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
@@ -17,7 +18,7 @@ from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.metrics_logger import MetricsLogger
 from mtp_dist.monitoring.scalars import ThroughputUnits, validation_scalars
-from mtp_dist.monitoring.summary import RunSummary, ValidationResult, print_summary, write_summary
+from mtp_dist.monitoring.summary import RunSummary, print_summary, write_summary
 from mtp_dist.monitoring.writers.jsonl import JsonlWriter
 from mtp_dist.monitoring.writers.progress import ProgressBar
 from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
@@ -98,7 +99,7 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path
     assert "loss/head_2" in written and not written & (missing | missing_in_validation)
     assert "head losses 2.0000 3.0000 - | total 3.5000" in output.getvalue()
 
-    summary = RunSummary("demo", 1, 1.0, tmp_path, [ValidationResult(None, heads, 4.0, 2.0)])
+    summary = RunSummary("demo", 1, 1.0, tmp_path, [(ValidationSet(None, (), 4.0, 2.0), heads)])
     print_summary(summary, console)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.getvalue().splitlines()]
     assert ["3", "-", "-", "-", "-"] in rows
