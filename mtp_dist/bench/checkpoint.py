@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
+from mtp_dist.bench.measure import paired_seconds, processor_name, usable_cores
 from mtp_dist.checkpoint.format import RunState, checkpoint_path
 from mtp_dist.checkpoint.restore import restore
 from mtp_dist.checkpoint.save import gather_owned_tensors, take_snapshot
@@ -68,7 +68,15 @@ def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds
     """
     to_folder = config.checkpoint.model_copy(update={"directory": str(folder)})
     config = config.model_copy(update={"checkpoint": to_folder})
-    subject = _subject(config, topology, folder)
+    engine = build_engine(config, topology)
+    batch = local_batch(config, topology, *random_batch(config))
+    engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
+    groups = new_gloo_groups(topology)
+    saver = CheckpointSaver(config, engine, groups)
+    subject = _Subject(config, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
+    # Once to warm up; it also makes the folder.
+    for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):
+        way()
     seconds = paired_seconds(
         {
             "stall": subject.save,
@@ -77,10 +85,9 @@ def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds
         },
         rounds,
         topology.device,
-        lambda _: subject.saver.wait(),
+        lambda _: saver.wait(),
     )
-    loads: dict[str, Step] = {"load": subject.load, "torch.load": subject.load_plainly}
-    seconds |= paired_seconds(loads, rounds, topology.device)
+    seconds |= paired_seconds({"load": subject.load, "torch.load": subject.load_plainly}, rounds, topology.device)
     saved = sum(path.stat().st_size for path in checkpoint_path(config, STEP).glob("*.safetensors"))
     dist.barrier()
     if topology.rank == 0:
@@ -94,16 +101,3 @@ def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds
         "stall_share": statistics.median(stall / whole for stall, whole in pairs),
         "seconds_by_round": seconds,
     }
-
-
-def _subject(config: Config, topology: Topology, folder: Path) -> _Subject:
-    engine = build_engine(config, topology)
-    batch = local_batch(config, topology, *random_batch(config))
-    engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
-    groups = new_gloo_groups(topology)
-    saver = CheckpointSaver(config, engine, groups)
-    subject = _Subject(config, engine, groups, saver, folder / f"torch-{topology.rank}.pt")
-    # Once to warm up; it also makes the folder.
-    for way in (subject.save_and_wait, subject.save_plainly, subject.load, subject.load_plainly):
-        way()
-    return subject

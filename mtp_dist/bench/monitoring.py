@@ -70,11 +70,12 @@ def measure_monitoring(config: Config, sources: RunSources, topology: Topology, 
             handlers = list(PACKAGE_LOGGER.handlers)
             # Standard output is for the result.
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-                part = _short_run(config, steps + 1, folder)
+                run = config.run.model_copy(update={"output_dir": folder})
+                short = config.train.model_copy(update={"steps": steps + 1, "validate_every": None})
+                part = config.model_copy(update={"run": run, "train": short})
                 callbacks: list[Callback] = []
                 if name == "with" and topology.rank == 0:
-                    hosts = [""] * topology.world_size
-                    callbacks = rank0_callbacks(part, topology, datasets.validation, hosts, completed_steps=0)
+                    callbacks = rank0_callbacks(part, topology, datasets.validation, [""] * topology.world_size, 0)
                 passed = train(part, callbacks)
             PACKAGE_LOGGER.handlers = handlers
             if number:
@@ -91,9 +92,3 @@ def measure_monitoring(config: Config, sources: RunSources, topology: Topology, 
         "ratio_quartiles": statistics.quantiles(ratios, n=4) if rounds > 1 else ratios,
         "ratios": ratios,
     }
-
-
-def _short_run(config: Config, steps: int, folder: str) -> Config:
-    run = config.run.model_copy(update={"output_dir": folder})
-    train = config.train.model_copy(update={"steps": steps, "validate_every": None})
-    return config.model_copy(update={"run": run, "train": train})

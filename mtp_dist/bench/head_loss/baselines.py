@@ -1,7 +1,6 @@
 """Other implementations of the loss of several heads, with which the benchmark compares the modes of mtp-dist."""
 
 import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass

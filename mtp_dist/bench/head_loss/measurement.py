@@ -109,19 +109,15 @@ class _Benchmark:
             matmuls()
             rows = [row for heads in settings.heads for row in self._rows(heads, references.get(heads), matmuls)]
         return {
-            "machine": self._machine(),
+            "machine": {
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor_name(),
+                "cores": usable_cores(),
+                "threads_per_rank": torch.get_num_threads(),
+                "torch": torch.__version__,
+            },
             "settings": asdict(settings) | {"rounds": ROUNDS},
             "matmul_flops_per_second": settings.flops_per_head / statistics.median(self.matmul_seconds),
             "rows": rows,
-        }
-
-    def _machine(self) -> Result:
-        cuda = self.device.type == "cuda"
-        return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else processor_name(),
-            "cores": usable_cores(),
-            "threads_per_rank": torch.get_num_threads(),
-            "torch": torch.__version__,
         }
 
     def _references(self) -> "dict[int, ReferenceGradients]":

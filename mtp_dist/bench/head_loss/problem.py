@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ class Problem:
         return Inputs(self.trunk_output.detach().requires_grad_(), norms, rows)
 
     def loss(self, mode: str) -> Loss:
-        return BASELINES[mode].loss if mode in BASELINES else self._own_loss(mode)
+        return BASELINES[mode].loss if mode in BASELINES else partial(self._own_loss, mode)
 
     def matmuls(self) -> Callable[[], None]:
         """Return a step with the three matmuls of one head, all tokens at once, into preallocated memory."""
@@ -77,23 +78,20 @@ class Problem:
 
         return step
 
-    def _own_loss(self, mode: str) -> Loss:
-        def loss(inputs: Inputs, targets: Tensor) -> Tensor:
-            count, _, tokens = targets.shape
-            heads = _NormHeads(inputs, self.unembedding, count)
-            objective = Objective(
-                targets=targets,
-                active_heads=count,
-                scales=torch.full((count + 1,), 1 / tokens, device=targets.device),
-                vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, self.group),
-            )
-            sums = objective.zero_sums(inputs.trunk_output.dtype)
-            if mode == "naive":
-                return naive_heads_loss(heads, inputs.trunk_output, None, objective, sums)
-            sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
-            return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective, sums)
-
-        return loss
+    def _own_loss(self, mode: str, inputs: Inputs, targets: Tensor) -> Tensor:
+        count, _, tokens = targets.shape
+        heads = _NormHeads(inputs, self.unembedding, count)
+        objective = Objective(
+            targets=targets,
+            active_heads=count,
+            scales=torch.full((count + 1,), 1 / tokens, device=targets.device),
+            vocabulary=Vocabulary(self.vocab_size, IGNORE_INDEX, self.group),
+        )
+        sums = objective.zero_sums(inputs.trunk_output.dtype)
+        if mode == "naive":
+            return naive_heads_loss(heads, inputs.trunk_output, None, objective, sums)
+        sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
+        return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective, sums)
 
 
 class _NormHeads:
