@@ -1,28 +1,25 @@
 """`mtp-dist bench`: measurements of the user's own machine."""
 
-import json
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mtp_dist.cli.options import AsJson, Overrides
 from mtp_dist.cli.progress import head_loss_progress
-from mtp_dist.cli.tables import bench_checkpoint_table, bench_data_tables, head_loss_table, monitoring_table, show
+from mtp_dist.cli.tables import (
+    bench_checkpoint_table,
+    bench_data_tables,
+    head_loss_table,
+    monitoring_table,
+    show_result,
+)
 from mtp_dist.config import load_config
 from mtp_dist.errors import LaunchError, exits_with_user_errors
 from mtp_dist.monitoring.output import silence_import_warnings
 
 app = typer.Typer(no_args_is_help=True, help="Measure a part of mtp-dist and compare it with baselines.")
-
-
-def _show(result: dict[str, Any], as_json: bool, *tables: Table) -> None:
-    if as_json:
-        print(json.dumps(result), flush=True)
-    else:
-        show(*tables)
 
 
 @app.command("head-loss")
@@ -55,7 +52,7 @@ def head_loss(
 
     settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
     result = measure_head_loss(settings, head_loss_progress)
-    _show(result, as_json, head_loss_table(result))
+    show_result(result, as_json, head_loss_table(result))
 
 
 @app.command("checkpoint")
@@ -85,7 +82,7 @@ def checkpoint(
     result = measure_checkpoints(job.config, topology, folder, rounds)
     close_topology()
     if topology.rank == 0:
-        _show(result, as_json, bench_checkpoint_table(result))
+        show_result(result, as_json, bench_checkpoint_table(result))
 
 
 @app.command("data")
@@ -111,7 +108,7 @@ def data(
     silence_import_warnings()
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
-    _show(result, as_json, *bench_data_tables(result))
+    show_result(result, as_json, *bench_data_tables(result))
 
 
 @app.command("monitoring")
@@ -139,4 +136,4 @@ def monitoring(
     result = measure_monitoring(job.config, job.sources, topology, rounds)
     close_topology()
     if topology.rank == 0:
-        _show(result, as_json, monitoring_table(result))
+        show_result(result, as_json, monitoring_table(result))

@@ -52,8 +52,9 @@ def import_(
     from mtp_dist.convert.from_huggingface import import_llama
     from mtp_dist.convert.import_config import ImportRequest
 
-    source_folder, target = Path(source).expanduser(), Path(to).expanduser()
-    request = ImportRequest(source_folder, target, config, overrides or [], heads, copy_heads)
+    request = ImportRequest(
+        Path(source).expanduser(), Path(to).expanduser(), config, overrides or [], heads, copy_heads
+    )
     with progress_bar() as bar:
         imported = import_llama(request, updates(bar, "weights"))
     print(imported.describe(), flush=True)

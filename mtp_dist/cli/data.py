@@ -12,7 +12,7 @@ from rich.console import Console
 
 from mtp_dist.cli.options import AsJson
 from mtp_dist.cli.progress import progress_bar, updates
-from mtp_dist.cli.tables import checkpoint_tables, checkpoints_table, result_console, show
+from mtp_dist.cli.tables import checkpoint_tables, checkpoints_table, show_result
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.errors import CheckpointError, DataError, exits_with_user_errors
@@ -86,7 +86,7 @@ def inspect(
     A folder of checkpoints is listed. All options except --json apply to a corpus. The exit status is 2 if something
     is damaged.
     """
-    from mtp_dist.cli.data_tables import print_report
+    from mtp_dist.cli.data_tables import corpus_tables
     from mtp_dist.data.corpus import open_corpus, prefix_of
     from mtp_dist.data.prepare.inspection import inspect_corpus
     from mtp_dist.data.tokenizer import build_tokenizer
@@ -105,10 +105,7 @@ def inspect(
         report = inspect_corpus(
             opened, corpus_tokenizer, heads, positions, samples, frequent, lambda done: update(done, total)
         )
-    if as_json:
-        print(json.dumps(asdict(report)), flush=True)
-    else:
-        print_report(report, result_console())
+    show_result(asdict(report), as_json, *corpus_tables(report))
 
 
 def _inspect_checkpoints(folder: Path, as_json: bool) -> bool:
@@ -119,16 +116,11 @@ def _inspect_checkpoints(folder: Path, as_json: bool) -> bool:
     if is_checkpoint(folder):
         with progress_bar() as bar:
             report = inspect_checkpoint(folder, updates(bar, "reading"))
-        if as_json:
-            print(json.dumps(asdict(report)), flush=True)
-        else:
-            show(*checkpoint_tables(report))
+        show_result(asdict(report), as_json, *checkpoint_tables(report))
         return True
     lines = list_checkpoints(folder)
-    if as_json and lines:
-        print(json.dumps([asdict(line) for line in lines]), flush=True)
-    elif lines:
-        show(checkpoints_table(lines))
+    if lines:
+        show_result([asdict(line) for line in lines], as_json, checkpoints_table(lines))
     if damage := [line.damage for line in lines if line.damage]:
         raise CheckpointError("\n".join(damage))
     return bool(lines)

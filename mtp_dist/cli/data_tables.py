@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from mtp_dist.cli.tables import fact_lines
 from mtp_dist.data.prepare.inspection import CorpusReport
 from mtp_dist.data.prepare.prepare import Prepared
 from mtp_dist.data.prepare.tokenize import UnitSummary
@@ -96,31 +98,31 @@ def _describe_loss(report: CorpusReport) -> str:
     return f"all of the {report.checked_bytes:,} bytes checked survive" if report.checked_bytes else "not measured"
 
 
-def print_report(report: CorpusReport, console: Console) -> None:
-    """Print a report for a terminal."""
+def corpus_tables(report: CorpusReport) -> Iterator[RenderableType]:
+    """Yield the lines and tables of a report for a terminal."""
     lengths = report.lengths
     text = f", {report.bytes:,} bytes of text, {report.bytes / report.tokens:.2f} per token" if report.bytes else ""
-    facts = {
-        "Tokens": f"{report.tokens:,}{text}",
-        "Documents": f"{report.documents:,}",
-        "Shortest": f"{lengths.shortest:,} tokens, document {lengths.shortest_document:,}",
-        "Median and mean": f"{lengths.median:,.0f} and {lengths.mean:,.0f} tokens",
-        "Longest": f"{lengths.longest:,} tokens, document {lengths.longest_document:,}",
-        "Tokenizer": f"{report.tokenizer}, {report.vocab_size:,} tokens, {report.distinct_tokens:,} of them occur",
-        "Round trip": _describe_loss(report),
-        "Unigram entropy": f"{report.unigram_entropy:.4f} nats per token",
-    }
-    for label, value in facts.items():
-        console.print(Text(f"{label + ':':<17}{value}"), soft_wrap=True)
+    yield from fact_lines(
+        {
+            "Tokens": f"{report.tokens:,}{text}",
+            "Documents": f"{report.documents:,}",
+            "Shortest": f"{lengths.shortest:,} tokens, document {lengths.shortest_document:,}",
+            "Median and mean": f"{lengths.median:,.0f} and {lengths.mean:,.0f} tokens",
+            "Longest": f"{lengths.longest:,} tokens, document {lengths.longest_document:,}",
+            "Tokenizer": f"{report.tokenizer}, {report.vocab_size:,} tokens, {report.distinct_tokens:,} of them occur",
+            "Round trip": _describe_loss(report),
+            "Unigram entropy": f"{report.unigram_entropy:.4f} nats per token",
+        }
+    )
     if report.frequent:
         table = Table("id", "token", "count", "share", "", title="Most frequent tokens")
         for row in report.frequent:
             bar = "#" * round(40 * row.count / report.frequent[0].count)
             table.add_row(f"{row.id}", Text(row.text), f"{row.count:,}", f"{row.count / report.tokens:.2%}", bar)
-        console.print(table)
+        yield table
     for number, sample in enumerate(report.samples):
         heads = [f"head {k} predicts" for k in range(1, len(sample.targets) + 1)]
         table = Table("position", "token", *heads, title=f"Sample {number}")
         for position, cells in enumerate(zip(sample.tokens, *sample.targets, strict=True)):
             table.add_row(str(position), *map(Text, cells))
-        console.print(table)
+        yield table

@@ -46,21 +46,16 @@ class _Ranks:
     def wait(self) -> int:
         """Wait for all ranks. Return the status of the first one that failed, or 0."""
         status, deadline = 0, float("inf")
-        while left := self._running():
-            failed = [rank for rank, process in enumerate(self._processes) if process.poll()]
-            if failed and not status:
-                status, deadline = self._status(failed[0]), time.monotonic() + FAILURE_GRACE_S
+        while left := [process for process in self._processes if process.poll() is None]:
+            if not status and (status := self._first_failure()):
+                deadline = time.monotonic() + FAILURE_GRACE_S
                 if not self._received:
                     self._send(signal.SIGTERM)
             if time.monotonic() > deadline:
                 for process in left:
                     process.kill()
             time.sleep(POLL_INTERVAL_S)
-        failed = [rank for rank, process in enumerate(self._processes) if process.returncode]
-        return status or (self._status(failed[0]) if failed else 0)
-
-    def _running(self) -> list[subprocess.Popen[bytes]]:
-        return [process for process in self._processes if process.poll() is None]
+        return status or self._first_failure()
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         self._received = number
@@ -70,8 +65,10 @@ class _Ranks:
         for process in self._processes:
             process.send_signal(number)  # no effect on a process that has ended
 
-    def _status(self, rank: int) -> int:
-        code = self._processes[rank].returncode
+    def _first_failure(self) -> int:
+        """Return the status of the first rank that has failed, or 0."""
+        codes = enumerate(process.poll() for process in self._processes)
+        rank, code = next(((rank, code) for rank, code in codes if code), (0, 0))
         if code >= 0:
             return code
         if -code == self._received:
@@ -94,8 +91,7 @@ def _environment(rank: int, count: int) -> dict[str, str]:
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+        return int(listener.getsockname()[1])
 
 
 def _end_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
@@ -19,19 +20,17 @@ if TYPE_CHECKING:  # they import numpy and torch, for which `--help` has no time
 WIDTH_OF_FILES = 120
 
 
-def result_console() -> Console:
-    """Return the console for results, as wide as the terminal."""
-    return Console(width=None if os.isatty(1) else WIDTH_OF_FILES)
-
-
-def show(*parts: RenderableType) -> None:
-    """Print tables, and lines of text unbroken."""
-    console = result_console()
+def show_result(result: object, as_json: bool, *parts: RenderableType) -> None:
+    """Print a result as one JSON object, or as tables and unbroken lines of text."""
+    if as_json:
+        print(json.dumps(result), flush=True)
+        return
+    console = Console(width=None if os.isatty(1) else WIDTH_OF_FILES)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))
 
 
-def _facts(facts: Mapping[str, str]) -> Iterator[Text]:
+def fact_lines(facts: Mapping[str, str]) -> Iterator[Text]:
     width = max(map(len, facts)) + 2
     for label, value in facts.items():
         yield Text(f"{label + ':':<{width}}{value}")
@@ -72,7 +71,7 @@ def checkpoints_table(lines: Sequence[CheckpointLine]) -> Table:
 def checkpoint_tables(report: CheckpointReport) -> Iterator[RenderableType]:
     layout, total = report.layout, sum(report.parameters.values())
     processes = f", {layout.world_size} processes" if layout else ""
-    yield from _facts(
+    yield from fact_lines(
         {
             "Run": report.run,
             "Step": f"{report.step:,}, {report.optimizer_updates:,} updates of Adam",

@@ -1,15 +1,15 @@
 """`mtp-dist launch`, `selfcheck` and `report`."""
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from mtp_dist.cli.options import AsJson, ConfigFile, Overrides
-from mtp_dist.cli.tables import selfcheck_table, show
+from mtp_dist.cli.tables import selfcheck_table, show_result
 from mtp_dist.config import load_config
 from mtp_dist.errors import exits_with_user_errors
 from mtp_dist.monitoring.output import silence_import_warnings
@@ -54,12 +54,11 @@ def selfcheck(config: ConfigFile, overrides: Overrides = None, as_json: AsJson =
     close_topology()
     passed = all(comparison.passed for comparison in comparisons)
     layout = f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}"
-    if topology.rank == 0 and as_json:
+    verdict = Text("passed" if passed else "FAILED: sharded results differ from the single-process reference")
+    if topology.rank == 0:
         rows = [asdict(comparison) | {"passed": comparison.passed} for comparison in comparisons]
-        print(json.dumps({"layout": layout, "passed": passed, "comparisons": rows}), flush=True)
-    elif topology.rank == 0:
-        show(selfcheck_table(comparisons, layout))
-        print("passed" if passed else "FAILED: sharded results differ from the single-process reference", flush=True)
+        result = {"layout": layout, "passed": passed, "comparisons": rows}
+        show_result(result, as_json, selfcheck_table(comparisons, layout), verdict)
     raise typer.Exit(0 if passed else 1)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mtp_dist.cli.data_tables import describe, print_report
+from mtp_dist.cli.data_tables import corpus_tables, describe
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.prepare.inspection import inspect_corpus
@@ -50,9 +50,10 @@ def inspected(prefix, tokenizer):
     report = inspect_corpus(
         open_corpus(prefix, "DATA"), build_tokenizer(str(tokenizer)), 2, 4, 1, 3, on_progress=lambda done: None
     )
-    shown = io.StringIO()
-    print_report(report, Console(file=shown, width=120))
-    return shown.getvalue()
+    console = Console(file=io.StringIO(), width=120)
+    for part in corpus_tables(report):
+        console.print(part, soft_wrap=True)
+    return console.file.getvalue()
 
 
 @pytest.mark.parametrize("text", [GERMAN, JAPANESE, ENGLISH * 3 + JAPANESE])
