@@ -2,12 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
+from mtp_dist.bench.monitoring import measure_monitoring
 from mtp_dist.cli.tables import bench_data_tables, monitoring_table
+from mtp_dist.data.run_sources import RunSources
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology
 from tests.integration import jobs
 from tests.ranks import Ranks
-from tests.unit.bench.on_ranks import monitored
+from tests.tiny import load_resolved
 
 
 def test_prepare_is_compared_with_its_tokenizer(tmp_path: Path) -> None:
@@ -26,6 +31,13 @@ def test_prepare_is_compared_with_its_tokenizer(tmp_path: Path) -> None:
     assert all(row["samples_tokens_per_second"] > 0 < row["with_targets_tokens_per_second"] for row in loader)
     result = {"machine": {"processor": "x", "cores": 2}, "workers": 1, "preparation": rows, "loader": loader}
     assert [table.row_count for table in bench_data_tables(result)] == [2, 3]
+
+
+def monitored(path: Path) -> dict[str, Any]:
+    """On each rank: return the result of one round."""
+    config = load_resolved(path)
+    topology = initialize_topology(config, select_device(config))
+    return measure_monitoring(config, RunSources(config), topology, rounds=1)
 
 
 def test_steps_are_measured_with_and_without_monitoring(ranks: Ranks, tmp_path: Path) -> None:

@@ -1,20 +1,22 @@
 """A tiny head-loss benchmark has all results; an invalid option ends with one message."""
 
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from mtp_dist.bench.head_loss.settings import Settings
+from mtp_dist.bench.head_loss.baselines import BASELINES
+from mtp_dist.bench.head_loss.measurement import measure_on_rank
+from mtp_dist.bench.head_loss.settings import Settings, read_settings
 from mtp_dist.cli import app
+from mtp_dist.cli.progress import head_loss_progress
 from mtp_dist.cli.tables import head_loss_table
+from tests.integration import jobs
 from tests.ranks import Ranks
-from tests.unit.bench import on_ranks
 
 TINY = ["--device", "cpu", "--tokens", "64", "--hidden", "32", "--vocab", "300", "--heads", "1,2"]
 ROW_KEYS = set(
@@ -40,9 +42,21 @@ def peaks(result: dict[str, Any], mode: str) -> list[int]:
     return [row["peak_bytes"] for row in result["rows"] if row["mode"] == mode]
 
 
+def head_loss(dtype: str, modes: str | None = None) -> dict[str, Any]:
+    """On each rank: run a tiny benchmark, by default of all modes that run on a CPU and compile nothing."""
+    settings = read_settings("2,1", 1, modes, "cpu", tokens=64, hidden=32, vocab=300, dtype=dtype)
+    return measure_on_rank(settings, head_loss_progress)
+
+
+def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
+    """On each rank: run it with a PyTorch baseline that allocates more memory than there is."""
+    with patch.dict(BASELINES, pytorch=replace(BASELINES["pytorch"], loss=lambda *_: torch.empty(2**50))):
+        return head_loss("fp32", "naive,eager,pytorch")
+
+
 @pytest.mark.parametrize(("dtype", "largest_error"), [("fp32", 1e-6), ("bf16", 2e-2)])
 def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
-    [result] = ranks.run(1, on_ranks.head_loss, dtype)
+    [result] = ranks.run(1, head_loss, dtype)
     check_rows(result, ["naive", "eager", "recompute", "pytorch"], largest_error)
     assert all(row["collectives"] == row["collective_bytes"] == 0 for row in result["rows"])
     one, two = peaks(result, "eager")
@@ -54,7 +68,7 @@ def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
 
 
 def test_mode_without_enough_memory(ranks: Ranks) -> None:
-    [result] = ranks.run(1, on_ranks.head_loss_without_memory_for_pytorch)
+    [result] = ranks.run(1, head_loss_without_memory_for_pytorch)
     check_rows(result | {"rows": [row for row in result["rows"] if row["mode"] == "eager"]}, ["eager"], 1e-6)
     failed = [row for row in result["rows"] if row["mode"] == "pytorch"]
     assert [row["heads"] for row in failed] == [1, 2]
@@ -64,10 +78,8 @@ def test_mode_without_enough_memory(ranks: Ranks) -> None:
 
 
 def test_command_with_two_ranks() -> None:
-    command = [sys.executable, "-m", "mtp_dist.cli", "bench", "head-loss", *TINY, "--tp", "2", "--json"]
-    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    run = jobs.run(jobs.plain("-m", "mtp_dist.cli", "bench", "head-loss", *TINY, "--tp", "2", "--json"))
+    assert run.status == 0, run.stderr
     result = json.loads(run.stdout)
     check_rows(result, ["naive", "eager", "recompute"], 1e-6)
     assert all(row["collective_bytes"] > 0 for row in result["rows"])

@@ -1,11 +1,15 @@
-import torch
+from typing import Any
 
-from mtp_dist.bench.measure import paired_seconds, peak_bytes
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtp_dist.bench.measure import CollectiveCounter, paired_seconds, peak_bytes
 from tests.ranks import Ranks
-from tests.unit.bench import on_ranks
 
 CPU = torch.device("cpu")
 KIBIBYTE = 1024
+TOKENS, WIDTH = 6, 4
 
 
 def block(kibibytes: int) -> torch.Tensor:
@@ -36,9 +40,46 @@ def test_peak_of_a_backward_pass() -> None:
     assert 4 * KIBIBYTE <= peak <= 3 * 4 * KIBIBYTE
 
 
+class SumInBackward(torch.autograd.Function):
+    """Identity; the gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+def count_collectives() -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """On each rank: return (collectives, bytes) after each kind forward, after the backward pass, and when idle."""
+    value = torch.ones(TOKENS, WIDTH, requires_grad=True)
+    counter, idle = CollectiveCounter(), CollectiveCounter()
+    with idle:
+        dist.barrier()
+        (value * 2).sum().backward()
+    counts = []
+    with counter:
+        for start in (
+            lambda: dist.all_reduce(torch.ones(TOKENS, WIDTH)),
+            lambda: dist.all_gather_into_tensor(torch.empty(2 * TOKENS, WIDTH), torch.ones(TOKENS, WIDTH)),
+            lambda: dist.reduce_scatter_tensor(torch.empty(TOKENS // 2, WIDTH), torch.ones(TOKENS, WIDTH)),
+        ):
+            start()
+            counts.append((counter.count, counter.bytes))
+        loss = SumInBackward.apply(value).double().sum()
+        counts.append((counter.count, counter.bytes))
+        loss.backward()
+        counts.append((counter.count, counter.bytes))
+    return counts, (idle.count, idle.bytes)
+
+
 def test_collectives_are_counted_in_both_passes(ranks: Ranks) -> None:
-    each = 4 * on_ranks.TOKENS * on_ranks.WIDTH
-    for counts, idle in ranks.run(2, on_ranks.count_collectives):
+    each = 4 * TOKENS * WIDTH
+    for counts, idle in ranks.run(2, count_collectives):
         assert counts == [(1, each), (2, 2 * each), (3, 3 * each), (3, 3 * each), (4, 4 * each)]
         assert idle == (0, 0)
 
