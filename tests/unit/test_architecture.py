@@ -29,11 +29,8 @@ def size_faults(root: Path) -> list[str]:
             faults.append(f"{path}: {lines} lines are more than {MAX_FILE_LINES}")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > MAX_FUNCTION_LINES:
-                    faults.append(
-                        f"{path}:{node.lineno}: {node.name} has {lines} lines, more than {MAX_FUNCTION_LINES}"
-                    )
+                lines, start = node.end_lineno - node.lineno + 1, f"{path}:{node.lineno}: {node.name}"
+                faults += [f"{start} has {lines} lines, more than {MAX_FUNCTION_LINES}"] * (lines > MAX_FUNCTION_LINES)
     return faults
 
 
@@ -55,11 +52,8 @@ def asserts_with_effects(root: Path) -> list[str]:
 def project_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
         here = Path(folder)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if name not in NOT_OURS and not name.endswith("_cache") and not (here / name / "pyvenv.cfg").exists()
-        )
+        ours = (name for name in folders if name not in NOT_OURS and not name.endswith("_cache"))
+        folders[:] = sorted(name for name in ours if not (here / name / "pyvenv.cfg").exists())
         files = [name for name in files if name not in NOT_OURS]  # `.git` is a file in a git worktree
         yield from (here / name for name in sorted(files) if not (here / name).is_symlink())
 

@@ -1,12 +1,13 @@
 """How files and overrides become a configuration, and what follows from its keys."""
 
 import json
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import pytest
+import yaml
 
-from mtp_dist.config import Config, HeadsConfig, build_config, load_config, read_values, resolve
+from mtp_dist.config import Config, HeadsConfig, build_config, load_config, override_values, read_values, resolve
 from mtp_dist.errors import ConfigError
 from tests.unit.conftest import BASE_TEXT
 
@@ -22,7 +23,7 @@ ROUND_TRIPS = [
     "heads={prediction_distances: [1, 3, 5, 7], schedule: forward, loss_weights: [1, 0.5, 0, 0.25]}",
     "heads={auxiliary_weight: 0.3, schedule: reverse, kind: causal}",
     "heads={auxiliary_weight: [[1, 0.3], [10, 0]], token_order: 0.5, token_order_window: 8, kind: anticausal}",
-    "heads={loss_decay: 0.6, distillation: 1, distillation_top: 7, token_order: 1, z_loss: 1e-4, detach: true}",
+    "heads={loss_decay: 0.6, distillation: 1, distillation_top: 7, token_order: 1, z_loss: 1.0e-4, detach: true}",
     "heads={count: 1, prediction_distances: [1], schedule: forward}",
     "heads={loss_weights: [0, 0, 0, 0], token_order: 1}",
 ]
@@ -31,16 +32,14 @@ ROUND_TRIPS = [
 @pytest.mark.parametrize("changes", ROUND_TRIPS)
 def test_round_trip_through_json(base: Path, changes: str) -> None:
     """As in a checkpoint."""
-    overrides = [change for change in changes.split(" & ") if change and not change.startswith("heads={")]
     values = read_values(base)
     if changes.startswith("heads={"):
-        path = base.with_name("heads.yaml")
-        path.write_text(changes.replace("=", ": ", 1))
-        values["heads"] = read_values(path)["heads"]
-    config = build_config(values) if not overrides else load_config(base, overrides)
+        values["heads"] = yaml.safe_load(changes.removeprefix("heads="))
+    elif changes:
+        override_values(values, changes.split(" & "))
+    config = build_config(values)
     again = build_config(json.loads(json.dumps(config.model_dump(mode="json"))))
-    assert again == config and isinstance(again, Config)
-    assert build_config(config.model_dump()) == config
+    assert again == build_config(config.model_dump()) == config and isinstance(again, Config)
     dumped = config.heads.model_dump(mode="json")
     assert {key: dumped[key] for key in values["heads"]} == values["heads"]
 
@@ -78,24 +77,22 @@ def test_overrides_are_yaml_and_the_last_one_wins(base: Path) -> None:
 )
 def test_overrides_have_the_type_of_their_key(base: Path, override: str, value: object) -> None:
     scaling = ["model.rope_scaling={rope_type: linear, factor: 2}"] if "rope_scaling" in override else []
-    found: Any = load_config(base, [*scaling, override])
-    for part in override.partition("=")[0].split("."):
-        found = getattr(found, part)
-    assert found == value
+    assert attrgetter(override.partition("=")[0])(load_config(base, [*scaling, override])) == value
 
 
-@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0o10", 8), ("0x10", 16), ("1_000", 1000)])
-def test_integers_of_a_file_are_decimal(tmp_path: Path, text: str, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("given", "key", "value"),
+    [
+        *(("steps: 300", f"steps: {text}", n) for text, n in (("010", 10), ("0o10", 8), ("0x10", 16), ("1_000", 1000))),
+        *(("lr: 2e-3", f"lr: {text}", 1e-3) for text in "1e-3 1E-3 +1e-3 1.0e-3 0.001 1.e-3 10e-4".split()),
+    ],
+)
+def test_numbers_of_a_file(tmp_path: Path, given: str, key: str, value: float) -> None:
+    """Integers are decimal with a leading zero, and an exponent needs no point."""
     path = tmp_path / "run.yaml"
-    path.write_text(BASE_TEXT.replace("steps: 300", f"steps: {text}"))
-    assert load_config(path).train.steps == steps
-
-
-@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "0.001", "1.e-3", "10e-4"])
-def test_numbers_with_an_exponent(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(BASE_TEXT.replace("lr: 2e-3", f"lr: {text}"))
-    assert load_config(path).optimizer.lr == 1e-3
+    path.write_text(BASE_TEXT.replace(given, key))
+    config = load_config(path)
+    assert value in (config.train.steps, config.optimizer.lr)
 
 
 def test_merge_keys_and_overrides_of_empty_sections(tmp_path: Path) -> None:
@@ -107,21 +104,11 @@ def test_merge_keys_and_overrides_of_empty_sections(tmp_path: Path) -> None:
     assert config.data.validation[0].path == "python-stdlib" and config.log.every == 3
 
 
-@pytest.mark.parametrize(
-    "key", ["run.output_dir", "checkpoint.directory", "checkpoint.resume", "data.tokenizer", "data.train.0.path"]
-)
-def test_home_folder_in_every_path(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_home_folder_in_every_path(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    values = read_values(base)
-    *parents, name = key.split(".")
-    section = values
-    for parent in parents:
-        section = section[int(parent)] if parent.isdecimal() else section.setdefault(parent, {})
-    section[name] = "~/x"
-    found: Any = build_config(values).model_dump()
-    for part in key.split("."):
-        found = found[int(part)] if part.isdecimal() else found[part]
-    assert found == str(tmp_path / "x")
+    keys = ("run.output_dir", "checkpoint.directory", "checkpoint.resume", "data.tokenizer")
+    config = load_config(base, [*(f"{key}=~/x" for key in keys), "data.train=[{path: ~/x}]"])
+    assert [*attrgetter(*keys)(config), config.data.train[0].path] == [str(tmp_path / "x")] * 5
 
 
 def test_derived_values(base: Path) -> None:

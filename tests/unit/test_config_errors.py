@@ -85,45 +85,36 @@ data.train=[ => the value of the override 'data.train=[' is not valid YAML
 # The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 4 heads, 2 stages, 300 steps,
 # sequences of 256. LLAMA3 is a complete scaling.
 INCOMPATIBLE = """
+parallel.tensor=8 & model.num_query_groups=8 & model.num_attention_heads=8 & parallel.pipeline=4 => fine
+parallel.tensor=2 & train.sequence_length=255 & parallel.pipeline=3 & heads.unembedding=separate => fine
+parallel.tensor=2 & parallel.sequence=true & parallel.zero_stage=1 & parallel.partition=[4, 0] => fine
+parallel.grad_reduce_dtype=bf16 & train.precision=bf16 & model.tie_embeddings=true & LLAMA3 => fine
+checkpoint.keep_last=2 & checkpoint.keep_every=100 & heads.loss_mode=recompute & heads.chunk_tokens=64 => fine
+heads.loss_mode=naive & model.rope_scaling={rope_type: linear, factor: 2} => fine
 model.hidden_size=130 => model.hidden_size = 130 is not divisible by model.num_attention_heads = 4: change one
 model.hidden_size=132 => model.hidden_size / model.num_attention_heads = 33 is odd
-model.rope_scaling={rope_type: linear, factor: 2} => fine
 model.rope_scaling={rope_type: linear, factor: 2, high_freq_factor: 4.0} => ....high_freq_factor = 4.0 ... remove it
-LLAMA3 => fine
 LLAMA3 & model.rope_scaling.original_max_position_embeddings=null => ....original_max_position_embeddings is missing
 LLAMA3 & model.rope_scaling.low_freq_factor=4 => ....low_freq_factor = 4.0 must lie below ....high_freq_factor = 4.0
-checkpoint.keep_last=2 & checkpoint.keep_every=100 => fine
 checkpoint.keep_every=100 => checkpoint.keep_every = 100 needs checkpoint.keep_last
 model.num_query_groups=3 => model.num_attention_heads = 4 is not divisible by model.num_query_groups = 3
-parallel.tensor=8 & model.num_query_groups=8 & model.num_attention_heads=8 => fine
 parallel.tensor=3 => model.num_attention_heads = 4 ... tensor = 3 ++ model.num_query_groups = 2 ... tensor = 3
 parallel.tensor=4 => model.num_query_groups = 2 is not divisible by parallel.tensor = 4: change one of the two
 parallel.tensor=2 & model.ffn_hidden_size=385 => model.ffn_hidden_size = 385 is not divisible by parallel.tensor = 2
-parallel.pipeline=4 => fine
 parallel.pipeline=5 => parallel.pipeline = 5 stages ... model.trunk_layers = 4 layers: use at most 4 stages
-parallel.pipeline=3 => fine
 parallel.pipeline=3 & parallel.partition=uniform => model.trunk_layers = 4 is not divisible by parallel.pipeline = 3
-parallel.partition=[4, 0] => fine
 parallel.partition=[2, 1] => parallel.partition = [2, 1] must list parallel.pipeline = 2 numbers with the sum ... 4
 parallel.partition=[2, 1, 1] => parallel.partition = [2, 1, 1] must list parallel.pipeline = 2 numbers
 parallel.partition=[0, 4] => parallel.partition = [0, 4] leaves a stage without a layer: only the last stage
-parallel.tensor=2 & train.sequence_length=255 => fine
-parallel.tensor=2 & parallel.sequence=true => fine
 parallel.tensor=2 & parallel.sequence=true & train.sequence_length=255 => train.sequence_length = 255 ... tensor = 2
 parallel.sequence=true => parallel.sequence = true needs parallel.tensor above 1
-parallel.zero_stage=1 => fine
 parallel.zero_stage=2 => parallel.zero_stage = 2 is not 0 or 1
-parallel.grad_reduce_dtype=bf16 & train.precision=bf16 => fine
 parallel.grad_reduce_dtype=bf16 => parallel.grad_reduce_dtype = 'bf16' needs train.precision = 'bf16', not 'fp32'
 optimizer.betas=[0.9, 1.0] => optimizer.betas = [0.9, 1.0] must lie below 1
 log.profile_steps=[7, 5] => log.profile_steps = [7, 5] must be [first, last] with first <= last
 log.profile_steps=[5, 301] => log.profile_steps = [5, 301] goes beyond train.steps = 300: choose steps within the run
 train.spike_rollback=true & train.spike_deviations=null => train.spike_rollback = true needs train.spike_deviations
-model.tie_embeddings=true => fine
-heads.unembedding=separate => fine
 heads.unembedding=separate & model.tie_embeddings=true => model.tie_embeddings = true ... heads.unembedding = 'shared'
-heads.loss_mode=naive => fine
-heads.loss_mode=recompute & heads.chunk_tokens=64 => fine
 heads.loss_mode=naive & heads.chunk_tokens=64 => heads.chunk_tokens ... heads.loss_mode = 'naive': remove it
 heads.loss_mode=naive & heads.distillation=0.5 => heads.distillation ... heads.loss_mode = 'naive' ... use 'eager'
 heads.loss_mode=naive & heads.token_order=0.5 => heads.token_order ... heads.loss_mode = 'naive' ... use 'eager'
@@ -160,6 +151,9 @@ data.train=[{path: a, stream: true}, {path: b}] => data.train has sources with a
 data.stream_shards=4 => data.stream_shards = 4 splits streams: remove it
 data.validation=[{path: a}, {path: b}] => data.validation has 2 sets with the names [None, None]
 data.train=[{path: a, name: x}, {path: b, name: x}] => data.train has sources with the names ['x', 'x']
+data.train=[{path: a, name: '1'}, {path: b, name: x}] => data.train has sources with the names
+data.validation=[{path: a, name: x}, {path: b}] => data.validation has 2 sets with the names ... give each a different
+data.validation=[{path: a, name: x}, {path: b, name: x}] => data.validation has 2 sets with the names ['x', 'x']
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \
 heads.detach ++ heads.distillation ++ heads.distillation
 train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is wrong ++ train.stps is not a known key

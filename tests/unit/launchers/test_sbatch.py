@@ -39,14 +39,20 @@ esac
 
 @dataclass(frozen=True)
 class Outcome:
+    """What a job did; the stand-ins of SLURM's commands record lines in files."""
+
     status: int
     output: str
-    srun: list[str]
-    """Arguments."""
-    variables: list[str]
-    environment: list[str]
-    """Of srun, NAME=VALUE."""
-    requeued: str
+    folder: Path
+
+    def recorded(self, name: str) -> list[str]:
+        path = self.folder / f"{name}.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def option(self, name: str) -> str:
+        """Return the value of an option of srun."""
+        arguments = self.recorded("srun")
+        return arguments[arguments.index(name) + 1]
 
 
 @pytest.fixture
@@ -63,24 +69,13 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
     """Run the script as a job does; without arguments with a configuration."""
-    arguments = arguments or ("--config", "c.yaml")
+    for path in folder.glob("*.txt"):
+        path.unlink()
     job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "gpu-[7-8]", "SLURM_CPUS_ON_NODE": "64"}
     environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", **job, **variables}
-    result = subprocess.run(["bash", SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
-
-    def recorded(name: str) -> list[str]:
-        path = folder / f"{name}.txt"
-        return path.read_text().splitlines() if path.exists() else []
-
-    requeued = "".join(recorded("requeued"))
-    output = result.stdout + result.stderr
-    return Outcome(
-        result.returncode, output, recorded("srun"), recorded("variables"), recorded("environment"), requeued
-    )
-
-
-def value(arguments: list[str], option: str) -> str:
-    return arguments[arguments.index(option) + 1]
+    command = ["bash", SCRIPT, *(arguments or ("--config", "c.yaml"))]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return Outcome(result.returncode, result.stdout + result.stderr, folder)
 
 
 @pytest.mark.parametrize(
@@ -91,20 +86,25 @@ def value(arguments: list[str], option: str) -> str:
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, 2, 32),
         ({}, 1, 64),
         ({"SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_ON_NODE": "2"}, 4, 1),
+        # Whole cores of the smallest node: SLURM rounds odd numbers of hardware threads up, and the step does not fit.
+        *(
+            ({"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "104", "SLURM_JOB_CPUS_PER_NODE": cpus}, 8, cores)
+            for cpus, cores in (("104(x2)", 12), ("64,52", 6), ("64(x3),26", 2), ("8(x2)", 1))
+        ),
     ],
 )
 def test_one_rank_per_gpu(folder: Path, variables: dict[str, str], ranks_per_node: int, cores: int) -> None:
-    outcome = run(folder, "--config", "c.yaml", **variables)
+    outcome = run(folder, **variables)
     assert outcome.status == 0, outcome.output
-    assert value(outcome.srun, "--ntasks") == str(2 * ranks_per_node)
-    assert value(outcome.srun, "--ntasks-per-node") == str(ranks_per_node)
-    assert value(outcome.srun, "--cpus-per-task") == str(cores)
-    assert outcome.variables == [str(2 * ranks_per_node), "10.0.0.7", "10042"]
+    assert outcome.option("--ntasks") == str(2 * ranks_per_node)
+    assert outcome.option("--ntasks-per-node") == str(ranks_per_node)
+    assert outcome.option("--cpus-per-task") == str(cores)
+    assert outcome.recorded("variables") == [str(2 * ranks_per_node), "10.0.0.7", "10042"]
 
 
 def test_thread_count_is_not_set(folder: Path) -> None:
-    assert not [line for line in run(folder).environment if line.startswith("OMP_NUM_THREADS=")]
-    assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").environment
+    assert not [line for line in run(folder).recorded("environment") if line.startswith("OMP_NUM_THREADS=")]
+    assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").recorded("environment")
 
 
 RESUME = ("--config", "c", "checkpoint.resume=x")
@@ -122,23 +122,23 @@ ARRAY_TASK = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "20040"}
     ],
 )
 def test_arguments(folder: Path, given: tuple[str, ...], variables: dict[str, str], passed: tuple[str, ...]) -> None:
-    arguments = run(folder, *given, **variables).srun
+    arguments = run(folder, *given, **variables).recorded("srun")
     assert tuple(arguments[arguments.index("launchers/pretrain.py") + 1 :]) == passed
 
 
 @pytest.mark.parametrize(
-    ("status", "requeued"), [(0, ""), (1, ""), (2, ""), (137, ""), (143, ""), (EXIT_PREEMPTED, "20042")]
+    ("status", "requeued"), [*((status, []) for status in (0, 1, 2, 137, 143)), (EXIT_PREEMPTED, ["20042"])]
 )
-def test_only_preempted_runs_are_requeued(folder: Path, status: int, requeued: str) -> None:
-    outcome = run(folder, "--config", "c.yaml", STATUS=str(status))
-    assert outcome.requeued == requeued
+def test_only_preempted_runs_are_requeued(folder: Path, status: int, requeued: list[str]) -> None:
+    outcome = run(folder, STATUS=str(status))
+    assert outcome.recorded("requeued") == requeued
     assert outcome.status == (0 if requeued else status)
 
 
 def test_jobs_of_an_array(folder: Path) -> None:
     """Each is requeued alone and has its own GPUs: one that has ended has none any more."""
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
-    assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).requeued == "20042_9"
+    assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).recorded("requeued") == ["20042_9"]
     nodes = "     Nodes=gpu-[7-8] CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)"
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=nodes, **array)
     assert outcome.status == 0, outcome.output
@@ -155,14 +155,15 @@ def test_virtual_environment(folder: Path) -> None:
 
 def test_containers(folder: Path) -> None:
     mounts = {"CONTAINER_MOUNTS": "/data:/data,/scratch:/scratch"}
-    pyxis = run(folder, "--config", "c.yaml", CONTAINER="my images/x.sqsh", **mounts).srun
-    assert value(pyxis, "--container-image") == "my images/x.sqsh"
-    assert value(pyxis, "--container-workdir") == str(folder)
-    assert value(pyxis, "--container-mounts") == f"{folder}:{folder},{mounts['CONTAINER_MOUNTS']}"
+    outcome = run(folder, CONTAINER="my images/x.sqsh", **mounts)
+    assert outcome.option("--container-image") == "my images/x.sqsh"
+    assert outcome.option("--container-workdir") == str(folder)
+    assert outcome.option("--container-mounts") == f"{folder}:{folder},{mounts['CONTAINER_MOUNTS']}"
+    pyxis = outcome.recorded("srun")
     assert pyxis.index("--container-mounts") < pyxis.index("bash"), "an option of srun"
     assert pyxis[-4:] == ["python", "launchers/pretrain.py", "--config", "c.yaml"]
 
-    apptainer = run(folder, "--config", "c.yaml", CONTAINER="my images/x.sif").srun
+    apptainer = run(folder, CONTAINER="my images/x.sif").recorded("srun")
     inside = apptainer[apptainer.index("rank") + 1 :]
     options = ["--nv", "--bind", str(folder), "--pwd", str(folder)]
     assert inside == ["apptainer", "exec", *options, "my images/x.sif", "python", *pyxis[-3:]]
@@ -170,7 +171,7 @@ def test_containers(folder: Path) -> None:
 
 def refusal(outcome: Outcome) -> str:
     """Return the only line of a job that starts nothing."""
-    assert outcome.status == 2 and not outcome.srun, outcome
+    assert outcome.status == 2 and not outcome.recorded("srun"), outcome
     [message] = outcome.output.splitlines()
     assert message.startswith("error: ")
     return message
@@ -179,49 +180,37 @@ def refusal(outcome: Outcome) -> str:
 def test_export_none(folder: Path) -> None:
     """After `sbatch --export=NONE`, which sites recommend, srun passes no variables on by default."""
     outcome = run(folder, SLURM_EXPORT_ENV="NONE")
-    assert value(outcome.srun, "--export") == "ALL"
-    assert "PYTHONUNBUFFERED=1" in outcome.environment, "the last lines of a killed rank are not lost"
+    assert outcome.option("--export") == "ALL"
+    assert "PYTHONUNBUFFERED=1" in outcome.recorded("environment"), "the last lines of a killed rank are not lost"
 
 
 def test_private_nodes(folder: Path) -> None:
     """PrivateData=nodes: `scontrol show node` finds none."""
     outcome = run(folder, PRIVATE_DATA="nodes")
     assert outcome.status == 0, outcome.output
-    assert outcome.variables == ["2", "gpu-7", "10042"]
+    assert outcome.recorded("variables") == ["2", "gpu-7", "10042"]
 
 
 def test_tasks_see_all_gpus_of_their_node(folder: Path) -> None:
     """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
     per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **per_task)
-    assert value(outcome.srun, "--gpu-bind") == "none"
-    assert not [line for line in outcome.environment if line.partition("=")[0] in per_task]
+    assert outcome.option("--gpu-bind") == "none"
+    assert not [line for line in outcome.recorded("environment") if line.partition("=")[0] in per_task]
 
 
-@pytest.mark.parametrize(("cpus", "per_task"), [("104(x2)", 12), ("64,52", 6), ("64(x3),26", 2), ("8(x2)", 1)])
-def test_tasks_get_whole_cores_of_the_smallest_node(folder: Path, cpus: str, per_task: int) -> None:
-    """SLURM rounds odd numbers of hardware threads up to cores, and the step does not fit."""
-    outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_CPUS_ON_NODE="104", SLURM_JOB_CPUS_PER_NODE=cpus)
-    assert value(outcome.srun, "--cpus-per-task") == str(per_task)
+NODES = "     Nodes=gpu-7 Mem=0 GRES=gpu:a100:8(IDX:0-7)\n     Nodes=gpu-8 Mem=0 GRES=gpu:a100:{}(IDX:0,2-4)"
 
 
-def test_nodes_with_different_gpus(folder: Path) -> None:
-    lines = [
-        "     Nodes=gpu-7 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)",
-        "     Nodes=gpu-8 CPU_IDs=0-63 Mem=0 GRES=gpu:a100:4(IDX:0,2-4)",
-    ]
-    outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES="\n".join(lines))
-    assert "different numbers of GPUs (4 8): name it with --gpus-per-node" in refusal(outcome)
-    alike = "\n".join(lines).replace("a100:4", "a100:8")
-    assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=alike).status == 0
-
-
-def test_jobs_without_gpus_on_a_cluster_with_gpus(folder: Path) -> None:
+def test_nodes_with_different_gpus_and_jobs_without_are_refused(folder: Path) -> None:
+    differ = refusal(run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(4)))
+    assert "different numbers of GPUs (4 8): name it with --gpus-per-node" in differ
+    assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(8)).status == 0
     assert "heterogeneous" in refusal(run(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2"))
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu,craynetwork"))
     assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8"))
     on_cpus = run(folder, "--config", "c.yaml", "run.device=cpu", GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="4")
-    assert (on_cpus.status, value(on_cpus.srun, "--ntasks")) == (0, "8")
+    assert (on_cpus.status, on_cpus.option("--ntasks")) == (0, "8")
     assert run(folder, GRES_TYPES="gpu", SLURM_GPUS_ON_NODE="8").status == 0
     assert run(folder, GRES_TYPES="bandwidth").status == 0
 
@@ -234,7 +223,7 @@ def test_used_ports_are_skipped(folder: Path) -> None:
         for taken in (first, second):
             taken.listen()
         outcome = run(folder, SLURM_JOB_ID=str(port - 10_000))
-    assert int(outcome.variables[2]) > port + 1
+    assert int(outcome.recorded("variables")[2]) > port + 1
 
 
 def test_no_empty_array() -> None:
@@ -243,9 +232,7 @@ def test_no_empty_array() -> None:
 
 
 def test_other_refusals(folder: Path) -> None:
-    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "gpu-7", "SLURM_CPUS_ON_NODE": "64"}
-    path = f"{folder}/bin:{os.environ['PATH']}"
-    result = subprocess.run(["bash", SCRIPT], cwd=folder, env={"PATH": path, **job}, capture_output=True, text=True)
+    result = subprocess.run(["bash", SCRIPT], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 2 and "--config" in result.stderr
     (folder / "launchers").unlink()
     message = refusal(run(folder))

@@ -37,13 +37,8 @@ def run(folder: Path, **variables: str) -> list[str]:
     return result.stdout.rsplit(maxsplit=2)
 
 
-def test_thread_count_is_not_set(tmp_path: Path) -> None:
-    assert run(tmp_path)[0].split()[0] == "None"
-    assert run(tmp_path, OMP_NUM_THREADS="3")[0].split()[0] == "3"
-
-
-def test_code_comes_from_the_checkout(tmp_path: Path) -> None:
-    assert run(tmp_path)[0].split(maxsplit=1)[1] == f"{tmp_path}/a checkout"
-    first, *arguments = run(tmp_path, PYTHONPATH="/elsewhere")
-    assert first.split(maxsplit=1)[1] == f"{tmp_path}/a checkout:/elsewhere"
-    assert arguments == ["--config", "c.yaml"]
+def test_thread_count_is_not_set_and_code_comes_from_the_checkout(tmp_path: Path) -> None:
+    checkout, arguments = f"{tmp_path}/a checkout", ["--config", "c.yaml"]
+    assert run(tmp_path) == [f"None {checkout}", *arguments]
+    variables = {"OMP_NUM_THREADS": "3", "PYTHONPATH": "/elsewhere"}
+    assert run(tmp_path, **variables) == [f"3 {checkout}:/elsewhere", *arguments]
