@@ -53,3 +53,13 @@ def train_part(config: Config, completed_steps: int, last: int, resume: Path | N
             saver.wait()
             assert checkpoint_path(config, last).is_dir(), "the checkpoint exists when any rank continues"
     return part
+
+
+def run_program(config_file: Path, *overrides: str) -> None:
+    """Train as the program does."""
+    from mtp_dist.pretrain import main
+
+    try:
+        main(["--config", str(config_file), *overrides])
+    except SystemExit as end:
+        assert not end.code

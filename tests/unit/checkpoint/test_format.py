@@ -96,10 +96,9 @@ def test_other_folders_are_not_valid_checkpoints(tmp_path: Path) -> None:
                 other, {name: record_of(other / name) for name in ("config.json", "model.safetensors.index.json")}
             )
         for folder in (tmp_path / "missing", other, other / "config.json"):
-            with pytest.raises(CheckpointError, match=f"^{folder} is not a valid mtp_dist checkpoint"):
-                load_weights(folder)
-            with pytest.raises(CheckpointError, match=f"^{folder} is not a valid mtp_dist checkpoint"):
-                read_metadata(folder)
+            for read in (load_weights, read_metadata):
+                with pytest.raises(CheckpointError, match=f"^{folder} is not a valid mtp_dist checkpoint"):
+                    read(folder)
 
 
 def test_file_that_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,16 +170,12 @@ def test_stale_file_listing_does_not_matter(tmp_path: Path, monkeypatch: pytest.
     assert read_manifest(folder).keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
 
 
-SYNC_ERRORS = [
-    (errno.EINVAL, True),
-    (errno.ENOTSUP, True),
-    (errno.EBADF, True),
-    (errno.EIO, True),
-    (errno.EINVAL, False),
-]
+FOLDER_ERRORS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO)
 
 
-@pytest.mark.parametrize(("number", "only_folders"), SYNC_ERRORS)
+@pytest.mark.parametrize(
+    ("number", "only_folders"), [*((number, True) for number in FOLDER_ERRORS), (errno.EINVAL, False)]
+)
 def test_only_folders_may_refuse_to_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, only_folders: bool
 ) -> None:

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from mtp_dist.checkpoint import writer
 from mtp_dist.checkpoint.find import candidates, finished_checkpoints, first_valid
-from mtp_dist.checkpoint.format import checkpoint_path
 from mtp_dist.checkpoint.manifest import check_fully
 from mtp_dist.checkpoint.retention import expired_checkpoints, prune_checkpoints
-from mtp_dist.checkpoint.writer import new_folder, publish
+from mtp_dist.checkpoint.writer import new_folder
 from tests.unit.checkpoint.folders import config_in, copied, write_checkpoint, write_unfinished
 
 
@@ -48,13 +47,9 @@ def test_save_of_a_run_does_not_disturb_an_import(tmp_path: Path) -> None:
     assert (tmp_path / "step_00000000" / "config.json").exists()
 
 
-class Killed(BaseException):
-    """The process is no more."""
-
-
 @contextmanager
 def killed_at(number: int) -> Iterator[Callable[[], int]]:
-    """Raise at the operation of that number that renames or deletes. Yield a function that counts them."""
+    """Raise KeyboardInterrupt at the operation of that number that renames or deletes. Yield a counter of them."""
     done = 0
 
     def counted(operation: Callable[..., object], half: Callable[..., object] | None = None) -> Callable[..., object]:
@@ -64,7 +59,7 @@ def killed_at(number: int) -> Iterator[Callable[[], int]]:
             if done == number:
                 if half:
                     half(*arguments)
-                raise Killed
+                raise KeyboardInterrupt
             return operation(*arguments, **options)
 
         return run
@@ -90,32 +85,29 @@ def test_kill_at_any_moment_leaves_a_valid_checkpoint(
     """Steps 10 and 20 are there; a run that was at 10 or at 20 saves 20 again, or 30."""
     write_checkpoint(tmp_path / "start", 10)
     write_checkpoint(tmp_path / "start", 20)
-    config = config_in(tmp_path / "run")
-    final = checkpoint_path(config, step)
+    run = tmp_path / "run"
 
-    def save() -> None:
-        publish(write_unfinished(config, step), final)
-        prune_checkpoints(config.checkpoint_dir, step, keep_last, None)
+    def save() -> Path:
+        final = write_checkpoint(run, step)
+        prune_checkpoints(run, step, keep_last, None)
+        return final
 
     for number in range(1, 100):
-        copied(tmp_path / "start", config.checkpoint_dir)
-        with killed_at(number) as operations:
-            try:
-                save()
-                break
-            except Killed:
-                pass
-        found = candidates(config.checkpoint_dir)
+        copied(tmp_path / "start", run)
+        with killed_at(number) as operations, suppress(KeyboardInterrupt):
+            save()
+            break
+        found = candidates(run)
         assert first_valid(found, check_fully) == found[0], number
         assert "does not exist" not in caplog.text, "latest names a checkpoint at every moment"
-        assert found[0].name[:13] in ("step_00000020", final.name)
-        for finished in finished_checkpoints(config.checkpoint_dir).values():
+        assert found[0].name[:13] in ("step_00000020", f"step_{step:08d}")
+        for finished in finished_checkpoints(run).values():
             check_fully(finished)
-        save()
+        final = save()
         kept = [step] if keep_last else sorted({10, 20, step})
-        names = sorted(path.name for path in config.checkpoint_dir.iterdir())
+        names = sorted(path.name for path in run.iterdir())
         assert names == ["latest", *(f"step_{number:08d}" for number in kept)], number
-        assert (config.checkpoint_dir / "latest").read_text() == f"{final.name}\n"
+        assert (run / "latest").read_text() == f"{final.name}\n"
         check_fully(final)
     assert operations() >= 5 and number == operations() + 1
 
@@ -134,19 +126,17 @@ def test_files_that_remain_of_a_deleted_folder_do_not_stop_a_save(
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(folder))
 
     monkeypatch.setattr(shutil, "rmtree", delete_all_but_one)
-    config = config_in(tmp_path)
     for step in (10, 10, 20, 10, 20, 20):
-        write_unfinished(config, step)  # killed before it was published
-        final = checkpoint_path(config, step)
-        publish(write_unfinished(config, step), final)
+        write_unfinished(config_in(tmp_path), step)  # killed before it was published
+        final = write_checkpoint(tmp_path, step)
         check_fully(final)
         assert not list(final.glob(".nfs*"))
         assert (tmp_path / "latest").read_text() == f"{final.name}\n"
     for step in (30, 40):
-        publish(write_unfinished(config, step), checkpoint_path(config, step))
+        write_checkpoint(tmp_path, step)
         with suppress(OSError):  # which the run reports
             prune_checkpoints(tmp_path, step, 1, None)
     monkeypatch.undo()
-    publish(write_unfinished(config, 50), checkpoint_path(config, 50))
+    write_checkpoint(tmp_path, 50)
     prune_checkpoints(tmp_path, 50, 1, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000050"]

@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,13 @@ class Training:
         return CheckpointSaver(config.model_copy(update={"checkpoint": checkpoint}), self.engine, self.groups)
 
 
-def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
-    """Save step 1 into `waited`, and steps 1, 2 and the last into `async`. Return when the first files were there."""
-    training, release, finished = Training(config), threading.Event(), {}
+def save_in_background(config: Config, directory: Path) -> tuple[bool, bool, bool]:
+    """Save step 1 into `waited`, and steps 1, 2 and the last into `async`.
+
+    Return whether step 1 was complete while training went on and when the next save started, and whether the last step
+    was when its save returned.
+    """
+    training, release = Training(config), threading.Event()
     take_step(training.engine, 1)
     waited = training.saver_into(directory / "waited")
     waited.save(RunState(1))
@@ -69,32 +72,24 @@ def save_in_background(config: Config, directory: Path) -> dict[str, bool]:
         patch.setattr(saver, "write_tensor_files", lambda *files: release.wait(60) and write_tensor_files(*files))
         background.save(RunState(1))
         take_step(training.engine, 2)
-        finished["while training continues"] = first.exists()
+        meanwhile = first.exists()
         timer = threading.Timer(0.3, release.set)
         timer.start()
         background.save(RunState(2))
-        finished["when the next save starts"] = first.exists()
+        next_save = first.exists()
         timer.join()
     background.wait()
     take_step(training.engine, 3)
     background.save(RunState(config.train.steps), last=True)
-    finished["when the last save returns"] = (directory / "async" / f"step_{config.train.steps:08d}").exists()
-    return finished
+    return meanwhile, next_save, (directory / "async" / f"step_{config.train.steps:08d}").exists()
 
 
-@dataclass
-class Failures:
-    """What one rank saw of failing saves."""
+def save_on_full_disk(config: Config, directory: Path) -> tuple[list[str], list[str], list[str]]:
+    """Fill rank 1's disk for two attempts of step 2, for all of step 3 and for all of the last step. Keep two.
 
-    messages: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    """Names in the folder after the first save that failed for good."""
-
-
-def save_on_full_disk(config: Config, directory: Path) -> Failures:
-    """Fill rank 1's disk for two attempts of step 2, for all of step 3 and for all of the last step. Keep two."""
-    seen, training = Failures(), Training(config)
+    Return the messages, the errors, and the names in the folder after the first save that failed for good.
+    """
+    training, errors, kept = Training(config), [], []
     saver_of_run = training.saver_into(directory, keep_last=2)
     write_tensor_files, failing = saver.write_tensor_files, 0
 
@@ -106,7 +101,7 @@ def save_on_full_disk(config: Config, directory: Path) -> Failures:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder / next(iter(written)))
         return written
 
-    with collected(saver.logger) as seen.messages, pytest.MonkeyPatch.context() as patch:
+    with collected(saver.logger) as messages, pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "sleep", lambda delay: None)
         patch.setattr(saver, "write_tensor_files", write)
         for step, failing in {1: 0, 2: 2, 3: 99, 4: 0, config.train.steps: 99}.items():  # noqa: B007
@@ -115,11 +110,11 @@ def save_on_full_disk(config: Config, directory: Path) -> Failures:
                 saver_of_run.save(RunState(step))
                 saver_of_run.wait()
             except UserError as error:
-                seen.errors.append(str(error))
+                errors.append(str(error))
             if step == 3:
-                seen.kept = sorted(path.name for path in directory.iterdir())
+                kept = sorted(path.name for path in directory.iterdir())
             dist.barrier()
-    return seen
+    return messages, errors, kept
 
 
 def save_with_bug(config: Config, directory: Path) -> str:
@@ -156,22 +151,16 @@ def config_of(*layout: int, **sections: dict[str, object]) -> Config:
 
 
 @pytest.fixture(scope="module")
-def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, bool]]]:
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[bool, ...]]]:
     directory = tmp_path_factory.mktemp("saver")
     return directory, ranks.run(2, save_in_background, config_of(1, 2, 1), directory)
 
 
-def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, list[dict[str, bool]]]) -> None:
+def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, list[tuple[bool, ...]]]) -> None:
     directory, finished = saved
-    for of_one in finished:
-        assert of_one == {
-            "while training continues": False,
-            "when the next save starts": True,
-            "when the last save returns": True,
-        }
-    waited, meanwhile, later = (
-        directory / name for name in ("waited/step_00000001", "async/step_00000001", "async/step_00000002")
-    )
+    assert finished == [(False, True, True)] * 2
+    names = ("waited/step_00000001", "async/step_00000001", "async/step_00000002")
+    waited, meanwhile, later = (directory / name for name in names)
     records = read_manifest(waited)
     assert len(records) == 7
     for name in records.keys() - {"config.json"}:
@@ -181,13 +170,12 @@ def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, lis
 
 
 def test_failed_writes_are_logged_and_tried_again(ranks: Ranks, tmp_path: Path) -> None:
-    first, second = ranks.run(2, save_on_full_disk, config_of(1, 2, 1), tmp_path)
+    (messages, *first), (_, *second) = ranks.run(2, save_on_full_disk, config_of(1, 2, 1), tmp_path)
 
     def failure(step: int) -> str:
         file = tmp_path / f"step_{step:08d}.unfinished" / "model-00002-of-00002.safetensors"
         return f"rank 1 cannot write into checkpoint.directory: {file}: "
 
-    messages = first.messages
     assert [message.split(":")[0] for message in messages] == [
         "Saved the checkpoint of step 1",
         *["checkpoint of step 2"] * 2,
@@ -200,9 +188,9 @@ def test_failed_writes_are_logged_and_tried_again(ranks: Ranks, tmp_path: Path) 
     ]
     assert all("No space left on device" in message for message in messages if not message.startswith("Saved"))
     assert failure(2) in messages[1] and messages[1].endswith("; trying again in 2 s") and "in 10 s" in messages[2]
-    for rank in (first, second):
-        assert [error.startswith(failure(step)) for error, step in zip(rank.errors, (3, STEPS), strict=True)]
-    assert first.kept == ["latest", "step_00000001", "step_00000002"], "none is deleted before the next one exists"
+    for errors, _ in (first, second):
+        assert all(error.startswith(failure(step)) for error, step in zip(errors, (3, STEPS), strict=True))
+    assert first[1] == ["latest", "step_00000001", "step_00000002"], "none is deleted before the next one exists"
     assert (tmp_path / "latest").read_text() == "step_00000004\n"
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000004"]
     for step in (2, 4):
@@ -215,9 +203,7 @@ def test_bug_in_the_thread_ends_the_run(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(2, save_with_bug, config_of(1, 2, 1), tmp_path) == ["list index out of range"] * 2
 
 
-def test_damaged_files_are_never_loaded(
-    ranks: Ranks, saved: tuple[Path, list[dict[str, bool]]], tmp_path: Path
-) -> None:
+def test_damaged_files_are_never_loaded(ranks: Ranks, saved: tuple[Path, list[tuple[bool, ...]]]) -> None:
     folder = saved[0] / "async"
     newest = folder / f"step_{STEPS:08d}"
     config = config_of(2, 1, 1, checkpoint={"directory": str(folder)})

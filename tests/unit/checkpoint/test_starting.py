@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from torch import Tensor
 from mtp_dist.checkpoint.manifest import check_fully, record_of, write_manifest
 from tests.integration.jobs import write_config
 from tests.ranks import Ranks
+from tests.unit.checkpoint.on_ranks import run_program
 
 RANKS, STEPS = 4, 2
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
@@ -38,24 +40,10 @@ class Seen:
     queried: int = 0
     """Number of times that the size or kind of a file was queried, or a folder listed."""
     bytes_read: int = 0
-    """Bytes of tensors that were read."""
     bytes_needed: float = 0
     """Bytes of the weights and moments that this rank must read."""
     drawn: list[str] = field(default_factory=list)
     """Weights that got an initial value."""
-
-
-class Started(BaseException):
-    """Raised instead of training."""
-
-
-def train(config_file: Path, overrides: Sequence[str]) -> None:
-    from mtp_dist.pretrain import main
-
-    try:
-        main(["--config", str(config_file), *overrides])
-    except SystemExit as end:
-        assert not end.code
 
 
 def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
@@ -89,9 +77,6 @@ def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
         seen.bytes_needed = 12 * numbers / engine.topology.dp_size
         operation(engine, *arguments)
 
-    def stop(**_: Any) -> None:
-        raise Started
-
     with pytest.MonkeyPatch.context() as patch:
 
         def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -110,9 +95,9 @@ def start(config_file: Path, overrides: Sequence[str], folder: Path) -> Seen:
             (run, "restore", restore),
         ):
             wrap(owner, name, wrapper)
-        patch.setattr(run, "Trainer", stop)
-        with suppress(Started):
-            train(config_file, overrides)
+        patch.setattr(run, "Trainer", Mock(side_effect=KeyboardInterrupt))
+        with suppress(KeyboardInterrupt):
+            run_program(config_file, *overrides)
     return seen
 
 
@@ -142,7 +127,7 @@ def test_rank_reads_its_own_shards_only(ranks: Ranks, tmp_path: Path, layout: st
     config = write_config(tmp_path)
     tensor_parallel, overrides = LAYOUTS[layout]
     overrides = [f"train.steps={STEPS}", "train.validate_every=null", *overrides]
-    ranks.run(RANKS, train, config, [*overrides, f"run.output_dir={tmp_path / 'out'}"])
+    ranks.run(RANKS, run_program, config, *overrides, f"run.output_dir={tmp_path / 'out'}")
     saved = tmp_path / "out" / "checkpoints" / f"step_{STEPS:08d}"
     seen = {}
     for files in (1, 24):

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,6 +21,7 @@ from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import tiny_config
+from tests.unit.data import preparing
 
 VOCAB_SIZE = 257
 """Vocabulary size of the byte tokenizer."""
@@ -129,8 +129,5 @@ def byte_pairs(folder: Path, end: str = "<|endoftext|>") -> Path:
 
 
 def train_sentencepiece(folder: Path, text: str = TEXT, **options: object) -> Path:
-    (folder / "text").write_text(text * 9)
-    settings = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "minloglevel": 2} | options
-    prefix = str(folder / "tokenizer")
-    sentencepiece.SentencePieceTrainer.train(input=str(folder / "text"), model_prefix=prefix, **settings)
-    return folder / "tokenizer.model"
+    settings = {"vocab_size": 400, "hard_vocab_limit": False, "byte_fallback": True, "model_type": "unigram"} | options
+    return preparing.train_sentencepiece(folder / "tokenizer.model", (text * 9).split("\n"), **settings)

@@ -64,19 +64,14 @@ def write_run(folder: Path, checkpoints: Path, **changes: Any) -> Path:
     write_checkpoint(checkpoint, run={"name": "books", "output_dir": str(folder)})
     summary = {"name": "books", "steps": STEP, "checkpoint": str(checkpoint)}
     folder.mkdir(exist_ok=True)
-    (folder / "summary.json").write_text(
-        json.dumps(summary | {"validation": [{"name": None, "heads": HEADS}]} | changes)
-    )
+    summary |= {"validation": [{"name": None, "heads": HEADS}]} | changes
+    (folder / "summary.json").write_text(json.dumps(summary))
     return checkpoint
 
 
-def exported_card(checkpoint: Path, to: Path) -> str:
-    export_checkpoint(checkpoint, to, None)
-    return (to / "README.md").read_text()
-
-
 def losses_in_card(checkpoint: Path, to: Path) -> list[str]:
-    return exported_card(checkpoint, to).partition("## Validation\n\n")[2].partition("\n\n")[0].splitlines()
+    export_checkpoint(checkpoint, to, None)
+    return (to / "README.md").read_text().partition("## Validation\n\n")[2].partition("\n\n")[0].splitlines()
 
 
 def test_configuration_and_card(tmp_path: Path) -> None:
@@ -86,33 +81,26 @@ def test_configuration_and_card(tmp_path: Path) -> None:
         ("b", {}, "<|endoftext|>"),
     ):
         write_checkpoint(tmp_path / name, log=log)
-        card = exported_card(tmp_path / name, tmp_path / f"out-{name}")
-        saved = json.loads((tmp_path / f"out-{name}" / "mtp_config.json").read_text())
+        out = tmp_path / f"out-{name}"
+        export_checkpoint(tmp_path / name, out, None)
+        card, saved = (out / "README.md").read_text(), json.loads((out / "mtp_config.json").read_text())
         assert (saved["step"], saved["vocab_size"], saved["config"]["heads"]["count"]) == (STEP, VOCAB_SIZE, 4)
         _, front_matter, text = card.split("---\n", 2)
         assert yaml.safe_load(front_matter)["library_name"] == "transformers"
         assert text.startswith(f"# out-{name}\n\nStep 7 of the run ") and "`heads.2`, `heads.3`, `heads.4`" in text
         [line] = [line for line in card.splitlines() if line.startswith("prompt = tokenizer(")]
         assert line == f'prompt = tokenizer({prompt!r}, return_tensors="pt")'
-        ids = AutoTokenizer.from_pretrained(tmp_path / f"out-{name}")(prompt).input_ids
-        assert ids == [256, *prompt.removeprefix("<|endoftext|>").encode()]
+        ids = [256, *prompt.removeprefix("<|endoftext|>").encode()]
+        assert AutoTokenizer.from_pretrained(out)(prompt).input_ids == ids
 
 
 HEADS = [{"head": k, "loss": 1.0 + k, "bits_per_byte": None, "accuracy": 0.5} for k in range(1, 3)]
 SETS = [{"name": name, "heads": [HEADS[0] | {"loss": None, "bits_per_byte": 2.5}]} for name in ("prose", "co|de")]
+ROW = "| {} | 1 | 2.5000 | 0.5000 |"
 LOSSES: list[tuple[dict[str, Any], list[str]]] = [
     ({}, ["| head | loss (nats per token) | accuracy |", "| 1 | 2.0000 | 0.5000 |", "| 2 | 3.0000 | 0.5000 |"]),
-    (
-        {"validation": SETS},
-        [
-            "| set | head | bits per byte | accuracy |",
-            "| prose | 1 | 2.5000 | 0.5000 |",
-            "| co\\|de | 1 | 2.5000 | 0.5000 |",
-        ],
-    ),
-    ({"steps": STEP + 1}, []),
-    ({"validation": []}, []),
-    ({"validation": None}, []),
+    ({"validation": SETS}, ["| set | head | bits per byte | accuracy |", *map(ROW.format, ("prose", r"co\|de"))]),
+    *((changes, []) for changes in ({"steps": STEP + 1}, {"validation": []}, {"validation": None})),
     ({"checkpoint": None}, []),
 ]
 """Changes of a run's summary, and the rows of losses in the card, without the line below the titles."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def old_scaling(key: str) -> Callable[[Path], None]:
     return change_config(rope_parameters=None, rope_theta=500, rope_scaling={key: "linear", "factor": 4})
 
 
+NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 TIED = {"tie_word_embeddings": True}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 ROPE_500 = {"rope_type": "default", "rope_theta": 500.0}
@@ -132,10 +134,7 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "has hidden_act = 'gelu' in config.json: only SwiGLU"),
     ({"head_dim": 16}, "has head_dim = 16 in config.json: only hidden_size / num_attention_heads"),
     ({"quantization_config": {"bits": 4}}, "has quantization_config = "),
-    (
-        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}},
-        "has rope_scaling = {'rope_type': 'yarn', .*: mtp_dist supports the rope types default, linear, llama3",
-    ),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "has rope_scaling = .*'yarn'.*default, linear, llama3"),
     ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "mtp_dist supports the rope types default, linear, llama3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ": it lacks high_freq_factor$"),
     ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "full_attention is not supported$"),
@@ -146,8 +145,8 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def change_norm(weight: torch.Tensor) -> Callable[[Path], None]:
-    return change_weights(lambda tensors: tensors.update({"model.norm.weight": weight}))
+def set_weight(name: str, weight: torch.Tensor) -> Callable[[Path], None]:
+    return change_weights(lambda tensors: tensors.update({name: weight}))
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -163,23 +162,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
     "no weights": (lambda folder: (folder / SINGLE).unlink(), "has no weights: model.safetensors is missing"),
     "pickle": (pickled, "has its weights as a pickle, pytorch_model.bin, which can run any code"),
-    "truncated": (
-        lambda folder: (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes()[:-7]),
-        "model.safetensors cannot be read",
-    ),
-    "missing weight": (
-        change_weights(lambda tensors: tensors.pop("model.norm.weight")),
-        "lacks 1 weights, the first is model.norm.weight",
-    ),
-    "unknown weight": (
-        change_weights(lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})),
-        "has weights that mtp_dist does not support, such as model.layers.0.self_attn.q_proj.bias",
-    ),
-    "shape": (change_norm(torch.ones(31)), r"has model.norm.weight as \[31\], its config.json requires \[32\]"),
-    "integers": (
-        change_norm(torch.ones(32).char()),
-        "model.norm.weight is torch.int8: only floating point can be impo",
-    ),
+    "truncated": (lambda folder: os.truncate(folder / SINGLE, 20_000), "model.safetensors cannot be read"),
+    "missing weight": (change_weights(lambda t: t.pop(NORM)), f"lacks 1 weights, the first is {NORM}"),
+    "unknown weight": (set_weight(BIAS, torch.zeros(32)), f"weights that mtp_dist does not support, such as {BIAS}"),
+    "shape": (set_weight(NORM, torch.ones(31)), rf"has {NORM} as \[31\], its config.json requires \[32\]"),
+    "integers": (set_weight(NORM, torch.ones(32).char()), f"{NORM} is torch.int8: only floating point can be imported"),
     "no tokenizer": (without_tokenizer, "has no tokenizer: name the one it was trained with as data.tokenizer="),
 }
 
@@ -224,29 +211,21 @@ def test_any_value_in_config_json_is_read_or_refused(tmp_path: Path) -> None:
             import_from(tmp_path)
 
 
-OUTSIDE = ("../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors")
+OUTSIDE = ("../outside.safetensors", "{}/outside.safetensors", "sub/../../outside.safetensors", "", "..", ".")
+WRONG_FILES = {
+    rf"{INDEX} names .*, which is not a file of": (*OUTSIDE, 3, None, [], {}, True),
+    ".* cannot be read: ": ("missing.safetensors", "a\0b", "config.json", "x" * 5000),
+}
 
 
-@pytest.mark.parametrize("file", [*OUTSIDE, 3, None, [], {}, True, "", "..", "."])
-def test_no_file_outside_the_folder_is_read(tmp_path: Path, file: Any) -> None:
+@pytest.mark.parametrize("message", WRONG_FILES)
+def test_index_that_names_another_file_is_refused(tmp_path: Path, message: str) -> None:
     write_llama(tmp_path / "hf")
     (tmp_path / "hf" / "sub").mkdir()
-    name_file(tmp_path / "hf", file.format(tmp_path) if isinstance(file, str) else file)
-    with pytest.raises(UserError, match=rf"^--from = '{tmp_path}/hf': {INDEX} names .*, which is not a file of"):
-        import_from(tmp_path)
-
-
-def name_file(folder: Path, file: Any) -> None:
-    """Name that file for a weight in an index, and move the single file out of the folder."""
-    weight_map = shard(folder)
-    (folder / SINGLE).rename(folder.parent / "outside.safetensors")
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": file}}))
-
-
-def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
-    write_llama(tmp_path / "hf")
-    for file in ("missing.safetensors", "a\0b", "config.json", "x" * 5000):
-        name_file(tmp_path / "hf", file)
-        with pytest.raises(UserError, match=rf"^--from = '{tmp_path}/hf': .* cannot be read: "):
+    weight_map = shard(tmp_path / "hf")
+    (tmp_path / "hf" / SINGLE).rename(tmp_path / "outside.safetensors")
+    for file in WRONG_FILES[message]:
+        named = {"model.norm.weight": file.format(tmp_path) if isinstance(file, str) else file}
+        (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": weight_map | named}))
+        with pytest.raises(UserError, match=rf"^--from = '{tmp_path}/hf': {message}"):
             import_from(tmp_path)
-        (tmp_path / "outside.safetensors").rename(tmp_path / "hf" / SINGLE)

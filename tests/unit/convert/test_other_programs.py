@@ -3,6 +3,7 @@
 import gc
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,8 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         model, name = open_checkpoint(folder / "c"), str(folder / "c")
     else:
         options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-        tokenizers = {
-            "byte pairs": byte_pairs,
-            "bytes": lambda folder: "bytes",
-            "SentencePiece": lambda folder: train_sentencepiece(folder, vocab_size=330, **options),
-        }
-        name = str(tokenizers[kind](folder))
+        trained = {"byte pairs": byte_pairs, "SentencePiece": partial(train_sentencepiece, vocab_size=330, **options)}
+        name = str(trained[kind](folder)) if kind in trained else kind
         sections = {"data": {"tokenizer": name}, "train": {"sequence_length": 128}}
         model = write_checkpoint(folder / "c", build_tokenizer(name).vocab_size, **sections)
     export_checkpoint(folder / "c", folder / "hf", "fp32")

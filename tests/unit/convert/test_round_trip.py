@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mtp_dist.checkpoint import writer
@@ -135,13 +136,13 @@ def test_more_heads_than_were_exported(tmp_path: Path) -> None:
         import_from(tmp_path, "heads.kind=causal", to="d")
 
 
-@pytest.mark.parametrize(
-    ("count", "tied", "scaling"),
-    [(1, False, None), (1, True, LLAMA3_ROPE), (4, False, LINEAR_ROPE), (4, True, None)],
-)
-def test_checkpoint_of_ranks_is_exported_and_trained_again(
-    ranks: Ranks, tmp_path: Path, count: int, tied: bool, scaling: dict[str, Any] | None
-) -> None:
+RANKS_CASES = [(1, False, None), (1, True, LLAMA3_ROPE), (4, False, LINEAR_ROPE), (4, True, None)]
+"""Number of heads, tied embeddings, scaling of the rotary embeddings."""
+
+
+@pytest.mark.parametrize("case", RANKS_CASES)
+def test_checkpoint_of_ranks_is_exported_and_trained_again(ranks: Ranks, tmp_path: Path, case: Any) -> None:
+    count, tied, scaling = case
     config = tiny_config(
         model={"tie_embeddings": tied, "init_std": 0.2, "rope_scaling": scaling},
         heads={"count": count},
@@ -167,8 +168,6 @@ def test_checkpoint_of_ranks_is_exported_and_trained_again(
 
 def small_tokenizer(folder: Path) -> Path:
     """Write a tokenizer.json of 131 tokens at most."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     library = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.save(str(folder / "tokenizer.json"))

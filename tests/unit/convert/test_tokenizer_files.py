@@ -81,21 +81,17 @@ def test_sentencepiece_gives_the_ids_of_the_training(tmp_path: Path, kind: str, 
 
 
 TEMPLATE = processors.TemplateProcessing(single="<eos> $A <eos>", special_tokens=[("<eos>", 0)])
-POST_PROCESSORS = {
-    "template": TEMPLATE,
-    "in a sequence": processors.Sequence([processors.ByteLevel(trim_offsets=False), TEMPLATE]),
-    "none": None,
-}
+SEQUENCE = processors.Sequence([processors.ByteLevel(trim_offsets=False), TEMPLATE])
 
 
-@pytest.mark.parametrize("kind", POST_PROCESSORS)
-def test_no_token_is_added_or_truncated(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("processor", [TEMPLATE, SEQUENCE, None], ids=["template", "sequence", "none"])
+def test_no_token_is_added_or_truncated(tmp_path: Path, processor: processors.PostProcessor | None) -> None:
     """Training applies no post-processor, truncation, padding or other file next to the tokenizer."""
     file = byte_pairs(tmp_path / "trained", "<eos>")
     library = Tokenizer.from_file(str(file))
     library.enable_truncation(7)
     library.enable_padding(length=9)
-    if processor := POST_PROCESSORS[kind]:
+    if processor:
         library.post_processor = processor
     library.save(str(file))
     settings = {"eos_token": "<eos>", "bos_token": "<s>", "pad_token": "[PAD]", "model_max_length": 99}
@@ -111,11 +107,9 @@ def test_no_token_is_added_or_truncated(tmp_path: Path, kind: str) -> None:
 
 
 def test_tokenizer_with_other_ids_in_transformers_is_refused(tmp_path: Path) -> None:
-    name = str(
-        train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), model_type="bpe", treat_whitespace_as_suffix=True)
-    )
+    options = {"model_type": "bpe", "treat_whitespace_as_suffix": True}
+    name = str(train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), **options))
     (tmp_path / "out").mkdir()
-    with pytest.raises(
-        DataError, match=rf"^data\.tokenizer = '{name}' cannot be exported: for .* AutoTokenizer would give"
-    ):
+    reason = "cannot be exported: for .* AutoTokenizer would give"
+    with pytest.raises(DataError, match=rf"^data\.tokenizer = '{name}' {reason}"):
         write_tokenizer(name, tmp_path / "out")

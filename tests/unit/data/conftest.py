@@ -1,9 +1,9 @@
-import io
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import tokenizers
+
+from tests.unit.data.preparing import train_sentencepiece
 
 SENTENCES = [f"def f{i}(x): return x * {i} + y{i % 7}\n" for i in range(200)]
 
@@ -20,22 +20,10 @@ def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokenizer.json, tokenizer.model, and endless.model, which has no end-of-text token."""
     folder = tmp_path_factory.mktemp("tokenizers")
     train_byte_pairs().save(str(folder / "tokenizer.json"))
+    options = {"vocab_size": 400, "byte_fallback": True, "character_coverage": 1.0, "add_dummy_prefix": False}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     for name, eos in (("tokenizer", 2), ("endless", -1)):
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(SENTENCES),
-            model_writer=model,
-            vocab_size=400,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            eos_id=eos,
-            minloglevel=2,
-        )
-        (folder / f"{name}.model").write_bytes(model.getvalue())
+        train_sentencepiece(folder / f"{name}.model", SENTENCES, eos_id=eos, **options)
     return folder
 
 

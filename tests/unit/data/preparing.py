@@ -1,6 +1,7 @@
 """Shared by the tests of data. Worker processes import it by name."""
 
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 
 from mtp_dist.config import Config
 from mtp_dist.data.corpus import open_corpus
@@ -36,6 +38,15 @@ def error_of(kind: type[UserError], function: Callable[..., Any], *args: Any, **
 
 def write_jsonl(file: Path, texts: Sequence[str], field: str = "text") -> Path:
     file.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)))
+    return file
+
+
+def train_sentencepiece(file: Path, lines: Sequence[str], **options: Any) -> Path:
+    """Train a model of byte pairs by default."""
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings)
+    file.write_bytes(model.getvalue())
     return file
 
 

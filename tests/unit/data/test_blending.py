@@ -49,13 +49,6 @@ def test_any_window_keeps_the_proportions_and_skips_no_sample(weights, start):
         assert all(abs(by) <= len(weights) / 2 + 1 for by in drift)
 
 
-@given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 2**40))
-def test_every_epoch_visits_each_sample_once(size, epoch, seed):
-    samples = blended([1.0], seed, [size])
-    visited = first_tokens(samples, range(epoch * size, (epoch + 1) * size))
-    assert sorted(visited) == list(range(0, 2 * size, 2))
-
-
 def test_epochs_seeds_and_sources_are_shuffled_differently():
     one = blended([1.0], sizes=[50])
     epochs = [first_tokens(one, range(50 * epoch, 50 * (epoch + 1))) for epoch in range(3)]

@@ -40,12 +40,12 @@ def path(prefix, suffix):
 
 def write_with_megatron(prefix, documents, dtype=np.int32):
     """Write documents of several sequences, as Megatron-LM's own tools do."""
-    builder = IndexedDatasetBuilder(str(path(prefix, "bin")), dtype=dtype)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         for sequence in document:
             builder.add_item(torch.tensor(sequence))
         builder.end_document()
-    builder.finalize(str(path(prefix, "idx")))
+    builder.finalize(f"{prefix}.idx")
     return prefix
 
 
@@ -107,11 +107,7 @@ DAMAGES = [
     ("idx", overwrite(17, "<B", 7), "lists float32 numbers"),
     ("idx", overwrite(17, "<B", 4), "contradicts itself"),
     ("idx", overwrite(18, "<Q", 2**60), "has 102 bytes"),
-    (
-        "idx",
-        overwrite(HEADER_BYTES, "<i", 5),
-        "lengths add up to 120 bytes of tokens, its last sequence ends at byte 118",
-    ),
+    ("idx", overwrite(HEADER_BYTES, "<i", 5), "add up to 120 bytes of tokens, its last sequence ends at byte 118"),
     ("idx", overwrite(HEADER_BYTES + 4, "<i", -4), "contradicts itself"),
     ("idx", overwrite(HEADER_BYTES + 12, "<q", 2), "contradicts itself"),
     ("idx", overwrite(HEADER_BYTES + 28, "<q", 0), "contradicts itself"),
@@ -127,10 +123,7 @@ DAMAGES = [
 @pytest.mark.parametrize(("suffix", "damage", "reason"), DAMAGES)
 def test_damaged_files_are_reported(prefix, suffix, damage, reason):
     file = path(prefix, suffix)
-    if damage:
-        file.write_bytes(damage(file.read_bytes()))
-    else:
-        file.unlink()
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
     message = error_of(DataError, open_corpus, prefix, "data.train.0.path")
     assert message.startswith(f"data.train.0.path = '{prefix}': {file}") and reason.format(prefix=prefix) in message
 
@@ -143,12 +136,7 @@ def test_unreadable_files_are_reported(prefix, monkeypatch):
     assert f"cannot read {prefix}.idx (Permission denied)" in error_of(DataError, open_corpus, prefix, "here")
 
 
-def test_changed_tokens_and_other_tokenizers_are_reported(prefix, trained_tokenizers):
-    corpus = open_corpus(prefix, "here")
-    check_tokenizer(corpus, build_tokenizer("bytes"))
-    other = build_tokenizer(str(trained_tokenizers / "tokenizer.json"))
-    message = error_of(DataError, check_tokenizer, corpus, other)
-    assert "was prepared with the tokenizer 'bytes' " in message and f"which is not '{other.name}'" in message
+def test_changed_tokens_are_reported(prefix):
     path(prefix, "bin").write_bytes(overwrite(40, "<B", 1)(path(prefix, "bin").read_bytes()))
     message = error_of(DataError, open_corpus(prefix, "here").verify)
     assert message.startswith(f"here = '{prefix}': {prefix}.bin has the SHA-256 ")

@@ -1,16 +1,13 @@
 """The samples that every rank reads, and their targets."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from mtp_dist.config import Config
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets
 from mtp_dist.distributed.topology import Topology
@@ -25,27 +22,27 @@ CPU = torch.device("cpu")
 class NumberedSamples:
     """Sample i is i*100, i*100 + 1, ..."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number):
         self.number = number
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.number
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def __getitem__(self, index):
         if not 0 <= index < self.number:
             raise IndexError(index)
         return index * 100 + np.arange(LENGTH + HEADS)
 
-    def read(self, first: int, count: int, rank: int = 0, ranks: int = 1) -> NDArray[np.int64]:
+    def read(self, first, count, rank=0, ranks=1):
         share = count // ranks
         self.last = first + (rank + 1) * share
         return np.stack([self[index] for index in range(first + rank * share, self.last)])
 
-    def state(self) -> dict[str, int]:
+    def state(self):
         return {"read": self.last}
 
 
-def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: int = 1, **data: bool) -> Config:
+def config_of(global_batch, micro_batch, tensor=1, pipeline=1, **data):
     return tiny_config(
         train={"global_batch_size": global_batch, "micro_batch_size": micro_batch, "sequence_length": LENGTH},
         heads={"count": HEADS},
@@ -54,37 +51,24 @@ def config_of(global_batch: int, micro_batch: int, tensor: int = 1, pipeline: in
     )
 
 
-def batches_of(
-    config: Config,
-    data: int = 1,
-    dp_rank: int = 0,
-    completed_steps: int = 0,
-    samples: int = 10**6,
-    device: torch.device = CPU,
-    **ranks: int,
-) -> Batches:
+def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, device=CPU, **ranks):
     """Build the loader of a rank; ranks: its pp_rank and tp_rank, 0 by default."""
-    position = {"tp_rank": 0, "pp_rank": 0} | ranks
-    topology = Topology(
-        config.parallel.tensor, config.parallel.pipeline, data, dp_rank=dp_rank, device=device, **position
-    )
-    tokenizer: Any = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
-    source: Any = NumberedSamples(samples)
-    datasets = Datasets(tokenizer, source, ("a",), ("f",), ())
+    position = {"tp_rank": 0, "pp_rank": 0, "dp_rank": dp_rank, "device": device} | ranks
+    topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, **position)
+    tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
+    datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
 
 
-def numbers(tokens: torch.Tensor) -> list[int]:
+def numbers(tokens):
     return (tokens[:, 0] // 100).tolist()
 
 
 @given(data=st.integers(1, 4), micro_batch=st.integers(1, 4), accumulation=st.integers(1, 4), step=st.integers(1, 5))
-def test_train_batches_read_the_global_batch_in_order(
-    data: int, micro_batch: int, accumulation: int, step: int
-) -> None:
+def test_train_batches_read_the_global_batch_in_order(data, micro_batch, accumulation, step):
     size = data * micro_batch * accumulation
     config = config_of(size, micro_batch)
-    read: list[int] = []
+    read = []
     for rank in range(data):
         batches = batches_of(config, data, rank, completed_steps=step - 1)
         batch = batches.next_train_batch()
@@ -100,9 +84,9 @@ def test_train_batches_read_the_global_batch_in_order(
 
 
 @given(data=st.integers(1, 5), micro_batch=st.integers(1, 4), samples=st.integers(1, 40))
-def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples: int) -> None:
+def test_validation_counts_each_sample_once(data, micro_batch, samples):
     config = config_of(micro_batch * data, micro_batch)
-    counted: list[int] = []
+    counted = []
     valid_targets = 0.0
     for rank in range(data):
         batch = batches_of(config, data, rank).validation_batch(NumberedSamples(samples))
@@ -119,7 +103,7 @@ def test_validation_counts_each_sample_once(data: int, micro_batch: int, samples
 
 @pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
 @pytest.mark.parametrize("pp_rank", range(4))
-def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[str, bool]) -> None:
+def test_middle_stages_read_for_their_attention_only(pp_rank, data):
     config = config_of(4, 2, pipeline=4, **data)
     needs_data = pp_rank in (0, 3) or "attention_across_documents" in data
     batches = batches_of(config, pp_rank=pp_rank)
@@ -129,14 +113,14 @@ def test_middle_stages_read_for_their_attention_only(pp_rank: int, data: dict[st
         assert batch.valid_targets.shape == (HEADS,) and bool(batch.valid_targets.all()) == needs_data
 
 
-def test_tensor_ranks_read_the_same() -> None:
+def test_tensor_ranks_read_the_same():
     config = config_of(4, 2, tensor=2, attention_across_documents=False)
     batches = [batches_of(config, tp_rank=rank, completed_steps=1).next_train_batch() for rank in (0, 1)]
     for one, two in zip(*(batch.micro_batches for batch in batches), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_state_is_that_after_the_step_however_far_ahead_is_read() -> None:
+def test_state_is_that_after_the_step_however_far_ahead_is_read():
     batches = batches_of(config_of(4, 2), 2, 0)
     for step in range(1, 6):
         assert numbers(batches.next_train_batch().micro_batches[0].samples)[0] == (step - 1) * 4
@@ -147,7 +131,7 @@ def test_state_is_that_after_the_step_however_far_ahead_is_read() -> None:
 @pytest.mark.parametrize(
     ("completed_steps", "samples"), [(tiny_config().train.steps - 2, 10**6), (0, 9)], ids=["last step", "last sample"]
 )
-def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed_steps: int, samples: int) -> None:
+def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed_steps, samples):
     batches = batches_of(config_of(4, 2), completed_steps=completed_steps, samples=samples)
     for _ in range(2):
         assert batches.next_train_batch().num_micro_batches == 2
@@ -157,7 +141,7 @@ def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed
 
 
 @pytest.mark.parametrize("across", [True, False])
-def test_documents_and_valid_targets(across: bool) -> None:
+def test_documents_and_valid_targets(across):
     keys = {"loss_across_documents": across, "attention_across_documents": False}
     batch = batches_of(config_of(4, 2, **keys)).next_train_batch()
     micro_batch, *others = batch.micro_batches
@@ -174,7 +158,7 @@ def test_documents_and_valid_targets(across: bool) -> None:
         assert part.documents is not None and not part.documents.any() and not (part.targets == IGNORE_INDEX).any()
 
 
-def test_validation_masks_both_documents_and_repeated_samples() -> None:
+def test_validation_masks_both_documents_and_repeated_samples():
     batches = batches_of(config_of(4, 4, loss_across_documents=False))
     [micro_batch] = batches.validation_batch(NumberedSamples(2)).micro_batches
     assert (micro_batch.targets != IGNORE_INDEX).sum((0, 2)).tolist() == [10, 7, 0, 0]

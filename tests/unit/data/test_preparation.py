@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import psutil
@@ -253,10 +254,7 @@ def test_damaged_units_are_made_again(corpus, tmp_path, damage):
     process.join()
     name, change, reused = DAMAGES[damage]
     file = asked.folder / name
-    if change:
-        file.write_bytes(change(file.read_bytes()))
-    else:
-        file.unlink()
+    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     if reused is None:
         assert "plan.json is corrupt: delete" in message(asked)
         return
@@ -271,22 +269,18 @@ def test_kill_between_the_final_names_does_not_cost_the_corpus(tmp_path, monkeyp
     """With all three files renamed only the folder is left to remove."""
     made(request(write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "whole"))
     asked = request(tmp_path / "a.jsonl", tmp_path / "a")
-    rename, left = Path.rename, renames
+    rename, renamed = Path.rename, []
 
     def killed(self, target):
-        nonlocal left
         if target.parent == tmp_path:
-            if not left:
+            renamed.append(target)
+            if len(renamed) > renames:
                 raise KeyboardInterrupt
-            left -= 1
         rename(self, target)
-
-    def kill(_):
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", killed)
-        patch.setattr("mtp_dist.data.prepare.prepare._remove", kill)
+        patch.setattr("mtp_dist.data.prepare.prepare._remove", Mock(side_effect=KeyboardInterrupt))
         made(asked)
     recorder = Recorder()
     prepare(asked, recorder)
@@ -326,14 +320,14 @@ def test_impossible_corpora_are_refused(tmp_path, target, kind, reason):
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "empty.unfinished"}
 
 
-@pytest.mark.parametrize("kind", ["WordLevel", "Unigram"])
-def test_text_without_tokens_is_reported_with_its_location(tmp_path, kind):
-    vocabulary = ["<|endoftext|>", "known", *"know"]
-    models = {
-        "WordLevel": lambda: tokenizers.models.WordLevel({token: i for i, token in enumerate(vocabulary)}),
-        "Unigram": lambda: tokenizers.models.Unigram([(token, -1.0) for token in vocabulary]),
-    }
-    tokenizers.Tokenizer(models[kind]()).save(str(tmp_path / "tokenizer.json"))
+VOCABULARY = ["<|endoftext|>", "known", *"know"]
+WORDS = tokenizers.models.WordLevel({token: i for i, token in enumerate(VOCABULARY)})
+UNIGRAMS = tokenizers.models.Unigram([(token, -1.0) for token in VOCABULARY])
+
+
+@pytest.mark.parametrize("model", [WORDS, UNIGRAMS], ids=["words", "unigrams"])
+def test_text_without_tokens_is_reported_with_its_location(tmp_path, model):
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     file = write_jsonl(tmp_path / "a.jsonl", ["known", "new"])
     text = message(request(file, tmp_path / "c", tmp_path / "tokenizer.json"))
     assert text.startswith(f"{file}, line 2: ") and "has no token for a part of this text" in text

@@ -34,12 +34,6 @@ def test_over_all_samples_each_head_predicts_each_token_once(sequence_length, he
     assert corpus[0].tolist() == tokens[: sequence_length + heads].tolist(), "a sample is a copy"
 
 
-def test_too_few_tokens_are_reported():
-    message = error_of(DataError, PackedCorpus, np.zeros(11, dtype=np.uint16), 8, 4)
-    assert message.startswith("11 tokens are fewer than") and "8 + 4 = 12: add text, lower" in message
-    assert len(PackedCorpus(np.zeros(12, dtype=np.uint16), 8, 4)) == 1
-
-
 def mapped(file):
     """Ten samples of four tokens in a file."""
     np.arange(41, dtype=np.uint16).tofile(file)

@@ -10,6 +10,7 @@ import lzma
 import os
 import sysconfig
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import huggingface_hub
@@ -49,10 +50,11 @@ def parquet():
 
 
 COMPRESSIONS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": pyarrow.Codec("zstd").compress}
+COMPRESSED = [(f"a.jsonl.{suffix}", compress(JSON_LINES)) for suffix, compress in COMPRESSIONS.items()]
 FILES_OF_RECORDS = {
     **dict.fromkeys(("lines.json", "a.jsonl", "a.JSONL", "part-00000", "lines.txt"), JSON_LINES),
     **dict.fromkeys(("compressed.jsonl", "a.jsonl.GZ", "part-00000.gz"), gzip.compress(JSON_LINES)),
-    **{f"a.jsonl.{suffix}": compress(JSON_LINES) for suffix, compress in COMPRESSIONS.items()},
+    **dict(COMPRESSED),
     "marked.jsonl": BYTE_ORDER_MARK + JSON_LINES,
     "lines.json.bz2": bz2.compress(JSON_LINES),
     "array.json": JSON_ARRAY,
@@ -106,9 +108,8 @@ def test_files_of_records_are_read_record_by_record(tmp_path, name):
     path.write_bytes(FILES_OF_RECORDS[name])
     for read in (units(path), units(tmp_path, glob="**/*")):
         check_units(path, read, path.stat().st_size)
-    message_of_field = message(path, field="content")
-    assert f"{path}" in message_of_field and "has no field 'content', it has " in message_of_field
-    assert "'text'" in message_of_field
+    text = message(path, field="content")
+    assert str(path) in text and "has no field 'content', it has " in text and "'text'" in text
     if not name.lower().endswith(("csv", "tsv", "csv.gz")):
         assert "'id' is not text but " in message(path, field="id")
 
@@ -151,10 +152,7 @@ CORRUPT = {
     "field.jsonl": (GOOD_LINES + b'{"a": 1}\n', ", line 51 has no field 'text', it has 'a'"),
     "number.jsonl": (GOOD_LINES + b'{"text": 3}\n', ", line 51: the field 'text' is not text but int"),
     "deep.jsonl": (GOOD_LINES + b"[" * 100_000 + b"]" * 100_000, ", line 51 is not valid JSON (nested too deep)"),
-    **{
-        f"cut.jsonl.{suffix}": ((whole := compress(JSON_LINES))[: len(whole) // 2], " is truncated or not a valid ")
-        for suffix, compress in COMPRESSIONS.items()
-    },
+    **{f"cut.{name}": (content[: len(content) // 2], " is truncated or not a valid ") for name, content in COMPRESSED},
 }
 
 
@@ -182,10 +180,9 @@ def test_files_of_a_folder_are_counted(tmp_path, monkeypatch):
         return really_scan(path)
 
     monkeypatch.setattr(os, "scandir", scan)
-    for name, (content, _) in UNREADABLE.items():
+    read = {name: (FILES_OF_RECORDS[name], "") for name in ("lines.json", "a.csv", "a.PARQUET")}
+    for name, (content, _) in (UNREADABLE | read).items():
         (folder / name).write_bytes(content)
-    for name in ("lines.json", "a.csv", "a.PARQUET"):
-        (folder / name).write_bytes(FILES_OF_RECORDS[name])
     (folder / "results.csv").write_text('"run\nname",loss\na,2.5\n')
     pyarrow.parquet.write_table(pyarrow.table({"loss": [2.5]}), folder / "results.parquet")
     (folder / "a.py").write_text("x = 1\n")
@@ -301,10 +298,9 @@ def test_linked_folders_are_read_once_by_every_pattern(tmp_path):
     tree(tmp_path / "elsewhere", "x.py", "deep/y.py")
     folder = tmp_path / "folder"
     tree(folder, "a/b.py", "a/deep/c.py")
-    for link, target in (("link", "../elsewhere"), ("again", "../elsewhere"), ("zero", "a")):
+    links = {"link": "../elsewhere", "again": "../elsewhere", "zero": "a", "a/loop": "..", "a/self": "self"}
+    for link, target in links.items():
         (folder / link).symlink_to(target)
-    (folder / "a" / "loop").symlink_to("..")
-    (folder / "a" / "self").symlink_to("self")
     everything = ["a/b.py", "a/deep/c.py", "x.py", "deep/y.py"]
     assert sorted(documents(units(folder, glob="**/*.py"))) == sorted(everything)
     assert sorted(documents(units(folder, glob="*/*.py"))) == ["a/b.py", "x.py"]
@@ -313,13 +309,10 @@ def test_linked_folders_are_read_once_by_every_pattern(tmp_path):
 
 def test_hidden_files_are_read_only_if_the_pattern_names_them(tmp_path):
     tree(tmp_path, "a.py", ".b.py", ".git/c.py", "d/.e/f.py", ".github/workflows/g.py")
-    for pattern, expected in (
-        ("**/*.py", "a.py"),
-        ("*.py", "a.py"),
-        (".github/**/*.py", ".github/workflows/g.py"),
-        ("**/.*.py", ".b.py"),
-    ):
-        assert documents(units(tmp_path, glob=pattern)) == [expected]
+    for pattern in ("**/*.py", "*.py"):
+        assert documents(units(tmp_path, glob=pattern)) == ["a.py"]
+    assert documents(units(tmp_path, glob=".github/**/*.py")) == [".github/workflows/g.py"]
+    assert documents(units(tmp_path, glob="**/.*.py")) == [".b.py"]
 
 
 def test_patterns_match_what_pathlib_matches(tmp_path):
@@ -352,18 +345,12 @@ def test_wrong_options_are_reported_by_option_or_key(tmp_path, name, options, re
 
 
 def test_hub_datasets_come_from_the_datasets_library(monkeypatch):
-    calls = []
-
-    def load(*names, **options):
-        if names[0] == "no/such":
-            raise ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
-        calls.append((*names, options))
-        return datasets.Dataset.from_dict({"text": TEXTS})
-
+    load = Mock(return_value=datasets.Dataset.from_dict({"text": TEXTS}))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert documents(units("some/web", subset="en", split="test")) == TEXTS
-    assert calls == [("some/web", "en", {"split": "test", "streaming": False})]
+    load.assert_called_once_with("some/web", "en", split="test", streaming=False)
+    load.side_effect = ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
     assert message("no/such").endswith("cannot load it: Couldn't reach 'no/such' on the Hub")
 
 
@@ -371,13 +358,12 @@ def test_hub_datasets_come_from_the_datasets_library(monkeypatch):
 def test_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(name, tmp_path, monkeypatch):
     """The datasets library would retry for 25 seconds."""
 
-    def unreachable(*_, **__):
-        raise ConnectionError("Name or service not known")
-
+    load, unreachable = Mock(), Mock(side_effect=ConnectionError("Name or service not known"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the datasets library was called"))
+    monkeypatch.setattr(datasets, "load_dataset", load)
     text = message(name, ConfigError)
+    assert not load.called
     assert f"INPUT '{name}' does not exist" in text
     assert ("Name or service not known" in text) == (name == "corpara/web"), "only possible names are looked up"
 

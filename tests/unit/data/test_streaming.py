@@ -28,6 +28,13 @@ BATCH, SHARD_LENGTH = 12, 5
 UNIT_BYTES = 300
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_units():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_sources, "UNIT_BYTES", UNIT_BYTES)
+        yield
+
+
 def random_texts(seed, count=40):
     random = Random(seed)
     return ["abcdefghij"[: random.randrange(0, 11)] * random.randrange(1, 4) for _ in range(count)]
@@ -234,16 +241,6 @@ def source(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("shards") / "documents.jsonl", "a")
 
 
-@pytest.fixture(scope="module")
-def small_units():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_sources, "UNIT_BYTES", UNIT_BYTES)
-        yield
-
-
-in_small_units = pytest.mark.usefixtures("small_units")
-
-
 def sharded(shards, *sources, length=SHARD_LENGTH):
     return data_config(sources, data={"stream_shards": shards}, global_batch_size=BATCH, sequence_length=length)
 
@@ -296,7 +293,6 @@ def _record(tokenizer):
     return texts
 
 
-@in_small_units
 @settings(max_examples=25)
 @given(
     shards=st.sampled_from([1, 2, 4, 6]),
@@ -315,7 +311,6 @@ def test_samples_are_the_same_at_every_layout_and_over_kills(source, shards, run
     assert np.array_equal(np.concatenate(found), expected)
 
 
-@in_small_units
 @pytest.mark.parametrize("shards", [1, 3, 4])
 def test_sample_i_comes_from_shard_i_modulo_their_number(source, shards):
     """A shard is every K-th work unit, packed by itself."""
@@ -326,7 +321,6 @@ def test_sample_i_comes_from_shard_i_modulo_their_number(source, shards):
             assert np.array_equal(sample, tokens[number * SHARD_LENGTH :][: SHARD_LENGTH + 2])
 
 
-@in_small_units
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_each_document_is_tokenized_by_one_rank(source, ranks):
     run = Ranks(sharded(4, source), ranks)
@@ -338,7 +332,6 @@ def test_each_document_is_tokenized_by_one_rank(source, ranks):
     assert max(amounts) < 1.5 * sum(amounts) / ranks
 
 
-@in_small_units
 def test_blend_keeps_its_proportions_in_every_batch_and_shard(tmp_path):
     weights = {"a": 3.0, "b": 1.0}
     files = {letter: write_jsonl(tmp_path / f"{letter}.jsonl", [letter * 99] * 40) for letter in weights}
@@ -366,20 +359,16 @@ def test_datasets_are_sharded_too(tmp_path, saved, monkeypatch):
     assert f"saved' has only {'90 documents' if saved else '9 files'}: data.stream_shards" in text
 
 
-@in_small_units
 def test_wrong_numbers_of_shards_are_refused(tmp_path, source):
     small = write_shards(tmp_path / "small.jsonl", "a", count=10)
     text = error_of(DataError, load_datasets(sharded(4, small)).train.read, 0, BATCH)
     assert "small.jsonl' has no document with text in shard 1 of 4: lower data.stream_shards" in text
-    with pytest.raises(ConfigError, match=r"^data\.stream_shards = 4 splits streams: .*`stream: true`"):
-        sharded(4, source | {"stream": False})
     run = Ranks(sharded(4, source), 1)
     run.read(1)
     text = error_of(ConfigError, Ranks, sharded(2, source), 1, run.state())
     assert text.startswith("data.stream_shards is 2, the checkpoint's streams have 4 shards: set it back")
 
 
-@in_small_units
 def test_resume_with_other_streams_keeps_the_position_of_each(tmp_path, source):
     """In each shard, also if weights and the sequence length change."""
     other = write_shards(tmp_path / "other.jsonl", "b")

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from mtp_dist.data.prepare.inspection import inspect_corpus
 from mtp_dist.data.text_loss import lost_characters
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
-from tests.unit.data.preparing import data_config, error_of, made, request, units_in, write_jsonl
+from tests.unit.data.preparing import data_config, error_of, made, request, train_sentencepiece, units_in, write_jsonl
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
 GERMAN = "für größere Übungen heißt es üben. "
@@ -112,12 +111,7 @@ def test_only_inspect_reports_that_nothing_is_lost(tmp_path, trained_tokenizers,
 
 def test_folded_whitespace_is_reported_but_not_limited(tmp_path, log):
     """With a SentencePiece model of the trainer's defaults: runs of whitespace become one space."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([CODE, ENGLISH]), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
-    )
-    folding = tmp_path / "tokenizer.model"
-    folding.write_bytes(model.getvalue())
+    folding = train_sentencepiece(tmp_path / "tokenizer.model", [CODE, ENGLISH], vocab_size=60)
     prepared = made(request(write_jsonl(tmp_path / "a.jsonl", [CODE] * 20), tmp_path / "c", folding))
     folded = len(" ".join(CODE.split()))
     assert prepared.description.lost_bytes == prepared.description.lost_whitespace == 20 * (len(CODE) - folded)

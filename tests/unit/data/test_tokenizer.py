@@ -145,11 +145,11 @@ def test_unusable_tokenizers_are_reported(trained_tokenizers, tmp_path, name, ki
 
 
 def test_hub_names_are_read_from_the_cache(trained_tokenizers, tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    shutil.copy(trained_tokenizers / "tokenizer.json", snapshot)
-    (tmp_path / "models--some--model" / "refs").mkdir()
-    (tmp_path / "models--some--model" / "refs" / "main").write_text("0123")
+    model = tmp_path / "models--some--model"
+    for folder in (model / "snapshots" / "0123", model / "refs"):
+        folder.mkdir(parents=True)
+    shutil.copy(trained_tokenizers / "tokenizer.json", model / "snapshots" / "0123")
+    (model / "refs" / "main").write_text("0123")
     cached = functools.partial(text_tokenizers.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr(text_tokenizers, "snapshot_download", cached)
     tokenizer = build_tokenizer("some/model")
