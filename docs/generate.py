@@ -111,7 +111,7 @@ def head_loss_section(result: dict[str, Any]) -> str:
     threads = f", {number} thread{'s' * (number > 1)} per rank" if settings["device"] == "cpu" else ""
     header = ["n", "mode", "seconds", "x naive", "of the matmuls' rate", "peak MiB", "gradient error"]
     if settings["tp"] > 1:
-        header += ["collectives", "their MiB"]
+        header += ["collectives", "collective MiB"]
     return "\n".join(
         [
             f"On {machine['device']}{threads}, PyTorch {machine['torch']}; medians of {settings['rounds']} rounds; the "
@@ -215,9 +215,10 @@ def resume_matrix(rows: list[dict[str, Any]]) -> str:
 
 
 def kills_sentence(counts: dict[str, int]) -> str:
+    runs = counts["finished_runs"]
     return (
         f"{counts['kills']} kills, {counts['during_a_save']} of them while a checkpoint was unfinished, over "
-        f"{counts['starts']} starts and {counts['finished_runs']} runs of {counts['steps']} steps on {counts['ranks']} "
+        f"{counts['starts']} starts and {runs} run{'s' * (runs > 1)} of {counts['steps']} steps on {counts['ranks']} "
         "ranks: every start found a valid checkpoint or started from scratch, and every run ended with the same "
         "metrics, parameters and moments as the run that was not killed, bitwise.\n"
     )
@@ -253,7 +254,7 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
             ]
         )
     machine = results[0]["machine"]
-    header = ["model, tensor x pipeline x data", "seconds per step without", "with", "more, and its quartiles"]
+    header = ["model, tensor x pipeline x data", "seconds per step without", "with", "difference and its quartiles"]
     shown = table(header, rows)
     return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 

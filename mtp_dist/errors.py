@@ -34,7 +34,7 @@ class LaunchError(UserError):
 
 
 class TrainingDivergedError(UserError):
-    """A training whose loss or gradients do not recover."""
+    """A run whose loss or gradients do not recover."""
 
 
 def exits_with_user_errors(command: Callable[P, T]) -> Callable[P, T]:
@@ -51,7 +51,7 @@ def exits_with_user_errors(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def exit_with_error(error: UserError) -> NoReturn:
-    """Print the error and end this process with status 2. What all ranks see only rank 0 prints."""
+    """Print the error and end this process with status 2. Errors common to all ranks are printed by rank 0 only."""
     rank, prefix = os.environ.get("RANK", "0"), "error"
     if rank.isdecimal() and int(rank):
         # Launchers kill the other ranks as soon as one has ended, so rank 0 must be the first. A rank that still runs

@@ -29,8 +29,9 @@ UNCHECKED_KEYS = frozenset(
     train.validate_every train.validation_samples train.max_skipped_steps train.spike_deviations train.spike_rollback
     """.split()
 )
-"""Keys that change reports, speed or the reaction to a fault, but not the training result."""
+"""Keys that may differ at a resume: they set reports, speed, rounding or the reaction to a fault."""
 UNCHECKED_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
+"""Sections of which every key may differ at a resume."""
 FIXED_BEFORE_TRAINING = frozenset(
     """
     heads.kind heads.count heads.layers_per_head heads.repeated heads.prediction_distances heads.unembedding
@@ -84,8 +85,8 @@ def candidates(directory: Path) -> list[Path]:
         return list(found.values())
     if not found:
         raise CheckpointError(
-            f"{latest} names {name!r}, but {directory} contains no checkpoint: restore it, or start from scratch with "
-            "checkpoint.resume=none"
+            f"{latest} names {name!r}, but {directory} contains no checkpoint: restore that one, or start from scratch "
+            "with checkpoint.resume=none"
         )
     latest_step = next((step for step, path in found.items() if path.name.removesuffix(REPLACED) == name), None)
     if latest_step is None:
@@ -104,7 +105,7 @@ def checkpoints_in(path: Path) -> list[Path]:
 def first_valid(folders: Sequence[Path], check: Callable[[Path], object], problem: str | None = None) -> Path:
     """Return the first checkpoint that passes the check. Log a warning for each one before it.
 
-    problem: of a checkpoint before all of these. Raise CheckpointError if none passes.
+    problem: why a better checkpoint, not in `folders`, is invalid. Raise CheckpointError if none passes.
     """
     for folder in folders:
         if problem:
@@ -197,12 +198,12 @@ def _resume_point(folders: Sequence[Path], problem: str | None, config: Config) 
 
 
 def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Iterator[str]:
-    """Yield a message for each key that would make another model or another training of it."""
+    """Yield a message for each key whose new value would change the model or its training."""
     before, now = _keys(saved.config), _keys(wanted)
     allowed = wanted.checkpoint.allow_changes
     for key in allowed:
         if key not in now or key.startswith("model."):
-            yield f"checkpoint.allow_changes names {key}, which is not a key that may change from one start to the next"
+            yield f"checkpoint.allow_changes names {key}, which is not a key that may change at a resume"
     for key, value in now.items():
         if (
             before.get(key) == value

@@ -5,8 +5,8 @@ that wrote; an index next to them maps tensors to files as Hugging Face's does. 
 `manifest.json` the size and SHA-256 of every file.
 
 A checkpoint is written as `step_00000010.unfinished`; the text file `latest` names the last finished one. An earlier
-checkpoint of the same step waits as `.replaced` until the new one has its name, and counts until then; `.deleted` marks
-a checkpoint whose files are being removed.
+checkpoint of the same step is kept as `.replaced`, and remains valid, until the new one has been renamed; `.deleted`
+marks a checkpoint whose files are being removed.
 """
 
 import json
@@ -47,7 +47,7 @@ class RunState:
     losses: Sequence[float | None] = ()
     """Losses of heads 1, 2, ... in that step, in nats."""
     recent_losses: Sequence[float] = ()
-    """Head 1's losses that the next step's is compared with to detect a spike."""
+    """Previous losses of head 1, with which the next one is compared to detect a spike."""
     samples: Any = None
     """State of the training samples, as JSON."""
 

@@ -52,7 +52,7 @@ def inspect_checkpoint(folder: Path, on_progress: ProgressCallback) -> Checkpoin
     shapes = TensorReader(folder, MODEL).shapes()
     parameters: Counter[str] = Counter()
     for name, shape in shapes.items():
-        parameters[module_group(name)] += prod(shape)
+        parameters[report_group(name)] += prod(shape)
     groups = Counter((re.sub(r"\.\d+\.", ".*.", name, count=1), shape) for name, shape in shapes.items())
     return CheckpointReport(
         folder=str(folder),
@@ -70,7 +70,7 @@ def inspect_checkpoint(folder: Path, on_progress: ProgressCallback) -> Checkpoin
     )
 
 
-def module_group(name: str) -> str:
+def report_group(name: str) -> str:
     """Return the part of the model that a weight belongs to."""
     first, second, *_ = name.split(".")
     if first == "heads":

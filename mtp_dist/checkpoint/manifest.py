@@ -14,7 +14,7 @@ FORMAT = 1
 BLOCK_BYTES = 1 << 20
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with the amount done and the total: bytes where files are verified, tensors where they are converted."""
+"""Callback with the amount done and the total: in bytes for verification, in tensors for conversion."""
 
 
 @dataclass(frozen=True)

@@ -52,15 +52,17 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     for (name, weight), rows in zip(weights, rows_by_weight, strict=True):
         shard = _ShardReader(weight, shapes[name], topology, rows)
         is_saved = name in model.weight_map
-        values = shard.read_together(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
+        values = (
+            shard.read_and_broadcast(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
+        )
         set_master_weight(weight, values)
         for key in MOMENTS:
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.weight_map:
                 values = torch.zeros(weight.shape, device=weight.device)
             elif kept := owned_rows(weight):
-                values = shard.read_alone(optimizer, moment, *kept)
+                values = shard.read_rows(optimizer, moment, *kept)
             else:
-                values = shard.read_together(optimizer, moment)
+                values = shard.read_and_broadcast(optimizer, moment)
             set_moment(engine.pipeline, key, weight, values)
     set_updates(engine.pipeline, updates)
     check_updates(engine.pipeline, updates)
@@ -93,8 +95,8 @@ class _ShardReader:
     rows: Sequence[int]
     """See `_rows_by_reader`."""
 
-    def read_together(self, reader: TensorReader, name: str) -> Tensor:
-        """Return the complete shard. Each of its rows is read by one rank, which sends it to the others."""
+    def read_and_broadcast(self, reader: TensorReader, name: str) -> Tensor:
+        """Return the complete shard. Each of its rows is read by one rank, which broadcasts it to the others."""
         values = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         for source, (first, last) in enumerate(pairwise(self.rows)):
             if source == self.topology.dp_rank:
@@ -103,7 +105,7 @@ class _ShardReader:
                 dist.broadcast(values[first:last], group=dp_group(), group_src=source)
         return values
 
-    def read_alone(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
+    def read_rows(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
         """Return the shard with these rows; all others are 0."""
         values = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         values[first:last] = self._read(reader, name, first, last)
@@ -123,12 +125,12 @@ def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.P
     """Return the newest checkpoint that `checkpoint.resume` selects, the same on every rank; None for a new run.
 
     Rank 0 finds it and broadcasts it; all ranks together verify its tensor files, each rank some of them. A collective
-    over `gloo_group`, all ranks. Raise on every rank what `find_resume_point` raises, and LaunchError if a rank does
-    not see the checkpoint.
+    over `gloo_group`, all ranks. Raise on every rank what `find_resume_point` raises, and LaunchError if a rank
+    cannot find the checkpoint.
     """
     point = from_rank_0(lambda: find_resume_point(config), gloo_group)
     while point:
-        _await_folder(point.folder, gloo_group)
+        _wait_for_folder(point.folder, gloo_group)
         problems = all_gather_objects(_problem_in_own_files(point.folder, topology), gloo_group)
         problem = next(filter(None, problems), None)
         if problem is None:
@@ -137,16 +139,16 @@ def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.P
     return None
 
 
-def _await_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
-    """Wait until every rank sees the folder: over NFS some may see it later than the rank that created it."""
+def _wait_for_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
+    """Wait until every rank finds the folder: over NFS it may appear later than on the rank that created it."""
     for _ in range(FOLDER_CHECKS):
-        seen = all_gather_objects(folder.is_dir(), gloo_group)
-        if all(seen):
+        found = all_gather_objects(folder.is_dir(), gloo_group)
+        if all(found):
             return
         sleep(CHECK_INTERVAL_S)
     raise LaunchError(
-        f"rank 0 would start from {folder}, which rank {seen.index(False)} does not see: checkpoint.directory must be "
-        "the same folder on all ranks"
+        f"rank 0 would start from {folder}, which rank {found.index(False)} cannot find: checkpoint.directory must "
+        "be the same folder on all ranks"
     )
 
 

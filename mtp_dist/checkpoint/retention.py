@@ -1,4 +1,4 @@
-"""Deleting expired checkpoints and what killed or failed saves left behind."""
+"""Deletion of expired checkpoints and of the leftovers of killed or failed saves."""
 
 import shutil
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from mtp_dist.checkpoint.format import DELETED, REPLACED, UNFINISHED
 def expired_checkpoints(steps: Iterable[int], newest: int, keep_last: int | None, keep_every: int | None) -> list[int]:
     """Return the steps whose checkpoints may be deleted once that of `newest` exists.
 
-    Later steps belong to an abandoned future and do not count; step 0 is an imported model.
+    Steps after it, which a rollback has abandoned, and step 0, an imported model, are neither counted nor deleted.
     """
     if keep_last is None:
         return []
@@ -32,7 +32,7 @@ def prune_checkpoints(directory: Path, newest: int, keep_last: int | None, keep_
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Clear away what killed or failed saves left, after giving a replaced checkpoint its name back. Raise OSError."""
+    """Delete leftovers of killed or failed saves, after renaming a replaced checkpoint back. Raise OSError."""
     for replaced in directory.glob(f"step_*{REPLACED}"):
         if not (finished := replaced.with_name(replaced.name.removesuffix(REPLACED))).exists():
             replaced.rename(finished)

@@ -42,7 +42,7 @@ class Snapshot:
     """A copy in host memory of what is to be saved, so that training can continue."""
 
     metadata: CheckpointMetadata
-    """Its state of the samples counts on rank 0 only."""
+    """Metadata, of which the state of the samples is valid on rank 0 only."""
     shards: dict[str, Shards]
     """This rank's shards by global name, for each kind of file."""
 
@@ -102,14 +102,14 @@ def write_tensor_files(folder: Path, tensors: Mapping[str, Tensors], topology: T
     """Write this rank's files, read them back and return them by name. Raise OSError if that fails."""
     if not folder.is_dir():
         raise OSError(
-            None, f"rank 0 created this folder, rank {topology.rank} does not see it: it must be shared", folder
+            None, f"rank 0 created this folder, rank {topology.rank} cannot find it: it must be shared", folder
         )
     written = {}
-    for kind, its_tensors in tensors.items():
-        if its_tensors:
+    for kind, kind_tensors in tensors.items():
+        if kind_tensors:
             name = tensor_file(kind, topology.rank, topology.world_size)
-            shapes = {tensor: tuple(values.shape) for tensor, values in its_tensors.items()}
-            written[name] = TensorFile(kind, _write_tensors(folder / name, its_tensors), shapes)
+            shapes = {tensor: tuple(values.shape) for tensor, values in kind_tensors.items()}
+            written[name] = TensorFile(kind, _write_tensors(folder / name, kind_tensors), shapes)
     sync(folder)
     return written
 

@@ -61,7 +61,7 @@ class CheckpointSaver:
     def save(self, state: RunState, last: bool = False) -> None:
         """Save the state after step `state.step`. A collective over all ranks.
 
-        Wait for the previous save, and for this one if it is the run's last. `state` counts on rank 0 only. Raise
+        Wait for the previous save, and for this one if it is the run's last. Only rank 0's `state` is saved. Raise
         CheckpointError, on every rank, if the last one cannot be written.
         """
         self.join()

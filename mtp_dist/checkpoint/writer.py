@@ -62,7 +62,7 @@ def create_staging_dir(staging: Path) -> None:
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Give a checkpoint that is on the disk its name. At every moment an older one or this one can be opened."""
+    """Rename a complete checkpoint to its final name. At every moment an older one or this one can be opened."""
     replaced = with_suffix_appended(final, REPLACED)
     if final.exists():
         final.rename(replaced)
@@ -113,8 +113,8 @@ def write_weights(
     """
     files = _split_into_files(shapes, dtype)
     file_shapes = {tensor_file(MODEL, number, len(files)): shapes for number, shapes in enumerate(files)}
-    for file, its_shapes in file_shapes.items():
-        write_tensors(folder / file, its_shapes, dtype, tensors)
+    for file, tensor_shapes in file_shapes.items():
+        write_tensors(folder / file, tensor_shapes, dtype, tensors)
     write_index(folder, MODEL, file_shapes, dtype)
     return [*file_shapes, index_file(MODEL)]
 

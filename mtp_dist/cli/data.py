@@ -57,7 +57,7 @@ def prepare(
         with PreparationProgress(Console(stderr=True)) as progress:
             prepared = make(request, progress)
     except KeyboardInterrupt:
-        print("stopped: the same command continues from the finished parts", file=sys.stderr, flush=True)
+        print("interrupted: run the same command to continue", file=sys.stderr, flush=True)
         raise typer.Exit(130) from None
     print(json.dumps(prepared.as_json()) if as_json else describe(request.prefix, prepared), flush=True)
 
@@ -87,13 +87,13 @@ def inspect(
     is damaged.
     """
     from mtp_dist.cli.data_tables import corpus_tables
-    from mtp_dist.data.corpus import open_corpus, prefix_of
+    from mtp_dist.data.corpus import corpus_prefix, open_corpus
     from mtp_dist.data.prepare.inspection import inspect_corpus
     from mtp_dist.data.tokenizer import build_tokenizer
 
     if Path(corpus).is_dir() and _inspect_checkpoints(Path(corpus), as_json):
         return
-    opened = open_corpus(prefix_of(corpus) or corpus, "DATA")
+    opened = open_corpus(corpus_prefix(corpus) or corpus, "DATA")
     name = tokenizer or (opened.description.tokenizer.name if opened.description else None)
     if name is None:
         raise DataError(f"DATA = '{corpus}' does not name its tokenizer: give it with --tokenizer")

@@ -79,8 +79,8 @@ def describe(prefix: Path, prepared: Prepared) -> str:
         f"{corpus.bytes / corpus.tokens:.2f} bytes per token"
     ]
     lines += prepared.files.describe()
-    if prepared.loss.lost_bytes:
-        lines.append(prepared.loss.describe(corpus.tokenizer.name))
+    if prepared.text_loss.lost_bytes:
+        lines.append(prepared.text_loss.describe(corpus.tokenizer.name))
     for number, text, first in (
         (corpus.empty_documents, "left out because they have no tokens", prepared.first_empty),
         (corpus.replaced_documents, "had invalid UTF-8 replaced", prepared.first_invalid),

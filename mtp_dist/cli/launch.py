@@ -13,7 +13,7 @@ from types import FrameType
 from mtp_dist.training.stopping import STOP_SIGNALS, exit_status
 
 FAILURE_GRACE_S = 15.0
-"""Seconds that the other ranks have after one has failed, to print what they know."""
+"""Seconds that the other ranks have after one has failed, to print their errors."""
 POLL_INTERVAL_S = 0.1
 PR_SET_PDEATHSIG = 1
 

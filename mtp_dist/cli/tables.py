@@ -1,4 +1,4 @@
-"""What the commands print on a terminal: tables, and lines of facts."""
+"""Terminal output of the commands: tables, and lines of facts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:  # they import numpy and torch, for which `--help` has no time
+if TYPE_CHECKING:  # they import numpy and torch, which would delay `--help`
     from mtp_dist.checkpoint.format import SavedLayout
     from mtp_dist.checkpoint.inspection import CheckpointLine, CheckpointReport
     from mtp_dist.verify.selfcheck import Comparison
 
-WIDTH_OF_FILES = 120
+NON_TERMINAL_WIDTH = 120
 
 
 def show_result(result: object, as_json: bool, *parts: RenderableType) -> None:
@@ -25,7 +25,7 @@ def show_result(result: object, as_json: bool, *parts: RenderableType) -> None:
     if as_json:
         print(json.dumps(result), flush=True)
         return
-    console = Console(width=None if os.isatty(1) else WIDTH_OF_FILES)
+    console = Console(width=None if os.isatty(1) else NON_TERMINAL_WIDTH)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))
 
@@ -59,7 +59,7 @@ def _size(size: int) -> str:
 
 
 def checkpoints_table(lines: Sequence[CheckpointLine]) -> Table:
-    table = Table("step", "", "size", "saved at", "losses of heads 1, 2, ...", "names, sizes, JSON files")
+    table = Table("step", "", "size", "saved at", "losses of heads 1, 2, ...", "check of names, sizes, JSON files")
     for line in lines:
         size = "" if line.bytes is None else _size(line.bytes)
         saved_at = "" if line.damage else _layout(line.layout)
@@ -102,7 +102,7 @@ def head_loss_table(result: dict[str, Any]) -> Table:
         f"{settings['dtype']}, tensor parallel {settings['tp']}, on {machine['device']}, "
         f"{machine['threads_per_rank']} threads per rank"
     )
-    columns = ["heads", "mode", "seconds", "x naive", "peak MiB", "collectives", "their MiB", "gradient error"]
+    columns = ["heads", "mode", "seconds", "x naive", "peak MiB", "collectives", "collective MiB", "gradient error"]
     table = Table(*columns, title=title)
     for row in result["rows"]:
         cells = ["out of memory"] if row["peak_bytes"] is None else _head_loss_cells(row)
@@ -135,7 +135,7 @@ BENCH_CHECKPOINT_LABELS = {
 
 def bench_checkpoint_table(result: dict[str, Any]) -> Table:
     layout = " x ".join(f"{axis} {degree}" for axis, degree in result["layout"].items())
-    title = f"{result['megabytes']:,.0f} MB, {layout}, stall {result['stall_share']:.0%} of a save"
+    title = f"{result['megabytes']:,.0f} MB, {layout}, training waits {result['stall_share']:.0%} of a save"
     table = Table("", "seconds", "MB/s", title=title)
     for name, label in BENCH_CHECKPOINT_LABELS.items():
         seconds = result["seconds"][name]
@@ -166,7 +166,7 @@ def bench_data_tables(result: dict[str, Any]) -> list[Table]:
 
 def monitoring_table(result: dict[str, Any]) -> Table:
     title = f"Monitoring: medians of {result['rounds']} rounds of {result['steps_of_a_round']} steps"
-    table = Table("seconds per step, with", "without", "ratio", "its quartiles", title=title)
+    table = Table("seconds per step, with", "without", "ratio", "quartiles of the ratio", title=title)
     seconds = (f"{result['step_seconds'][name]:.4f}" for name in ("with", "without"))
     low, high = result["ratio_quartiles"][0], result["ratio_quartiles"][-1]
     table.add_row(*seconds, f"{result['ratio']:.4f}", f"{low:.4f} to {high:.4f}")

@@ -1,7 +1,7 @@
 """The typed configuration of a run: one YAML file plus `section.key=value` overrides.
 
-Everything that can be checked without starting a process is checked here, so that a wrong configuration ends before any
-rank does work.
+Everything that can be checked without starting a process is checked here, so that an invalid configuration is
+rejected before any rank does work.
 """
 
 from mtp_dist.config.base import Section

@@ -21,7 +21,7 @@ class Section(BaseModel):
     )
 
 
-def failing(*rules: tuple[object, str]) -> Iterator[str]:
+def messages_if(*rules: tuple[object, str]) -> Iterator[str]:
     """Return the messages of the rules (condition, message) whose condition is true."""
     return (message for condition, message in rules if condition)
 

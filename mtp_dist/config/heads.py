@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from mtp_dist.config.base import PositiveInt, Section, failing
+from mtp_dist.config.base import PositiveInt, Section, messages_if
 
 StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
 """A step, and the value from that step on."""
@@ -80,7 +80,7 @@ class HeadsConfig(Section):
         return max(self.distances[-1], self.token_order_window if self.token_order else 0)
 
     @property
-    def blocks(self) -> int:
+    def num_blocks(self) -> int:
         """Number of heads that have a block between the trunk and the final norm."""
         return self.active_blocks(self.count)
 
@@ -112,39 +112,39 @@ def incompatible_head_settings(
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
-    yield from failing(
+    yield from messages_if(
         (
             heads.repeated and heads.kind != "sequential",
             f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it",
         ),
         (
             heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"),
-            f"heads.layers_per_head = {heads.layers_per_head} does not go with heads.kind = '{heads.kind}', which has "
-            "no transformer layers: remove it",
+            f"heads.layers_per_head = {heads.layers_per_head} is incompatible with heads.kind = '{heads.kind}', which "
+            "has no transformer layers: remove it",
         ),
         (
             heads.kind == "anticausal" and heads.detach,
-            "heads.detach = true does not go with heads.kind = 'anticausal': head 1 reaches the trunk through all "
-            "other heads, so their gradient cannot be stopped before it",
+            "heads.detach = true is incompatible with heads.kind = 'anticausal': head 1 reaches the trunk through "
+            "all other heads, so their gradient cannot be stopped before it",
         ),
         (
             heads.kind == "anticausal" and heads.schedule != "constant",
-            f"heads.schedule = '{heads.schedule}' does not go with heads.kind = 'anticausal': head 1 reads the trunk "
-            "through all other heads, so none of them can be left out",
+            f"heads.schedule = '{heads.schedule}' is incompatible with heads.kind = 'anticausal': head 1 reads the "
+            "trunk through all other heads, so none of them can be left out",
         ),
     )
 
 
 def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
-    yield from failing(
+    yield from messages_if(
         (
             heads.distillation and heads.count == 1,
-            "heads.distillation teaches the heads from head 2 on, heads.count is 1: remove it",
+            "heads.distillation trains the heads from head 2 on, heads.count is 1: remove it",
         ),
         (
             heads.distillation and heads.kind == "anticausal",
-            "heads.distillation does not go with heads.kind = 'anticausal': head 1, which teaches the others, is the "
-            "last to run",
+            "heads.distillation is incompatible with heads.kind = 'anticausal': head 1, the teacher of the others, is "
+            "the last to run",
         ),
         (
             heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation,
@@ -160,15 +160,18 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
     used = {"distillation": heads.distillation, "token_order": heads.token_order}
     for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
         if heads.loss_mode == "naive":
-            yield f"heads.{key} does not go with heads.loss_mode = 'naive', which lacks it: use 'eager' or 'recompute'"
+            yield (
+                f"heads.{key} is incompatible with heads.loss_mode = 'naive', which lacks it: use 'eager' or "
+                "'recompute'"
+            )
 
 
 def _incompatible_distillation(heads: HeadsConfig) -> Iterator[str]:
-    yield from failing(
+    yield from messages_if(
         (
             heads.loss_weights and not heads.loss_weights[0],
-            "heads.distillation teaches from head 1, whose heads.loss_weights is 0, so that it never learns: give it a "
-            "weight above 0",
+            "heads.distillation has head 1 as its teacher, whose heads.loss_weights is 0, so that it never learns: "
+            "give it a weight above 0",
         ),
         (
             heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])),
@@ -192,8 +195,8 @@ def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterato
         )
     elif heads.kind == "sequential" and distances != tuple(range(1, len(distances) + 1)):
         yield (
-            f"{key} does not go with heads.kind = 'sequential', whose blocks read every token up to their target: "
-            "remove it"
+            f"{key} is incompatible with heads.kind = 'sequential', whose blocks read every token up to their "
+            "target: remove it"
         )
 
 
@@ -202,7 +205,7 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     if len(given) > 1:
         yield f"{' and '.join(f'heads.{key}' for key in given)} all set the weights of the losses: keep one"
     weights = heads.loss_weights
-    yield from failing(
+    yield from messages_if(
         (
             weights is not None and len(weights) != heads.count,
             f"heads.loss_weights has {len(weights or ())} numbers, heads.count is {heads.count}: give one per head",

@@ -137,7 +137,7 @@ def _message(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
     messages = (
         _MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in errors
     )
-    return f"{key} = {error['input']!r} is wrong: it {', or it '.join(dict.fromkeys(messages))}"
+    return f"{key} = {error['input']!r} is invalid: it {', or it '.join(dict.fromkeys(messages))}"
 
 
 def typed_config(values: Mapping[str, Any]) -> Config:
@@ -168,7 +168,7 @@ def _value_types(annotation: Any) -> set[Any]:
     return {annotation}
 
 
-def _types_of(key: Sequence[str]) -> set[Any]:
+def _key_types(key: Sequence[str]) -> set[Any]:
     """Return the types that a key's value may have; none if the key is not known."""
     types: set[Any] = {Config}
     for name in key:
@@ -180,7 +180,7 @@ def _types_of(key: Sequence[str]) -> set[Any]:
 def _override_value(key: Sequence[str], text: str, override: str) -> Any:
     """Return the value of an override: for a text key everything after "=", for a number or boolean one scalar, for
     other keys any YAML."""
-    types = _types_of(key)
+    types = _key_types(key)
     given = types - {NoneType}
     if given and all(kind is str or get_origin(kind) is Literal for kind in given):
         return None if text == "null" and NoneType in types else text
@@ -215,7 +215,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path} is not UTF-8 text: byte {error.start} is wrong") from None
+        raise ConfigError(f"the configuration {path} is not UTF-8 text: byte {error.start} is invalid") from None
     except ValueError as error:
         raise ConfigError(f"cannot read the configuration {path!r}: {error}") from None
     values = _read_yaml(text, str(path))
@@ -235,5 +235,5 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> None:
         for part in parts[:-1]:
             section = _subsection(section, part)
         if not isinstance(section, dict):
-            raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: give it as a whole")
+            raise ConfigError(f"in '{override}' {'.'.join(parts[:-1])} has no keys of its own: set the whole key")
         section[parts[-1]] = _override_value(parts, value, override)

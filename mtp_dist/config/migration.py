@@ -35,8 +35,8 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], None]] = {1: _from_version_1}
 def saved_config(file: Mapping[str, Any]) -> Config:
     """Return the configuration in the JSON of a checkpoint or export, which has `config` and `config_version`.
 
-    The vocabulary size next to it replaces an absent `model.vocab_size`. Incompatible settings are accepted, as they
-    were when they were saved. Raise ConfigError if a newer version wrote it or a value is invalid, KeyError or
+    The vocabulary size next to it replaces `model.vocab_size`. Incompatible settings are accepted, as they were when
+    they were saved. Raise ConfigError if a newer version wrote it or a value is invalid, KeyError or
     TypeError if the JSON has no configuration.
     """
     version, values = int(file.get("config_version", 1)), deepcopy(file["config"])

@@ -1,4 +1,4 @@
-"""A configuration once its tokenizer and its world size are known."""
+"""Resolution of a configuration with its tokenizer's vocabulary size and its world size."""
 
 from mtp_dist.config.schema import Config
 from mtp_dist.errors import ConfigError

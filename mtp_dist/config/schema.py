@@ -25,8 +25,8 @@ class RunConfig(Section):
     """Device of the computation. `auto` selects the GPU if there is one, and rejects a machine whose GPU PyTorch cannot
     use."""
     step_timeout: Seconds | None = 1800.0
-    """Largest duration, in seconds, of a step, a validation or the wait for a save. After it every rank prints its
-    Python stacks, writes its last collectives, and the run ends with status 70. `null`: no limit."""
+    """Seconds that a step, a validation or the wait for a save may take. After that every rank prints its Python stacks
+    and writes its last collectives, and the run ends with status 70. `null`: no limit."""
     join_timeout: Seconds = 600.0
     """Seconds that the ranks wait for one another at the start. After that the run ends with status 2 and names the
     missing ranks."""
@@ -80,7 +80,7 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Tensor-parallel degree: ranks that share each layer's matrices and the vocabulary."""
     pipeline: PositiveInt = 1
-    """Pipeline-parallel degree: stages that share the layers; the heads sit on the last one."""
+    """Pipeline-parallel degree: stages that share the layers; the heads are on the last one."""
     sequence: bool = False
     """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
     zero_stage: Annotated[NonNegativeInt, Field(json_schema_extra={"enum": [0, 1]})] = 0
@@ -104,8 +104,8 @@ class SourceConfig(Section):
     """One source of documents."""
 
     path: PathText
-    """A corpus of `mtp-dist prepare` or of Megatron's tools, by its path without `.bin`; or, for small data that is
-    tokenized at each start: a folder, a file of text, JSON lines, JSON, CSV or Parquet, the name of a Hugging Face
+    """A corpus made by `mtp-dist prepare` or by Megatron's tools, by its path without `.bin`; or, for small data that
+    is tokenized at each start: a folder, a file of text, JSON lines, JSON, CSV or Parquet, the name of a Hugging Face
     dataset, or `python-stdlib`, the standard library of this Python."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """Name in logs; required if there are several validation sets."""
@@ -162,7 +162,8 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt
     """Samples per forward and backward pass on one data-parallel rank."""
     sequence_length: PositiveInt
-    """Tokens per sample, S; `heads.count` more are read as labels."""
+    """Tokens per sample, S. The tokens that follow, as many as the largest prediction distance or, if that is larger,
+    the token-order window, are read as labels too."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` keeps master weights, moments and accumulated gradients in fp32."""
     deterministic: bool = False
@@ -218,7 +219,7 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep; older ones are deleted after a newer one has been written and read back. By
     default all are kept."""
     keep_every: PositiveInt | None = None
-    """Keep the checkpoints of steps that are a multiple of this too; only with `keep_last`."""
+    """Also keep checkpoints whose step is a multiple of this; only with `keep_last`."""
     resume: PathText = "auto"
     """Checkpoint to resume from: `auto` for the newest one of `directory`, if there is one; `none` to start from
     scratch; or the folder of a checkpoint, or of several, of which the newest valid one is used."""

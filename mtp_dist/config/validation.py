@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mtp_dist.config.base import failing
+from mtp_dist.config.base import messages_if
 from mtp_dist.config.heads import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
 from mtp_dist.config.schema import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
@@ -56,7 +56,7 @@ def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterat
 
 def _incompatible_parallelism(config: Config) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
-    yield from failing(
+    yield from messages_if(
         (
             parallel.zero_stage > 1,
             f"parallel.zero_stage = {parallel.zero_stage} is not 0 or 1: stages 2 and 3 shard gradients and weights "
@@ -102,7 +102,7 @@ def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:
     if log.profile_steps is None:
         return
     first, last = log.profile_steps
-    yield from failing(
+    yield from messages_if(
         (first > last, f"log.profile_steps = [{first}, {last}] must be [first, last] with first <= last"),
         (
             last > steps,
@@ -120,7 +120,7 @@ def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
 
 
 def _incompatible_sources(data: DataConfig) -> Iterator[str]:
-    yield from failing(
+    yield from messages_if(
         (
             len({source.stream for source in data.train}) > 1,
             "data.train has sources with and without `stream`: streamed samples are in the order of the documents, "

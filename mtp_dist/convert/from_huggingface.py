@@ -1,4 +1,4 @@
-"""Import: make a Llama a checkpoint of step 0 whose head 1 computes what the Llama computes."""
+"""Import of a Llama as a checkpoint at step 0 whose head 1 computes the same as the Llama."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -41,9 +41,9 @@ def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads)
     if request.heads:
         values["heads"]["count"] = request.heads
     _set_tokenizer(values["data"], request, llama, saved)
-    asked = values["model"]
+    requested = values["model"]
     # The heads' section gives the number of head 1's layers, which the layout depends on: check it first.
-    values["model"] = asked | llama.model | {"trunk_layers": llama.layers}
+    values["model"] = requested | llama.model | {"trunk_layers": llama.layers}
     heads = build_config({name: section for name, section in values.items() if name != "parallel"}).heads
     layers = llama.layers - len(layers_after_trunk(heads))
     if layers < 1:
@@ -52,10 +52,10 @@ def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads)
             f"{llama.layers - layers} after the trunk: use another heads.kind or fewer layers"
         )
     model = llama.model | {"trunk_layers": layers}
-    for key, value in asked.items():
+    for key, value in requested.items():
         if value != model.get(key, value):
             raise ConfigError(f"model.{key} = {value!r} is {model[key]!r} in --from = '{request.source}': leave it out")
-    values["model"] = asked | model
+    values["model"] = requested | model
     return build_config(values)
 
 

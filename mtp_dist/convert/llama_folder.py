@@ -141,7 +141,7 @@ class LlamaFolder:
             if name in needed:
                 continue
             if name == UNEMBEDDING:
-                yield f"{name} ({self._why_tied()})"
+                yield f"{name} ({self._check_tied()})"
             elif name.endswith("rotary_emb.inv_freq"):
                 yield f"{name} (computed from config.json)"
             else:
@@ -152,8 +152,8 @@ class LlamaFolder:
             if path.name not in (*self.files, HEADS):
                 yield f"{path.name} (transformers does not read it either)"
 
-    def _why_tied(self) -> str:
-        """Raise CheckpointError if the weights that config.json ties differ: transformers 5 unties them, 4 does not."""
+    def _check_tied(self) -> str:
+        """Return why a tied weight is unused. Raise CheckpointError if it differs: transformers 5 would untie it."""
         if not torch.equal(self.read(UNEMBEDDING), self.read(EMBEDDING)):
             raise CheckpointError(
                 f"--from = '{self.path}' has tie_word_embeddings = True in config.json, but {UNEMBEDDING} differs from "

@@ -22,7 +22,7 @@ class NewHeads:
         self.config, self.copy, self.read = config, copy, read
         self.shapes = parameter_shapes(config)
         new = self.shapes.keys() - llama_weights(config).keys()
-        if copy and not any(self._model_of(name) for name in new):
+        if copy and not any(self._copied_weight(name) for name in new):
             raise ConfigError(
                 f"--copy-heads has nothing to copy: heads.kind = '{config.heads.kind}' with heads.count = "
                 f"{config.heads.count} has no head with layers that a Llama has: leave it out"
@@ -31,11 +31,11 @@ class NewHeads:
     def weight(self, name: str) -> Tensor:
         if name == "heads.1.linear.weight":  # head 1 must compute what the Llama computes
             return torch.eye(self.config.model.hidden_size)
-        if self.copy and (model := self._model_of(name)):
+        if self.copy and (model := self._copied_weight(name)):
             return self.read(model)
         return initial_weight(self.config, name, self.shapes[name])
 
-    def _model_of(self, name: str) -> str | None:
+    def _copied_weight(self, name: str) -> str | None:
         """Return the weight that is copied to this one: of the last layers, which are head 1's if it has any."""
         if name.startswith("unembeddings."):
             return "unembeddings.1.weight"

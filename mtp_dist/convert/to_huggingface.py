@@ -92,7 +92,7 @@ def export_checkpoint(
         # Before the tokenizer: AutoTokenizer opens it by config.json.
         _write_json(folder / "config.json", llama_config(config, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
-        _write_json(folder / "generation_config.json", dict.fromkeys(_TOKENS_OF_GENERATION, end))
+        _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
         tensors = report_progress(all_tensors(), len(target_shapes) + len(others), on_progress)
         write_weights(folder, target_shapes, DTYPES[dtype], tensors)
         if others:
@@ -105,7 +105,7 @@ def export_checkpoint(
     return Exported(str(target), metadata.step, dtype, len(llama_layers(config)), parameters, list(others))
 
 
-_TOKENS_OF_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def llama_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:

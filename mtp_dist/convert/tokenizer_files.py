@@ -34,13 +34,13 @@ SAMPLE_TEXTS = (
     "\n",
     "",
 )
-"""Texts for which an exported tokenizer must give the ids of the training."""
+"""Texts for which an exported tokenizer must give the ids used in training."""
 
 
 def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
     """Write the tokenizer that `data.tokenizer` names. Return the token that ends a document, and its id.
 
-    transformers adds nothing to the ids of a text, as in training. Raise DataError if it gives other ids.
+    As in training, no special tokens are added to a text. Raise DataError if transformers gives other ids.
     """
     tokenizer = build_tokenizer(name)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -50,8 +50,8 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
         file = tokenizer_file(name, f"data.tokenizer = {name!r}")
         if isinstance(tokenizer, SentencePieceTokenizer):
             shutil.copyfile(file, folder / TOKENIZER_MODEL)
-            library, its_settings = convert_sentencepiece(file)
-            settings |= its_settings
+            library, model_settings = convert_sentencepiece(file)
+            settings |= model_settings
         else:
             library = Tokenizer.from_file(str(file))
             settings |= _kept_settings(file.parent, library)
@@ -86,7 +86,7 @@ def _kept_settings(folder: Path, library: Tokenizer) -> dict[str, Any]:
 
 
 def _verify(tokenizer: TrainingTokenizer, folder: Path) -> None:
-    """Raise DataError if transformers gives a text other ids than the training."""
+    """Raise DataError if transformers gives a text other ids than those used in training."""
     from transformers import AutoTokenizer
 
     try:
@@ -98,12 +98,12 @@ def _verify(tokenizer: TrainingTokenizer, folder: Path) -> None:
     for text in SAMPLE_TEXTS:
         try:
             expected = tokenizer.encode(text).tolist()
-        except UserError:  # a text that the training would have refused
+        except UserError:  # a text that training would have rejected
             continue
         if (ids := exported(text).input_ids) != expected:
             raise DataError(
                 f"data.tokenizer = '{tokenizer.name}' cannot be exported: for {text!r} AutoTokenizer would give "
-                f"{len(ids)} ids, first {ids[:8]}, the training had {len(expected)}, first {expected[:8]}"
+                f"{len(ids)} ids, first {ids[:8]}, training used {len(expected)}, first {expected[:8]}"
             )
 
 
@@ -122,7 +122,7 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """Return the file of a folder's tokenizer, or None; in an export of mtp_dist the one that the training read."""
+    """Return the file of a folder's tokenizer, or None; in an export of mtp_dist the one used in training."""
     names = TOKENIZER_FILES[::-1] if (folder / HEADS_CONFIG).exists() else TOKENIZER_FILES
     return next((folder / name for name in names if (folder / name).exists()), None)
 

@@ -53,7 +53,7 @@ class Blend:
 
 
 def first_phase(weights: Sequence[float], cuts: Sequence[Cut]) -> dict[str, Any]:
-    """Return the state of blended samples of a run whose sources never changed."""
+    """Return the state of blended samples in the first phase: the part of a run before its data change at a resume."""
     return {"phase_start": 0, "weights": list(weights), "sources": [start.to_json() for start in _starts(cuts)]}
 
 

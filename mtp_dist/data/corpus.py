@@ -62,7 +62,7 @@ class CorpusDescription(Section):
     checked_bytes: NonNegativeInt = 0
     """Bytes of text that were encoded and decoded again; 0 if older versions or byte tokenizers did not check."""
     lost_bytes: NonNegativeInt = 0
-    """Checked bytes that decoding did not bring back."""
+    """Checked bytes that did not survive decoding."""
     lost_whitespace: NonNegativeInt = 0
     """Lost bytes that are whitespace."""
     replaced_documents: NonNegativeInt
@@ -106,7 +106,7 @@ class Corpus:
         return self.description.bytes if self.description else None
 
     @property
-    def loss(self) -> TextLoss:
+    def text_loss(self) -> TextLoss:
         """Measured loss of text in encoding and decoding."""
         known = self.description
         return TextLoss(known.checked_bytes, known.lost_bytes, known.lost_whitespace) if known else TextLoss()
@@ -117,7 +117,7 @@ class Corpus:
         known = self.description
         if known is None or not known.lost_bytes:
             return self.num_bytes
-        return self.loss.surviving(known.bytes + known.empty_bytes)
+        return self.text_loss.surviving(known.bytes + known.empty_bytes)
 
     def verify(self) -> None:
         """Read all of PREFIX.bin. Raise DataError if it has changed, or if no metadata file lists its hash."""
@@ -137,7 +137,7 @@ def _label(corpus: Corpus) -> str:
     return f"{corpus.key} = '{corpus.prefix}'"
 
 
-def prefix_of(path: str | Path) -> Path | None:
+def corpus_prefix(path: str | Path) -> Path | None:
     """Return the prefix of a corpus from the prefix or one of its files; None if the path is neither."""
     path = Path(path)
     if path.suffix in (".bin", ".idx") or (path.suffix == ".json" and path.with_suffix(".idx").exists()):

@@ -20,7 +20,7 @@ from mtp_dist.data.run_sources import RunSources, content_key
 from mtp_dist.data.samples import Cut, PackedCorpus
 from mtp_dist.data.sources.text_sources import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
-from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_loss
+from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_text_loss
 from mtp_dist.data.tokenizer import Tokenizer, encode_documents
 from mtp_dist.errors import ConfigError, DataError, UserError
 
@@ -110,8 +110,8 @@ class Datasets:
             pairs = zip_longest(saved, self.fingerprints)
             number = next(number for number, (before, now) in enumerate(pairs) if before != now)
             raise ConfigError(
-                f"data.train.{number} has other data than the run was trained on so far: restore the old data, start "
-                "from scratch with checkpoint.resume=none, or continue with the new data with "
+                f"data.train.{number} differs from the data that the run was trained on so far: restore the old data, "
+                "start from scratch with checkpoint.resume=none, or continue with the new data with "
                 "checkpoint.allow_changes=[data.train]"
             )
         left = list(enumerate(saved))
@@ -183,7 +183,7 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenedCorpus:
     packed: PackedCorpus
     bytes_per_token: float | None
     """None if the bytes of text are unknown."""
@@ -196,9 +196,9 @@ class _Corpora:
     def __init__(self, config: Config, sources: RunSources) -> None:
         self.config = config
         self.sources = sources
-        self._opened: dict[SourceConfig, _Opened] = {}
+        self._opened: dict[SourceConfig, _OpenedCorpus] = {}
 
-    def open(self, source: SourceConfig, key: str) -> _Opened:
+    def open(self, source: SourceConfig, key: str) -> _OpenedCorpus:
         """Return a source as packed tokens. Raise UserError, naming `key`."""
         content = content_key(source)
         if content not in self._opened:
@@ -209,7 +209,7 @@ class _Corpora:
             except UserError as error:
                 raise DataError(f"{key}.path = '{source.path}' is too small: {error}") from None
             bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
-            self._opened[content] = _Opened(packed, bytes_per_token, fingerprint)
+            self._opened[content] = _OpenedCorpus(packed, bytes_per_token, fingerprint)
         return self._opened[content]
 
     def _prepared(self, corpus: Corpus, source: SourceConfig, key: str) -> tuple[Any, int | None, str]:
@@ -217,13 +217,13 @@ class _Corpora:
             if getattr(source, option):
                 raise ConfigError(
                     f"{key}.{option} does not apply to '{source.path}', which is a prepared corpus: remove the key, or "
-                    "prepare the part that you want"
+                    "prepare that part as a corpus of its own"
                 )
         check_tokenizer(corpus, self.sources.tokenizer)
         keys = ("loss_across_documents", "attention_across_documents")
         if masks := [f"data.{name} = false" for name in keys if not getattr(self.config.data, name)]:
             check_document_ends(corpus, self.sources.tokenizer, " and ".join(masks))
-        self._check_loss(corpus.loss, key)
+        self._check_text_loss(corpus.text_loss, key)
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
         tokens = tokens_below(self.config.vocab_size, corpus)
         return tokens, corpus.bytes_with_tokens, corpus.description.sha256 if corpus.description else counts
@@ -241,7 +241,7 @@ class _Corpora:
             for unit in documents_input.units(UNIT_BYTES):
                 documents = list(unit.documents())
                 tokens, lengths = encode_documents(self.sources.tokenizer, documents, unit.location)
-                loss.add(measure_loss(self.sources.tokenizer, documents, tokens, lengths))
+                loss.add(measure_text_loss(self.sources.tokenizer, documents, tokens, lengths))
                 parts.append(tokens)
                 num_bytes += sum(map(len, documents))
                 num_documents += len(documents)
@@ -252,7 +252,7 @@ class _Corpora:
             raise DataError(f"{label}: cannot read {error.filename} ({error.strerror})") from None
         except UserError as error:
             raise error if str(error).startswith(key) else type(error)(f"{label}: {error}") from None
-        self._check_loss(loss, key)
+        self._check_text_loss(loss, key)
         counts = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *documents_input.files.describe()]
         if not num_tokens:
             raise DataError(f"{label} has no document with text ({'; '.join(counts)}): name another source")
@@ -272,16 +272,16 @@ class _Corpora:
             if num_bytes >= CHECKED_BYTES:
                 break
         tokens, lengths = self.sources.tokenizer.encode_documents(documents)
-        self._check_loss(measure_loss(self.sources.tokenizer, documents, tokens, lengths), key)
+        self._check_text_loss(measure_text_loss(self.sources.tokenizer, documents, tokens, lengths), key)
 
-    def _check_loss(self, loss: TextLoss, key: str) -> None:
+    def _check_text_loss(self, loss: TextLoss, key: str) -> None:
         name = self.sources.tokenizer.name
         loss.check(self.config.data.max_text_loss, "data.max_text_loss", f"{key}.path", name)
         if loss.lost_bytes:
             logger.info("%s: %s", key, loss.describe(name))
 
 
-def _validation_set(source: SourceConfig, corpus: _Opened, config: Config, tokenizer: Tokenizer) -> ValidationSet:
+def _validation_set(source: SourceConfig, corpus: _OpenedCorpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:
     samples = ValidationSamples(corpus.packed, config.train.validation_samples)
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
     # At least one byte in total: special tokens alone have no text.

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mtp_dist.config import Config, SourceConfig
-from mtp_dist.data.corpus import Corpus, open_corpus, prefix_of
+from mtp_dist.data.corpus import Corpus, corpus_prefix, open_corpus
 from mtp_dist.data.sources.text_sources import Input, InputOptions, open_inputs
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -32,7 +32,7 @@ class RunSources:
 
     def corpus(self, source: SourceConfig, key: str) -> Corpus | None:
         """Return the prepared corpus that a source names; None if it is another kind of source."""
-        prefix = prefix_of(source.path)
+        prefix = corpus_prefix(source.path)
         if prefix and prefix not in self._corpora:
             self._corpora[prefix] = open_corpus(prefix, f"{key}.path")
         return self._corpora[prefix] if prefix else None

@@ -1,8 +1,8 @@
 """The samples of one source: its tokens packed into samples, shuffled, epoch after epoch.
 
-S is `train.sequence_length`; the lookahead is the largest prediction distance of the heads, n by default. A resume with
-another sequence length or seed cuts the unread rest of the current epoch in a new way, so one epoch may be cut into
-samples in several ways; later epochs are again cut as a whole.
+S is `train.sequence_length`; the lookahead is the largest prediction distance of the heads, n by default, or the
+token-order window if that is larger. A resume with another sequence length or seed cuts the unread rest of the current
+epoch in a new way, so one epoch may be cut into samples in several ways; later epochs are again cut as a whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUNDS = 6
 """Rounds of the Feistel network."""
 WORD_MASK = 2**64 - 1
 BLOCK = 1 << 12
-"""Samples whose unread ones are counted together."""
+"""Samples per block, for each of which the number of unread ones is stored."""
 CHUNK = 1 << 20
 """Positions of a shuffle that are computed at once."""
 
@@ -74,7 +74,7 @@ class PackedCorpus:
                 "is being rewritten; restore it, then the same command resumes from the last checkpoint"
             )
 
-    def tokens_of_sample(self, index: int) -> NDArray[Any]:
+    def sample_tokens(self, index: int) -> NDArray[Any]:
         """Return sample number `index`, [S + lookahead], in the corpus's own dtype."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -83,7 +83,7 @@ class PackedCorpus:
         return tokens
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self.tokens_of_sample(index).astype(np.int64)
+        return self.sample_tokens(index).astype(np.int64)
 
 
 class Shuffle:
@@ -172,7 +172,10 @@ class UnreadTokens:
 
 @dataclass(frozen=True)
 class Cut:
-    """One way to cut an epoch, or the unread rest of one, into shuffled samples, and how many of them were read."""
+    """One way to cut an epoch's tokens into shuffled samples, and how many of them were read.
+
+    The first cut of an epoch covers all of its tokens, each further one those that the one before left unread.
+    """
 
     sequence_length: int
     lookahead: int
@@ -182,7 +185,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Position:
-    """How far a source has been read."""
+    """The progress of reading a source."""
 
     order: int
     """Number of the source in the run: it makes the shuffles of the sources differ."""
@@ -215,7 +218,7 @@ class SourceSamples:
         """Cut an array of tokens. Raise DataError if no sample fits."""
         self._tokens = tokens
         self._corpus = PackedCorpus(tokens, position.cut.sequence_length, position.cut.lookahead)
-        self._rest = _rest_of_epoch(tokens, position)
+        self._rest = _unread_epoch(tokens, position)
         if len(position.cuts) > 1 and self._rest is None:
             position = Position(position.order, position.epoch + 1, (position.cut,))
         self.position = position
@@ -226,10 +229,10 @@ class SourceSamples:
         number += self.position.cut.read
         if self._rest is not None:
             if number < len(self._rest):
-                return self._rest.tokens_of_sample(self._shuffled(self.position.epoch, self._rest)[number])
+                return self._rest.sample_tokens(self._shuffled(self.position.epoch, self._rest)[number])
             number -= len(self._rest)
         ahead, number = divmod(number, len(self._corpus))
-        return self._corpus.tokens_of_sample(self._shuffled(self._first_full_epoch + ahead, self._corpus)[number])
+        return self._corpus.sample_tokens(self._shuffled(self._first_full_epoch + ahead, self._corpus)[number])
 
     def epochs(self, count: int) -> float:
         """Return how many times the source has been read after `count` samples from the position on."""
@@ -281,7 +284,7 @@ def _num_samples(tokens: Any, cut: Cut) -> int:
     return max(0, len(tokens) - cut.lookahead) // cut.sequence_length
 
 
-def _rest_of_epoch(tokens: Any, position: Position) -> PackedCorpus | None:
+def _unread_epoch(tokens: Any, position: Position) -> PackedCorpus | None:
     """Return what the last of several cuts applies to; None if no sample fits in it, or if it is the whole epoch."""
     if len(position.cuts) == 1:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.blending import Blend
-from mtp_dist.data.sources.text_sources import WHOLE, Input, Shard
+from mtp_dist.data.sources.text_sources import UNSPLIT, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, DataError, UserError
 
@@ -31,7 +31,7 @@ class _Document(NamedTuple):
 class TokenStream:
     """The tokens of one shard of an input's documents, an end-of-document token after each, in endless passes."""
 
-    def __init__(self, source: Input, tokenizer: Tokenizer, label: str, shard: Shard = WHOLE) -> None:
+    def __init__(self, source: Input, tokenizer: Tokenizer, label: str, shard: Shard = UNSPLIT) -> None:
         """`label` starts error messages, such as `data.train.0.path = 'web'`."""
         self._source = source
         self._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""How much of a text is lost when it is encoded and decoded."""
+"""Measurement of the text that is lost when it is encoded and decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TextLoss:
     lost_whitespace: int = 0
     """Lost bytes that are whitespace, which many tokenizers fold on purpose."""
     characters: Counter[str] = field(default_factory=Counter)
-    """How often each other character was lost."""
+    """Number of times that each other character was lost."""
 
     def add(self, other: TextLoss) -> None:
         self.checked_bytes += other.checked_bytes
@@ -62,7 +62,9 @@ class TextLoss:
             )
 
 
-def measure_loss(tokenizer: Tokenizer, documents: Sequence[bytes], tokens: Ids, lengths: Sequence[int]) -> TextLoss:
+def measure_text_loss(
+    tokenizer: Tokenizer, documents: Sequence[bytes], tokens: Ids, lengths: Sequence[int]
+) -> TextLoss:
     """Measure the first documents, up to CHECKED_BYTES. `tokens` and `lengths` are their encoding."""
     loss = TextLoss()
     if tokenizer.accepts_raw_bytes:

@@ -20,11 +20,11 @@ REMEDIES = {
     "version of megatron-core": "all nodes need the same environment",
     "version of mtp-dist": "all nodes need the same environment",
 }
-"""What all ranks must have in common, and the remedy if they differ."""
+"""Properties that must be equal on all ranks, each with the remedy if they differ."""
 
 
 def describe_rank(config: Config, device: torch.device) -> dict[str, str]:
-    """Return what the rendezvous compares of this rank."""
+    """Return the properties of this rank that the rendezvous compares."""
     description = {
         "host": socket.gethostname(),
         "device": device.type,
@@ -54,8 +54,8 @@ def find_differences(ranks: Sequence[Mapping[str, str]]) -> str | None:
         if count == len(ranks) or (name == "version of NCCL" and device_differs):
             continue
         for value in sorted(set(values) - {usual}):
-            odd = [number for number, other in enumerate(values) if other == value]
-            where = list_ranks(odd, ranks)
+            deviating = [number for number, other in enumerate(values) if other == value]
+            where = list_ranks(deviating, ranks)
             lines.append(f"the {name} is {value} on {where}, and {usual} on {count} other ranks: {remedy}")
     gpus = Counter(rank["gpu"] for rank in ranks if "gpu" in rank)
     for gpu in (gpu for gpu, count in gpus.items() if count > 1):

@@ -18,7 +18,7 @@ def enable_flight_recorder(environment: MutableMapping[str, str] = os.environ) -
 
 def dump_flight_recorder(path: Path) -> str | None:
     """Write the record of this process and describe its last collective; return None if there is no record."""
-    from torch._C import _distributed_c10d as c10d  # here, because a program's start does not wait for torch
+    from torch._C import _distributed_c10d as c10d  # late, so that a program starts without waiting for torch
 
     # NCCL has its own record, in CUDA builds only; the other one is gloo's.
     for name in ("_dump_nccl_trace", "_dump_fr_trace"):

@@ -21,7 +21,7 @@ FIRST_STATUS_AFTER_S = 30.0
 STORE_SHUTDOWN_GRACE_S = 1.0
 """Time that rank 0 waits longer than the others: the store, which they may be polling, ends with it."""
 POLL_INTERVAL_S = 0.2
-ALL_JOINED = "all here"
+ALL_JOINED = "all joined"
 """Key that rank 0 sets when all ranks have joined: empty, or why the run cannot start."""
 ACKNOWLEDGED = "read"
 """Key that counts the ranks that have read ALL_JOINED."""
@@ -37,7 +37,7 @@ def join(
     describe_rank) differ, on rank 0 with the deviating ranks. refusal: why rank 0 refuses to start; it is raised there
     without waiting for the others.
     """
-    address, port = _meeting_point(world_size)
+    address, port = _rendezvous_address(world_size)
     where, deadline = f"{address}:{port} (MASTER_ADDR:MASTER_PORT)", time.monotonic() + seconds
     limit = f"within run.join_timeout = {seconds:g} s"
     # torchrun's agents have opened the store themselves.
@@ -59,13 +59,13 @@ def join(
             raise LaunchError(refusal) from None
         reason = str(error).partition("\n")[0].rstrip(".")
         raise LaunchError(
-            f"rank {rank} cannot {'open' if opens else 'use'} the meeting point {where}: {reason}; check rank 0, or "
-            "choose another MASTER_PORT"
+            f"rank {rank} cannot {'open' if opens else 'use'} the rendezvous address {where}: {reason}; check rank 0, "
+            "or choose another MASTER_PORT"
         ) from None
     return keys
 
 
-def _meeting_point(world_size: int) -> tuple[str, int]:
+def _rendezvous_address(world_size: int) -> tuple[str, int]:
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdecimal() or not 0 < int(port) < 65536:
         raise LaunchError(
@@ -94,12 +94,12 @@ def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: 
 
     def missing() -> str:
         absent = [other for other in range(world_size) if not keys.check([str(other)])]
-        return f"{world_size - len(absent)} of {world_size} ranks came to {where}, missing: {_listed(absent)}"
+        return f"{world_size - len(absent)} of {world_size} ranks joined at {where}, missing: {_listed(absent)}"
 
     def fail() -> NoReturn:
         if rank == 0:
             raise LaunchError(f"{limit} only {missing()}: check their logs, or start WORLD_SIZE = {world_size} ranks")
-        raise LaunchError(f"{limit} not all of the {world_size} ranks came to {where}: rank 0 reports which")
+        raise LaunchError(f"{limit} not all of the {world_size} ranks joined at {where}: rank 0 reports which")
 
     def report_missing() -> None:
         if rank == 0:

@@ -1,4 +1,4 @@
-"""Open files and the network interface for gloo, which connects every rank with all others, on GPU runs too."""
+"""The open-files limit and network interface for gloo, which connects every rank with all others, on GPU runs too."""
 
 import os
 import resource

@@ -62,7 +62,7 @@ class Topology:
     def rank(self) -> int:
         return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
 
-    def stage_of(self, rank: int) -> int:
+    def pipeline_stage(self, rank: int) -> int:
         """Return the pipeline stage of a rank."""
         return rank // (self.tp_size * self.dp_size)
 
@@ -132,7 +132,7 @@ def dp_group() -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class GlooGroups:
-    """Gloo process groups for host tensors, also from a background thread while another one trains."""
+    """Gloo process groups for host tensors, for use also by a background thread during training."""
 
     all: dist.ProcessGroup
     tensor: dist.ProcessGroup

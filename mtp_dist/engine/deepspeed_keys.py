@@ -70,4 +70,4 @@ def _invalid_values(section: Mapping[str, Any], error: pydantic.ValidationError)
         parts = [str(part) for part in fault["loc"]]
         parents = [key for key, value in section.items() if isinstance(value, dict) and parts and parts[0] in value]
         name = ".".join(["deepspeed", *parents[:1], *parts])
-        yield f"{name} = {fault['input']!r} is wrong: {fault['msg']}"
+        yield f"{name} = {fault['input']!r} is invalid: {fault['msg']}"

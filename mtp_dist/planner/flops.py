@@ -64,7 +64,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
     """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
-    blocks = min(1, config.heads.blocks) if config.heads.repeated else config.heads.blocks
+    blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
         heads=blocks * (config.heads.block_layers * layer + _extra_parameters(config)) + model.hidden_size,

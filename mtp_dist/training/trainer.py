@@ -200,7 +200,7 @@ class Trainer:
         self._seconds[:] = 0
         reset_peak_memory(topology.device)
         return [
-            RankStats(topology.stage_of(rank), waiting, busy, scheduled, int(memory))
+            RankStats(topology.pipeline_stage(rank), waiting, busy, scheduled, int(memory))
             for rank, (waiting, busy, scheduled, memory) in enumerate(gathered)
         ]
 

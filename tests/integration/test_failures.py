@@ -191,7 +191,7 @@ def test_rank_that_never_comes(tmp_path: Path) -> None:
     variables = ["RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={jobs.free_port()}"]
     command = ["env", *variables, *jobs.plain(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2")]
     error = user_error(command, tmp_path)
-    assert error.startswith("error: within run.join_timeout = 2 s only 1 of 2 ranks came to 127.0.0.1:")
+    assert error.startswith("error: within run.join_timeout = 2 s only 1 of 2 ranks joined at 127.0.0.1:")
     assert "missing: 1" in error and "frame #" not in error
     assert not (tmp_path / "out").exists()
 

@@ -130,7 +130,7 @@ def test_derived_values_of_heads() -> None:
     assert HeadsConfig(token_order=0.5, token_order_window=2).lookahead == 4
     for kind, number in {"parallel": 4, "causal": 4, "anticausal": 4, "linear": 4, "mlp": 3, "sequential": 3}.items():
         heads = HeadsConfig.model_validate({"kind": kind})
-        assert heads.blocks == number and heads.block_layers == (0 if kind in ("linear", "mlp") else 1)
+        assert heads.num_blocks == number and heads.block_layers == (0 if kind in ("linear", "mlp") else 1)
 
 
 def test_demo_resolves_at_its_layout() -> None:

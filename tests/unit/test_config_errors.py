@@ -23,37 +23,37 @@ optimizer.learning_rate=1e-3 => optimizer.learning_rate is not a known key
 train.grad_accum=3 => train.grad_accum is not a known key
 parallel.expert=2 => parallel.expert is not a known key
 model.dropout=0 => model.dropout is not a known key
-train.steps='5' => train.steps = "'5'" is wrong: it should be a valid integer
-train.steps=5.0 => train.steps = 5.0 is wrong: it should be a valid integer
-train.steps=1e2 => train.steps = 100.0 is wrong: it should be a valid integer
-train.steps=true => train.steps = True is wrong: it should be a valid integer
-train.steps=5 # a few => train.steps = '5 # a few' is wrong: it should be a valid integer
-run.seed=1:30 => run.seed = '1:30' is wrong: it should be a valid integer
-train.steps=0 => train.steps = 0 is wrong: it should be greater than 0
-train.steps= => train.steps = None is wrong: it should be a valid integer
+train.steps='5' => train.steps = "'5'" is invalid: it should be a valid integer
+train.steps=5.0 => train.steps = 5.0 is invalid: it should be a valid integer
+train.steps=1e2 => train.steps = 100.0 is invalid: it should be a valid integer
+train.steps=true => train.steps = True is invalid: it should be a valid integer
+train.steps=5 # a few => train.steps = '5 # a few' is invalid: it should be a valid integer
+run.seed=1:30 => run.seed = '1:30' is invalid: it should be a valid integer
+train.steps=0 => train.steps = 0 is invalid: it should be greater than 0
+train.steps= => train.steps = None is invalid: it should be a valid integer
 model.trunk_layers=100000000 => model.trunk_layers ... less than or equal to
 heads.count=100000000 => heads.count ... less than or equal to
 train.global_batch_size=100000000000000000 => train.global_batch_size ... less than or equal to
 model.hidden_size=100000000000000000000 => model.hidden_size ... less than or equal to
 run.join_timeout=1e300 => run.join_timeout ... less than or equal to
-parallel.sequence=1 => parallel.sequence = 1 is wrong: it should be a valid boolean
-optimizer.lr=fast => optimizer.lr = 'fast' is wrong: it should be a valid number
-optimizer.lr=.inf => optimizer.lr = inf is wrong: it should be a finite number
+parallel.sequence=1 => parallel.sequence = 1 is invalid: it should be a valid boolean
+optimizer.lr=fast => optimizer.lr = 'fast' is invalid: it should be a valid number
+optimizer.lr=.inf => optimizer.lr = inf is invalid: it should be a finite number
 optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equal to 1
-train.precision=fp16 => train.precision = 'fp16' is wrong: it should be 'bf16' or 'fp32'
+train.precision=fp16 => train.precision = 'fp16' is invalid: it should be 'bf16' or 'fp32'
 train.activation_checkpointing=some => train.activation_checkpointing = 'some' ... 'none', 'selective' or 'full'
 checkpoint.directory=~nouser/x => checkpoint.directory = '~nouser/x' ... the home folder of an unknown user
 parallel.partition=balancd => parallel.partition = 'balancd'
 parallel.partition=4 => parallel.partition = 4
 parallel.partition=[2, x] => parallel.partition.1 = 'x' ... valid integer
 parallel.partition=[] => parallel.partition = []
-model.rope_scaling=llama3 => model.rope_scaling = 'llama3' is wrong: it should have keys of its own
+model.rope_scaling=llama3 => model.rope_scaling = 'llama3' is invalid: it should have keys of its own
 model.rope_scaling={rope_type: yarn, factor: 2} => model.rope_scaling.rope_type = 'yarn' ... 'linear' or 'llama3'
 model.rope_scaling={rope_type: linear, factor: 0.5} => model.rope_scaling.factor = 0.5 ... greater than or equal to 1
-heads.loss_weights=[1, x, 1, 1] => heads.loss_weights.1 = 'x' is wrong: it should be a valid number
+heads.loss_weights=[1, x, 1, 1] => heads.loss_weights.1 = 'x' is invalid: it should be a valid number
 heads.z_loss=-1e-4 => heads.z_loss = -0.0001 ... greater than or equal to 0
 heads.chunk_tokens=0 => heads.chunk_tokens = 0 ... greater than 0
-heads.loss_mode=fast => heads.loss_mode = 'fast' is wrong: it should be 'eager', 'recompute' or 'naive'
+heads.loss_mode=fast => heads.loss_mode = 'fast' is invalid: it should be 'eager', 'recompute' or 'naive'
 heads.kind=serial => heads.kind = 'serial' ... 'parallel', 'causal', 'anticausal', 'linear', 'mlp' or 'sequential'
 heads.auxiliary_weight=x => heads.auxiliary_weight = 'x' ... a valid number, or it should be a list
 heads.auxiliary_weight=-1 => heads.auxiliary_weight = -1 ... greater than or equal to 0, or it should be a list
@@ -63,11 +63,11 @@ heads.auxiliary_weight=[] => heads.auxiliary_weight = [] ... a valid number, or 
 heads.auxiliary_weight=[[1, x]] => heads.auxiliary_weight.0.1 = 'x' ... valid number
 heads.auxiliary_weight=[[1.5, 0.3]] => heads.auxiliary_weight.0.0 = 1.5 ... valid integer
 heads.auxiliary_weight=[[0, 0.3]] => heads.auxiliary_weight.0.0 = 0 ... greater than 0
-heads.auxiliary_weight=[[1, 0.3, 4]] => heads.auxiliary_weight.0 = [1, 0.3, 4] is wrong: it is too long
-heads.auxiliary_weight=[[1, 0.3], 0.1] => heads.auxiliary_weight.1 = 0.1 is wrong: it should be a list
+heads.auxiliary_weight=[[1, 0.3, 4]] => heads.auxiliary_weight.0 = [1, 0.3, 4] is invalid: it is too long
+heads.auxiliary_weight=[[1, 0.3], 0.1] => heads.auxiliary_weight.1 = 0.1 is invalid: it should be a list
 heads.auxiliary_weight=[[1]] => heads.auxiliary_weight.0.1 is missing: give it a value
-heads.prediction_distances=x => heads.prediction_distances = 'x' is wrong: it should be a list
-heads.prediction_distances=3 => heads.prediction_distances = 3 is wrong: it should be a list
+heads.prediction_distances=x => heads.prediction_distances = 'x' is invalid: it should be a list
+heads.prediction_distances=3 => heads.prediction_distances = 3 is invalid: it should be a list
 heads.prediction_distances=[1, x, 5, 7] => heads.prediction_distances.1 = 'x' ... valid integer
 heads.prediction_distances=[1, 3.0, 5, 7] => heads.prediction_distances.1 = 3.0 ... valid integer
 heads.prediction_distances=[0, 1, 2, 3] => heads.prediction_distances.0 = 0 ... greater than 0
@@ -79,7 +79,7 @@ steps=1 => the override 'steps=1' is not of the form
 .steps=1 => the override '.steps=1' is not of the form
 train.=1 => the override 'train.=1' is not of the form
 train..steps=1 => the override 'train..steps=1' is not of the form
-train.steps.x=1 => in 'train.steps.x=1' train.steps has no keys of its own: give it as a whole
+train.steps.x=1 => in 'train.steps.x=1' train.steps has no keys of its own: set the whole key
 data.train=[ => the value of the override 'data.train=[' is not valid YAML
 """
 # The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 4 heads, 2 stages, 300 steps,
@@ -122,7 +122,7 @@ heads.loss_mode=naive & heads.schedule=reverse => heads.schedule ... heads.loss_
 heads.repeated=true => heads.repeated = true ... heads.kind is 'parallel': remove it
 heads.kind=linear & heads.layers_per_head=2 => heads.layers_per_head = 2 ... heads.kind = 'linear' ... remove it
 heads.kind=mlp & heads.layers_per_head=3 => heads.layers_per_head = 3 ... heads.kind = 'mlp' ... remove it
-heads.kind=anticausal & heads.detach=true => heads.detach = true does not go with heads.kind = 'anticausal'
+heads.kind=anticausal & heads.detach=true => heads.detach = true is incompatible with heads.kind = 'anticausal'
 heads.kind=anticausal & heads.schedule=forward => heads.schedule = 'forward' ... heads.kind = 'anticausal'
 heads.kind=anticausal & heads.distillation=0.5 => heads.distillation ... heads.kind = 'anticausal'
 heads.count=1 & heads.distillation=0.5 => heads.distillation ... heads.count is 1: remove it
@@ -139,7 +139,7 @@ heads.auxiliary_weight=0 & heads.loss_decay=0.3 => heads.auxiliary_weight and he
 heads.loss_weights=[1, 2] => heads.loss_weights has 2 numbers, heads.count is 4: give one per head
 heads.loss_weights=[0, 0, 0, 0] => heads.loss_weights are all 0: ... give at least one head a weight above 0
 heads.loss_weights=[0, 1, 1, 1] & heads.detach=true => heads.detach = true ... heads.loss_weights is 0 ... above 0
-heads.loss_weights=[0, 1, 1, 1] & heads.distillation=0.5 => heads.distillation teaches from head 1 ... above 0
+heads.loss_weights=[0, 1, 1, 1] & heads.distillation=0.5 => heads.distillation has head 1 as its teacher ... above 0
 heads.loss_weights=[1, 0, 0, 0] & heads.distillation=0.5 => heads.distillation ... weights are all 0
 heads.auxiliary_weight=0 & heads.distillation=0.5 => heads.distillation ... weights are all 0
 heads.loss_weights=[0, 1, 1, 1] & heads.schedule=forward => heads.schedule = 'forward' ... is 0: give it a weight
@@ -156,7 +156,7 @@ data.validation=[{path: a, name: x}, {path: b}] => data.validation has 2 sets wi
 data.validation=[{path: a, name: x}, {path: b, name: x}] => data.validation has 2 sets with the names ['x', 'x']
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \
 heads.detach ++ heads.distillation ++ heads.distillation
-train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is wrong ++ train.stps is not a known key
+train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is invalid ++ train.stps is not a known key
 """.replace("\\\n", "")
 LLAMA3 = (
     "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, "

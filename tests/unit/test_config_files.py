@@ -32,7 +32,7 @@ def message_of_text(folder: Path, text: str | bytes) -> str:
         ("[a]: 1", "run.yaml is not valid YAML: while constructing a mapping found unhashable key"),
         ("", "run.yaml is not a mapping of sections such as `model:` and `train:`"),
         ("[1, 2]", "run.yaml is not a mapping of sections such as `model:` and `train:`"),
-        (b"run: {name: caf\xe9}", "the configuration run.yaml is not UTF-8 text: byte 15 is wrong"),
+        (b"run: {name: caf\xe9}", "the configuration run.yaml is not UTF-8 text: byte 15 is invalid"),
         (BASE_TEXT.replace("  steps: 300\n", ""), "train.steps is missing: give it a value"),
         (
             yaml.safe_dump({name: keys for name, keys in yaml.safe_load(BASE_TEXT).items() if name != "model"}),

@@ -42,7 +42,7 @@ class UnfinishedCorpus:
         self.recovered: list[UnitSummary] = []
         """Units that were complete when the folder was opened."""
         self.total = UnitSummary()
-        """Sum over all units, without the documents that each names."""
+        """Sum of the counts of all units. It names no documents."""
         self._recover()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What `mtp-dist inspect` reports about a prepared corpus: statistics, and samples with the heads' targets."""
+"""The report of `mtp-dist inspect` on a prepared corpus: statistics, and samples with the heads' targets."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def inspect_corpus(
         tokens=len(corpus.tokens),
         documents=corpus.documents,
         bytes=corpus.num_bytes,
-        checked_bytes=corpus.loss.checked_bytes,
-        lost_bytes=corpus.loss.lost_bytes,
-        lost_whitespace=corpus.loss.lost_whitespace,
+        checked_bytes=corpus.text_loss.checked_bytes,
+        lost_bytes=corpus.text_loss.lost_bytes,
+        lost_whitespace=corpus.text_loss.lost_whitespace,
         lengths=_lengths(corpus.document_lengths),
         distinct_tokens=int((counts > 0).sum()),
         vocab_size=tokenizer.vocab_size,

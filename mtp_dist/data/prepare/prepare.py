@@ -78,7 +78,7 @@ class Prepared:
     """Location of the first document with invalid UTF-8."""
     files: FileCounts = field(default_factory=FileCounts)
     """Counts of the inputs' files."""
-    loss: TextLoss = field(default_factory=TextLoss)
+    text_loss: TextLoss = field(default_factory=TextLoss)
     """Text lost in encoding and decoding."""
 
     def as_json(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def prepare(request: Request, progress: Progress) -> Prepared:
     preload_modules("mtp_dist.data.prepare.tokenize")  # while the inputs are listed
     tokenizer = build_tokenizer(request.tokenizer, "--tokenizer")
     inputs = open_inputs(request.inputs, request.options)
-    with _own_folder(request):
+    with _locked_folder(request):
         _check_plan(request, _plan(request, tokenizer, inputs))
         finished = add_suffix(request.prefix, ".json")
         if finished.exists():  # killed just before the folder was removed
@@ -119,7 +119,7 @@ def _check_prefix(prefix: Path) -> None:
 
 
 @contextmanager
-def _own_folder(request: Request) -> Iterator[None]:
+def _locked_folder(request: Request) -> Iterator[None]:
     """Create and lock PREFIX.unfinished."""
     with explain_os_errors(request.folder, "create"):
         request.folder.mkdir(parents=True, exist_ok=True)
@@ -251,11 +251,11 @@ def _add_units(
             with explain_os_errors(request.folder / TOKENS, "write"):
                 corpus.add(encoded)
             yield unit, encoded.summary, False
-    except WorkerDiedError as death:
-        status = death.exit_code or 0
+    except WorkerDiedError as error:
+        status = error.exit_code or 0
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         raise DataError(
-            f"a worker process {how} while it read {cast(WorkUnit, death.task).location(0)} and what follows: if "
+            f"a worker process {how} while it read {cast(WorkUnit, error.task).location(0)} and what follows: if "
             "memory ran out, use fewer --workers; the same command continues from what is done"
         ) from None
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
-from mtp_dist.data.text_loss import CHECKED_BYTES, measure_loss
+from mtp_dist.data.text_loss import CHECKED_BYTES, measure_text_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer, encode_documents
 from mtp_dist.errors import DataError
 from mtp_dist.fs import explain_os_errors
@@ -98,7 +98,7 @@ class UnitEncoder:
             summary.bytes += num_bytes
             summary.empty_bytes += sum(map(len, texts)) - num_bytes
             if summary.checked_bytes < CHECKED_BYTES:
-                loss = measure_loss(self.tokenizer, texts, tokens, lengths)
+                loss = measure_text_loss(self.tokenizer, texts, tokens, lengths)
                 summary.checked_bytes += loss.checked_bytes
                 summary.lost_bytes += loss.lost_bytes
                 summary.lost_whitespace += loss.lost_whitespace

@@ -35,10 +35,10 @@ class _Worker(Generic[Task, Result]):
     """One process and the task that it works on."""
 
     def __init__(self, function: Callable[[Task], Result], context: Any) -> None:
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(function, theirs), daemon=True)
+        self.connection, child_end = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(function, child_end), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
         self.number: int | None = None
 
     def send(self, number: int, task: Task) -> None:

@@ -35,8 +35,8 @@ MAGIC: dict[bytes, Compression] = {
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVE_SUFFIXES = (".tar", ".tgz", ".zip", ".7z", ".rar", ".lz4")
 BINARY_MAGIC = (b"%PDF-", b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!", b"\x04\x22\x4d\x18")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-UTF8_MARK = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+UTF8_BOM = b"\xef\xbb\xbf"
 CONTROL_CHARACTERS = bytes({*range(32), 127} - {*b"\b\t\n\v\f\r\x1b"})
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
@@ -58,7 +58,7 @@ class UnreadableFileError(Exception):
     """Raised for a file without readable text."""
 
     def __init__(self, reason: str, sentence: str) -> None:
-        """`reason` is what counts of skipped files list, `sentence` follows the file's name in an error."""
+        """Take the label used in counts of skipped files, and the text that follows the file's name in an error."""
         super().__init__(sentence)
         self.reason = reason
 
@@ -70,7 +70,7 @@ def recognize(file: Path, field: str) -> FileKind:
     with file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     compression = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
-    suffix = _suffix_of_content(file)
+    suffix = _uncompressed_suffix(file)
     if suffix in ARCHIVE_SUFFIXES:
         raise UnreadableFileError("archive", "is an archive: unpack it")
     if suffix == ".parquet" or head.startswith(b"PAR1"):
@@ -81,7 +81,7 @@ def recognize(file: Path, field: str) -> FileKind:
     _check_text(head[:HEAD_BYTES])
     if suffix in TABLE_SUFFIXES:
         return FileKind("CSV", compression, delimiter="\t" if suffix == ".tsv" else ",")
-    if records := _kind_of_records(head, cut, field, suffix):
+    if records := _record_kind(head, cut, field, suffix):
         return FileKind(records, compression)
     if compression:
         raise UnreadableFileError("compressed", "is compressed: decompress it (only records are read compressed)")
@@ -97,7 +97,7 @@ def kind_by_name(file: Path) -> FileKind:
     return FileKind("Parquet" if file.name.endswith(".parquet") else "text")
 
 
-def _suffix_of_content(file: Path) -> str:
+def _uncompressed_suffix(file: Path) -> str:
     """Return the lower-case suffix below that of a compression: `.json` for `a.JSON.gz`."""
     path = Path(file.name.lower())
     return (path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path).suffix
@@ -107,7 +107,7 @@ def _read_head(file: Path, compression: Compression | None) -> tuple[bytes, bool
     """Return the start of the content, longer if it looks like JSON, and whether such content continues after it."""
     with open_decompressed(file, compression) as (_, content), reading_compressed(file, compression):
         head = content.read(HEAD_BYTES)
-        if head.removeprefix(UTF8_MARK).lstrip()[:1] not in (b"{", b"["):
+        if head.removeprefix(UTF8_BOM).lstrip()[:1] not in (b"{", b"["):
             return head, False
         more = content.read(JSON_HEAD_BYTES)
     return head + more, len(more) == JSON_HEAD_BYTES
@@ -115,7 +115,7 @@ def _read_head(file: Path, compression: Compression | None) -> tuple[bytes, bool
 
 def _check_text(head: bytes) -> None:
     """Raise UnreadableFileError if a file that starts with `head` is not text in an ASCII-based encoding."""
-    if head.startswith(UTF16_MARKS):
+    if head.startswith(UTF16_BOMS):
         raise UnreadableFileError("UTF-16", "is UTF-16: convert it to UTF-8")
     binary = b"\0" in head or head.startswith(BINARY_MAGIC)
     try:
@@ -127,12 +127,12 @@ def _check_text(head: bytes) -> None:
         raise UnreadableFileError("binary", "is binary, not text: leave it out or convert it")
 
 
-def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None:
+def _record_kind(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None:
     """Return None for text. Raise UnreadableFileError for JSON without records that have the field.
 
     `cut`: the file is longer than `head`.
     """
-    text = head.removeprefix(UTF8_MARK).decode(errors="surrogateescape")
+    text = head.removeprefix(UTF8_BOM).decode(errors="surrogateescape")
     first = text.lstrip()[:1]
     if not first:
         return "JSON lines" if suffix == ".json" else None
@@ -155,10 +155,10 @@ def _kind_of_records(head: bytes, cut: bool, field: str, suffix: str) -> Kind | 
         return kind
     if suffix not in DATA_SUFFIXES:
         return None
-    raise lacks_field("JSON", field, without[1], f" in {without[0]}")
+    raise missing_field_file_error("JSON", field, without[1], f" in {without[0]}")
 
 
-def lacks_field(kind: str, field: str, present: Iterable[str], location: str = "") -> UnreadableFileError:
+def missing_field_file_error(kind: str, field: str, present: Iterable[str], location: str = "") -> UnreadableFileError:
     """Return the error for a file of records without the field. `location` is e.g. " in line 2"."""
     fields = ", ".join(map(repr, present)) or "none"
     return UnreadableFileError(

@@ -13,7 +13,7 @@ HUB_TIMEOUT_S = 10
 
 
 def check_dataset_name(name: str, label: str) -> None:
-    """Raise ConfigError, starting with `label`, if neither the hub nor a cache has this dataset.
+    """Raise ConfigError, starting with `label`, if no cache has this dataset, and the hub lacks it or is unreachable.
 
     Without a network the datasets library retries for 25 seconds, even for a mistyped path.
     """
@@ -31,7 +31,10 @@ def check_dataset_name(name: str, label: str) -> None:
         raise ConfigError(f"{missing} (the hub has no public dataset '{name}')") from None
     except Exception as error:  # the network and its libraries raise many kinds
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{missing} (the hub cannot be reached for '{name}': {reason})") from None
+        raise ConfigError(
+            f"{label} cannot be checked: it is not a file or folder, and the hub is unreachable ({reason}): correct "
+            "the path, or connect to the hub"
+        ) from None
 
 
 def _is_cached(name: str) -> bool:

@@ -12,15 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.data.sources.file_kinds import UTF8_MARK, FileKind, lacks_field, open_decompressed, reading_compressed
+from mtp_dist.data.sources.file_kinds import (
+    UTF8_BOM,
+    FileKind,
+    missing_field_file_error,
+    open_decompressed,
+    reading_compressed,
+)
 from mtp_dist.data.sources.work_units import (
     LineList,
     LineRange,
     RowGroups,
     RowList,
     WorkUnit,
-    bytes_of_text,
-    document_of_record,
+    encode_text,
+    parse_record,
     row_location,
 )
 from mtp_dist.errors import DataError
@@ -85,7 +91,7 @@ def check_columns(file: Path, kind: FileKind, field: str) -> None:
         with closing(_csv_lines(file, kind)) as lines:
             columns, _, _ = next(lines, (None, 0, 0))
     if columns is not None and field not in columns:
-        raise lacks_field(kind.kind, field, columns)
+        raise missing_field_file_error(kind.kind, field, columns)
 
 
 def _csv_rows(file: Path, kind: FileKind, field: str) -> Iterator[tuple[bytes, int]]:
@@ -96,7 +102,7 @@ def _csv_rows(file: Path, kind: FileKind, field: str) -> Iterator[tuple[bytes, i
     for number, (row, line, position) in enumerate(lines):
         if len(row) != len(header):
             raise DataError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
-        yield bytes_of_text(row[header.index(field)], field, partial(row_location, file, number)), position
+        yield encode_text(row[header.index(field)], field, partial(row_location, file, number)), position
 
 
 def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, int]]:
@@ -122,7 +128,7 @@ def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, in
 def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[tuple[bytes, int]]:
     """Yield the documents of a JSON array, which must be read as a whole."""
     with open_decompressed(file, kind.compression) as (_, stream), reading_compressed(file, kind.compression):
-        content = stream.read().removeprefix(UTF8_MARK)
+        content = stream.read().removeprefix(UTF8_BOM)
     try:
         records = json.loads(content.decode(errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
@@ -130,7 +136,7 @@ def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[t
         raise DataError(f"{file} is not valid JSON ({reason}): fix it") from None
     for number, record in enumerate(records):
         location = partial(row_location, file, number)
-        yield document_of_record(record, field, location), size * (number + 1) // len(records)
+        yield parse_record(record, field, location), size * (number + 1) // len(records)
 
 
 def _parquet_metadata(file: Path) -> Any:

@@ -17,7 +17,7 @@ from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
 from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 from mtp_dist.data.sources.records import check_columns, record_units
-from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, bytes_of_text, missing_field, row_location
+from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, encode_text, missing_field, row_location
 from mtp_dist.errors import ConfigError, DataError
 
 UNIT_BYTES = 2 << 20
@@ -100,7 +100,7 @@ class Shard:
         return f"shard {self.index} of {self.num_shards}"
 
 
-WHOLE = Shard(0, 1)
+UNSPLIT = Shard(0, 1)
 
 
 class Input(ABC):
@@ -124,7 +124,7 @@ class Input(ABC):
         """Yield the work units in order. Raise UserError or OSError if the input cannot be read."""
 
     @abstractmethod
-    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+    def documents(self, position: Any, shard: Shard = UNSPLIT) -> Iterator[tuple[Any, bytes]]:
         """Yield a shard's documents from a position on, or all of them for None, each with its position as JSON.
 
         Raise UserError if the input cannot be read or cannot be split into so many shards.
@@ -221,7 +221,7 @@ class FilesInput(Input):
             ]
         )
 
-    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+    def documents(self, position: Any, shard: Shard = UNSPLIT) -> Iterator[tuple[Any, bytes]]:
         """Yield the documents of every num_shards-th work unit."""
         start = tuple(position or (0, 0))
         source = str(self._paths[0])
@@ -302,7 +302,7 @@ class DatasetInput(Input):
     def fingerprint(self) -> str:
         return _sha256(self.identity())
 
-    def documents(self, position: Any, shard: Shard = WHOLE) -> Iterator[tuple[Any, bytes]]:
+    def documents(self, position: Any, shard: Shard = UNSPLIT) -> Iterator[tuple[Any, bytes]]:
         """Yield the documents of every num_shards-th row of a saved dataset, or file of a streamed one."""
         dataset = self._sharded(shard)
         if position is not None:
@@ -318,7 +318,7 @@ class DatasetInput(Input):
                 return
             if self._field not in row:
                 raise missing_field(self._label, self._field, row)
-            yield before, bytes_of_text(row[self._field], self._field, lambda: self._label)
+            yield before, encode_text(row[self._field], self._field, lambda: self._label)
 
     def _sharded(self, shard: Shard) -> Any:
         saved = hasattr(self.dataset, "to_iterable_dataset")
@@ -349,7 +349,7 @@ class DatasetInput(Input):
             if self._field not in batch:
                 raise missing_field(self._label, self._field, batch)
             for text in batch[self._field]:
-                yield bytes_of_text(text, self._field, partial(row_location, self._name, row))
+                yield encode_text(text, self._field, partial(row_location, self._name, row))
                 row += 1
 
 

@@ -78,7 +78,7 @@ class LineRange(WorkUnit):
                 if position >= self.end:
                     return
                 position += len(line)
-                yield document_of_line(line, self.field, partial(self.location, index))
+                yield parse_line(line, self.field, partial(self.location, index))
         if position < self.end:
             raise DataError(
                 f"{self.file} ends at byte {position}, it had {self.end} or more before: it was truncated, restore it"
@@ -120,7 +120,7 @@ class LineList(WorkUnit):
 
     def documents(self) -> Iterator[bytes]:
         for index, line in enumerate(self.lines):
-            yield document_of_line(line, self.field, partial(self.location, index))
+            yield parse_line(line, self.field, partial(self.location, index))
 
     def location(self, index: int) -> str:
         return f"{self.file}, line {self.lines_before + index + 1}"
@@ -178,7 +178,7 @@ def row_location(table: str | Path, row: int) -> str:
     return f"{table}, row {row}"
 
 
-def document_of_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
+def parse_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
     """Return the document of a JSONL line, empty if the line is blank or the field is null.
 
     Raise DataError with the location if the line is not a record with text in the field.
@@ -192,19 +192,19 @@ def document_of_line(line: bytes, field: str, location: Callable[[], str]) -> by
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise DataError(f"{location()} is not valid JSON ({reason}): fix or remove it") from None
-    return document_of_record(record, field, location)
+    return parse_record(record, field, location)
 
 
-def document_of_record(record: object, field: str, location: Callable[[], str]) -> bytes:
+def parse_record(record: object, field: str, location: Callable[[], str]) -> bytes:
     """Return the document of a record; empty if the field is null. Raise DataError if it is not text."""
     if not isinstance(record, dict):
         raise DataError(f"{location()} is not a JSON object with fields: fix or remove it")
     if field not in record:
         raise missing_field(location(), field, record)
-    return bytes_of_text(record[field], field, location)
+    return encode_text(record[field], field, location)
 
 
-def bytes_of_text(text: object, field: str, location: Callable[[], str]) -> bytes:
+def encode_text(text: object, field: str, location: Callable[[], str]) -> bytes:
     """Return a field's value as bytes, empty for null. Raise DataError if it is not text."""
     if text is None:
         return b""

@@ -214,7 +214,7 @@ def test_damaged_files_are_never_loaded(ranks: Ranks, saved: tuple[Path, list[tu
         return result, messages
 
     assert start() == (newest.name, [])
-    error = f"LaunchError: rank 0 would start from {newest}, which rank 1 does not see: checkpoint.directory must be "
+    error = f"LaunchError: rank 0 would start from {newest}, which rank 1 cannot find: checkpoint.directory must be "
     assert start(is_shared=False)[0].startswith(error)
     for path in sorted(newest.iterdir()):
         content = path.read_bytes()

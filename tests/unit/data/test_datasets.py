@@ -112,11 +112,11 @@ def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path):
         state = json.loads(json.dumps(before.state(4, before.train.state())))
         assert load_datasets(data_config(first | {"stream": stream})).restore(state, may_change=False) == 4
         message = error_of(ConfigError, after.restore, state, may_change=False)
-        assert message.startswith("data.train.0 has other data than the run was trained on so far")
+        assert message.startswith("data.train.0 differs from the data that the run was trained on so far")
         assert after.restore(state, may_change=True) == 4
         assert after.train.read(4, 1).shape == (1, 10)
     more = load_datasets(data_config([first | {"stream": True}, second | {"stream": True}]))
-    assert error_of(ConfigError, more.restore, state, may_change=False).startswith("data.train.1 has other data")
+    assert error_of(ConfigError, more.restore, state, may_change=False).startswith("data.train.1 differs from the data")
 
 
 @pytest.mark.parametrize(("option", "value"), [("split", "train"), ("subset", "en"), ("stream", True)])

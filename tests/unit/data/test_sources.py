@@ -24,7 +24,7 @@ from mtp_dist.cli.data_tables import describe
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.sources.python_stdlib import SKIPPED_FOLDERS, in_validation_split, stdlib_files
 from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
-from mtp_dist.data.sources.work_units import bytes_of_text, document_of_line
+from mtp_dist.data.sources.work_units import encode_text, parse_line
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import data_config, error_of, made, request, texts_of, write_jsonl
 
@@ -364,8 +364,8 @@ def test_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(name, 
     monkeypatch.setattr(datasets, "load_dataset", load)
     text = message(name, ConfigError)
     assert not load.called
-    assert f"INPUT '{name}' does not exist" in text
-    assert ("Name or service not known" in text) == (name == "corpara/web"), "only possible names are looked up"
+    reason = "hub is unreachable (Name or service not known)" if name == "corpara/web" else f"'{name}' does not exist"
+    assert reason in text, "only possible names are looked up"
 
 
 def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_are_kept():
@@ -373,11 +373,11 @@ def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_are_kept():
         raise AssertionError("there is no error")
 
     lines = (b"", b" \r\n", b'{"text": null}', b'{"text": "a\xffb"}')
-    assert [document_of_line(line, "text", location) for line in lines] == [b"", b"", b"", b"a\xffb"]
-    half = document_of_line(rb'{"text": "\ud83d!"}', "text", location)
+    assert [parse_line(line, "text", location) for line in lines] == [b"", b"", b"", b"a\xffb"]
+    half = parse_line(rb'{"text": "\ud83d!"}', "text", location)
     with pytest.raises(UnicodeDecodeError):
         half.decode()
-    assert bytes_of_text(b"\xff", "text", location) == b"\xff"
+    assert encode_text(b"\xff", "text", location) == b"\xff"
 
 
 def test_stdlib_splits_are_disjoint_complete_sorted_source_code():

@@ -224,7 +224,7 @@ def test_older_checkpoint_of_a_folder_with_other_kinds_does_not_resume(tmp_path,
     fingerprint = hashlib.sha256(json.dumps(older).encode()).hexdigest()
     state = {"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}
     text = error_of(ConfigError, load_datasets(data_config(source)).restore, state, may_change=False)
-    assert text.startswith("data.train.0 has other data than the run was trained on so far")
+    assert text.startswith("data.train.0 differs from the data that the run was trained on so far")
 
 
 # Streams in shards.

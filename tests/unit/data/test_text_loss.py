@@ -132,7 +132,7 @@ def test_prepare_judges_the_loss_of_the_whole_corpus(tmp_path, lossy):
     """It ends early only if the rest cannot make up for what was lost."""
     texts = write_jsonl(tmp_path / "a.jsonl", [GERMAN, *[ENGLISH] * 100])
     prepared = made(request(texts, tmp_path / "c", lossy, unit_bytes=len(GERMAN)))
-    assert 0 < prepared.loss.lost_bytes < 0.01 * prepared.loss.checked_bytes
+    assert 0 < prepared.text_loss.lost_bytes < 0.01 * prepared.text_loss.checked_bytes
     for name, texts in (("early", [ENGLISH + JAPANESE] * 100), ("late", [ENGLISH] * 95 + [ENGLISH + JAPANESE] * 5)):
         asked = request(write_jsonl(tmp_path / f"{name}.jsonl", texts), tmp_path / name, lossy, unit_bytes=90)
         assert LOST in error_of(DataError, made, asked)

@@ -64,7 +64,7 @@ def test_all_ranks_share_a_store(meeting_point: str, late: int | None) -> None:
     stores = join_all([2, 0, 1], 3, late=late)
     stores[2].set("key", "value")  # type: ignore[attr-defined]
     assert [stores[rank].get("key") for rank in (0, 1)] == [b"value"] * 2  # type: ignore[attr-defined]
-    with pytest.raises(LaunchError, match=r"rank 0 cannot open the meeting point .* choose another MASTER_PORT"):
+    with pytest.raises(LaunchError, match=r"rank 0 cannot open the rendezvous address .* choose another MASTER_PORT"):
         join(0, 4, 1, described())
 
 
@@ -83,7 +83,7 @@ def test_missing_ranks_are_named(
 ) -> None:
     monkeypatch.setattr(rendezvous, "FIRST_STATUS_AFTER_S", 0.5)
     results = join_all([0, 2], 4, 2)
-    came = f"2 of 4 ranks came to {meeting_point} (MASTER_ADDR:MASTER_PORT), missing: 1, 3"
+    came = f"2 of 4 ranks joined at {meeting_point} (MASTER_ADDR:MASTER_PORT), missing: 1, 3"
     assert results[0] == f"within run.join_timeout = 2 s only {came}: check their logs, or start WORLD_SIZE = 4 ranks"
     assert "not all of the 4 ranks" in str(results[2])
     assert caplog.messages == [f"{came}; waiting within run.join_timeout = 2 s"], "once"
