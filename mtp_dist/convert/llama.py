@@ -4,6 +4,7 @@ Both rotate channel i of an attention head with channel i + C/2 (rotary embeddin
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -25,11 +26,16 @@ LAYER: dict[str, tuple[str, ...]] = {
 
 def layers_after_trunk(heads: HeadsConfig) -> list[str]:
     """Return the global names of the layers that head 1 runs after the trunk, in forward order."""
-    numbers: Sequence[int] = ()
-    if heads.kind in ("parallel", "causal"):
-        numbers = (1,)
-    elif heads.kind == "anticausal":
-        numbers = range(heads.count, 0, -1)
+    numbers: Sequence[int]
+    match heads.kind:
+        case "parallel" | "causal":
+            numbers = (1,)
+        case "anticausal":
+            numbers = range(heads.count, 0, -1)
+        case "linear" | "mlp" | "sequential":
+            numbers = ()
+        case _:
+            assert_never(heads.kind)
     return [f"heads.{head}.{depth}" for head in numbers for depth in range(heads.layers_per_head)]
 
 

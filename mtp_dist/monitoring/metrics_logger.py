@@ -57,8 +57,7 @@ class MetricsLogger(Callback):
 
     def on_rollback(self, completed_steps: int) -> None:
         self._window = ThroughputWindow()
-        for writer in self._writers:
-            writer.rewind(completed_steps)
+        self._call_writers(lambda writer: writer.rewind(completed_steps))
 
     def on_end(self, reason: StopReason | None) -> None:
         failed = reason not in (StopReason.LAST_STEP, StopReason.SIGNAL)

@@ -32,8 +32,10 @@ class JsonlWriter(MetricsWriter):
 
     def rewind(self, completed_steps: int) -> None:
         with suppress(OSError):  # of a full disk, already reported
-            self._file.close()
-        self._file = self._open(completed_steps)
+            self._file.flush()
+        replaced, self._file = self._file, self._open(completed_steps)  # if it raises, lines are added to the old file
+        with suppress(OSError):
+            replaced.close()
 
     def close(self, failed: bool) -> None:
         self._file.close()

@@ -37,7 +37,7 @@ class TensorBoardWriter(MetricsWriter):
         self._step = step
 
     def write(self, step: int, scalars: Scalars) -> None:
-        assert self._writer
+        self._writer = self._writer or self._open()  # None if a rollback could not open it
         for name, value in scalars.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)

@@ -57,8 +57,10 @@ def wandb_files(folder: Path) -> tuple[str, ...]:
 class WandbWriter(MetricsWriter):
     """A run on Weights & Biases, the same one over all starts of the run in `output_dir`."""
 
+    name = "Weights & Biases"
+
     def __init__(self, project: str, name: str, output_dir: Path) -> None:
-        """Keep the data on the disk only if the service cannot be reached."""
+        """If the service cannot be reached, write to the disk only."""
         import wandb
 
         id_file = output_dir / WANDB_FOLDER / RUN_ID

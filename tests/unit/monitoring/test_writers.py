@@ -142,3 +142,17 @@ def test_full_disk_is_reported_once_and_no_line_is_lost(tmp_path: Path, caplog: 
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5, 6] == [step for step, _ in seen.records]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning.partition(" cannot")[0] for warning in warnings] == ["metrics.jsonl", "TensorBoard's file"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_rollback_on_a_full_disk_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, seen = tmp_path / "metrics.jsonl", Recorder()
+    logger = MetricsLogger([JsonlWriter(path), TensorBoardWriter(tmp_path / "tensorboard", [None]), seen], UNITS, {})
+    for step in (1, 2):
+        logger.on_step(step_metrics(step))
+    with full_disk(5):
+        logger.on_rollback(1)
+    logger.on_step(step_metrics(2))
+    logger.on_end(StopReason.LAST_STEP)
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 2] == [step for step, _ in seen.records]
+    assert "metrics.jsonl cannot be written, training continues" in caplog.text
