@@ -11,9 +11,9 @@ from matplotlib.patches import FancyBboxPatch
 
 Point = tuple[float, float]
 
-ROOMS: dict[str, tuple[Point, str]] = {
-    "cli, pretrain.py": ((2.0, 6.3), "commands and the training program"),
-    "run.py": ((6.2, 6.3), "one run: resolve, build, fit, show"),
+PACKAGES: dict[str, tuple[Point, str]] = {
+    "cli, bench, pretrain.py": ((2.0, 6.3), "commands, benchmarks, the training program"),
+    "run.py": ((6.2, 6.3), "one run: resume, build, train, summarize"),
     "verify": ((10.4, 6.3), "selfcheck, preflight, start-up checks"),
     "training": ((2.0, 5.0), "trainer: the loop, rollback, stop signals"),
     "monitoring": ((6.2, 5.0), "scalars, writers, events, report"),
@@ -25,11 +25,11 @@ ROOMS: dict[str, tuple[Point, str]] = {
     "loss": ((6.2, 2.4), "heads one after the other, kernel"),
     "planner": ((10.4, 2.4), "FLOPs, bytes, partition"),
     "distributed": ((4.1, 1.1), "devices, process groups, rendezvous"),
-    "config, errors": ((8.3, 1.1), "every key, resolved once"),
+    "config, fs, metrics, errors": ((8.3, 1.1), "every key, files, records of a step"),
 }
 WIDTH, HEIGHT = 3.7, 0.86
 BATCH, METRIC, CHECKPOINT = "#1f77b4", "#d62728", "#2ca02c"
-WAYS: list[tuple[str, list[Point], Point]] = [
+PATHS: list[tuple[str, list[Point], Point]] = [
     (BATCH, [(3.85, 3.82), (4.35, 3.82)], (4.1, 3.98)),
     (BATCH, [(5.3, 3.27), (3.0, 2.83)], (3.72, 3.1)),
     (BATCH, [(3.85, 2.4), (4.35, 2.4)], (4.1, 2.2)),
@@ -43,7 +43,7 @@ WAYS: list[tuple[str, list[Point], Point]] = [
 """Color, the points of an arrow, and where its number stands; numbered in order within each color."""
 
 
-def room(axes: Axes, name: str, middle: Point, purpose: str) -> None:
+def box(axes: Axes, name: str, middle: Point, purpose: str) -> None:
     corner = middle[0] - WIDTH / 2, middle[1] - HEIGHT / 2
     style = "round,pad=0,rounding_size=0.08"
     axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor="#f3f3f3", edgecolor="#555555"))
@@ -55,10 +55,10 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(11, 6.2), layout="constrained")
     axes.set(xlim=(0, 12.4), ylim=(0.1, 6.9))
     axes.axis("off")
-    for name, (middle, purpose) in ROOMS.items():
-        room(axes, name, middle, purpose)
+    for name, (middle, purpose) in PACKAGES.items():
+        box(axes, name, middle, purpose)
     numbers: dict[str, int] = {}
-    for color, points, label in WAYS:
+    for color, points, label in PATHS:
         numbers[color] = numbers.get(color, 0) + 1
         style = {"arrowstyle": "-|>", "color": color, "linewidth": 2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14}
         axes.annotate("", points[-1], points[0], arrowprops=style)
@@ -66,7 +66,7 @@ def main() -> None:
     for x, (text, color) in zip(
         (2.0, 6.2, 10.4), (("a batch", BATCH), ("a metric", METRIC), ("a checkpoint", CHECKPOINT)), strict=True
     ):
-        axes.text(x, 0.3, f"way of {text}", color=color, fontsize=11, fontweight="bold", ha="center")
+        axes.text(x, 0.3, f"path of {text}", color=color, fontsize=11, fontweight="bold", ha="center")
     figure.savefig(Path(__file__).parent / "images/architecture.png", dpi=110)
 
 

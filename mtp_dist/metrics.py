@@ -43,7 +43,7 @@ class RankStats:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of one optimizer update, the same on every rank."""
+    """Metrics of one step, also a skipped one, the same on every rank except for `seconds`."""
 
     step: int
     """Number of completed steps, this one included."""

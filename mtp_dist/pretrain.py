@@ -19,8 +19,8 @@ PEER_EXIT_GRACE_S = 3
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line asks. A user error ends the program with one message on rank 0 and exit status 2.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGHUP end it with `stopping.exit_status`: at once before the first step, later after
-    the current step and a checkpoint.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP end it with `stopping.exit_status`: at once until the model is built,
+    then after a step and a checkpoint.
     """
     make_output_optional()
     try:
@@ -45,7 +45,7 @@ def pretrain(arguments: Sequence[str] | None, stop_signals: StopSignals) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys that replace the file's")
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher")
     parser.add_argument("--preflight", action="store_true", help="measure matmuls and collectives of every rank first")
-    parser.add_argument("--memory-snapshot", action="store_true", help="record what lies in the GPU's memory, and why")
+    parser.add_argument("--memory-snapshot", action="store_true", help="record GPU allocations and their stacks")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     # It imports torch, which takes seconds: a wrong key is reported before.

@@ -1,4 +1,4 @@
-"""One training run, from top to bottom: open data and ranks, resume, build, train, show the result.
+"""One training run: load the data, connect the ranks, resume, build, train, summarize.
 
 Import it after the device is selected: DeepSpeed and Megatron-core probe the device when they are imported.
 """
@@ -29,7 +29,7 @@ from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
-from mtp_dist.monitoring.run_folder import archive_previous_run
+from mtp_dist.monitoring.run_folder import archive_earlier_run
 from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
@@ -64,7 +64,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         close_topology()
         return 0
     if config.log.rank_logs:
-        tee_output(config.output_dir, _is_new(resumed, config))
+        tee_output(config.output_dir, _starts_new_run(resumed, config))
     samples_read = _restore_samples(datasets, resumed, config)
 
     engine = build_engine(config, topology, initialize=not resumed)
@@ -72,13 +72,13 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         restore(engine, resumed.folder)
 
     saver = CheckpointSaver(config, engine, gloo_groups)
-    stop_signals.defer()  # before a collective: no rank starts to train while another one still ends at once
+    stop_signals.defer()  # the collective below keeps all ranks from training until each has done so
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     summary = SummaryRecorder(config, datasets.validation)
     callbacks = profiling_callbacks(config, topology, memory_snapshot)
     if topology.rank == 0:
-        if _is_new(resumed, config):
-            archive_previous_run(config)
+        if _starts_new_run(resumed, config):
+            archive_earlier_run(config)
         step = resumed.step if resumed else 0
         callbacks = [*rank0_callbacks(config, topology, datasets.validation, hosts, step), summary, *callbacks]
 
@@ -102,14 +102,14 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
 
     if topology.rank == 0 and result.reason is StopReason.LAST_STEP:
         _show_result(config, datasets.tokenizer, summary)
-    # Launchers give the other ranks little time after the first one has ended: srun 120 seconds.
+    # Ranks end together: launchers kill those that outlive the first one, srun after 120 seconds.
     dist.barrier(gloo_groups.all)
     close_topology()
     return exit_status(result.signal) if result.signal else 0
 
 
-def _is_new(resumed: ResumePoint | None, config: Config) -> bool:
-    """Return whether the run's folder may contain the files of another run."""
+def _starts_new_run(resumed: ResumePoint | None, config: Config) -> bool:
+    """Return whether the run does not continue the one in its folder, so that files there are another run's."""
     return not resumed or resumed.folder.parent.resolve() != config.checkpoint_dir.resolve()
 
 

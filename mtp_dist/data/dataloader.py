@@ -44,7 +44,7 @@ class Batches:
         self._distances = config.heads.distances
         self.needs_data = topology.reads_tokens or topology.holds_loss or not config.data.attention_across_documents
         self.samples_read = samples_read
-        """Samples of the global batches up to the last step that was asked for."""
+        """Samples of the global batches up to the last requested step."""
         self._train_state: Any = None
         # One thread, because streams are read in the order of the steps. It needs the device before it pins memory,
         # which would otherwise open a context on GPU 0.
@@ -53,7 +53,7 @@ class Batches:
         self._reader = ThreadPoolExecutor(1, "batches", prepare)
         self._ahead: deque[Future[tuple[TrainBatch, Any]]] = deque()
         self._steps_left = config.train.steps - completed_steps
-        self._next = samples_read
+        self._next_sample = samples_read
 
     def next_train_batch(self) -> TrainBatch:
         """Return this data-parallel rank's part of the next step's global batch."""
@@ -62,14 +62,14 @@ class Batches:
         if not self.needs_data:
             return self._empty_batch(global_batch // self._samples_per_micro_batch)
         while len(self._ahead) <= STEPS_AHEAD and self._steps_left:
-            self._ahead.append(self._reader.submit(self._read, self._next))
-            self._next += global_batch
+            self._ahead.append(self._reader.submit(self._read, self._next_sample))
+            self._next_sample += global_batch
             self._steps_left -= 1
         batch, self._train_state = self._ahead.popleft().result()
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Return this rank's position after the last step that was asked for, as JSON. Only for ranks with data."""
+        """Return this rank's data position after the last requested step, as JSON."""
         return self.datasets.state(self.samples_read, self._train_state)
 
     def gather_state(self) -> dict[str, Any]:
@@ -117,8 +117,8 @@ class Batches:
     def _split(self, samples: NDArray[np.int64]) -> list[MicroBatch]:
         """Split samples `[B, S + lookahead]`, B a multiple of the micro-batch size, and make their targets."""
         data, train, tokens = self.config.data, self.config.train, torch.from_numpy(samples)
-        apart = not (data.loss_across_documents and data.attention_across_documents)
-        documents = document_ids(tokens, self.datasets.tokenizer.end_of_document) if apart else None
+        mask_documents = not (data.loss_across_documents and data.attention_across_documents)
+        documents = document_ids(tokens, self.datasets.tokenizer.end_of_document) if mask_documents else None
         loss_documents = None if data.loss_across_documents else documents
         targets = head_targets(tokens, self._distances, train.sequence_length, loss_documents)
         size = train.micro_batch_size

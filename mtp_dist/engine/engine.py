@@ -32,7 +32,7 @@ from mtp_dist.model.targets import TrainBatch
 
 
 class StepResult(NamedTuple):
-    """Result of one optimizer step, the same on every rank except for the seconds."""
+    """Result of one training step, the same on every rank except for the seconds."""
 
     heads: HeadMetrics
     grad_norm: float
@@ -65,6 +65,8 @@ class TrainingEngine:
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._dp_group = dp_group()
         self._totals: list[Tensor] = []
+        """Sums over all ranks of HeadSums and, after a training step, of squared gradient norms by module, the flag of
+        a fault and the signals."""
         self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
@@ -96,7 +98,7 @@ class TrainingEngine:
         schedule: HeadSchedule,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> StepResult:
-        """Make one optimizer step.
+        """Train on one global batch. If a gradient is not finite, no rank updates its weights.
 
         stop_signal returns the number of a signal that has reached this rank, or 0; it is called after the backward
         passes.
@@ -126,7 +128,7 @@ class TrainingEngine:
         )
 
     def evaluate(self, batch: TrainBatch, schedule: HeadSchedule) -> HeadMetrics:
-        """Return the active heads' metrics without training."""
+        """Evaluate a batch and return the active heads' metrics."""
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
         self._sum_over_ranks()
@@ -148,9 +150,9 @@ class TrainingEngine:
         update(*args)
 
     def _begin(self, batch: TrainBatch, schedule: HeadSchedule, phase: Phase) -> None:
-        """Scale head k's sum of cross-entropies by w_k over the number of its valid targets in the GLOBAL batch.
+        """Enqueue the micro-batches. Scale head k's loss by w_k over its number of valid targets in the GLOBAL batch.
 
-        DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that. The number has a
+        DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that. The count has a
         collective of its own, over the data-parallel ranks, because the first loss needs it.
         """
         self.stage.enqueue(batch, phase)
@@ -204,18 +206,18 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     return engine
 
 
-def head_metrics(config: Config, columns: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
+def head_metrics(config: Config, sums: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
     """Return the active heads' metrics from the sums over all ranks."""
     heads = config.heads
-    has_target = (columns.targets[: schedule.active_heads] > 0).tolist()
+    has_target = (sums.targets[: schedule.active_heads] > 0).tolist()
     losses, accuracies, distillation = (
         tuple(
             total / target if has else None
-            for total, target, has in zip(column.tolist(), columns.targets.tolist(), has_target, strict=False)
+            for total, target, has in zip(column.tolist(), sums.targets.tolist(), has_target, strict=False)
         )
-        for column in (columns.cross_entropy, columns.correct, columns.soft_cross_entropy)
+        for column in (sums.cross_entropy, sums.correct, sums.soft_cross_entropy)
     )
-    token_order = float(columns.soft_cross_entropy[-1] / columns.targets[0].clamp(min=1))
+    token_order = float(sums.soft_cross_entropy[-1] / sums.targets[0].clamp(min=1))
     objective = sum(
         weight * (loss + heads.distillation * (soft or 0.0))
         for weight, loss, soft in zip(schedule.loss_weights, losses, distillation, strict=False)

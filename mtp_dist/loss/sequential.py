@@ -34,7 +34,7 @@ def sequential_heads_loss(
     objective: Objective,
     sums: HeadSums,
 ) -> Tensor:
-    """Return the loss, a scalar, and add the sums behind it to `sums`, which are 0 before.
+    """Return the scalar loss and accumulate its sums into the zero-initialized `sums`.
 
     Each chain of heads, which is one head if the heads are independent, runs from the trunk's output z to the gradient
     of z before the next chain starts. `eager` does that in the forward pass and keeps the gradients for the backward
@@ -51,7 +51,7 @@ def sequential_heads_loss(
 
 
 class _SequentialLoss(torch.autograd.Function):
-    """Passes the gradients that the heads have computed themselves to autograd, times the incoming gradient.
+    """Hands precomputed gradients to autograd, scaled by the incoming gradient.
 
     As outputs of one function they go through every hook, loss scale and accumulation like autograd's own.
     """
@@ -76,7 +76,7 @@ class _SequentialLoss(torch.autograd.Function):
             problem, trunk_output = ctx.inputs
             gradients = _differentiate(problem, trunk_output, problem.objective.zero_sums(trunk_output.dtype))
         ctx.gradients = ctx.inputs = None
-        return None, None, None, *gradients.times(upstream)
+        return None, None, None, *gradients.scaled_by(upstream)
 
 
 def _trained_unembeddings(problem: _Problem) -> list[Tensor]:
@@ -132,7 +132,7 @@ def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 
 
 class _Losses:
-    """Losses of one micro-batch from hidden states `[S, B, D]` of the whole sequence, head 1 before the others."""
+    """Losses of one micro-batch from hidden states `[S, B, D]` of whole sequences; head 1 first if it is distilled."""
 
     def __init__(self, problem: _Problem, sums: HeadSums) -> None:
         self.objective = problem.objective
@@ -275,7 +275,7 @@ class _HeadGradients:
         if id(weight) in self.grad_unembeddings:
             self.grad_unembeddings[id(weight)] = self.grad_unembeddings[id(weight)].to(weight.dtype)
 
-    def times(self, upstream: Tensor) -> list[Tensor]:
+    def scaled_by(self, upstream: Tensor) -> list[Tensor]:
         """Return the gradients of z, the parameters and the trained unembeddings, each of which is released here.
 
         Parameters that no active head uses get 0: engines reduce the gradients of all.

@@ -58,7 +58,7 @@ class LinearHead(nn.Module):
         return output
 
 
-class ResidualHead(LinearHead):
+class MLPHead(LinearHead):
     """x + SiLU(W x) on normalized hidden states (Medusa, arXiv:2401.10774, section 2.1.1)."""
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ _HEADS: dict[str, Callable[[Config, TransformerConfig], nn.Module]] = {
     "causal": TransformerHead,
     "anticausal": TransformerHead,
     "linear": LinearHead,
-    "mlp": ResidualHead,
+    "mlp": MLPHead,
     "sequential": SequentialHead,
 }
 
@@ -119,11 +119,11 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
         first_token = self.tp_group.rank() * self.output_size_per_partition
         token_ids = torch.arange(first_token, first_token + self.output_size_per_partition)
         self.has_padding = bool(token_ids[-1] >= config.vocab_size)
-        self.register_buffer("padding", token_ids >= config.vocab_size, persistent=False)
+        self.register_buffer("is_padding", token_ids >= config.vocab_size, persistent=False)
 
     def forward(self, hidden: Tensor, tied_weight: Tensor | None) -> Tensor:
         logits, _ = super().forward(hidden, tied_weight)
-        return logits.masked_fill(self.padding, float("-inf")) if self.has_padding else logits
+        return logits.masked_fill(self.is_padding, float("-inf")) if self.has_padding else logits
 
 
 def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:

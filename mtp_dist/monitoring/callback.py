@@ -26,7 +26,7 @@ class Callback:
         """Run before the first step."""
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Run after each optimizer update."""
+        """Run after each step, also a skipped one."""
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         """Run after each validation on the set of that name; `step` steps were completed before it."""
@@ -35,7 +35,7 @@ class Callback:
         """Run after a step whose loss was a spike; text: how large it was."""
 
     def on_rollback(self, completed_steps: int) -> None:
-        """Run after an earlier checkpoint was restored: the steps after `completed_steps` are repeated."""
+        """Run after a rollback: the next step is `completed_steps` + 1. Without a checkpoint no step is repeated."""
 
     def on_stop(self, step: int, signal: int) -> None:
         """Run after the last step before a signal stops the run, before its checkpoint and its validation."""

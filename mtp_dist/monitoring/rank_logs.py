@@ -12,7 +12,7 @@ from pathlib import Path
 LOGS = "logs"
 LOG_FILES = ("rank_*.log",)
 EARLIER = "earlier"
-"""Folder in `logs/` for the files of a previous run, until rank 0 archives all of that run."""
+"""Folder in `logs/` for the files of an earlier run, until rank 0 archives all of that run."""
 SIGNALS_BLOCKED_IN_TEE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 """Launchers and SLURM signal every process of a job; without its tee process a rank could not print while it saves."""
 TEE_EXIT_TIMEOUT_S = 5.0
@@ -22,7 +22,7 @@ def tee_output(output_dir: Path, is_new: bool) -> None:
     """Copy what this process and its children write to file descriptors 1 and 2 into this rank's log file.
 
     Processes of their own copy it, so that nothing is lost if this one is killed. is_new: the run does not resume from
-    a checkpoint in output_dir, so the log file of a previous run is moved.
+    a checkpoint in output_dir, so the log file of an earlier run is moved.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = output_dir / LOGS
@@ -44,7 +44,7 @@ def _name(rank: int) -> str:
 
 
 def _move_earlier_files(folder: Path, rank: int, ranks: int) -> None:
-    """Move this rank's file of a previous run; on rank 0 also those of ranks that this run does not have."""
+    """Move this rank's file of an earlier run; on rank 0 also those of ranks that this run does not have."""
     expected = {_name(other) for other in range(ranks)}
     gone = [path for path in folder.glob(_name(0).replace("0", "?")) if path.name not in expected]
     for path in [folder / _name(rank), *(gone if rank == 0 else [])]:

@@ -33,12 +33,12 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 """Folders that a run makes in its own, with patterns of the files it writes there."""
 
-PREVIOUS = "earlier-"
-"""Prefix of the folders that the files of previous runs are moved into."""
+EARLIER_PREFIX = "earlier-"
+"""Prefix of the folders that the files of earlier runs are moved into."""
 
 
-def archive_previous_run(config: Config) -> None:
-    """Move the files of a previous run into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix.
+def archive_earlier_run(config: Config) -> None:
+    """Move the files of an earlier run into `earlier-1`, `earlier-2`, ... so that neither curves nor checkpoints mix.
 
     Keep a folder of the run that is a link or a mount point, as other programs may use it too: move only the files
     in it that a run writes, within that folder.
@@ -66,7 +66,7 @@ def _archive(folder: Path, archived_names: Mapping[Path, str]) -> None:
     existing = [path for path in archived_names if path.exists()]
     if not existing:
         return
-    archive = next(path for number in count(1) if not (path := folder / f"{PREVIOUS}{number}").exists())
+    archive = next(path for number in count(1) if not (path := folder / f"{EARLIER_PREFIX}{number}").exists())
     archive.mkdir()
     for path in existing:
         path.rename(archive / archived_names[path])

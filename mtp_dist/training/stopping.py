@@ -1,4 +1,4 @@
-"""Stop signals: they end the process at once before the first step, later after a step and with a checkpoint."""
+"""Stop signals: they end the process at once until the model is built, then after a step and with a checkpoint."""
 
 import os
 import signal
@@ -26,9 +26,9 @@ def exit_status(number: int) -> int:
 class StopSignals:
     """Context of the main thread that records the signals of STOP_SIGNALS.
 
-    A second signal, unless the first was SIGUSR1, ends the process at once, even while it waits for a rank that no
-    longer answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads
-    the delivered signals. Signals that the process inherited as ignored, such as SIGHUP under nohup, stay ignored.
+    A second signal ends the process at once, SIGUSR1 not counted, even while it waits for a rank that no longer
+    answers: Python runs handlers between two instructions of the main thread only, so a separate thread reads the
+    delivered signals. Signals that the process inherited as ignored, such as SIGHUP under nohup, stay ignored.
     """
 
     received = 0

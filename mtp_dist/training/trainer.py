@@ -46,7 +46,7 @@ class FitResult:
     step: int
     """Last completed step."""
     samples: Any
-    """State of the training samples after it."""
+    """Data position after that step."""
     signal: int = 0
     """Number of the signal that stopped the run, or 0."""
 
@@ -77,7 +77,7 @@ class TrainingClock:
 
 @dataclass
 class Trainer:
-    """The training loop of one rank. All ranks run it and take the same decisions."""
+    """The training loop of one rank. All ranks run it and make the same decisions."""
 
     config: Config
     engine: TrainingEngine
@@ -104,8 +104,9 @@ class Trainer:
     def fit(self) -> FitResult:
         """Train up to `train.steps`, with validations and checkpoints on the way and at the end.
 
-        After a spike roll back and continue with new samples. Raise TrainingDivergedError, on every rank, if rollbacks
-        do not help or if `train.max_skipped_steps` steps in a row are skipped. Afterwards no checkpoint is being saved.
+        With `train.spike_rollback` roll back after a spike and continue with new samples. Raise TrainingDivergedError,
+        on every rank, if rollbacks do not help or if `train.max_skipped_steps` steps in a row are skipped. Wait for
+        pending saves before returning.
         """
         point, reason = self.resume_point, None
         if point:
@@ -169,7 +170,7 @@ class Trainer:
             return FitResult(StopReason.LAST_STEP, last_step, batches.state())
 
     def train_step(self, step: int, batches: Batches) -> tuple[StepMetrics, int]:
-        """Make one optimizer step. Return its metrics, and the number of a signal that has reached a rank, or 0."""
+        """Train on one global batch. Return its metrics, and the number of a signal that has reached a rank, or 0."""
         config = self.config
         started = time.perf_counter()
         batch = batches.next_train_batch()

@@ -50,7 +50,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow: auto } .pairs { display: fl
 <tr class="{{ event.kind }}"><td>{{ event.time }}</td><td>{{ "{:,}".format(event.step) }}</td><td>{{ event.kind }}</td>
 <td>{{ event.text }}</td></tr>
 {% else %}
-<tr><td>None were written.</td></tr>
+<tr><td>No events.</td></tr>
 {% endfor %}
 </table>
 {% endfor %}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.monitoring.run_folder import archive_previous_run
+from mtp_dist.monitoring.run_folder import archive_earlier_run
 from tests.tiny import tiny_config
 
 PROJECT = Path(__file__).parents[3]
@@ -45,7 +45,7 @@ def log(output_dir: Path, rank: int = 1) -> list[str]:
 
 
 def archive(output_dir: Path, rank_logs: bool = True) -> None:
-    archive_previous_run(tiny_config(run={"output_dir": str(output_dir)}, log={"rank_logs": rank_logs}))
+    archive_earlier_run(tiny_config(run={"output_dir": str(output_dir)}, log={"rank_logs": rank_logs}))
 
 
 def test_all_output_is_in_the_file_and_on_the_terminal(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Archiving of previous runs, and the order of the last work of a run."""
+"""Archiving of earlier runs, and the order of the last work of a run."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from mtp_dist.monitoring.run_folder import archive_previous_run
+from mtp_dist.monitoring.run_folder import archive_earlier_run
 from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
@@ -13,7 +13,7 @@ from tests.unit.training.ending_on_ranks import order_of_the_end
 
 
 def archive(output_dir: Path, **sections: dict[str, str]) -> None:
-    archive_previous_run(tiny_config(run={"output_dir": str(output_dir)}, **sections))
+    archive_earlier_run(tiny_config(run={"output_dir": str(output_dir)}, **sections))
 
 
 def names(folder: Path) -> list[str]:
