@@ -12,7 +12,7 @@ FIRST_SAMPLE_OF_STEP_2 = 8
 LARGEST_FILE = 40_000
 
 
-def unreadable_sample() -> None:
+def unreadable_sample():
     """Let the rank FAULTY_RANK raise when it reads the samples of step 2."""
     from mtp_dist.data.blending import BlendedSamples
 
@@ -27,7 +27,7 @@ def unreadable_sample() -> None:
     BlendedSamples.read = read_or_raise
 
 
-def nan_gradient() -> None:
+def nan_gradient():
     """Make one weight's gradient on rank 1 NaN from step 3 on."""
     from mtp_dist.engine.engine import TrainingEngine
     from mtp_dist.model.parameters import named_weights
@@ -44,7 +44,7 @@ def nan_gradient() -> None:
     TrainingEngine.train_step = train_step_with_nan
 
 
-def full_disk() -> None:
+def full_disk():
     """Limit the size of files to that of some text."""
     from mtp_dist.checkpoint import saver
 
@@ -52,7 +52,7 @@ def full_disk() -> None:
     saver.RETRY_DELAYS_S = (0.1,)
 
 
-def stopped_clock() -> None:
+def stopped_clock():
     """Stop the watchdog's clock until the file `hang` exists: on a slow machine, too, nothing takes too long before."""
     from mtp_dist.training import watchdog
 
@@ -61,7 +61,7 @@ def stopped_clock() -> None:
     watchdog.GRACE_SECONDS = 600.0
 
 
-def closed_output() -> None:
+def closed_output():
     """Make standard output a pipe without a reader, and standard error a closed terminal."""
     (reading, writing), (terminal, behind_it) = os.pipe(), os.openpty()
     os.dup2(writing, 1)
@@ -70,14 +70,14 @@ def closed_output() -> None:
     os.close(terminal)
 
 
-def long_sample() -> None:
+def long_sample():
     """Let the sample at the end of the run take longer than an impatient srun waits."""
     from mtp_dist import run
 
     run._sample = lambda *_: time.sleep(8) or "def f"
 
 
-def unreduced_norm() -> None:
+def unreduced_norm():
     """Run `mtp-dist` with a norm that does not sum its weight's gradient over the tensor-parallel ranks."""
     import torch.nn.functional as F
 

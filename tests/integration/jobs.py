@@ -33,14 +33,11 @@ MARK = "MTP_DIST_TEST_JOB"
 
 def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
     """Write a folder of Python files, always the same ones."""
-    numbers = random.Random(0)
+    draw = random.Random(0).randrange
     folder.mkdir(parents=True)
     for index in range(files):
-        text = "".join(
-            f"def f{numbers.randrange(99)}(x, y):\n    return x * {numbers.randrange(99)} + y\n\n"
-            for _ in range(functions)
-        )
-        (folder / f"module_{index}.py").write_text(text)
+        texts = [f"def f{draw(99)}(x, y):\n    return x * {draw(99)} + y\n\n" for _ in range(functions)]
+        (folder / f"module_{index}.py").write_text("".join(texts))
     return folder
 
 
@@ -52,17 +49,14 @@ def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
         "model": {"hidden_size": 32, "trunk_layers": 3, "num_attention_heads": 4, "num_query_groups": 2}
         | {"ffn_hidden_size": 64},
         "heads": {"count": 4},
-        "parallel": {},
         "data": {"train": [{"path": str(corpus)}], "validation": [{"path": str(corpus / "module_0.py")}]},
         "train": {"steps": 5, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32}
         | {"precision": "fp32", "validate_every": 2, "validation_samples": 7},
         "optimizer": {"lr": 1e-3, "warmup_steps": 2},
         "log": {"every": 1},
     }
-    for name, section in sections.items():
-        values.setdefault(name, {}).update(section)
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values | {name: values.get(name, {}) | keys for name, keys in sections.items()}))
     return path
 
 
@@ -133,9 +127,7 @@ class Job:
     def stderr(self) -> str:
         return self._streams[1].read_text()
 
-    @property
-    def output(self) -> str:
-        return self.stdout + self.stderr
+    output = property(lambda self: self.stdout + self.stderr)
 
     def processes(self) -> list[psutil.Process]:
         """Return every live process of the job."""
@@ -194,15 +186,15 @@ class Result:
     stdout: str
     stderr: str
 
-    @property
-    def output(self) -> str:
-        return self.stdout + self.stderr
+    output = property(lambda self: self.stdout + self.stderr)
 
 
-def run(command: Sequence[str] | Program) -> Result:
-    """Run a command to its end in an empty folder."""
+def run(command: Sequence[str] | Program, status: int | None = None) -> Result:
+    """Run a command to its end in an empty folder. Fail if another status than the given one is returned."""
     with tempfile.TemporaryDirectory() as folder, started(command, Path(folder)) as job:
-        return Result(job.wait(), job.stdout, job.stderr)
+        result = Result(job.wait(), job.stdout, job.stderr)
+    assert status in (None, result.status), result.output
+    return result
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def log_level(caplog: pytest.LogCaptureFixture) -> None:
+def log_level(caplog):
     """Let caplog see the package's information."""
     caplog.set_level(logging.INFO, logger="mtp_dist")

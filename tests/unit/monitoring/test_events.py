@@ -3,7 +3,6 @@
 import logging
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -16,19 +15,19 @@ from tests.unit.monitoring.test_writers import full_disk, read_lines
 logger = logging.getLogger("mtp_dist.test")
 
 
-def start(path: Path, completed_steps: int, shown: list[str]) -> EventRecorder:
+def start(path, completed_steps, shown):
     configure_logging(0)
     events = EventRecorder(path, completed_steps, 9, shown.append)
     PACKAGE_LOGGER.addHandler(events)
     return events
 
 
-def record(text: str, event: str = "note") -> None:
+def record(text, event="note"):
     logger.info(text, extra={"event": event})
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def slurm(tmp_path, monkeypatch):
     """A run of a SLURM job; its events."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
@@ -36,7 +35,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / EVENTS
 
 
-def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path, capsys):
     path, shown = tmp_path / EVENTS, list[str]()
     start(path, 0, shown)
     record("started")
@@ -56,7 +55,7 @@ def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path: Path, capsy
     assert output.err.count("events.jsonl cannot be written, training continues") == 1
 
 
-def test_events_of_training_with_their_steps(tmp_path: Path) -> None:
+def test_events_of_training_with_their_steps(tmp_path):
     events = start(tmp_path / EVENTS, 3, [])
     record("Resuming", "start")
     events.on_step(replace(step_metrics(4), skipped="NaN on rank 3"))
@@ -75,22 +74,22 @@ def test_events_of_training_with_their_steps(tmp_path: Path) -> None:
     ]
 
 
-def test_checkpoint_counts_as_progress(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for restart in range(1, 30):
-        check_progress(slurm)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        record("Resuming", "start")
-        record(f"Saved the checkpoint of step {restart}", "checkpoint")
-    for restart in (30, 31, 32):
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+def test_checkpoint_counts_as_progress(slurm, monkeypatch):
+    def restart(count):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
         record("Resuming", "start")
         check_progress(slurm)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "33")
+
+    for count in range(1, 30):
+        restart(count)
+        record(f"Saved the checkpoint of step {count}", "checkpoint")
+    for count in (30, 31, 32):
+        restart(count)
     with pytest.raises(LaunchError, match="restarted job 7 4 times since its last checkpoint"):
-        check_progress(slurm)
+        restart(33)
 
 
-def test_only_restarts_of_this_job_count(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_restarts_of_this_job_count(slurm, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "30")
     record("of another job", "checkpoint")
     monkeypatch.setenv("SLURM_JOB_ID", "8")
@@ -101,7 +100,7 @@ def test_only_restarts_of_this_job_count(slurm: Path, monkeypatch: pytest.Monkey
         check_progress(slurm)
 
 
-def test_nothing_counts_without_slurm(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_counts_without_slurm(slurm, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID")
     record("Saved", "checkpoint")
     assert "slurm" not in slurm.read_text()

@@ -11,9 +11,7 @@ logger = logging.getLogger("mtp_dist.some.module")
 
 
 @pytest.mark.parametrize(("rank", "printed"), [(0, ["of rank 0", "of all ranks"]), (3, ["of all ranks"])])
-def test_only_rank_0_prints_unless_meant_for_all(
-    rank: int, printed: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_rank_0_prints_unless_meant_for_all(rank, printed, capsys):
     for _ in range(2):
         configure_logging(rank)  # a second call does not double the lines
     for level in (logging.DEBUG, logging.INFO, logging.WARNING):
@@ -25,17 +23,17 @@ def test_only_rank_0_prints_unless_meant_for_all(
 
 
 class Ending(Callback):
-    def __init__(self, ended: list[object], name: str) -> None:
+    def __init__(self, ended, name):
         self.ended, self.name = ended, name
 
-    def on_end(self, reason: StopReason | None) -> None:
+    def on_end(self, reason):
         self.ended += [self.name, reason]
         if self.name == "failing":
             raise OSError("no room")
 
 
-def test_every_callback_ends_also_if_one_fails() -> None:
-    ended: list[object] = []
+def test_every_callback_ends_also_if_one_fails():
+    ended = []
     callbacks = [Ending(ended, name) for name in ("first", "failing", "last")]
     with pytest.raises(OSError, match="no room"):
         end_callbacks(callbacks, StopReason.SIGNAL)

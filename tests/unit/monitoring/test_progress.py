@@ -18,13 +18,13 @@ SCALARS = head_scalars(METRICS.heads) | step_scalars(METRICS, WINDOW, None)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress, "monotonic", lambda: now[0])
     return now
 
 
-def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
+def test_plain_lines_without_a_terminal(clock):
     output = io.StringIO()
     bar = ProgressBar(120, Console(file=output, width=80))
     for step in range(1, 21):
@@ -53,7 +53,7 @@ def test_plain_lines_without_a_terminal(clock: list[float]) -> None:
     assert web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
 
 
-def test_bar_on_a_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_on_a_terminal(clock, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     output = io.StringIO()
     bar = ProgressBar(50, Console(file=output, force_terminal=True, width=80))

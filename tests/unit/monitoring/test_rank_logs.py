@@ -21,34 +21,27 @@ tee_output(Path(sys.argv[1]), is_new=sys.argv[2] == "new")
 """
 
 
-def start(
-    code: str, output_dir: Path, how: str = "new", rank: int = 1, ranks: int = 4, stdin: int | None = None
-) -> subprocess.Popen[str]:
+def start(code, output_dir, how="new", rank=1, ranks=4, stdin=None):
     """Start a rank in a process group of its own, as under a launcher."""
-    return subprocess.Popen(
-        [sys.executable, "-c", START + code, str(output_dir), how],
-        env=os.environ | {"PYTHONPATH": str(PROJECT), "RANK": str(rank), "WORLD_SIZE": str(ranks)},
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    command = [sys.executable, "-c", START + code, str(output_dir), how]
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, process_group=0, **pipes)
 
 
-def run(code: str, output_dir: Path, how: str = "new", rank: int = 1, ranks: int = 4) -> tuple[str, str]:
-    return start(code, output_dir, how, rank, ranks).communicate(timeout=300)
+def run(*arguments, **options):
+    return start(*arguments, **options).communicate(timeout=300)
 
 
-def log(output_dir: Path, rank: int = 1) -> list[str]:
+def log(output_dir, rank=1):
     return (output_dir / f"logs/rank_{rank:05d}.log").read_text().splitlines()
 
 
-def archive(output_dir: Path, rank_logs: bool = True) -> None:
+def archive(output_dir, rank_logs=True):
     archive_earlier_run(tiny_config(run={"output_dir": str(output_dir)}, log={"rank_logs": rank_logs}))
 
 
-def test_all_output_is_in_the_file_and_on_the_terminal(tmp_path: Path) -> None:
+def test_all_output_is_in_the_file_and_on_the_terminal(tmp_path):
     code = """
 print("printed")
 os.write(2, b"from C\\n")
@@ -63,31 +56,32 @@ raise RuntimeError("nobody caught it")
     assert sorted(lines) == sorted((output + errors).splitlines())
 
 
-@pytest.mark.parametrize("ending", ["os._exit(70)", "os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"])
-def test_nothing_is_lost_if_a_rank_dies(tmp_path: Path, ending: str) -> None:
-    output, _ = run(f"print('the last words', flush=True)\n{ending}", tmp_path)
-    assert output == "the last words\n"
-    assert log(tmp_path)[1] == "the last words"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_tee_survives_a_signal_to_all_processes_of_the_job(tmp_path: Path, number: int) -> None:
-    code = f"""
+SIGNAL_TO_ALL_PROCESSES = """
 import psutil
-signal.signal({number}, lambda *_: None)
+signal.signal({0}, lambda *_: None)
 for process in [*psutil.Process().children(), psutil.Process()]:
-    process.send_signal({number})
+    process.send_signal({0})
 time.sleep(0.5)
 print("saved")
 """
+DEATHS = ["os._exit(70)", "os.kill(os.getpid(), signal.SIGKILL)", "os.abort()"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(f"print('saved', flush=True)\n{death}" for death in DEATHS),
+        *(SIGNAL_TO_ALL_PROCESSES.format(number.value) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)),
+    ],
+)
+def test_nothing_is_lost_if_a_rank_dies_or_all_processes_get_a_signal(tmp_path, code):
     assert run(code, tmp_path) == ("saved\n", "")
     assert log(tmp_path)[1:] == ["saved"]
 
 
-def test_file_is_complete_after_the_terminal_is_closed(tmp_path: Path) -> None:
+def test_file_is_complete_after_the_terminal_is_closed(tmp_path):
     code = "print('one', flush=True)\nsys.stdin.read()\nfor _ in range(9): print('two', flush=True)"
     rank = start(code, tmp_path, stdin=subprocess.PIPE)
-    assert rank.stdin and rank.stdout and rank.stderr
     assert rank.stdout.readline() == "one\n"
     for stream in (rank.stdout, rank.stdin):
         stream.close()
@@ -96,7 +90,7 @@ def test_file_is_complete_after_the_terminal_is_closed(tmp_path: Path) -> None:
     assert log(tmp_path)[1:] == ["one", *["two"] * 9]
 
 
-def test_rank_ends_after_its_last_line_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_ends_after_its_last_line_is_copied(tmp_path, monkeypatch):
     slow = tmp_path / "bin/tee"
     slow.parent.mkdir()
     slow.write_text(f'#!/bin/sh\nsleep 1\nexec {shutil.which("tee")} "$@"\n')
@@ -108,17 +102,16 @@ def test_rank_ends_after_its_last_line_is_copied(tmp_path: Path, monkeypatch: py
     rank.communicate()
 
 
-def test_child_process_does_not_delay_the_end(tmp_path: Path) -> None:
+def test_child_process_does_not_delay_the_end(tmp_path):
     rank = start("print(subprocess.Popen(['sleep', '1000']).pid, flush=True)", tmp_path)
     try:
         assert rank.wait(timeout=120) == 0
     finally:
-        assert rank.stdout
         os.kill(int(rank.stdout.readline()), signal.SIGKILL)
         rank.communicate()
 
 
-def test_restart_appends_and_a_new_run_starts_new_files(tmp_path: Path) -> None:
+def test_restart_appends_and_a_new_run_starts_new_files(tmp_path):
     for rank in (0, 1):
         run("print('one')", tmp_path, "new", rank, 2)
         run("print('two')", tmp_path, "resumed", rank, 2)
@@ -133,7 +126,7 @@ def test_restart_appends_and_a_new_run_starts_new_files(tmp_path: Path) -> None:
         assert log(tmp_path / "earlier-1", rank)[1::2] == ["one", "two"]
 
 
-def test_log_of_a_start_that_failed_early_is_continued(tmp_path: Path) -> None:
+def test_log_of_a_start_that_failed_early_is_continued(tmp_path):
     for text in ("an earlier run", "failed early", "started"):
         run(f"print('{text}')", tmp_path)
     archive(tmp_path)
@@ -144,7 +137,7 @@ def test_log_of_a_start_that_failed_early_is_continued(tmp_path: Path) -> None:
     assert log(tmp_path / "earlier-2")[1::2] == ["failed early", "started"]
 
 
-def test_logs_in_a_linked_folder_are_archived_within_it(tmp_path: Path) -> None:
+def test_logs_in_a_linked_folder_are_archived_within_it(tmp_path):
     """It may be on another disk, from which no file can be moved into the run's folder."""
     shared, out = tmp_path / "shared", tmp_path / "out"
     for folder in (out, shared / "earlier"):

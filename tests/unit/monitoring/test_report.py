@@ -2,8 +2,6 @@
 
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -13,11 +11,11 @@ from mtp_dist.monitoring.report.page import write_report
 from mtp_dist.monitoring.report.run_files import read_run
 
 
-def write_run(folder: Path, heads: int = 2, steps: int = 5, **description: Any) -> Path:
+def write_run(folder, heads=2, steps=5, **description):
     folder.mkdir(parents=True)
     lines = []
     for step in range(1, steps + 1):
-        line: dict[str, Any] = {"step": step, "train/grad_norm": None if step == 3 else 1.5}
+        line = {"step": step, "train/grad_norm": None if step == 3 else 1.5}
         line |= {f"loss/head_{k}": 4 / step + k for k in range(1, heads + 1)}
         line |= {"train/learning_rate": 1e-3, "throughput/tokens_per_second": 1000, "memory/peak_bytes": 2e9}
         lines.append(line)
@@ -35,63 +33,57 @@ def write_run(folder: Path, heads: int = 2, steps: int = 5, **description: Any) 
     return folder
 
 
-def test_page_is_complete_and_self_contained(tmp_path: Path) -> None:
-    description = {
-        "config": {"run": {"name": "first"}, "heads": {"count": 2}},
-        "versions": {"mtp-dist": None, "torch": "2.x"},
-    }
-    run = write_run(tmp_path / "a", **description)
+def test_page_is_complete_and_self_contained(tmp_path):
+    config, versions = {"run": {"name": "first"}, "heads": {"count": 2}}, {"mtp-dist": None, "torch": "2.x"}
+    run = write_run(tmp_path / "a", config=config, versions=versions)
     page = write_report([run], tmp_path / "report").read_text()
     for text in ("<h1>first</h1>", "<td>torch 2.x</td>", "step 3 &lt;changed&gt; no parameter", "count: 2"):
         assert text in page
     assert "<td>1.8000 2.8000</td>" in page and "<td>3.0000 4.0000</td>" in page, "the last losses"
     assert not re.search(r"(src|href)='?\"?(http|/)|<script|<link", page)
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "report").glob("*.png")}
-    assert set(pictures) == {
-        *("training-loss", "validation-code-loss", "throughput", "memory", "gradient-norm", "learning-rate")
-    }
+    names = "training-loss validation-code-loss throughput memory gradient-norm learning-rate"
+    assert set(pictures) == set(names.split())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     assert page.count("data:image/png;base64,") == len(pictures)
     assert re.search(r"<td>restarts</td><td>1</td>", page) and re.search(r"<td>skipped steps</td><td>1</td>", page)
     assert re.search(r"<td>spikes</td><td>0</td>", page) and re.search(r"<td>rollbacks</td><td>0</td>", page)
 
 
-def test_head_without_a_loss_keeps_its_place(tmp_path: Path) -> None:
+def test_head_without_a_loss_keeps_its_place(tmp_path):
     run = write_run(tmp_path / "a", heads=3)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
-    text = "".join(
-        json.dumps(line | {"loss/head_2": None, "validation/code/loss/head_2": None}) + "\n" for line in lines
-    )
-    (run / "metrics.jsonl").write_text(text)
+    missing = {"loss/head_2": None, "validation/code/loss/head_2": None}
+    lines = [json.loads(line) | missing for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write_report([run], tmp_path / "report").read_text()
     assert "<td>1.8000 - 3.8000</td>" in page and "<td>3.0000 - 5.0000</td>" in page
 
 
-def test_several_runs_share_a_page(tmp_path: Path) -> None:
+def test_several_runs_share_a_page(tmp_path):
     runs = [write_run(tmp_path / name, heads, config={"run": {"name": name}}) for name, heads in (("a", 1), ("b", 3))]
     page = write_report(runs, tmp_path / "report").read_text()
     assert "<h1>a and b</h1>" in page and "Events of a" in page and "Events of b" in page
     assert "<th>a</th><th>b</th>" in page
 
 
-def test_values_that_are_nan_or_inf_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_nan_or_inf_are_left_out(tmp_path):
     run = read_run(write_run(tmp_path / "a"))
     assert [step for step, _ in run.curve("train/grad_norm")] == [1, 2, 4, 5]
     assert run.scalars("loss") == ["loss/head_1", "loss/head_2"] and run.restarts == [4]
 
 
-def test_run_without_events_and_description(tmp_path: Path) -> None:
+def test_run_without_events_and_description(tmp_path):
     run = write_run(tmp_path / "old")
     (run / "events.jsonl").unlink()
     (run / "run.json").unlink()
     assert "<h1>old</h1>" in write_report([run], tmp_path / "report").read_text()
 
 
-def test_names_are_not_formulas_in_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    legends: list[list[str]] = []
+def test_names_are_not_formulas_in_pictures(tmp_path, monkeypatch):
+    legends = []
     savefig = Figure.savefig
 
-    def record_legends(figure: Figure, *arguments: Any, **options: Any) -> None:
+    def record_legends(figure, *arguments, **options):
         found = [axes.get_legend() for axes in figure.axes]
         legends.extend([text.get_text().strip() for text in legend.get_texts()] for legend in found if legend)
         savefig(figure, *arguments, **options)
@@ -107,24 +99,20 @@ def test_names_are_not_formulas_in_pictures(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("file", "text"),
     [
+        *(("run.json", f'{{"config": {config}}}') for config in (3, '{"run": []}', '{"run": {"name": 7}}')),
         ("run.json", "[1]"),
-        ("run.json", '{"config": 3}'),
-        ("run.json", '{"config": {"run": []}}'),
-        ("run.json", '{"config": {"run": {"name": 7}}}'),
-        ("metrics.jsonl", '{"loss/head_1": 1}\n'),
-        ("metrics.jsonl", "[1]\n"),
-        ("metrics.jsonl", '{"step": "one"}\n'),
+        *(("metrics.jsonl", line) for line in ('{"loss/head_1": 1}\n', "[1]\n", '{"step": "one"}\n')),
         ("events.jsonl", '{"step": 1}\n'),
     ],
 )
-def test_damaged_file_is_named(tmp_path: Path, file: str, text: str) -> None:
+def test_damaged_file_is_named(tmp_path, file, text):
     run = write_run(tmp_path / "a")
     (run / file).write_text(text)
     with pytest.raises(UserError, match=re.escape(str(run / file))):
         write_report([run], tmp_path / "report")
 
 
-def test_folder_without_a_run(tmp_path: Path) -> None:
+def test_folder_without_a_run(tmp_path):
     for text, message in (
         (None, r"has no metrics\.jsonl: give a run's folder"),
         ("", r"has no step in its metrics\.jsonl yet"),

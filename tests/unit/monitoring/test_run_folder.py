@@ -7,20 +7,19 @@ import pytest
 
 from mtp_dist.monitoring.run_folder import archive_earlier_run
 from tests.integration import jobs
-from tests.ranks import Ranks
 from tests.tiny import tiny_config
 from tests.unit.training.ending_on_ranks import order_of_the_end
 
 
-def archive(output_dir: Path, **sections: dict[str, str]) -> None:
+def archive(output_dir, **sections):
     archive_earlier_run(tiny_config(run={"output_dir": str(output_dir)}, **sections))
 
 
-def names(folder: Path) -> list[str]:
+def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_previous_runs_are_archived_completely(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_previous_runs_are_archived_completely(tmp_path, caplog):
     (tmp_path / "notes.txt").touch()
     archive(tmp_path)
     assert names(tmp_path) == ["notes.txt"], "there is no run"
@@ -36,7 +35,7 @@ def test_previous_runs_are_archived_completely(tmp_path: Path, caplog: pytest.Lo
     assert str(tmp_path / "earlier-2") in caplog.text
 
 
-def test_checkpoints_in_another_folder_are_archived_there(tmp_path: Path) -> None:
+def test_checkpoints_in_another_folder_are_archived_there(tmp_path):
     saved = tmp_path / "saved"
     (saved / "step_00000010").mkdir(parents=True)
     for name in ("notes.txt", "latest"):
@@ -47,33 +46,25 @@ def test_checkpoints_in_another_folder_are_archived_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["link", "mount point"])
-def test_other_files_stay_in_folders_that_others_may_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, kind):
     """In a link or a mount point only the files that a run writes are moved, by their names, within it."""
     written = {
-        "checkpoints": ["latest", "latest.unfinished", "step_00000010", "step_00000020.unfinished"],
-        "tensorboard": ["events.out.tfevents.1700000000.node-3.4711.0"],
-        "wandb": ["offline-run-20261125_201003-0123abc", "run-20261125_201003-0123abc", "run_id"],
-        "profile": [
-            *("memory_rank_00000.pickle", "rank_00000_steps_3-4.json.gz", "unfinished_rank_00001_steps_3-4.json.gz")
-        ],
-        "flight_recorder": ["rank_00000", "rank_00001"],
-        "logs": ["rank_00000.log", "rank_100000.log"],
+        "checkpoints": "latest latest.unfinished step_00000010 step_00000020.unfinished",
+        "tensorboard": "events.out.tfevents.1700000000.node-3.4711.0",
+        "wandb": "offline-run-20261125_201003-0123abc run-20261125_201003-0123abc run_id",
+        "profile": "memory_rank_00000.pickle rank_00000_steps_3-4.json.gz unfinished_rank_00001_steps_3-4.json.gz",
+        "flight_recorder": "rank_00000 rank_00001",
+        "logs": "rank_00000.log rank_100000.log",
     }
-    others = [
-        *("another run", "data.bin", "latest_results", "run-20261125_201003-fedcba9", "step_by_step", "trace.json.gz")
-    ]
+    others = "another-run data.bin latest_results run-20261125_201003-fedcba9 step_by_step trace.json.gz".split()
     out = tmp_path / "out"
     out.mkdir()
     for folder in written:
-        target = out / folder
         if kind == "link":
-            target = tmp_path / f"shared {folder}"
-            target.mkdir()
-            (out / folder).symlink_to(Path("..") / target.name)
+            (tmp_path / f"shared {folder}").mkdir()
+            (out / folder).symlink_to(Path("..") / f"shared {folder}")
         for name in others:
-            (target / name).mkdir(parents=True)
+            (out / folder / name).mkdir(parents=True)
     if kind == "mount point":
         monkeypatch.setattr(Path, "is_mount", lambda path: path.parent == out and path.name in written)
     archive(out)
@@ -81,23 +72,21 @@ def test_other_files_stay_in_folders_that_others_may_use(
     for number in (1, 2):
         (out / "metrics.jsonl").touch()
         for folder, files in written.items():
-            for name in files:
+            for name in files.split():
                 (out / folder / name).mkdir()
         (out / "wandb" / "run_id").rmdir()
         (out / "wandb" / "run_id").write_text("0123abc")
         archive(out)
         assert names(out / f"earlier-{number}") == ["metrics.jsonl"]
+        archives = [f"earlier-{earlier}" for earlier in range(1, number + 1)]
         for folder, files in written.items():
-            archives = [f"earlier-{earlier}" for earlier in range(1, number + 1)]
             assert names(out / folder) == sorted([*others, *archives]), folder
-            assert names(out / folder / archives[-1]) == files, folder
+            assert names(out / folder / archives[-1]) == files.split(), folder
 
 
-def test_ranks_leave_together_after_rank_0_has_finished(tmp_path: Path, ranks: Ranks) -> None:
+def test_ranks_leave_together_after_rank_0_has_finished(tmp_path, ranks):
     """srun counts `--wait` from the first rank that ends; what the run has to leave behind is written first."""
     config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})
-    assert ranks.run(2, order_of_the_end, config) == [
-        ["sample, with a summary", "barrier", "close"],
-        ["barrier", "close"],
-    ]
+    end = ["barrier", "close"]
+    assert ranks.run(2, order_of_the_end, config) == [["sample, with a summary", *end], end]
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["sample"] == "def f"

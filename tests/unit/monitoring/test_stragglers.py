@@ -1,7 +1,5 @@
 """Ranks that are reported as slow."""
 
-from collections.abc import Sequence
-
 import pytest
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
@@ -15,13 +13,12 @@ EVEN = [(0.2, 0.0), (0.2, 0.0), (0.8, 0.0), (0.8, 0.0)]
 SLOW = [(0.2, 0.0), (0.2, 0.0), (0.8, 0.0), (1.2, 0.0)]
 LATE = [(0.2, 0.0), (0.2, 0.4), (0.8, 0.0), (0.8, 0.0)]
 
-NAMED_SLOW = (
-    "straggler: rank 3 on node-1 takes 1.5 times as long as the median rank of stage 1, 3 log intervals in a row"
-)
-NAMED_LATE = "straggler: rank 1 on node-0 waits 40% of the time for samples, 3 log intervals in a row"
+SERIES = "3 log intervals in a row"
+NAMED_SLOW = f"straggler: rank 3 on node-1 takes 1.5 times as long as the median rank of stage 1, {SERIES}"
+NAMED_LATE = f"straggler: rank 1 on node-0 waits 40% of the time for samples, {SERIES}"
 
 
-def run(intervals: Sequence[Sequence[tuple[float, float]]], steps: int = 1, rollbacks: bool = False) -> None:
+def run(intervals, steps=1, rollbacks=False):
     """Report log intervals of `steps` steps of one second each; rollbacks: one after each step that is not logged."""
     stragglers = Stragglers(HOSTS)
     stragglers.on_start(0)
@@ -46,16 +43,11 @@ def run(intervals: Sequence[Sequence[tuple[float, float]]], steps: int = 1, roll
         ([SLOW] * 2, 9, []),  # intervals are counted, not steps
     ],
 )
-def test_stragglers(
-    caplog: pytest.LogCaptureFixture,
-    intervals: Sequence[Sequence[tuple[float, float]]],
-    steps: int,
-    expected: list[str],
-) -> None:
+def test_stragglers(caplog, intervals, steps, expected):
     run(intervals, steps)
     assert caplog.messages == expected
 
 
-def test_time_before_a_rollback_does_not_count(caplog: pytest.LogCaptureFixture) -> None:
+def test_time_before_a_rollback_does_not_count(caplog):
     run([LATE] * CONSECUTIVE_INTERVALS, steps=5, rollbacks=True)
     assert caplog.messages == [NAMED_LATE]

@@ -26,13 +26,13 @@ SUMMARY = RunSummary(
 )
 
 
-def printed(summary: RunSummary) -> str:
+def printed(summary):
     output = io.StringIO()
     print_summary(summary, Console(file=output, width=80))
     return output.getvalue()
 
 
-def test_result_is_printed_within_80_columns_without_control_codes() -> None:
+def test_result_is_printed_within_80_columns_without_control_codes():
     text = printed(SUMMARY)
     assert max(map(len, text.splitlines())) <= 80
     assert all(c.isprintable() or c == "\n" for c in text)
@@ -49,20 +49,14 @@ def test_result_is_printed_within_80_columns_without_control_codes() -> None:
     assert [line.split(":")[0] for line in bare.splitlines()] == ["Steps", "Tokens per second", "Run folder"]
 
 
-def test_file_contains_all_numbers_in_full_precision(tmp_path: Path) -> None:
+def test_file_contains_all_numbers_in_full_precision(tmp_path):
     path = write_summary(dataclasses.replace(SUMMARY, output_dir=tmp_path / "run"))
     assert path == tmp_path / "run" / "summary.json"
     record = json.loads(path.read_text())
     [validation] = record.pop("validation")
-    assert record == {
-        "name": "demo",
-        "steps": 1200,
-        "tokens_per_second": 12345.6,
-        "sample": SUMMARY.sample,
-        "output_dir": str(tmp_path / "run"),
-        "tensorboard_dir": "runs/my demo/tensorboard",
-        "checkpoint": "runs/demo/checkpoints/step_1200",
-    }
+    numbers = {"name": "demo", "steps": 1200, "tokens_per_second": 12345.6, "sample": SUMMARY.sample}
+    folders = {"tensorboard_dir": "runs/my demo/tensorboard", "checkpoint": "runs/demo/checkpoints/step_1200"}
+    assert record == numbers | folders | {"output_dir": str(tmp_path / "run")}
     heads = [(head["head"], head["loss"], head["accuracy"]) for head in validation["heads"]]
     assert heads == [(1, 1.5, 0.5), (2, 2.25, 0.25)]
     assert validation["heads"][1]["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 2, rel=1e-15)
@@ -70,11 +64,10 @@ def test_file_contains_all_numbers_in_full_precision(tmp_path: Path) -> None:
     assert validation["unigram_bits_per_byte"] == pytest.approx(3 / math.log(2) / 2, rel=1e-15)
 
 
-def test_absent_and_diverged_values_are_null(tmp_path: Path) -> None:
+def test_absent_and_diverged_values_are_null(tmp_path):
     bare = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path)).read_text())
     assert bare["validation"] == [] and bare["checkpoint"] is bare["tensorboard_dir"] is bare["sample"] is None
     diverged = (ValidationSet("web", (), 3.0, 1.0), HeadMetrics((math.nan,), (0.0,), math.nan))
-    [validation] = json.loads(write_summary(RunSummary("demo", 10, 5.0, tmp_path, [diverged])).read_text())[
-        "validation"
-    ]
+    summary = RunSummary("demo", 10, 5.0, tmp_path, [diverged])
+    [validation] = json.loads(write_summary(summary).read_text())["validation"]
     assert validation["heads"][0]["loss"] is validation["total"] is None and validation["name"] == "web"

@@ -1,25 +1,22 @@
 """A complete run on every rank that records the order of its last actions."""
 
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 
-def order_of_the_end(config: Path) -> list[str]:
+def order_of_the_end(config):
     """Train, and return what this rank does after its last save."""
     import torch.distributed as dist
 
     from mtp_dist import pretrain, run
 
-    done: list[str] = []
+    done = []
 
-    def recorded(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name, action):
         return lambda *arguments, **options: (done.append(name), action(*arguments, **options))[1]
 
-    def sample(*_: Any) -> str:
+    def sample(*_):
         written = (config.parent / "out" / "summary.json").exists()
         done.append("sample, with a summary" if written else "sample, without a summary")
         return "def f"

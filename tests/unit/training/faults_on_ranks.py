@@ -1,17 +1,16 @@
-"""Trainings on every rank with loss spikes and skipped steps at chosen steps."""
+"""Trainings on every rank with loss spikes, skipped steps and signals at chosen steps."""
 
 import itertools
-from collections.abc import Callable, Collection
+import signal
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mtp_dist.errors import TrainingDivergedError
 from mtp_dist.metrics import StepMetrics
 from mtp_dist.monitoring.callback import Callback
 from mtp_dist.training.spikes import SpikeDetector
-from mtp_dist.training.watchdog import Watchdog
 from tests.tiny import load_resolved
 
 TrainStep = Callable[..., tuple[StepMetrics, int]]
@@ -20,67 +19,64 @@ TrainStep = Callable[..., tuple[StepMetrics, int]]
 class FakeSpikes(SpikeDetector):
     """Reports chosen steps of those that are trained, counted from 1."""
 
-    def __init__(self, at: Collection[int]) -> None:
+    def __init__(self, at):
         super().__init__(None)
-        self.at = at
-        self.seen = 0
+        self.at, self.seen = at, 0
 
-    def update(self, loss: float | None) -> str | None:
+    def update(self, loss):
         super().update(loss)
         self.seen += 1
         return "a jump" if self.seen in self.at else None
 
 
 class Trained(NamedTuple):
-    reason: str
-    """Name of the stop reason, or the error message."""
-    losses: list[tuple[int, tuple[float | None, ...]]]
-    """Step and head losses of each trained step."""
-    recent: list[float]
-    """Losses that the next one would be compared with."""
-    logged: list[tuple[int, float, float]]
-    """Steps with rank statistics, and rank 0's seconds of passes and of all micro-batches."""
-    rollbacks: list[str]
-    """Watchdog phases of rollbacks."""
+    reason: str  # name of the stop reason, or the error message
+    losses: list[tuple[int, tuple[float | None, ...]]]  # step and head losses of each trained step
+    recent: list[float]  # losses that the next one would be compared with
+    logged: list[
+        tuple[int, float, float]
+    ]  # steps with rank statistics, rank 0's seconds of passes and of micro-batches
+    phases: list[str]  # of the watchdog
+    events: str
 
 
 class Recorder(Callback):
-    def __init__(self) -> None:
-        self.losses: list[tuple[int, tuple[float | None, ...]]] = []
-        self.logged: list[tuple[int, float, float]] = []
+    """Records the events of a rank, and lets a signal reach it during the step `signalled_in`."""
 
-    def on_step(self, metrics: StepMetrics) -> None:
+    def __init__(self, signals, signalled_in):
+        self.signals, self.signalled_in = signals, signalled_in
+        self.losses, self.logged, self.events = [], [], []
+
+    def on_step(self, metrics):
+        self.events.append(f"step {metrics.step}")
         self.losses.append((metrics.step, metrics.heads.losses))
-        for stats in metrics.ranks[:1]:
-            self.logged.append((metrics.step, stats.busy_seconds, stats.schedule_seconds))
+        self.logged += [(metrics.step, stats.busy_seconds, stats.schedule_seconds) for stats in metrics.ranks[:1]]
+        if metrics.step + 1 == self.signalled_in:
+            self.signals.received = signal.SIGUSR1
+
+    def on_stop(self, step, number):
+        self.events.append(f"stop {step} by {signal.Signals(number).name}")
+
+    def on_validation(self, step, *_):
+        self.events.append(f"validation {step}")
 
 
-class RecordingWatchdog(Watchdog):
-    def __init__(self) -> None:
-        super().__init__(None, 0)
-        self.phases: list[str] = []
-
-    def enter(self, phase: str) -> None:
-        self.phases.append(phase)
-
-
-def with_skips(train_step: TrainStep, skips: Collection[int]) -> TrainStep:
+def with_skips(train_step, skips):
     """Return a `train_step` that reports chosen steps of those that are trained, counted from 1, as skipped."""
     trained = itertools.count(1)
 
-    def train(*arguments: Any) -> tuple[StepMetrics, int]:
-        metrics, signal = train_step(*arguments)
-        return replace(metrics, skipped="a fault" if next(trained) in skips else None), signal
+    def train(*arguments):
+        metrics, number = train_step(*arguments)
+        return replace(metrics, skipped="a fault" if next(trained) in skips else None), number
 
     return train
 
 
-def train(
-    path: Path, spikes: Collection[int], start: tuple[Path, int] | None = None, skips: Collection[int] = ()
-) -> Trained:
+def train(path, spikes=(), start=None, skips=(), signalled_in=None):
     """Train with passes of 1 second per step, and 2 seconds for all of its micro-batches.
 
     spikes, skips: trained steps, counted from 1. start: a checkpoint and the number of samples to pass over.
+    signalled_in: step by rank.
     """
     from mtp_dist.checkpoint.find import ResumePoint
     from mtp_dist.checkpoint.format import read_metadata
@@ -107,21 +103,24 @@ def train(
         point = ResumePoint(folder, saved.step, saved.config, recent_losses=saved.recent_losses)
         if config.data.train[0].stream:
             datasets.train.read(0, samples_read)
-    recorder, watchdog, callbacks = Recorder(), RecordingWatchdog(), list[Callback]()
+    signals, phases, callbacks = StopSignals(), [], []
+    recorder = Recorder(signals, signalled_in and signalled_in[topology.rank])
     if topology.rank == 0:
         step = point.step if point else 0
         callbacks = rank0_callbacks(config, topology, datasets.validation, [""] * topology.world_size, step)
     saver = CheckpointSaver(config, engine, groups)
-    observers, signals = [*callbacks, recorder], StopSignals()
+    save = saver.save
+    saver.save = lambda state, last: (recorder.events.append(f"save {state.step}"), save(state, last))
+    observers, watchdog = [*callbacks, recorder], SimpleNamespace(enter=phases.append)
     run = (config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
     trainer = Trainer(*run)
-    trainer.train_step = with_skips(trainer.train_step, skips)  # type: ignore[method-assign]
-    engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))  # type: ignore[assignment]
+    trainer.train_step = with_skips(trainer.train_step, skips)
+    engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))
     trainer.spikes = FakeSpikes(spikes)
     try:
         reason = trainer.fit().reason.name
     except TrainingDivergedError as error:
         reason = str(error)
     saver.join()
-    rollbacks = [phase for phase in watchdog.phases if "rollback" in phase]
-    return Trained(reason, recorder.losses, trainer.spikes.losses, recorder.logged, rollbacks)
+    events = ", ".join(recorder.events)
+    return Trained(reason, recorder.losses, trainer.spikes.losses, recorder.logged, phases, events)

@@ -2,13 +2,11 @@
 
 import io
 import json
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.engine.engine import head_metrics
@@ -24,14 +22,15 @@ from mtp_dist.monitoring.writers.progress import ProgressBar
 from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.training.spikes import SpikeDetector
 from tests.tiny import tiny_config
+from tests.unit.monitoring.test_writers import read_tensorboard
 
-NO_TARGETS: dict[str, Any] = {"cross_entropy": [0.0] * 3, "correct": [0.0] * 3, "targets": [0.0] * 3}
-DISTILLED: dict[str, Any] = {"cross_entropy": [16.0, 12.0, 10.0], "targets": [8.0, 4.0, 2.0]}
+NO_TARGETS = {"cross_entropy": [0.0] * 3, "correct": [0.0] * 3, "targets": [0.0] * 3}
+DISTILLED = {"cross_entropy": [16.0, 12.0, 10.0], "targets": [8.0, 4.0, 2.0]}
 DISTILLED |= {"soft_cross_entropy": [0.0, 20.0, 14.0], "distillation": 0.1}
 ALL_ACCURACIES, LOSS_2, LOSS_3 = (0.25, 0.75, 0.0), 0.5 * (3 + 0.1 * 5), 0.25 * (5 + 0.1 * 7)
 
 
-def metrics_of(active: int = 3, token_order_sum: float = 0.0, **values: Any) -> HeadMetrics:
+def metrics_of(active=3, token_order_sum=0.0, **values):
     """Return the metrics of 3 heads with 8, 4 and no targets. values: columns of the sums, or keys of `heads`."""
     columns = {"cross_entropy": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]} | values
     heads = {key: columns.pop(key) for key in ("distillation", "token_order") if key in columns}
@@ -43,43 +42,32 @@ def metrics_of(active: int = 3, token_order_sum: float = 0.0, **values: Any) -> 
     return head_metrics(config, sums, HeadSchedule((1.0, 0.5, 0.25), active))
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        pytest.param({}, HeadMetrics((2.0, 3.0, None), (0.25, 0.75, None), 3.5), id="means over valid targets"),
-        pytest.param({"active": 2}, HeadMetrics((2.0, 3.0), (0.25, 0.75), 3.5), id="active heads only"),
-        pytest.param({"active": 1}, HeadMetrics((2.0,), (0.25,), 2.0), id="one active head"),
-        pytest.param(
-            NO_TARGETS | {"distillation": 0.1},
-            HeadMetrics((None,) * 3, (None,) * 3, None, (None, None)),
-            id="no target",
-        ),
-        pytest.param(
-            NO_TARGETS | {"token_order": 0.1}, HeadMetrics((None,) * 3, (None,) * 3, None), id="no target for the order"
-        ),
-        pytest.param(
-            DISTILLED, HeadMetrics((2.0, 3.0, 5.0), ALL_ACCURACIES, 2 + LOSS_2 + LOSS_3, (5.0, 7.0)), id="distillation"
-        ),
-        pytest.param(
-            DISTILLED | {"active": 2}, HeadMetrics((2.0, 3.0), (0.25, 0.75), 2 + LOSS_2, (5.0,)), id="distilled head 2"
-        ),
-        pytest.param(DISTILLED | {"active": 1}, HeadMetrics((2.0,), (0.25,), 2.0), id="no distilled head"),
-        pytest.param(
-            {"token_order": 0.1, "token_order_sum": 24.0, "active": 1},
-            HeadMetrics((2.0,), (0.25,), 2 + 0.1 * 3, token_order=3.0),
-            id="token order over the targets of head 1",
-        ),
-    ],
-)
-def test_head_metrics(values: dict[str, Any], expected: HeadMetrics) -> None:
+NONE = (None,) * 3
+CASES = {
+    "means over valid targets": ({}, HeadMetrics((2.0, 3.0, None), (0.25, 0.75, None), 3.5)),
+    "active heads only": ({"active": 2}, HeadMetrics((2.0, 3.0), (0.25, 0.75), 3.5)),
+    "one active head": ({"active": 1}, HeadMetrics((2.0,), (0.25,), 2.0)),
+    "no target": (NO_TARGETS | {"distillation": 0.1}, HeadMetrics(NONE, NONE, None, (None, None))),
+    "no target for the order": (NO_TARGETS | {"token_order": 0.1}, HeadMetrics(NONE, NONE, None)),
+    "distillation": (DISTILLED, HeadMetrics((2.0, 3.0, 5.0), ALL_ACCURACIES, 2 + LOSS_2 + LOSS_3, (5.0, 7.0))),
+    "distilled head 2": (DISTILLED | {"active": 2}, HeadMetrics((2.0, 3.0), (0.25, 0.75), 2 + LOSS_2, (5.0,))),
+    "no distilled head": (DISTILLED | {"active": 1}, HeadMetrics((2.0,), (0.25,), 2.0)),
+    "token order over the targets of head 1": (
+        {"token_order": 0.1, "token_order_sum": 24.0, "active": 1},
+        HeadMetrics((2.0,), (0.25,), 2 + 0.1 * 3, token_order=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "expected"), CASES.values(), ids=CASES)
+def test_head_metrics(values, expected):
     found = metrics_of(**values)
     assert found.total == (None if expected.total is None else pytest.approx(expected.total, rel=1e-15))
-    for name in ("losses", "accuracies", "distillation", "token_order"):
-        assert getattr(found, name) == getattr(expected, name), name
+    assert replace(found, total=None) == replace(expected, total=None)
     assert expected.losses[0] is not None or SpikeDetector(3.0).update(found.losses[0]) is None
 
 
-def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path) -> None:
+def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path):
     heads, output = metrics_of(), io.StringIO()
     console = Console(file=output, width=80)
     writers = [JsonlWriter(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
@@ -93,9 +81,7 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path
     assert {name for name, value in step.items() if value is None} == missing
     assert {name for name, value in validation.items() if value is None} == missing_in_validation
     assert step["loss/total"] == 3.5
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    written = set(events.Tags()["scalars"])
+    written = set(read_tensorboard(tmp_path).Tags()["scalars"])
     assert "loss/head_2" in written and not written & (missing | missing_in_validation)
     assert "head losses 2.0000 3.0000 - | total 3.5000" in output.getvalue()
 
@@ -107,7 +93,7 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path: Path
     assert written_set["heads"][2] == {"head": 3, "loss": None, "bits_per_byte": None, "accuracy": None}
 
 
-def test_validation_scalars_of_existing_losses_only() -> None:
+def test_validation_scalars_of_existing_losses_only():
     few = validation_scalars(HeadMetrics((2.0,), (0.25,), 2.0), None, 2.0)
     names = ("loss/head_1", "loss/total", "accuracy/head_1", "bits_per_byte/head_1")
     assert few.keys() == {f"validation/{name}" for name in names}

@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,28 +16,28 @@ from tests.tiny import tiny_config
 class Clock:
     """A clock that only `sleep` moves; it calls `on_sleep` then."""
 
-    def __init__(self, on_sleep: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, on_sleep=lambda: None):
         self.now = 0.0
         self._on_sleep = on_sleep
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds):
         self.now += seconds
         self._on_sleep()
 
 
-def lock_of(folder: Path, clock: Clock | None = None, **config: Any) -> RunLock:
+def lock_of(folder, clock=None, **config):
     clock = clock or Clock()
     config = {"run": {"output_dir": str(folder)}} | config
     return RunLock(tiny_config(**config), monotonic=lambda: clock.now, sleep=clock.sleep)
 
 
-def refusal(lock: RunLock) -> str:
+def refusal(lock):
     with pytest.raises(LaunchError) as refused, lock:
         pass
     return str(refused.value)
 
 
-def write_lock(folder: Path, **changes: str) -> Path:
+def write_lock(folder, **changes):
     """Write the lock that another process would have left."""
     with lock_of(folder):
         record = json.loads((folder / "run.lock").read_text()) | {"token": "another"} | changes | {"host": "node-7"}
@@ -48,17 +46,13 @@ def write_lock(folder: Path, **changes: str) -> Path:
     return folder / "run.lock"
 
 
-def ended_process() -> dict[str, str]:
+def ended_process():
     """Return the record of a process that has ended."""
-    program = (
-        "import json\nfrom mtp_dist.training.run_lock import describe_process\nprint(json.dumps(describe_process()))"
-    )
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    record: dict[str, str] = json.loads(output)
-    return record
+    program = "import json, mtp_dist.training.run_lock as lock; print(json.dumps(lock.describe_process()))"
+    return json.loads(subprocess.check_output([sys.executable, "-c", program]))
 
 
-def test_output_dir_belongs_to_one_run(tmp_path: Path) -> None:
+def test_output_dir_belongs_to_one_run(tmp_path):
     out = tmp_path / "new" / "out"
     with lock_of(out):
         message = refusal(lock_of(out))
@@ -71,7 +65,7 @@ def test_output_dir_belongs_to_one_run(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["metrics.jsonl"]
 
 
-def test_checkpoint_directory_belongs_to_one_run(tmp_path: Path) -> None:
+def test_checkpoint_directory_belongs_to_one_run(tmp_path):
     """Also if it lies in the folder of one run and another run names it, or a link to it."""
     (tmp_path / "link").symlink_to(tmp_path / "a" / "checkpoints")
     with lock_of(tmp_path / "a"):
@@ -84,17 +78,13 @@ def test_checkpoint_directory_belongs_to_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["mount point", "read-only parent"])
-def test_output_dir_that_is_the_checkpoint_directory_has_one_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obstacle: str
-) -> None:
+def test_output_dir_that_is_the_checkpoint_directory_has_one_lock(tmp_path, monkeypatch, obstacle):
     """The checkpoints' lock cannot be next to their folder, and both names lead to the same file."""
     out = tmp_path / "out"
     out.mkdir()
     (tmp_path / "link").symlink_to(out)
-    if obstacle == "mount point":
-        monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
-    else:
-        monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: obstacle == "mount point" and path == out)
+    monkeypatch.setattr(os, "access", lambda path, _: obstacle == "mount point" or path != tmp_path)
     checkpoint = {"directory": str(out)}
     with lock_of(tmp_path / "link", checkpoint=checkpoint):
         assert [path.name for path in out.iterdir()] == ["run.lock"]
@@ -104,24 +94,21 @@ def test_output_dir_that_is_the_checkpoint_directory_has_one_lock(
 
 
 OTHER_MACHINE = {"process": "another machine 7"}
-MACHINE = describe_process()["process"].rpartition(" ")[0]
+STALE = {
+    "its PID is another process by now": (
+        {"process": describe_process()["process"].rpartition(" ")[0] + " 1"},
+        None,
+        0,
+    ),
+    "SLURM restarted its job": (OTHER_MACHINE | {"job": "77", "restarts": "0"}, None, 0),
+    "another machine without refreshes": (OTHER_MACHINE, None, 60),
+    "a machine that failed in the middle of a line": (OTHER_MACHINE, "half a li", 60),
+    "a machine that failed in the middle of its record": (OTHER_MACHINE, '{"process": 7}', 60),
+}
 
 
-@pytest.mark.parametrize(
-    ("record", "content", "seconds"),
-    [
-        pytest.param({"process": f"{MACHINE} 1"}, None, 0, id="its PID is another process by now"),
-        pytest.param(OTHER_MACHINE | {"job": "77", "restarts": "0"}, None, 0, id="SLURM restarted its job"),
-        pytest.param(OTHER_MACHINE, None, 60, id="another machine without refreshes"),
-        *(
-            pytest.param(OTHER_MACHINE, content, 60, id=f"a machine that failed while it wrote {content!r}")
-            for content in ("half a li", '{"process": 7}')
-        ),
-    ],
-)
-def test_stale_lock_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: dict[str, str], content: str | None, seconds: int
-) -> None:
+@pytest.mark.parametrize(("record", "content", "seconds"), STALE.values(), ids=STALE)
+def test_stale_lock_is_taken_over(tmp_path, monkeypatch, record, content, seconds):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     path, clock = write_lock(tmp_path, **record), Clock()
@@ -130,7 +117,7 @@ def test_stale_lock_is_taken_over(
         assert seconds <= clock.now < seconds + 5
 
 
-def test_lock_of_an_ended_process_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lock_of_an_ended_process_is_taken_over(tmp_path, caplog):
     ended, clock = ended_process(), Clock()
     assert describe_process()["process"] != ended["process"]
     write_lock(tmp_path, **ended)
@@ -141,20 +128,16 @@ def test_lock_of_an_ended_process_is_taken_over(tmp_path: Path, caplog: pytest.L
     assert message.endswith("that process has ended")
 
 
-def test_refreshed_lock_of_another_machine_is_respected(tmp_path: Path) -> None:
+def test_refreshed_lock_of_another_machine_is_respected(tmp_path):
     path = write_lock(tmp_path, process="another machine 7", job="77", pid="5")
-
-    def refresh() -> None:
-        if clock.now == 9:
-            path.write_text(path.read_text().replace('"beat": "0', '"beat": "1'))
-
-    clock = Clock(refresh)
+    refreshed = path.read_text().replace('"beat": "0', '"beat": "1')
+    clock = Clock(lambda: clock.now == 9 and path.write_text(refreshed))
     message = refusal(lock_of(tmp_path, clock))
     assert "on node-7 (process 5, SLURM job 77)" in message and "`scancel 77`" in message
     assert clock.now < 15
 
 
-def test_one_of_two_simultaneous_takeovers_wins(tmp_path: Path) -> None:
+def test_one_of_two_simultaneous_takeovers_wins(tmp_path):
     path = write_lock(tmp_path, **ended_process())
     faster = json.loads(path.read_text()) | {"process": "another machine 7", "token": "faster", "pid": "8"}
     clock = Clock(lambda: path.write_text(json.dumps(faster | {"beat": f"{int(clock.now):010d}"}) + "\n"))
@@ -162,9 +145,9 @@ def test_one_of_two_simultaneous_takeovers_wins(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["token"] == "faster"
 
 
-def test_run_notices_that_its_lock_was_taken_over(tmp_path: Path) -> None:
+def test_run_notices_that_its_lock_was_taken_over(tmp_path):
     lock, path = lock_of(tmp_path), tmp_path / "run.lock"
-    lost: list[str] = []
+    lost = []
     with lock:
         before = path.read_text()
         lock.refresh(lost.append)
@@ -173,6 +156,5 @@ def test_run_notices_that_its_lock_was_taken_over(tmp_path: Path) -> None:
         other = after.replace(json.loads(after)["token"], "another")
         path.write_text(other)
         lock.refresh(lost.append)
-    [text] = lost
-    assert str(path) in text
+    assert len(lost) == 1 and str(path) in lost[0]
     assert path.read_text() == other, "another run's lock stays"

@@ -7,11 +7,11 @@ from mtp_dist.training.spikes import WINDOW, SpikeDetector
 NUMBERS = random.Random(0)
 
 
-def noisy(mean: float) -> float:
+def noisy(mean):
     return mean + NUMBERS.gauss(0, 0.03)
 
 
-def test_spike_is_described_and_does_not_mask_the_next_one() -> None:
+def test_spike_is_described_and_does_not_mask_the_next_one():
     detector = SpikeDetector(6.0)
     losses = [2.0 + 0.1 * (-1) ** index for index in range(WINDOW)]
     assert not any(map(detector.update, losses)) and detector.update(2.59) is None
@@ -23,14 +23,14 @@ def test_spike_is_described_and_does_not_mask_the_next_one() -> None:
     assert SpikeDetector(None).update(1e9) is None
 
 
-def test_lasting_rise_is_a_spike_for_some_steps() -> None:
+def test_lasting_rise_is_a_spike_for_some_steps():
     detector = SpikeDetector(6.0)
     spikes = [detector.update(noisy(2.0 if step < 1000 else 2.5)) is not None for step in range(2000)]
     assert spikes[1000] and sum(spikes) < 20 and not any(spikes[1020:])
 
 
-def test_restored_detector_compares_with_earlier_losses() -> None:
-    def losses(first: int, last: int) -> list[float]:
+def test_restored_detector_compares_with_earlier_losses():
+    def losses(first, last):
         return [noisy(2 + 3 / (1 + step / 500)) for step in range(first, last)]
 
     detector, other = SpikeDetector(6.0), SpikeDetector(6.0)
@@ -43,12 +43,12 @@ def test_restored_detector_compares_with_earlier_losses() -> None:
         assert restored.losses == saved and not any(map(restored.update, losses(1000, 2000)))
 
 
-def test_noisy_falling_loss_has_no_spike() -> None:
+def test_noisy_falling_loss_has_no_spike():
     numbers, detector = random.Random(0), SpikeDetector(6.0)
     assert not any(detector.update(5 / (1 + step / 100) + numbers.gauss(0, 0.05)) for step in range(2000))
 
 
-def test_no_loss_is_a_spike_until_the_window_is_full() -> None:
+def test_no_loss_is_a_spike_until_the_window_is_full():
     detector = SpikeDetector(6.0)
     assert not any(detector.update(float(step % 2)) for step in range(WINDOW - 1))
     assert detector.update(1.0) is None and detector.update(200.0)

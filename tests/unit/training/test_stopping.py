@@ -6,31 +6,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from mtp_dist.training.stopping import STOP_SIGNALS, StopSignals, exit_status
 from tests.integration import jobs
-from tests.ranks import Ranks
-from tests.unit.training.stopping_on_ranks import train
+from tests.unit.training.faults_on_ranks import train
 
 TIMEOUT_S = 20
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
     "numbers", [*([number] for number in STOP_SIGNALS), [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]]
 )
-def test_signals_are_recorded(numbers: list[signal.Signals]) -> None:
+def test_signals_are_recorded(numbers):
     """One SIGTERM may arrive twice, and after another signal."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with StopSignals() as signals:
@@ -38,7 +28,10 @@ def test_signals_are_recorded(numbers: list[signal.Signals]) -> None:
         assert all(signal.getsignal(number) not in before for number in STOP_SIGNALS)
         for number in numbers:
             os.kill(os.getpid(), number)
-            wait_until(lambda number=number: signals.received == number)
+            deadline = time.monotonic() + TIMEOUT_S
+            while signals.received != number:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -60,29 +53,27 @@ with stopping.StopSignals() as signals:
 
 
 @contextmanager
-def started(program: str) -> Iterator[subprocess.Popen[str]]:
+def started(program):
     """Start a program, wait for its "ready", and kill it at the end or if it takes too long."""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    killer = threading.Timer(TIMEOUT_S, process.kill)
-    killer.start()
-    try:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        killer.cancel()
-        process.kill()
-        process.communicate()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        killer = threading.Timer(TIMEOUT_S, process.kill)
+        killer.start()
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            killer.cancel()
+            process.kill()
 
 
-def test_only_an_interactive_stop_is_not_continued() -> None:
+def test_only_an_interactive_stop_is_not_continued():
     assert [exit_status(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [75, 75]
     assert [exit_status(number) for number in (signal.SIGINT, signal.SIGHUP)] == [130, 129]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_second_signal_ends_a_stuck_process(number: signal.Signals) -> None:
+def test_second_signal_ends_a_stuck_process(number):
     with started(STUCK) as process:
-        assert process.stdout
         process.send_signal(number)
         assert process.stdout.readline() == f"{number.value}\n"
         assert process.poll() is None
@@ -90,10 +81,9 @@ def test_second_signal_ends_a_stuck_process(number: signal.Signals) -> None:
         assert process.wait(TIMEOUT_S) == 128 + number
 
 
-def test_inherited_ignored_signals_stay_ignored() -> None:
+def test_inherited_ignored_signals_stay_ignored():
     """Such as SIGHUP under nohup, and SIGINT in a shell's background job."""
     with started("import signal\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n" + STUCK) as process:
-        assert process.stdout
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             process.send_signal(number)
         assert process.stdout.readline() == f"{signal.SIGUSR1.value}\n"
@@ -109,8 +99,9 @@ NEVER = "step 1, step 2, validation 2, step 3, step 4, validation 4, save 4"
     ("signalled_in", "expected"),
     [((None, 2), AFTER_2), ((3, 2), AFTER_2), ((3, None), AFTER_3), ((None, None), NEVER), ((4, 4), NEVER)],
 )
-def test_all_ranks_stop_after_the_same_step(
-    tmp_path: Path, ranks: Ranks, signalled_in: tuple[int | None, ...], expected: str
-) -> None:
+def test_all_ranks_stop_after_the_same_step(tmp_path, ranks, signalled_in, expected):
     config = jobs.write_config(tmp_path, parallel={"pipeline": 2}, train={"steps": 4, "validate_every": 2})
-    assert ranks.run(2, train, config, signalled_in) == [(expected == NEVER, expected)] * 2
+    for run in ranks.run(2, train, config, (), None, (), signalled_in):
+        assert (run.reason == "LAST_STEP", run.events) == (expected == NEVER, expected)
+        assert run.phases[:5] == ["the start", "step 1", "the log of step 1", "step 2", "the log of step 2"]
+        assert expected == AFTER_2 or run.phases[5] == "the validation after step 2"

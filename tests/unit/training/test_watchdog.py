@@ -35,25 +35,25 @@ print("the end")
 """
 
 
-def run(hang: str, seconds: float | None = 1.0, grace: float = 600.0) -> subprocess.CompletedProcess[str]:
+def run(hang, seconds=1.0, grace=600.0):
     program = PROGRAM.format(hang=hang, seconds=seconds, grace=grace)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
 
 
-def test_hanging_step_ends_the_process() -> None:
+def test_hanging_step_ends_the_process():
     ended = run("sleep_too_long()")
     assert ended.returncode == EXIT_HUNG and not ended.stdout
     assert ended.stderr.startswith("error: rank 3: step 4 takes longer than run.step_timeout = 1 s; all threads:\n")
     assert "in sleep_too_long" in ended.stderr
 
 
-def test_thread_that_keeps_the_interpreter_lock_ends_the_process() -> None:
+def test_thread_that_keeps_the_interpreter_lock_ends_the_process():
     ended = run("keep_the_lock_too_long()", grace=0.5)
     assert ended.returncode != 0 and not ended.stdout
     assert "in keep_the_lock_too_long" in ended.stderr
 
 
 @pytest.mark.parametrize(("hang", "seconds"), [("pass", 1.0), ("time.sleep(1.5)", 1.0), ("now[0] += 1000", None)])
-def test_phases_within_the_limit_do_not_end_the_process(hang: str, seconds: float | None) -> None:
+def test_phases_within_the_limit_do_not_end_the_process(hang, seconds):
     ended = run(hang, seconds)
     assert ended.returncode == 0 and ended.stdout == "the end\n" and not ended.stderr

@@ -4,12 +4,10 @@ import logging
 
 import pytest
 
-from mtp_dist.config import Config
-
 SLOWED = 2
 
 
-def preflight(config: Config, slowed: bool) -> list[str]:
+def preflight(config, slowed):
     """Return this rank's log messages."""
     from mtp_dist.distributed.device import select_device
     from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
@@ -18,16 +16,12 @@ def preflight(config: Config, slowed: bool) -> list[str]:
 
     topology = initialize_topology(config, select_device(config))
     configure_logging(topology.rank)
-    messages: list[str] = []
-
-    class Recorder(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    PACKAGE_LOGGER.addHandler(Recorder())
+    messages, recorder = [], logging.Handler()
+    recorder.emit = lambda record: messages.append(record.getMessage())
+    PACKAGE_LOGGER.addHandler(recorder)
     measured = module.matmul_rate
 
-    def matmul_rate(*arguments: object) -> float:
+    def matmul_rate(*arguments):
         assert measured(*arguments) > 0
         return 4.0 if slowed and topology.rank == SLOWED else 10.0
 

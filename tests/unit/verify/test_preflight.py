@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +9,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mtp_dist.verify.preflight import ROWS_SHOWN, SLOW, RankReport, find_slow, print_reports, write_reports
-from tests.ranks import Ranks
 from tests.tiny import tiny_config
 from tests.unit.verify.preflight_on_ranks import SLOWED, preflight
 
@@ -18,18 +16,15 @@ ALL_REDUCE = "all-reduce, data"
 LINK = "to the next stage"
 
 
-def report(
-    rank: int, matmul: float = 100.0, host: str = "node-0", **others: tuple[str, list[int], float]
-) -> RankReport:
+def report(rank, matmul=100.0, host="node-0", **others):
     """Return a rank's report; others: kind, ranks that take part and value of more measurements."""
-    values = {"matmul": matmul} | {kind: value for kind, _, value in others.values()}
-    return RankReport(
-        rank, host, "GPU", values, {"matmul": [rank]} | {kind: ranks for kind, ranks, _ in others.values()}
-    )
+    measured = [("matmul", [rank], matmul), *others.values()]
+    values, groups = {kind: value for kind, _, value in measured}, {kind: ranks for kind, ranks, _ in measured}
+    return RankReport(rank, host, "GPU", values, groups)
 
 
 @given(st.lists(st.floats(0.81, 1.0), min_size=1, max_size=40), st.data())
-def test_slow_rank_is_the_only_one_reported(rates: list[float], data: st.DataObject) -> None:
+def test_slow_rank_is_the_only_one_reported(rates, data):
     reports = [report(rank, rate) for rank, rate in enumerate(rates)]
     assert find_slow(reports) == [], "the median of these is at most 1, and all are above 0.8"
     slow = data.draw(st.integers(0, len(rates) - 1))
@@ -41,7 +36,7 @@ def test_slow_rank_is_the_only_one_reported(rates: list[float], data: st.DataObj
         assert f"rank {slow} (node-7): matmul 0.5 TFLOP/s" in str(found)
 
 
-def test_slow_group_is_reported_once_by_its_slowest_member() -> None:
+def test_slow_group_is_reported_once_by_its_slowest_member():
     groups = [[0, 2], [1, 3], [4, 6], [5, 7]]
     reports = [
         report(rank, host=f"node-{rank // 4}", one=(ALL_REDUCE, group, {1: 60.0, 3: 20.0}.get(rank, 50.0)))
@@ -53,24 +48,19 @@ def test_slow_group_is_reported_once_by_its_slowest_member() -> None:
     assert str(found) == "preflight: ranks 1, 3 (node-0): all-reduce, data 20 GB/s, 40% of the median 50"
 
 
-@pytest.mark.parametrize(
-    ("hosts", "slow"),
-    [
+def test_links_between_machines_are_compared_with_each_other():
+    for hosts, slow in (
         ("0011", []),  # the only link between machines has no peer
         ("0123", [([1, 2], ["node-1", "node-2"])]),
-    ],
-)
-def test_links_between_machines_are_compared_with_each_other(
-    hosts: str, slow: list[tuple[list[int], list[str]]]
-) -> None:
-    rates = [200.0, 20.0, 190.0]
-    reports = [report(rank, host=f"node-{hosts[rank]}", one=(LINK, [rank, rank + 1], rates[rank])) for rank in range(3)]
-    found = find_slow([*reports, report(3, host=f"node-{hosts[3]}")])
-    assert [(each.ranks, each.hosts) for each in found] == slow
+    ):
+        names, links = [f"node-{host}" for host in hosts], zip((0, 1, 2), (200.0, 20.0, 190.0), strict=True)
+        reports = [report(rank, host=names[rank], one=(LINK, [rank, rank + 1], rate)) for rank, rate in links]
+        found = find_slow([*reports, report(3, host=names[3])])
+        assert [(each.ranks, each.hosts) for each in found] == slow
 
 
 @pytest.mark.parametrize("number", [ROWS_SHOWN, ROWS_SHOWN + 1])
-def test_table_of_many_ranks_is_a_summary_and_the_slow_ones(number: int, tmp_path: Path) -> None:
+def test_table_of_many_ranks_is_a_summary_and_the_slow_ones(number, tmp_path):
     reports = [report(rank, 50.0 if rank == 7 else 100.0) for rank in range(number)]
     output = io.StringIO()
     print_reports(reports, find_slow(reports), Console(file=output, width=120))
@@ -83,12 +73,9 @@ def test_table_of_many_ranks_is_a_summary_and_the_slow_ones(number: int, tmp_pat
 
 
 @pytest.mark.parametrize("slowed", [False, True])
-def test_every_rank_measures_and_rank_0_logs_the_slow_one(ranks: Ranks, tmp_path: Path, slowed: bool) -> None:
-    config = tiny_config(
-        parallel={"tensor": 2, "pipeline": 2},
-        train={"precision": "bf16"},
-        run={"device": "cpu", "output_dir": str(tmp_path)},
-    )
+def test_every_rank_measures_and_rank_0_logs_the_slow_one(ranks, tmp_path, slowed):
+    run, parallel = {"output_dir": str(tmp_path)}, {"tensor": 2, "pipeline": 2}
+    config = tiny_config(parallel=parallel, train={"precision": "bf16"}, run=run)
     first, *others = ranks.run(4, preflight, config, slowed)
     assert first and others == [[]] * 3
     matmuls = [message for message in first if "matmul" in message]

@@ -1,14 +1,13 @@
 """Parts of the self-check; the parity tests show that its comparison finds differences."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mtp_dist.config import Config, build_config
+from mtp_dist.config import build_config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import ConfigError
 from mtp_dist.model.targets import IGNORE_INDEX
@@ -16,36 +15,29 @@ from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.verify.reference_training import local_batch, random_batch
 from mtp_dist.verify.selfcheck import PARAMETER_LIMIT, reduced, relative_error, with_small_batch
-from tests.ranks import Ranks
 from tests.tiny import tiny_config
 from tests.unit.verify.selfcheck_on_ranks import selfcheck_of
 
-SEVEN_BILLION = {
-    "vocab_size": 128_000,
-    "hidden_size": 4096,
-    "trunk_layers": 28,
-    "num_attention_heads": 32,
-    "num_query_groups": 8,
-    "ffn_hidden_size": 11008,
-}
+SEVEN_BILLION = {"vocab_size": 128_000, "hidden_size": 4096, "trunk_layers": 28, "num_attention_heads": 32}
+SEVEN_BILLION |= {"num_query_groups": 8, "ffn_hidden_size": 11008}
 SEVENTY_BILLION = {"hidden_size": 8192, "trunk_layers": 80, "num_attention_heads": 64, "ffn_hidden_size": 28672}
 TRAIN = {"global_batch_size": 1024, "micro_batch_size": 4, "sequence_length": 4096, "precision": "bf16"}
 
 
-def check_reduction(config: Config) -> Config:
+def check_reduction(config):
     """Return the reduced configuration after checking that it is valid and has the same layout."""
     small = with_small_batch(reduced(config), config.dp_size)
     values = small.model_dump(mode="json")
     assert build_config(values).model_dump(mode="json") == values, "its settings are compatible"
     assert small.micro_batches == 2 * config.parallel.pipeline
-    for kept in ("parallel", "heads"):
-        assert getattr(small, kept) == getattr(config, kept)
-    assert small.train.precision == config.train.precision
-    grouped = config.model.query_groups < config.model.num_attention_heads
-    assert (small.model.query_groups < small.model.num_attention_heads) == grouped
-    assert small.model.tie_embeddings == config.model.tie_embeddings
-    assert small.vocab_size <= config.vocab_size
-    assert small.train.sequence_length <= 2048
+    assert (small.parallel, small.heads, small.train.precision) == (
+        config.parallel,
+        config.heads,
+        config.train.precision,
+    )
+    attention, other = ((m.query_groups < m.num_attention_heads, m.tie_embeddings) for m in (small.model, config.model))
+    assert attention == other, "grouped queries and tied embeddings stay"
+    assert small.vocab_size <= config.vocab_size and small.train.sequence_length <= 2048
     tokens, expected = (c.train.micro_batch_size * c.train.sequence_length for c in (small, config))
     assert expected <= tokens < expected + small.train.sequence_length, "sums over a micro-batch are as long"
     assert parameter_counts(small).total <= parameter_counts(config).total
@@ -53,29 +45,30 @@ def check_reduction(config: Config) -> Config:
     return small
 
 
+EIGHT_BY_EIGHT = {"tensor": 8, "pipeline": 8, "sequence": True}
+
+
 @pytest.mark.parametrize(
     ("parallel", "model"),
     [
-        ({"tensor": 8, "pipeline": 8, "sequence": True}, {}),
+        (EIGHT_BY_EIGHT, {}),
         ({"tensor": 8, "pipeline": 8, "partition": [4, 4, 4, 4, 4, 4, 3, 1]}, {}),
-        ({"pipeline": 4, "partition": [10, 9, 9, 0]}, {}),
+        *((parallel, {}) for parallel in ({}, {"pipeline": 28}, {"pipeline": 4, "partition": [10, 9, 9, 0]})),
         ({"tensor": 2, "pipeline": 7, "partition": "uniform"}, {}),
-        ({"pipeline": 28}, {}),
-        ({}, {}),
         ({"tensor": 8}, {"num_query_groups": None, "ffn_hidden_size": None}),
-        ({"tensor": 8, "pipeline": 8, "sequence": True}, SEVENTY_BILLION),
+        (EIGHT_BY_EIGHT, SEVENTY_BILLION),
     ],
 )
-def test_big_models_are_reduced_and_stay_valid(parallel: dict[str, Any], model: dict[str, Any]) -> None:
+def test_big_models_are_reduced_and_stay_valid(parallel, model):
     world_size = 2 * parallel.get("tensor", 1) * parallel.get("pipeline", 1)
     config = tiny_config(world_size, parallel=parallel, model=SEVEN_BILLION | model, train=TRAIN)
     small = check_reduction(config)
     assert parameter_counts(small).total <= PARAMETER_LIMIT < parameter_counts(config).total
-    if not isinstance(config.parallel.partition, str):
-        assert trunk_layers_per_stage(small) == config.parallel.partition
+    partition = config.parallel.partition
+    assert isinstance(partition, str) or trunk_layers_per_stage(small) == partition
 
 
-def test_small_models_stay_as_they_are() -> None:
+def test_small_models_stay_as_they_are():
     config = tiny_config(train={"micro_batch_size": 1})
     assert reduced(config) == config
 
@@ -89,31 +82,20 @@ def test_small_models_stay_as_they_are() -> None:
     st.sampled_from([None, 8, 1000, 16384]),
     st.tuples(st.sampled_from([1, 60, 64, 100, 8192]), st.integers(1, 5)),
 )
-def test_every_valid_configuration_stays_valid(
-    tensor: int,
-    pipeline: int,
-    data: int,
-    sizes: tuple[int, int | None, int],
-    parallel: dict[str, Any],
-    ffn: int | None,
-    batch: tuple[int, int],
-) -> None:
+def test_every_valid_configuration_stays_valid(tensor, pipeline, data, sizes, parallel, ffn, batch):
     (head_dim, groups, extra_layers), (length, micro_batch) = sizes, batch
     model = {"vocab_size": 50_000, "hidden_size": 16 * head_dim, "num_attention_heads": 16, "num_query_groups": groups}
+    model |= {"ffn_hidden_size": ffn, "trunk_layers": pipeline + extra_layers}
+    parallel = parallel | {"tensor": tensor, "pipeline": pipeline}
     train = {"sequence_length": length, "micro_batch_size": micro_batch, "global_batch_size": micro_batch * data * 3}
     try:
-        config = tiny_config(
-            tensor * pipeline * data,
-            model=model | {"ffn_hidden_size": ffn, "trunk_layers": pipeline + extra_layers},
-            parallel=parallel | {"tensor": tensor, "pipeline": pipeline},
-            train=train,
-        )
+        config = tiny_config(tensor * pipeline * data, model=model, parallel=parallel, train=train)
     except ConfigError:
         assume(False)
     check_reduction(config)
 
 
-def test_micro_batch_keeps_its_size_and_few_tokens_are_frequent() -> None:
+def test_micro_batch_keeps_its_size_and_few_tokens_are_frequent():
     train = {"micro_batch_size": 4, "global_batch_size": 8, "sequence_length": 1024}
     small = reduced(tiny_config(train=train, model={"vocab_size": 50_000}))
     assert (small.train.micro_batch_size, small.train.sequence_length) == (4, 1024)
@@ -122,21 +104,18 @@ def test_micro_batch_keeps_its_size_and_few_tokens_are_frequent() -> None:
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
-def test_sum_over_tokens_in_bf16_is_found(ranks: Ranks, kind: str) -> None:
+def test_sum_over_tokens_in_bf16_is_found(ranks, kind):
     """PyTorch computes the embedding's gradient like that on a CPU."""
-    config = tiny_config(
-        model={"trunk_layers": 2, "vocab_size": 257},
-        heads={"kind": kind, "count": 2},
-        parallel={"tensor": 2},
-        train={"micro_batch_size": 16, "global_batch_size": 32, "sequence_length": 256, "precision": "bf16"},
-    )
+    model, heads = {"trunk_layers": 2, "vocab_size": 257}, {"kind": kind, "count": 2}
+    train = {"micro_batch_size": 16, "global_batch_size": 32, "sequence_length": 256, "precision": "bf16"}
+    config = tiny_config(model=model, heads=heads, parallel={"tensor": 2}, train=train)
     right, wrong = (ranks.run(2, selfcheck_of, config, fault)[0] for fault in (False, True))
     assert all(comparison.passed for comparison in right), right
     [failed] = [comparison for comparison in wrong if not comparison.passed]
     assert (failed.quantity, failed.precision) == ("gradients", "bf16") and "embedding.weight" in failed.where
 
 
-def test_random_batch_is_masked_unevenly_shifted_and_shared_in_order() -> None:
+def test_random_batch_is_masked_unevenly_shifted_and_shared_in_order():
     config = tiny_config(train={"sequence_length": 64})
     tokens, targets = random_batch(config)
     assert tokens.shape == (8, 64 + 4) and targets.shape == (4, 8, 64)
@@ -163,5 +142,5 @@ def test_random_batch_is_masked_unevenly_shifted_and_shared_in_order() -> None:
         *(([1.0, wrong], [truth] * 2, math.inf) for wrong in (math.nan, math.inf, -math.inf) for truth in (0.0, 2.0)),
     ],
 )
-def test_relative_error(value: list[float], truth: list[float], error: float) -> None:
+def test_relative_error(value, truth, error):
     assert relative_error(torch.tensor(value), torch.tensor(truth)) == pytest.approx(error)
