@@ -25,7 +25,7 @@ from mtp_dist.distributed.topology import close_topology, initialize_topology, n
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.monitoring.callback import StopReason
+from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
@@ -91,7 +91,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
             engine=engine,
             datasets=datasets,
             saver=saver,
-            callbacks=callbacks,
+            callbacks=CallbackList(callbacks),
             stop_signals=stop_signals,
             watchdog=watchdog,
             gloo_group=gloo_groups.all,

@@ -23,7 +23,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.callback import Callback, CallbackList
 from mtp_dist.monitoring.logs import PACKAGE_LOGGER
 from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.planner.flops import parameter_counts
@@ -61,7 +61,7 @@ def measure_monitoring(config: Config, sources: RunSources, topology: Topology, 
         """Return the seconds of all steps but the first one, which starts the reader and the logs."""
         times = _StepTimes()
         with Watchdog(config.run.step_timeout, topology.rank) as watchdog:
-            observers = [*callbacks, times]
+            observers = CallbackList([*callbacks, times])
             Trainer(config, engine, datasets, saver, observers, StopSignals(), watchdog, groups.all).fit()
         return times.times[-1] - times.times[0]
 

@@ -44,8 +44,38 @@ class Callback:
         """Run after the last step; reason: None if an exception ends the run."""
 
 
-def end_callbacks(callbacks: Sequence[Callback], reason: StopReason | None) -> None:
-    """End every callback, the last one first, also if another one fails."""
-    with ExitStack() as ends:
-        for callback in callbacks:
-            ends.callback(callback.on_end, reason)
+class CallbackList(Callback):
+    """Several callbacks as one; each hook calls them in their order."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def on_start(self, completed_steps: int) -> None:
+        for callback in self._callbacks:
+            callback.on_start(completed_steps)
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        for callback in self._callbacks:
+            callback.on_step(metrics)
+
+    def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
+        for callback in self._callbacks:
+            callback.on_validation(step, name, heads)
+
+    def on_spike(self, step: int, text: str) -> None:
+        for callback in self._callbacks:
+            callback.on_spike(step, text)
+
+    def on_rollback(self, completed_steps: int) -> None:
+        for callback in self._callbacks:
+            callback.on_rollback(completed_steps)
+
+    def on_stop(self, step: int, signal: int) -> None:
+        for callback in self._callbacks:
+            callback.on_stop(step, signal)
+
+    def on_end(self, reason: StopReason | None) -> None:
+        """End every callback, the last one first, also if another one fails."""
+        with ExitStack() as ends:
+            for callback in self._callbacks:
+                ends.callback(callback.on_end, reason)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.errors import TrainingDivergedError
 from mtp_dist.loss.schedule import HeadSchedule, head_schedule
 from mtp_dist.metrics import RankStats, StepMetrics
-from mtp_dist.monitoring.callback import Callback, StopReason, end_callbacks
+from mtp_dist.monitoring.callback import Callback, StopReason
 from mtp_dist.training.spikes import SpikeDetector
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.watchdog import Watchdog
@@ -83,7 +83,7 @@ class Trainer:
     engine: TrainingEngine
     datasets: Datasets
     saver: CheckpointSaver
-    callbacks: Sequence[Callback]
+    callbacks: Callback
     stop_signals: StopSignals
     watchdog: Watchdog
     gloo_group: dist.ProcessGroup
@@ -113,14 +113,13 @@ class Trainer:
             self.spikes.restore(point.recent_losses)
         self.watchdog.enter("the start")
         try:
-            for callback in self.callbacks:
-                callback.on_start(point.step if point else 0)
+            self.callbacks.on_start(point.step if point else 0)
             result = self._train(point.step if point else 0, self.samples_read)
             while result.reason is StopReason.SPIKE:
                 result = self._train(*self._roll_back(result))
             reason = result.reason
         finally:
-            end_callbacks(self.callbacks, reason)
+            self.callbacks.on_end(reason)
         self.saver.join()
         if reason is StopReason.SKIPS:
             raise TrainingDivergedError(
@@ -142,22 +141,19 @@ class Trainer:
                 watchdog.enter(f"step {step}")
                 metrics, signal = self.train_step(step, batches)
                 watchdog.enter(f"the log of step {step}")
-                for callback in self.callbacks:
-                    callback.on_step(metrics)
+                self.callbacks.on_step(metrics)
 
                 skips = skips + 1 if metrics.skipped else 0
                 if skips == config.train.max_skipped_steps:
                     return FitResult(StopReason.SKIPS, step, batches.state())
                 if not metrics.skipped and (spike := self.spikes.update(metrics.heads.losses[0])):
-                    for callback in self.callbacks:
-                        callback.on_spike(step, spike)
+                    self.callbacks.on_spike(step, spike)
                     if config.train.spike_rollback:
                         return FitResult(StopReason.SPIKE, step, batches.state())
 
                 stopping = signal > 0 and step < last_step
                 if stopping:
-                    for callback in self.callbacks:
-                        callback.on_stop(step, signal)
+                    self.callbacks.on_stop(step, signal)
                 validate = _is_due(step, config.train.validate_every, last_step)
                 if validate and not stopping:
                     self._validate(step, batches)
@@ -212,8 +208,7 @@ class Trainer:
         with self._clock.paused():
             for validation in self.datasets.validation:
                 heads = self.engine.evaluate(batches.validation_batch(validation.samples), schedule)
-                for callback in self.callbacks:
-                    callback.on_validation(step, validation.name, heads)
+                self.callbacks.on_validation(step, validation.name, heads)
 
     def _save(self, step: int, metrics: StepMetrics, batches: Batches, last: bool) -> None:
         """Save a checkpoint in the background, or, if it is the run's last, wait until it is written."""
@@ -243,8 +238,7 @@ class Trainer:
             restore(engine, point.folder)
             self.spikes.restore(point.recent_losses)
         step = point.step if point else spike.step
-        for callback in self.callbacks:
-            callback.on_rollback(step)
+        self.callbacks.on_rollback(step)
         where = f"Rolled back from step {spike.step} to {point.folder}" if point else "No checkpoint to roll back to"
         logger.info("%s, continuing after step %d with new samples", where, step, extra={"event": "rollback"})
         return step, self.datasets.restore(spike.samples, may_change=True)

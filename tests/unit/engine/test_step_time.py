@@ -64,7 +64,7 @@ def train(path: Path) -> list[StepMetrics]:
     saver: Any = SimpleNamespace(save=recorder.takes(SAVE, lambda *_: None), join=lambda: None)
     group, watchdog = new_gloo_groups(topology).all, Watchdog(None, topology.rank)
     with patch.object(loop, "time", SimpleNamespace(perf_counter=lambda: recorder.now)):
-        trainer = loop.Trainer(config, engine, load_datasets(config), saver, [recorder], StopSignals(), watchdog, group)
+        trainer = loop.Trainer(config, engine, load_datasets(config), saver, recorder, StopSignals(), watchdog, group)
         allocate_and_free()
         trainer.fit()
     return recorder.steps

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from mtp_dist.monitoring.callback import Callback, StopReason, end_callbacks
+from mtp_dist.monitoring.callback import Callback, CallbackList, StopReason
 from mtp_dist.monitoring.logs import configure_logging
 
 logger = logging.getLogger("mtp_dist.some.module")
@@ -34,7 +34,7 @@ class Ending(Callback):
 
 def test_every_callback_ends_also_if_one_fails():
     ended = []
-    callbacks = [Ending(ended, name) for name in ("first", "failing", "last")]
+    callbacks = CallbackList([Ending(ended, name) for name in ("first", "failing", "last")])
     with pytest.raises(OSError, match="no room"):
-        end_callbacks(callbacks, StopReason.SIGNAL)
+        callbacks.on_end(StopReason.SIGNAL)
     assert ended == ["last", StopReason.SIGNAL, "failing", StopReason.SIGNAL, "first", StopReason.SIGNAL]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from mtp_dist.errors import TrainingDivergedError
 from mtp_dist.metrics import StepMetrics
-from mtp_dist.monitoring.callback import Callback
+from mtp_dist.monitoring.callback import Callback, CallbackList
 from mtp_dist.training.spikes import SpikeDetector
 from tests.tiny import load_resolved
 
@@ -111,7 +111,7 @@ def train(path, spikes=(), start=None, skips=(), signalled_in=None):
     saver = CheckpointSaver(config, engine, groups)
     save = saver.save
     saver.save = lambda state, last: (recorder.events.append(f"save {state.step}"), save(state, last))
-    observers, watchdog = [*callbacks, recorder], SimpleNamespace(enter=phases.append)
+    observers, watchdog = CallbackList([*callbacks, recorder]), SimpleNamespace(enter=phases.append)
     run = (config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
     trainer = Trainer(*run)
     trainer.train_step = with_skips(trainer.train_step, skips)
