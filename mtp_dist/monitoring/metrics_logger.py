@@ -1,7 +1,8 @@
 """The callback that writes a run's metrics."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mtp_dist.metrics import HeadMetrics, StepMetrics
@@ -36,7 +37,9 @@ class MetricsLogger(Callback):
         self._faulty: set[MetricsWriter] = set()
 
     def on_start(self, completed_steps: int) -> None:
-        self._call_writers(lambda writer: writer.describe(self._description))
+        for writer in self._writers:
+            with self._tolerate_errors(writer):
+                writer.describe(self._description)
         if self._units.peak_flops is None:
             logger.info(
                 "throughput/mfu is 0: the peak FLOP/s of this device at this precision is not known",
@@ -45,33 +48,44 @@ class MetricsLogger(Callback):
 
     def on_step(self, metrics: StepMetrics) -> None:
         self._window.add(metrics, self._units.flops_per_token[len(metrics.heads.losses) - 1])
-        self._call_writers(lambda writer: writer.advance(metrics.step))
+        for writer in self._writers:
+            with self._tolerate_errors(writer):
+                writer.advance(metrics.step)
         if metrics.ranks:
             scalars = head_scalars(metrics.heads) | step_scalars(metrics, self._window, self._units.peak_flops)
             self._window = ThroughputWindow()
-            self._call_writers(lambda writer: writer.write(metrics.step, scalars))
+            for writer in self._writers:
+                with self._tolerate_errors(writer):
+                    writer.write(metrics.step, scalars)
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         scalars = validation_scalars(heads, name, self._units.bytes_per_token[name])
-        self._call_writers(lambda writer: writer.write(step, scalars))
+        for writer in self._writers:
+            with self._tolerate_errors(writer):
+                writer.write(step, scalars)
 
     def on_rollback(self, completed_steps: int) -> None:
         self._window = ThroughputWindow()
-        self._call_writers(lambda writer: writer.rewind(completed_steps))
+        for writer in self._writers:
+            with self._tolerate_errors(writer):
+                writer.rewind(completed_steps)
 
     def on_end(self, reason: StopReason | None) -> None:
-        failed = reason not in (StopReason.LAST_STEP, StopReason.SIGNAL)
-        self._call_writers(lambda writer: writer.close(failed))
+        for writer in self._writers:
+            with self._tolerate_errors(writer):
+                writer.close(failed=reason not in (StopReason.LAST_STEP, StopReason.SIGNAL))
 
     def note(self, text: str) -> None:
-        self._call_writers(lambda writer: writer.note(text))
-
-    def _call_writers(self, call: Callable[[MetricsWriter], None]) -> None:
-        """Make a call of every writer. Log the first OSError of each and ignore the others."""
         for writer in self._writers:
-            try:
-                call(writer)
-            except OSError as error:
-                if writer not in self._faulty:
-                    self._faulty.add(writer)
-                    logger.warning("%s cannot be written, training continues: %s", writer.name, error)
+            with self._tolerate_errors(writer):
+                writer.note(text)
+
+    @contextmanager
+    def _tolerate_errors(self, writer: MetricsWriter) -> Iterator[None]:
+        """Log the first OSError of a writer and ignore the others."""
+        try:
+            yield
+        except OSError as error:
+            if writer not in self._faulty:
+                self._faulty.add(writer)
+                logger.warning("%s cannot be written, training continues: %s", writer.name, error)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +171,7 @@ class Trainer:
         batch = batches.next_train_batch()
         waited = time.perf_counter() - started
         rate = learning_rate(config, step)
-        stop_signal = partial(getattr, self.stop_signals, "received")
-        result = self.engine.train_step(batch, rate, head_schedule(config, step), stop_signal)
+        result = self.engine.train_step(batch, rate, head_schedule(config, step), lambda: self.stop_signals.received)
         self._seconds += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
