@@ -3,7 +3,6 @@
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from mtp_dist.model.targets import (
     count_valid_targets,
     document_ids,
     head_targets,
+    split_into_micro_batches,
 )
 
 STEPS_AHEAD = 2
@@ -121,10 +121,7 @@ class Batches:
         documents = document_ids(tokens, self.datasets.tokenizer.end_of_document) if mask_documents else None
         loss_documents = None if data.loss_across_documents else documents
         targets = head_targets(tokens, self._distances, train.sequence_length, loss_documents)
-        size = train.micro_batch_size
-        document_parts = repeat(None, len(tokens) // size) if documents is None else documents.split(size)
-        parts = zip(tokens.split(size), targets.split(size, dim=1), document_parts, strict=True)
-        return [MicroBatch(*part) for part in parts]
+        return split_into_micro_batches(tokens, targets, documents, train.micro_batch_size)
 
     def _batch(self, micro_batches: list[MicroBatch]) -> TrainBatch:
         """Return the batch, in pinned memory if it goes to a GPU."""

@@ -1,6 +1,7 @@
 """Micro-batches and their targets, and the documents that bound targets and attention."""
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,16 @@ class TrainBatch(NamedTuple):
     """Micro-batches per data-parallel rank, the same on every stage."""
     valid_targets: Tensor
     """Number of targets of each head that count, `[n]`, fp64."""
+
+
+def split_into_micro_batches(
+    samples: Tensor, targets: Tensor, documents: Tensor | None, micro_batch_size: int
+) -> list[MicroBatch]:
+    """Split samples `[B, S + lookahead]`, targets `[n, B, S]` and documents, B a multiple of the micro-batch size."""
+    count = len(samples) // micro_batch_size
+    document_parts = repeat(None, count) if documents is None else documents.split(micro_batch_size)
+    parts = zip(samples.split(micro_batch_size), targets.split(micro_batch_size, 1), document_parts, strict=True)
+    return [MicroBatch(*part) for part in parts]
 
 
 def count_valid_targets(micro_batches: Sequence[MicroBatch], heads: int) -> Tensor:

@@ -15,11 +15,11 @@ from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import (
     IGNORE_INDEX,
-    MicroBatch,
     TrainBatch,
     count_valid_targets,
     document_ids,
     head_targets,
+    split_into_micro_batches,
 )
 
 END_OF_DOCUMENT = 0
@@ -68,8 +68,7 @@ def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Te
         targets.chunk(topology.dp_size, 1)[topology.dp_rank],
     )
     documents = document_ids(samples, END_OF_DOCUMENT)
-    parts = zip(samples.split(size), targets.split(size, 1), documents.split(size), strict=True)
-    micro_batches = [MicroBatch(*part) for part in parts]
+    micro_batches = split_into_micro_batches(samples, targets, documents, size)
     return TrainBatch(micro_batches, len(micro_batches), count_valid_targets(micro_batches, config.heads.count))
 
 

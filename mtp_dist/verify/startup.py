@@ -37,15 +37,15 @@ def check_startup(
     Select the device, so that DeepSpeed and Megatron-core may be imported afterwards.
     """
     check_launcher_variables()
-    configure_logging(int(os.environ.get("RANK", 0)), log_level)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    configure_logging(rank, log_level)
     sources = RunSources(config)
     config = resolve(config, sources.tokenizer.vocab_size, world_size)
     if needs_data:
         sources.open_all()
         check_writable("run.output_dir", config.output_dir)
         check_writable("checkpoint.directory", config.checkpoint_dir)
-        if config.log.wandb and int(os.environ.get("RANK", 0)) == 0:
+        if config.log.wandb and rank == 0:
             check_wandb(config)
     device = select_device(config)
     if needs_data:  # a self-check or benchmark computes less than the configured model

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.errors import DataError
+from mtp_dist.monitoring.events import EVENTS
 
-EVENTS = "events.jsonl"
 Curve = list[tuple[int, float]]
 """Pairs of step and value."""
 
