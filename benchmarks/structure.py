@@ -86,10 +86,10 @@ def numbers_in(value: Any, depth: int = 4) -> Iterator[float]:
 
 
 class Profile:
-    """Records the frames of the package during one training step."""
+    """A profile function that records the frames of the package during one training step."""
 
     def __init__(self, loss: float | None) -> None:
-        """loss: mean loss of head 3 at the profiled step; None to record nothing about it."""
+        """Follow the mean loss of head 3 at the profiled step; None: follow nothing."""
         self.wanted = () if loss is None else (loss, loss * TOKENS)
         self.batch_files: set[str] = set()
         self.batch_frames = 0

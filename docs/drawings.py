@@ -20,13 +20,13 @@ WIDTH, HEIGHT = 12.8, 13.5
 INCHES = 9.2 / WIDTH
 BOX_HEIGHT = 0.52
 COLUMNS = (0.55, 1.55, 2.55)
-"""Of the heads, in a narrow panel."""
+"""Positions of the heads in a narrow panel."""
 
 Point = tuple[float, float]
 
 
 def panel(figure: Figure, corner: Point, size: Point, kind: str, comment: str) -> Axes:
-    """Axes in these units with their lower left corner at `corner`, the kind and a comment on top."""
+    """Add axes in these units with their lower left corner at `corner`, the kind and a comment on top."""
     (x, y), (width, height) = corner, size
     axes = figure.add_axes((x / WIDTH, y / HEIGHT, width / WIDTH, height / HEIGHT))
     axes.set(xlim=(0, width), ylim=(0, height))
@@ -46,24 +46,24 @@ def box(axes: Axes, middle: Point, text: str, color: str, width: float = 0.66, h
 
 
 def bar(axes: Axes, columns: Sequence[float], y: float, text: str, color: str = SHARED) -> None:
-    """One box below or above several columns."""
+    """Draw one box below or above several columns."""
     box(axes, ((columns[0] + columns[-1]) / 2, y), text, color, columns[-1] - columns[0] + 1)
 
 
 def arrow(axes: Axes, *points: Point) -> None:
-    """Along straight lines from point to point, its head at the last one."""
+    """Draw an arrow along straight lines from point to point."""
     axes.plot(*zip(*points[:-1], strict=True), color=LINE, linewidth=1)
     style = {"arrowstyle": "-|>", "linewidth": 1, "color": LINE, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
     axes.annotate("", points[-1], points[-2], arrowprops=style)
 
 
 def rise(axes: Axes, x: float, lower: float, upper: float) -> None:
-    """An arrow from the box at height `lower` up to the one at height `upper`."""
+    """Draw an arrow from the box at height `lower` up to the one at height `upper`."""
     arrow(axes, (x, lower + BOX_HEIGHT / 2), (x, upper - BOX_HEIGHT / 2))
 
 
 def predictions(axes: Axes, columns: Sequence[float], y: float) -> None:
-    """What each head predicts, above the unembedding at height y."""
+    """Draw the predictions of each head above the unembedding at height y."""
     for k, x in enumerate(columns, 1):
         arrow(axes, (x, y + BOX_HEIGHT / 2), (x, y + 0.6))
         axes.text(x, y + 0.8, f"$x_{{t+{k}}}$", ha="center", va="center", fontsize=12)
@@ -71,7 +71,7 @@ def predictions(axes: Axes, columns: Sequence[float], y: float) -> None:
 
 
 def draw_blocks(axes: Axes, kind: str, block: str) -> None:
-    """A kind whose blocks stand between z and the final norm."""
+    """Draw a kind whose blocks stand between z and the final norm."""
     readers = {"causal": COLUMNS[:1], "anticausal": COLUMNS[-1:]}.get(kind, COLUMNS)
     bar(axes, readers, 0.4, "$z$", TENSOR)
     bar(axes, COLUMNS, 2.3, "norm $N$")
@@ -104,7 +104,7 @@ def draw_mlp(axes: Axes) -> None:
 
 
 def draw_sequential(axes: Axes) -> None:
-    """From left to right: head 1, the blocks of heads 2 and 3, each with hidden states (h) left of the token (e)."""
+    """Draw head 1 and the blocks of heads 2 and 3 from left to right, each with its hidden states (h) and token (e)."""
     columns, hnorms, apart = (0.6, 3.0, 6.3), (2.25, 5.55), 1.5
     bar(axes, (columns[0], hnorms[0]), 0.9, "$z$", TENSOR)
     bar(axes, (hnorms[0] + apart, hnorms[1] + apart), 0.9, "the trunk's embedding $E$")

@@ -66,5 +66,5 @@ class StepMetrics:
 
     @property
     def peak_memory(self) -> int:
-        """Return the largest peak memory of a rank, in bytes."""
+        """Largest peak memory of a rank, in bytes."""
         return max(rank.peak_memory for rank in self.ranks)

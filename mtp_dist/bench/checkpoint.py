@@ -97,7 +97,7 @@ def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds
         "machine": {"processor": processor_name(), "cores": usable_cores(), "device": device_name(topology.device)},
         "layout": topology.degrees,
         "megabytes": saved / 1e6,
-        "seconds": {name: statistics.median(of_name) for name, of_name in seconds.items()},
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "stall_share": statistics.median(stall / whole for stall, whole in pairs),
         "seconds_by_round": seconds,
     }

@@ -1,4 +1,4 @@
-"""How fast text becomes a corpus, compared with the tokenizer alone, and a corpus training samples.
+"""Speed of turning text into a corpus, compared with the tokenizer alone, and a corpus into training samples.
 
 The samples are read from a corpus in the page cache. A run makes the heads' targets as well, and masks them by document
 if a key of `data` asks for it.
@@ -45,7 +45,7 @@ SOURCES = (3.0, 1.0)
 
 @dataclass(frozen=True)
 class _BareTokenizer:
-    """Encodes work units and returns the seconds spent in the tokenizer alone.
+    """A function that encodes a work unit and returns the seconds spent in the tokenizer alone.
 
     For a Hugging Face tokenizer that is the library's own call, without converting the ids.
     """
@@ -68,7 +68,7 @@ class _BareTokenizer:
 
 
 class _FirstUnit:
-    """Records when the first work unit is written, which ends the start-up: files are listed, processes run."""
+    """The time when the first work unit is written, which ends the start-up: files are listed, processes run."""
 
     at = 0.0
     bytes = 0
@@ -181,7 +181,7 @@ def _loader_row(tokens: np.ndarray[Any, Any], length: int, rounds: int, seconds:
     rates: dict[str, list[float]] = {name: [] for name in ("samples", "with_targets", "with_document_masks")}
     for seed in range(rounds):
         samples = BlendedSamples(corpora, SOURCES, seed)
-        for name, of_round in rates.items():
+        for name, round_rates in rates.items():
             start, read = time.perf_counter(), 0
             while (spent := time.perf_counter() - start) < seconds:
                 read_batch = torch.from_numpy(samples.read(read, batch))
@@ -189,7 +189,7 @@ def _loader_row(tokens: np.ndarray[Any, Any], length: int, rounds: int, seconds:
                     documents = document_ids(read_batch, 0) if name == "with_document_masks" else None
                     head_targets(read_batch, range(1, HEADS + 1), length, documents)
                 read += batch
-            of_round.append(read * length / spent)
+            round_rates.append(read * length / spent)
     return {"sequence_length": length, "batch": batch} | {
-        f"{name}_tokens_per_second": statistics.median(of_round) for name, of_round in rates.items()
+        f"{name}_tokens_per_second": statistics.median(round_rates) for name, round_rates in rates.items()
     }

@@ -1,4 +1,4 @@
-"""How much longer a training step takes with logs and callbacks than without.
+"""Seconds of a training step with logs and callbacks, compared with those of one without.
 
 Both are trainings of the same model in one process, in turns; what the engine itself measures is part of both.
 """
@@ -40,7 +40,7 @@ class _NoCheckpoints(CheckpointSaver):
 
 
 class _StepTimes(Callback):
-    """Records when the callbacks of each step are done; the last one of a list."""
+    """The times at which the callbacks of each step are done; the last callback of a list."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -93,7 +93,7 @@ class CheckpointLine:
     folder: str
     step: int
     latest: bool
-    """Whether `latest` names it."""
+    """True if `latest` names it."""
     bytes: int | None = None
     layout: SavedLayout | None = None
     losses: Sequence[float | None] = ()

@@ -44,7 +44,7 @@ class _WriteError(Exception):
 
 
 class CheckpointSaver:
-    """Copies the state to host memory, for which training waits, and writes it in a thread of each rank.
+    """A saver that copies the state to host memory while training waits, and writes it in a thread of each rank.
 
     The threads gather full tensors and agree on each step of a save through process groups of their own. A save that
     fails is logged and tried again.

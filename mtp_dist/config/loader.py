@@ -190,7 +190,7 @@ def _override_value(key: Sequence[str], text: str, override: str) -> Any:
 
 
 def _subsection(section: Any, name: str) -> Any:
-    """Return the mapping of that name in a section, created if absent or empty; None if the section is no mapping."""
+    """Return the mapping of that name in a section, created if absent or empty; None if the section is not one."""
     if not isinstance(section, dict):
         return None
     if section.get(name) is None:

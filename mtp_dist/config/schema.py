@@ -170,7 +170,7 @@ class TrainConfig(Section):
     """Make runs on GPUs bitwise reproducible: only deterministic kernels of PyTorch, cuBLAS and Megatron-core, and
     NCCL's ring unless `NCCL_ALGO` is set. Slower. Runs on a CPU are reproducible without it."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass recomputes: nothing, each layer's MLP, or each full layer."""
+    """Activations that the backward pass recomputes: none, those of each layer's MLP, or those of each full layer."""
     grad_clip: NonNegativeFloat = 1.0
     """Global norm to which the gradient is clipped; 0: no clipping."""
     max_skipped_steps: PositiveInt = 10

@@ -1,4 +1,4 @@
-"""How the trunk with head 1 maps to a Llama: which of its weights correspond to which of mtp_dist's.
+"""The mapping between the trunk with head 1 and a Llama: which weights of the two correspond.
 
 Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings), so no rows are permuted for it.
 """

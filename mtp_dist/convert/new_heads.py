@@ -18,7 +18,7 @@ class NewHeads:
     """The weights of new heads by global name: initial values, or copies of head 1's weights."""
 
     def __init__(self, config: Config, copy: bool, read: Callable[[str], Tensor]) -> None:
-        """read: returns a weight of trunk or head 1. Raise ConfigError if there is nothing to copy."""
+        """Raise ConfigError if there is nothing to copy. read: returns a weight of trunk or head 1."""
         self.config, self.copy, self.read = config, copy, read
         self.shapes = parameter_shapes(config)
         new = self.shapes.keys() - llama_weights(config).keys()

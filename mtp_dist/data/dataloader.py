@@ -37,7 +37,7 @@ class Batches:
     def __init__(
         self, config: Config, topology: Topology, datasets: Datasets, completed_steps: int = 0, samples_read: int = 0
     ) -> None:
-        """The first step is number `completed_steps` + 1 and begins with sample number `samples_read`."""
+        """Begin with step number `completed_steps` + 1, whose first sample is number `samples_read`."""
         self.config = config
         self.topology = topology
         self.datasets = datasets

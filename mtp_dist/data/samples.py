@@ -96,7 +96,7 @@ class Shuffle:
     """
 
     def __init__(self, size: int, keys: Sequence[int]) -> None:
-        """`keys` are ROUNDS random 64-bit numbers."""
+        """Permute by ROUNDS random 64-bit numbers."""
         assert size > 0 and len(keys) == ROUNDS
         self.size = size
         self.keys = [int(key) for key in keys]

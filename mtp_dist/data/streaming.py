@@ -32,7 +32,7 @@ class TokenStream:
     """The tokens of one shard of an input's documents, an end-of-document token after each, in endless passes."""
 
     def __init__(self, source: Input, tokenizer: Tokenizer, label: str, shard: Shard = UNSPLIT) -> None:
-        """`label` starts error messages, such as `data.train.0.path = 'web'`."""
+        """Begin at the first document. label: start of error messages, such as `data.train.0.path = 'web'`."""
         self._source = source
         self._tokenizer = tokenizer
         self._label = label
@@ -117,7 +117,7 @@ class StreamedSamples:
         sequence_length: int,
         lookahead: int,
     ) -> None:
-        """`sources` are the K shards of each source."""
+        """Begin at the first document of each of the K shards of each source."""
         self.sources = tuple(sources)
         self.shards = len(sources[0])
         self.blend = Blend(weights)

@@ -34,7 +34,7 @@ class Tokenizer(ABC):
     end_of_document: int
     """Id of the token that follows each document."""
     accepts_raw_bytes: bool
-    """Whether documents need not be UTF-8."""
+    """True if documents may contain bytes that are not UTF-8."""
 
     @abstractmethod
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:

@@ -46,12 +46,12 @@ class Topology:
 
     @cached_property
     def reads_tokens(self) -> bool:
-        """Whether this rank embeds the tokens."""
+        """True if this rank embeds the tokens."""
         return self.pp_rank == 0
 
     @cached_property
     def holds_loss(self) -> bool:
-        """Whether this rank has the heads and computes their losses."""
+        """True if this rank has the heads and computes their losses."""
         return self.pp_rank == self.pp_size - 1
 
     @property

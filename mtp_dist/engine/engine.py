@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
     grad_norms_by_module: dict[str, float]
     """The same norm per module: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
     skipped: str | None
-    """Why the step changed no weight."""
+    """Reason for which the step changed no weight; None if it did."""
     stop_signal: int
     """Number of a signal that has reached a rank, the largest if there are several; 0 for none."""
     busy_seconds: float

@@ -62,7 +62,7 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], engine: PipelineEngi
 
 @contextmanager
 def before_update(engine: PipelineEngine, inspect: Callable[[], None]) -> Iterator[None]:
-    """Within this context, call `inspect` in every step after the gradients are reduced and before they are used."""
+    """Call `inspect` in every step of this context, after the gradients are reduced and before they are used."""
     take_step = engine._take_model_step
 
     def inspect_and_take_step(*args: object, **kwargs: object) -> None:
@@ -122,7 +122,7 @@ class GradientMonitor:
     def __init__(
         self, pipeline: PipelineEngine, stage: MultiTokenPipeline, topology: Topology, modules: tuple[str, ...]
     ) -> None:
-        """modules: results of `module_group` for the weights of the whole model."""
+        """Hook into the pipeline. modules: results of `module_group` for the weights of the whole model."""
         self._stage = stage
         self._topology = topology
         self.modules = modules

@@ -33,9 +33,9 @@ GPU.
 
 @dataclass(frozen=True)
 class GradientBuffers:
-    """What to differentiate, and the memory of its gradients.
+    """The memory of the gradients, and the weights in the loss that is differentiated.
 
-    Differentiated is scale * (cross_entropy + z_loss * log_z_squared + soft_weight * soft_cross_entropy).
+    That loss is scale * (cross_entropy + z_loss * log_z_squared + soft_weight * soft_cross_entropy).
     """
 
     scale: Tensor

@@ -1,4 +1,4 @@
-"""What a micro-batch's loss is made of: the heads, their targets, their loss weights and their sums."""
+"""The parts of a micro-batch's loss: the heads, their targets, their loss weights and their sums."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Heads(Protocol):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How token ids and rows of the unembedding are to be read."""
+    """The vocabulary: its size, its sharding over ranks and the target that does not count."""
 
     size: int
     """Tokens over all ranks; rows of the weights beyond them are padding, which cannot be predicted."""
@@ -78,7 +78,7 @@ class HeadSums:
     COLUMNS = ("cross_entropy", "log_z_squared", "correct", "soft_cross_entropy", "targets")
 
     def __init__(self, tensor: Tensor) -> None:
-        """tensor: `[n + 1, columns]`."""
+        """Name the columns of `tensor`, `[n + 1, columns]`."""
         self.tensor = tensor
         columns = tensor.unbind(-1)
         self.cross_entropy, self.log_z_squared, self.correct, self.soft_cross_entropy, self.targets = columns
@@ -89,7 +89,7 @@ class HeadSums:
 
 @dataclass(frozen=True)
 class Distillation:
-    """How heads 2..n learn from head 1."""
+    """The distillation of head 1 into heads 2..n."""
 
     weight: float
     """Weight of the cross-entropy to head 1's distribution, next to that of a head's own targets."""

@@ -51,7 +51,7 @@ def sequential_heads_loss(
 
 
 class _SequentialLoss(torch.autograd.Function):
-    """Hands precomputed gradients to autograd, scaled by the incoming gradient.
+    """A function whose gradients are precomputed; autograd gets them scaled by the incoming gradient.
 
     As outputs of one function they go through every hook, loss scale and accumulation like autograd's own.
     """
@@ -165,7 +165,7 @@ class _Losses:
         )
 
     def add_token_order(self, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
-        """normalized: head 1's hidden states."""
+        """Add the token-order loss of head 1's normalized hidden states."""
         objective = self.objective
         assert self.token_order_weight is not None
         no_targets = torch.full_like(objective.targets[0].flatten(), objective.vocabulary.ignore_index)

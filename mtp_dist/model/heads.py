@@ -145,7 +145,7 @@ def detached_heads(heads: HeadsConfig) -> frozenset[int]:
 
 
 class HeadContext(NamedTuple):
-    """What the heads read of a micro-batch besides the trunk's output."""
+    """Inputs that the heads read from a micro-batch besides the trunk's output."""
 
     samples: Tensor
     """`[B, S + lookahead]`."""

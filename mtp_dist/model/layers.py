@@ -29,7 +29,7 @@ def call_recomputed(is_enabled: bool, function: Callable[..., Any], *args: Any, 
 
 
 class AttentionInputs(NamedTuple):
-    """What all attention layers of a stage share, for the whole sequence."""
+    """Inputs that all attention layers of a stage share, for the whole sequence."""
 
     rope_angles: Tensor
     """See `rope_angles`."""

@@ -32,19 +32,19 @@ def _rotate(x: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 class ReferenceLogits(NamedTuple):
-    """Logits `[B, S, V]` each."""
+    """The logits of all heads, `[B, S, V]` each."""
 
     heads: dict[int, Tensor]
-    """By head 1..n."""
+    """Logits of heads 1..n, by head."""
     token_order: Tensor | None
-    """None without token-order prediction."""
+    """Logits of token-order prediction; None without it."""
 
 
 class ReferenceModel(nn.Module):
     """Trunk and n heads of any kind with the full weights of `parameter_shapes` under their global names."""
 
     def __init__(self, config: Config, weights: Mapping[str, Tensor] | None = None) -> None:
-        """weights: by global name; by default the initial weights for `config.run.seed`."""
+        """Use weights given by global name; by default the initial ones for `config.run.seed`."""
         super().__init__()
         self.config = config
         self.rope_inv_freq = rope_inv_freq(config.model)  # not a buffer: stays fp32 if the weights are cast

@@ -1,4 +1,4 @@
-"""How tensor parallelism shards the parameters: tag a module's parameters, shard full tensors, unshard them."""
+"""Tensor-parallel sharding of the parameters: tag a module's parameters, shard full tensors, unshard them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +23,7 @@ def tag_shards(module: nn.Module) -> None:
 
 
 def is_sharded(weight: nn.Parameter) -> bool:
-    """Whether tensor-parallel ranks hold different shards of this parameter; otherwise they hold the same values."""
+    """Return whether tensor-parallel ranks hold different shards of this parameter, not all the same values."""
     return getattr(weight, "tensor_model_parallel", False)
 
 

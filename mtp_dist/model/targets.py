@@ -17,7 +17,7 @@ class MicroBatch(NamedTuple):
     samples: Tensor
     """`[B, S + lookahead]`."""
     targets: Tensor
-    """`[n, B, S]`, IGNORE_INDEX where a target does not count."""
+    """`[n, B, S]`, IGNORE_INDEX for a target that does not count."""
     documents: Tensor | None
     """Index of each token's document within its sample, `[B, S + lookahead]`; None if documents do not matter."""
 
@@ -37,7 +37,7 @@ class TrainBatch(NamedTuple):
     """One data-parallel rank's part of a global batch or of a validation set."""
 
     micro_batches: Sequence[MicroBatch]
-    """In the order of the forward passes; empty on a stage that needs no data."""
+    """Micro-batches in the order of the forward passes; empty on a stage that needs no data."""
     num_micro_batches: int
     """Micro-batches per data-parallel rank, the same on every stage."""
     valid_targets: Tensor

@@ -8,7 +8,7 @@ from mtp_dist.metrics import HeadMetrics, StepMetrics
 
 
 class StopReason(Enum):
-    """Why training ended."""
+    """A reason for the end of training."""
 
     LAST_STEP = auto()
     SIGNAL = auto()

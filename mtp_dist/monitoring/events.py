@@ -20,11 +20,11 @@ MAX_RESTARTS_WITHOUT_CHECKPOINT = 3
 
 
 class EventRecorder(Callback, logging.Handler):
-    """Logs skipped steps, spikes and stops as events, and appends every event to `events.jsonl`. For rank 0 only.
+    """Callback that logs skips, spikes and stops as events, and handler that appends every event to `events.jsonl`.
 
-    An event is a log record with `extra={"event": kind}`. Its line is a JSON object with `time` (UTC), `step` (the last
-    completed one), `kind` and `text`; in a SLURM job also with the job's id and its number of restarts. Kinds: start,
-    checkpoint, skip, spike, rollback, stop, note.
+    For rank 0 only. An event is a log record with `extra={"event": kind}`. Its line is a JSON object with `time` (UTC),
+    `step` (the last completed one), `kind` and `text`; in a SLURM job also with the job's id and its number of
+    restarts. Kinds: start, checkpoint, skip, spike, rollback, stop, note.
     """
 
     def __init__(self, path: Path, completed_steps: int, total_steps: int, show: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLogger(Callback):
-    """Turns the metrics of logged steps and of validations into named scalars, the same ones for all writers.
+    """Callback that turns the metrics of logged steps and of validations into named scalars for all writers.
 
     Tokens per second are those of all steps since the last logged one, over the wall time since then without
     validation and checkpoints. Training does not depend on a writer. For rank 0 only.
@@ -29,7 +29,7 @@ class MetricsLogger(Callback):
     def __init__(
         self, writers: Sequence[MetricsWriter], units: ThroughputUnits, description: Mapping[str, Any]
     ) -> None:
-        """description: contents of `run.json`."""
+        """Log to the writers. description: contents of `run.json`."""
         self._writers = writers
         self._units = units
         self._description = description

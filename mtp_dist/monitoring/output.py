@@ -39,7 +39,7 @@ class _OptionalOutput(io.FileIO):
 
 
 def make_output_optional() -> None:
-    """Let this process continue if nobody reads its output any more, or if there is no room for it."""
+    """Let this process continue if its output has no reader any more, or if there is no room for it."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -66,7 +66,7 @@ def profiling_callbacks(config: Config, topology: "Topology", memory_snapshot: b
 
 
 class StepProfiler(Callback):
-    """Writes a trace of the steps first .. last, as far as they are run, for Perfetto and chrome://tracing.
+    """Callback that writes a trace of the steps first .. last, as far as they are run, for Perfetto.
 
     Rank 0 always has one, which logs what is traced.
     """
@@ -137,7 +137,7 @@ class StepProfiler(Callback):
 
 
 class MemorySnapshot(Callback):
-    """Writes the contents of the GPU's memory after a step, and when it runs out, for pytorch.org/memory_viz."""
+    """Callback that writes GPU memory's contents after a step, and when it runs out, for pytorch.org/memory_viz."""
 
     def __init__(self, folder: Path, step: int, rank: int) -> None:
         self._folder = folder

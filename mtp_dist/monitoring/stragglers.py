@@ -19,13 +19,13 @@ MAX_DATA_WAIT_FRACTION = 0.1
 
 
 class Stragglers(Callback):
-    """Compares each rank's passes with those of its pipeline stage, and its wait for samples with the step's time.
+    """Callback that compares each rank's passes with those of its stage, and its wait for samples with the steps' time.
 
     Ranks of one tensor-parallel group wait for one another within each layer, so all of them are slow if one is.
     """
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """hosts: host name of each rank."""
+        """Compare the ranks on these hosts, one per rank."""
         self._hosts = hosts
         self._seconds = 0.0
         self._slow_intervals = [0] * len(hosts)

@@ -39,7 +39,7 @@ class RunSummary:
 
 
 class SummaryRecorder(Callback):
-    """Collects the figures of a run's summary while it trains. For rank 0 only."""
+    """Callback that collects the statistics of a run's summary. For rank 0 only."""
 
     def __init__(self, config: Config, validation_sets: Sequence[ValidationSet]) -> None:
         self._config = config

@@ -10,10 +10,10 @@ WINDOW = 128
 
 
 class SpikeDetector:
-    """Compares head 1's loss, which every schedule trains, with its mean over the last WINDOW steps."""
+    """Detector of losses of head 1, which every schedule trains, far above their mean over the last WINDOW steps."""
 
     def __init__(self, deviations: float | None) -> None:
-        """deviations: standard deviations above the mean from which a loss is a spike; None: no loss is one."""
+        """Detect losses more than this many standard deviations above the mean; None: detect none."""
         self._deviations = deviations
         self._losses: deque[float] = deque(maxlen=WINDOW)
 

@@ -39,7 +39,7 @@ MAX_ROLLBACKS = 3
 
 @dataclass(frozen=True)
 class FitResult:
-    """Where and why training stopped."""
+    """The end of training: its reason, step and data position."""
 
     reason: StopReason
     step: int
@@ -86,7 +86,7 @@ class Trainer:
     stop_signals: StopSignals
     watchdog: Watchdog
     gloo_group: dist.ProcessGroup
-    """All ranks."""
+    """Process group of all ranks."""
     resume_point: ResumePoint | None = None
     """Checkpoint that the engine was restored from; None: training starts from scratch."""
     samples_read: int = 0

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and prints the stacks that show where."""
+"""A watchdog that ends a run that hangs, and prints the stacks that show why."""
 
 import faulthandler
 import os
@@ -24,7 +24,7 @@ class Watchdog:
     """
 
     def __init__(self, seconds: float | None, rank: int, record_folder: Path | None = None) -> None:
-        """record_folder: folder for the flight recorder's records, one file per rank; None: none are written."""
+        """Write the flight recorder's records into `record_folder`, one file per rank; None: write none."""
         self._record = record_folder and record_folder / f"rank_{rank:05d}"
         self._seconds = seconds
         self._rank = rank

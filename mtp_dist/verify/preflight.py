@@ -100,7 +100,7 @@ def find_slow(reports: Sequence[RankReport]) -> list[Slow]:
 
 
 def run_preflight(config: Config, topology: Topology, gloo_group: dist.ProcessGroup) -> None:
-    """Measure every rank; rank 0 prints, writes and logs the result. Every rank calls it; a slow rank is no error."""
+    """Measure every rank; rank 0 prints, writes and logs the result. All ranks call it; a slow rank is not an error."""
     reports = all_gather_objects(measure(config, topology), gloo_group)
     if topology.rank:
         return

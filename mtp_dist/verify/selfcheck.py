@@ -27,7 +27,7 @@ from mtp_dist.verify.reference_training import (
 PARAMETER_LIMIT = 20_000_000
 """A larger model is checked at reduced widths: every rank has the full reference, in fp64."""
 WORK_LIMIT = 40_000_000_000
-"""So is a model with more parameters * tokens per rank than this: about a minute of one CPU core."""
+"""A model with more parameters * tokens per rank than this is reduced too: it takes a minute of one CPU core."""
 MICRO_BATCHES_PER_STAGE = 2
 LENGTH_LIMIT = 2048
 """Longer samples are shortened: the reference's attention has S x S scores per attention head, in fp64."""

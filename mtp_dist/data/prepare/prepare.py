@@ -41,7 +41,7 @@ class Progress(Protocol):
     """An observer of a preparation."""
 
     def start(self, total: int | None) -> None:
-        """Start; `total` is the sum of the sizes of all work units, None if unknown."""
+        """Begin with the sum of the sizes of all work units, None if unknown."""
 
     def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
         """Count a work unit that was added, or reused from an earlier start."""

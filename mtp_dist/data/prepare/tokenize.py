@@ -76,7 +76,7 @@ def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterat
 
 @dataclass(frozen=True)
 class UnitEncoder:
-    """Tokenizes work units; worker processes get a copy."""
+    """The function that tokenizes work units; each worker process gets a copy."""
 
     tokenizer: Tokenizer
     invalid_utf8: InvalidUtf8

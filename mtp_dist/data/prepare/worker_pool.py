@@ -23,7 +23,7 @@ TASKS_AHEAD = 2
 
 
 class WorkerDiedError(Exception):
-    """Raised if a worker process exited or was killed."""
+    """The error for a worker process that exited or was killed."""
 
     def __init__(self, task: object, exit_code: int | None) -> None:
         super().__init__(f"a worker ended with status {exit_code}")

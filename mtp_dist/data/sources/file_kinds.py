@@ -55,7 +55,7 @@ class FileKind:
 
 
 class UnreadableFileError(Exception):
-    """Raised for a file without readable text."""
+    """The error for a file without readable text."""
 
     def __init__(self, reason: str, sentence: str) -> None:
         """Take the label used in counts of skipped files, and the text that follows the file's name in an error."""

@@ -197,7 +197,10 @@ class FilesInput(Input):
     """Files on disk; a file without records is one document."""
 
     def __init__(self, files: Sequence[Path], field: str, skipped_entries: Counter[str] | None = None) -> None:
-        """skipped_entries: counts by reason in a folder; None if the user named the file, which must be readable."""
+        """Recognize the kind of each file.
+
+        skipped_entries: counts by reason in a folder; None if the user named the file, which must be readable.
+        """
         self._paths = list(files)
         self._field = field
         self._skipped_entries = skipped_entries

@@ -18,7 +18,7 @@ from mtp_dist.errors import DataError
 BLOCK_BYTES = 1 << 20
 
 InvalidUtf8 = Literal["error", "replace", "skip"]
-"""How to treat a document that is not UTF-8 if the tokenizer requires it."""
+"""Treatment of a document that is not UTF-8 if the tokenizer requires it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class RunFiles:
 
     @property
     def restarts(self) -> list[int]:
-        """Return the steps after which the run was resumed."""
+        """Steps after which the run was resumed."""
         return [event["step"] for event in self.events if event["kind"] == "start" and event["step"]]
 
 

@@ -63,7 +63,7 @@ class ProgressBar(MetricsWriter):
     name = "standard output"
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
-        """console: where to write; standard output by default."""
+        """Write to `console`, by default standard output."""
         self._total_steps = total_steps
         self._console = console or Console()
         self._first: tuple[int, float] | None = None  # the first step seen and when it ended

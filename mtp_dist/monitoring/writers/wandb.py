@@ -60,7 +60,7 @@ class WandbWriter(MetricsWriter):
     name = "Weights & Biases"
 
     def __init__(self, project: str, name: str, output_dir: Path) -> None:
-        """If the service cannot be reached, write to the disk only."""
+        """Open the run. If the service cannot be reached, write to the disk only."""
         import wandb
 
         id_file = output_dir / WANDB_FOLDER / RUN_ID
