@@ -2,12 +2,12 @@
 
 import argparse
 import faulthandler
-import os
 import sys
 import time
 from collections.abc import Sequence
 
 from mtp_dist.config import load_config
+from mtp_dist.distributed.launcher import env_world_size
 from mtp_dist.errors import UserError, exit_with_error
 from mtp_dist.monitoring.output import make_output_optional, silence_import_warnings
 from mtp_dist.training.run_lock import hold_folders
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         exit_with_error(error)
     except Exception:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if env_world_size() > 1:
             # If another rank has ended, it has reported why, and the launcher ends this rank meanwhile.
             time.sleep(PEER_EXIT_GRACE_S)
         raise

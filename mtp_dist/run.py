@@ -20,17 +20,20 @@ from mtp_dist.config.notices import notices
 from mtp_dist.data.datasets import Datasets, load_datasets, with_positions
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.distributed.collectives import all_gather_objects
+from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
-from mtp_dist.distributed.topology import close_topology, initialize_topology, new_gloo_groups
+from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
-from mtp_dist.monitoring.rank0 import log_start, rank0_callbacks
+from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
-from mtp_dist.monitoring.run_folder import archive_earlier_run
 from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
+from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.training.run_folder import archive_earlier_run
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
@@ -63,26 +66,26 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         logger.info(ALREADY_FINISHED, resumed.folder, resumed.step, config.train.steps)
         close_topology()
         return 0
+    starts_new_run = _starts_new_run(resumed, config)
     if config.log.rank_logs:
-        tee_output(config.output_dir, _starts_new_run(resumed, config))
+        tee_output(config.output_dir, topology.rank, topology.world_size, starts_new_run)
     samples_read = _restore_samples(datasets, resumed, config)
 
     engine = build_engine(config, topology, initialize=not resumed)
     if resumed:
         restore(engine, resumed.folder)
 
-    saver = CheckpointSaver(config, engine, gloo_groups)
     stop_signals.defer()  # the collective below keeps all ranks from training until each has done so
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     summary = SummaryRecorder(config, datasets.validation)
     callbacks = profiling_callbacks(config, topology, memory_snapshot)
     if topology.rank == 0:
-        if _starts_new_run(resumed, config):
+        if starts_new_run:
             archive_earlier_run(config)
         step = resumed.step if resumed else 0
         callbacks = [*rank0_callbacks(config, topology, datasets.validation, hosts, step), summary, *callbacks]
 
-    log_start(config, topology, engine.optimizer_name, resumed)
+    _log_start(config, topology, datasets, engine.optimizer_name, resumed)
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         if preflight:
             run_preflight(config, topology, gloo_groups.all)
@@ -90,7 +93,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
             config=config,
             engine=engine,
             datasets=datasets,
-            saver=saver,
+            saver=CheckpointSaver(config, engine, gloo_groups),
             callbacks=CallbackList(callbacks),
             stop_signals=stop_signals,
             watchdog=watchdog,
@@ -106,6 +109,24 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     dist.barrier(gloo_groups.all)
     close_topology()
     return exit_status(result.signal) if result.signal else 0
+
+
+def _log_start(
+    config: Config, topology: Topology, datasets: Datasets, optimizer_name: str, resumed: ResumePoint | None
+) -> None:
+    """Log what was read of the sources, the size of the model, the layout and the checkpoint to resume from."""
+    for description in datasets.descriptions:
+        logger.info(description)
+    counts = parameter_counts(config)
+    logger.info(
+        f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
+        f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
+        f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
+        f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
+        f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
+    )
+    start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
+    logger.info("%s, %d ranks", start, topology.world_size, extra={"event": "start"})
 
 
 def _starts_new_run(resumed: ResumePoint | None, config: Config) -> bool:

@@ -12,13 +12,13 @@ marks a checkpoint whose files are being removed.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from mtp_dist.config import Config, config_to_save, saved_config
 from mtp_dist.errors import CheckpointError, UserError
 from mtp_dist.fs import write_durably
+from mtp_dist.versions import installed_versions
 
 MODEL, OPTIMIZER = "model", "optimizer"
 METADATA_FILE, MANIFEST = "config.json", "manifest.json"
@@ -62,16 +62,6 @@ class SavedLayout:
     world_size: int
     zero_stage: int
     """The stage that DeepSpeed ran with: at least 1 in bf16."""
-
-
-def installed_versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {}
-    for package in ("mtp-dist", "torch", "deepspeed", "megatron-core"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 @dataclass(frozen=True)

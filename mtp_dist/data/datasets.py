@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,9 +20,8 @@ from mtp_dist.data.sources.text_sources import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_text_loss
 from mtp_dist.data.tokenizer import Tokenizer, encode_documents
+from mtp_dist.distributed.launcher import env_rank
 from mtp_dist.errors import ConfigError, DataError, UserError
-
-logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 16 << 20
 """Text per work unit that is read and tokenized at once."""
@@ -91,6 +88,8 @@ class Datasets:
     fingerprints: tuple[str, ...]
     """Fingerprints of the training sources: they differ if the data differ."""
     validation: tuple[ValidationSet, ...]
+    descriptions: tuple[str, ...]
+    """A line about each source that was read into memory or that loses text to the tokenizer."""
 
     def epochs(self, num_samples: int) -> dict[str, float]:
         """Return by source how many times it has been read after the first `num_samples` samples."""
@@ -156,6 +155,7 @@ def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets
         fingerprints=fingerprints,
         train_names=tuple(source.name or str(index) for index, source in enumerate(config.data.train)),
         validation=tuple(validation),
+        descriptions=tuple(corpora.descriptions),
     )
 
 
@@ -196,6 +196,7 @@ class _Corpora:
     def __init__(self, config: Config, sources: RunSources) -> None:
         self.config = config
         self.sources = sources
+        self.descriptions: list[str] = []
         self._opened: dict[SourceConfig, _OpenedCorpus] = {}
 
     def open(self, source: SourceConfig, key: str) -> _OpenedCorpus:
@@ -256,13 +257,13 @@ class _Corpora:
         counts = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *documents_input.files.describe()]
         if not num_tokens:
             raise DataError(f"{label} has no document with text ({'; '.join(counts)}): name another source")
-        logger.info("%s: %s", key, "; ".join(counts))
+        self.descriptions.append(f"{key}: {'; '.join(counts)}")
         tokens = np.concatenate(parts)
         return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
 
     def check_stream(self, source: Input, key: str) -> None:
         """Measure on rank 0 how much text of a stream's first documents the tokenizer loses."""
-        if self.sources.tokenizer.accepts_raw_bytes or int(os.environ.get("RANK", 0)):
+        if self.sources.tokenizer.accepts_raw_bytes or env_rank():
             return
         documents: list[bytes] = []
         num_bytes = 0
@@ -278,7 +279,7 @@ class _Corpora:
         name = self.sources.tokenizer.name
         loss.check(self.config.data.max_text_loss, "data.max_text_loss", f"{key}.path", name)
         if loss.lost_bytes:
-            logger.info("%s: %s", key, loss.describe(name))
+            self.descriptions.append(f"{key}: {loss.describe(name)}")
 
 
 def _validation_set(source: SourceConfig, corpus: _OpenedCorpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:

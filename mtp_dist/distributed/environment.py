@@ -4,11 +4,11 @@ import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from mtp_dist.config import Config
+from mtp_dist.versions import installed_versions
 
 MAX_LISTED = 16
 REMEDIES = {
@@ -30,14 +30,9 @@ def describe_rank(config: Config, device: torch.device) -> dict[str, str]:
         "device": device.type,
         # Hashed, because thousands of configurations would fill the store.
         "configuration": sha256(config.model_dump_json().encode()).hexdigest()[:12],
-        "version of torch": torch.__version__,
         "version of NCCL": str(torch.cuda.nccl.version()) if device.type == "cuda" else "",
     }
-    for package in ("deepspeed", "megatron-core", "mtp-dist"):
-        try:
-            description[f"version of {package}"] = version(package)
-        except PackageNotFoundError:  # a checkout that is not installed
-            description[f"version of {package}"] = "not installed"
+    description |= {f"version of {name}": number or "not installed" for name, number in installed_versions().items()}
     if device.type == "cuda":
         description["gpu"] = str(torch.cuda.get_device_properties(device).uuid)
     return description

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from mtp_dist.config import Config
 from mtp_dist.distributed.environment import describe_rank
 from mtp_dist.distributed.flight_recorder import enable_flight_recorder
+from mtp_dist.distributed.launcher import env_rank, env_world_size
 from mtp_dist.distributed.rendezvous import join
 from mtp_dist.distributed.sockets import choose_gloo_interface, raise_open_files_limit
 from mtp_dist.distributed.threads import set_threads
@@ -97,11 +98,11 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
 def _open_process_group(config: Config, device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     enable_flight_recorder()
-    if os.environ["WORLD_SIZE"] == "1":
+    rank, world_size = env_rank(), env_world_size()
+    if world_size == 1:
         # One process needs no rendezvous address, so any number of such runs can share a machine.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     raise_open_files_limit(world_size)
     choose_gloo_interface(os.environ.get("MASTER_ADDR", ""))
     store = join(rank, world_size, config.run.join_timeout, describe_rank(config, device))

@@ -1,18 +1,19 @@
 """What rank 0 logs of a run in addition to the other ranks."""
 
-import logging
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from mtp_dist.checkpoint.find import ResumePoint
 from mtp_dist.config import Config
 from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology
+from mtp_dist.fs import atomic_write_text
 from mtp_dist.monitoring.callback import Callback
 from mtp_dist.monitoring.events import EVENTS, EventRecorder
 from mtp_dist.monitoring.logs import PACKAGE_LOGGER
 from mtp_dist.monitoring.metrics_logger import MetricsLogger
-from mtp_dist.monitoring.run_folder import describe_run
 from mtp_dist.monitoring.scalars import ThroughputUnits
 from mtp_dist.monitoring.stragglers import Stragglers
 from mtp_dist.monitoring.writers.jsonl import JsonlWriter
@@ -21,9 +22,9 @@ from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.monitoring.writers.wandb import WandbWriter
 from mtp_dist.monitoring.writers.writer import MetricsWriter
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
-from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.versions import installed_versions
 
-logger = logging.getLogger(__name__)
+RUN = "run.json"
 
 
 def rank0_callbacks(
@@ -53,21 +54,21 @@ def rank0_callbacks(
         peak_flops=peak and peak * topology.world_size,
         bytes_per_token={validation_set.name: validation_set.bytes_per_token for validation_set in validation_sets},
     )
-    metrics = MetricsLogger(writers, units, describe_run(config, topology))
+    metrics = MetricsLogger(writers, units, _describe_run(config, topology))
     events = EventRecorder(folder / EVENTS, completed_steps, config.train.steps, metrics.note)
     PACKAGE_LOGGER.addHandler(events)
     return [events, metrics, Stragglers(hosts)]
 
 
-def log_start(config: Config, topology: Topology, optimizer_name: str, resumed: ResumePoint | None) -> None:
-    """Log the size of the model, the layout, and the checkpoint that the run resumes from."""
-    counts = parameter_counts(config)
-    logger.info(
-        f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
-        f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
-        f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
-        f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
-        f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
-    )
-    start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
-    logger.info("%s, %d ranks", start, topology.world_size, extra={"event": "start"})
+def _describe_run(config: Config, topology: Topology) -> dict[str, Any]:
+    """Write `run.json` and return its contents: configuration, layout, device, number of parameters and versions."""
+    description = {
+        "config": config.model_dump(mode="json"),
+        "layout": topology.degrees,
+        "device": device_name(topology.device),
+        "parameters": asdict(parameter_counts(config)),
+        "versions": installed_versions(),
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(config.output_dir / RUN, json.dumps(description, indent=2) + "\n")
+    return description

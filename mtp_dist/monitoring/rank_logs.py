@@ -18,21 +18,20 @@ SIGNALS_BLOCKED_IN_TEE = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.S
 TEE_EXIT_TIMEOUT_S = 5.0
 
 
-def tee_output(output_dir: Path, is_new: bool) -> None:
+def tee_output(output_dir: Path, rank: int, world_size: int, is_new: bool) -> None:
     """Copy what this process and its children write to file descriptors 1 and 2 into this rank's log file.
 
     Processes of their own copy it, so that nothing is lost if this one is killed. is_new: the run does not resume from
     a checkpoint in output_dir, so the log file of an earlier run is moved.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = output_dir / LOGS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _name(rank)
     if is_new:
-        _move_earlier_files(folder, rank, ranks)
+        _move_earlier_files(folder, rank, world_size)
     with path.open("a", encoding="utf-8") as file:
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        file.write(f"--- {now}: rank {rank} of {ranks} starts on {platform.node()}, process {os.getpid()}\n")
+        file.write(f"--- {now}: rank {rank} of {world_size} starts on {platform.node()}, process {os.getpid()}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     copies = [_copy(descriptor, path) for descriptor in (1, 2)]
@@ -43,9 +42,9 @@ def _name(rank: int) -> str:
     return f"rank_{rank:05d}.log"
 
 
-def _move_earlier_files(folder: Path, rank: int, ranks: int) -> None:
+def _move_earlier_files(folder: Path, rank: int, world_size: int) -> None:
     """Move this rank's file of an earlier run; on rank 0 also those of ranks that this run does not have."""
-    expected = {_name(other) for other in range(ranks)}
+    expected = {_name(other) for other in range(world_size)}
     gone = [path for path in folder.glob(_name(0).replace("0", "?")) if path.name not in expected]
     for path in [folder / _name(rank), *(gone if rank == 0 else [])]:
         moved = folder / EARLIER / path.name

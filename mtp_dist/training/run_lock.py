@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.launcher import env_rank, env_world_size
 from mtp_dist.errors import LaunchError, UserError
 from mtp_dist.monitoring.events import EVENTS, check_progress
 from mtp_dist.training.stopping import StopSignals
@@ -289,7 +290,7 @@ def _end_process(text: str) -> None:
 @contextmanager
 def hold_folders(config: Config, stop_signals: StopSignals) -> Iterator[None]:
     """Hold the RunLock on rank 0. Raise UserError on all ranks if another run holds it or if restarts save nothing."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = env_rank(), env_world_size()
     with ExitStack() as held:
         if rank == 0:
             lock = RunLock(config)

@@ -8,6 +8,8 @@ from contextlib import suppress
 from time import monotonic
 from typing import Self
 
+from mtp_dist.distributed.launcher import env_rank
+
 EXIT_PREEMPTED = 75
 """Exit status of a run stopped by SIGTERM or SIGUSR1, which the same command resumes: EX_TEMPFAIL of sysexits.h."""
 
@@ -72,7 +74,7 @@ class StopSignals:
         if before_ending := self._before_ending:
             with suppress(OSError):
                 before_ending()
-        if int(os.environ.get("RANK") or 0) == 0:
+        if env_rank() == 0:
             name = signal.Signals(self.received).name
             line = f"{name}: stopped before the first step, nothing is lost (status {status}): run the command again"
             with suppress(OSError):

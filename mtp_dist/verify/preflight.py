@@ -20,7 +20,7 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.topology import Topology, dp_group, tp_group
-from mtp_dist.monitoring.run_folder import PREFLIGHT
+from mtp_dist.training.run_folder import PREFLIGHT
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from mtp_dist.config import Config, resolve
 from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
-from mtp_dist.distributed.launcher import check_launcher_variables
+from mtp_dist.distributed.launcher import check_launcher_variables, env_rank, env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.logs import configure_logging
 from mtp_dist.monitoring.profiling import check_profile
@@ -37,7 +37,7 @@ def check_startup(
     Select the device, so that DeepSpeed and Megatron-core may be imported afterwards.
     """
     check_launcher_variables()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = env_rank(), env_world_size()
     configure_logging(rank, log_level)
     sources = RunSources(config)
     config = resolve(config, sources.tokenizer.vocab_size, world_size)

@@ -1,7 +1,6 @@
 """The measurement of every mode at every number of heads, on --tp ranks."""
 
 import gc
-import os
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, gradient
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
 from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
+from mtp_dist.distributed.launcher import env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
 
@@ -35,7 +35,7 @@ NewProgress = Callable[[bool], Progress]
 
 def measure_head_loss(settings: Settings, new_progress: NewProgress) -> Result:
     """Run the benchmark, on ranks that it starts itself. Raise LaunchError if a rank fails."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if env_world_size() > 1:
         raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts those of --tp itself")
     if settings.tp == 1:
         return measure_on_rank(settings, new_progress)

@@ -8,13 +8,6 @@ from tests.unit.data.preparing import train_sentencepiece
 SENTENCES = [f"def f{i}(x): return x * {i} + y{i % 7}\n" for i in range(200)]
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The package's log from INFO on."""
-    caplog.set_level("INFO", "mtp_dist")
-    return caplog
-
-
 @pytest.fixture(scope="session")
 def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tokenizer.json, tokenizer.model, and endless.model, which has no end-of-text token."""

@@ -237,17 +237,18 @@ def test_records_may_be_longer_than_the_inspected_head(tmp_path, brackets):
         assert documents(units(tmp_path / "a.json", unit_bytes=1 << 20)) == texts
 
 
-def test_run_logs_the_files_of_its_sources(tmp_path, log):
+def test_descriptions_count_the_files_of_a_source(tmp_path):
     tree(tmp_path, "a.py", "b.py")
     (tmp_path / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     source = {"path": str(tmp_path), "glob": "p*.py"}
     counts = error_of(DataError, load_datasets, data_config(source))
     assert "has no document with text (0 documents, " in counts and " 1 files skipped: 1 binary" in counts
-    load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
-    assert log.messages == [
+    datasets = load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
+    [description] = datasets.descriptions
+    assert description == (
         "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
         f"{tmp_path / 'picture.py'}"
-    ]
+    )
 
 
 json_values = st.recursive(

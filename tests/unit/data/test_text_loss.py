@@ -71,13 +71,13 @@ def test_prepare_refuses_a_tokenizer_that_loses_text(tmp_path, lossy, text):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_run_refuses_a_tokenizer_that_loses_text(tmp_path, lossy, stream, log):
+def test_run_refuses_a_tokenizer_that_loses_text(tmp_path, lossy, stream):
     source = {"path": str(write_jsonl(tmp_path / "a.jsonl", [ENGLISH + GERMAN] * 20)), "stream": stream}
     message = error_of(DataError, load_datasets, config(lossy, source))
     assert message.startswith("data.") and LOST in message and "'ü'" in message
     assert "raise data.max_text_loss" in message
     datasets = load_datasets(config(lossy, source, max_text_loss=0.5))
-    assert any(LOST in line for line in log.messages)
+    assert any(LOST in line for line in datasets.descriptions)
     tokens = len(build_tokenizer(str(lossy)).encode(ENGLISH + GERMAN)) + 1
     survived = len((ENGLISH + GERMAN).encode()) - len("üößÜüß".encode()) - 3
     (validation,) = datasets.validation
@@ -96,7 +96,7 @@ def test_prepared_corpus_stores_the_loss(tmp_path, lossy):
     assert LOST in inspected(tmp_path / "c", lossy)
 
 
-def test_only_inspect_reports_that_nothing_is_lost(tmp_path, trained_tokenizers, log):
+def test_only_inspect_reports_that_nothing_is_lost(tmp_path, trained_tokenizers):
     text = write_jsonl(tmp_path / "a.jsonl", [GERMAN, JAPANESE, "a\n\n  b\t", ""])
     for name in ("json", "model"):
         tokenizer = trained_tokenizers / f"tokenizer.{name}"
@@ -104,12 +104,11 @@ def test_only_inspect_reports_that_nothing_is_lost(tmp_path, trained_tokenizers,
         assert prepared.description.checked_bytes == prepared.description.bytes
         assert prepared.description.lost_bytes == 0
         assert "does not survive" not in describe(tmp_path / name, prepared)
-        load_datasets(config(tokenizer, tmp_path / name))
-        assert log.messages == []
+        assert load_datasets(config(tokenizer, tmp_path / name)).descriptions == ()
         assert "bytes checked survive" in inspected(tmp_path / name, tokenizer)
 
 
-def test_folded_whitespace_is_reported_but_not_limited(tmp_path, log):
+def test_folded_whitespace_is_reported_but_not_limited(tmp_path):
     """With a SentencePiece model of the trainer's defaults: runs of whitespace become one space."""
     folding = train_sentencepiece(tmp_path / "tokenizer.model", [CODE, ENGLISH], vocab_size=60)
     prepared = made(request(write_jsonl(tmp_path / "a.jsonl", [CODE] * 20), tmp_path / "c", folding))
@@ -120,8 +119,7 @@ def test_folded_whitespace_is_reported_but_not_limited(tmp_path, log):
     tokens = len(build_tokenizer(str(folding)).encode(CODE)) + 1
     for name in ("c", "a.jsonl"):
         datasets = load_datasets(config(folding, tmp_path / name, max_text_loss=0.0))
-        assert any(line in message for message in log.messages)
-        log.clear()
+        assert any(line in description for description in datasets.descriptions)
         assert datasets.validation[0].bytes_per_token == pytest.approx(folded / tokens), "bytes that tokens represent"
     asked = request(write_jsonl(tmp_path / "b.jsonl", [CODE + JAPANESE]), tmp_path / "d", folding)
     message = error_of(DataError, made, asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.monitoring.run_folder import archive_earlier_run
+from mtp_dist.training.run_folder import archive_earlier_run
 from tests.tiny import tiny_config
 
 PROJECT = Path(__file__).parents[3]
@@ -17,14 +17,14 @@ START = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from mtp_dist.monitoring.rank_logs import tee_output
-tee_output(Path(sys.argv[1]), is_new=sys.argv[2] == "new")
+tee_output(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), is_new=sys.argv[4] == "new")
 """
 
 
 def start(code, output_dir, how="new", rank=1, ranks=4, stdin=None):
     """Start a rank in a process group of its own, as under a launcher."""
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, "-c", START + code, str(output_dir), how]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-c", START + code, str(output_dir), str(rank), str(ranks), how]
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, process_group=0, **pipes)
 

@@ -1,27 +1,21 @@
 """What a run keeps in its folder, and how it makes room for another run."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from mtp_dist.checkpoint.format import CHECKPOINT_FILES, installed_versions
+from mtp_dist.checkpoint.format import CHECKPOINT_FILES
 from mtp_dist.config import Config
-from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
-from mtp_dist.distributed.topology import Topology
 from mtp_dist.monitoring.events import EVENTS
 from mtp_dist.monitoring.profiling import PROFILE, PROFILE_FILES
+from mtp_dist.monitoring.rank0 import RUN
 from mtp_dist.monitoring.rank_logs import EARLIER, LOG_FILES, LOGS
 from mtp_dist.monitoring.writers.wandb import WANDB_FOLDER, wandb_files
-from mtp_dist.planner.flops import parameter_counts
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.json"
 PREFLIGHT = "preflight.json"
 FILES = ("metrics.jsonl", EVENTS, RUN, "summary.json", PREFLIGHT)
 FOLDERS: dict[str, tuple[str, ...]] = {
@@ -71,17 +65,3 @@ def _archive(folder: Path, archived_names: Mapping[Path, str]) -> None:
     for path in existing:
         path.rename(archive / archived_names[path])
     logger.info("%s contains an earlier run: its files are now in %s", folder, archive)
-
-
-def describe_run(config: Config, topology: Topology) -> dict[str, Any]:
-    """Write `run.json` and return its contents: configuration, layout, device, number of parameters and versions."""
-    description = {
-        "config": config.model_dump(mode="json"),
-        "layout": topology.degrees,
-        "device": device_name(topology.device),
-        "parameters": asdict(parameter_counts(config)),
-        "versions": installed_versions(),
-    }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    (config.output_dir / RUN).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    return description

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_dist.monitoring.run_folder import archive_earlier_run
+from mtp_dist.training.run_folder import archive_earlier_run
 from tests.integration import jobs
 from tests.tiny import tiny_config
 from tests.unit.training.ending_on_ranks import order_of_the_end
@@ -20,6 +20,7 @@ def names(folder):
 
 
 def test_previous_runs_are_archived_completely(tmp_path, caplog):
+    caplog.set_level("INFO", "mtp_dist")
     (tmp_path / "notes.txt").touch()
     archive(tmp_path)
     assert names(tmp_path) == ["notes.txt"], "there is no run"
