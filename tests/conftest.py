@@ -4,9 +4,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pytest
@@ -21,7 +19,7 @@ hypothesis.settings.register_profile("shared", deadline=None)
 hypothesis.settings.load_profile("shared")
 
 
-def pytest_configure() -> None:
+def pytest_configure():
     """Let SIGINT and SIGHUP reach the jobs of the tests, also if pytest runs in the background or under nohup.
 
     Both are ignored there, and a training leaves a signal ignored that it was started to ignore.
@@ -31,13 +29,13 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser):
     parser.addoption("--curve-steps", type=int, default=2, help="steps of each run of the whole parity matrix")
     parser.addoption("--parity-json", type=Path, help="write the errors of the parity tests into this file")
 
 
 @pytest.fixture(autouse=True)
-def package_logger() -> Iterator[None]:
+def package_logger():
     """Undo `configure_logging` after each test, so that pytest's caplog sees the records of the next one."""
     logger = logging.getLogger("mtp_dist")
     yield
@@ -46,22 +44,21 @@ def package_logger() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def curve_steps(request: pytest.FixtureRequest) -> int:
-    steps: int = request.config.getoption("--curve-steps")
-    return steps
+def curve_steps(request):
+    return request.config.getoption("--curve-steps")
 
 
 @pytest.fixture(scope="session")
-def parity_records(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+def parity_records(request):
     """One record a run of the parity matrix."""
-    records: list[dict[str, Any]] = []
+    records = []
     yield records
     if path := request.config.getoption("--parity-json"):
         path.write_text(json.dumps(records, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks():
     """Four ranks that all tests of a session share."""
     pool = Ranks(4)
     yield pool

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,17 +17,14 @@ from tests.integration import jobs
 from tests.unit.data.test_dataloader import batches_of, config_of
 
 GPUS = torch.cuda.device_count()
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(GPUS == 0, reason="PyTorch finds no NVIDIA GPU on this machine"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS == 0, reason="PyTorch finds no NVIDIA GPU on this machine")]
 ON_GPU = ["env", "DS_ACCELERATOR=cuda"]
 """The jobs of other tests run on the CPU."""
 two_gpus = [pytest.mark.multi_gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs 2 NVIDIA GPUs, this machine has {GPUS}")]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
-def test_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: float) -> None:
+def test_loss_kernel_equals_autograd_in_fp64(dtype, bound):
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype).cuda() for size in (300, 5000))
     targets = torch.randint(0, 5000, (300,), generator=generator).cuda()
@@ -47,7 +43,7 @@ def test_loss_kernel_equals_autograd_in_fp64(dtype: torch.dtype, bound: float) -
     assert norm_error(request.weight, exact_weight.grad) <= bound
 
 
-def test_train_batches_are_in_pinned_memory() -> None:
+def test_train_batches_are_in_pinned_memory():
     batches = batches_of(config_of(4, 2, attention_across_documents=False), device=torch.device("cuda", 0))
     micro_batch = batches.next_train_batch().micro_batches[0]
     batches.close()
@@ -65,7 +61,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("processes", "overrides"), LAYOUTS)
-def test_parity_with_the_reference(tmp_path: Path, processes: int, overrides: list[str]) -> None:
+def test_parity_with_the_reference(tmp_path, processes, overrides):
     """Compare fp32 and bf16 with NCCL, PyTorch's attention and the machine's optimizer."""
     config = jobs.write_config(tmp_path, run={"device": "cuda"}, train={"precision": "bf16", "sequence_length": 128})
     command = jobs.torchrun(
@@ -77,7 +73,7 @@ def test_parity_with_the_reference(tmp_path: Path, processes: int, overrides: li
     assert report["passed"] and {row["precision"] for row in report["comparisons"]} == {"fp32", "bf16"}
 
 
-def test_resumed_run_is_bitwise_identical(tmp_path: Path) -> None:
+def test_resumed_run_is_bitwise_identical(tmp_path):
     """With `train.deterministic`, 6 steps equal 3 steps that are resumed up to step 6."""
     learned = {}
     for name, parts in {"whole": [6], "resumed": [3, 6]}.items():
@@ -113,7 +109,7 @@ dist.destroy_process_group()
 """
 
 
-def test_flight_recorder_has_nccl_collectives(tmp_path: Path) -> None:
+def test_flight_recorder_has_nccl_collectives(tmp_path):
     path = tmp_path / "rank_00000"
     ended = subprocess.run(
         [sys.executable, "-c", NCCL_PROGRAM, str(path)], cwd=jobs.ROOT, capture_output=True, text=True, timeout=300

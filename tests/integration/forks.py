@@ -11,10 +11,8 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 
 PEER_GRACE_S = 1
 """Time that the other ranks get after one has failed, as under a launcher."""
@@ -32,7 +30,7 @@ class Program:
     """Port of the rendezvous."""
 
 
-def _be_rank(rank: int, program: Program, folder: Path, environment: dict[str, str], streams: Sequence[Path]) -> None:
+def _be_rank(rank, program, folder, environment, streams):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -54,7 +52,7 @@ def _be_rank(rank: int, program: Program, folder: Path, environment: dict[str, s
 class Forked:
     """A running program, with the part of subprocess.Popen's interface that the tests use."""
 
-    def __init__(self, program: Program, folder: Path, environment: dict[str, str], streams: Sequence[Path]) -> None:
+    def __init__(self, program, folder, environment, streams):
         self._ranks = [
             CONTEXT.Process(target=_be_rank, args=(rank, program, folder, environment, streams))
             for rank in range(program.processes)
@@ -63,9 +61,9 @@ class Forked:
             process.start()
         self.pids = [process.pid for process in self._ranks]
         """PIDs by rank."""
-        self.returncode: int | None = None
+        self.returncode = None
 
-    def poll(self) -> int | None:
+    def poll(self):
         """Return 0 once all ranks have ended, or the exit code of one that failed, which ends the others."""
         running = [process for process in self._ranks if process.exitcode is None]
         failed = [process.exitcode for process in self._ranks if process.exitcode]
@@ -77,7 +75,7 @@ class Forked:
             self.returncode = failed[0] if failed else 0
         return self.returncode
 
-    def wait(self, timeout: float = float("inf")) -> int:
+    def wait(self, timeout=float("inf")):
         deadline = time.monotonic() + timeout
         while (status := self.poll()) is None:
             running = [process.sentinel for process in self._ranks if process.exitcode is None]

@@ -10,11 +10,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import yaml
@@ -31,7 +29,7 @@ MARK = "MTP_DIST_TEST_JOB"
 """Environment variable that identifies every process of a job, whatever its parent and process group."""
 
 
-def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
+def write_corpus(folder, files=3, functions=60):
     """Write a folder of Python files, always the same ones."""
     draw = random.Random(0).randrange
     folder.mkdir(parents=True)
@@ -41,10 +39,10 @@ def write_corpus(folder: Path, files: int = 3, functions: int = 60) -> Path:
     return folder
 
 
-def write_config(folder: Path, **sections: dict[str, Any]) -> Path:
+def write_config(folder, **sections):
     """Write `tiny.yaml` and its corpus; the run's folder is `folder/out`. sections: keys that replace the defaults."""
     corpus = write_corpus(folder / "corpus")
-    values: dict[str, dict[str, Any]] = {
+    values = {
         "run": {"name": "tiny", "device": "cpu", "output_dir": str(folder / "out")},
         "model": {"hidden_size": 32, "trunk_layers": 3, "num_attention_heads": 4, "num_query_groups": 2}
         | {"ffn_hidden_size": 64},
@@ -66,7 +64,7 @@ PORTS_OF_A_WORKER = len(PORTS) // 10
 _offsets = itertools.count(os.getpid())
 
 
-def free_port() -> int:
+def free_port():
     """Return a free port. Each of pytest's parallel workers has its own range and cycles through it."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
     while True:
@@ -76,24 +74,24 @@ def free_port() -> int:
             return port
 
 
-def plain(script: str, *arguments: str) -> list[str]:
+def plain(script, *arguments):
     """Return the command of one process without a launcher."""
     return [sys.executable, script, *arguments]
 
 
-def deepspeed(*arguments: str, processes: int = 2) -> list[str]:
+def deepspeed(*arguments, processes=2):
     """arguments: the script and its arguments, or `--module` first."""
     options = ["--quiet", "--num_gpus", str(processes), "--master_port", str(free_port())]
     return [str(BIN / "deepspeed"), *options, *arguments]
 
 
-def torchrun(*arguments: str, processes: int = 2) -> list[str]:
+def torchrun(*arguments, processes=2):
     """arguments: the script and its arguments, or `-m` first."""
     options = ["--nproc_per_node", str(processes), "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return [str(BIN / "torchrun"), *options, *arguments]
 
 
-def forked(*arguments: str, processes: int = 1) -> Program:
+def forked(*arguments, processes=1):
     """Return ranks that need no launcher and no imports. arguments: the script and its arguments, or `-m` first."""
     return Program(arguments, processes, free_port())
 
@@ -104,7 +102,7 @@ LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER
 class Job:
     """A running command with every process that it started."""
 
-    def __init__(self, command: Sequence[str] | Program, folder: Path) -> None:
+    def __init__(self, command, folder):
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self._streams = [folder / f"{name}_{self.mark[:8]}.txt" for name in ("stdout", "stderr")]
@@ -116,20 +114,20 @@ class Job:
             if isinstance(command, Program):
                 self.process = Forked(command, folder, environment, self._streams)
             else:
-                streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+                streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
                 self.process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
 
     @property
-    def stdout(self) -> str:
+    def stdout(self):
         return self._streams[0].read_text()
 
     @property
-    def stderr(self) -> str:
+    def stderr(self):
         return self._streams[1].read_text()
 
     output = property(lambda self: self.stdout + self.stderr)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self):
         """Return every live process of the job."""
         alive = []
         for process in psutil.process_iter():
@@ -138,32 +136,32 @@ class Job:
                     alive.append(process)
         return alive
 
-    def _has_started(self, process: psutil.Process) -> bool:
+    def _has_started(self, process):
         if isinstance(self.process, Forked):  # its environment is that of the process it was forked from
             return any(one.pid in self.process.pids for one in (process, *process.parents()))
         return process.environ().get(MARK) == self.mark
 
-    def rank(self, number: int) -> psutil.Process:
+    def rank(self, number):
         """Return the process of a rank."""
         if isinstance(self.process, Forked):
             return psutil.Process(self.process.pids[number])
         return next(p for p in self.processes() if p.environ().get("RANK") == str(number))
 
-    def wait(self, seconds: float = TIMEOUT_SECONDS) -> int:
+    def wait(self, seconds=TIMEOUT_SECONDS):
         """Return the exit status. Fail if the job does not end."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the job has not ended after {seconds} s:\n{self.output}") from None
 
-    def wait_until(self, happened: Callable[[], bool]) -> None:
+    def wait_until(self, happened):
         """Wait until something has happened. Fail if the job ends first."""
         while not happened():
             assert self.process.poll() is None, f"the job has ended too early:\n{self.output}"
             assert time.monotonic() - self.started < TIMEOUT_SECONDS, f"the job does not get there:\n{self.output}"
             time.sleep(0.1)
 
-    def kill(self) -> None:
+    def kill(self):
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -171,7 +169,7 @@ class Job:
 
 
 @contextmanager
-def started(command: Sequence[str] | Program, folder: Path) -> Iterator[Job]:
+def started(command, folder):
     """Start a job, and kill all of its processes that run at the end."""
     job = Job(command, folder)
     try:
@@ -189,7 +187,7 @@ class Result:
     output = property(lambda self: self.stdout + self.stderr)
 
 
-def run(command: Sequence[str] | Program, status: int | None = None) -> Result:
+def run(command, status=None):
     """Run a command to its end in an empty folder. Fail if another status than the given one is returned."""
     with tempfile.TemporaryDirectory() as folder, started(command, Path(folder)) as job:
         result = Result(job.wait(), job.stdout, job.stderr)
@@ -197,7 +195,7 @@ def run(command: Sequence[str] | Program, status: int | None = None) -> Result:
     return result
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def metrics(folder):
     """Return the complete lines of a run's `metrics.jsonl`."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -208,6 +206,6 @@ MEASURED = ("throughput/", "memory/")
 """Prefixes of the scalars that differ between two runs of the same training."""
 
 
-def learned(folder: Path) -> list[dict[str, Any]]:
+def learned(folder):
     """Return the lines of `metrics.jsonl` without measured scalars."""
     return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in metrics(folder)]

@@ -11,10 +11,9 @@ import random
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.integration import jobs
 
@@ -37,30 +36,30 @@ class Counts:
 class Training:
     """A run that is started as often as necessary."""
 
-    def __init__(self, config: Path, output_dir: Path) -> None:
+    def __init__(self, config, output_dir):
         self.output_dir = output_dir
         self.checkpoints = output_dir / "checkpoints"
         self.started = 0.0
         keys = [f"run.output_dir={output_dir}", f"train.steps={STEPS}", *KEYS]
         self._arguments = [jobs.PRETRAIN, "--config", str(config), *keys]
 
-    def start(self) -> AbstractContextManager[jobs.Job]:
+    def start(self):
         self.started = time.time()
         return jobs.started(jobs.forked(*self._arguments, processes=RANKS), self.output_dir.parent)
 
-    def is_saving(self) -> bool:
+    def is_saving(self):
         """Return whether the last start is writing a checkpoint; an earlier one may have left an unfinished one."""
         with suppress(FileNotFoundError):
             return any(path.stat().st_mtime > self.started for path in self.checkpoints.glob("*.unfinished"))
         return False
 
-    def outcome(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    def outcome(self):
         """Return the metrics and the last checkpoint's tensors."""
         files = sorted((self.checkpoints / f"step_{STEPS:08d}").glob("*.safetensors"))
         return jobs.learned(self.output_dir), {path.name: path.read_bytes() for path in files}
 
 
-def wait_for_a_moment(training: Training, job: jobs.Job, numbers: random.Random) -> None:
+def wait_for_a_moment(training, job, numbers):
     """Wait for a random moment of the run, mostly during a save. A rank may have ended by then."""
     deadline = time.monotonic() + LIFETIME_S
     if numbers.random() < 0.3:
@@ -73,7 +72,7 @@ def wait_for_a_moment(training: Training, job: jobs.Job, numbers: random.Random)
         time.sleep(0.001)
 
 
-def kill_one(job: jobs.Job, numbers: random.Random) -> bool:
+def kill_one(job, numbers):
     """Kill a rank and wait for the others. Return False if one had ended before."""
     victim = numbers.randrange(RANKS)
     if len(job.processes()) < RANKS:
@@ -83,7 +82,7 @@ def kill_one(job: jobs.Job, numbers: random.Random) -> bool:
     return True
 
 
-def count_kills(folder: Path, kills: int, seed: int) -> Counts:
+def count_kills(folder, kills, seed):
     """Train in `folder` until that many kills were survived. Raise AssertionError if one was not."""
     config = jobs.write_config(folder)
     complete = Training(config, folder / "complete")

@@ -4,8 +4,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,33 +16,32 @@ from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.sources.text_sources import InputOptions
 from mtp_dist.training.watchdog import EXIT_HUNG
 from tests.integration import jobs
-from tests.integration.forks import Program
 
 Launch = Callable[..., list[str]]
 ENDLESS = {"train": {"steps": 100_000}, "checkpoint": {"every": 1, "keep_last": 3}}
 
 
-def assert_nothing_runs(job: jobs.Job) -> int:
+def assert_nothing_runs(job):
     """Wait for the end of a failed job and return its status. Without a launcher other ranks would wait for long."""
     status = job.wait()
     assert status != 0 and job.processes() == []
     return status
 
 
-def user_error(command: Sequence[str] | Program, folder: Path) -> str:
+def user_error(command, folder):
     """Run a job that ends with status 2 and return its only error message."""
     with jobs.started(command, folder) as job:
         return user_error_of(job)
 
 
-def user_error_of(job: jobs.Job) -> str:
+def user_error_of(job):
     assert assert_nothing_runs(job) == 2, job.output
     assert "Traceback" not in job.output, job.output
     [error] = {line for line in job.stderr.splitlines() if line.startswith("error")}
     return error
 
 
-def assert_checkpoints_are_valid(folder: Path) -> None:
+def assert_checkpoints_are_valid(folder):
     names = [path.name for path in folder.iterdir()]
     finished = [name for name in names if re.fullmatch(r"step_\d{8}", name)]
     unfinished = [name for name in names if name.endswith(".unfinished")]
@@ -54,7 +52,7 @@ def assert_checkpoints_are_valid(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("launch", [jobs.deepspeed, jobs.torchrun])
-def test_rank_that_raises(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_that_raises(tmp_path, launch, monkeypatch):
     config = jobs.write_config(tmp_path)
     monkeypatch.setenv("FAULTY_RANK", "1")
     command = launch(jobs.FAULTY, "unreadable_sample", "--config", str(config), "parallel.pipeline=2")
@@ -69,7 +67,7 @@ def test_rank_that_raises(tmp_path: Path, launch: Launch, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("launch", "rank"), [(jobs.deepspeed, 1), (jobs.torchrun, 0)])
-def test_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> None:
+def test_rank_that_is_killed(tmp_path, launch, rank):
     config = jobs.write_config(tmp_path, train={"steps": 100_000}, checkpoint={"every": 1})
     with jobs.started(launch(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path) as job:
         job.wait_until(lambda: len(jobs.metrics(tmp_path / "out")) >= 4)
@@ -79,7 +77,7 @@ def test_rank_that_is_killed(tmp_path: Path, launch: Launch, rank: int) -> None:
     assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
 
 
-def test_full_disk(tmp_path: Path) -> None:
+def test_full_disk(tmp_path):
     """Training continues without the checkpoints in between; without the last one the run has failed."""
     config, out = jobs.write_config(tmp_path, checkpoint={"every": 2}), tmp_path / "out"
     result = jobs.run(jobs.forked(jobs.FAULTY, "full_disk", "--config", str(config)))
@@ -98,7 +96,7 @@ def test_full_disk(tmp_path: Path) -> None:
     assert not (out / "summary.json").exists()
 
 
-def test_rank_that_hangs(tmp_path: Path) -> None:
+def test_rank_that_hangs(tmp_path):
     """The waiting rank reports where and writes its last collectives; the launcher ends the other one."""
     config = jobs.write_config(tmp_path, run={"step_timeout": 8}, train={"steps": 100_000})
     command = jobs.deepspeed(jobs.FAULTY, "stopped_clock", "--config", str(config), "parallel.pipeline=2")
@@ -115,7 +113,7 @@ def test_rank_that_hangs(tmp_path: Path) -> None:
     assert f"rank 0: its last collective was {last['profiling_name']}" in job.output
 
 
-def test_file_system_that_blocks(tmp_path: Path) -> None:
+def test_file_system_that_blocks(tmp_path):
     """The saving thread waits for it, and the watchdog ends the step that waits for this thread."""
     config, out = jobs.write_config(tmp_path, run={"step_timeout": 8}, **ENDLESS), tmp_path / "out"
     with jobs.started(jobs.plain(jobs.FAULTY, "stopped_clock", "--config", str(config)), tmp_path) as job:
@@ -130,7 +128,7 @@ def test_file_system_that_blocks(tmp_path: Path) -> None:
     assert_checkpoints_are_valid(out / "checkpoints")
 
 
-def test_nan_gradient(tmp_path: Path) -> None:
+def test_nan_gradient(tmp_path):
     """Steps are skipped, the rank and the parameter are named, and after the allowed number the run ends."""
     train, out = {"steps": 100, "max_skipped_steps": 2, "validate_every": None}, tmp_path / "out"
     config = jobs.write_config(tmp_path, train=train, checkpoint={"every": 1})
@@ -154,7 +152,7 @@ def test_nan_gradient(tmp_path: Path) -> None:
     assert before and all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-def test_truncated_corpus(tmp_path: Path) -> None:
+def test_truncated_corpus(tmp_path):
     """Without a check, reading it would end a rank with SIGBUS."""
     prefix, texts = tmp_path / "prepared", jobs.write_corpus(tmp_path / "texts")
     request = Request((str(texts),), prefix, "bytes", InputOptions(glob="*.py"), "error", 1)
@@ -172,7 +170,7 @@ def test_truncated_corpus(tmp_path: Path) -> None:
     assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
 
 
-def test_stream_whose_file_vanishes(tmp_path: Path) -> None:
+def test_stream_whose_file_vanishes(tmp_path):
     config, folder = jobs.write_config(tmp_path, **ENDLESS), tmp_path / "streamed"
     shutil.copytree(tmp_path / "corpus", folder)
     source = f"data.train=[{{path: {folder}, stream: true}}]"
@@ -186,7 +184,7 @@ def test_stream_whose_file_vanishes(tmp_path: Path) -> None:
     assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
 
 
-def test_rank_that_never_comes(tmp_path: Path) -> None:
+def test_rank_that_never_comes(tmp_path):
     config = jobs.write_config(tmp_path, run={"join_timeout": 2})
     variables = ["RANK=0", "WORLD_SIZE=2", "LOCAL_RANK=0", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={jobs.free_port()}"]
     command = ["env", *variables, *jobs.plain(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2")]
@@ -196,7 +194,7 @@ def test_rank_that_never_comes(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_job_that_slurm_restarts_without_end(tmp_path: Path) -> None:
+def test_job_that_slurm_restarts_without_end(tmp_path):
     """For example because its time limit is shorter than its start."""
     command = jobs.plain(jobs.PRETRAIN, "--config", str(jobs.write_config(tmp_path)))
     error = user_error(["env", "SLURM_JOB_ID=20042", "SLURM_RESTART_COUNT=4", *command], tmp_path)

@@ -3,12 +3,11 @@
 import gzip
 import json
 import re
-from pathlib import Path
 
 from tests.integration import jobs
 
 
-def test_preflight_and_traces_of_two_ranks(tmp_path: Path) -> None:
+def test_preflight_and_traces_of_two_ranks(tmp_path):
     config = jobs.write_config(tmp_path, train={"steps": 4, "precision": "bf16"}, log={"profile_ranks": [0, 1]})
     arguments = ["--config", str(config), "--preflight", "parallel.pipeline=2", "log.profile_steps=[2,3]"]
     result = jobs.run(jobs.deepspeed(jobs.PRETRAIN, *arguments))

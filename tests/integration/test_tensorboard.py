@@ -4,10 +4,9 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import sync_playwright
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
 from mtp_dist.monitoring.scalars import ThroughputWindow, head_scalars, step_scalars
@@ -27,12 +26,12 @@ DESCRIPTION = {
 }
 
 
-def losses(step: int) -> tuple[float, ...]:
+def losses(step):
     return tuple(2 + k / 2 + math.exp(-step / 10) for k in range(HEADS))
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address(tmp_path_factory):
     """Start TensorBoard on the files of a run that was killed after step 30 and resumed from step 20."""
     folder = tmp_path_factory.mktemp("tensorboard")
     for first, last in ((1, 30), (21, STEPS)):
@@ -51,20 +50,20 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as started:
         yield started
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def page(browser):
     # A new page per test: TensorBoard does not load another dashboard if only the fragment changes.
     with browser.new_page(viewport={"width": 1400, "height": 900}) as opened:
         opened.set_default_timeout(120_000)  # on a crowded machine
         yield opened
 
 
-def test_all_heads_share_one_chart(page: Page, address: str) -> None:
+def test_all_heads_share_one_chart(page, address):
     page.goto(f"{address}/#custom_scalars")
     cards = page.locator("tf-custom-scalar-multi-line-chart-card")
     loss = cards.filter(has=page.get_by_text("loss of all heads", exact=True))
@@ -77,7 +76,7 @@ def test_all_heads_share_one_chart(page: Page, address: str) -> None:
     assert sorted(matches) == [f"loss/head_{k}" for k in range(1, HEADS + 1)]
 
 
-def test_configuration_and_layout_can_be_read(page: Page, address: str) -> None:
+def test_configuration_and_layout_can_be_read(page, address):
     page.goto(f"{address}/#text")
     code = page.locator("tf-text-loader code")
     code.nth(1).wait_for()

@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ class Mutant:
     """Arguments of pytest."""
 
     @property
-    def name(self) -> str:
+    def name(self):
         return self.patch.stem
 
 
@@ -70,12 +69,12 @@ class Outcome:
     reason: str
     seconds: float
 
-    def __str__(self) -> str:
+    def __str__(self):
         verdict = "found" if self.found else "SURVIVED"
         return f"{self.name:44} {verdict:8} {self.seconds:4.0f} s  {self.test}: {self.reason}"
 
 
-def read_mutant(patch: Path) -> Mutant:
+def read_mutant(patch):
     """Return the mutant of a patch. Raise ValueError if its header lacks a line."""
     header = dict(re.findall(r"^# (fault|tests): (.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE))
     if header.keys() != {"fault", "tests"}:
@@ -83,20 +82,20 @@ def read_mutant(patch: Path) -> Mutant:
     return Mutant(patch, header["fault"], tuple(shlex.split(header["tests"])))
 
 
-def read_mutants(words: Sequence[str] = ()) -> list[Mutant]:
+def read_mutants(words=()):
     """Return the mutants whose names contain one of the words, or all of them, by name."""
     patches = sorted(Path(__file__).parent.glob("*.patch"))
     return [read_mutant(patch) for patch in patches if not words or any(word in patch.stem for word in words)]
 
 
-def apply(patch: Path, tree: Path, *options: str) -> str | None:
+def apply(patch, tree, *options):
     """Apply a patch to a tree. Return why it does not apply, or None if it does."""
     command = ["git", "apply", "-p1", *options, str(patch)]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     return run.stderr.strip() if run.returncode else None
 
 
-def copy_tree(target: Path) -> None:
+def copy_tree(target):
     """Copy the files of the working tree that git tracks, or would track."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -106,7 +105,7 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
+def run_tests(tree, tests):
     """Run pytest in a tree until the first failure. Return its exit status and its output."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=short", "-rfE", *tests]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
@@ -119,7 +118,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
-def judge(status: int, output: str) -> tuple[bool, str, str]:
+def judge(status, output):
     """Return whether a test found the fault, which one, and the first line of its reason."""
     failure, reasons = FAILURE.search(output), REASON.findall(output)
     # The error of another process comes as its traceback, of which the last line names the error.
@@ -130,7 +129,7 @@ def judge(status: int, output: str) -> tuple[bool, str, str]:
     return found, test, reason[:160]
 
 
-def try_mutant(mutant: Mutant, trees: "Queue[Path]") -> Outcome:
+def try_mutant(mutant, trees):
     """Run a mutant's tests in one of the trees, and take the fault back."""
     tree, started = trees.get(), time.monotonic()
     try:
@@ -144,7 +143,7 @@ def try_mutant(mutant: Mutant, trees: "Queue[Path]") -> Outcome:
         trees.put(tree)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of the mutants' names; all of them by default")
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at the same time")
@@ -152,7 +151,7 @@ def main() -> None:
     mutants = read_mutants(arguments.names)
     survivors = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        trees: Queue[Path] = Queue()
+        trees = Queue()
         for number in range(arguments.jobs):
             tree = Path(folder) / str(number)
             copy_tree(tree)

@@ -8,10 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -60,21 +58,21 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=60 OverSubscribe=NO
 """
 
 
-def missing_programs() -> list[str]:
+def missing_programs():
     return [name for name in DAEMONS if shutil.which(name, path=SEARCHED) is None]
 
 
 class Cluster:
     """A running cluster, which SLURM's commands find by `environment`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder = folder
         # The tests may be a job of another cluster themselves.
         inherited = {name: os.environ[name] for name in os.environ if not name.startswith(("SLURM_", "SBATCH_"))}
         self.environment = inherited | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCHED}
-        self._daemons: list[subprocess.Popen[bytes]] = []
+        self._daemons = []
 
-    def start(self) -> None:
+    def start(self):
         self._write_settings()
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
@@ -89,7 +87,7 @@ class Cluster:
         idle = f"{len(NODES)} idle"
         self.wait("both nodes are idle", lambda: self.client("sinfo", "-h", "-o", "%D %T") == idle, SECONDS_TO_START)
 
-    def _write_settings(self) -> None:
+    def _write_settings(self):
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
         resources = f"CPUs={CPUS_OF_A_NODE} Gres=gpu:{GPUS_OF_A_NODE}"
         nodes = "\n".join(
@@ -106,31 +104,31 @@ class Cluster:
         for name in ("state", *NODES):
             (self.folder / name).mkdir()
 
-    def _spawn(self, program: str, *options: str) -> None:
+    def _spawn(self, program, *options):
         found = shutil.which(program, path=SEARCHED)
         assert found, f"{program} is installed"
         with (self.folder / f"{program}.out").open("ab") as output:
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
             self._daemons.append(subprocess.Popen([found, *options], env=self.environment, **streams))
 
-    def client(self, *command: str) -> str:
+    def client(self, *command):
         """Return what one of SLURM's commands prints; nothing if it fails."""
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else ""
 
-    def submit(self, *arguments: str, folder: Path) -> str:
+    def submit(self, *arguments, folder):
         """Queue a job with sbatch from a folder and return its id."""
         command = ["sbatch", "--parsable", *arguments]
         result = subprocess.run(command, cwd=folder, env=self.environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
-    def job(self, name: str) -> dict[str, str]:
+    def job(self, name):
         """Return the fields of `scontrol show job`, cut at spaces. An array's job has a name such as 1_2."""
         words = self.client("scontrol", "show", "job", name).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, what: str, happened: Callable[[], bool], seconds: float = jobs.TIMEOUT_SECONDS) -> None:
+    def wait(self, what, happened, seconds=jobs.TIMEOUT_SECONDS):
         """Fail if it does not happen, or if a daemon ends."""
         deadline = time.monotonic() + seconds
         while not happened():
@@ -138,11 +136,11 @@ class Cluster:
             assert not dead and time.monotonic() < deadline, f"{what}: no. Ended: {dead}\n{self.logs()}"
             time.sleep(0.2)
 
-    def logs(self) -> str:
+    def logs(self):
         paths = sorted(self.folder.glob("*.out"))
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
 
-    def processes(self) -> list[psutil.Process]:
+    def processes(self):
         """Return every live process of the cluster and of its jobs."""
         found = []
         for process in psutil.process_iter():
@@ -152,7 +150,7 @@ class Cluster:
                     found.append(process)
         return found
 
-    def stop(self) -> None:
+    def stop(self):
         """Kill all processes."""
         while left := self.processes():
             for process in left:
@@ -163,7 +161,7 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster() -> Iterator[Cluster]:
+def running_cluster():
     # Not pytest's folder: the path of a Unix socket is limited to 107 bytes.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)

@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +24,14 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster():
     with running_cluster() as started:
         yield started
     assert started.processes() == []
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def project(tmp_path_factory):
     """Create the parts of a checkout that a job needs."""
     folder = tmp_path_factory.mktemp("slurm") / "a project"
     configs = folder / "my configs"
@@ -54,29 +53,29 @@ class Submitted:
     output_dir: Path
 
     @property
-    def state(self) -> str:
+    def state(self):
         return self.cluster.job(self.name).get("JobState", "")
 
     @property
-    def restarts(self) -> int:
+    def restarts(self):
         return int(self.cluster.job(self.name).get("Restarts", 0))
 
     @property
-    def log(self) -> str:
+    def log(self):
         return (self.project / f"mtp-dist-{self.cluster.job(self.name)['JobId']}.out").read_text()
 
-    def wait_for_steps(self, count: int) -> None:
-        def has_steps() -> bool:
+    def wait_for_steps(self, count):
+        def has_steps():
             assert self.state not in ENDS, f"{self.state}:\n{self.log}"
             return len(jobs.metrics(self.output_dir)) >= count
 
         self.cluster.wait(f"{count} steps", has_steps)
 
-    def wait_for_end(self) -> None:
+    def wait_for_end(self):
         self.cluster.wait(f"the end of job {self.name}", lambda: self.state in ENDS)
 
-    def wait_for_restart(self) -> None:
-        def has_left_the_queue() -> bool:
+    def wait_for_restart(self):
+        def has_left_the_queue():
             # By itself SLURM lets a requeued job wait for two minutes.
             self.cluster.client("scontrol", "update", f"JobId={self.name}", "StartTime=now")
             return self.state in ("RUNNING", *ENDS)
@@ -86,7 +85,7 @@ class Submitted:
         self.cluster.wait("the job's second start", has_left_the_queue)
 
 
-def submit(cluster: Cluster, project: Path, *options: str) -> str:
+def submit(cluster, project, *options):
     # Jobs share the nodes, unlike with the file's --exclusive, so that their ports must differ.
     on_both_nodes = ("--nodes", "2", "--ntasks-per-node", "1", "--gpus-per-task", "1", "--oversubscribe", *options)
     # As on sites whose jobs export nothing: srun must pass on what the ranks need.
@@ -97,7 +96,7 @@ def submit(cluster: Cluster, project: Path, *options: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def array(cluster: Cluster, project: Path) -> dict[str, Submitted]:
+def array(cluster, project):
     """Run both trainings to their ends, at the same time and on the same nodes."""
     number = submit(cluster, project, f"--array={COMPLETE},{STOPPED}")
     runs = {
@@ -113,7 +112,7 @@ def array(cluster: Cluster, project: Path) -> dict[str, Submitted]:
     return runs
 
 
-def test_stopped_job_resumes(array: dict[str, Submitted]) -> None:
+def test_stopped_job_resumes(array):
     complete, stopped = array[COMPLETE], array[STOPPED]
     assert (complete.state, complete.restarts) == ("COMPLETED", 0), complete.log
     assert (stopped.state, stopped.restarts) == ("COMPLETED", 1), stopped.log
@@ -124,7 +123,7 @@ def test_stopped_job_resumes(array: dict[str, Submitted]) -> None:
     assert "srun: error" not in complete.log
 
 
-def test_stopped_job_is_bitwise_identical(array: dict[str, Submitted]) -> None:
+def test_stopped_job_is_bitwise_identical(array):
     complete, stopped = array[COMPLETE].output_dir, array[STOPPED].output_dir
     expected = jobs.learned(complete)
     assert sum("loss/total" in line for line in expected) == STEPS
@@ -133,7 +132,7 @@ def test_stopped_job_is_bitwise_identical(array: dict[str, Submitted]) -> None:
         assert (stopped / path.relative_to(complete)).read_bytes() == path.read_bytes(), path.name
 
 
-def test_rank_0_finishes_its_work_after_the_other_ranks(cluster: Cluster, project: Path) -> None:
+def test_rank_0_finishes_its_work_after_the_other_ranks(cluster, project):
     """The sample at the end of the run takes longer than srun would wait after the end of another rank."""
     script = (project / "launchers" / "slurm" / "pretrain.sbatch").read_text()
     for text, replacement in (
@@ -152,7 +151,7 @@ def test_rank_0_finishes_its_work_after_the_other_ranks(cluster: Cluster, projec
     assert '"sample": "def f"' in (output_dir / "summary.json").read_text()
 
 
-def test_cancelled_job_is_not_requeued(cluster: Cluster, project: Path) -> None:
+def test_cancelled_job_is_not_requeued(cluster, project):
     run = Submitted(cluster, project, submit(cluster, project), project / "my runs" / "%a")
     run.wait_for_steps(3)
     cluster.client("scancel", run.name)

@@ -1,7 +1,5 @@
 """A valid configuration file that unit tests change."""
 
-from pathlib import Path
-
 import pytest
 
 BASE_TEXT = """\
@@ -26,7 +24,7 @@ log:
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "base.yaml"
     path.write_text(BASE_TEXT)
     return path

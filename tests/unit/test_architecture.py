@@ -3,7 +3,6 @@
 import ast
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,12 @@ NOT_OURS = {".git", ".hypothesis", "runs", "build", "dist", "__pycache__"}
 PERSONAL_PATH = re.compile(r"(?<![\w.~$}/-])/(?:(?:home|Users)/\w|(?:root|work)/)[^\s'\"`)]*")
 
 
-def python_files(root: Path) -> Iterator[tuple[Path, str]]:
+def python_files(root):
     for path in sorted((root / PACKAGE).rglob("*.py")):
         yield path.relative_to(root), path.read_text()
 
 
-def size_faults(root: Path) -> list[str]:
+def size_faults(root):
     faults = []
     for path, source in python_files(root):
         if (lines := len(source.splitlines())) > MAX_FILE_LINES:
@@ -38,7 +37,7 @@ def size_faults(root: Path) -> list[str]:
 PURE_CALLS = {"isinstance", "len", "max", "min", "set", "sum", "tuple", "alphabet", "get_rank", "keys", "values"}
 
 
-def asserts_with_effects(root: Path) -> list[str]:
+def asserts_with_effects(root):
     faults = []
     for path, source in python_files(root):
         asserts = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert))
@@ -49,7 +48,7 @@ def asserts_with_effects(root: Path) -> list[str]:
     return faults
 
 
-def project_files(root: Path) -> Iterator[Path]:
+def project_files(root):
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         ours = (name for name in folders if name not in NOT_OURS and not name.endswith("_cache"))
@@ -58,7 +57,7 @@ def project_files(root: Path) -> Iterator[Path]:
         yield from (here / name for name in sorted(files) if not (here / name).is_symlink())
 
 
-def path_faults(root: Path) -> list[str]:
+def path_faults(root):
     """Find absolute paths into someone's home or work folder, in text files of every kind."""
     faults = []
     for path in project_files(root):

@@ -1,8 +1,5 @@
 """One table of configuration errors: what a user writes, and the key and remedy that the message names."""
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import pytest
 
 from mtp_dist.config import load_config
@@ -164,14 +161,14 @@ LLAMA3 = (
 )
 
 
-def message_of(path: Path, overrides: Sequence[str] = ()) -> str:
+def message_of(path, overrides=()):
     with pytest.raises(ConfigError) as error:
         load_config(path, overrides)
     return str(error.value)
 
 
 @pytest.mark.parametrize("case", (VALUES + INCOMPATIBLE).strip().replace("\n\n", "\n").split("\n"))
-def test_error_names_key_and_remedy(base: Path, case: str) -> None:
+def test_error_names_key_and_remedy(base, case):
     settings, expected = case.split(" => ")
     overrides = settings.replace("LLAMA3", LLAMA3).split(" & ")
     if expected == "fine":
@@ -185,5 +182,5 @@ def test_error_names_key_and_remedy(base: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("key", sorted(DERIVED_DEEPSPEED_KEYS))
-def test_deepspeed_section_cannot_replace_what_is_derived(base: Path, key: str) -> None:
+def test_deepspeed_section_cannot_replace_what_is_derived(base, key):
     assert message_of(base, [f"deepspeed.{key}=1"]) == f"deepspeed.{key} is derived from the other sections: remove it"

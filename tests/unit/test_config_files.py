@@ -1,7 +1,5 @@
 """Files that are not a valid configuration."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -9,7 +7,7 @@ from tests.unit.conftest import BASE_TEXT
 from tests.unit.test_config_errors import message_of
 
 
-def message_of_text(folder: Path, text: str | bytes) -> str:
+def message_of_text(folder, text):
     path = folder / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return message_of(path).replace(str(path), "run.yaml")
@@ -40,12 +38,12 @@ def message_of_text(folder: Path, text: str | bytes) -> str:
         ),
     ],
 )
-def test_invalid_file(tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_invalid_file(tmp_path, text, message):
     found = message_of_text(tmp_path, text)
     assert found.startswith(message) and "\n" not in found
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path):
     missing = tmp_path / "missing.yaml"
     assert message_of(missing) == f"cannot read the configuration {missing}: No such file or directory"
     assert message_of(tmp_path) == f"cannot read the configuration {tmp_path}: Is a directory"

@@ -13,19 +13,19 @@ PROJECT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (PROJECT / "docker" / "Dockerfile").read_text().replace("\\\n", " ")
 
 
-def test_no_health_check_and_no_root() -> None:
+def test_no_health_check_and_no_root():
     """A health check would take memory and time from it."""
     assert "HEALTHCHECK" not in DOCKERFILE
     assert re.findall(r"^USER (.*)$", DOCKERFILE, re.MULTILINE) == ["10001"]
 
 
-def test_build_context_is_what_is_copied() -> None:
+def test_build_context_is_what_is_copied():
     ignored, *kept = (PROJECT / ".dockerignore").read_text().split()
     copied = [name for names in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for name in names.split()]
     assert ignored == "*" and sorted(kept) == sorted([*(f"!{name}" for name in copied), "**/__pycache__"])
 
 
-def pins() -> dict[str, str]:
+def pins():
     lines = (PROJECT / "docker" / "constraints.txt").read_text().splitlines()
     found = {}
     for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
@@ -35,12 +35,12 @@ def pins() -> dict[str, str]:
     return found
 
 
-def wanted() -> list[Requirement]:
+def wanted():
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
     return [Requirement(text) for text in project["dependencies"]]
 
 
-def test_every_version_is_pinned() -> None:
+def test_every_version_is_pinned():
     """The tag of the image pins PyTorch and setuptools."""
     versions, missing = pins(), {canonicalize_name(requirement.name) for requirement in wanted()} - set(pins())
     for name in versions:
@@ -54,7 +54,7 @@ def test_every_version_is_pinned() -> None:
     assert re.search(r"^FROM \S+:\d\d\.\d\d-py3$", DOCKERFILE, re.MULTILINE)
 
 
-def test_pinned_versions_are_allowed() -> None:
+def test_pinned_versions_are_allowed():
     versions = pins()
     for requirement in wanted():
         if (name := canonicalize_name(requirement.name)) in versions:

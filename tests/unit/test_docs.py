@@ -10,19 +10,19 @@ PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 
 
-def test_generated_pages_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date():
     pages = runpy.run_path(str(PROJECT / "docs/generate.py"))["pages"]()
     for path, text in pages.items():
         assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
-def test_readme_stays_under_two_screens() -> None:
+def test_readme_stays_under_two_screens():
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 60
 
 
@@ -37,7 +37,7 @@ def test_readme_stays_under_two_screens() -> None:
         ("parallel", "zero_stage", "`0` / `1`"),
     ],
 )
-def test_types_of_keys_are_those_of_the_schema(section: str, key: str, value: str) -> None:
+def test_types_of_keys_are_those_of_the_schema(section, key, value):
     generate = runpy.run_path(str(PROJECT / "docs/generate.py"))
     rows = generate["field_rows"](generate["CLASSES"][f"{section.capitalize()}Config"])
     assert {row[0]: row[1] for row in rows}[f"`{key}`"] == value

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ PLACEHOLDERS = {"X", "CONFIG", "configs/mine.yaml", "mine.yaml", "configs/sweep/
 PROGRAMS = ("launchers/pretrain.py", "launchers/slurm/pretrain.sbatch", "launchers/torchrun.sh")
 
 
-def commands() -> Iterator[tuple[str, list[str]]]:
+def commands():
     """Yield each page's name and the words of each command in its indented blocks."""
     for page in PAGES:
         text = re.sub(r"\\\n\s*", "", page.read_text())
@@ -31,14 +30,14 @@ def commands() -> Iterator[tuple[str, list[str]]]:
             yield page.name, words
 
 
-def check_training(arguments: list[str]) -> None:
+def check_training(arguments):
     """Load the configuration with the overrides."""
     overrides = [word.replace("%a", "4").replace("$kind", "mlp") for word in arguments if "=" in word]
     config = arguments[arguments.index("--config") + 1] if "--config" in arguments else "X"
     load_config(PROJECT / ("configs/demo.yaml" if config in PLACEHOLDERS else config), overrides)
 
 
-def check_subcommand(words: list[str]) -> None:
+def check_subcommand(words):
     """Parse an `mtp-dist` command, and the configuration if it takes one."""
     command = typer.main.get_command(app)
     while words and hasattr(command, "commands"):
@@ -52,7 +51,7 @@ COMMANDS = [pytest.param(words, id=f"{page}: {shlex.join(words)[:80]}") for page
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_command_is_valid(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_is_valid(words, monkeypatch):
     monkeypatch.chdir(PROJECT)
     programs = [word for word in words if word in PROGRAMS]
     if words[0] == "make":
@@ -71,5 +70,5 @@ def test_command_is_valid(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         pytest.fail(f"no check for {words[0]}")
 
 
-def test_commands_are_found() -> None:
+def test_commands_are_found():
     assert len(COMMANDS) > 40

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.mutants.__main__ import ROOT, Mutant, apply, judge, read_mutants
+from tests.mutants.__main__ import ROOT, apply, judge, read_mutants
 
 MUTANTS = read_mutants()
 ENOUGH = 60
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_patch_applies_and_names_tests(mutant: Mutant) -> None:
+def test_patch_applies_and_names_tests(mutant):
     assert apply(mutant.patch, ROOT, "--check") is None, "put the same fault where the code is now, see tests.mutants"
     assert mutant.fault and mutant.tests
     for test in mutant.tests:
@@ -17,7 +17,7 @@ def test_patch_applies_and_names_tests(mutant: Mutant) -> None:
         assert f"def {function}(" in (ROOT / file).read_text(), f"name a test that finds the fault: {test} is gone"
 
 
-def test_there_are_enough_and_each_has_a_number_of_its_own() -> None:
+def test_there_are_enough_and_each_has_a_number_of_its_own():
     assert len(MUTANTS) >= ENOUGH
     assert len({mutant.name.partition("-")[0] for mutant in MUTANTS}) == len(MUTANTS)
 
@@ -31,5 +31,5 @@ def test_there_are_enough_and_each_has_a_number_of_its_own() -> None:
         (0, "1 passed", False),
     ],
 )
-def test_only_a_failed_test_finds_a_fault(status: int, output: str, found: bool) -> None:
+def test_only_a_failed_test_finds_a_fault(status, output, found):
     assert judge(status, output)[0] == found

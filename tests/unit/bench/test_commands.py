@@ -1,8 +1,6 @@
 """A small measurement by `bench data` and `bench monitoring` has all results that their tables show."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
 from mtp_dist.bench.monitoring import measure_monitoring
@@ -11,11 +9,10 @@ from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.topology import initialize_topology
 from tests.integration import jobs
-from tests.ranks import Ranks
 from tests.tiny import load_resolved
 
 
-def test_prepare_is_compared_with_its_tokenizer(tmp_path: Path) -> None:
+def test_prepare_is_compared_with_its_tokenizer(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.py").write_text(f"def f{number}(x):\n    return x + {number}\n" * 20)
     rows = measure_preparation(str(tmp_path), "*.py", ["bytes", TRAINED], workers=1, rounds=2, unit_bytes=5000)
@@ -33,14 +30,14 @@ def test_prepare_is_compared_with_its_tokenizer(tmp_path: Path) -> None:
     assert [table.row_count for table in bench_data_tables(result)] == [2, 3]
 
 
-def monitored(path: Path) -> dict[str, Any]:
+def monitored(path):
     """On each rank: return the result of one round."""
     config = load_resolved(path)
     topology = initialize_topology(config, select_device(config))
     return measure_monitoring(config, RunSources(config), topology, rounds=1)
 
 
-def test_steps_are_measured_with_and_without_monitoring(ranks: Ranks, tmp_path: Path) -> None:
+def test_steps_are_measured_with_and_without_monitoring(ranks, tmp_path):
     config = jobs.write_config(tmp_path, log={"every": 2}, parallel={"pipeline": 2}, train={"validate_every": None})
     for result in ranks.run(2, monitored, config):
         assert result["ratios"] == [result["ratio"]] and result["ratio"] > 0
@@ -49,7 +46,7 @@ def test_steps_are_measured_with_and_without_monitoring(ranks: Ranks, tmp_path: 
     assert not (tmp_path / "out").exists(), "it writes into a folder of its own"
 
 
-def test_standard_output_is_the_result(tmp_path: Path) -> None:
+def test_standard_output_is_the_result(tmp_path):
     config = jobs.write_config(tmp_path, log={"every": 2})
     for command in (
         ["checkpoint", "--config", str(config), "--to", str(tmp_path / "new"), "--rounds", "1"],

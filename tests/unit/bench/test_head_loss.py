@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,7 +15,6 @@ from mtp_dist.cli import app
 from mtp_dist.cli.progress import head_loss_progress
 from mtp_dist.cli.tables import head_loss_table
 from tests.integration import jobs
-from tests.ranks import Ranks
 
 TINY = ["--device", "cpu", "--tokens", "64", "--hidden", "32", "--vocab", "300", "--heads", "1,2"]
 ROW_KEYS = set(
@@ -25,7 +23,7 @@ ROW_KEYS = set(
 )
 
 
-def check_rows(result: dict[str, Any], modes: list[str], largest_error: float) -> None:
+def check_rows(result, modes, largest_error):
     assert set(result) == {"machine", "settings", "matmul_flops_per_second", "rows"}
     assert result["matmul_flops_per_second"] > 0
     assert [(row["heads"], row["mode"]) for row in result["rows"]] == [(n, mode) for n in (1, 2) for mode in modes]
@@ -38,24 +36,24 @@ def check_rows(result: dict[str, Any], modes: list[str], largest_error: float) -
         assert 0 < row["gradient_error"] <= largest_error, row
 
 
-def peaks(result: dict[str, Any], mode: str) -> list[int]:
+def peaks(result, mode):
     return [row["peak_bytes"] for row in result["rows"] if row["mode"] == mode]
 
 
-def head_loss(dtype: str, modes: str | None = None) -> dict[str, Any]:
+def head_loss(dtype, modes=None):
     """On each rank: run a tiny benchmark, by default of all modes that run on a CPU and compile nothing."""
     settings = read_settings("2,1", 1, modes, "cpu", tokens=64, hidden=32, vocab=300, dtype=dtype)
     return measure_on_rank(settings, head_loss_progress)
 
 
-def head_loss_without_memory_for_pytorch() -> dict[str, Any]:
+def head_loss_without_memory_for_pytorch():
     """On each rank: run it with a PyTorch baseline that allocates more memory than there is."""
     with patch.dict(BASELINES, pytorch=replace(BASELINES["pytorch"], loss=lambda *_: torch.empty(2**50))):
         return head_loss("fp32", "naive,eager,pytorch")
 
 
 @pytest.mark.parametrize(("dtype", "largest_error"), [("fp32", 1e-6), ("bf16", 2e-2)])
-def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
+def test_one_rank(ranks, dtype, largest_error):
     [result] = ranks.run(1, head_loss, dtype)
     check_rows(result, ["naive", "eager", "recompute", "pytorch"], largest_error)
     assert all(row["collectives"] == row["collective_bytes"] == 0 for row in result["rows"])
@@ -67,7 +65,7 @@ def test_one_rank(ranks: Ranks, dtype: str, largest_error: float) -> None:
     assert head_loss_table(result).row_count == 8
 
 
-def test_mode_without_enough_memory(ranks: Ranks) -> None:
+def test_mode_without_enough_memory(ranks):
     [result] = ranks.run(1, head_loss_without_memory_for_pytorch)
     check_rows(result | {"rows": [row for row in result["rows"] if row["mode"] == "eager"]}, ["eager"], 1e-6)
     failed = [row for row in result["rows"] if row["mode"] == "pytorch"]
@@ -77,7 +75,7 @@ def test_mode_without_enough_memory(ranks: Ranks) -> None:
     assert head_loss_table(result).row_count == 6
 
 
-def test_command_with_two_ranks() -> None:
+def test_command_with_two_ranks():
     run = jobs.run(jobs.plain("-m", "mtp_dist.cli", "bench", "head-loss", *TINY, "--tp", "2", "--json"))
     assert run.status == 0, run.stderr
     result = json.loads(run.stdout)
@@ -105,7 +103,7 @@ ERRORS = """
 """
 
 
-def error_of(*options: str) -> str:
+def error_of(*options):
     result = CliRunner().invoke(app, ["bench", "head-loss", *TINY, *options])
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -114,28 +112,28 @@ def error_of(*options: str) -> str:
 
 
 @pytest.mark.parametrize("case", ERRORS.strip().split("\n"))
-def test_error_names_option_and_remedy(case: str) -> None:
+def test_error_names_option_and_remedy(case):
     options, expected = case.split(" => ")
     message = error_of(*options.split())
     assert all(fragment in message for fragment in expected.split(" ... ")), message
 
 
-def test_inside_another_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_another_job(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE" in error_of("--tp", "2")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_missing_gpu() -> None:
+def test_missing_gpu():
     assert "no GPU" in error_of("--device", "cuda")
 
 
-def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "--tp 2 needs 2 GPUs, this machine has 1" in error_of("--device", "cuda", "--tp", "2")
 
 
-def test_flops_of_three_matmuls() -> None:
+def test_flops_of_three_matmuls():
     settings = Settings(tokens=2, hidden=3, vocab=5, heads=(1,), tp=1, dtype="fp32", modes=("eager",), device="cpu")
     assert settings.flops_per_head == 3 * (2 * 2 * 3 * 5)

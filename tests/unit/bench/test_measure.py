@@ -1,23 +1,19 @@
-from typing import Any
-
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mtp_dist.bench.measure import CollectiveCounter, paired_seconds, peak_bytes
-from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
 KIBIBYTE = 1024
 TOKENS, WIDTH = 6, 4
 
 
-def block(kibibytes: int) -> torch.Tensor:
+def block(kibibytes):
     return torch.empty(kibibytes * KIBIBYTE, dtype=torch.uint8)
 
 
-def test_peak_of_tensors_alive_at_once() -> None:
-    def step() -> None:
+def test_peak_of_tensors_alive_at_once():
+    def step():
         first = block(64)
         second = block(256)
         del first
@@ -28,12 +24,12 @@ def test_peak_of_tensors_alive_at_once() -> None:
     assert peak_bytes(step, CPU) == (256 + 128) * KIBIBYTE
 
 
-def test_peak_excludes_earlier_tensors() -> None:
+def test_peak_excludes_earlier_tensors():
     held = [block(512)]
     assert peak_bytes(lambda: held.append(block(16)), CPU) == 16 * KIBIBYTE
 
 
-def test_peak_of_a_backward_pass() -> None:
+def test_peak_of_a_backward_pass():
     weight = torch.ones(KIBIBYTE, requires_grad=True)
     # The constant gradient of the sum and the product, in addition to scalars.
     peak = peak_bytes(lambda: (weight * 2).sum().backward(), CPU)
@@ -44,17 +40,17 @@ class SumInBackward(torch.autograd.Function):
     """Identity; the gradient is summed over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx, value):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient):
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient
 
 
-def count_collectives() -> tuple[list[tuple[int, int]], tuple[int, int]]:
+def count_collectives():
     """On each rank: return (collectives, bytes) after each kind forward, after the backward pass, and when idle."""
     value = torch.ones(TOKENS, WIDTH, requires_grad=True)
     counter, idle = CollectiveCounter(), CollectiveCounter()
@@ -77,15 +73,15 @@ def count_collectives() -> tuple[list[tuple[int, int]], tuple[int, int]]:
     return counts, (idle.count, idle.bytes)
 
 
-def test_collectives_are_counted_in_both_passes(ranks: Ranks) -> None:
+def test_collectives_are_counted_in_both_passes(ranks):
     each = 4 * TOKENS * WIDTH
     for counts, idle in ranks.run(2, count_collectives):
         assert counts == [(1, each), (2, 2 * each), (3, 3 * each), (3, 3 * each), (4, 4 * each)]
         assert idle == (0, 0)
 
 
-def test_steps_take_turns() -> None:
-    calls: list[str] = []
+def test_steps_take_turns():
+    calls = []
     steps = {name: lambda name=name: calls.append(name) for name in ("a", "b", "c")}
     seconds = paired_seconds(steps, 2, CPU, lambda name: calls.append(f"after {name}"))
     assert calls[::2] == ["a", "b", "c", "b", "c", "a"]

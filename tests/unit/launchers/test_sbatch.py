@@ -45,18 +45,18 @@ class Outcome:
     output: str
     folder: Path
 
-    def recorded(self, name: str) -> list[str]:
+    def recorded(self, name):
         path = self.folder / f"{name}.txt"
         return path.read_text().splitlines() if path.exists() else []
 
-    def option(self, name: str) -> str:
+    def option(self, name):
         """Return the value of an option of srun."""
         arguments = self.recorded("srun")
         return arguments[arguments.index(name) + 1]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """Return a project folder with a space in its name, and SLURM commands that record their arguments."""
     folder = tmp_path / "a project"
     (folder / "bin").mkdir(parents=True)
@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
+def run(folder, *arguments, **variables):
     """Run the script as a job does; without arguments with a configuration."""
     for path in folder.glob("*.txt"):
         path.unlink()
@@ -93,7 +93,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> Outcome:
         ),
     ],
 )
-def test_one_rank_per_gpu(folder: Path, variables: dict[str, str], ranks_per_node: int, cores: int) -> None:
+def test_one_rank_per_gpu(folder, variables, ranks_per_node, cores):
     outcome = run(folder, **variables)
     assert outcome.status == 0, outcome.output
     assert outcome.option("--ntasks") == str(2 * ranks_per_node)
@@ -102,7 +102,7 @@ def test_one_rank_per_gpu(folder: Path, variables: dict[str, str], ranks_per_nod
     assert outcome.recorded("variables") == [str(2 * ranks_per_node), "10.0.0.7", "10042"]
 
 
-def test_thread_count_is_not_set(folder: Path) -> None:
+def test_thread_count_is_not_set(folder):
     assert not [line for line in run(folder).recorded("environment") if line.startswith("OMP_NUM_THREADS=")]
     assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").recorded("environment")
 
@@ -121,7 +121,7 @@ ARRAY_TASK = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "20040"}
         (RESUME, {"SLURM_RESTART_COUNT": "1"}, (*RESUME, "checkpoint.resume=auto")),
     ],
 )
-def test_arguments(folder: Path, given: tuple[str, ...], variables: dict[str, str], passed: tuple[str, ...]) -> None:
+def test_arguments(folder, given, variables, passed):
     arguments = run(folder, *given, **variables).recorded("srun")
     assert tuple(arguments[arguments.index("launchers/pretrain.py") + 1 :]) == passed
 
@@ -129,13 +129,13 @@ def test_arguments(folder: Path, given: tuple[str, ...], variables: dict[str, st
 @pytest.mark.parametrize(
     ("status", "requeued"), [*((status, []) for status in (0, 1, 2, 137, 143)), (EXIT_PREEMPTED, ["20042"])]
 )
-def test_only_preempted_runs_are_requeued(folder: Path, status: int, requeued: list[str]) -> None:
+def test_only_preempted_runs_are_requeued(folder, status, requeued):
     outcome = run(folder, STATUS=str(status))
     assert outcome.recorded("requeued") == requeued
     assert outcome.status == (0 if requeued else status)
 
 
-def test_jobs_of_an_array(folder: Path) -> None:
+def test_jobs_of_an_array(folder):
     """Each is requeued alone and has its own GPUs: one that has ended has none any more."""
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
     assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).recorded("requeued") == ["20042_9"]
@@ -144,7 +144,7 @@ def test_jobs_of_an_array(folder: Path) -> None:
     assert outcome.status == 0, outcome.output
 
 
-def test_virtual_environment(folder: Path) -> None:
+def test_virtual_environment(folder):
     for name in (".venv", "my environment"):
         (folder / name / "bin").mkdir(parents=True)
         (folder / name / "bin" / "activate").write_text(f"export STATUS={len(name)}")
@@ -153,7 +153,7 @@ def test_virtual_environment(folder: Path) -> None:
     assert run(folder, CONTAINER="image.sif").status == 0, "the image has its own"
 
 
-def test_containers(folder: Path) -> None:
+def test_containers(folder):
     mounts = {"CONTAINER_MOUNTS": "/data:/data,/scratch:/scratch"}
     outcome = run(folder, CONTAINER="my images/x.sqsh", **mounts)
     assert outcome.option("--container-image") == "my images/x.sqsh"
@@ -169,7 +169,7 @@ def test_containers(folder: Path) -> None:
     assert inside == ["apptainer", "exec", *options, "my images/x.sif", "python", *pyxis[-3:]]
 
 
-def refusal(outcome: Outcome) -> str:
+def refusal(outcome):
     """Return the only line of a job that starts nothing."""
     assert outcome.status == 2 and not outcome.recorded("srun"), outcome
     [message] = outcome.output.splitlines()
@@ -177,21 +177,21 @@ def refusal(outcome: Outcome) -> str:
     return message
 
 
-def test_export_none(folder: Path) -> None:
+def test_export_none(folder):
     """After `sbatch --export=NONE`, which sites recommend, srun passes no variables on by default."""
     outcome = run(folder, SLURM_EXPORT_ENV="NONE")
     assert outcome.option("--export") == "ALL"
     assert "PYTHONUNBUFFERED=1" in outcome.recorded("environment"), "the last lines of a killed rank are not lost"
 
 
-def test_private_nodes(folder: Path) -> None:
+def test_private_nodes(folder):
     """PrivateData=nodes: `scontrol show node` finds none."""
     outcome = run(folder, PRIVATE_DATA="nodes")
     assert outcome.status == 0, outcome.output
     assert outcome.recorded("variables") == ["2", "gpu-7", "10042"]
 
 
-def test_tasks_see_all_gpus_of_their_node(folder: Path) -> None:
+def test_tasks_see_all_gpus_of_their_node(folder):
     """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
     per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **per_task)
@@ -202,7 +202,7 @@ def test_tasks_see_all_gpus_of_their_node(folder: Path) -> None:
 NODES = "     Nodes=gpu-7 Mem=0 GRES=gpu:a100:8(IDX:0-7)\n     Nodes=gpu-8 Mem=0 GRES=gpu:a100:{}(IDX:0,2-4)"
 
 
-def test_nodes_with_different_gpus_and_jobs_without_are_refused(folder: Path) -> None:
+def test_nodes_with_different_gpus_and_jobs_without_are_refused(folder):
     differ = refusal(run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(4)))
     assert "different numbers of GPUs (4 8): name it with --gpus-per-node" in differ
     assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(8)).status == 0
@@ -215,7 +215,7 @@ def test_nodes_with_different_gpus_and_jobs_without_are_refused(folder: Path) ->
     assert run(folder, GRES_TYPES="bandwidth").status == 0
 
 
-def test_used_ports_are_skipped(folder: Path) -> None:
+def test_used_ports_are_skipped(folder):
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", jobs.free_port()))
         port = first.getsockname()[1]
@@ -226,12 +226,12 @@ def test_used_ports_are_skipped(folder: Path) -> None:
     assert int(outcome.recorded("variables")[2]) > port + 1
 
 
-def test_no_empty_array() -> None:
+def test_no_empty_array():
     """Before bash 4.4 an empty array counts as unset, which `set -u` rejects."""
     assert not re.findall(r"\w+=\(\)", SCRIPT.read_text())
 
 
-def test_other_refusals(folder: Path) -> None:
+def test_other_refusals(folder):
     result = subprocess.run(["bash", SCRIPT], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 2 and "--config" in result.stderr
     (folder / "launchers").unlink()

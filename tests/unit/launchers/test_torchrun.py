@@ -23,7 +23,7 @@ print(os.environ.get("OMP_NUM_THREADS"), os.environ.get("PYTHONPATH"), *sys.argv
 """
 
 
-def run(folder: Path, **variables: str) -> list[str]:
+def run(folder, **variables):
     """Return the number of threads, PYTHONPATH and the arguments of a rank."""
     for name, text in {"bin/torchrun": TORCHRUN, "a checkout/launchers/pretrain.py": PRETRAIN}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run(folder: Path, **variables: str) -> list[str]:
     return result.stdout.rsplit(maxsplit=2)
 
 
-def test_thread_count_is_not_set_and_code_comes_from_the_checkout(tmp_path: Path) -> None:
+def test_thread_count_is_not_set_and_code_comes_from_the_checkout(tmp_path):
     checkout, arguments = f"{tmp_path}/a checkout", ["--config", "c.yaml"]
     assert run(tmp_path) == [f"None {checkout}", *arguments]
     variables = {"OMP_NUM_THREADS": "3", "PYTHONPATH": "/elsewhere"}

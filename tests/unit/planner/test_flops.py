@@ -1,21 +1,20 @@
 """Parameters and FLOPs from the shapes of matrices, and peaks by the names that drivers report."""
 
 import math
-from typing import Any
 
 import pytest
 
-from mtp_dist.config import Config, build_config, resolve
+from mtp_dist.config import build_config, resolve
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
 
 
-def make_config(heads: dict[str, Any], sequence_length: int, **model: Any) -> Config:
+def make_config(heads, sequence_length, **model):
     train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": sequence_length}
     config = build_config({"model": model, "heads": heads, "data": {"train": [{"path": "x"}]}, "train": train})
     return resolve(config, model.get("vocab_size", 101), 1)
 
 
-def small_config(heads: dict[str, Any] | None = None, **model: Any) -> Config:
+def small_config(heads=None, **model):
     """D = 48, 6 attention heads of 8 channels in 2 groups, F = 80; 3 trunk layers, 2 heads of 2 layers, S = 10."""
     shape = {
         "hidden_size": 48,
@@ -32,11 +31,11 @@ LAYER_MATRICES = [(48, 48), (48, 16), (48, 16), (48, 48), (48, 80), (48, 80), (8
 LAYER_NORMS = [(48,), (48,)]
 
 
-def size(*shapes: tuple[int, ...]) -> int:
+def size(*shapes):
     return sum(math.prod(shape) for shape in shapes)
 
 
-def test_counts_equal_the_shapes() -> None:
+def test_counts_equal_the_shapes():
     counts = parameter_counts(small_config())
     assert counts.trunk == 3 * size(*LAYER_MATRICES, *LAYER_NORMS)
     assert counts.heads == 2 * 2 * size(*LAYER_MATRICES, *LAYER_NORMS) + 48
@@ -47,19 +46,19 @@ def test_counts_equal_the_shapes() -> None:
 @pytest.mark.parametrize(
     ("changes", "matrices"), [({"tie_embeddings": True}, 1), ({"heads": {"unembedding": "separate"}}, 3)]
 )
-def test_other_unembeddings_multiply_like_a_shared_one(changes: dict[str, Any], matrices: int) -> None:
+def test_other_unembeddings_multiply_like_a_shared_one(changes, matrices):
     config, plain = small_config(**changes), small_config()
     assert parameter_counts(config).embeddings == matrices * 101 * 48
     assert parameter_counts(config).heads == parameter_counts(plain).heads
     assert model_flops_per_token(config, 2) == model_flops_per_token(plain, 2)
 
 
-def a_7b_model(trunk_layers: int, **heads: Any) -> Config:
+def a_7b_model(trunk_layers, **heads):
     shape = {"vocab_size": 32000, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008}
     return make_config(heads, 4096, trunk_layers=trunk_layers, **shape)
 
 
-def test_a_7b_model() -> None:
+def test_a_7b_model():
     config = a_7b_model(28, count=4)
     counts = parameter_counts(config)
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
@@ -71,7 +70,7 @@ def test_a_7b_model() -> None:
     assert counts.total == parameter_counts(a_7b_model(31, count=1)).total, "31 layers and that of one head"
 
 
-def test_other_kinds_of_heads_on_a_7b_model() -> None:
+def test_other_kinds_of_heads_on_a_7b_model():
     layer, square = 202_383_360, 4096**2
     expected = {
         "causal": 4 * layer,
@@ -90,7 +89,7 @@ def test_other_kinds_of_heads_on_a_7b_model() -> None:
     assert separate.embeddings == (1 + 4 + 1) * 32000 * 4096
 
 
-def test_flops_of_every_matrix_product() -> None:
+def test_flops_of_every_matrix_product():
     """A product [1, a] @ [a, b] costs 2ab forward and twice that backward."""
     layers, query_channels, keys = 3 + 2 * 2, 48, 10
     scores, values = 2 * query_channels * keys, 2 * keys * query_channels
@@ -99,7 +98,7 @@ def test_flops_of_every_matrix_product() -> None:
 
 
 @pytest.mark.parametrize("kind", ["parallel", "linear", "mlp", "sequential"])
-def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind: str) -> None:
+def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind):
     for active in (1, 2, 3):
         fewer = model_flops_per_token(a_7b_model(8, count=active, kind=kind), active)
         assert model_flops_per_token(a_7b_model(8, count=4, kind=kind), active) == fewer
@@ -123,6 +122,6 @@ def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind: str) -> Non
         ("cpu", None),
     ],
 )
-def test_peaks(name: str, peak: float | None) -> None:
+def test_peaks(name, peak):
     assert peak_flops(name, "bf16") == peak
     assert peak_flops(name, "fp32") is None

@@ -1,20 +1,16 @@
 """Trunk layers of each pipeline stage."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_dist.config import Config
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from tests.tiny import tiny_config
 
 
-def config_of(
-    layers: int, stages: int, heads: int = 4, depth: int = 1, partition: object = "balanced", vocab_size: int = 131
-) -> Config:
+def config_of(layers, stages, heads=4, depth=1, partition="balanced", vocab_size=131):
     return tiny_config(
         model={"trunk_layers": layers, "vocab_size": vocab_size},
         parallel={"pipeline": stages, "partition": partition},
@@ -22,20 +18,20 @@ def config_of(
     )
 
 
-def compositions(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
+def compositions(layers, stages):
     """Yield every partition that gives each stage except the last at least one layer."""
     for others in itertools.product(range(1, layers + 1), repeat=stages - 1):
         if sum(others) <= layers:
             yield (*others, layers - sum(others))
 
 
-def heads_cost(config: Config) -> float:
+def heads_cost(config):
     """Return the cost in trunk layers, from the matrices: D = 32, 4 attention heads in 2 groups, F = 48."""
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48
     return config.heads.count * (config.heads.layers_per_head * layer + config.vocab_size * 32) / layer
 
 
-def slowest(layers: tuple[int, ...], last_cost: float) -> float:
+def slowest(layers, last_cost):
     return max(*layers[:-1], layers[-1] + last_cost)
 
 
@@ -46,7 +42,7 @@ def slowest(layers: tuple[int, ...], last_cost: float) -> float:
     depth=st.integers(1, 2),
     vocab_size=st.sampled_from([1, 131, 600, 5000]),
 )
-def test_balanced_is_as_fast_as_any(layers: int, stages: int, heads: int, depth: int, vocab_size: int) -> None:
+def test_balanced_is_as_fast_as_any(layers, stages, heads, depth, vocab_size):
     stages = min(stages, layers)
     config = config_of(layers, stages, heads, depth, vocab_size=vocab_size)
     chosen = trunk_layers_per_stage(config)
@@ -61,7 +57,7 @@ def test_balanced_is_as_fast_as_any(layers: int, stages: int, heads: int, depth:
 
 
 @given(layers=st.integers(1, 120), stages=st.integers(1, 32), vocab_size=st.integers(1, 300_000))
-def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> None:
+def test_sum_length_and_minimum(layers, stages, vocab_size):
     stages = min(stages, layers)
     chosen = trunk_layers_per_stage(config_of(layers, stages, vocab_size=vocab_size))
     assert len(chosen) == stages and sum(chosen) == layers
@@ -81,5 +77,5 @@ def test_sum_length_and_minimum(layers: int, stages: int, vocab_size: int) -> No
         (12, 2, "balanced", (8, 4)),
     ],
 )
-def test_by_hand(layers: int, stages: int, partition: object, expected: tuple[int, ...]) -> None:
+def test_by_hand(layers, stages, partition, expected):
     assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition)) == expected
