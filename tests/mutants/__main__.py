@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 900
@@ -36,10 +35,8 @@ TESTS_FAILED = 1
 """pytest's exit status; 2 is an error while it collects, 4 and 5 are tests that do not exist."""
 FAILURE = re.compile(r"^(FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 REASON = re.compile(r"^E +(\S.*)$", re.MULTILINE)
-BROKEN_CODE = re.compile(
-    r"^E +(?:\w+\.)*(ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError|AttributeError)\b",
-    re.MULTILINE,
-)
+ERRORS = "ImportError|ModuleNotFoundError|SyntaxError|NameError|UnboundLocalError|AttributeError"
+BROKEN_CODE = re.compile(rf"^E +(?:\w+\.)*({ERRORS})\b", re.MULTILINE)
 """Errors of a patch that does not fit the code, rather than of a test that finds a fault."""
 
 
@@ -52,26 +49,7 @@ class Mutant:
     tests: tuple[str, ...]
     """Arguments of pytest."""
 
-    @property
-    def name(self):
-        return self.patch.stem
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of trying a mutant."""
-
-    name: str
-    found: bool
-    """Whether a test failed because of the fault."""
-    test: str
-    """The test that failed."""
-    reason: str
-    seconds: float
-
-    def __str__(self):
-        verdict = "found" if self.found else "SURVIVED"
-        return f"{self.name:44} {verdict:8} {self.seconds:4.0f} s  {self.test}: {self.reason}"
+    name = property(lambda self: self.patch.stem)
 
 
 def read_mutant(patch):
@@ -90,8 +68,7 @@ def read_mutants(words=()):
 
 def apply(patch, tree, *options):
     """Apply a patch to a tree. Return why it does not apply, or None if it does."""
-    command = ["git", "apply", "-p1", *options, str(patch)]
-    run = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    run = subprocess.run(["git", "apply", "-p1", *options, str(patch)], cwd=tree, capture_output=True, text=True)
     return run.stderr.strip() if run.returncode else None
 
 
@@ -109,10 +86,9 @@ def run_tests(tree, tests):
     """Run pytest in a tree until the first failure. Return its exit status and its output."""
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=short", "-rfE", *tests]
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    options = {"cwd": tree, "env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT_S}
     try:
-        run = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        run = subprocess.run(command, **options)
     except subprocess.TimeoutExpired:
         return -1, f"E  no result within {TIMEOUT_S} s"
     return run.returncode, run.stdout + run.stderr
@@ -129,18 +105,17 @@ def judge(status, output):
     return found, test, reason[:160]
 
 
-def try_mutant(mutant, trees):
-    """Run a mutant's tests in one of the trees, and take the fault back."""
-    tree, started = trees.get(), time.monotonic()
-    try:
-        if error := apply(mutant.patch, tree):
-            return Outcome(mutant.name, False, "the patch does not apply", error.splitlines()[0], 0.0)
-        found, test, reason = judge(*run_tests(tree, mutant.tests))
-        if error := apply(mutant.patch, tree, "--reverse"):
-            raise RuntimeError(f"{mutant.name} cannot be taken back: {error}")
-        return Outcome(mutant.name, found, test, reason, time.monotonic() - started)
-    finally:
-        trees.put(tree)
+def try_mutant(mutant):
+    """Run a mutant's tests in a copy of the working tree with its fault. Return whether one failed, and a table row."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy_tree(Path(folder))
+        if error := apply(mutant.patch, folder):
+            found, test, reason = False, "the patch does not apply", error.splitlines()[0]
+        else:
+            found, test, reason = judge(*run_tests(folder, mutant.tests))
+    verdict, seconds = "found" if found else "SURVIVED", time.monotonic() - started
+    return found, f"{mutant.name:44} {verdict:8} {seconds:4.0f} s  {test}: {reason}"
 
 
 def main():
@@ -148,17 +123,11 @@ def main():
     parser.add_argument("names", nargs="*", help="parts of the mutants' names; all of them by default")
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at the same time")
     arguments = parser.parse_args()
-    mutants = read_mutants(arguments.names)
-    survivors = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
-        trees = Queue()
-        for number in range(arguments.jobs):
-            tree = Path(folder) / str(number)
-            copy_tree(tree)
-            trees.put(tree)
-        for outcome in pool.map(lambda mutant: try_mutant(mutant, trees), mutants):
-            print(outcome, flush=True)
-            survivors += [] if outcome.found else [outcome.name]
+    mutants, survivors = read_mutants(arguments.names), []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for mutant, (found, row) in zip(mutants, pool.map(try_mutant, mutants), strict=True):
+            print(row, flush=True)
+            survivors += [] if found else [mutant.name]
     print(f"{len(mutants) - len(survivors)} of {len(mutants)} mutants were found")
     sys.exit(f"survived: {', '.join(survivors)}" if survivors or not mutants else 0)
 
