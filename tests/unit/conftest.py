@@ -10,16 +10,9 @@ parallel: {pipeline: 2}
 data:
   train: [{path: python-stdlib, split: train}]
   validation: [{path: python-stdlib, split: validation}]
-train:
-  steps: 300
-  global_batch_size: 32
-  micro_batch_size: 4
-  sequence_length: 256
-  precision: fp32
-optimizer:
-  lr: 2e-3
-log:
-  every: 10
+train: {steps: 300, global_batch_size: 32, micro_batch_size: 4, sequence_length: 256, precision: fp32}
+optimizer: {lr: 2e-3}
+log: {every: 10}
 """
 
 

@@ -2,16 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
 
 from mtp_dist.cli import app
 from mtp_dist.config import load_config
+from tests.unit.test_docs import PAGES, PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
-PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"X", "CONFIG", "configs/mine.yaml", "mine.yaml", "configs/sweep/%a.yaml", "runs/demo-imported/run.yaml"}
 """Configurations that a reader of the docs has and this repository does not."""
 PROGRAMS = ("launchers/pretrain.py", "launchers/slurm/pretrain.sbatch", "launchers/torchrun.sh")
