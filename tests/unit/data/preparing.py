@@ -3,11 +3,7 @@
 import hashlib
 import io
 import json
-import math
-import multiprocessing
-import time
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +12,12 @@ import sentencepiece
 
 from mtp_dist.config import Config
 from mtp_dist.data.corpus import open_corpus
-from mtp_dist.data.prepare.corpus_writer import JOURNAL
 from mtp_dist.data.prepare.prepare import Prepared, Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
-from mtp_dist.data.prepare.worker_pool import preload_modules
 from mtp_dist.data.sources.text_sources import InputOptions
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import UserError
 from tests.tiny import tiny_config
-
-SMALL_UNIT = 2000
 
 
 def error_of(kind: type[UserError], function: Callable[..., Any], *args: Any, **options: Any) -> str:
@@ -69,9 +61,9 @@ def data_config(train: Any, validation: Any = (), data: Any = (), heads: int = 2
 class Recorder:
     """A progress that keeps what it receives, for tests that act on it or kill the process at a known moment."""
 
-    def __init__(self, act: Callable[[int], Any] | None = None, units: float = math.inf, pause: float = 0.0) -> None:
-        """act: called with the number of each unit. Wait `pause` seconds after each, forever after `units` of them."""
-        self.act, self.units, self.pause = act, units, pause
+    def __init__(self, act: Callable[[], Any] = lambda: None) -> None:
+        """act: called after each unit."""
+        self.act = act
         self.total: int | None = -1
         self.reused: list[bool] = []
         """Of each work unit."""
@@ -81,45 +73,20 @@ class Recorder:
 
     def advance(self, size: int, summary: UnitSummary, reused: bool) -> None:
         self.reused.append(reused)
-        if self.act:
-            self.act(len(self.reused))
-        time.sleep(self.pause)
-        while len(self.reused) >= self.units:
-            time.sleep(1)
+        self.act()
 
 
 def request(
-    inputs: Path | str | Sequence[Path | str],
-    prefix: Path,
-    tokenizer: Path | str = "bytes",
-    workers: int = 1,
-    unit_bytes: int = SMALL_UNIT,
-    invalid_utf8: Any = "error",
-    **options: Any,
+    inputs: Any, prefix: Path, tokenizer: Path | str = "bytes", workers: int = 1, unit_bytes: int = 2000, **options: Any
 ) -> Request:
+    """inputs: one or several. options: `invalid_utf8`, and those of the inputs."""
     names = [inputs] if isinstance(inputs, Path | str) else inputs
-    return Request(
-        tuple(map(str, names)), prefix, str(tokenizer), InputOptions(**options), invalid_utf8, workers, unit_bytes
-    )
+    keys = {"invalid_utf8": options.pop("invalid_utf8", "error"), "workers": workers, "unit_bytes": unit_bytes}
+    return Request(tuple(map(str, names)), prefix, str(tokenizer), InputOptions(**options), **keys)
 
 
-def made(asked: Request) -> Prepared:
-    return prepare(asked, Recorder())
-
-
-def start(asked: Request, units: float = math.inf, pause: float = 0.0) -> BaseProcess:
-    """Run `prepare` in a process of its own, to be killed; it may have workers. units and pause: see Recorder."""
-    preload_modules("mtp_dist.data.prepare.tokenize")
-    arguments = (asked, Recorder(None, units, pause))
-    process = multiprocessing.get_context("forkserver").Process(target=prepare, args=arguments)
-    process.start()
-    return process
-
-
-def units_in(asked: Request) -> int:
-    """Return how many work units have been added to the unfinished corpus."""
-    journal = asked.folder / JOURNAL
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+def made(asked: Request, progress: Recorder | None = None) -> Prepared:
+    return prepare(asked, progress or Recorder())
 
 
 def documents_of(prefix: Path) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """`prepare` makes the same bytes whatever happens on the way, and reports errors in one line."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,18 +22,7 @@ from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, prepare
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import ConfigError, DataError
-from tests.unit.data.preparing import (
-    Recorder,
-    digests,
-    documents_of,
-    error_of,
-    made,
-    request,
-    start,
-    texts_of,
-    units_in,
-    write_jsonl,
-)
+from tests.unit.data.preparing import Recorder, digests, documents_of, error_of, made, request, texts_of, write_jsonl
 
 
 @pytest.fixture
@@ -55,9 +46,16 @@ def message(asked, kind=DataError):
     return text
 
 
-def assert_same_corpus(prefix, expected):
-    for suffix in (".bin", ".idx"):
-        assert digests(prefix)[suffix] == digests(expected)[suffix]
+def units_in(asked):
+    """Return how many work units have been added to the unfinished corpus."""
+    journal = asked.folder / JOURNAL
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def interrupt(asked):
+    """Prepare three units."""
+    with pytest.raises(KeyboardInterrupt):
+        made(asked, Recorder(Mock(side_effect=[None, None, KeyboardInterrupt])))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json", "tokenizer.model"])
@@ -94,7 +92,9 @@ def test_kills_at_random_moments_leave_no_trace(corpus, tmp_path):
     moments, kills_with_units = random.Random(1), 0
     for _ in range(3):
         before = units_in(asked)
-        process = start(asked, pause=0.03)
+        context = multiprocessing.get_context("forkserver")
+        process = context.Process(target=prepare, args=(asked, Recorder(partial(time.sleep, 0.03))))
+        process.start()
         deadline = time.monotonic() + 60
         while process.is_alive() and units_in(asked) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -115,16 +115,9 @@ def test_complete_units_are_not_encoded_again(tmp_path):
     texts = [f"text {i} " * 30 for i in range(60)]
     datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "set")
     asked = request(tmp_path / "set", tmp_path / "a", streaming=True)
-
-    def interrupt(units):
-        if units == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(asked, Recorder(interrupt))
-    assert not list(tmp_path.glob("a.[bij]*"))
-    recorder = Recorder()
-    prepare(asked, recorder)
+    interrupt(asked)
+    assert not digests(asked.prefix)
+    made(asked, recorder := Recorder())
     assert recorder.reused[:4] == [True] * 3 + [False] and len(recorder.reused) > 6
     assert texts_of(tmp_path / "a") == [text.encode() for text in texts]
     assert recorder.total is None
@@ -154,7 +147,7 @@ def test_unfinished_folder_of_another_corpus_is_refused(corpus, tmp_path):
 def test_existing_corpus_and_another_process_are_not_disturbed(tmp_path):
     asked = request(write_jsonl(tmp_path / "a.jsonl", ["a"]), tmp_path / "a.corpus")
     others = []
-    prepare(asked, Recorder(lambda _: others.append(error_of(ConfigError, made, asked))))
+    made(asked, Recorder(lambda: others.append(error_of(ConfigError, made, asked))))
     assert others == [f"another process is preparing '{asked.prefix}': wait, or choose another --to"]
     assert texts_of(asked.prefix) == [b"a"]
     assert f"{asked.prefix}.bin exists: delete it, or choose another" in message(asked, ConfigError)
@@ -191,16 +184,14 @@ def test_locations_are_right_after_skipped_documents(tmp_path, trained_tokenizer
     assert prepared.first_empty == f"{tmp_path / 'a.jsonl'}, line 3"
 
 
-def test_killed_worker_is_reported_with_its_document(corpus, tmp_path):
-    (corpus / "00.py").unlink()
-    os.mkfifo(corpus / "pipe")  # reading blocks until it is opened for writing
-    (corpus / "00.py").symlink_to(corpus / "pipe")
-    asked = request([write_jsonl(tmp_path / "a.jsonl", ["a"]), corpus / "00.py"], tmp_path / "a")
+def test_killed_worker_is_reported_with_its_document(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe")  # reading blocks until it is opened for writing
+    asked = request([write_jsonl(tmp_path / "a.jsonl", ["a"]), pipe], tmp_path / "a")
 
     def kill_the_worker():
         while not units_in(asked):
             time.sleep(0.01)
-        reader_has_opened_it = os.open(corpus / "pipe", os.O_WRONLY)
+        reader_has_opened_it = os.open(pipe, os.O_WRONLY)
         for server in psutil.Process().children():
             for worker in server.children():
                 worker.send_signal(signal.SIGKILL)
@@ -210,9 +201,8 @@ def test_killed_worker_is_reported_with_its_document(corpus, tmp_path):
     killer.start()
     text = message(asked)
     killer.join()
-    assert f"a worker process was killed by signal 9 while it read {corpus / '00.py'}" in text
-    assert "the same command continues" in text
-    assert units_in(asked) == 1
+    assert f"a worker process was killed by signal 9 while it read {pipe}" in text
+    assert "the same command continues" in text and units_in(asked) == 1
 
 
 @pytest.mark.parametrize("limit", [100, 12_000])
@@ -246,29 +236,23 @@ def test_damaged_units_are_made_again(corpus, tmp_path, damage):
     """As after a power failure: what was written last may be missing or empty."""
     made(request(corpus, tmp_path / "whole", glob="*.py"))
     asked = request(corpus, tmp_path / "a", glob="*.py")
-    process = start(asked, units=3)
-    while units_in(asked) < 3:
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    interrupt(asked)
     name, change, reused = DAMAGES[damage]
     file = asked.folder / name
     file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     if reused is None:
         assert "plan.json is corrupt: delete" in message(asked)
         return
-    recorder = Recorder()
-    prepare(asked, recorder)
+    made(asked, recorder := Recorder())
     assert sum(recorder.reused) == reused
-    assert_same_corpus(tmp_path / "a", tmp_path / "whole")
+    assert digests(tmp_path / "a") == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("renames", [1, 2, 3])
 def test_kill_between_the_final_names_does_not_cost_the_corpus(tmp_path, monkeypatch, renames):
     """With all three files renamed only the folder is left to remove."""
     made(request(write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), tmp_path / "whole"))
-    asked = request(tmp_path / "a.jsonl", tmp_path / "a")
+    asked = request(tmp_path / "a.jsonl", tmp_path / "killed")
     rename, renamed = Path.rename, []
 
     def killed(self, target):
@@ -282,10 +266,9 @@ def test_kill_between_the_final_names_does_not_cost_the_corpus(tmp_path, monkeyp
         patch.setattr(Path, "rename", killed)
         patch.setattr("mtp_dist.data.prepare.prepare._remove", Mock(side_effect=KeyboardInterrupt))
         made(asked)
-    recorder = Recorder()
-    prepare(asked, recorder)
+    made(asked, recorder := Recorder())
     assert recorder.reused == ([True] if renames < 3 else [])
-    assert_same_corpus(tmp_path / "a", tmp_path / "whole")
+    assert digests(asked.prefix) == digests(tmp_path / "whole")
     assert not asked.folder.exists()
 
 

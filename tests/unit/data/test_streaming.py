@@ -178,16 +178,6 @@ def test_truncated_file_is_reported(tmp_path, name):
         assert str(file) in text and reason in text
 
 
-def older_folder(folder):
-    folder.mkdir()
-    (folder / "a.py").write_text("x = 1\n" * 3)
-    (folder / "b.txt").write_text("{braces} are text\n")
-    (folder / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (folder / "d.md").write_text("[a link](b)\n")
-    (folder / "e.txt").write_text('{"text": "a line"}\nand a text\n')
-    return {"path": str(folder), "glob": "*", "stream": True}
-
-
 OLDER_STATE = {"next": 6, "streams": [{"passes": 0, "position": [2, 0], "offset": 2}]}
 OLDER_SAMPLES = [b" link](b)", [*b")\n", 256, *b'{"text'], b't": "a li', b'ine"}\nand']
 RECORD = b'{"text": "one"}\n'
@@ -197,11 +187,18 @@ OTHER_KINDS = [("f.json", RECORD), ("f.txt", RECORD), ("f.JSONL", RECORD), ("f.c
 @pytest.mark.parametrize(("name", "content"), [(None, b""), *OTHER_KINDS])
 def test_older_checkpoint_of_a_folder_resumes_only_if_names_imply_the_kinds(tmp_path, name, content):
     """Its kinds came from names alone; state, fingerprint and samples are what that version wrote."""
-    folder, source = tmp_path / "folder", older_folder(tmp_path / "folder")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.py").write_text("x = 1\n" * 3)
+    (folder / "b.txt").write_text("{braces} are text\n")
+    (folder / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "d.md").write_text("[a link](b)\n")
+    (folder / "e.txt").write_text('{"text": "a line"}\nand a text\n')
     if name:
         (folder / name).write_bytes(content)
     older = [[file.name, file.stat().st_size] for file in sorted(folder.iterdir())]
     fingerprint = hashlib.sha256(json.dumps(older).encode()).hexdigest()
+    source = {"path": str(folder), "glob": "*", "stream": True}
     datasets = load_datasets(data_config(source, heads=1, global_batch_size=2))
     state = {"read": 6, "fingerprints": [fingerprint], "train": OLDER_STATE}
     if name:

@@ -17,7 +17,7 @@ from mtp_dist.data.prepare.inspection import inspect_corpus
 from mtp_dist.data.text_loss import lost_characters
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
-from tests.unit.data.preparing import data_config, error_of, made, request, train_sentencepiece, units_in, write_jsonl
+from tests.unit.data.preparing import Recorder, data_config, error_of, made, request, train_sentencepiece, write_jsonl
 
 ENGLISH = "the quick brown fox jumps over the lazy dog, and packs my box with five dozen jugs "
 GERMAN = "für größere Übungen heißt es üben. "
@@ -133,8 +133,8 @@ def test_prepare_judges_the_loss_of_the_whole_corpus(tmp_path, lossy):
     assert 0 < prepared.text_loss.lost_bytes < 0.01 * prepared.text_loss.checked_bytes
     for name, texts in (("early", [ENGLISH + JAPANESE] * 100), ("late", [ENGLISH] * 95 + [ENGLISH + JAPANESE] * 5)):
         asked = request(write_jsonl(tmp_path / f"{name}.jsonl", texts), tmp_path / name, lossy, unit_bytes=90)
-        assert LOST in error_of(DataError, made, asked)
-        assert (units_in(asked) < 50) == (name == "early")
+        assert LOST in error_of(DataError, made, asked, recorder := Recorder())
+        assert (len(recorder.reused) < 50) == (name == "early")
         made(replace(asked, max_text_loss=1.0))
 
 
