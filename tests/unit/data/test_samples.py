@@ -34,31 +34,21 @@ def test_over_all_samples_each_head_predicts_each_token_once(sequence_length, he
     assert corpus[0].tolist() == tokens[: sequence_length + heads].tolist(), "a sample is a copy"
 
 
-def mapped(file):
-    """Ten samples of four tokens in a file."""
-    np.arange(41, dtype=np.uint16).tofile(file)
-    return PackedCorpus(np.memmap(file, mode="r", dtype=np.uint16), 4, 1)
-
-
 def test_truncated_file_is_reported_before_it_is_read(tmp_path):
     """In training and validation: reading beyond its end would kill the process with SIGBUS."""
-    file = tmp_path / "corpus.bin"
-    corpus = mapped(file)
+    tokens, file = np.arange(41, dtype=np.uint16), tmp_path / "corpus.bin"
+    tokens.tofile(file)
+    corpus = PackedCorpus(np.memmap(file, mode="r", dtype=np.uint16), 4, 1)
     training, validation = BlendedSamples([corpus], [1.0], 0), ValidationSamples(corpus, 5)
-    assert training.read(0, 10).sum() > 0 and validation[0].tolist() == [0, 1, 2, 3, 4]
+    expected = training.read(0, 10)
+    assert expected.sum() > 0 and validation[0].tolist() == [0, 1, 2, 3, 4]
     os.truncate(file, 80)
     for read in (lambda: training.read(0, 1), lambda: validation[0]):
         assert f"{file} has 80 bytes, it had 82 when the run started" in error_of(DataError, read)
-
-
-def test_growing_or_deleted_file_can_be_read(tmp_path):
-    file = tmp_path / "corpus.bin"
-    samples = BlendedSamples([mapped(file)], [1.0], 0)
-    expected = samples.read(0, 10)
-    os.truncate(file, 100)
-    assert np.array_equal(samples.read(0, 10), expected)
-    file.unlink()
-    assert np.array_equal(samples.read(0, 10), expected)
+    tokens.tofile(file)
+    for change in (lambda: os.truncate(file, 100), file.unlink):
+        change()
+        assert np.array_equal(training.read(0, 10), expected), "a file that grows or is deleted can be read"
 
 
 @given(st.integers(1, 120), st.integers(1, 150))
