@@ -1,7 +1,6 @@
 """Selection of the device on machines with GPUs, with broken ones, or with one per task."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,23 +12,23 @@ from tests.tiny import tiny_config
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+def machine(monkeypatch, tmp_path):
     """The GPUs that were made current; the changes of select_device are undone."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpus, "ROOT", tmp_path)
-    current: list[int] = []
+    current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     return current
 
 
-def select(device: str) -> torch.device:
+def select(device):
     return select_device(tiny_config(run={"device": device}))
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)], ids=["one GPU per task", "all GPUs per task"])
-def test_ranks_take_one_gpu_each(machine: list[int], monkeypatch: pytest.MonkeyPatch, visible: int, index: int) -> None:
+def test_ranks_take_one_gpu_each(machine, monkeypatch, visible, index):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     os.environ["LOCAL_RANK"] = "3"
@@ -40,28 +39,27 @@ def test_ranks_take_one_gpu_each(machine: list[int], monkeypatch: pytest.MonkeyP
             select("auto")
 
 
-def add_pci_device(root: Path, vendor: str, kind: str) -> None:
-    device = root / "sys" / "bus" / "pci" / "devices" / "0000:17:00.0"
+@pytest.mark.parametrize(
+    ("vendor", "kind", "is_gpu"),
+    [
+        ("driver", None, True),
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x030000", True),
+        ("0x10de", "0x040300", False),  # the sound device of a graphics card
+        ("0x8086", "0x030000", False),  # graphics of another vendor
+    ],
+)
+def test_auto_does_not_leave_an_nvidia_gpu_idle(machine, tmp_path, vendor, kind, is_gpu):
+    """PyTorch cannot use it if the driver is broken, in a build for CPUs, or in a job that did not request GPUs."""
+    assert select("auto") == torch.device("cpu")
+    folder = "proc/driver/nvidia/gpus" if vendor == "driver" else "sys/bus/pci/devices"
+    device = tmp_path / folder / "0000:17:00.0"
     device.mkdir(parents=True)
     (device / "vendor").write_text(f"{vendor}\n")
     (device / "class").write_text(f"{kind}\n")
-
-
-@pytest.mark.parametrize("kind", ["0x030200", "0x030000", "driver"])
-def test_auto_does_not_leave_a_gpu_idle(machine: list[int], tmp_path: Path, kind: str) -> None:
-    """Cases are a broken driver, a build of PyTorch for CPUs, and a job that did not request GPUs."""
-    if kind == "driver":
-        (tmp_path / "proc" / "driver" / "nvidia" / "gpus" / "0000:17:00.0").mkdir(parents=True)
-    else:
-        add_pci_device(tmp_path, "0x10de", kind)
-    with pytest.raises(LaunchError, match=r"run.device = 'auto', but PyTorch cannot use the NVIDIA GPU of .*'cpu'"):
-        select("auto")
     assert select("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize(("vendor", "kind"), [("0x10de", "0x040300"), ("0x8086", "0x030000")])
-def test_auto_selects_the_cpu_without_an_nvidia_gpu(machine: list[int], tmp_path: Path, vendor: str, kind: str) -> None:
-    """Neither the sound device of a graphics card nor the graphics of another vendor is a GPU."""
-    assert select("auto") == torch.device("cpu")
-    add_pci_device(tmp_path, vendor, kind)
-    assert select("auto") == torch.device("cpu")
+    if is_gpu:
+        with pytest.raises(LaunchError, match=r"run.device = 'auto', but PyTorch cannot use the NVIDIA GPU of .*'cpu'"):
+            select("auto")
+    else:
+        assert select("auto") == torch.device("cpu")

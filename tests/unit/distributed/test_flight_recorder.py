@@ -1,7 +1,6 @@
 """The record of the last collectives, with a stand-in for the function that only CUDA builds of PyTorch have."""
 
 import pickle
-from pathlib import Path
 
 import pytest
 from torch._C import _distributed_c10d as c10d
@@ -11,11 +10,11 @@ from mtp_dist.distributed.flight_recorder import dump_flight_recorder, enable_fl
 STARTED = {"profiling_name": "nccl:all_reduce", "process_group": ("3", "tensor"), "collective_seq_id": 41}
 
 
-def record_of(*entries: dict[str, object]) -> bytes:
+def record_of(*entries):
     return pickle.dumps({"version": "2.10", "entries": list(entries)})
 
 
-def test_nccl_record_has_precedence_over_that_of_gloo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_record_has_precedence_over_that_of_gloo(tmp_path, monkeypatch):
     record = record_of({"profiling_name": "nccl:broadcast"}, STARTED | {"state": "started"})
     monkeypatch.setattr(c10d, "_dump_nccl_trace", lambda: record, raising=False)
     path = tmp_path / "flight_recorder" / "rank_00003"
@@ -23,7 +22,7 @@ def test_nccl_record_has_precedence_over_that_of_gloo(tmp_path: Path, monkeypatc
     assert path.read_bytes() == record
 
 
-def test_without_collectives_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_collectives_there_is_no_file(tmp_path, monkeypatch):
     for name in ("_dump_nccl_trace", "_dump_fr_trace"):
         monkeypatch.setattr(c10d, name, record_of, raising=False)
     assert dump_flight_recorder(tmp_path / "rank_00000") is None
@@ -31,6 +30,6 @@ def test_without_collectives_there_is_no_file(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "2000"), ({"TORCH_FR_BUFFER_SIZE": "0"}, "0")])
-def test_recording_is_on_unless_the_environment_sets_it(given: dict[str, str], expected: str) -> None:
+def test_recording_is_on_unless_the_environment_sets_it(given, expected):
     enable_flight_recorder(given)
     assert given == {"TORCH_FR_BUFFER_SIZE": expected}

@@ -1,19 +1,15 @@
 """Cores per rank, on machines of several kinds."""
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from mtp_dist.distributed import threads
 
-HYPERTHREADS = {cpu: f"{cpu % 4},{cpu % 4 + 4}\n" for cpu in range(8)}
-"""Four cores with two hardware threads each."""
-
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def machine(monkeypatch, tmp_path):
     """A machine with eight CPUs without files that describe them, and an environment without launchers."""
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
@@ -23,39 +19,28 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def describe_cores(folder: Path) -> None:
-    for cpu, siblings in HYPERTHREADS.items():
-        (folder / f"cpu{cpu}" / "topology").mkdir(parents=True)
-        (folder / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings)
-
-
 @pytest.mark.parametrize(
-    ("variables", "cores", "with_hyperthreads"),
+    ("variables", "cpus", "cores", "with_hyperthreads"),
     [
-        ({}, 8, 4),
-        ({"LOCAL_WORLD_SIZE": "4"}, 2, 1),
-        ({"LOCAL_SIZE": "3"}, 2, 1),
-        ({"LOCAL_WORLD_SIZE": "16"}, 1, 1),
-        ({"SLURM_CPUS_PER_TASK": "4"}, 4, 2),
-        ({"SLURM_CPUS_PER_TASK": "1"}, 1, 1),
-        ({"SLURM_CPUS_PER_TASK": "2", "LOCAL_WORLD_SIZE": "2"}, 4, 2),
+        ({}, range(8), 8, 4),
+        ({"LOCAL_WORLD_SIZE": "4"}, range(8), 2, 1),
+        ({"LOCAL_SIZE": "3"}, range(8), 2, 1),
+        ({"LOCAL_WORLD_SIZE": "16"}, range(8), 1, 1),
+        ({"SLURM_CPUS_PER_TASK": "4"}, range(8), 4, 2),
+        ({"SLURM_CPUS_PER_TASK": "4"}, {0, 1, 4, 5}, 4, 2),  # bound to them
+        ({"SLURM_CPUS_PER_TASK": "1"}, range(8), 1, 1),
+        ({"SLURM_CPUS_PER_TASK": "2", "LOCAL_WORLD_SIZE": "2"}, range(8), 4, 2),
     ],
 )
-def test_cores_per_rank(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], cores: int, with_hyperthreads: int
-) -> None:
+def test_cores_per_rank(machine, monkeypatch, variables, cpus, cores, with_hyperthreads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cpus))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert threads.cores_per_rank() == cores
-    describe_cores(machine)
+    for cpu in range(8):  # four cores with two hardware threads each
+        (machine / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (machine / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
     assert threads.cores_per_rank() == with_hyperthreads
-
-
-def test_task_that_is_bound_to_its_cpus(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    describe_cores(machine)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
-    assert threads.cores_per_rank() == 2
 
 
 @pytest.mark.parametrize(
@@ -69,14 +54,14 @@ def test_task_that_is_bound_to_its_cpus(machine: Path, monkeypatch: pytest.Monke
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
     ],
 )
-def test_container_limits(machine: Path, files: dict[str, str], cores: int) -> None:
+def test_container_limits(machine, files, cores):
+    (machine / "cpu").mkdir()
     for name, text in files.items():
-        (machine / name).parent.mkdir(exist_ok=True)
         (machine / name).write_text(text)
     assert threads.cores_per_rank() == cores
 
 
-def test_environment_has_precedence_and_is_reported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_precedence_and_is_reported(machine, monkeypatch):
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
