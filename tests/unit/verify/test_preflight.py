@@ -2,18 +2,23 @@
 
 import io
 import json
+import logging
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+from mtp_dist.monitoring.logs import PACKAGE_LOGGER, configure_logging
+from mtp_dist.verify import preflight
 from mtp_dist.verify.preflight import ROWS_SHOWN, SLOW, RankReport, find_slow, print_reports, write_reports
 from tests.tiny import tiny_config
-from tests.unit.verify.preflight_on_ranks import SLOWED, preflight
 
 ALL_REDUCE = "all-reduce, data"
 LINK = "to the next stage"
+SLOWED = 2
 
 
 def report(rank, matmul=100.0, host="node-0", **others):
@@ -37,10 +42,9 @@ def test_slow_rank_is_the_only_one_reported(rates, data):
 
 
 def test_slow_group_is_reported_once_by_its_slowest_member():
-    groups = [[0, 2], [1, 3], [4, 6], [5, 7]]
     reports = [
         report(rank, host=f"node-{rank // 4}", one=(ALL_REDUCE, group, {1: 60.0, 3: 20.0}.get(rank, 50.0)))
-        for group in groups
+        for group in ([0, 2], [1, 3], [4, 6], [5, 7])
         for rank in group
     ]
     [found] = find_slow(reports)
@@ -48,15 +52,13 @@ def test_slow_group_is_reported_once_by_its_slowest_member():
     assert str(found) == "preflight: ranks 1, 3 (node-0): all-reduce, data 20 GB/s, 40% of the median 50"
 
 
-def test_links_between_machines_are_compared_with_each_other():
-    for hosts, slow in (
-        ("0011", []),  # the only link between machines has no peer
-        ("0123", [([1, 2], ["node-1", "node-2"])]),
-    ):
-        names, links = [f"node-{host}" for host in hosts], zip((0, 1, 2), (200.0, 20.0, 190.0), strict=True)
-        reports = [report(rank, host=names[rank], one=(LINK, [rank, rank + 1], rate)) for rank, rate in links]
-        found = find_slow([*reports, report(3, host=names[3])])
-        assert [(each.ranks, each.hosts) for each in found] == slow
+@pytest.mark.parametrize(("hosts", "slow"), [("0011", []), ("0123", [([1, 2], ["node-1", "node-2"])])])
+def test_links_between_machines_are_compared_with_each_other(hosts, slow):
+    """With two machines the only link between them has no peer."""
+    names, links = [f"node-{host}" for host in hosts], enumerate((200.0, 20.0, 190.0))
+    reports = [report(rank, host=names[rank], one=(LINK, [rank, rank + 1], rate)) for rank, rate in links]
+    found = find_slow([*reports, report(3, host=names[3])])
+    assert [(each.ranks, each.hosts) for each in found] == slow
 
 
 @pytest.mark.parametrize("number", [ROWS_SHOWN, ROWS_SHOWN + 1])
@@ -72,14 +74,33 @@ def test_table_of_many_ranks_is_a_summary_and_the_slow_ones(number, tmp_path):
     assert len(written["ranks"]) == number and [found["ranks"] for found in written["slow"]] == [[7]]
 
 
-@pytest.mark.parametrize("slowed", [False, True])
-def test_every_rank_measures_and_rank_0_logs_the_slow_one(ranks, tmp_path, slowed):
+def run_preflight(config):
+    """On each rank: return the log messages of a preflight in which SLOWED has a slow matmul.
+
+    The rates of matmuls are made up: on a busy machine any rank may be slow.
+    """
+    topology = initialize_topology(config, select_device(config))
+    configure_logging(topology.rank)
+    messages, recorder, measured = [], logging.Handler(), preflight.matmul_rate
+    recorder.emit = lambda record: messages.append(record.getMessage())
+    PACKAGE_LOGGER.addHandler(recorder)
+
+    def matmul_rate(*arguments):
+        assert measured(*arguments) > 0
+        return 4.0 if topology.rank == SLOWED else 10.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "matmul_rate", matmul_rate)
+        preflight.run_preflight(config, topology, new_gloo_groups(topology).all)
+    return messages
+
+
+def test_every_rank_measures_and_rank_0_logs_the_slow_one(ranks, tmp_path):
     run, parallel = {"output_dir": str(tmp_path)}, {"tensor": 2, "pipeline": 2}
     config = tiny_config(parallel=parallel, train={"precision": "bf16"}, run=run)
-    first, *others = ranks.run(4, preflight, config, slowed)
-    assert first and others == [[]] * 3
-    matmuls = [message for message in first if "matmul" in message]
-    assert len(matmuls) == slowed and all(f"preflight: rank {SLOWED} (" in message for message in matmuls)
+    first, *others = ranks.run(4, run_preflight, config)
+    [slow] = [message for message in first if "matmul" in message]
+    assert slow.startswith(f"preflight: rank {SLOWED} (") and others == [[]] * 3
     measured = json.loads((tmp_path / "preflight.json").read_text())["ranks"]
     first_stage, last_stage = ["matmul", "all-reduce, tensor", LINK], ["matmul", "all-reduce, tensor"]
     assert [list(rank["values"]) for rank in measured] == [first_stage] * 2 + [last_stage] * 2

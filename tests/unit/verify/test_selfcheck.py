@@ -1,22 +1,25 @@
 """Parts of the self-check; the parity tests show that its comparison finds differences."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mtp_dist.config import build_config
-from mtp_dist.distributed.topology import Topology
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import Topology, initialize_topology
 from mtp_dist.errors import ConfigError
+from mtp_dist.model import trunk
 from mtp_dist.model.targets import IGNORE_INDEX
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.verify.reference_training import local_batch, random_batch
-from mtp_dist.verify.selfcheck import PARAMETER_LIMIT, reduced, relative_error, with_small_batch
+from mtp_dist.verify.selfcheck import PARAMETER_LIMIT, reduced, relative_error, selfcheck, with_small_batch
 from tests.tiny import tiny_config
-from tests.unit.verify.selfcheck_on_ranks import selfcheck_of
 
 SEVEN_BILLION = {"vocab_size": 128_000, "hidden_size": 4096, "trunk_layers": 28, "num_attention_heads": 32}
 SEVEN_BILLION |= {"num_query_groups": 8, "ffn_hidden_size": 11008}
@@ -30,11 +33,8 @@ def check_reduction(config):
     values = small.model_dump(mode="json")
     assert build_config(values).model_dump(mode="json") == values, "its settings are compatible"
     assert small.micro_batches == 2 * config.parallel.pipeline
-    assert (small.parallel, small.heads, small.train.precision) == (
-        config.parallel,
-        config.heads,
-        config.train.precision,
-    )
+    assert (small.parallel, small.heads) == (config.parallel, config.heads)
+    assert small.train.precision == config.train.precision
     attention, other = ((m.query_groups < m.num_attention_heads, m.tie_embeddings) for m in (small.model, config.model))
     assert attention == other, "grouped queries and tied embeddings stay"
     assert small.vocab_size <= config.vocab_size and small.train.sequence_length <= 2048
@@ -45,18 +45,14 @@ def check_reduction(config):
     return small
 
 
-EIGHT_BY_EIGHT = {"tensor": 8, "pipeline": 8, "sequence": True}
-
-
 @pytest.mark.parametrize(
     ("parallel", "model"),
     [
-        (EIGHT_BY_EIGHT, {}),
+        *(({"tensor": 8, "pipeline": 8, "sequence": True}, model) for model in ({}, SEVENTY_BILLION)),
         ({"tensor": 8, "pipeline": 8, "partition": [4, 4, 4, 4, 4, 4, 3, 1]}, {}),
         *((parallel, {}) for parallel in ({}, {"pipeline": 28}, {"pipeline": 4, "partition": [10, 9, 9, 0]})),
         ({"tensor": 2, "pipeline": 7, "partition": "uniform"}, {}),
         ({"tensor": 8}, {"num_query_groups": None, "ffn_hidden_size": None}),
-        (EIGHT_BY_EIGHT, SEVENTY_BILLION),
     ],
 )
 def test_big_models_are_reduced_and_stay_valid(parallel, model):
@@ -66,11 +62,6 @@ def test_big_models_are_reduced_and_stay_valid(parallel, model):
     assert parameter_counts(small).total <= PARAMETER_LIMIT < parameter_counts(config).total
     partition = config.parallel.partition
     assert isinstance(partition, str) or trunk_layers_per_stage(small) == partition
-
-
-def test_small_models_stay_as_they_are():
-    config = tiny_config(train={"micro_batch_size": 1})
-    assert reduced(config) == config
 
 
 @given(
@@ -95,12 +86,22 @@ def test_every_valid_configuration_stays_valid(tensor, pipeline, data, sizes, pa
     check_reduction(config)
 
 
-def test_micro_batch_keeps_its_size_and_few_tokens_are_frequent():
+def test_small_models_keep_their_size_and_few_tokens_are_frequent():
+    config = tiny_config(train={"micro_batch_size": 1})
+    assert reduced(config) == config
     train = {"micro_batch_size": 4, "global_batch_size": 8, "sequence_length": 1024}
     small = reduced(tiny_config(train=train, model={"vocab_size": 50_000}))
     assert (small.train.micro_batch_size, small.train.sequence_length) == (4, 1024)
     counts = random_batch(small)[0].flatten().bincount(minlength=small.vocab_size)
     assert counts.max() > 0.1 * counts.sum() and counts[0] < 0.001 * counts.sum(), "documents are long"
+
+
+def selfcheck_of(config, fault):
+    """On each rank: check; fault: the embedding's gradient is accumulated in the precision of the weight."""
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            patch.setattr(trunk, "_Lookup", SimpleNamespace(apply=lambda weight, rows: F.embedding(rows, weight)))
+        return selfcheck(config, initialize_topology(config, select_device(config)))
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
