@@ -26,17 +26,8 @@ def record(text, event="note"):
     logger.info(text, extra={"event": event})
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A run of a SLURM job; its events."""
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    start(tmp_path / EVENTS, 0, [])
-    return tmp_path / EVENTS
-
-
 def test_events_survive_a_full_disk_and_an_incomplete_line(tmp_path, capsys):
-    path, shown = tmp_path / EVENTS, list[str]()
+    path, shown = tmp_path / EVENTS, []
     start(path, 0, shown)
     record("started")
     with path.open("a") as file:
@@ -74,11 +65,15 @@ def test_events_of_training_with_their_steps(tmp_path):
     ]
 
 
-def test_checkpoint_counts_as_progress(slurm, monkeypatch):
-    def restart(count):
+def test_checkpoint_counts_as_progress(tmp_path, monkeypatch):
+    path = tmp_path / EVENTS
+    start(path, 0, [])
+
+    def restart(count, job="7"):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
         record("Resuming", "start")
-        check_progress(slurm)
+        check_progress(path)
 
     for count in range(1, 30):
         restart(count)
@@ -87,21 +82,11 @@ def test_checkpoint_counts_as_progress(slurm, monkeypatch):
         restart(count)
     with pytest.raises(LaunchError, match="restarted job 7 4 times since its last checkpoint"):
         restart(33)
-
-
-def test_only_restarts_of_this_job_count(slurm, monkeypatch):
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "30")
-    record("of another job", "checkpoint")
-    monkeypatch.setenv("SLURM_JOB_ID", "8")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    check_progress(slurm)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "31")
+    restart(3, "8")
     with pytest.raises(LaunchError, match="restarted job 8 31 times"):
-        check_progress(slurm)
+        restart(31, "8")
 
-
-def test_nothing_counts_without_slurm(slurm, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID")
     record("Saved", "checkpoint")
-    assert "slurm" not in slurm.read_text()
-    check_progress(slurm.parent / "no such file")
+    assert "slurm_job" in read_lines(path)[-2] and read_lines(path)[-1].keys() == {"time", "step", "kind", "text"}
+    check_progress(path)

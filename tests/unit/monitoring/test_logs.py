@@ -1,10 +1,12 @@
 """Which ranks print a log record, and where."""
 
 import logging
+from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import pytest
 
-from mtp_dist.monitoring.callback import Callback, CallbackList, StopReason
+from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.logs import configure_logging
 
 logger = logging.getLogger("mtp_dist.some.module")
@@ -22,19 +24,10 @@ def test_only_rank_0_prints_unless_meant_for_all(rank, printed, capsys):
     assert output.err.splitlines() == [f"warning: {text}" for text in printed]
 
 
-class Ending(Callback):
-    def __init__(self, ended, name):
-        self.ended, self.name = ended, name
-
-    def on_end(self, reason):
-        self.ended += [self.name, reason]
-        if self.name == "failing":
-            raise OSError("no room")
-
-
 def test_every_callback_ends_also_if_one_fails():
-    ended = []
-    callbacks = CallbackList([Ending(ended, name) for name in ("first", "failing", "last")])
+    ends = Mock()
+    ends.failing.side_effect = OSError("no room")
+    callbacks = CallbackList([SimpleNamespace(on_end=end) for end in (ends.first, ends.failing, ends.last)])
     with pytest.raises(OSError, match="no room"):
         callbacks.on_end(StopReason.SIGNAL)
-    assert ended == ["last", StopReason.SIGNAL, "failing", StopReason.SIGNAL, "first", StopReason.SIGNAL]
+    assert ends.mock_calls == [getattr(call, name)(StopReason.SIGNAL) for name in ("last", "failing", "first")]

@@ -127,7 +127,7 @@ def test_full_disk_is_reported_once_and_no_line_is_lost(tmp_path, caplog):
     logger.on_step(step_metrics(6))
     logger.on_end(StopReason.LAST_STEP)
     seen_steps = [call.args[0] for call in seen.write.call_args_list]
-    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4, 5, 6] == seen_steps
+    assert [line["step"] for line in read_lines(path)] == seen_steps == [1, 2, 3, 4, 5, 6]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [warning.partition(" cannot")[0] for warning in warnings] == ["metrics.jsonl", "TensorBoard's file"]
 
@@ -142,7 +142,6 @@ def test_rollback_on_a_full_disk_is_survived(tmp_path, caplog):
         logger.on_rollback(1)
     logger.on_step(step_metrics(2))
     logger.on_end(StopReason.LAST_STEP)
-    assert (
-        [line["step"] for line in read_lines(path)] == [1, 2, 2] == [call.args[0] for call in seen.write.call_args_list]
-    )
+    seen_steps = [call.args[0] for call in seen.write.call_args_list]
+    assert [line["step"] for line in read_lines(path)] == seen_steps == [1, 2, 2]
     assert "metrics.jsonl cannot be written, training continues" in caplog.text
