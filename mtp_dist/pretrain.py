@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with StopSignals() as stop_signals:
             stop_signals.end_at_once()
             status = pretrain(arguments, stop_signals)
-    # From here on SIGTERM ends the process by default: the launcher sends it to the ranks that wait below.
+        # From here on SIGTERM ends the process by default: the launcher sends it to the ranks that wait below.
     except UserError as error:
         exit_with_error(error)
     except Exception:

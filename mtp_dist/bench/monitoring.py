@@ -1,6 +1,6 @@
 """Seconds of a training step with logs and callbacks, compared with those of one without.
 
-Both are trainings of the same model in one process, in turns; what the engine itself measures is part of both.
+Both train the same model in one process and alternate; what the engine itself measures is part of both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _NoCheckpoints(CheckpointSaver):
 
 
 class _StepTimes(Callback):
-    """The times at which the callbacks of each step are done; the last callback of a list."""
+    """The times at which the callbacks of each step are done. It must be the last in its list."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -50,7 +50,7 @@ class _StepTimes(Callback):
 
 
 def measure_monitoring(config: Config, sources: RunSources, topology: Topology, rounds: int) -> dict[str, Any]:
-    """Return the medians over the rounds, each of `log.every` steps with and as many without, on every rank."""
+    """Return medians over the rounds, each of `log.every` steps with logs and callbacks and as many without."""
     steps = config.log.every
     config = config.model_copy(update={"data": config.data.model_copy(update={"validation": ()})})
     engine, datasets, groups = build_engine(config, topology), load_datasets(config, sources), new_gloo_groups(topology)

@@ -33,7 +33,8 @@ from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.sharding import shard_blocks
 
 FOLDER_CHECKS, CHECK_INTERVAL_S = 60, 1.0
-"""A rank waits that long for the folder that rank 0 names: NFS may cache for a minute that it does not exist."""
+"""Number of checks and seconds between them, while a rank waits for the folder that rank 0 names: NFS may cache for a
+minute that it does not exist."""
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
 
 
 def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[int]]:
-    """Return for each weight the row from which each of the readers reads, and the number of rows.
+    """Return `readers` + 1 bounds of rows per weight: reader r reads rows bounds[r] .. bounds[r + 1] - 1.
 
     Concatenated, the weights are split into ranges of the same size: the tensors of a range lie in few files.
     """

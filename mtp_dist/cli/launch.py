@@ -73,7 +73,7 @@ class _Ranks:
             return code
         if -code == self._received:
             return exit_status(-code)  # before its first line
-        print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
+        print(f"error: rank {rank} was killed by {signal.Signals(-code).name}", file=sys.stderr, flush=True)
         return 128 - code
 
 

@@ -63,7 +63,7 @@ def checkpoints_table(lines: Sequence[CheckpointLine]) -> Table:
     for line in lines:
         size = "" if line.bytes is None else _size(line.bytes)
         saved_at = "" if line.damage else _layout(line.layout)
-        verdict = "DAMAGED" if line.damage else "as written"
+        verdict = "DAMAGED" if line.damage else "intact"
         table.add_row(f"{line.step:,}", "latest" * line.latest, size, saved_at, _losses(line.losses), verdict)
     return table
 
@@ -80,7 +80,7 @@ def checkpoint_tables(report: CheckpointReport) -> Iterator[RenderableType]:
             "Vocabulary": f"{report.vocab_size:,} tokens",
             "Versions": ", ".join(f"{name} {version or '-'}" for name, version in report.versions.items()),
             "On disk": ", ".join(f"{kind} {_size(size)}" for kind, size in report.bytes.items()),
-            "Integrity": f"all {report.files} files are as written",
+            "Integrity": f"all {report.files} files are intact",
         }
     )
     table = Table("part", "parameters", "share", title=f"{total / 1e6:,.2f} M parameters")
@@ -95,7 +95,7 @@ def checkpoint_tables(report: CheckpointReport) -> Iterator[RenderableType]:
 
 
 def head_loss_table(result: dict[str, Any]) -> Table:
-    """Return a table with one row per number of heads and mode; cells are empty if memory did not suffice."""
+    """Return a table with one row per number of heads and mode; out of memory is a result."""
     settings, machine = result["settings"], result["machine"]
     title = (
         f"{settings['tokens']} tokens, hidden size {settings['hidden']}, vocabulary {settings['vocab']}, "

@@ -15,7 +15,9 @@ KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama
 
 def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Return the rotary keys of the section `model`. Raise CheckpointError if mtp_dist does not support them."""
-    written = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the order of transformers 5
+    written = (
+        values.get("rope_scaling") or values.get("rope_parameters") or {}
+    )  # in the order in which transformers 5 looks them up
     prefix = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
     if not isinstance(written, dict):
         raise CheckpointError(f"{prefix}it is not a JSON object")
@@ -23,7 +25,7 @@ def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     if kind not in KEYS:
         raise CheckpointError(f"{prefix}mtp_dist supports the rope types {', '.join(KEYS)}")
     if unknown := sorted(written.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *LLAMA3}):
-        raise CheckpointError(f"{prefix}{', '.join(unknown)} is not supported")
+        raise CheckpointError(f"{prefix}mtp_dist does not support {', '.join(unknown)}")
     if written.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError(f"{prefix}rotary embeddings of a part of the channels are not supported")
     known = {"original_max_position_embeddings": values["max_position_embeddings"]} | written

@@ -37,8 +37,8 @@ class Blend:
         return counts
 
     def _merge(self, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return how many samples of each source precede some sample at or before `first`, and the sources from there
-        to sample first + count - 1.
+        """Choose a sample s <= first. Return how many samples of each source precede s, and the sources of the samples
+        s .. first + count - 1.
 
         Occurrence k of a source with fraction w lies at (k + 1/2) / w; the samples are all occurrences sorted by
         position (the first source wins ties). `floor(w * x + 1/2)` occurrences lie up to x, over all m sources
@@ -106,7 +106,7 @@ class BlendedSamples:
         return {"phase_start": self._phase_start, "weights": self.weights, "sources": positions}
 
     def restore(self, state: dict[str, Any] | None, samples_read: int, earlier: Sequence[int | None]) -> None:
-        """Continue the phase of a state, or start a new one if anything differs. Without a state nothing has changed.
+        """Continue the phase of a state, if there is one, or start a new phase if anything differs.
 
         earlier: number of each source in the state, None if it is new.
         """

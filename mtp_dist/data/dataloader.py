@@ -29,7 +29,7 @@ STEPS_AHEAD = 2
 
 
 class Batches:
-    """The batches of this rank; a background thread reads the next steps' and makes their targets.
+    """The batches of this rank; a background thread reads those of the next steps and makes their targets.
 
     Stages that neither embed tokens nor hold the loss read nothing, unless their attention stops at documents' ends.
     """

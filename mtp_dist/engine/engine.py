@@ -49,8 +49,25 @@ class StepResult(NamedTuple):
     """Time of all micro-batches, with the wait for other stages."""
 
 
+class StepTotals(NamedTuple):
+    """What a training step sums over all ranks, by one collective."""
+
+    head_sums: Tensor
+    squared_norms: Tensor
+    """Squared gradient norm per module."""
+    fault: Tensor
+    """0, or NaN if the gradient of a rank is not finite."""
+    signals: Tensor
+    """Number of ranks that have received each signal, by its number."""
+
+
 class TrainingEngine:
-    """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop."""
+    """The model of this rank's stage under DeepSpeed's PipelineEngine, which owns the micro-batch loop.
+
+    In a training step, `train_step` enqueues the micro-batches; DeepSpeed runs their forward passes, in which the heads
+    add to HeadSums, and their backward passes, and reduces the gradients; GradientMonitor measures them;
+    `_agree_and_update`, which replaces PipelineEngine._take_model_step, sums over all ranks and updates the weights.
+    """
 
     def __init__(self, config: Config, topology: Topology, stage: MultiTokenPipeline, pipeline: PipelineEngine) -> None:
         self.config = config
@@ -64,9 +81,7 @@ class TrainingEngine:
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._dp_group = dp_group()
-        self._totals: list[Tensor] = []
-        """Sums over all ranks of HeadSums and, after a training step, of squared gradient norms by module, the flag of
-        a fault and the signals."""
+        self._totals: StepTotals
         self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
@@ -113,16 +128,18 @@ class TrainingEngine:
         # Nothing reads DeepSpeed's timers, which keep two CUDA events per measurement until they are reset.
         for timer in self.pipeline.timers.get_timers().values():
             timer.reset()
-        sums, squared_norms, _, signals = (total.cpu() for total in self._totals)
+        totals = StepTotals(*(total.cpu() for total in self._totals))
         grad_norm = float(self.pipeline.get_global_grad_norm())
         finite = isfinite(grad_norm)  # the same on all ranks, see _agree_and_update
         self.optimizer_updates += finite
         return StepResult(
-            heads=head_metrics(self.config, HeadSums(sums), schedule),
+            heads=head_metrics(self.config, HeadSums(totals.head_sums), schedule),
             grad_norm=grad_norm,
-            grad_norms_by_module=dict(zip(self.gradient_monitor.modules, squared_norms.sqrt().tolist(), strict=True)),
+            grad_norms_by_module=dict(
+                zip(self.gradient_monitor.modules, totals.squared_norms.sqrt().tolist(), strict=True)
+            ),
             skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
-            stop_signal=max(signals.nonzero().flatten().tolist(), default=0),
+            stop_signal=max(totals.signals.nonzero().flatten().tolist(), default=0),
             busy_seconds=(seconds := self.clock.seconds())[0],
             schedule_seconds=seconds[1],
         )
@@ -131,8 +148,8 @@ class TrainingEngine:
         """Evaluate a batch and return the active heads' metrics."""
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
-        self._sum_over_ranks()
-        return head_metrics(self.config, HeadSums(self._totals[0].cpu()), schedule)
+        [sums] = self._sum_over_ranks()
+        return head_metrics(self.config, HeadSums(sums.cpu()), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -144,9 +161,8 @@ class TrainingEngine:
         signals = monitor.squared_norms.new_zeros(NSIG)
         if number := self._stop_signal():
             signals[number] = 1
-        self._sum_over_ranks(monitor.squared_norms, monitor.fault, signals)
-        sums, _, fault, _ = self._totals
-        monitor.add_fault(fault + 0 * sums.sum())  # 0 times what is not finite is NaN
+        self._totals = StepTotals(*self._sum_over_ranks(monitor.squared_norms, monitor.fault, signals))
+        monitor.add_fault(self._totals.fault + 0 * self._totals.head_sums.sum())  # 0 * NaN and 0 * inf are NaN
         update(*args)
 
     def _begin(self, batch: TrainBatch, schedule: HeadSchedule, phase: Phase) -> None:
@@ -166,8 +182,8 @@ class TrainingEngine:
         scales = torch.cat([counts.new_tensor(schedule.loss_weights) * per_target, token_order_scale])
         self.stage.heads.begin(scales.float(), schedule.active_heads)
 
-    def _sum_over_ranks(self, *others: Tensor) -> None:
-        """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
+    def _sum_over_ranks(self, *others: Tensor) -> list[Tensor]:
+        """Return the sums over all ranks of HeadSums and of other tensors, by one collective."""
         if self.topology.holds_loss and self.topology.tp_rank == 0:
             sums = self.stage.heads.sums.tensor
         else:  # the same columns
@@ -177,7 +193,7 @@ class TrainingEngine:
         together = torch.cat([*map(torch.flatten, tensors)])
         dist.all_reduce(together)
         totals = together.split([tensor.numel() for tensor in tensors])
-        self._totals = [*map(Tensor.view_as, totals, tensors)]
+        return [*map(Tensor.view_as, totals, tensors)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)

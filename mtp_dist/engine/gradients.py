@@ -97,7 +97,7 @@ class NonFiniteGradient:
 
     def __str__(self) -> str:
         if self.rank is None:
-            return "that of every rank is finite, their sum is not"
+            return "although it is on every rank: the sum over ranks overflowed"
         found = [f"the gradient of {self.weight}"] if self.weight else []
         if self.losses:
             found.append(f"the loss of head {', '.join(map(str, self.losses))}")

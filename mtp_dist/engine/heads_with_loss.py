@@ -30,7 +30,7 @@ class HeadsWithLoss(PredictionHeads):
     def begin(self, scales: Tensor, active_heads: int) -> None:
         """Start a batch.
 
-        scales: `[n + 1]`, fp32, of the rows of `sums` in the loss. active_heads: heads 1..this run.
+        scales: `[n + 1]`, fp32, of the rows of `sums` in the loss. active_heads: heads 1..active_heads run.
         """
         self.scales, self.active_heads = scales, active_heads
         self.sums = HeadSums(scales.new_zeros(len(scales), len(HeadSums.COLUMNS), dtype=torch.float64))

@@ -1,6 +1,7 @@
 """The cross-entropy of `hidden @ weight.T` and its gradients, with the logits of only one chunk of positions alive.
 
-The vocabulary is sharded over the tensor-parallel ranks. Each chunk goes from logits to gradient in one buffer:
+The vocabulary is sharded over the tensor-parallel ranks. Each chunk goes from logits to gradient in one buffer. Capital
+letters are values over all ranks; p is normalized over this rank's tokens, s and e turn it back into exponentials:
 
     l = hidden @ weight.T                   this rank's logits
     m, t = max(l), l[target]                over this rank's tokens; t = 0 if another rank has the target

@@ -72,7 +72,12 @@ class SoftTargets(NamedTuple):
 class HeadSums:
     """Sums over the valid targets in named columns: row k - 1 is head k's, the last row that of token-order prediction.
 
-    All columns are views of one tensor, to which the kernel adds and which a collective sums.
+    All columns are views of one tensor, to which the loss kernel adds and which a collective sums:
+    - cross_entropy: in nats;
+    - log_z_squared: squared log of the softmax's denominator, for the z-loss (PaLM, arXiv:2204.02311, section 5);
+    - correct: targets more probable than every other token (ties count as wrong);
+    - soft_cross_entropy: in nats, over the positions that have soft targets;
+    - targets: number of valid targets.
     """
 
     COLUMNS = ("cross_entropy", "log_z_squared", "correct", "soft_cross_entropy", "targets")
@@ -82,9 +87,6 @@ class HeadSums:
         self.tensor = tensor
         columns = tensor.unbind(-1)
         self.cross_entropy, self.log_z_squared, self.correct, self.soft_cross_entropy, self.targets = columns
-        """Nats; squared log of the softmax's denominator, the term of the z-loss (PaLM, arXiv:2204.02311, section 5);
-        number of targets more probable than every other token (ties count as wrong); nats over the positions that have
-        soft targets; number of valid targets."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Objective:
     targets: Tensor
     """`[n, B, S]`."""
     active_heads: int
-    """Heads 1..this run; the others have no loss."""
+    """Heads 1..active_heads run; the others have no loss."""
     scales: Tensor
     """`[n + 1]`, by row of HeadSums: the loss weight over the number of valid targets (for token order head 1's) in the
     global batch, times the micro-batches and data-parallel ranks over which the engine averages."""
@@ -137,7 +139,7 @@ class Objective:
         return HeadSums(self.scales.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32)))
 
     def loss(self, sums: HeadSums) -> Tensor:
-        """Return the scalar."""
+        """Return the scalar that training minimizes."""
         soft_weight = self.distillation.weight if self.distillation else 0.0
         losses = sums.cross_entropy + self.z_loss * sums.log_z_squared + soft_weight * sums.soft_cross_entropy
         return (self.scales * torch.cat([losses[:-1], sums.soft_cross_entropy[-1:]])).sum()

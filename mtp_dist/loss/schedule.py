@@ -12,7 +12,7 @@ class HeadSchedule:
     loss_weights: tuple[float, ...]
     """Weight w_k of each head's loss, head 1 first."""
     active_heads: int
-    """Heads 1..this are trained; the others do not run."""
+    """Heads 1..active_heads are trained; the others do not run."""
 
 
 def head_schedule(config: Config, step: int) -> HeadSchedule:

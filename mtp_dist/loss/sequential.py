@@ -18,8 +18,8 @@ from mtp_dist.loss.linear_cross_entropy import GradientBuffers, accumulation_dty
 from mtp_dist.loss.objective import Heads, HeadSums, Objective
 
 
-class _Problem(NamedTuple):
-    """The loss of one micro-batch."""
+class _MicroBatch(NamedTuple):
+    """The heads and what their loss needs of one micro-batch."""
 
     heads: Heads
     context: Any
@@ -41,12 +41,12 @@ def sequential_heads_loss(
     pass. `recompute` computes only the sums in the forward pass, keeps only z, and starts again in the backward pass:
     one more forward pass of the heads.
     """
-    problem = _Problem(heads, context, objective)
+    micro_batch = _MicroBatch(heads, context, objective)
     if not torch.is_grad_enabled():
-        _forward(problem, trunk_output, sums)
+        _forward(micro_batch, trunk_output, sums)
         return objective.loss(sums)
-    inputs = (trunk_output, *heads.trained_parameters(context), *_trained_unembeddings(problem))
-    loss: Tensor = _SequentialLoss.apply(mode, problem, sums, *inputs)  # type: ignore[no-untyped-call]
+    inputs = (trunk_output, *heads.trained_parameters(context), *_trained_unembeddings(micro_batch))
+    loss: Tensor = _SequentialLoss.apply(mode, micro_batch, sums, *inputs)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -57,14 +57,16 @@ class _SequentialLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, mode: str, problem: _Problem, sums: HeadSums, trunk_output: Tensor, *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mode: str, micro_batch: _MicroBatch, sums: HeadSums, trunk_output: Tensor, *_: Tensor
+    ) -> Tensor:
         ctx.gradients = ctx.inputs = None
         if mode == "eager":
-            ctx.gradients = _differentiate(problem, trunk_output.detach(), sums)
+            ctx.gradients = _differentiate(micro_batch, trunk_output.detach(), sums)
         else:
-            ctx.inputs = problem, trunk_output.detach()
-            _forward(problem, trunk_output.detach(), sums)
-        return problem.objective.loss(sums)
+            ctx.inputs = micro_batch, trunk_output.detach()
+            _forward(micro_batch, trunk_output.detach(), sums)
+        return micro_batch.objective.loss(sums)
 
     @staticmethod
     @once_differentiable
@@ -73,25 +75,25 @@ class _SequentialLoss(torch.autograd.Function):
         if gradients is None:
             if ctx.inputs is None:
                 raise RuntimeError("a second backward pass through the heads' loss: the first has freed its gradients")
-            problem, trunk_output = ctx.inputs
-            gradients = _differentiate(problem, trunk_output, problem.objective.zero_sums(trunk_output.dtype))
+            micro_batch, trunk_output = ctx.inputs
+            gradients = _differentiate(micro_batch, trunk_output, micro_batch.objective.zero_sums(trunk_output.dtype))
         ctx.gradients = ctx.inputs = None
         return None, None, None, *gradients.scaled_by(upstream)
 
 
-def _trained_unembeddings(problem: _Problem) -> list[Tensor]:
-    weights = [*problem.heads.unembedding_weights(problem.context)]
-    if (token_order := problem.heads.token_order_weight) is not None:
+def _trained_unembeddings(micro_batch: _MicroBatch) -> list[Tensor]:
+    weights = [*micro_batch.heads.unembedding_weights(micro_batch.context)]
+    if (token_order := micro_batch.heads.token_order_weight) is not None:
         weights.append(token_order)
     distinct = {id(weight): weight for weight in weights}
     return [weight for weight in distinct.values() if weight.requires_grad]
 
 
 @torch.no_grad()
-def _forward(problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> None:
+def _forward(micro_batch: _MicroBatch, trunk_output: Tensor, sums: HeadSums) -> None:
     """Run the heads' forward passes only."""
-    heads, context, objective = problem
-    losses = _Losses(problem, sums)
+    heads, context, objective = micro_batch
+    losses = _Losses(micro_batch, sums)
     for chain in heads.chains:
         hidden = trunk_output
         for head in objective.active(chain):
@@ -102,11 +104,11 @@ def _forward(problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> None:
                 losses.add_token_order(normalized)
 
 
-def _differentiate(problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> "_HeadGradients":
+def _differentiate(micro_batch: _MicroBatch, trunk_output: Tensor, sums: HeadSums) -> "_HeadGradients":
     """Run every head's forward and backward pass."""
-    gradients = _HeadGradients(problem, trunk_output, sums)
-    for chain in problem.heads.chains:
-        gradients.add_chain(problem.objective.active(chain), trunk_output)
+    gradients = _HeadGradients(micro_batch, trunk_output, sums)
+    for chain in micro_batch.heads.chains:
+        gradients.add_chain(micro_batch.objective.active(chain), trunk_output)
     gradients.finish(trunk_output.dtype)
     return gradients
 
@@ -132,13 +134,13 @@ def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 
 
 class _Losses:
-    """Losses of one micro-batch from hidden states `[S, B, D]` of whole sequences; head 1 first if it is distilled."""
+    """Computes losses from normalized hidden states `[S, B, D]` of whole sequences, head 1 first: it is the teacher."""
 
-    def __init__(self, problem: _Problem, sums: HeadSums) -> None:
-        self.objective = problem.objective
+    def __init__(self, micro_batch: _MicroBatch, sums: HeadSums) -> None:
+        self.objective = micro_batch.objective
         self.rows = sums.tensor
-        self.unembeddings = problem.heads.unembedding_weights(problem.context)
-        self.token_order_weight = problem.heads.token_order_weight
+        self.unembeddings = micro_batch.heads.unembedding_weights(micro_batch.context)
+        self.token_order_weight = micro_batch.heads.token_order_weight
         self.teacher: Teacher | None = None
 
     def add_head(self, head: int, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
@@ -184,14 +186,14 @@ class _Losses:
 class _HeadGradients:
     """Gradients of one micro-batch's loss, computed head by head; what several heads add to is summed in fp32."""
 
-    def __init__(self, problem: _Problem, trunk_output: Tensor, sums: HeadSums) -> None:
-        self.heads, self.context, self.objective = problem
+    def __init__(self, micro_batch: _MicroBatch, trunk_output: Tensor, sums: HeadSums) -> None:
+        self.heads, self.context, self.objective = micro_batch
         self.params = self.heads.trained_parameters(self.context)
-        self.trained_unembeddings = _trained_unembeddings(problem)
+        self.trained_unembeddings = _trained_unembeddings(micro_batch)
         self.grad_trunk_output = _zeros_like(trunk_output)
         self.grad_params: list[Tensor | None] = [None] * len(self.params)
         self.grad_unembeddings: dict[int, Tensor] = {}
-        self.losses = _Losses(problem, sums)
+        self.losses = _Losses(micro_batch, sums)
 
     def add_chain(self, chain: Sequence[int], trunk_output: Tensor) -> None:
         """Run the forward and backward passes of heads of which each reads the one before it.
@@ -219,7 +221,7 @@ class _HeadGradients:
             self.grad_trunk_output += grad_next
 
     def _grad_pre_norm_hidden(self, head: int, hidden: Tensor) -> Tensor:
-        """Return the gradient of a head's hidden states from its own loss."""
+        """Compute a head's loss and return the gradient of its hidden states from that loss alone."""
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normalized = self.heads.normalize(head, leaf)
@@ -237,7 +239,7 @@ class _HeadGradients:
         return grad_leaf
 
     def _grad_normalized(self, head: int, normalized: Tensor) -> Tensor:
-        """Return the gradient of a head's normalized hidden states; add that of its unembedding."""
+        """Compute a head's loss. Return the gradient of its normalized hidden states; add its unembedding's."""
         objective, losses = self.objective, self.losses
         gathered = _gather_sequence(normalized, objective)
         partial = torch.empty_like(gathered, memory_format=torch.contiguous_format)

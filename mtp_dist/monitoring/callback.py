@@ -26,7 +26,7 @@ class Callback:
         """Run before the first step."""
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Run after each step, also a skipped one."""
+        """Run after each step, including skipped ones."""
 
     def on_validation(self, step: int, name: str | None, heads: HeadMetrics) -> None:
         """Run after each validation on the set of that name; `step` steps were completed before it."""
@@ -75,7 +75,7 @@ class CallbackList(Callback):
             callback.on_stop(step, signal)
 
     def on_end(self, reason: StopReason | None) -> None:
-        """End every callback, the last one first, also if another one fails."""
+        """End every callback, the last one first, even if another one fails."""
         with ExitStack() as ends:
             for callback in self._callbacks:
                 ends.callback(callback.on_end, reason)

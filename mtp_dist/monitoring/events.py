@@ -1,4 +1,4 @@
-"""`events.jsonl`: what happens to a run besides its steps, over all its starts."""
+"""`events.jsonl`: what happens to a run besides its steps, in all attempts."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ class EventRecorder(Callback, logging.Handler):
     """
 
     def __init__(self, path: Path, completed_steps: int, total_steps: int, show: Callable[[str], None]) -> None:
-        """Keep the lines of earlier starts, except an incomplete last one. show: called with the text of each event."""
+        """Keep the lines of earlier attempts but an incomplete last one. show: called with the text of each event."""
         super().__init__()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():

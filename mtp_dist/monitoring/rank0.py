@@ -1,4 +1,4 @@
-"""What rank 0 logs of a run in addition to the other ranks."""
+"""Callbacks that run on rank 0 only: metrics writers, events and stragglers, and the description of the run."""
 
 import json
 from collections.abc import Sequence

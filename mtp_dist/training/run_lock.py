@@ -33,13 +33,13 @@ STALE_AFTER_S = 60.0
 """Time without a refresh after which a lock of another machine is stale."""
 POLL_INTERVAL_S = 1.0
 SETTLE_S = 1.0
-"""Wait of a start that takes over a lock, after which it checks whether another start was later."""
+"""Seconds after a takeover until it is checked whether another start has taken the lock over too."""
 
 Record = dict[str, str]
 
 
 def describe_process() -> Record:
-    """Return this process's record in a lock; `process` is empty if the machine cannot be identified."""
+    """Return this process's record in a lock; `process` is empty if /proc cannot be read."""
     return {
         "host": socket.gethostname(),
         "pid": str(os.getpid()),

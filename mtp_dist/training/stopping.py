@@ -34,7 +34,7 @@ class StopSignals:
     """
 
     received = 0
-    """Number of the last signal, or 0. SIGINT and SIGHUP are kept: launchers send SIGTERM after them."""
+    """The last signal, or 0. A later SIGTERM does not replace SIGINT or SIGHUP: launchers send it after them."""
 
     def __init__(self) -> None:
         self._before_ending: Callable[[], None] | None = None
@@ -60,7 +60,7 @@ class StopSignals:
         os.close(self._writing)
 
     def end_at_once(self, before_ending: Callable[[], None] = lambda: None) -> None:
-        """Let a signal end the process with its exit status, after a call of `before_ending` from another thread."""
+        """Let a signal end the process with its exit status, after calling `before_ending`, in another thread."""
         self._before_ending = before_ending
         if self.received:
             self._end()

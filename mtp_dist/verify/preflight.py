@@ -1,4 +1,4 @@
-"""Speed of each rank and each link, measured before the first step, and the ones slower than their peers."""
+"""Measurement of each rank and link before the first step, and a report of those slower than their peers."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SLOW = 0.8
 """Fraction of its peers' median below which a measurement is slow. Healthy GPUs of one kind differ by a few percent,
-links by about ten; what is throttled, shares a switch or runs at half its width lies below this."""
+links by about ten; a throttled GPU, a shared switch or a link at half its width lies below this."""
 WARM_UP, REPETITIONS = 2, 5
 MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 """Rows and columns: enough to fill a device, few enough for some milliseconds."""
@@ -46,18 +46,18 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RankReport:
-    """Measurements of one rank; those of groups of one rank are missing."""
+    """Measurements of one rank; all-reduces over one rank are left out."""
 
     rank: int
     host: str
     device: str
     values: dict[str, float]
     groups: dict[str, list[int]]
-    """Ranks that take part in each."""
+    """Participating ranks, by measurement."""
 
 
 @dataclass(frozen=True)
-class Slow:
+class SlowGroup:
     """A group of ranks with a measurement below SLOW times the median of its peers."""
 
     kind: str
@@ -74,7 +74,7 @@ class Slow:
         )
 
 
-def find_slow(reports: Sequence[RankReport]) -> list[Slow]:
+def find_slow(reports: Sequence[RankReport]) -> list[SlowGroup]:
     """Return the ranks, groups and links below SLOW times the median of their peers, in the order of KINDS.
 
     A group is as fast as its slowest member reports. Peers are groups on the same number of hosts: a link within a
@@ -92,7 +92,7 @@ def find_slow(reports: Sequence[RankReport]) -> list[Slow]:
         peers = measured[kind, spread]
         median = statistics.median(peers.values())
         slow += [
-            Slow(kind, list(ranks), sorted({hosts[rank] for rank in ranks}), value, median)
+            SlowGroup(kind, list(ranks), sorted({hosts[rank] for rank in ranks}), value, median)
             for ranks, value in sorted(peers.items())
             if value < SLOW * median
         ]
@@ -188,7 +188,7 @@ def answer_round_trips(message: Tensor, other: int) -> None:
         dist.send(message, other)
 
 
-def print_reports(reports: Sequence[RankReport], slow: Sequence[Slow], console: Console) -> None:
+def print_reports(reports: Sequence[RankReport], slow: Sequence[SlowGroup], console: Console) -> None:
     """Print a row per rank; of many ranks the smallest, median and largest values, and the slow ranks."""
     kinds = [kind for kind in KINDS if any(kind in report.values for report in reports)]
     table = Table(title="Preflight")
@@ -208,7 +208,7 @@ def print_reports(reports: Sequence[RankReport], slow: Sequence[Slow], console: 
     console.print(table)
 
 
-def write_reports(file: Path, reports: Sequence[RankReport], slow: Sequence[Slow]) -> None:
+def write_reports(file: Path, reports: Sequence[RankReport], slow: Sequence[SlowGroup]) -> None:
     """Write `preflight.json`."""
     content = {
         "units": KINDS,

@@ -36,7 +36,7 @@ UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-8}
 ROUNDINGS_OUTSIDE_LAYERS = 8
 """Roundings of the embedded token, the normalized hidden states, their gradient, a parameter's gradient, and of the
 values between them."""
-FIRST_STEP = 0.02
+RELATIVE_LEARNING_RATE = 0.02
 """Ratio of the learning rate to the smallest standard deviation of initial parameters."""
 
 
@@ -94,13 +94,13 @@ def with_small_batch(config: Config, data_parallel: int) -> Config:
 
 
 def with_gentle_step(config: Config) -> Config:
-    """Return the configuration with FIRST_STEP times the smallest standard deviation of parameters as learning rate.
+    """Return the configuration with a learning rate of RELATIVE_LEARNING_RATE times the smallest standard deviation.
 
     Adam's first step is about lr * sign(gradient), and rounding decides the sign of a gradient near 0: the difference
     between correct layouts would depend on the user's rate.
     """
     depth = config.model.trunk_layers + config.heads.layers_per_head
-    rate = FIRST_STEP * config.model.init_std / math.sqrt(2 * depth)
+    rate = RELATIVE_LEARNING_RATE * config.model.init_std / math.sqrt(2 * depth)
     return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"lr": rate})})
 
 
@@ -127,7 +127,7 @@ def tolerances(config: Config, data_parallel: int) -> dict[str, float]:
         "gradient norm": gradients,
         "gradients": gradients,
         # About that fraction of the gradient's signs is wrong, and Adam's first step has the wrong sign there.
-        "updated weights": 2 * FIRST_STEP * math.sqrt(gradients),
+        "updated weights": 2 * RELATIVE_LEARNING_RATE * math.sqrt(gradients),
     }
 
 

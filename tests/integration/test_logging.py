@@ -131,7 +131,7 @@ def test_signal_that_ends_the_wandb_service_stops_the_run(tmp_path: Path) -> Non
         for process in processes:
             process.terminate()
         assert job.wait() == EXIT_PREEMPTED, job.output
-    assert "warning: Weights & Biases gets nothing more, training continues: " in job.stderr
+    assert "warning: No longer logging to Weights & Biases, training continues: " in job.stderr
     assert (out / f"checkpoints/step_{jobs.learned(out)[-1]['step']:08d}").is_dir()
 
 

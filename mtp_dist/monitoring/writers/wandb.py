@@ -105,4 +105,4 @@ class WandbWriter(MetricsWriter):
             method(*arguments, **options)
         except Exception as error:  # its kind depends on what the process was doing
             self._is_reachable = False
-            logger.warning("Weights & Biases gets nothing more, training continues: %s", error)
+            logger.warning("No longer logging to Weights & Biases, training continues: %s", error)

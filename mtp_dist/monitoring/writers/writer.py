@@ -16,7 +16,7 @@ class MetricsWriter:
         """Write the contents of `run.json`. Called once, before the first step."""
 
     def advance(self, step: int) -> None:
-        """Take note of a completed step. Called after each step, before `write` if the step is logged."""
+        """Update what is shown per step. Called after each step, before `write` if the step is logged."""
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Write the scalars of a logged step or of a validation."""

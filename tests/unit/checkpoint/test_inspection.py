@@ -57,7 +57,7 @@ def test_several_checkpoints(directory: Path, tmp_path: Path) -> None:
     assert "latest" in inspect(directory).stdout
     flip(directory / "step_00000010" / "config.json", 9)
     shown = inspect(directory)
-    assert shown.exit_code == 2 and "DAMAGED" in shown.stdout and "as written" in shown.stdout
+    assert shown.exit_code == 2 and "DAMAGED" in shown.stdout and "intact" in shown.stdout
     assert shown.stderr.startswith(f"error: {directory / 'step_00000010'} is ") and "config.json" in shown.stderr
     write_checkpoint(tmp_path / "run" / "checkpoints", 30)
     assert [line["step"] for line in json.loads(inspect(tmp_path / "run", "--json").stdout)] == [30]

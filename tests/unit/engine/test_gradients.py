@@ -104,7 +104,7 @@ def test_norms_of_modules_make_the_global_one_and_the_rank_is_named(ranks: Ranks
             for section in ("", "parallel.zero_stage=1", "train.precision=bf16")
         ),
         *(
-            (case, "sum", None, "that of every rank is finite, their sum is not")
+            (case, "sum", None, "although it is on every rank: the sum over ranks overflowed")
             for case in ("tp1-pp1-dp2", "tp1-pp2-dp2", "tp2-pp1-dp2 train.precision=bf16")
         ),
     ],
