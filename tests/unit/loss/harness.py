@@ -1,4 +1,4 @@
-"""Linear cross-entropies on the ranks of a test, their fp64 truth, and the comparison of both."""
+"""Losses on the ranks of a test, their fp64 truth, and the comparison of both."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,8 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtp_dist.config import Config
+from mtp_dist.config.schema import padded_vocab_size
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology, tp_group
+from mtp_dist.loss.linear_cross_entropy import GradientBuffers, accumulation_dtype, linear_cross_entropy
+from mtp_dist.loss.naive import head_sums
+from mtp_dist.loss.objective import HeadSums, Objective, SoftTargets, Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
-from tests.errors import norm_error
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
 
@@ -28,26 +33,19 @@ Case = TypeVar("Case")
 Answer = TypeVar("Answer")
 
 
-def initialize(config: Config) -> Any:
-    """Open the process groups on a rank of the test and return the topology."""
-    from mtp_dist.distributed.device import select_device
-    from mtp_dist.distributed.topology import initialize_topology
-
-    return initialize_topology(config, select_device(config))
+def answer_cases(config: Config, cases: list[Case], function: Callable[..., Answer], *arguments: Any) -> list[Answer]:
+    """On each rank: return `function(case, group, *arguments)` of each case, with the group of the vocabulary."""
+    initialize_topology(config, select_device(config))
+    return [function(case, tp_group(), *arguments) for case in cases]
 
 
 def run_cases(
-    ranks: Ranks,
-    size: int,
-    function: Callable[..., list[Answer]],
-    cases: Mapping[str, Case],
-    *arguments: Any,
-    sequence: bool = False,
+    ranks: Ranks, size: int, function: Callable[..., Answer], cases: Mapping[str, Case], *arguments: Any
 ) -> dict[str, list[Answer]]:
-    """Return the answers of all ranks to each case: `function(config, cases, *arguments)` runs on every rank."""
-    config = tiny_config(parallel={"tensor": size, "sequence": sequence}, model={"num_query_groups": 4})
-    by_rank = ranks.run(size, function, config, list(cases.values()), *arguments)
-    return dict(zip(cases, (list(answers) for answers in zip(*by_rank, strict=True)), strict=True))
+    """Return the answers of all ranks to each case, see `answer_cases`."""
+    config = tiny_config(parallel={"tensor": size}, model={"num_query_groups": 4})
+    by_rank = ranks.run(size, answer_cases, config, list(cases.values()), function, *arguments)
+    return {name: [answers[index] for answers in by_rank] for index, name in enumerate(cases)}
 
 
 class Collectives(TorchDispatchMode):
@@ -63,12 +61,33 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def shard_rows(weight: Tensor, rank: int, ranks: int) -> Tensor:
+def shard_rows(weight: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the rank's rows of a weight `[V, D]`; rows of padding are far from 0, so that reading them has effects."""
-    from mtp_dist.config.schema import padded_vocab_size
+    missing = padded_vocab_size(len(weight), group.size()) - len(weight)
+    return F.pad(weight, (0, 0, 0, missing), value=64.0).chunk(group.size())[group.rank()].contiguous()
 
-    missing = padded_vocab_size(len(weight), ranks) - len(weight)
-    return F.pad(weight, (0, 0, 0, missing), value=64.0).chunk(ranks)[rank].contiguous()
+
+def naive_logits(hidden: Tensor, rows: Tensor, group: dist.ProcessGroup, vocab_size: int) -> Tensor:
+    """Return this rank's logits, -inf at padded tokens."""
+    token_ids = group.rank() * len(rows) + torch.arange(len(rows))
+    return F.linear(hidden, rows).masked_fill(token_ids >= vocab_size, float("-inf"))
+
+
+def dense_distribution(token_ids: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
+    """Return soft targets as `[T, V]`, fp64; ids of padding must have probability 0."""
+    dense = torch.zeros(len(token_ids), 256, dtype=torch.float64).scatter_add_(1, token_ids, probabilities.double())
+    assert not dense[:, vocab_size:].any()
+    return dense[:, :vocab_size]
+
+
+def true_sums(logits: Tensor, targets: Tensor, soft: SoftTargets | None = None) -> Tensor:
+    """Return the row of HeadSums of fp64 logits `[T, V]` by PyTorch's own loss, with a graph."""
+    valid, vocab_size = targets != IGNORE_INDEX, logits.shape[1]
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    squares = logits.logsumexp(1).square()[valid].sum()
+    correct = ((logits[valid] < logits[valid].gather(1, targets[valid, None])).sum(1) == vocab_size - 1).sum()
+    distribution = dense_distribution(*soft, vocab_size) if soft else torch.zeros_like(logits)
+    return torch.stack([loss, squares, correct, F.cross_entropy(logits, distribution, reduction="sum"), valid.sum()])
 
 
 @dataclass
@@ -85,9 +104,12 @@ class LinearCase:
     start: float = 0.0
     """What every element of the weight's gradient buffer holds before."""
     frozen: bool = False
-    soft: tuple[Tensor, Tensor] | None = None
-    """Token ids and probabilities, `[T, N]` each."""
+    soft: SoftTargets | None = None
     soft_weight: float = 0.0
+
+    def objective(self, sums: Tensor) -> Tensor:
+        """Return what the gradients are of, from a row of HeadSums."""
+        return self.scale * (sums[0] + self.z_loss * sums[1] + self.soft_weight * sums[3])
 
     def to(self, dtype: torch.dtype) -> "LinearCase":
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
@@ -101,112 +123,50 @@ class LinearAnswer:
     """This rank's part of the gradient."""
     weight: Tensor | None
     """Gradient of this rank's rows, padding included."""
-    forward_sums: Tensor | None = None
-    """Row of HeadSums without gradients."""
     collectives: tuple[Counter[str], ...] = ()
     """With gradients, and without."""
 
 
-def fp64_truth(case: LinearCase) -> tuple[Tensor, Tensor, Tensor]:
+def fp64_truth(case: LinearCase) -> tuple[Tensor, ...]:
     """Return the row of HeadSums and the gradients of hidden and weight, in fp64 by autograd."""
-    hidden, weight = (tensor.double().clone().requires_grad_() for tensor in (case.hidden, case.weight))
-    logits, valid = hidden @ weight.T, case.targets != IGNORE_INDEX
-    loss = F.cross_entropy(logits, case.targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    squares = logits.logsumexp(1).square()[valid].sum()
-    soft = logits.new_zeros(())
-    if case.soft:
-        soft = F.cross_entropy(logits, dense_distribution(*case.soft, len(weight)), reduction="sum")
-    (case.scale * (loss + case.z_loss * squares + case.soft_weight * soft)).backward()
-    below = logits[valid] < logits[valid].gather(1, case.targets[valid, None])
-    correct = (below.sum(1) == len(weight) - 1).sum()
-    assert hidden.grad is not None and weight.grad is not None
-    sums = torch.stack([loss.detach(), squares.detach(), correct, soft.detach(), valid.sum()])
-    return sums, hidden.grad, weight.grad
+    hidden, weight = (tensor.double().detach().requires_grad_() for tensor in (case.hidden, case.weight))
+    sums = true_sums(hidden @ weight.T, case.targets, case.soft)
+    return sums.detach(), *torch.autograd.grad(case.objective(sums), [hidden, weight])
 
 
-def dense_distribution(token_ids: Tensor, probabilities: Tensor, vocab_size: int) -> Tensor:
-    """Return soft targets as `[T, V]`, fp64; ids of padding must have probability 0."""
-    dense = torch.zeros(len(token_ids), 256, dtype=torch.float64).scatter_add_(1, token_ids, probabilities.double())
-    assert not dense[:, vocab_size:].any()
-    return dense[:, :vocab_size]
+def kernel_answer(
+    case: LinearCase,
+    group: dist.ProcessGroup,
+    rows: Tensor | None = None,
+    on_logits: Callable[[slice, Tensor], None] | None = None,
+) -> LinearAnswer:
+    """Run the kernel with and without gradients on this rank's rows, by default those of `shard_rows`.
 
-
-def kernel_answer(case: LinearCase, weight: Tensor, group: Any) -> LinearAnswer:
-    """Run the kernel with this rank's rows."""
-    from mtp_dist.loss.linear_cross_entropy import GradientBuffers, accumulation_dtype, linear_cross_entropy
-    from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
-
-    dtype = accumulation_dtype(weight.dtype)
+    Its inputs are parts of a graph, of which it must not become one.
+    """
+    weight = (shard_rows(case.weight, group) if rows is None else rows).detach().requires_grad_()
+    hidden, dtype = case.hidden.detach().requires_grad_(), accumulation_dtype(weight.dtype)
     grads = GradientBuffers(
         scale=torch.tensor(case.scale),
         z_loss=case.z_loss,
-        hidden=torch.full_like(case.hidden, float("nan")),
+        hidden=torch.full_like(hidden, float("nan")),
         weight=None if case.frozen else torch.full_like(weight, case.start, dtype=dtype),
         soft_weight=case.soft_weight,
     )
-    vocabulary = Vocabulary(len(case.weight), IGNORE_INDEX, group)
     sums, forward_sums = torch.zeros(2, len(HeadSums.COLUMNS), dtype=dtype)
-    inputs = case.hidden, weight, case.targets, vocabulary
-    soft = case.soft and SoftTargets(*case.soft)
+    inputs = hidden, weight, case.targets, Vocabulary(len(case.weight), IGNORE_INDEX, group)
     with Collectives() as both:
-        linear_cross_entropy(*inputs, sums, case.chunk_tokens, grads, soft)
+        linear_cross_entropy(*inputs, sums, case.chunk_tokens, grads, case.soft, on_logits)
     with Collectives() as forward:
-        linear_cross_entropy(*inputs, forward_sums, case.chunk_tokens, soft=soft)
-    return LinearAnswer(sums, grads.hidden, grads.weight, forward_sums, (both.counts, forward.counts))
+        linear_cross_entropy(*inputs, forward_sums, case.chunk_tokens, soft=case.soft)
+    assert torch.equal(sums, forward_sums), "with gradients or without"
+    return LinearAnswer(sums, grads.hidden, grads.weight, (both.counts, forward.counts))
 
 
-def kernel_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
-    from mtp_dist.distributed.topology import tp_group
-
-    topology = initialize(config)
-    return [
-        kernel_answer(case, shard_rows(case.weight, topology.tp_rank, topology.tp_size), tp_group()) for case in cases
-    ]
-
-
-def naive_answers(config: Config, cases: list[LinearCase]) -> list[LinearAnswer]:
-    """Run the naive mode's row of sums on the logits of each case, with autograd."""
-    from mtp_dist.distributed.topology import tp_group
-    from mtp_dist.loss.naive import head_sums
-    from mtp_dist.loss.objective import HeadSums, Objective, Vocabulary
-
-    topology = initialize(config)
-    answers = []
-    for case in cases:
-        weight = shard_rows(case.weight, topology.tp_rank, topology.tp_size).requires_grad_()
-        hidden, vocabulary = case.hidden.clone().requires_grad_(), Vocabulary(VOCAB_SIZE, IGNORE_INDEX, tp_group())
-        token_ids = topology.tp_rank * len(weight) + torch.arange(len(weight))
-        logits = F.linear(hidden, weight).masked_fill(token_ids >= VOCAB_SIZE, float("-inf"))[:, None]
-        targets = case.targets[:, None]
-        objective = Objective(targets[None], 1, torch.tensor([case.scale, 0.0]), vocabulary, case.z_loss)
-        row = head_sums(logits, targets, objective)
-        sums = HeadSums(torch.stack([row, torch.zeros_like(row)]))
-        objective.loss(sums).backward()
-        assert hidden.grad is not None
-        answers.append(LinearAnswer(sums.tensor[0].detach(), hidden.grad, weight.grad))
-    return answers
-
-
-def assert_equals_fp64(
-    case: LinearCase, found: list[LinearAnswer], bounds: tuple[float, float], hidden_bound: float | None = None
-) -> None:
-    """bounds: relative errors of the sums and of the gradients; hidden_bound: that of hidden, if it differs."""
-    sums, grad_hidden, grad_weight = fp64_truth(case)
-    sum_bound, gradient_bound = bounds
-    for answer in found:
-        assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
-        assert answer.forward_sums is None or torch.equal(answer.sums, answer.forward_sums), "with gradients or without"
-    for index in (0, 1, 3):
-        if index != 1 or case.z_loss or found[0].sums[1]:  # the naive mode computes the term only for the z-loss
-            assert norm_error(found[0].sums[index], sums[index]) <= sum_bound
-    assert found[0].sums[2] == sums[2], "correct"
-    assert found[0].sums[4] == sums[4], "targets"
-    hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
-    assert norm_error(hidden, grad_hidden) <= (hidden_bound or gradient_bound)
-    assert not hidden[~grad_hidden.any(1)].any(), "positions without any target"
-    if case.frozen:
-        assert all(answer.weight is None for answer in found)
-        return
-    weight = torch.cat([answer.weight for answer in found if answer.weight is not None]) - case.start
-    assert norm_error(weight[: len(case.weight)], grad_weight) <= gradient_bound
-    assert not weight[len(case.weight) :].any(), "padding"
+def naive_answer(case: LinearCase, group: dist.ProcessGroup) -> LinearAnswer:
+    """Run the naive mode's row of sums on this rank's logits, with autograd."""
+    weight, hidden = shard_rows(case.weight, group).requires_grad_(), case.hidden.detach().requires_grad_()
+    logits, targets = naive_logits(hidden, weight, group, VOCAB_SIZE)[:, None], case.targets[:, None]
+    vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, group)
+    sums = head_sums(logits, targets, Objective(targets[None], 1, torch.ones(2), vocabulary, case.z_loss))
+    return LinearAnswer(sums.detach(), *torch.autograd.grad(case.objective(sums), [hidden, weight]))

@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from mtp_dist.loss.objective import SoftTargets
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.unit.loss.harness import TOKENS, VOCAB_SIZE, WIDTH, LinearCase
-
-SOFT_TOKENS = 5
 
 
 def random_case(seed: int = 4) -> LinearCase:
@@ -56,7 +54,8 @@ def target_cases() -> dict[str, LinearCase]:
     uneven = torch.rand(TOKENS, generator=torch.Generator().manual_seed(6)) < torch.linspace(0, 1, TOKENS)
     only, close = torch.full((TOKENS,), IGNORE_INDEX), torch.tensor([2, 4])
     masked = replace(case, targets=case.targets.masked_fill(uneven, IGNORE_INDEX))
-    cases = {
+    same = replace(case, hidden=case.hidden[:1].repeat(TOKENS, 1), targets=case.targets * 0 + 65)
+    return {
         "random": case,
         "z-loss": replace(case, z_loss=1e-2),
         "masked": masked,
@@ -64,9 +63,7 @@ def target_cases() -> dict[str, LinearCase]:
         "one valid target": replace(case, targets=only.index_fill(0, torch.tensor([11]), 66)),
         "one valid target of z-loss": replace(case, targets=only.index_fill(0, torch.tensor([0]), 3), z_loss=1e-2),
         "no valid target": replace(case, targets=only, z_loss=1e-2),
-        "every position the same": replace(
-            case, hidden=case.hidden[:1].repeat(TOKENS, 1), targets=case.targets * 0 + 65
-        ),
+        "every position the same": same,
         "steep": steep,
         # Losses near 1 out of logits of 10^4, with no larger loss to hide the digits that a careless sum loses.
         "steep, small losses": replace(steep, targets=only[:6].index_copy(0, close, torch.tensor([70, 70]))),
@@ -82,75 +79,55 @@ def target_cases() -> dict[str, LinearCase]:
         "almost ties": almost_tied_case(),
         "confident": confident_case(),
     }
-    low = ("random", "masked, z-loss", "chunks of 3", "confident")
-    cases |= {f"{name} in bf16": cases[name].to(torch.bfloat16) for name in low}
-    return cases | {f"{name} in fp64": cases[name].to(torch.float64) for name in (*low, "steep")}
-
-
-def soft_case() -> LinearCase:
-    """Soft targets and no others."""
-    generator = torch.Generator().manual_seed(7)
-    token_ids = torch.stack([torch.randperm(VOCAB_SIZE, generator=generator)[:SOFT_TOKENS] for _ in range(TOKENS)])
-    probabilities = torch.randn(TOKENS, SOFT_TOKENS, generator=generator).softmax(1)
-    none = torch.full((TOKENS,), IGNORE_INDEX)
-    return replace(random_case(7), targets=none, soft=(token_ids, probabilities), soft_weight=1.0)
-
-
-def with_mass(case: LinearCase, mass: Tensor) -> LinearCase:
-    assert case.soft
-    return replace(case, soft=(case.soft[0], case.soft[1] * mass.unsqueeze(1)))
-
-
-def with_token_ids(case: LinearCase, token_ids: Tensor) -> LinearCase:
-    assert case.soft
-    return replace(case, soft=(token_ids, case.soft[1]))
-
-
-def into_padding(case: LinearCase) -> LinearCase:
-    """The last two soft tokens have probability 0 and are padding on a rank that has nothing else, or beyond all."""
-    assert case.soft
-    token_ids, probabilities = (tensor.clone() for tensor in case.soft)
-    token_ids[:, -2], token_ids[:, -1] = 191, 200
-    probabilities[:, -2:] = 0.0
-    return replace(case, soft=(token_ids, probabilities))
 
 
 def soft_cases() -> dict[str, LinearCase]:
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.stack([torch.randperm(VOCAB_SIZE, generator=generator)[:5] for _ in range(TOKENS)])
+    shares = torch.randn(TOKENS, 5, generator=generator).softmax(1)
     generator = torch.Generator().manual_seed(8)
-    case = soft_case()
-    assert case.soft
-    token_ids = case.soft[0]
-    only_soft = torch.full((6,), IGNORE_INDEX)
-    steep_soft = (torch.tensor([[7, 70]] * 6), torch.tensor([[0.75, 0.25]] * 6))
-    steep = replace(steep_case(), targets=only_soft, soft=steep_soft, soft_weight=0.5)
     targets = torch.randint(0, VOCAB_SIZE, (TOKENS,), generator=generator)
     uneven = targets.masked_fill(torch.rand(TOKENS, generator=generator) < 0.4, IGNORE_INDEX)
+    some = shares * (torch.rand(TOKENS, 1, generator=generator) < 0.6)
+    only = torch.full((TOKENS,), IGNORE_INDEX)
+    case = replace(random_case(7), targets=only, soft=SoftTargets(ids, shares), soft_weight=1.0)
     both = replace(case, targets=targets, soft_weight=0.25)
-    some = (torch.rand(TOKENS, generator=generator) < 0.6).float()
-    mixed = replace(with_mass(both, some), targets=uneven, z_loss=1e-2)
-    cases = {
+    mixed = replace(both, targets=uneven, soft=SoftTargets(ids, some), z_loss=1e-2)
+    # The last two are padding on a rank that has nothing else, or beyond all.
+    padding = torch.cat([ids[:, :3], torch.tensor([[191, 200]]).expand(TOKENS, 2)], 1)
+    pair, pair_shares = torch.tensor([[7, 70]] * 6), torch.tensor([[0.75, 0.25]] * 6)
+    steep = replace(steep_case(), soft=SoftTargets(pair, pair_shares), soft_weight=0.5)
+    close = SoftTargets(pair, pair_shares * torch.eye(6)[4, :, None])
+    return {
         "soft alone": case,
-        "with targets": both,
-        "with targets, z-loss": replace(both, z_loss=1e-2),
+        "soft with targets": both,
+        "soft with targets, z-loss": replace(both, z_loss=1e-2),
         "some positions of either": mixed,
-        "no positions": with_mass(replace(case, z_loss=1e-2), some * 0),
-        "one position": with_mass(case, torch.eye(TOKENS)[11]),
-        "any mass": with_mass(both, torch.rand(TOKENS, generator=generator) * 3),
+        "no positions": replace(case, soft=SoftTargets(ids, shares * 0), z_loss=1e-2),
+        "one position": replace(case, soft=SoftTargets(ids, shares * torch.eye(TOKENS)[11, :, None])),
+        "any mass": replace(both, soft=SoftTargets(ids, shares * torch.rand(TOKENS, 1, generator=generator) * 3)),
         "weight 0": replace(both, soft_weight=0.0),
-        "tokens twice": with_token_ids(mixed, token_ids[:, [0, 1, 0, 1, 1]]),
-        "the target among them": with_token_ids(both, torch.cat([targets[:, None], token_ids[:, 1:]], 1)),
-        "one rank has all": with_token_ids(both, token_ids % 60),
-        "the last 3 tokens": with_token_ids(both, 128 + token_ids % 3),
-        "into padding": into_padding(mixed),
-        "steep": steep,
-        "steep, small losses": with_mass(steep, torch.tensor([0, 0, 0, 0, 1.0, 0])),
-        "steep, with targets": replace(steep, targets=steep_case().targets, z_loss=1e-2),
-        "one position per chunk": replace(mixed, chunk_tokens=1),
-        "chunks of 3": replace(mixed, chunk_tokens=3),
-        "chunk larger than all": replace(mixed, chunk_tokens=1000),
-        "frozen": replace(mixed, frozen=True),
-        "added": replace(mixed, start=0.125, chunk_tokens=3, scale=7.0),
+        "tokens twice": replace(mixed, soft=SoftTargets(ids[:, [0, 1, 0, 1, 1]], some)),
+        "the target among them": replace(both, soft=SoftTargets(torch.cat([targets[:, None], ids[:, 1:]], 1), shares)),
+        "one rank has all": replace(both, soft=SoftTargets(ids % 60, shares)),
+        "the last 3 tokens": replace(both, soft=SoftTargets(128 + ids % 3, shares)),
+        "into padding": replace(mixed, soft=SoftTargets(padding, some * torch.tensor([1, 1, 1, 0, 0]))),
+        "soft, steep": replace(steep, targets=only[:6]),
+        "soft, steep, small losses": replace(steep, targets=only[:6], soft=close),
+        "soft, steep, with targets": replace(steep, z_loss=1e-2),
+        "soft, one position per chunk": replace(mixed, chunk_tokens=1),
+        "soft, chunks of 3": replace(mixed, chunk_tokens=3),
+        "soft, chunk larger than all": replace(mixed, chunk_tokens=1000),
+        "soft, frozen": replace(mixed, frozen=True),
+        "soft, added": replace(mixed, start=0.125, chunk_tokens=3, scale=7.0),
     }
-    low = ("soft alone", "some positions of either", "chunks of 3", "tokens twice")
-    cases |= {f"{name} in bf16": cases[name].to(torch.bfloat16) for name in low}
-    return cases | {f"{name} in fp64": cases[name].to(torch.float64) for name in (*low, "steep")}
+
+
+FP32 = target_cases() | soft_cases()
+LOW = ["random", "masked, z-loss", "chunks of 3", "confident", "soft alone", "some positions of either"]
+LOW += ["soft, chunks of 3", "tokens twice"]
+CASES = (
+    FP32
+    | {f"{name} in bf16": FP32[name].to(torch.bfloat16) for name in LOW}
+    | {f"{name} in fp64": FP32[name].to(torch.float64) for name in [*LOW, "steep", "soft, steep"]}
+)

@@ -1,21 +1,21 @@
 """The teacher's soft targets are the same at every tensor-parallel degree and belong to the right token."""
 
-import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_dist.config import Config
+from mtp_dist.config.schema import padded_vocab_size
 from mtp_dist.loss.distillation import Teacher
 from mtp_dist.loss.objective import Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.ranks import Ranks
-from tests.unit.loss.harness import ALONE, SIZES, VOCAB_SIZE, initialize, run_cases
+from tests.unit.loss.harness import ALONE, SIZES, VOCAB_SIZE, run_cases
 
 TOKENS = 10
 
@@ -28,24 +28,16 @@ class TeacherCase:
     chunk_tokens: int
 
 
-def teachings(config: Config, cases: list[TeacherCase]) -> list[tuple[Tensor, Tensor]]:
-    """Return the token ids and probabilities that a rank's teacher keeps of each case."""
-    from mtp_dist.config.schema import padded_vocab_size
-    from mtp_dist.distributed.topology import tp_group
-
-    initialize(config)
-    group = tp_group()
-    answers = []
-    for case in cases:
-        missing = padded_vocab_size(VOCAB_SIZE, group.size()) - VOCAB_SIZE
-        padded = F.pad(case.logits, (0, missing), value=torch.finfo(case.logits.dtype).min)  # as the kernel masks it
-        local = padded.chunk(group.size(), 1)[group.rank()]
-        teacher = Teacher(TOKENS, 1, case.top, Vocabulary(VOCAB_SIZE, IGNORE_INDEX, group), local.device)
-        for start in range(0, TOKENS, case.chunk_tokens):
-            positions = slice(start, start + case.chunk_tokens)
-            teacher.record(positions, local[positions])
-        answers.append((teacher.token_ids, teacher.probabilities))
-    return answers
+def teach(case: TeacherCase, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """On each rank: return the token ids and probabilities that the teacher keeps."""
+    missing = padded_vocab_size(VOCAB_SIZE, group.size()) - VOCAB_SIZE
+    padded = F.pad(case.logits, (0, missing), value=torch.finfo(case.logits.dtype).min)  # as the kernel masks it
+    local = padded.chunk(group.size(), 1)[group.rank()]
+    teacher = Teacher(TOKENS, 1, case.top, Vocabulary(VOCAB_SIZE, IGNORE_INDEX, group), local.device)
+    for start in range(0, TOKENS, case.chunk_tokens):
+        positions = slice(start, start + case.chunk_tokens)
+        teacher.record(positions, local[positions])
+    return teacher.token_ids, teacher.probabilities
 
 
 def random_logits(scale: float = 3.0, last_rank: float = 0.0) -> Tensor:
@@ -69,20 +61,14 @@ CASES = {
 }
 
 
-@functools.cache
-def _answers(ranks: Ranks, size: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    return run_cases(ranks, size, teachings, CASES)
-
-
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("size", SIZES)
-def test_teacher_covers_the_whole_vocabulary(ranks: Ranks, size: int, name: str) -> None:
-    case = CASES[name]
-    best, expected = case.logits.topk(min(case.top, VOCAB_SIZE), 1)
-    for token_ids, probabilities in _answers(ranks, size)[name]:
-        assert torch.equal(token_ids, expected)
-        assert probabilities.dtype == torch.float32
-        torch.testing.assert_close(probabilities, best.softmax(1).float(), rtol=1e-6, atol=1e-7)
+def test_teacher_covers_the_whole_vocabulary(ranks: Ranks, size: int) -> None:
+    for name, by_rank in run_cases(ranks, size, teach, CASES).items():
+        best, expected = CASES[name].logits.topk(min(CASES[name].top, VOCAB_SIZE), 1)
+        for token_ids, probabilities in by_rank:
+            assert torch.equal(token_ids, expected), name
+            assert probabilities.dtype == torch.float32
+            torch.testing.assert_close(probabilities, best.softmax(1).float(), rtol=1e-6, atol=1e-7)
 
 
 def numbered_teacher(length: int, batch: int) -> Teacher:

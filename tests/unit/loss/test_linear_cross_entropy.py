@@ -1,6 +1,7 @@
 """The chunked linear cross-entropy and the naive mode equal PyTorch in fp64, over a full or sharded vocabulary."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,22 +16,11 @@ from mtp_dist.loss import linear_cross_entropy as module
 from mtp_dist.loss.linear_cross_entropy import GradientBuffers, default_chunk_tokens, linear_cross_entropy
 from mtp_dist.loss.objective import HeadSums, SoftTargets, Vocabulary
 from mtp_dist.model.targets import IGNORE_INDEX
+from tests.errors import norm_error
 from tests.ranks import Ranks
-from tests.unit.loss.harness import (
-    ALONE,
-    SIZES,
-    TOKENS,
-    VOCAB_SIZE,
-    LinearAnswer,
-    LinearCase,
-    assert_equals_fp64,
-    fp64_truth,
-    kernel_answer,
-    kernel_answers,
-    naive_answers,
-    run_cases,
-)
-from tests.unit.loss.linear_cases import random_case, soft_case, soft_cases, target_cases
+from tests.unit.loss import harness
+from tests.unit.loss.harness import ALONE, SIZES, TOKENS, VOCAB_SIZE, LinearAnswer, LinearCase, fp64_truth
+from tests.unit.loss.linear_cases import CASES, random_case
 
 BOUNDS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-6, 1e-6), torch.bfloat16: (1e-6, 5e-3)}
 """Relative errors of the 2-norm of sums and gradients."""
@@ -39,83 +29,71 @@ CONFIDENT_BOUNDS = {torch.float64: (1e-11, 1e-11), torch.float32: (5e-4, 1e-3), 
 SOFT_BOUNDS = BOUNDS | {torch.float64: (1e-11, 1e-11)}
 STEEP_BOUND = 1e-3
 """For the gradient of hidden if weights of 10^4 multiply the rounding of the softmax."""
-NAIVE = [name for name, case in target_cases().items() if case.hidden.dtype == torch.float32 and not case.start]
+NAIVE = {
+    name: case
+    for name, case in CASES.items()
+    if case.hidden.dtype == torch.float32 and not (case.start or case.frozen or case.soft)
+}
 
 
 @functools.cache
 def _answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
-    return run_cases(ranks, size, kernel_answers, target_cases())
+    return harness.run_cases(ranks, size, harness.kernel_answer, CASES)
 
 
-@functools.cache
-def _soft_answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
-    return run_cases(ranks, size, kernel_answers, soft_cases())
-
-
-@functools.cache
-def _naive_answers(ranks: Ranks, size: int) -> dict[str, list[LinearAnswer]]:
-    cases = target_cases()
-    return run_cases(ranks, size, naive_answers, {name: cases[name] for name in NAIVE if not cases[name].frozen})
+def assert_equals_fp64(name: str, found: list[LinearAnswer]) -> None:
+    case, (sums, grad_hidden, grad_weight) = CASES[name], fp64_truth(CASES[name])
+    bounds = CONFIDENT_BOUNDS if "confident" in name else SOFT_BOUNDS if case.soft else BOUNDS
+    sum_bound, gradient_bound = bounds[case.hidden.dtype]
+    for answer in found:
+        assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
+    for index in (0, 1, 3):
+        if index != 1 or case.z_loss or found[0].sums[1]:  # the naive mode computes the term only for the z-loss
+            assert norm_error(found[0].sums[index], sums[index]) <= sum_bound
+    assert torch.equal(found[0].sums[[2, 4]].double(), sums[[2, 4]]), "correct, targets"
+    hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
+    assert norm_error(hidden, grad_hidden) <= (STEEP_BOUND if name == "soft, steep, small losses" else gradient_bound)
+    assert not hidden[~grad_hidden.any(1)].any(), "positions without any target"
+    if case.frozen:
+        assert all(answer.weight is None for answer in found)
+        return
+    weight = torch.cat([answer.weight for answer in found if answer.weight is not None]) - case.start
+    assert norm_error(weight[: len(case.weight)], grad_weight) <= gradient_bound
+    assert not weight[len(case.weight) :].any(), "padding"
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_equals_autograd_in_fp64(ranks: Ranks, size: int) -> None:
-    for name, case in target_cases().items():
-        found = _answers(ranks, size)[name]
-        assert_equals_fp64(case, found, (CONFIDENT_BOUNDS if "confident" in name else BOUNDS)[case.hidden.dtype])
-        assert found[0].sums[3] == 0, "no soft targets"
-        assert not any(answer.hidden[case.targets == IGNORE_INDEX].any() for answer in found), "masked"
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_soft_targets_equal_autograd_in_fp64(ranks: Ranks, size: int) -> None:
-    for name, case in soft_cases().items():
-        hidden_bound = STEEP_BOUND if name == "steep, small losses" else None
-        assert_equals_fp64(case, _soft_answers(ranks, size)[name], SOFT_BOUNDS[case.hidden.dtype], hidden_bound)
+    for name, found in _answers(ranks, size).items():
+        assert_equals_fp64(name, found)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_naive_sums_equal_autograd_in_fp64(ranks: Ranks, size: int) -> None:
-    for name, found in _naive_answers(ranks, size).items():
-        case = target_cases()[name]
-        assert_equals_fp64(case, found, (CONFIDENT_BOUNDS if "confident" in name else BOUNDS)[torch.float32])
-        assert not any(answer.hidden[case.targets == IGNORE_INDEX].any() for answer in found), "masked"
+    for name, found in harness.run_cases(ranks, size, harness.naive_answer, NAIVE).items():
+        assert_equals_fp64(name, found)
 
 
 def test_fixtures_are_nontrivial() -> None:
-    sums = {name: fp64_truth(case)[0] for name, case in target_cases().items()}
+    sums = {name: fp64_truth(case)[0] for name, case in CASES.items()}
     assert sums["ties"][2] == 3, "of 16 targets that no other token is above"
     assert sums["almost ties"][2] == sums["almost ties"][4] == 16
-    assert sums["steep"][2] == 2 and sums["steep"][0] > 2e4
+    assert sums["steep"][2] == 2 and sums["steep"][0] > 2e4 and sums["soft, steep"][3] > 2e4
     assert 0 < sums["confident"][0] < 0.01 * 2 * 16 and sums["confident"][2] == TOKENS
-    assert sums["random"][0] > 50 and 8 <= sums["masked"][4] < 20
-    soft = {name: fp64_truth(case) for name, case in soft_cases().items()}
-    assert 0.5 < soft["steep, small losses"][0][3] < 0.6, "out of logits of 10^4"
-    assert soft["steep"][0][3] > 2e4 and soft["soft alone"][0][3] > 50
-    assert (~soft["some positions of either"][1].any(1)).any(), "positions with neither"
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_nothing_to_predict_gives_exactly_0(ranks: Ranks, size: int) -> None:
-    naive = _naive_answers(ranks, size)["no valid target"]
-    for answer in _answers(ranks, size)["no valid target"] + _soft_answers(ranks, size)["no positions"] + naive:
-        assert answer.weight is not None
-        assert not answer.sums.any() and not answer.hidden.any() and not answer.weight.any()
+    assert sums["random"][0] > 50 and 8 <= sums["masked"][4] < 20 and sums["soft alone"][3] > 50
+    assert 0.5 < sums["soft, steep, small losses"][3] < 0.6, "out of logits of 10^4"
+    assert (~fp64_truth(CASES["some positions of either"])[1].any(1)).any(), "positions with neither"
+    for name in ("no valid target", "no positions"):
+        assert not any(tensor.any() for tensor in fp64_truth(CASES[name])), "exactly 0, and so is what is compared"
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_one_collective_per_chunk(ranks: Ranks, size: int) -> None:
-    answers, soft_answers = _answers(ranks, size), _soft_answers(ranks, size)
-    for found, chunks in [
-        (answers["random"], 1),
-        (answers["chunks of 3"], 9),
-        (answers["one position per chunk"], TOKENS),
-        (soft_answers["soft alone"], 1),
-        (soft_answers["chunks of 3"], 9),
-        (soft_answers["one position per chunk"], TOKENS),
-    ]:
-        expected = {"allgather_base": chunks} if size > 1 else {}
-        assert all(answer.collectives == (expected, expected) for answer in found)
+    chunks = {"random": 1, "chunks of 3": 9, "one position per chunk": TOKENS}
+    chunks |= {"soft alone": 1, "soft, chunks of 3": 9, "soft, one position per chunk": TOKENS}
+    for name, count in chunks.items():
+        expected = {"allgather_base": count} if size > 1 else {}
+        assert all(answer.collectives == (expected, expected) for answer in _answers(ranks, size)[name])
 
 
 @hypothesis_settings(max_examples=100)
@@ -139,9 +117,9 @@ def test_any_shape(
     if soft_tokens:
         probabilities = torch.randn(tokens, soft_tokens, generator=generator).softmax(1)
         case.soft_weight, counted = 0.25, torch.rand(tokens, 1, generator=generator) < 0.7
-        case.soft = torch.randint(0, vocab_size, (tokens, soft_tokens), generator=generator), probabilities * counted
-    found = kernel_answer(case, rows, ALONE)
-    truth, grad_hidden, grad_weight = fp64_truth(case)
+        token_ids = torch.randint(0, vocab_size, (tokens, soft_tokens), generator=generator)
+        case.soft = SoftTargets(token_ids, probabilities * counted)
+    found, (truth, grad_hidden, grad_weight) = harness.kernel_answer(case, ALONE, rows), fp64_truth(case)
     assert found.weight is not None
     padded = F.pad(grad_weight, (0, 0, 0, padding)) + 1
     for value, expected in [(found.sums, truth), (found.hidden, grad_hidden), (found.weight, padded)]:
@@ -152,44 +130,22 @@ def test_losses_over_a_large_vocabulary_have_no_bias() -> None:
     """PyTorch's softmax on a CPU adds in plain fp32: over 50,000 trained logits its denominator is 2e-6 too small."""
     vocab_size, tokens = 49_152, 32
     logits = torch.randn(tokens, vocab_size, generator=torch.Generator().manual_seed(5)) * 6
-    targets = logits.argmax(1)
-    vocabulary = Vocabulary(vocab_size, IGNORE_INDEX, ALONE)
-    sums = torch.zeros(len(HeadSums.COLUMNS))
-    linear_cross_entropy(torch.eye(tokens), logits.T.contiguous(), targets, vocabulary, sums)
-    truth = F.cross_entropy(logits.double(), targets, reduction="sum")
-    assert abs(float(sums[0].double() - truth)) / tokens < 1e-6
-
-
-def test_inputs_with_gradients_get_no_graph() -> None:
-    case = random_case()
-    hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
-    grads = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros_like(weight))
-    assert grads.weight is not None
-    vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, ALONE)
-    sums = torch.zeros(len(HeadSums.COLUMNS))
-    linear_cross_entropy(hidden, weight, case.targets, vocabulary, sums, 7, grads)
-    for result in (sums, grads.hidden, grads.weight):
-        assert not result.requires_grad and result.grad_fn is None
-    assert hidden.grad is None and weight.grad is None
+    case = LinearCase(torch.eye(tokens), logits.T.contiguous(), logits.argmax(1))
+    loss, truth = harness.kernel_answer(case, ALONE).sums[0].double(), fp64_truth(case)[0][0]
+    assert abs(float(loss - truth)) / tokens < 1e-6
 
 
 def test_callback_gets_every_chunk_before_it_changes() -> None:
-    case = soft_case().to(torch.float64)
-    seen = torch.full((TOKENS, VOCAB_SIZE + 3), float("nan"), dtype=torch.float64)
+    case = random_case(7).to(torch.float64)
 
     def on_logits(positions: slice, logits: Tensor) -> None:
         assert seen[positions].isnan().all(), "once"
         seen[positions] = logits
 
     rows = F.pad(case.weight, (0, 0, 0, 3), value=64.0)
-    vocabulary = Vocabulary(VOCAB_SIZE, IGNORE_INDEX, ALONE)
     for chunk_tokens in (None, 1, 7):
-        seen.fill_(float("nan"))
-        grads = GradientBuffers(torch.tensor(1.0), 0.0, torch.empty_like(case.hidden), torch.zeros_like(rows))
-        sums = torch.zeros(len(HeadSums.COLUMNS), dtype=torch.float64)
-        linear_cross_entropy(
-            case.hidden, rows, case.targets, vocabulary, sums, chunk_tokens, grads, on_logits=on_logits
-        )
+        seen = torch.full((TOKENS, VOCAB_SIZE + 3), float("nan"), dtype=torch.float64)
+        harness.kernel_answer(replace(case, chunk_tokens=chunk_tokens), ALONE, rows, on_logits)
         torch.testing.assert_close(seen[:, :VOCAB_SIZE], case.hidden @ case.weight.T)
         assert (seen[:, VOCAB_SIZE:] < -1e300).all(), "padding is hidden"
 

@@ -1,27 +1,23 @@
 """The loss of all heads equals fp64 in every mode and at every layout."""
 
 import functools
+import itertools
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.config.schema import padded_vocab_size
+from mtp_dist.loss import sequential
 from tests.errors import norm_error
 from tests.ranks import Ranks
-from tests.tiny import tiny_config
+from tests.unit.loss import toy_heads
 from tests.unit.loss.harness import run_cases
-from tests.unit.loss.toy_heads import (
-    MICRO_BATCHES,
-    ToyAnswer,
-    ToyCase,
-    gradient_dtypes,
-    gradients_by_head,
-    toy_answers,
-    toy_truth,
-)
+from tests.unit.loss.toy_heads import MICRO_BATCHES, ToyAnswer, ToyCase, ToyHeads
 
 SEQUENTIAL = ["eager", "recompute"]
 MODES = [*SEQUENTIAL, "naive"]
@@ -63,7 +59,7 @@ RUNS = [(layout, name) for layout in LAYOUTS for name in CASES if layout[0] < 4 
 def _answers(ranks: Ranks, tensor: int, sequence: bool) -> dict[str, list[dict[str, ToyAnswer]]]:
     """Return the answers by case, rank and mode."""
     cases = {name: CASES[name] for layout, name in RUNS if layout == (tensor, sequence)}
-    return run_cases(ranks, tensor, toy_answers, cases, MODES, sequence=sequence)
+    return run_cases(ranks, tensor, toy_heads.toy_answers, cases, sequence, MODES)
 
 
 def expected_on_rank(name: str, truth: Tensor, rank: int, ranks: int, sequence: bool) -> Tensor:
@@ -85,13 +81,14 @@ def summed_if_partial(name: str, by_rank: list[Tensor], sequence: bool) -> list[
 @pytest.mark.parametrize(("layout", "name"), RUNS, ids=str)
 def test_equals_fp64_on_one_rank(ranks: Ranks, layout: tuple[int, bool], name: str, mode: str) -> None:
     by_rank = [answers[mode] for answers in _answers(ranks, *layout)[name]]
-    case, truth = CASES[name], toy_truth(CASES[name])
+    case, truth = CASES[name], toy_heads.toy_truth(CASES[name])
     loss_bound, *gradient_bounds = BOUNDS[case.dtype]
     gradient_bound = gradient_bounds[mode == "naive"]
     low = case.dtype == torch.bfloat16
     for answer in by_rank:
-        for loss, expected in zip([*answer.losses, answer.sums[:, 0]], [*truth.losses, truth.sums[:, 0]], strict=True):
-            assert norm_error(loss, expected) <= loss_bound
+        columns = [0] if mode == "naive" and not case.z_loss else [0, 1]
+        pairs = zip([*answer.losses, *answer.sums.T[columns]], [*truth.losses, *truth.sums.T[columns]], strict=True)
+        assert all(norm_error(loss, expected) <= loss_bound for loss, expected in pairs)
         assert torch.equal(answer.sums[:, 3:], truth.sums[:, 3:]), "no soft targets, the same valid ones"
         assert low or torch.equal(answer.sums[:, 2], truth.sums[:, 2]), "correct"
         assert answer.gradients.keys() == truth.gradients.keys()
@@ -120,23 +117,28 @@ def test_eager_equals_recompute_bitwise(ranks: Ranks, layout: tuple[int, bool]) 
                 assert (gradient is None and again is None) or torch.equal(gradient, again), (name, param)
 
 
-def test_fixtures_are_nontrivial(ranks: Ranks) -> None:
-    answers = _answers(ranks, 1, False)
-    for name, frozen in {"shared": [], "frozen layers": ["a", "matrix.1"], "frozen trunk": ["z.0", "z.1"]}.items():
-        gradients = answers[name][0]["eager"].gradients
-        assert {param for param in gradients if gradients[param] is None} >= {*frozen}
-        assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients.values()) >= 6
-    assert len({float(answers[name][0]["eager"].losses[0]) for name in ("shared", "separate", Z_LOSS)}) == 3
-    assert (answers["small vocabulary"][0]["eager"].sums[:-1, 2] > 0).all(), "correct"
+def test_fixtures_are_nontrivial() -> None:
+    truth = {name: toy_heads.toy_truth(case) for name, case in CASES.items()}
+    for answer in truth.values():
+        assert sum(gradient is not None and bool(gradient.any()) for gradient in answer.gradients.values()) >= 6
+    assert len({float(truth[name].losses[0]) for name in ("shared", "separate", Z_LOSS)}) == 3
+    assert (truth["small vocabulary"].sums[:-1, 2] > 0).all(), "correct"
+    grad_z = [truth[name].gradients["z.0"] for name in ("shared", "causal chain", "chain, head 2 detached")]
+    for one, other in itertools.combinations([gradient for gradient in grad_z if gradient is not None], 2):
+        assert norm_error(one, other) > 0.1
 
 
-@pytest.mark.parametrize("mode", SEQUENTIAL)
-def test_post_accumulation_hooks_run_once_per_backward_pass(ranks: Ranks, mode: str) -> None:
-    for case in ("shared", "separate", "frozen layers"):
-        answer = _answers(ranks, 1, False)[case][0][mode]
-        params = [name for name, gradient in answer.gradients.items() if gradient is not None and name[:2] != "z."]
-        # Also for the unused parameter, which is an input of the autograd function as well.
-        assert answer.hooks == Counter(dict.fromkeys(params, MICRO_BATCHES)) and "unused" in params
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_each_pass_runs_only_active_heads_and_every_hook_once(ranks: Ranks, layout: tuple[int, bool]) -> None:
+    for name, by_rank in _answers(ranks, *layout).items():
+        active, passes = CASES[name].active_heads, {"eager": 1, "recompute": 2, "naive": 1}
+        for mode, answer in (item for answers in by_rank for item in answers.items()):
+            methods = [(method, k) for method in ("pre_norm_hidden", "normalize") for k in range(1, active + 1)]
+            assert answer.calls == dict.fromkeys(methods, passes[mode] * MICRO_BATCHES), (name, mode)
+            assert not answer.sums[active:].any()
+            # In the sequential modes also for the unused parameter, which is an input of the autograd function as well.
+            params = [param for param, gradient in answer.gradients.items() if gradient is not None]
+            assert answer.hooks == {param: MICRO_BATCHES for param in params if param[:2] != "z."}, (name, mode)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -155,55 +157,35 @@ def test_one_reduction_of_the_hidden_gradient_per_head(ranks: Ranks, layout: tup
             assert answers["recompute"].collectives == times_heads
 
 
-@pytest.mark.parametrize("name", ["2 of 3 active", "chain, 1 of 3 active", "causal chain", "anticausal chain"])
-def test_only_active_heads_run(ranks: Ranks, name: str) -> None:
-    case, answers = CASES[name], _answers(ranks, 1, False)[name][0]
-    active = case.active_heads
-    for mode, runs in {"eager": 1, "recompute": 2, "naive": 1}.items():
-        answer = answers[mode]
-        methods = ("pre_norm_hidden", "normalize")
-        expected = {(method, head): runs * MICRO_BATCHES for method in methods for head in range(1, active + 1)}
-        assert answer.calls == expected
-        assert answer.sums[:active, 0].all() and not answer.sums[active:].any()
-        for head in range(active + 1, case.heads + 1):
-            names = {f"matrix.{head}", f"norm.{head}", f"unembedding.{head}"} & answer.gradients.keys()
-            own = [answer.gradients[param] for param in names]
-            assert len(own) >= 2 and not any(gradient is not None and gradient.any() for gradient in own)
-
-
-def test_chains_and_detached_heads_change_the_gradients(ranks: Ranks) -> None:
-    grad_z = [
-        _answers(ranks, 1, False)[name][0]["eager"].gradients["z.0"]
-        for name in ("shared", "chain, head 2 detached", "heads 2 and 3 detached", "chain, 1 of 3 active")
-    ]
-    shared, chain, heads, one = (gradient for gradient in grad_z if gradient is not None)
-    assert torch.equal(chain, heads) and torch.equal(heads, one), "only head 1 reaches z"
-    assert norm_error(shared, one) > 0.1
-
-
-def test_only_sums_without_gradients(ranks: Ranks) -> None:
-    for answer in _answers(ranks, 1, False)[Z_LOSS][0].values():
-        loss, sums = answer.evaluation
-        assert not loss.requires_grad and torch.equal(loss, answer.losses[-1])
-        assert sums[:, 4].sum() and not sums.requires_grad
-
-
-def test_second_backward_pass_raises(ranks: Ranks) -> None:
-    answers = _answers(ranks, 1, False)["shared"][0]
-    for mode in SEQUENTIAL:
-        assert answers[mode].second_backward.startswith("RuntimeError: a second backward pass through the heads' loss")
-    assert answers["naive"].second_backward
+def unembedding_gradients(case: ToyCase, group: dist.ProcessGroup) -> list[tuple[int, torch.dtype]]:
+    """On a rank: return, by head, the number of the tensor that adds up its unembedding's gradient, and the dtype."""
+    with mock.patch.object(sequential, "linear_cross_entropy", wraps=sequential.linear_cross_entropy) as kernel:
+        toy_heads.toy_loss("eager", ToyHeads(case, group), *toy_heads.micro_batch(case, 0))
+    buffers = [call.args[6].weight for call in kernel.call_args_list]
+    return [([id(other) for other in buffers].index(id(buffer)), buffer.dtype) for buffer in buffers]
 
 
 def test_low_precision_gradients_are_summed_in_fp32(ranks: Ranks) -> None:
-    for name, buffers in {"bf16": [0, 0, 0], "separate in bf16": [0, 1, 2]}.items():
-        (found,) = ranks.run(1, gradient_dtypes, tiny_config(), CASES[name])
-        assert found == [(buffer, torch.float32) for buffer in buffers], "a shared sum is rounded after the last head"
+    expected = {"bf16": [0, 0, 0], "separate in bf16": [0, 1, 2]}
+    for name, [found] in run_cases(ranks, 1, unembedding_gradients, {name: CASES[name] for name in expected}).items():
+        assert found == [(tensor, torch.float32) for tensor in expected[name]], "shared: rounded after the last head"
+
+
+def gradients_by_head(case: ToyCase, group: dist.ProcessGroup) -> list[dict[str, Tensor]]:
+    """On a rank: return gradients of z and of what the heads share: of the whole loss, then of each head's loss."""
+    answers = []
+    for scales in [case.scales, *case.scales.diag()[:-1]]:
+        heads, (z, targets) = ToyHeads(case, group), toy_heads.micro_batch(case, 0)
+        toy_heads.toy_loss("eager", heads, z, targets, scales)[0].backward()
+        found = {"z": z.grad, **heads.gradients()}
+        answers.append({name: gradient for name in ("z", "a", "final_norm") if (gradient := found[name]) is not None})
+    return answers
 
 
 def test_low_precision_gradients_of_the_heads_are_rounded_once(ranks: Ranks) -> None:
     """Each head adds numbers of 8 bits, which fp32 adds almost exactly."""
-    ((total, *alone),) = ranks.run(1, gradients_by_head, tiny_config(), ToyCase(heads=8, dtype=torch.bfloat16))
+    cases = {"": ToyCase(heads=8, dtype=torch.bfloat16)}
+    [[total, *alone]] = run_cases(ranks, 1, gradients_by_head, cases)[""]
     for name, gradient in total.items():
         terms = [answer[name] for answer in alone]
         assert torch.equal(gradient, torch.stack(terms).double().sum(0).bfloat16()), name

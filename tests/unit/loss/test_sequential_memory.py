@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from mtp_dist.bench.measure import peak_bytes
 from tests.ranks import Ranks
-from tests.tiny import tiny_config
-from tests.unit.loss.toy_heads import ToyCase, peaks
+from tests.unit.loss.harness import run_cases
+from tests.unit.loss.toy_heads import ToyCase, ToyHeads, micro_batch, toy_loss
 
 LOGITS_DOMINATE = ToyCase(chunk_tokens=32, length=64, batch=4, width=32, vocab_size=4032)
 """A vocabulary that needs no padding."""
@@ -22,13 +24,26 @@ BLOCK = 8 * 4 * CHAIN.length * CHAIN.batch * CHAIN.width
 sequential = pytest.mark.parametrize("mode", ["eager", "recompute"])
 
 
+def peaks(case: ToyCase, group: dist.ProcessGroup, mode: str, micro_batches: int) -> list[int]:
+    """On a rank: return the peak memory of every micro-batch's forward and backward pass.
+
+    The first micro-batch's does not count the gradients, which it allocates and which stay.
+    """
+    heads, found = ToyHeads(case, group), []
+    for index in range(micro_batches):
+        z, targets = micro_batch(case, index)
+        found.append(peak_bytes(lambda z=z, targets=targets: toy_loss(mode, heads, z, targets)[0].backward(), z.device))
+    found[0] -= sum(gradient.nbytes for gradient in heads.gradients().values() if gradient is not None)
+    return found
+
+
 @pytest.fixture(scope="module")
 def peak(ranks: Ranks) -> Callable[[ToyCase, str, int], int]:
     """Return the peak memory of the n-th micro-batch, from 0."""
 
     @functools.cache
     def measure(case: ToyCase, mode: str, index: int = 0) -> int:
-        [[found]] = ranks.run(1, peaks, tiny_config(), [(case, mode)], index + 1)
+        [found] = run_cases(ranks, 1, peaks, {"": case}, mode, index + 1)[""]
         return found[index]
 
     return measure

@@ -6,20 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.topology import initialize_topology, tp_group
+from mtp_dist.model.layers import transformer_config
+from mtp_dist.model.trunk import TokenEmbedding, embed_tokens
 from tests.errors import norm_error
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
-from tests.unit.loss.harness import initialize
 
 VOCAB_SIZE, WIDTH = 128, 32
 
 
-def tiny_embedding(tensor: int, sequence: bool, length: int = 1024) -> Config:
-    return tiny_config(
-        model={"vocab_size": VOCAB_SIZE},
-        parallel={"tensor": tensor, "sequence": sequence},
-        train={"micro_batch_size": 4, "sequence_length": length},
-    )
+def tiny_embedding(tensor: int, sequence: bool) -> Config:
+    parallel, train = {"tensor": tensor, "sequence": sequence}, {"micro_batch_size": 4, "sequence_length": 1024}
+    return tiny_config(model={"vocab_size": VOCAB_SIZE}, parallel=parallel, train=train)
 
 
 def token_ids(config: Config) -> Tensor:
@@ -38,11 +38,7 @@ def upstream_gradient(config: Config, dtype: torch.dtype) -> Tensor:
 
 def embedding_gradients(config: Config, dtype: torch.dtype) -> list[Tensor]:
     """Return the full gradient `[V, D]` by TokenEmbedding and by `embed_tokens`, which sequential heads call."""
-    from mtp_dist.distributed.topology import tp_group
-    from mtp_dist.model.layers import transformer_config
-    from mtp_dist.model.trunk import TokenEmbedding, embed_tokens
-
-    topology = initialize(config)
+    topology = initialize_topology(config, select_device(config))
     tokens, grad = token_ids(config), upstream_gradient(config, dtype)
     if config.parallel.sequence:
         grad = grad.chunk(topology.tp_size)[topology.tp_rank]
@@ -70,9 +66,9 @@ def test_bf16_gradients_are_rounded_once(ranks: Ranks, tensor: int, sequence: bo
 
 
 def test_fp32_gradients_are_bitwise_those_of_pytorch(ranks: Ranks) -> None:
-    config = tiny_embedding(2, False, 128)
-    weight = torch.zeros(VOCAB_SIZE, WIDTH, requires_grad=True)
-    F.embedding(token_ids(config), weight).backward(upstream_gradient(config, torch.float32).transpose(0, 1))
     for tensor in (1, 2):
-        for answer in ranks.run(tensor, embedding_gradients, tiny_embedding(tensor, False, 128), torch.float32):
+        config = tiny_embedding(tensor, False)
+        weight = torch.zeros(VOCAB_SIZE, WIDTH, requires_grad=True)
+        F.embedding(token_ids(config), weight).backward(upstream_gradient(config, torch.float32).transpose(0, 1))
+        for answer in ranks.run(tensor, embedding_gradients, config, torch.float32):
             assert all(torch.equal(gradient, weight.grad) for gradient in answer)
