@@ -63,6 +63,7 @@ def test_order_is_the_committed_one():
     """A change would silently alter every run that resumes from a checkpoint."""
     samples = blended([3.0, 1.0], sizes=[4, 3])
     assert first_tokens(samples, range(12)) == [6, 4, 1002, 2, 0, 6, 1000, 4, 0, 2, 1004, 4]
+    assert first_tokens(blended([1.0], sizes=[1000]), range(8)) == [1176, 1092, 1730, 1782, 1738, 122, 1748, 50]
 
 
 @given(weight_lists, st.integers(0, 10**6), st.integers(1, 9), st.randoms(use_true_random=False))
@@ -94,18 +95,15 @@ class Phase(NamedTuple):
     num_samples: int
 
 
-def datasets_of(phase, sizes):
+def resumed(phase, sizes, state):
+    """Return a phase's datasets and the number of its first sample."""
     corpora = [
         PackedCorpus(j * SOURCE_TOKENS + np.arange(sizes[j]), phase.sequence_length, phase.lookahead)
         for j in phase.weights
     ]
     samples = BlendedSamples(corpora, list(phase.weights.values()), phase.seed)
     names = tuple(map(str, phase.weights))
-    return Datasets(None, samples, names, tuple(f"fingerprint of {name}" for name in names), ())
-
-
-def resumed(phase, sizes, state):
-    datasets = datasets_of(phase, sizes)
+    datasets = Datasets(None, samples, names, tuple(f"fingerprint of {name}" for name in names), (), ())
     return datasets, datasets.restore(state, may_change=True) if state else 0
 
 

@@ -56,7 +56,7 @@ def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, devi
     position = {"tp_rank": 0, "pp_rank": 0, "dp_rank": dp_rank, "device": device} | ranks
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, **position)
     tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
-    datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), ())
+    datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), (), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
 
 
@@ -124,9 +124,7 @@ def test_state_is_that_after_the_step_however_far_ahead_is_read():
     batches.close()
 
 
-@pytest.mark.parametrize(
-    ("completed_steps", "samples"), [(tiny_config().train.steps - 2, 10**6), (0, 9)], ids=["last step", "last sample"]
-)
+@pytest.mark.parametrize(("completed_steps", "samples"), [(tiny_config().train.steps - 2, 10**6), (0, 9)])
 def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed_steps, samples):
     batches = batches_of(config_of(4, 2), completed_steps=completed_steps, samples=samples)
     for _ in range(2):
@@ -143,12 +141,9 @@ def test_documents_and_valid_targets(across):
     micro_batch, *others = batch.micro_batches
     assert micro_batch.documents is not None
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
-    next_tokens, second_next = micro_batch.targets[:, 1]
-    if across:
-        assert next_tokens.tolist() == [101, 102, 103, 104, 105] and second_next.tolist() == [102, 103, 104, 105, 106]
-    else:
-        assert next_tokens.tolist() == [101, 102, 103, IGNORE_INDEX, 105]
-        assert second_next.tolist() == [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]
+    expected = [[101, 102, 103, 104, 105], [102, 103, 104, 105, 106]]
+    within = [[101, 102, 103, IGNORE_INDEX, 105], [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]]
+    assert micro_batch.targets[:, 1].tolist() == (expected if across else within)
     assert batch.valid_targets.tolist() == ([20, 20] if across else [19, 18])
     for part in others:
         assert part.documents is not None and not part.documents.any() and not (part.targets == IGNORE_INDEX).any()

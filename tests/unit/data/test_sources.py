@@ -314,23 +314,21 @@ def test_wrong_options_are_reported_by_option_or_key(tmp_path, name, options, re
     assert reason.format(path=path, option=option, label=label) in message(path, ConfigError, key=key, **options)
 
 
-def test_hub_datasets_come_from_the_datasets_library(monkeypatch):
-    load = Mock(return_value=datasets.Dataset.from_dict({"text": TEXTS}))
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+def test_hub_datasets_come_from_the_datasets_library_if_the_hub_is_reachable(tmp_path, monkeypatch):
+    """If it is not, the datasets library would retry for 25 seconds. Only possible names are looked up."""
+    load, look_up = Mock(return_value=datasets.Dataset.from_dict({"text": TEXTS})), Mock()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", look_up)
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
     assert documents(units("some/web", subset="en", split="test")) == TEXTS
     load.assert_called_once_with("some/web", "en", split="test", streaming=False)
     load.side_effect = ConnectionError("Couldn't reach 'no/such' on the Hub\nmore")
     assert message("no/such").endswith("cannot load it: Couldn't reach 'no/such' on the Hub")
-
-
-def test_wrong_path_with_one_slash_is_refused_without_waiting_for_the_hub(tmp_path, monkeypatch):
-    """The datasets library would retry for 25 seconds. Only possible names are looked up."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", Mock(side_effect=ConnectionError("no network")))
-    monkeypatch.setattr(datasets, "load_dataset", None)
+    load.reset_mock()
+    look_up.side_effect = ConnectionError("no network")
     assert "hub is unreachable (no network)" in message("corpara/web", ConfigError)
     assert "'corpara/web.jsonl' does not exist" in message("corpara/web.jsonl", ConfigError)
+    assert not load.called
 
 
 def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_are_kept():

@@ -210,9 +210,6 @@ def test_older_checkpoint_of_a_folder_resumes_only_if_names_imply_the_kinds(tmp_
         assert datasets.train.read(6, 4).tolist() == [list(sample) for sample in OLDER_SAMPLES]
 
 
-# Streams in shards.
-
-
 def write_shards(file, letter, count=200):
     random = Random(letter)
     write_jsonl(file, [f"{letter}{number}" * random.randrange(0, 4) for number in range(count)])

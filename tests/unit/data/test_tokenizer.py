@@ -1,10 +1,10 @@
-import functools
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -145,16 +145,15 @@ def test_unusable_tokenizers_are_reported(trained_tokenizers, tmp_path, name, ki
 
 
 def test_hub_names_are_read_from_the_cache(trained_tokenizers, tmp_path, monkeypatch):
-    model = tmp_path / "models--some--model"
+    model, file = tmp_path / "models--some--model", trained_tokenizers / "tokenizer.json"
     for folder in (model / "snapshots" / "0123", model / "refs"):
         folder.mkdir(parents=True)
-    shutil.copy(trained_tokenizers / "tokenizer.json", model / "snapshots" / "0123")
+    shutil.copy(file, model / "snapshots" / "0123")
     (model / "refs" / "main").write_text("0123")
-    cached = functools.partial(text_tokenizers.snapshot_download, cache_dir=tmp_path)
-    monkeypatch.setattr(text_tokenizers, "snapshot_download", cached)
+    download = text_tokenizers.snapshot_download
+    monkeypatch.setattr(text_tokenizers, "snapshot_download", partial(download, cache_dir=tmp_path))
     tokenizer = build_tokenizer("some/model")
-    assert tokenizer.name == "some/model"
-    assert tokenizer.fingerprint == build_tokenizer(str(trained_tokenizers / "tokenizer.json")).fingerprint
+    assert (tokenizer.name, tokenizer.fingerprint) == ("some/model", build_tokenizer(str(file)).fingerprint)
 
 
 def test_ids_take_two_bytes_if_they_fit():
