@@ -17,8 +17,7 @@ SCRIPT = PROJECT / "launchers" / "slurm" / "pretrain.sbatch"
 
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" > srun.txt
-printf '%s\\n' "$WORLD_SIZE" "$MASTER_ADDR" "$MASTER_PORT" > variables.txt
-env > environment.txt
+env -0 > environment.txt
 exit "${STATUS:-0}"
 """
 SCONTROL = """#!/bin/bash
@@ -39,20 +38,20 @@ esac
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did; the stand-ins of SLURM's commands record lines in files."""
+    """What a job did, as the stand-ins of SLURM's commands recorded it."""
 
-    status: int
     output: str
-    folder: Path
+    srun: list[str]
+    """srun's arguments."""
+    environment: dict[str, str]
+    requeued: str
 
-    def recorded(self, name):
-        path = self.folder / f"{name}.txt"
-        return path.read_text().splitlines() if path.exists() else []
+    def rendezvous(self):
+        return [self.environment[name] for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
 
     def option(self, name):
         """Return the value of an option of srun."""
-        arguments = self.recorded("srun")
-        return arguments[arguments.index(name) + 1]
+        return self.srun[self.srun.index(name) + 1]
 
 
 @pytest.fixture
@@ -67,15 +66,18 @@ def folder(tmp_path):
     return folder
 
 
-def run(folder, *arguments, **variables):
-    """Run the script as a job does; without arguments with a configuration."""
+def run(folder, arguments=("--config", "c.yaml"), status=0, **variables):
+    """Run the script as a job does. Fail if another status is returned."""
     for path in folder.glob("*.txt"):
         path.unlink()
     job = {"SLURM_JOB_ID": "20042", "SLURM_JOB_NODELIST": "gpu-[7-8]", "SLURM_CPUS_ON_NODE": "64"}
     environment = {"PATH": f"{folder}/bin:{os.environ['PATH']}", **job, **variables}
-    command = ["bash", SCRIPT, *(arguments or ("--config", "c.yaml"))]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return Outcome(result.returncode, result.stdout + result.stderr, folder)
+    result = subprocess.run(["bash", SCRIPT, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert result.returncode == status, output
+    files = [folder / f"{name}.txt" for name in ("srun", "environment", "requeued")]
+    srun, seen, requeued = (path.read_text() if path.exists() else "" for path in files)
+    return Outcome(output, srun.splitlines(), dict(re.findall("([^=\0]+)=([^\0]*)", seen)), requeued.strip())
 
 
 @pytest.mark.parametrize(
@@ -94,17 +96,12 @@ def run(folder, *arguments, **variables):
     ],
 )
 def test_one_rank_per_gpu(folder, variables, ranks_per_node, cores):
-    outcome = run(folder, **variables)
-    assert outcome.status == 0, outcome.output
-    assert outcome.option("--ntasks") == str(2 * ranks_per_node)
-    assert outcome.option("--ntasks-per-node") == str(ranks_per_node)
-    assert outcome.option("--cpus-per-task") == str(cores)
-    assert outcome.recorded("variables") == [str(2 * ranks_per_node), "10.0.0.7", "10042"]
-
-
-def test_thread_count_is_not_set(folder):
-    assert not [line for line in run(folder).recorded("environment") if line.startswith("OMP_NUM_THREADS=")]
-    assert "OMP_NUM_THREADS=3" in run(folder, OMP_NUM_THREADS="3").recorded("environment")
+    outcome, ranks = run(folder, **variables), str(2 * ranks_per_node)
+    options = [outcome.option(name) for name in ("--ntasks", "--ntasks-per-node", "--cpus-per-task")]
+    assert options == [ranks, str(ranks_per_node), str(cores)]
+    assert outcome.rendezvous() == [ranks, "10.0.0.7", "10042"]
+    # PrivateData=nodes: `scontrol show node` finds none.
+    assert run(folder, PRIVATE_DATA="nodes", **variables).rendezvous() == [ranks, "gpu-7", "10042"]
 
 
 RESUME = ("--config", "c", "checkpoint.resume=x")
@@ -122,97 +119,84 @@ ARRAY_TASK = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "20040"}
     ],
 )
 def test_arguments(folder, given, variables, passed):
-    arguments = run(folder, *given, **variables).recorded("srun")
+    arguments = run(folder, given, **variables).srun
     assert tuple(arguments[arguments.index("launchers/pretrain.py") + 1 :]) == passed
 
 
-@pytest.mark.parametrize(
-    ("status", "requeued"), [*((status, []) for status in (0, 1, 2, 137, 143)), (EXIT_PREEMPTED, ["20042"])]
-)
-def test_only_preempted_runs_are_requeued(folder, status, requeued):
-    outcome = run(folder, STATUS=str(status))
-    assert outcome.recorded("requeued") == requeued
-    assert outcome.status == (0 if requeued else status)
-
-
-def test_jobs_of_an_array(folder):
-    """Each is requeued alone and has its own GPUs: one that has ended has none any more."""
+def test_only_preempted_runs_are_requeued(folder):
+    for status in (0, 1, 2, 137, 143):
+        assert run(folder, status=status, STATUS=str(status)).requeued == ""
+    assert run(folder, STATUS=str(EXIT_PREEMPTED)).requeued == "20042"
+    # Each job of an array is requeued alone and has its own GPUs: one that has ended has none any more.
     array = {"SLURM_ARRAY_JOB_ID": "20042", "SLURM_ARRAY_TASK_ID": "9"}
-    assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).recorded("requeued") == ["20042_9"]
+    assert run(folder, STATUS=str(EXIT_PREEMPTED), **array).requeued == "20042_9"
     nodes = "     Nodes=gpu-[7-8] CPU_IDs=0-63 Mem=0 GRES=gpu:a100:8(IDX:0-7)"
-    outcome = run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=nodes, **array)
-    assert outcome.status == 0, outcome.output
+    run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=nodes, **array)
 
 
 def test_virtual_environment(folder):
     for name in (".venv", "my environment"):
         (folder / name / "bin").mkdir(parents=True)
         (folder / name / "bin" / "activate").write_text(f"export STATUS={len(name)}")
-    assert run(folder).status == len(".venv")
-    assert run(folder, VENV="my environment").status == len("my environment")
-    assert run(folder, CONTAINER="image.sif").status == 0, "the image has its own"
+    run(folder, status=len(".venv"))
+    run(folder, status=len("my environment"), VENV="my environment")
+    run(folder, CONTAINER="image.sif")  # the image has its own
 
 
 def test_containers(folder):
-    mounts = {"CONTAINER_MOUNTS": "/data:/data,/scratch:/scratch"}
-    outcome = run(folder, CONTAINER="my images/x.sqsh", **mounts)
+    mounts = "/data:/data,/scratch:/scratch"
+    outcome = run(folder, CONTAINER="my images/x.sqsh", CONTAINER_MOUNTS=mounts)
     assert outcome.option("--container-image") == "my images/x.sqsh"
     assert outcome.option("--container-workdir") == str(folder)
-    assert outcome.option("--container-mounts") == f"{folder}:{folder},{mounts['CONTAINER_MOUNTS']}"
-    pyxis = outcome.recorded("srun")
+    assert outcome.option("--container-mounts") == f"{folder}:{folder},{mounts}"
+    pyxis = outcome.srun
     assert pyxis.index("--container-mounts") < pyxis.index("bash"), "an option of srun"
     assert pyxis[-4:] == ["python", "launchers/pretrain.py", "--config", "c.yaml"]
 
-    apptainer = run(folder, CONTAINER="my images/x.sif").recorded("srun")
-    inside = apptainer[apptainer.index("rank") + 1 :]
+    apptainer = run(folder, CONTAINER="my images/x.sif").srun
     options = ["--nv", "--bind", str(folder), "--pwd", str(folder)]
-    assert inside == ["apptainer", "exec", *options, "my images/x.sif", "python", *pyxis[-3:]]
+    inside = ["apptainer", "exec", *options, "my images/x.sif", "python", *pyxis[-3:]]
+    assert apptainer[apptainer.index("rank") + 1 :] == inside
 
 
-def refusal(outcome):
-    """Return the only line of a job that starts nothing."""
-    assert outcome.status == 2 and not outcome.recorded("srun"), outcome
-    [message] = outcome.output.splitlines()
-    assert message.startswith("error: ")
-    return message
-
-
-def test_export_none(folder):
-    """After `sbatch --export=NONE`, which sites recommend, srun passes no variables on by default."""
-    outcome = run(folder, SLURM_EXPORT_ENV="NONE")
-    assert outcome.option("--export") == "ALL"
-    assert "PYTHONUNBUFFERED=1" in outcome.recorded("environment"), "the last lines of a killed rank are not lost"
-
-
-def test_private_nodes(folder):
-    """PrivateData=nodes: `scontrol show node` finds none."""
-    outcome = run(folder, PRIVATE_DATA="nodes")
-    assert outcome.status == 0, outcome.output
-    assert outcome.recorded("variables") == ["2", "gpu-7", "10042"]
-
-
-def test_tasks_see_all_gpus_of_their_node(folder):
-    """--gpus-per-task implies that each task sees its own only, which NCCL cannot copy between."""
+def test_environment_of_the_ranks(folder):
+    seen = run(folder).environment
+    assert "OMP_NUM_THREADS" not in seen and run(folder, OMP_NUM_THREADS="3").environment["OMP_NUM_THREADS"] == "3"
+    assert seen["PYTHONUNBUFFERED"] == "1", "the last lines of a killed rank are not lost"
+    # After `sbatch --export=NONE`, which sites recommend, srun passes no variables on by default.
+    assert run(folder, SLURM_EXPORT_ENV="NONE").option("--export") == "ALL"
+    # --gpus-per-task implies that each task sees its own GPU only, which NCCL cannot copy between.
     per_task = {"SLURM_GPUS_PER_TASK": "1", "SLURM_TRES_PER_TASK": "gres:gpu:1", "SLURM_GPU_BIND": "single:1"}
     outcome = run(folder, SLURM_GPUS_ON_NODE="8", SLURM_NTASKS_PER_NODE="8", **per_task)
-    assert outcome.option("--gpu-bind") == "none"
-    assert not [line for line in outcome.recorded("environment") if line.partition("=")[0] in per_task]
+    assert outcome.option("--gpu-bind") == "none" and not outcome.environment.keys() & per_task
+
+
+def refusal(folder, **options):
+    """Return the only line of a job that starts nothing."""
+    outcome = run(folder, status=2, **options)
+    [message] = outcome.output.splitlines()
+    assert message.startswith("error: ") and not outcome.srun, outcome
+    return message
 
 
 NODES = "     Nodes=gpu-7 Mem=0 GRES=gpu:a100:8(IDX:0-7)\n     Nodes=gpu-8 Mem=0 GRES=gpu:a100:{}(IDX:0,2-4)"
 
 
-def test_nodes_with_different_gpus_and_jobs_without_are_refused(folder):
-    differ = refusal(run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(4)))
+def test_refusals(folder):
+    assert "--config" in refusal(folder, arguments=())
+    differ = refusal(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(4))
     assert "different numbers of GPUs (4 8): name it with --gpus-per-node" in differ
-    assert run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(8)).status == 0
-    assert "heterogeneous" in refusal(run(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2"))
-    assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu,craynetwork"))
-    assert "--gpus-per-node" in refusal(run(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8"))
-    on_cpus = run(folder, "--config", "c.yaml", "run.device=cpu", GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="4")
-    assert (on_cpus.status, on_cpus.option("--ntasks")) == (0, "8")
-    assert run(folder, GRES_TYPES="gpu", SLURM_GPUS_ON_NODE="8").status == 0
-    assert run(folder, GRES_TYPES="bandwidth").status == 0
+    run(folder, SLURM_GPUS_ON_NODE="8", JOB_NODES=NODES.format(8))
+    assert "heterogeneous" in refusal(folder, SLURM_GPUS_ON_NODE="8", SLURM_HET_SIZE="2")
+    assert "--gpus-per-node" in refusal(folder, GRES_TYPES="gpu,craynetwork")
+    assert "--gpus-per-node" in refusal(folder, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="8")
+    on_cpus = ("--config", "c.yaml", "run.device=cpu")
+    assert run(folder, on_cpus, GRES_TYPES="gpu", SLURM_NTASKS_PER_NODE="4").option("--ntasks") == "8"
+    run(folder, GRES_TYPES="gpu", SLURM_GPUS_ON_NODE="8")
+    run(folder, GRES_TYPES="bandwidth")
+    (folder / "launchers").unlink()
+    missing = f"error: {folder} has no launchers/pretrain.py: submit from the project's folder"
+    assert refusal(folder).startswith(missing)
 
 
 def test_used_ports_are_skipped(folder):
@@ -223,17 +207,9 @@ def test_used_ports_are_skipped(folder):
         for taken in (first, second):
             taken.listen()
         outcome = run(folder, SLURM_JOB_ID=str(port - 10_000))
-    assert int(outcome.recorded("variables")[2]) > port + 1
+    assert int(outcome.environment["MASTER_PORT"]) > port + 1
 
 
 def test_no_empty_array():
     """Before bash 4.4 an empty array counts as unset, which `set -u` rejects."""
     assert not re.findall(r"\w+=\(\)", SCRIPT.read_text())
-
-
-def test_other_refusals(folder):
-    result = subprocess.run(["bash", SCRIPT], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 2 and "--config" in result.stderr
-    (folder / "launchers").unlink()
-    message = refusal(run(folder))
-    assert message.startswith(f"error: {folder} has no launchers/pretrain.py: submit from the project's folder")
