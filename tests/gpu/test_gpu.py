@@ -1,8 +1,6 @@
 """Kernels, NCCL and a deterministic resume on NVIDIA GPUs. Skipped on other machines."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -28,9 +26,8 @@ def test_loss_kernel_equals_autograd_in_fp64(dtype, bound):
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(size, 64, generator=generator).to(dtype).cuda() for size in (300, 5000))
     targets = torch.randint(0, 5000, (300,), generator=generator).cuda()
-    request = GradientBuffers(
-        torch.tensor(0.5, device="cuda"), 0.0, torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-    )
+    buffers = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+    request = GradientBuffers(torch.tensor(0.5, device="cuda"), 0.0, *buffers)
     vocabulary = Vocabulary(5000, IGNORE_INDEX, dist.ProcessGroup(0, 1))
     sums = torch.zeros(len(HeadSums.COLUMNS), device="cuda")
     linear_cross_entropy(hidden, weight, targets, vocabulary, sums, 64, request)
@@ -38,7 +35,6 @@ def test_loss_kernel_equals_autograd_in_fp64(dtype, bound):
     truth = F.cross_entropy(exact_hidden @ exact_weight.T, targets, reduction="sum")
     (0.5 * truth).backward()
     assert abs(float(sums[0]) / float(truth.detach()) - 1) < 1e-6
-    assert request.weight is not None and exact_hidden.grad is not None and exact_weight.grad is not None
     assert norm_error(request.hidden, exact_hidden.grad) <= bound
     assert norm_error(request.weight, exact_weight.grad) <= bound
 
@@ -49,7 +45,7 @@ def test_train_batches_are_in_pinned_memory():
     batches.close()
     assert all(tensor.is_pinned() for tensor in micro_batch if tensor is not None)
     for copy, tensor in zip(micro_batch.to(torch.device("cuda")), micro_batch, strict=True):
-        assert copy is not None and tensor is not None and torch.equal(copy.cpu(), tensor)
+        assert torch.equal(copy.cpu(), tensor)
 
 
 LAYOUTS = [
@@ -64,11 +60,8 @@ LAYOUTS = [
 def test_parity_with_the_reference(tmp_path, processes, overrides):
     """Compare fp32 and bf16 with NCCL, PyTorch's attention and the machine's optimizer."""
     config = jobs.write_config(tmp_path, run={"device": "cuda"}, train={"precision": "bf16", "sequence_length": 128})
-    command = jobs.torchrun(
-        "-m", "mtp_dist.cli", "selfcheck", "--config", str(config), "--json", *overrides, processes=processes
-    )
-    result = jobs.run([*ON_GPU, *command])
-    assert result.status == 0, result.output
+    arguments = ["-m", "mtp_dist.cli", "selfcheck", "--config", str(config), "--json", *overrides]
+    result = jobs.run([*ON_GPU, *jobs.torchrun(*arguments, processes=processes)], status=0)
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["passed"] and {row["precision"] for row in report["comparisons"]} == {"fp32", "bf16"}
 
@@ -78,17 +71,12 @@ def test_resumed_run_is_bitwise_identical(tmp_path):
     learned = {}
     for name, parts in {"whole": [6], "resumed": [3, 6]}.items():
         (tmp_path / name).mkdir()
-        config = jobs.write_config(
-            tmp_path / name,
-            run={"device": "cuda"},
-            train={"deterministic": True, "precision": "bf16", "validate_every": 3},
-            optimizer={"schedule": "constant"},
-            checkpoint={"allow_changes": ["train.steps"]},
-        )
+        train = {"deterministic": True, "precision": "bf16", "validate_every": 3}
+        others = {"optimizer": {"schedule": "constant"}, "checkpoint": {"allow_changes": ["train.steps"]}}
+        config = jobs.write_config(tmp_path / name, run={"device": "cuda"}, train=train, **others)
         for steps in parts:
             command = jobs.plain(jobs.PRETRAIN, "--config", str(config), f"train.steps={steps}")
-            result = jobs.run([*ON_GPU, *command])
-            assert result.status == 0, result.output
+            jobs.run([*ON_GPU, *command], status=0)
         learned[name] = jobs.learned(tmp_path / name / "out")
     assert [line["step"] for line in learned["whole"]] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert learned["resumed"] == learned["whole"]
@@ -111,8 +99,5 @@ dist.destroy_process_group()
 
 def test_flight_recorder_has_nccl_collectives(tmp_path):
     path = tmp_path / "rank_00000"
-    ended = subprocess.run(
-        [sys.executable, "-c", NCCL_PROGRAM, str(path)], cwd=jobs.ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("nccl:all_reduce, number ") and path.stat().st_size > 0
+    result = jobs.run([*ON_GPU, *jobs.plain("-c", NCCL_PROGRAM, str(path))], status=0)
+    assert result.stdout.startswith("nccl:all_reduce, number ") and path.stat().st_size > 0
