@@ -169,10 +169,11 @@ class Job:
 
 
 @contextmanager
-def started(command, folder):
-    """Start a job, and kill all of its processes that run at the end."""
+def started(command, folder, steps=0):
+    """Start a job, wait until it has trained some steps, and kill all of its processes that run at the end."""
     job = Job(command, folder)
     try:
+        job.wait_until(lambda: len(metrics(folder / "out")) >= steps)
         yield job
     finally:
         job.kill()

@@ -37,8 +37,7 @@ class Training:
     """A run that is started as often as necessary."""
 
     def __init__(self, config, output_dir):
-        self.output_dir = output_dir
-        self.checkpoints = output_dir / "checkpoints"
+        self.output_dir, self.checkpoints = output_dir, output_dir / "checkpoints"
         self.started = 0.0
         keys = [f"run.output_dir={output_dir}", f"train.steps={STEPS}", *KEYS]
         self._arguments = [jobs.PRETRAIN, "--config", str(config), *keys]
@@ -53,17 +52,16 @@ class Training:
             return any(path.stat().st_mtime > self.started for path in self.checkpoints.glob("*.unfinished"))
         return False
 
-    def outcome(self):
-        """Return the metrics and the last checkpoint's tensors."""
+    def finish(self, job):
+        """Wait for the run's end and return its metrics and the last checkpoint's tensors."""
+        assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
         files = sorted((self.checkpoints / f"step_{STEPS:08d}").glob("*.safetensors"))
         return jobs.learned(self.output_dir), {path.name: path.read_bytes() for path in files}
 
 
 def wait_for_a_moment(training, job, numbers):
     """Wait for a random moment of the run, mostly during a save. A rank may have ended by then."""
-    deadline = time.monotonic() + LIFETIME_S
-    if numbers.random() < 0.3:
-        deadline = time.monotonic() + 4 * numbers.random()
+    deadline = time.monotonic() + (4 * numbers.random() if numbers.random() < 0.3 else LIFETIME_S)
     saves = numbers.randrange(1, 4)
     while saves and time.monotonic() < deadline and job.process.poll() is None:
         if training.is_saving():
@@ -72,41 +70,31 @@ def wait_for_a_moment(training, job, numbers):
         time.sleep(0.001)
 
 
-def kill_one(job, numbers):
-    """Kill a rank and wait for the others. Return False if one had ended before."""
-    victim = numbers.randrange(RANKS)
-    if len(job.processes()) < RANKS:
-        return False
-    job.rank(victim).kill()
-    job.wait(LIFETIME_S)
-    return True
-
-
 def count_kills(folder, kills, seed):
     """Train in `folder` until that many kills were survived. Raise AssertionError if one was not."""
     config = jobs.write_config(folder)
     complete = Training(config, folder / "complete")
     with complete.start() as job:
-        assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
-    expected = complete.outcome()
+        expected = complete.finish(job)
     numbers, counts = random.Random(seed), Counts()
-    training = Training(config, folder / "killed-0")
-    while counts.kills < kills or not (training.output_dir / "summary.json").exists():
-        with training.start() as job:
-            counts.starts += 1
-            if counts.kills < kills:
-                wait_for_a_moment(training, job, numbers)
-                saving = training.is_saving()
-                if kill_one(job, numbers):
+    while counts.kills < kills:
+        training = Training(config, folder / f"killed-{counts.finished_runs}")
+        while True:
+            with training.start() as job:
+                counts.starts += 1
+                if counts.kills < kills:
+                    wait_for_a_moment(training, job, numbers)
+                saving, victim = training.is_saving(), numbers.randrange(RANKS)
+                if counts.kills < kills and len(job.processes()) == RANKS:
+                    job.rank(victim).kill()
+                    job.wait(LIFETIME_S)
                     counts.kills += 1
                     counts.during_a_save += saving
-                    continue
-            assert job.wait(LIFETIME_S) == 0, job.output[-5000:]
-        assert training.outcome() == expected, f"{training.output_dir} differs from the run without kills"
+                else:
+                    assert training.finish(job) == expected, f"{training.output_dir} differs from the run without kills"
+                    break
         counts.finished_runs += 1
         print(counts, file=sys.stderr)
-        if counts.kills < kills:
-            training = Training(config, folder / f"killed-{counts.finished_runs}")
     return counts
 
 

@@ -20,8 +20,7 @@ def write_config(folder, steps=100_000):
 def stopped_step(command, folder, signalled, number=signal.SIGTERM, status=EXIT_PREEMPTED, steps=100_000):
     """Signal a process of a training. Return its last step, which it has saved as its only checkpoint."""
     out = folder / "out"
-    with jobs.started(command, folder) as job:
-        job.wait_until(lambda: len(jobs.metrics(out)) >= 3)
+    with jobs.started(command, folder, steps=3) as job:
         signalled(job).send_signal(number)
         assert job.wait() == status, job.output
         assert job.processes() == []
