@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 
 import hypothesis
@@ -50,7 +51,7 @@ def curve_steps(request):
 
 @pytest.fixture(scope="session")
 def parity_records(request):
-    """One record a run of the parity matrix."""
+    """One record per run of the parity matrix."""
     records = []
     yield records
     if path := request.config.getoption("--parity-json"):
@@ -60,6 +61,5 @@ def parity_records(request):
 @pytest.fixture(scope="session")
 def ranks():
     """Four ranks that all tests of a session share."""
-    pool = Ranks(4)
-    yield pool
-    pool.close()
+    with closing(Ranks(4)) as pool:
+        yield pool

@@ -96,7 +96,20 @@ def forked(*arguments, processes=1):
     return Program(arguments, processes, free_port())
 
 
-LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+def live_processes(is_ours):
+    """Return every live process for which `is_ours` returns True."""
+    alive = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if is_ours(process) and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
+
+
+def kill(processes):
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 class Job:
@@ -106,10 +119,10 @@ class Job:
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self._streams = [folder / f"{name}_{self.mark[:8]}.txt" for name in ("stdout", "stderr")]
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+        launcher_variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+        environment = {name: value for name, value in os.environ.items() if name not in launcher_variables}
         environment |= {MARK: self.mark, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        self.process: subprocess.Popen[bytes] | Forked
         with self._streams[0].open("w") as stdout, self._streams[1].open("w") as stderr:
             if isinstance(command, Program):
                 self.process = Forked(command, folder, environment, self._streams)
@@ -117,24 +130,13 @@ class Job:
                 streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
                 self.process = subprocess.Popen(command, cwd=folder, env=environment, **streams)
 
-    @property
-    def stdout(self):
-        return self._streams[0].read_text()
-
-    @property
-    def stderr(self):
-        return self._streams[1].read_text()
-
+    stdout = property(lambda self: self._streams[0].read_text())
+    stderr = property(lambda self: self._streams[1].read_text())
     output = property(lambda self: self.stdout + self.stderr)
 
     def processes(self):
         """Return every live process of the job."""
-        alive = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if self._has_started(process) and process.status() != psutil.STATUS_ZOMBIE:
-                    alive.append(process)
-        return alive
+        return live_processes(self._has_started)
 
     def _has_started(self, process):
         if isinstance(self.process, Forked):  # its environment is that of the process it was forked from
@@ -161,12 +163,6 @@ class Job:
             assert time.monotonic() - self.started < TIMEOUT_SECONDS, f"the job does not get there:\n{self.output}"
             time.sleep(0.1)
 
-    def kill(self):
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
 
 @contextmanager
 def started(command, folder, steps=0):
@@ -176,7 +172,8 @@ def started(command, folder, steps=0):
         job.wait_until(lambda: len(metrics(folder / "out")) >= steps)
         yield job
     finally:
-        job.kill()
+        kill(job.processes())
+        job.process.wait()
 
 
 @dataclass(frozen=True)
@@ -203,10 +200,7 @@ def metrics(folder):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-MEASURED = ("throughput/", "memory/")
-"""Prefixes of the scalars that differ between two runs of the same training."""
-
-
 def learned(folder):
-    """Return the lines of `metrics.jsonl` without measured scalars."""
-    return [{name: value for name, value in line.items() if not name.startswith(MEASURED)} for line in metrics(folder)]
+    """Return the lines of `metrics.jsonl` without the scalars that differ between two runs of the same training."""
+    measured = ("throughput/", "memory/")
+    return [{name: value for name, value in line.items() if not name.startswith(measured)} for line in metrics(folder)]

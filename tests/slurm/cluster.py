@@ -8,10 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from tests.integration import jobs
 
@@ -30,7 +28,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
-SlurmctldPort={controller_port}
+SlurmctldPort={port}
 AuthType=auth/munge
 CryptoType=crypto/munge
 AuthInfo=socket={folder}/munge.socket
@@ -89,14 +87,9 @@ class Cluster:
 
     def _write_settings(self):
         host, user = socket.gethostname().split(".")[0], getpass.getuser()
-        resources = f"CPUs={CPUS_OF_A_NODE} Gres=gpu:{GPUS_OF_A_NODE}"
-        nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={jobs.free_port()} {resources}"
-            for node in NODES
-        )
-        settings = SETTINGS.format(
-            host=host, user=user, controller_port=jobs.free_port(), folder=self.folder, nodes=nodes
-        )
+        common = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS_OF_A_NODE} Gres=gpu:{GPUS_OF_A_NODE}"
+        nodes = "\n".join(f"NodeName={node} Port={jobs.free_port()} {common}" for node in NODES)
+        settings = SETTINGS.format(host=host, user=user, port=jobs.free_port(), folder=self.folder, nodes=nodes)
         (self.folder / "slurm.conf").write_text(settings)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS_OF_A_NODE - 1}]\n")
         for number in range(GPUS_OF_A_NODE):
@@ -106,7 +99,6 @@ class Cluster:
 
     def _spawn(self, program, *options):
         found = shutil.which(program, path=SEARCHED)
-        assert found, f"{program} is installed"
         with (self.folder / f"{program}.out").open("ab") as output:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
             self._daemons.append(subprocess.Popen([found, *options], env=self.environment, **streams))
@@ -142,20 +134,13 @@ class Cluster:
 
     def processes(self):
         """Return every live process of the cluster and of its jobs."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                ours = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        settings = self.environment["SLURM_CONF"]
+        return jobs.live_processes(lambda process: process.environ().get("SLURM_CONF") == settings)
 
     def stop(self):
         """Kill all processes."""
         while left := self.processes():
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+            jobs.kill(left)
         for daemon in self._daemons:
             daemon.wait()
 
