@@ -53,10 +53,8 @@ class Forked:
     """A running program, with the part of subprocess.Popen's interface that the tests use."""
 
     def __init__(self, program, folder, environment, streams):
-        self._ranks = [
-            CONTEXT.Process(target=_be_rank, args=(rank, program, folder, environment, streams))
-            for rank in range(program.processes)
-        ]
+        given = (program, folder, environment, streams)
+        self._ranks = [CONTEXT.Process(target=_be_rank, args=(rank, *given)) for rank in range(program.processes)]
         for process in self._ranks:
             process.start()
         self.pids = [process.pid for process in self._ranks]

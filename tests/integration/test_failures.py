@@ -156,13 +156,11 @@ def test_truncated_corpus(tmp_path):
 def test_stream_whose_file_vanishes(tmp_path):
     config, folder = jobs.write_config(tmp_path, **ENDLESS), tmp_path / "streamed"
     shutil.copytree(tmp_path / "corpus", folder)
-    source = f"data.train=[{{path: {folder}, stream: true}}]"
+    file, source = folder / "module_1.py", f"data.train=[{{path: {folder}, stream: true}}]"
     with jobs.started(jobs.plain(jobs.PRETRAIN, "--config", str(config), source), tmp_path, steps=4) as job:
-        (folder / "module_1.py").unlink()
+        file.unlink()
         error = user_error(job)
-    assert error.startswith(
-        f"error: data.train.0.path = '{folder}': cannot read {folder / 'module_1.py'} (No such file"
-    )
+    assert error.startswith(f"error: data.train.0.path = '{folder}': cannot read {file} (No such file")
     assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
 
 

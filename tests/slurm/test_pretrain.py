@@ -18,9 +18,8 @@ SECONDS_BETWEEN_STARTS = 4
 ENDS = ("COMPLETED", "FAILED", "CANCELLED")
 CONFIG = ("--config", "my configs/tiny.yaml")
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_programs()), reason=f"SLURM is not installed ({', '.join(missing_programs())}): make test-slurm"
-)
+MISSING = ", ".join(missing_programs())
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"SLURM is not installed ({MISSING}): make test-slurm")
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +98,8 @@ def submit(cluster, project, *options):
 def array(cluster, project):
     """Run both trainings to their ends, at the same time and on the same nodes."""
     number = submit(cluster, project, f"--array={COMPLETE},{STOPPED}")
-    runs = {
-        task: Submitted(cluster, project, f"{number}_{task}", project / "my runs" / task)
-        for task in (COMPLETE, STOPPED)
-    }
+    folders = {task: project / "my runs" / task for task in (COMPLETE, STOPPED)}
+    runs = {task: Submitted(cluster, project, f"{number}_{task}", folder) for task, folder in folders.items()}
     runs[STOPPED].wait_for_steps(3)
     cluster.client("scancel", "--signal", "USR1", runs[STOPPED].name)
     assert runs[COMPLETE].state == "RUNNING"
@@ -135,10 +132,8 @@ def test_stopped_job_is_bitwise_identical(array):
 def test_rank_0_finishes_its_work_after_the_other_ranks(cluster, project):
     """The sample at the end of the run takes longer than srun would wait after the end of another rank."""
     script = (project / "launchers" / "slurm" / "pretrain.sbatch").read_text()
-    for text, replacement in (
-        ("--wait 120", "--wait 1"),
-        ("python launchers/pretrain.py", f"python {jobs.FAULTY} long_sample"),
-    ):
+    changes = {"--wait 120": "--wait 1", "python launchers/pretrain.py": f"python {jobs.FAULTY} long_sample"}
+    for text, replacement in changes.items():
         assert text in script
         script = script.replace(text, replacement)
     (project / "impatient.sbatch").write_text(script)

@@ -152,9 +152,7 @@ heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distil
 heads.detach ++ heads.distillation ++ heads.distillation
 train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is invalid ++ train.stps is not a known key
 """.replace("\\\n", "")
-LLAMA3 = (
-    "{rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 8192}"
-)
+LLAMA3 = "{rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 64}"
 
 
 def message_of(path, overrides=()):
