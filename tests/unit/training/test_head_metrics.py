@@ -12,7 +12,7 @@ from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.engine.engine import head_metrics
 from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
-from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
+from mtp_dist.metrics import HeadMetrics
 from mtp_dist.monitoring.callback import StopReason
 from mtp_dist.monitoring.metrics_logger import MetricsLogger
 from mtp_dist.monitoring.scalars import ThroughputUnits, validation_scalars
@@ -22,6 +22,7 @@ from mtp_dist.monitoring.writers.progress import ProgressBar
 from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.training.spikes import SpikeDetector
 from tests.tiny import tiny_config
+from tests.unit.monitoring.test_metrics_logger import step_metrics
 from tests.unit.monitoring.test_writers import read_tensorboard
 
 NO_TARGETS = {"cross_entropy": [0.0] * 3, "correct": [0.0] * 3, "targets": [0.0] * 3}
@@ -72,7 +73,7 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path):
     console = Console(file=output, width=80)
     writers = [JsonlWriter(tmp_path / "metrics.jsonl"), TensorBoardWriter(tmp_path, [None]), ProgressBar(1, console)]
     logger = MetricsLogger(writers, ThroughputUnits([1, 2, 3], 1.0, {None: 2.0}), {})
-    logger.on_step(StepMetrics(1, heads, 0.5, {}, 1e-3, 100, 1.0, {}, [RankStats(0, 0.0, 1.0, 1.0, 1)]))
+    logger.on_step(step_metrics(1, heads=heads))
     logger.on_validation(1, None, heads)
     logger.on_end(StopReason.LAST_STEP)
     step, validation = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -93,11 +94,8 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path):
     assert written_set["heads"][2] == {"head": 3, "loss": None, "bits_per_byte": None, "accuracy": None}
 
 
-def test_validation_scalars_of_existing_losses_only():
-    few = validation_scalars(HeadMetrics((2.0,), (0.25,), 2.0), None, 2.0)
-    names = ("loss/head_1", "loss/total", "accuracy/head_1", "bits_per_byte/head_1")
-    assert few.keys() == {f"validation/{name}" for name in names}
-    many = validation_scalars(HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), 4.0), None, 2.0)
+def test_validation_scalars_of_auxiliary_losses():
+    scalars = validation_scalars(HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), 4.0), None, 2.0)
     expected = {"head_3": 5.0, "total": 9.0, "token_order": 4.0, "distillation/head_2": 5.0, "distillation/head_3": 7.0}
-    assert {name: many[f"validation/loss/{name}"] for name in expected} == expected
-    assert "validation/loss/distillation/head_1" not in many and len(many) == 3 + 1 + 2 + 1 + 3 + 3
+    assert {name: scalars[f"validation/loss/{name}"] for name in expected} == expected
+    assert "validation/loss/distillation/head_1" not in scalars and len(scalars) == 3 + 1 + 2 + 1 + 3 + 3

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,12 +42,6 @@ def write_lock(folder, **changes):
     folder.mkdir(exist_ok=True)
     (folder / "run.lock").write_text(json.dumps(record) + "\n")
     return folder / "run.lock"
-
-
-def ended_process():
-    """Return the record of a process that has ended."""
-    program = "import json, mtp_dist.training.run_lock as lock; print(json.dumps(lock.describe_process()))"
-    return json.loads(subprocess.check_output([sys.executable, "-c", program]))
 
 
 def test_output_dir_belongs_to_one_run(tmp_path):
@@ -93,39 +85,30 @@ def test_output_dir_that_is_the_checkpoint_directory_has_one_lock(tmp_path, monk
     assert list(out.iterdir()) == []
 
 
+ENDED = {"process": describe_process()["process"].rpartition(" ")[0] + " 1"}
 OTHER_MACHINE = {"process": "another machine 7"}
 STALE = {
-    "its PID is another process by now": (
-        {"process": describe_process()["process"].rpartition(" ")[0] + " 1"},
-        None,
-        0,
-    ),
-    "SLURM restarted its job": (OTHER_MACHINE | {"job": "77", "restarts": "0"}, None, 0),
-    "another machine without refreshes": (OTHER_MACHINE, None, 60),
-    "a machine that failed in the middle of a line": (OTHER_MACHINE, "half a li", 60),
-    "a machine that failed in the middle of its record": (OTHER_MACHINE, '{"process": 7}', 60),
+    "its PID is another process by now": (ENDED, None, 0, "that process has ended"),
+    "its PID is free": (ENDED | {"pid": str(2**22 + 1)}, None, 0, "that process has ended"),
+    "SLURM restarted its job": (OTHER_MACHINE | {"job": "77", "restarts": "0"}, None, 0, "SLURM has restarted its job"),
+    "another machine without refreshes": (OTHER_MACHINE, None, 60, "it was not refreshed for 60 s"),
+    "a machine that failed in the middle of a line": (OTHER_MACHINE, "half a li", 60, "it was not refreshed for 60 s"),
+    "a machine that failed in its record": (OTHER_MACHINE, '{"process": 7}', 60, "it was not refreshed for 60 s"),
 }
 
 
-@pytest.mark.parametrize(("record", "content", "seconds"), STALE.values(), ids=STALE)
-def test_stale_lock_is_taken_over(tmp_path, monkeypatch, record, content, seconds):
+@pytest.mark.parametrize(("record", "content", "seconds", "reason"), STALE.values(), ids=STALE)
+def test_stale_lock_is_taken_over(tmp_path, monkeypatch, caplog, record, content, seconds, reason):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     path, clock = write_lock(tmp_path, **record), Clock()
     path.write_text(content or path.read_text())
     with lock_of(tmp_path, clock):
         assert seconds <= clock.now < seconds + 5
-
-
-def test_lock_of_an_ended_process_is_taken_over(tmp_path, caplog):
-    ended, clock = ended_process(), Clock()
-    assert describe_process()["process"] != ended["process"]
-    write_lock(tmp_path, **ended)
-    with lock_of(tmp_path, clock):
-        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == str(os.getpid()) and clock.now < 5
-    [message] = caplog.messages
-    assert message.startswith(f"{tmp_path}: taking over the lock of a run on node-7 (process ")
-    assert message.endswith("that process has ended")
+        assert json.loads(path.read_text())["pid"] == str(os.getpid())
+    who = "a run" if content else "a run on node-7 (process "
+    assert caplog.messages[-1].startswith(f"{tmp_path}: taking over the lock of {who}")
+    assert caplog.messages[-1].endswith(f": {reason}")
 
 
 def test_refreshed_lock_of_another_machine_is_respected(tmp_path):
@@ -138,7 +121,7 @@ def test_refreshed_lock_of_another_machine_is_respected(tmp_path):
 
 
 def test_one_of_two_simultaneous_takeovers_wins(tmp_path):
-    path = write_lock(tmp_path, **ended_process())
+    path = write_lock(tmp_path, **ENDED)
     faster = json.loads(path.read_text()) | {"process": "another machine 7", "token": "faster", "pid": "8"}
     clock = Clock(lambda: path.write_text(json.dumps(faster | {"beat": f"{int(clock.now):010d}"}) + "\n"))
     assert "process 8" in refusal(lock_of(tmp_path, clock))
@@ -146,8 +129,7 @@ def test_one_of_two_simultaneous_takeovers_wins(tmp_path):
 
 
 def test_run_notices_that_its_lock_was_taken_over(tmp_path):
-    lock, path = lock_of(tmp_path), tmp_path / "run.lock"
-    lost = []
+    lock, path, lost = lock_of(tmp_path), tmp_path / "run.lock", []
     with lock:
         before = path.read_text()
         lock.refresh(lost.append)
