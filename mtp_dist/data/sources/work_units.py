@@ -59,17 +59,23 @@ class WholeFiles(WorkUnit):
 
 
 @dataclass(frozen=True)
-class LineRange(WorkUnit):
-    """The lines of a JSONL file that start at the bytes start .. end - 1."""
+class _PartOfFile(WorkUnit):
+    """Some records of a file."""
 
     file: Path
-    start: int
-    end: int
-    field: str
 
     @property
     def source(self) -> str:
         return str(self.file)
+
+
+@dataclass(frozen=True)
+class LineRange(_PartOfFile):
+    """The lines of a JSONL file that start at the bytes start .. end - 1."""
+
+    start: int
+    end: int
+    field: str
 
     def documents(self) -> Iterator[bytes]:
         with self.file.open("rb") as stream:
@@ -106,17 +112,12 @@ class LineRange(WorkUnit):
 
 
 @dataclass(frozen=True)
-class LineList(WorkUnit):
+class LineList(_PartOfFile):
     """Lines of a compressed JSONL file, which can only be read from its start."""
 
-    file: Path
     lines_before: int
     lines: tuple[bytes, ...]
     field: str
-
-    @property
-    def source(self) -> str:
-        return str(self.file)
 
     def documents(self) -> Iterator[bytes]:
         for index, line in enumerate(self.lines):
@@ -127,17 +128,12 @@ class LineList(WorkUnit):
 
 
 @dataclass(frozen=True)
-class RowGroups(WorkUnit):
+class RowGroups(_PartOfFile):
     """Row groups of a Parquet file."""
 
-    file: Path
     groups: tuple[int, ...]
     rows_before: int
     field: str
-
-    @property
-    def source(self) -> str:
-        return str(self.file)
 
     def documents(self) -> Iterator[bytes]:
         import pyarrow
