@@ -13,6 +13,11 @@ UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno
 """Errors of network and FUSE mounts that cannot sync a folder."""
 
 
+def add_suffix(path: Path, suffix: str) -> Path:
+    """Return `PATH.bin` and the like. Dots within the name are kept."""
+    return path.with_name(path.name + suffix)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk. Raise OSError if that fails.
 

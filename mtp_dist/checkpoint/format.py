@@ -117,10 +117,6 @@ def checkpoint_path(config: Config, step: int) -> Path:
     return config.checkpoint_dir / f"step_{step:08d}"
 
 
-def with_suffix_appended(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
 def tensor_file(kind: str, rank: int, ranks: int) -> str:
     return f"{kind}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 

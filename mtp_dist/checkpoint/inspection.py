@@ -110,8 +110,7 @@ def list_checkpoints(directory: Path) -> list[CheckpointLine]:
         try:
             size = sum(record.bytes for record in check_quickly(folder).values())
             saved = read_metadata(folder)
-            line = CheckpointLine(str(folder), step, folder.name == latest, size, saved.layout, saved.losses)
+            lines.append(CheckpointLine(str(folder), step, folder.name == latest, size, saved.layout, saved.losses))
         except UserError as error:
-            line = CheckpointLine(str(folder), step, folder.name == latest, damage=str(error))
-        lines.append(line)
+            lines.append(CheckpointLine(str(folder), step, folder.name == latest, damage=str(error)))
     return lines

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,7 @@ def check_fully(folder: Path, on_progress: ProgressCallback = lambda done, total
 
     Raise InvalidCheckpointError at the first difference.
     """
-    records = check_quickly(folder)
-    _check_contents(folder, tensor_files(records), records, on_progress)
-    return records
+    return _check_tensors(folder, "", on_progress)
 
 
 def check_weights(folder: Path, on_progress: ProgressCallback = lambda done, total: None) -> dict[str, FileRecord]:
@@ -133,15 +131,13 @@ def check_weights(folder: Path, on_progress: ProgressCallback = lambda done, tot
 
     The moments, two thirds of a checkpoint, are not read. Raise InvalidCheckpointError at the first difference.
     """
+    return _check_tensors(folder, f"{MODEL}-", on_progress)
+
+
+def _check_tensors(folder: Path, prefix: str, on_progress: ProgressCallback) -> dict[str, FileRecord]:
+    """Check quickly, then the content of the tensor files whose names have the prefix."""
     records = check_quickly(folder)
-    names = [name for name in tensor_files(records) if name.startswith(f"{MODEL}-")]
-    _check_contents(folder, names, records, on_progress)
-    return records
-
-
-def _check_contents(
-    folder: Path, names: Sequence[str], records: Mapping[str, FileRecord], on_progress: ProgressCallback
-) -> None:
+    names = [name for name in tensor_files(records) if name.startswith(prefix)]
     total, done = sum(records[name].bytes for name in names), 0
 
     def count(size: int) -> None:
@@ -151,3 +147,4 @@ def _check_contents(
 
     for name in names:
         check_content(folder, name, records[name], count)
+    return records

@@ -50,13 +50,6 @@ class Snapshot:
 def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Snapshot:
     """Copy the state after step `state.step`. A collective over all ranks."""
     topology = engine.topology
-    layout = SavedLayout(
-        tensor=topology.tp_size,
-        pipeline=topology.pp_size,
-        data=topology.dp_size,
-        world_size=topology.world_size,
-        zero_stage=engine.pipeline.zero_optimization_stage(),
-    )
     ensure_state(engine.pipeline)
     check_updates(engine.pipeline, engine.optimizer_updates)
     metadata = CheckpointMetadata(
@@ -66,7 +59,11 @@ def take_snapshot(config: Config, engine: TrainingEngine, state: RunState) -> Sn
         samples=state.samples,
         losses=[loss if loss is not None and isfinite(loss) else None for loss in state.losses],
         recent_losses=state.recent_losses,
-        layout=layout,
+        layout=SavedLayout(
+            **topology.degrees,
+            world_size=topology.world_size,
+            zero_stage=engine.pipeline.zero_optimization_stage(),
+        ),
     )
     return Snapshot(metadata, _local_shards(engine, parameter_shapes(config)))
 

@@ -13,7 +13,6 @@ from mtp_dist.checkpoint.format import (
     CheckpointMetadata,
     RunState,
     checkpoint_path,
-    with_suffix_appended,
 )
 from mtp_dist.checkpoint.retention import prune_checkpoints
 from mtp_dist.checkpoint.save import (
@@ -30,6 +29,7 @@ from mtp_dist.distributed.collectives import all_gather_objects
 from mtp_dist.distributed.topology import GlooGroups
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.errors import CheckpointError
+from mtp_dist.fs import add_suffix
 
 RETRY_DELAYS_S = (2.0, 10.0, 60.0)
 """Delays before the second, third, ... attempt to write a checkpoint, in seconds."""
@@ -96,7 +96,7 @@ class CheckpointSaver:
         """Return None, or why there is no checkpoint after the last attempt."""
         step = snapshot.metadata.step
         final = checkpoint_path(self.config, step)
-        staging = with_suffix_appended(final, UNFINISHED)
+        staging = add_suffix(final, UNFINISHED)
         tensors = gather_owned_tensors(snapshot, self.engine.topology, self._groups.tensor)
         for delay in (*RETRY_DELAYS_S, None):
             try:

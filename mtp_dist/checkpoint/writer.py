@@ -18,12 +18,11 @@ from mtp_dist.checkpoint.format import (
     UNFINISHED,
     index_file,
     tensor_file,
-    with_suffix_appended,
 )
 from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.checkpoint.retention import delete_checkpoint, remove_leftovers
 from mtp_dist.errors import CheckpointError
-from mtp_dist.fs import sync, write_durably
+from mtp_dist.fs import add_suffix, sync, write_durably
 
 FILE_BYTES = 2 * 2**30
 """Size limit of a file of weights, in bytes; a single larger weight has a file of its own."""
@@ -63,7 +62,7 @@ def create_staging_dir(staging: Path) -> None:
 
 def publish(staging: Path, final: Path) -> None:
     """Rename a complete checkpoint to its final name. At every moment an older one or this one can be opened."""
-    replaced = with_suffix_appended(final, REPLACED)
+    replaced = add_suffix(final, REPLACED)
     if final.exists():
         final.rename(replaced)
     staging.rename(final)

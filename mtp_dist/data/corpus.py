@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from mtp_dist.config import Section
-from mtp_dist.data.indexed import Index, add_suffix, read_index
+from mtp_dist.data.indexed import Index, read_index
 from mtp_dist.data.sources.work_units import InvalidUtf8
 from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import DataError, UserError
+from mtp_dist.fs import add_suffix
 
 SCAN_BLOCK_TOKENS = 1 << 24
 DOCUMENTS_CHECKED = 1000

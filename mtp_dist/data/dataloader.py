@@ -48,8 +48,7 @@ class Batches:
         self._train_state: Any = None
         # One thread, because streams are read in the order of the steps. It needs the device before it pins memory,
         # which would otherwise open a context on GPU 0.
-        on_gpu = topology.device.type == "cuda"
-        prepare = partial(torch.cuda.set_device, topology.device) if on_gpu else None
+        prepare = partial(torch.cuda.set_device, topology.device) if topology.device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, "batches", prepare)
         self._ahead: deque[Future[tuple[TrainBatch, Any]]] = deque()
         self._steps_left = config.train.steps - completed_steps
@@ -125,10 +124,11 @@ class Batches:
 
     def _batch(self, micro_batches: list[MicroBatch]) -> TrainBatch:
         """Return the batch, in pinned memory if it goes to a GPU."""
-        valid_targets = count_valid_targets(micro_batches, self.config.heads.count)
         if self.topology.device.type == "cuda":
             micro_batches = [part.pin_memory() for part in micro_batches]
-        return TrainBatch(micro_batches, len(micro_batches), valid_targets)
+        return TrainBatch(
+            micro_batches, len(micro_batches), count_valid_targets(micro_batches, self.config.heads.count)
+        )
 
     def _empty_batch(self, num_micro_batches: int) -> TrainBatch:
         return TrainBatch((), num_micro_batches, count_valid_targets((), self.config.heads.count))

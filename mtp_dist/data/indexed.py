@@ -22,11 +22,6 @@ HEADER = struct.Struct("<9sQBQQ")
 TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
 
 
-def add_suffix(prefix: Path, suffix: str) -> Path:
-    """Return `PREFIX.bin` and the like. Dots within the prefix are kept."""
-    return prefix.with_name(prefix.name + suffix)
-
-
 @dataclass(frozen=True)
 class Index:
     """A validated .idx file as memory-mapped arrays."""

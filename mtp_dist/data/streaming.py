@@ -37,7 +37,7 @@ class TokenStream:
         self._tokenizer = tokenizer
         self._label = label
         self._shard = shard
-        self._begin({"passes": 0, "position": None, "offset": 0})
+        self.restore({"passes": 0, "position": None, "offset": 0})
 
     @property
     def passes(self) -> int:
@@ -73,9 +73,6 @@ class TokenStream:
 
     def restore(self, state: State) -> None:
         """Continue from a position."""
-        self._begin(state)
-
-    def _begin(self, state: State) -> None:
         self._start = state
         self._offset: int = state["offset"]
         self._available = -self._offset

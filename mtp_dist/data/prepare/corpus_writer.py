@@ -11,9 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.indexed import add_suffix
 from mtp_dist.data.prepare.tokenize import EncodedUnit, UnitSummary
-from mtp_dist.fs import atomic_write_text, sync
+from mtp_dist.fs import add_suffix, atomic_write_text, sync
 
 TOKENS, LENGTHS, JOURNAL = "tokens.bin", "lengths.bin", "units.jsonl"
 INDEX, METADATA_FILE = "index.idx", "description.json"

@@ -22,7 +22,6 @@ from typing import Any, Protocol, cast
 
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
-from mtp_dist.data.indexed import add_suffix
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.prepare.tokenize import UnitEncoder, UnitSummary
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order, preload_modules
@@ -31,7 +30,7 @@ from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.errors import ConfigError, DataError
-from mtp_dist.fs import atomic_write_text, explain_os_errors
+from mtp_dist.fs import add_suffix, atomic_write_text, explain_os_errors
 
 PLAN = "plan.json"
 SUFFIXES = (".bin", ".idx", ".json")
@@ -149,29 +148,27 @@ def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> di
 def _check_plan(request: Request, plan: dict[str, Any]) -> None:
     """Write the plan, or raise ConfigError if the folder was started with another one."""
     file = request.folder / PLAN
-    if not file.exists():
+    if file.exists():
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise DataError(f"{file} is corrupt: delete '{request.folder}' to start from scratch") from None
+        if saved == plan or _has_units(request.folder):
+            for name, value in plan.items():
+                if saved.get(name) != value:
+                    raise ConfigError(
+                        f"'{request.folder}' was started with other {name} ({_difference(saved.get(name), value)}): "
+                        "use the same, or delete that folder to start from scratch"
+                    )
+            return
+    else:
         for suffix in SUFFIXES:
             if (existing := add_suffix(request.prefix, suffix)).exists():
                 with suppress(OSError):
                     request.folder.rmdir()
                 raise ConfigError(f"{existing} exists: delete it, or choose another --to")
-        with explain_os_errors(file, "write"):
-            atomic_write_text(file, json.dumps(plan))
-        return
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise DataError(f"{file} is corrupt: delete '{request.folder}' to start from scratch") from None
-    if saved != plan and not _has_units(request.folder):
-        with explain_os_errors(file, "write"):
-            atomic_write_text(file, json.dumps(plan))
-        return
-    for name, value in plan.items():
-        if saved.get(name) != value:
-            raise ConfigError(
-                f"'{request.folder}' was started with other {name} ({_difference(saved.get(name), value)}): use the "
-                "same, or delete that folder to start from scratch"
-            )
+    with explain_os_errors(file, "write"):
+        atomic_write_text(file, json.dumps(plan))
 
 
 def _has_units(folder: Path) -> bool:

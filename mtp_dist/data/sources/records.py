@@ -117,8 +117,7 @@ def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, in
                 with reading_compressed(file, kind.compression):
                     row = next(reader, None)
             except csv.Error as error:
-                reason = f"is not valid CSV ({error})"
-                raise DataError(f"{file}, line {reader.line_num} {reason}: fix it") from None
+                raise DataError(f"{file}, line {reader.line_num} is not valid CSV ({error}): fix it") from None
             if row is None:
                 return
             if row:

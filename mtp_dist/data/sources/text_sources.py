@@ -289,7 +289,6 @@ class DatasetInput(Input):
         self._options = options
         self._label = options.label(name)
         self._field = options.field
-        self._subset = options.subset
         self._split = options.split or "train"
         self.dataset = load_dataset(name, options)
         self.total = None if options.streaming else len(self.dataset)
@@ -300,7 +299,7 @@ class DatasetInput(Input):
 
     def identity(self) -> list[Any]:
         fingerprint = None if self._options.streaming else self.dataset._fingerprint
-        return [[self._name, self._subset, self._split, fingerprint]]
+        return [[self._name, self._options.subset, self._split, fingerprint]]
 
     def fingerprint(self) -> str:
         return _sha256(self.identity())
@@ -360,8 +359,7 @@ def load_dataset(name: str, options: InputOptions) -> Any:
     """Load a dataset by its hub name or the folder that `save_to_disk` wrote. Raise UserError if that fails."""
     import datasets
 
-    split, streaming = options.split or "train", options.streaming
-
+    split = options.split or "train"
     if Path(name).is_dir():
         try:
             loaded = datasets.load_from_disk(name)
@@ -376,7 +374,7 @@ def load_dataset(name: str, options: InputOptions) -> Any:
             loaded = loaded[split]
         return loaded
     try:
-        return datasets.load_dataset(name, options.subset, split=split, streaming=streaming)
+        return datasets.load_dataset(name, options.subset, split=split, streaming=options.streaming)
     except Exception as error:  # the dataset's own code and the network raise many kinds
         raise DataError(
             f"{options.label(name)} is not a file or folder, and the datasets library cannot load it: "

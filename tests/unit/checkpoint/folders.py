@@ -17,7 +17,6 @@ from mtp_dist.checkpoint.format import (
     CheckpointMetadata,
     SavedLayout,
     checkpoint_path,
-    with_suffix_appended,
 )
 from mtp_dist.checkpoint.manifest import record_of
 from mtp_dist.checkpoint.save import write_metadata, write_tensor_files
@@ -25,6 +24,7 @@ from mtp_dist.checkpoint.writer import create_staging_dir, publish
 from mtp_dist.config import Config, build_config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.optimizer_state import MOMENTS
+from mtp_dist.fs import add_suffix
 from mtp_dist.model.parameters import parameter_shapes
 from tests.tiny import tiny_config
 
@@ -35,7 +35,7 @@ def config_in(directory: Path, **checkpoint: object) -> Config:
 
 def write_unfinished(config: Config, step: int) -> Path:
     """Write all files of a checkpoint of two ranks into its staging directory."""
-    staging = with_suffix_appended(checkpoint_path(config, step), UNFINISHED)
+    staging = add_suffix(checkpoint_path(config, step), UNFINISHED)
     create_staging_dir(staging)
     shapes = parameter_shapes(config)
     records = {}
