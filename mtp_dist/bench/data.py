@@ -21,11 +21,11 @@ import torch
 from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.prepare.prepare import Request, prepare
-from mtp_dist.data.prepare.tokenize import UnitSummary, in_batches
+from mtp_dist.data.prepare.tokenize import BATCH_BYTES, UnitSummary
 from mtp_dist.data.prepare.worker_pool import map_in_order
 from mtp_dist.data.samples import PackedCorpus
 from mtp_dist.data.sources.text_sources import UNIT_BYTES, InputOptions, open_inputs
-from mtp_dist.data.sources.work_units import WorkUnit
+from mtp_dist.data.sources.work_units import WorkUnit, in_batches
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 from mtp_dist.errors import DataError
@@ -55,7 +55,7 @@ class _BareTokenizer:
     def __call__(self, unit: WorkUnit) -> float:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         seconds = 0.0
-        for batch in in_batches(unit.documents(), len):
+        for batch in in_batches(unit.documents(), len, BATCH_BYTES):
             if isinstance(self.tokenizer, HuggingFaceTokenizer):
                 texts = [document.decode(errors="replace") for document in batch]
                 start = time.perf_counter()

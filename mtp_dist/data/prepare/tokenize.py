@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
+from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit, in_batches
 from mtp_dist.data.text_loss import CHECKED_BYTES, measure_text_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer, encode_documents
 from mtp_dist.errors import DataError
 from mtp_dist.fs import explain_os_errors
-
-Item = TypeVar("Item")
 
 BATCH_BYTES = 1 << 20
 """Text per call of a tokenizer, whose result takes some hundred bytes of memory per token."""
@@ -58,20 +55,6 @@ class EncodedUnit:
     """Consecutive parts."""
     lengths: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     """Tokens per document, end included."""
-
-
-def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Yield the items in order, in lists of about BATCH_BYTES."""
-    batch: list[Item] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += bytes_of(item)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True)
@@ -116,7 +99,8 @@ class UnitEncoder:
             (number, document if self.tokenizer.accepts_raw_bytes else self._valid(unit, number, document, summary))
             for number, document in enumerate(_read(unit))
         )
-        return in_batches(((number, text) for number, text in texts if text is not None), lambda item: len(item[1]))
+        readable = ((number, text) for number, text in texts if text is not None)
+        return in_batches(readable, lambda item: len(item[1]), BATCH_BYTES)
 
     def _valid(self, unit: WorkUnit, number: int, document: bytes, summary: UnitSummary) -> bytes | None:
         """Return the document as valid UTF-8, or None to skip it. Raise DataError."""

@@ -23,10 +23,10 @@ from mtp_dist.data.sources.work_units import (
     LineList,
     LineRange,
     RowGroups,
-    RowList,
     WorkUnit,
     encode_text,
     parse_record,
+    row_lists,
     row_location,
 )
 from mtp_dist.errors import DataError
@@ -40,9 +40,9 @@ def record_units(file: Path, kind: FileKind, size: int, field: str, unit_bytes: 
     if kind.kind == "Parquet":
         return _row_groups(file, size, field, unit_bytes)
     if kind.kind == "CSV":
-        return _rows(file, _csv_rows(file, kind, field), unit_bytes)
+        return row_lists(str(file), _csv_rows(file, kind, field), unit_bytes)
     if kind.kind == "JSON array":
-        return _rows(file, _array_rows(file, kind, size, field), unit_bytes)
+        return row_lists(str(file), _array_rows(file, kind, size, field), unit_bytes)
     return (
         _line_lists(file, kind, field, unit_bytes) if kind.compression else _line_ranges(file, size, field, unit_bytes)
     )
@@ -65,21 +65,6 @@ def _line_lists(file: Path, kind: FileKind, field: str, unit_bytes: int) -> Iter
             yield LineList(file, lines_before, tuple(lines), field, size=raw.tell() - position)
             position = raw.tell()
             lines_before += len(lines)
-
-
-def _rows(file: Path, rows: Iterator[tuple[bytes, int]], unit_bytes: int) -> Iterator[WorkUnit]:
-    """Yield units from rows, each with the position in the file after it."""
-    texts: list[bytes] = []
-    text_bytes = rows_before = begin = position = 0
-    for text, position in rows:
-        texts.append(text)
-        text_bytes += len(text)
-        if text_bytes >= unit_bytes:
-            yield RowList(str(file), rows_before, tuple(texts), size=position - begin)
-            rows_before, begin = rows_before + len(texts), position
-            texts, text_bytes = [], 0
-    if texts:
-        yield RowList(str(file), rows_before, tuple(texts), size=position - begin)
 
 
 def check_columns(file: Path, kind: FileKind, field: str) -> None:

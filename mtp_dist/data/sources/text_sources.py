@@ -17,7 +17,7 @@ from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
 from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
 from mtp_dist.data.sources.records import check_columns, record_units
-from mtp_dist.data.sources.work_units import RowList, WholeFiles, WorkUnit, encode_text, missing_field, row_location
+from mtp_dist.data.sources.work_units import WholeFiles, WorkUnit, encode_text, missing_field, row_lists, row_location
 from mtp_dist.errors import ConfigError, DataError
 
 UNIT_BYTES = 2 << 20
@@ -201,33 +201,26 @@ class FilesInput(Input):
 
         skipped_entries: counts by reason in a folder; None if the user named the file, which must be readable.
         """
-        self._paths = list(files)
         self._field = field
         self._skipped_entries = skipped_entries
         self.files = FileCounts()
-        self._stats = [file.stat() for file in self._paths]
-        self._kinds = [self._recognize(file) for file in self._paths]
-        self.total = sum(stat.st_size for stat in self._stats)
+        self._files = [(file, file.stat(), self._recognize(file)) for file in files]
+        self.total = sum(stat.st_size for _, stat, _ in self._files)
 
     def identity(self) -> list[Any]:
         return [
             [str(file), stat.st_size, stat.st_mtime_ns, *_kind_beyond_name(file, kind)]
-            for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
+            for file, stat, kind in self._files
         ]
 
     def fingerprint(self) -> str:
         """Hash names, sizes and kinds, not folders and times, so that it is the same on every machine."""
-        return _sha256(
-            [
-                [file.name, stat.st_size, *_kind_beyond_name(file, kind)]
-                for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True)
-            ]
-        )
+        return _sha256([[file.name, stat.st_size, *_kind_beyond_name(file, kind)] for file, stat, kind in self._files])
 
     def documents(self, position: Any, shard: Shard = UNSPLIT) -> Iterator[tuple[Any, bytes]]:
         """Yield the documents of every num_shards-th work unit."""
         start = tuple(position or (0, 0))
-        source = str(self._paths[0])
+        source = str(self._files[0][0])
         try:
             for number, unit in enumerate(self.units(UNIT_BYTES)):
                 source = unit.source
@@ -243,7 +236,7 @@ class FilesInput(Input):
         self.files = FileCounts(skipped=Counter(self._skipped_entries))
         texts: list[Path] = []
         text_size = 0
-        for file, stat, kind in zip(self._paths, self._stats, self._kinds, strict=True):
+        for file, stat, kind in self._files:
             if isinstance(kind, UnreadableFileError):
                 self.files.skip(file, kind.reason)
                 continue
@@ -333,17 +326,8 @@ class DatasetInput(Input):
         return dataset.shard(num_shards=shard.num_shards, index=shard.index, contiguous=False)
 
     def units(self, unit_bytes: int) -> Iterator[WorkUnit]:
-        texts: list[bytes] = []
-        text_bytes = rows_before = 0
-        for text in self._texts():
-            texts.append(text)
-            text_bytes += len(text)
-            if text_bytes >= unit_bytes:
-                yield RowList(self._name, rows_before, tuple(texts), size=len(texts))
-                rows_before += len(texts)
-                texts, text_bytes = [], 0
-        if texts:
-            yield RowList(self._name, rows_before, tuple(texts), size=len(texts))
+        rows = ((text, number) for number, text in enumerate(self._texts(), 1))
+        return row_lists(self._name, rows, unit_bytes)
 
     def _texts(self) -> Iterator[bytes]:
         row = 0

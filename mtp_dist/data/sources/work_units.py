@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from mtp_dist.errors import DataError
+
+Item = TypeVar("Item")
 
 BLOCK_BYTES = 1 << 20
 
@@ -168,6 +170,29 @@ class RowList(WorkUnit):
 
     def location(self, index: int) -> str:
         return row_location(self.dataset, self.rows_before + index)
+
+
+def in_batches(items: Iterable[Item], bytes_of: Callable[[Item], int], batch_bytes: int) -> Iterator[list[Item]]:
+    """Yield the items in order, in lists of about `batch_bytes`."""
+    batch: list[Item] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += bytes_of(item)
+        if size >= batch_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def row_lists(table: str, rows: Iterable[tuple[bytes, int]], unit_bytes: int) -> Iterator[WorkUnit]:
+    """Yield units from rows, each with the position in the table after it."""
+    begin = rows_before = 0
+    for batch in in_batches(rows, lambda row: len(row[0]), unit_bytes):
+        end = batch[-1][1]
+        yield RowList(table, rows_before, tuple(text for text, _ in batch), size=end - begin)
+        begin, rows_before = end, rows_before + len(batch)
 
 
 def row_location(table: str | Path, row: int) -> str:
