@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mtp_dist.distributed.device import synchronize
+
 Step = Callable[[], object]
 
 
@@ -78,8 +80,7 @@ def paired_seconds(
             _wait_for_all(device)
             start = time.perf_counter()
             steps[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - start)
             after_each(name)
     return seconds
@@ -88,8 +89,7 @@ def paired_seconds(
 def _wait_for_all(device: torch.device) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
 
 
 def usable_cores() -> int:

@@ -59,6 +59,12 @@ def _use_cpu() -> None:
     torch.cuda.current_device = partial(torch.device, "cpu")  # type: ignore[assignment]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process since the last reset, in bytes.
 

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import NoReturn
 
@@ -96,19 +96,20 @@ def _await_all(keys: Store, rank: int, world_size: int, deadline: float, where: 
         absent = [other for other in range(world_size) if not keys.check([str(other)])]
         return f"{world_size - len(absent)} of {world_size} ranks joined at {where}, missing: {_listed(absent)}"
 
-    def fail() -> NoReturn:
-        if rank == 0:
-            raise LaunchError(f"{limit} only {missing()}: check their logs, or start WORLD_SIZE = {world_size} ranks")
-        raise LaunchError(f"{limit} not all of the {world_size} ranks joined at {where}: rank 0 reports which")
-
-    def report_missing() -> None:
-        if rank == 0:
-            logger.warning("%s; waiting %s", missing(), limit)
-
+    expected, silent_until = [ALL_JOINED], float("inf")
     if rank == 0:
         deadline += STORE_SHUTDOWN_GRACE_S
-    expected = [str(other) for other in range(world_size)] if rank == 0 else [ALL_JOINED]
-    _poll(lambda: keys.check(expected), deadline, report_missing, fail)
+        expected, silent_until = [str(other) for other in range(world_size)], time.monotonic() + FIRST_STATUS_AFTER_S
+    while not keys.check(expected):
+        if time.monotonic() > deadline:
+            if rank == 0:
+                remedy = f"check their logs, or start WORLD_SIZE = {world_size} ranks"
+                raise LaunchError(f"{limit} only {missing()}: {remedy}")
+            raise LaunchError(f"{limit} not all of the {world_size} ranks joined at {where}: rank 0 reports which")
+        if time.monotonic() > silent_until:
+            logger.warning("%s; waiting %s", missing(), limit)
+            silent_until = float("inf")
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _check_agreement(keys: Store, rank: int, world_size: int) -> None:
@@ -131,20 +132,6 @@ def _end_start(keys: Store, world_size: int, reason: str) -> NoReturn:
     while keys.add(ACKNOWLEDGED, 0) < world_size - 1 and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S)
     raise LaunchError(reason)
-
-
-def _poll(
-    condition: Callable[[], bool], deadline: float, on_delay: Callable[[], None], fail: Callable[[], NoReturn]
-) -> None:
-    """Wait for the condition. Call on_delay once if it takes long, and fail after the deadline."""
-    silent_until = time.monotonic() + FIRST_STATUS_AFTER_S
-    while not condition():
-        if time.monotonic() > deadline:
-            fail()
-        if time.monotonic() > silent_until:
-            on_delay()
-            silent_until = float("inf")
-        time.sleep(POLL_INTERVAL_S)
 
 
 def _listed(ranks: list[int]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import all_gather_objects
-from mtp_dist.distributed.device import device_name
+from mtp_dist.distributed.device import device_name, synchronize
 from mtp_dist.distributed.topology import Topology, dp_group, tp_group
 from mtp_dist.training.run_folder import PREFLIGHT
 
@@ -110,8 +110,11 @@ def run_preflight(config: Config, topology: Topology, gloo_group: dist.ProcessGr
     for found in slow:
         logger.info("%s", found, extra={"event": "note"})
     if not slow:
-        text = f"preflight: no rank, group or link is below {SLOW:.0%} of the median of its peers"
-        logger.info("%s", text, extra={"event": "note"})
+        logger.info(
+            "preflight: no rank, group or link is below %d%% of the median of its peers",
+            round(100 * SLOW),
+            extra={"event": "note"},
+        )
 
 
 def measure(config: Config, topology: Topology) -> RankReport:
@@ -142,18 +145,13 @@ def median_seconds(action: Callable[[], object], device: torch.device) -> float:
     """Return the median duration of a call, after WARM_UP calls."""
     seconds = []
     for repetition in range(WARM_UP + REPETITIONS):
-        _finish(device)
+        synchronize(device)
         started = time.perf_counter()
         action()
-        _finish(device)
+        synchronize(device)
         if repetition >= WARM_UP:
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

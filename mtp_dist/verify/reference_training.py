@@ -62,13 +62,12 @@ def random_batch(config: Config) -> tuple[Tensor, Tensor]:
 
 def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Tensor) -> TrainBatch:
     """Return this data-parallel rank's micro-batches of a global batch."""
-    size = config.train.micro_batch_size
     samples, targets = (
         samples.chunk(topology.dp_size)[topology.dp_rank],
         targets.chunk(topology.dp_size, 1)[topology.dp_rank],
     )
     documents = document_ids(samples, END_OF_DOCUMENT)
-    micro_batches = split_into_micro_batches(samples, targets, documents, size)
+    micro_batches = split_into_micro_batches(samples, targets, documents, config.train.micro_batch_size)
     return TrainBatch(micro_batches, len(micro_batches), count_valid_targets(micro_batches, config.heads.count))
 
 

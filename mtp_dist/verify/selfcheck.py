@@ -71,13 +71,12 @@ def reduced(config: Config) -> Config:
     work = parameters * MICRO_BATCHES_PER_STAGE * samples * length / parallel.tensor
     if parameters > PARAMETER_LIMIT or work > WORK_LIMIT:
         explicit = not isinstance(parallel.partition, str)
-        groups = parallel.tensor
-        attention_heads = groups * min(2, model.num_attention_heads // model.query_groups)
+        attention_heads = parallel.tensor * min(2, model.num_attention_heads // model.query_groups)
         model = model.model_copy(
             update={
                 "hidden_size": 8 * attention_heads,
                 "num_attention_heads": attention_heads,
-                "num_query_groups": groups,
+                "num_query_groups": parallel.tensor,
                 "ffn_hidden_size": 32 * parallel.tensor,
                 "trunk_layers": model.trunk_layers if explicit else min(model.trunk_layers, 2 * parallel.pipeline),
             }

@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, gradient
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
 from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
+from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
@@ -58,8 +59,6 @@ def measure_head_loss(settings: Settings, new_progress: NewProgress) -> Result:
 
 def measure_on_rank(settings: Settings, new_progress: NewProgress) -> Result:
     """Run this rank's part and return its result; rank 0's is shown. Raise LaunchError if memory is exhausted."""
-    from mtp_dist.distributed.device import select_device
-
     device = select_device(settings.config)
     silence_import_warnings()
     from mtp_dist.distributed.topology import close_topology, initialize_topology

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +89,9 @@ class Problem:
         sums = objective.zero_sums(inputs.trunk_output.dtype)
         if mode == "naive":
             return naive_heads_loss(heads, inputs.trunk_output, None, objective, sums)
-        sequential: Literal["eager", "recompute"] = "eager" if mode == "eager" else "recompute"
-        return sequential_heads_loss(sequential, heads, inputs.trunk_output, None, objective, sums)
+        return sequential_heads_loss(
+            "eager" if mode == "eager" else "recompute", heads, inputs.trunk_output, None, objective, sums
+        )
 
 
 class _NormHeads:
