@@ -95,9 +95,9 @@ def read_metadata(folder: Path) -> CheckpointMetadata:
     """Return the content of `config.json`. Raise CheckpointError if it is missing, corrupt or of a newer version."""
     try:
         values = json.loads((folder / METADATA_FILE).read_text(encoding="utf-8"))
-        numbers = {key: int(values[key]) for key in ("step", "optimizer_updates")}
         return CheckpointMetadata(
-            **numbers,
+            step=int(values["step"]),
+            optimizer_updates=int(values["optimizer_updates"]),
             config=saved_config(values),
             samples=values["samples"],
             losses=tuple(values["losses"]),

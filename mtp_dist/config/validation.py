@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mtp_dist.config.base import messages_if
 from mtp_dist.config.heads import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
-from mtp_dist.config.schema import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig
+from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
@@ -38,7 +38,11 @@ def incompatible_settings(config: Config) -> Iterator[str]:
         yield from _indivisible("train.sequence_length", train.sequence_length, "parallel.tensor", parallel.tensor)
     yield from _incompatible_parallelism(config)
     yield from _incompatible_profile(config.log, train.steps)
-    yield from _incompatible_retention(config.checkpoint)
+    if config.checkpoint.keep_every and not config.checkpoint.keep_last:
+        yield (
+            f"checkpoint.keep_every = {config.checkpoint.keep_every} needs checkpoint.keep_last: without that every "
+            "checkpoint is kept"
+        )
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
     yield from _incompatible_sources(config.data)
@@ -109,14 +113,6 @@ def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:
             f"log.profile_steps = [{first}, {last}] goes beyond train.steps = {steps}: choose steps within the run",
         ),
     )
-
-
-def _incompatible_retention(checkpoint: CheckpointConfig) -> Iterator[str]:
-    if checkpoint.keep_every and not checkpoint.keep_last:
-        yield (
-            f"checkpoint.keep_every = {checkpoint.keep_every} needs checkpoint.keep_last: without that every "
-            "checkpoint is kept"
-        )
 
 
 def _incompatible_sources(data: DataConfig) -> Iterator[str]:

@@ -41,15 +41,15 @@ def import_config(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads)
     if request.heads:
         values["heads"]["count"] = request.heads
     _set_tokenizer(values["data"], request, llama, saved)
-    requested = values["model"]
+    requested, llama_layers = values["model"], llama.config.num_hidden_layers
     # The heads' section gives the number of head 1's layers, which the layout depends on: check it first.
-    values["model"] = requested | llama.model | {"trunk_layers": llama.layers}
+    values["model"] = requested | llama.model | {"trunk_layers": llama_layers}
     heads = build_config({name: section for name, section in values.items() if name != "parallel"}).heads
-    layers = llama.layers - len(layers_after_trunk(heads))
+    layers = llama_layers - len(layers_after_trunk(heads))
     if layers < 1:
         raise CheckpointError(
-            f"--from = '{request.source}' has {llama.layers} layers, of which head 1 of kind '{heads.kind}' needs "
-            f"{llama.layers - layers} after the trunk: use another heads.kind or fewer layers"
+            f"--from = '{request.source}' has {llama_layers} layers, of which head 1 of kind '{heads.kind}' needs "
+            f"{llama_layers - layers} after the trunk: use another heads.kind or fewer layers"
         )
     model = llama.model | {"trunk_layers": layers}
     for key, value in requested.items():
@@ -67,7 +67,8 @@ def _start(request: ImportRequest, llama: LlamaFolder, saved: SavedHeads) -> dic
         values["model"] = {"init_std": saved.config.model.init_std}
         del values["data"]["tokenizer"]  # its path may exist on another machine only
         return values
-    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": llama.positions}
+    length = llama.config.max_position_embeddings
+    train = {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "sequence_length": length}
     return {"data": {"train": [{"path": "python-stdlib"}]}, "train": train}
 
 
@@ -81,9 +82,9 @@ def _set_tokenizer(data: dict[str, Any], request: ImportRequest, llama: LlamaFol
             f"--from = '{source}' has no tokenizer: name the one it was trained with as data.tokenizer="
         )
     needed = build_tokenizer(name or str(source)).vocab_size
-    if needed > llama.vocab_size:
+    if needed > llama.config.vocab_size:
         raise ConfigError(
-            f"--from = '{source}' has a vocabulary of {llama.vocab_size} tokens, data.tokenizer = "
+            f"--from = '{source}' has a vocabulary of {llama.config.vocab_size} tokens, data.tokenizer = "
             f"'{name or source}' one of {needed}: name the tokenizer that the model was trained with"
         )
     data["tokenizer"] = name or str(request.target)

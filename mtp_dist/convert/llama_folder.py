@@ -40,19 +40,6 @@ class LlamaFolder:
         self._check_sizes()
 
     @property
-    def layers(self) -> int:
-        return self.config.num_hidden_layers
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def positions(self) -> int:
-        """Length of the longest text that the model was trained on, in tokens."""
-        return self.config.max_position_embeddings
-
-    @property
     def model(self) -> dict[str, Any]:
         """The keys of mtp_dist's section `model`, except the number of layers."""
         config = self.config
@@ -111,10 +98,11 @@ class LlamaFolder:
 
     def _check_sizes(self) -> None:
         """Raise CheckpointError if config.json and the weights differ in size, before allocating that much memory."""
-        config, last = self.config, f"model.layers.{self.layers - 1}.input_layernorm.weight"
+        config, last = self.config, f"model.layers.{self.config.num_hidden_layers - 1}.input_layernorm.weight"
         if last not in self.shapes:
             raise CheckpointError(
-                f"--from = '{self.path}' has num_hidden_layers = {self.layers} in config.json, but lacks {last}"
+                f"--from = '{self.path}' has num_hidden_layers = {config.num_hidden_layers} in config.json, but lacks "
+                f"{last}"
             )
         sizes = {
             EMBEDDING: (config.vocab_size, config.hidden_size),

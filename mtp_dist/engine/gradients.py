@@ -188,15 +188,15 @@ class GradientMonitor:
 
     def find_non_finite(self) -> NonFiniteGradient:
         """Return where the last step's gradient was not finite. A collective over all ranks."""
+        topology = self._topology
         weights = [name for name, norm in reversed(self._local_norms.items()) if not norm.isfinite()]
         # A head's gradient that is not finite also spreads to what all heads share.
         own = [name for name in weights if module_group(name) != "shared"]
         weight = next(iter(own or weights), None)
         losses: tuple[int, ...] = ()
-        if self._topology.holds_loss:
+        if topology.holds_loss:
             finite_losses = self._stage.heads.sums.cross_entropy[:-1].isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(finite_losses, 1) if not finite)
-        topology = self._topology
         local = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
         found = [origin for origin in all_gather_objects(local) if origin]
         last_stage = max((origin.stage for origin in found), default=0)

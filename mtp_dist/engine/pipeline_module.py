@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,11 +22,9 @@ from mtp_dist.planner.partition import trunk_layers_per_stage
 Phase = Literal["training", "evaluation"]
 
 
-@contextlib.contextmanager
-def suppress_stdout() -> Iterator[None]:
+def suppress_stdout() -> contextlib.AbstractContextManager[object]:
     """Suppress what DeepSpeed prints while it builds: its topology, partition and memory."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 def _heads_have_embedding(config: Config) -> bool:
@@ -65,7 +62,6 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.micro_batches: dict[tuple[Phase, int], MicroBatch] = {}
         """Micro-batches that wait for their forward pass, by phase and index."""
         self._index = 0
-        self.bounds = _stage_bounds(config)
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of tied weights would enter their graph, which warns in every run.
         with suppress_stdout(), torch.no_grad():
@@ -75,8 +71,8 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
 
     def _partition_layers(self, method: str = "") -> None:
         """Override of DeepSpeed's, which balances parameters or layers and disregards the heads."""
-        self.parts = self.bounds
-        self._set_bounds(start=self.bounds[self.stage_id], stop=self.bounds[self.stage_id + 1])
+        self.parts = _stage_bounds(self.config)
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def enqueue(self, batch: TrainBatch, phase: Phase) -> None:
         """Let the micro-batches wait for the forward passes of a phase."""

@@ -42,8 +42,7 @@ class EventRecorder(Callback, logging.Handler):
     def on_step(self, metrics: StepMetrics) -> None:
         self._step = metrics.step
         if metrics.skipped:
-            text = f"step {metrics.step} changed no parameter: {metrics.skipped}"
-            logger.info("%s", text, extra={"event": "skip"})
+            logger.info("step %d changed no parameter: %s", metrics.step, metrics.skipped, extra={"event": "skip"})
 
     def on_spike(self, step: int, text: str) -> None:
         logger.info("step %d is a spike: %s", step, text, extra={"event": "spike"})
@@ -52,8 +51,13 @@ class EventRecorder(Callback, logging.Handler):
         self._step = completed_steps
 
     def on_stop(self, step: int, signal: int) -> None:
-        text = f"{Signals(signal).name}: stopping after step {step} of {self._total_steps} with a checkpoint"
-        logger.info("%s; the same command resumes the run", text, extra={"event": "stop"})
+        logger.info(
+            "%s: stopping after step %d of %d with a checkpoint; the same command resumes the run",
+            Signals(signal).name,
+            step,
+            self._total_steps,
+            extra={"event": "stop"},
+        )
 
     def emit(self, record: logging.LogRecord) -> None:
         if (kind := getattr(record, "event", None)) is None:

@@ -99,6 +99,7 @@ def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: fl
     """Return the scalars of a validation: losses in nats per token and in bits per byte of text."""
     prefix = validation_prefix(name)
     scalars = {f"{prefix}/{scalar}": value for scalar, value in head_scalars(heads).items()}
-    for k, loss in enumerate(heads.losses, 1):
-        scalars[f"{prefix}/bits_per_byte/head_{k}"] = None if loss is None else bits_per_byte(loss, bytes_per_token)
-    return scalars
+    return scalars | {
+        f"{prefix}/bits_per_byte/head_{k}": None if loss is None else bits_per_byte(loss, bytes_per_token)
+        for k, loss in enumerate(heads.losses, 1)
+    }

@@ -60,5 +60,11 @@ class Stragglers(Callback):
         """Count a rank's slow intervals in a row; log once per series."""
         intervals[rank] = intervals[rank] + 1 if is_slow else 0
         if intervals[rank] == CONSECUTIVE_INTERVALS:
-            text = f"straggler: rank {rank} on {self._hosts[rank]} {symptom}, {CONSECUTIVE_INTERVALS} log intervals"
-            logger.info("%s in a row", text, extra={"event": "note"})
+            logger.info(
+                "straggler: rank %d on %s %s, %d log intervals in a row",
+                rank,
+                self._hosts[rank],
+                symptom,
+                CONSECUTIVE_INTERVALS,
+                extra={"event": "note"},
+            )

@@ -97,8 +97,11 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
         console.print(_head_table(validation, heads))
     if summary.sample is not None:
         console.print(Panel(_printable(summary.sample), title="Sample"))
-    facts = {"Steps": f"{summary.steps:,}", "Tokens per second": f"{summary.tokens_per_second:,.0f}"}
-    facts["Run folder"] = str(summary.output_dir)
+    facts = {
+        "Steps": f"{summary.steps:,}",
+        "Tokens per second": f"{summary.tokens_per_second:,.0f}",
+        "Run folder": str(summary.output_dir),
+    }
     if summary.checkpoint:
         facts["Checkpoint"] = str(summary.checkpoint)
     if summary.tensorboard_dir:

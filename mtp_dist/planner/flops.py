@@ -47,11 +47,6 @@ def _extra_matrix(config: Config) -> int:
     return squares.get(config.heads.kind, 0) * config.model.hidden_size**2
 
 
-def _extra_parameters(config: Config) -> int:
-    """Return the same with the two norms before a `sequential` block's matrix."""
-    return _extra_matrix(config) + (2 * config.model.hidden_size if config.heads.kind == "sequential" else 0)
-
-
 def head_matrices(config: Config, active: int) -> int:
     """Return the parameters of the matrices that multiply a position in heads 1..active; shared ones once per use."""
     heads = config.heads
@@ -65,9 +60,10 @@ def parameter_counts(config: Config) -> ParameterCounts:
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
+    norms = 2 * model.hidden_size if config.heads.kind == "sequential" else 0  # before a block's matrix
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
-        heads=blocks * (config.heads.block_layers * layer + _extra_parameters(config)) + model.hidden_size,
+        heads=blocks * (config.heads.block_layers * layer + _extra_matrix(config) + norms) + model.hidden_size,
         embeddings=(1 + _unembeddings(config)) * config.vocab_size * model.hidden_size,
     )
 

@@ -14,8 +14,7 @@ def min_parameter_bytes(config: Config) -> int:
     gradient, 12 for master weight and moments, which bf16 always shards over the data-parallel ranks.
     """
     bf16 = config.train.precision == "bf16"
-    sharded = bf16 or config.parallel.zero_stage
-    shards = config.dp_size if sharded else 1
+    shards = config.dp_size if bf16 or config.parallel.zero_stage else 1
     per_parameter = (6 if bf16 else 8) + (12 if bf16 else 8) / shards
     ranks = config.parallel.tensor * config.parallel.pipeline
     return int(parameter_counts(config).total / ranks * per_parameter)

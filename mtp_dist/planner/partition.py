@@ -17,10 +17,11 @@ def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
         return config.parallel.partition
     if stages == 1:
         return (layers,)
+    heads_cost = head_matrices(config, config.heads.count) / layer_matrices(config.model)  # in trunk layers
 
     def slowest(last_layers: int) -> float:
         others = -(-(layers - last_layers) // (stages - 1))
-        return max(others, last_layers + _heads_cost(config))
+        return max(others, last_layers + heads_cost)
 
     # Every stage except the last needs a layer of its own; of equal choices the fullest last stage leaves the others
     # the fewest layers, and with them the least memory for activations in flight.
@@ -28,8 +29,3 @@ def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
     share, rest = divmod(layers - last, stages - 1)
     # The first stages keep the most micro-batches in flight, so the odd layers go to the later ones.
     return (*(share + (stage >= stages - 1 - rest) for stage in range(stages - 1)), last)
-
-
-def _heads_cost(config: Config) -> float:
-    """Return the cost of all heads and their unembeddings in trunk layers, by matmul parameters."""
-    return head_matrices(config, config.heads.count) / layer_matrices(config.model)

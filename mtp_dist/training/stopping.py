@@ -36,8 +36,7 @@ class StopSignals:
     received = 0
     """The last signal, or 0. A later SIGTERM does not replace SIGINT or SIGHUP: launchers send it after them."""
 
-    def __init__(self) -> None:
-        self._before_ending: Callable[[], None] | None = None
+    _before_ending: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         reading, self._writing = os.pipe()
