@@ -46,8 +46,8 @@ class _WriteError(Exception):
 class CheckpointSaver:
     """A saver that copies the state to host memory while training waits, and writes it in a thread of each rank.
 
-    The threads gather full tensors and agree on each step of a save through process groups of their own. A save that
-    fails is logged and tried again.
+    The threads gather full tensors and agree on each step of a save through GlooGroups. The main thread uses one of
+    these groups too, but only after `join`. A save that fails is logged and tried again.
     """
 
     def __init__(self, config: Config, engine: TrainingEngine, groups: GlooGroups) -> None:

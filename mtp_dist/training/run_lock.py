@@ -190,7 +190,9 @@ class FolderLock:
         return now
 
     def _refusal(self, record: Record) -> str:
-        stop = f"`scancel {record['job']}`" if record["job"] else f"`kill {record['pid']}` on {record['host']}"
+        job, pid = record["job"], record["pid"]
+        # Plain scancel kills the ranks after 30 seconds, and after TERM or USR1 the job would requeue itself.
+        stop = f"`scancel --signal INT {job}`" if job else f"`kill {pid}` on {record['host']}"
         return (
             f"{self.key} = '{self.folder}' is in use by {_describe(record)}. Two runs in one folder would overwrite "
             f"each other's files: wait until it ends, stop it with {stop}, which saves a checkpoint, or set another "

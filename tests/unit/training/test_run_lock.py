@@ -116,7 +116,7 @@ def test_refreshed_lock_of_another_machine_is_respected(tmp_path):
     refreshed = path.read_text().replace('"beat": "0', '"beat": "1')
     clock = Clock(lambda: clock.now == 9 and path.write_text(refreshed))
     message = refusal(lock_of(tmp_path, clock))
-    assert "on node-7 (process 5, SLURM job 77)" in message and "`scancel 77`" in message
+    assert "on node-7 (process 5, SLURM job 77)" in message and "`scancel --signal INT 77`" in message
     assert clock.now < 15
 
 
