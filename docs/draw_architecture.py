@@ -12,33 +12,43 @@ from matplotlib.patches import FancyBboxPatch
 Point = tuple[float, float]
 
 PACKAGES: dict[str, tuple[Point, str]] = {
-    "cli, bench, pretrain.py": ((2.0, 6.3), "commands, benchmarks, the training program"),
-    "run.py": ((6.2, 6.3), "one run: resume, build, train, summarize"),
-    "verify": ((10.4, 6.3), "selfcheck, preflight, start-up checks"),
-    "training": ((2.0, 5.0), "trainer: the loop, rollback, stop signals"),
-    "monitoring": ((6.2, 5.0), "scalars, writers, events, report"),
-    "convert, inference": ((10.4, 5.0), "Hugging Face export and import, sampling"),
-    "data": ((2.0, 3.7), "sources, samples, data loader"),
-    "engine": ((6.2, 3.7), "DeepSpeed pipeline, optimizer, gradients"),
-    "checkpoint": ((10.4, 3.7), "format, reader, save, restore"),
-    "model": ((2.0, 2.4), "trunk, heads, reference"),
-    "loss": ((6.2, 2.4), "heads one after the other, kernel"),
-    "planner": ((10.4, 2.4), "FLOPs, bytes, partition"),
-    "distributed": ((4.1, 1.1), "devices, process groups, rendezvous"),
-    "config, fs, metrics, errors": ((8.3, 1.1), "every key, files, records of a step"),
+    "cli": ((1.6, 8.0), "commands"),
+    "bench": ((4.75, 8.0), "benchmarks"),
+    "pretrain.py": ((7.9, 8.0), "the training program"),
+    "run.py": ((11.2, 8.0), "one run"),
+    "verify": ((4.75, 6.9), "selfcheck, preflight, start-up checks"),
+    "inference": ((7.9, 6.9), "sampling"),
+    "training": ((7.9, 5.8), "the loop, rollback, stop signals"),
+    "convert": ((11.2, 5.8), "Hugging Face export and import"),
+    "monitoring": ((4.75, 4.7), "scalars, writers, events, report"),
+    "checkpoint": ((11.2, 4.7), "format, reader, save, restore"),
+    "data": ((4.75, 3.6), "sources, samples, loader"),
+    "engine": ((7.9, 3.6), "DeepSpeed, heads with loss"),
+    "model": ((4.75, 2.5), "trunk, heads, reference"),
+    "loss": ((7.9, 2.5), "the heads' loss"),
+    "planner": ((11.2, 2.5), "FLOPs, bytes, partition"),
+    "distributed": ((1.6, 2.5), "devices, process groups"),
+    "config": ((1.6, 1.4), "every key"),
+    "metrics.py": ((4.75, 1.4), "records of a step"),
+    "fs.py, versions.py": ((7.9, 1.4), "files, package versions"),
+    "errors.py": ((11.2, 1.4), "below all others"),
 }
-WIDTH, HEIGHT = 3.7, 0.86
+"""Middle and purpose of each box: a row is a layer, except that the top row is four and errors.py one of its own."""
+WIDTH, HEIGHT = 2.8, 0.7
 BATCH, METRIC, CHECKPOINT = "#1f77b4", "#d62728", "#2ca02c"
 PATHS: list[tuple[str, list[Point], Point]] = [
-    (BATCH, [(3.85, 3.82), (4.35, 3.82)], (4.1, 3.98)),
-    (BATCH, [(5.3, 3.27), (3.0, 2.83)], (3.72, 3.1)),
-    (BATCH, [(3.85, 2.4), (4.35, 2.4)], (4.1, 2.2)),
-    (METRIC, [(6.5, 2.83), (6.5, 3.27)], (6.72, 3.05)),
-    (METRIC, [(5.3, 4.13), (3.2, 4.57)], (4.75, 4.4)),
-    (METRIC, [(3.85, 5.0), (4.35, 5.0)], (4.1, 5.16)),
-    (CHECKPOINT, [(8.05, 3.82), (8.55, 3.82)], (8.3, 3.98)),
-    (CHECKPOINT, [(8.55, 3.58), (8.05, 3.58)], (8.3, 3.38)),
-    (CHECKPOINT, [(10.4, 4.13), (10.4, 4.57)], (10.62, 4.35)),
+    (BATCH, [(5.9, 3.95), (7.0, 5.45)], (6.42, 4.35)),
+    (BATCH, [(8.2, 5.45), (8.2, 3.95)], (8.38, 4.7)),
+    (BATCH, [(6.5, 3.4), (5.7, 2.85)], (6.32, 3.02)),
+    (BATCH, [(8.2, 3.25), (8.2, 2.85)], (8.38, 3.05)),
+    (METRIC, [(7.6, 2.85), (7.6, 3.25)], (7.42, 3.05)),
+    (METRIC, [(7.6, 3.95), (7.6, 5.45)], (7.42, 4.7)),
+    (METRIC, [(6.5, 5.6), (5.7, 5.05)], (5.9, 5.4)),
+    (CHECKPOINT, [(9.3, 3.75), (9.9, 4.35)], (9.4, 4.1)),
+    (CHECKPOINT, [(10.2, 4.35), (9.3, 3.45)], (10.0, 3.9)),
+    (CHECKPOINT, [(9.9, 5.05), (9.2, 6.55)], (9.42, 5.8)),
+    (CHECKPOINT, [(10.9, 5.05), (10.9, 5.45)], (10.72, 5.25)),
+    (CHECKPOINT, [(11.5, 5.45), (11.5, 5.05)], (11.68, 5.25)),
 ]
 """Color, the points of an arrow, and where its number stands; numbered in order within each color."""
 
@@ -47,13 +57,13 @@ def box(axes: Axes, name: str, middle: Point, purpose: str) -> None:
     corner = middle[0] - WIDTH / 2, middle[1] - HEIGHT / 2
     style = "round,pad=0,rounding_size=0.08"
     axes.add_patch(FancyBboxPatch(corner, WIDTH, HEIGHT, boxstyle=style, facecolor="#f3f3f3", edgecolor="#555555"))
-    axes.text(middle[0], middle[1] + 0.16, name, ha="center", va="center", fontsize=11, fontweight="bold")
-    axes.text(middle[0], middle[1] - 0.18, purpose, ha="center", va="center", fontsize=8)
+    axes.text(middle[0], middle[1] + 0.13, name, ha="center", va="center", fontsize=11, fontweight="bold")
+    axes.text(middle[0], middle[1] - 0.16, purpose, ha="center", va="center", fontsize=8)
 
 
 def main() -> None:
-    figure, axes = plt.subplots(figsize=(11, 6.2), layout="constrained")
-    axes.set(xlim=(0, 12.4), ylim=(0.1, 6.9))
+    figure, axes = plt.subplots(figsize=(11, 7.2), layout="constrained")
+    axes.set(xlim=(0, 12.8), ylim=(0.5, 8.5))
     axes.axis("off")
     for name, (middle, purpose) in PACKAGES.items():
         box(axes, name, middle, purpose)
@@ -64,9 +74,9 @@ def main() -> None:
         axes.annotate("", points[-1], points[0], arrowprops=style)
         axes.text(*label, str(numbers[color]), color=color, fontsize=10, fontweight="bold", ha="center", va="center")
     for x, (text, color) in zip(
-        (2.0, 6.2, 10.4), (("a batch", BATCH), ("a metric", METRIC), ("a checkpoint", CHECKPOINT)), strict=True
+        (2.0, 6.4, 10.8), (("a batch", BATCH), ("a metric", METRIC), ("a checkpoint", CHECKPOINT)), strict=True
     ):
-        axes.text(x, 0.3, f"path of {text}", color=color, fontsize=11, fontweight="bold", ha="center")
+        axes.text(x, 0.7, f"path of {text}", color=color, fontsize=11, fontweight="bold", ha="center")
     figure.savefig(Path(__file__).parent / "images/architecture.png", dpi=110)
 
 

@@ -66,11 +66,13 @@ def configuration_page() -> str:
     header = ["key", "value", "default", "meaning"]
     parts = [
         "# Configuration\n",
-        "A run is one YAML file, such as [configs/demo.yaml](../configs/demo.yaml), and any number of overrides on the "
-        "command line:\n",
+        "Look up every key. A run is one YAML file, such as [configs/demo.yaml](../configs/demo.yaml), and any number "
+        "of overrides on the command line:\n",
         "    mtp-dist launch --config configs/demo.yaml train.steps=50 parallel.pipeline=1\n",
-        "An invalid key or value ends the program with one message and exit status 2 before any rank does work. This "
-        "page is generated from the JSON schema of [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
+        "An invalid key or value, such as `train.step=50`, ends the program with one message and exit status 2 before "
+        "any rank does work:\n",
+        "    error: train.step is not a known key: did you mean train.steps?\n",
+        "This page is generated from the JSON schema of [config/](../mtp_dist/config) by `python docs/generate.py`.\n",
     ]
     for name, schema in SCHEMA["properties"].items():
         if "$ref" in schema:
@@ -254,7 +256,7 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
             ]
         )
     machine = results[0]["machine"]
-    header = ["model, tensor x pipeline x data", "seconds per step without", "with", "difference and its quartiles"]
+    header = ["model, tensor x pipeline x data", "seconds per step without", "with", "median ratio, quartiles"]
     shown = table(header, rows)
     return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 

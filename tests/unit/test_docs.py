@@ -22,6 +22,13 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def test_names_of_the_architecture_page_exist():
+    sources = [path.read_text() for path in (PROJECT / "mtp_dist").rglob("*.py")]
+    for name in re.findall(r"`([A-Za-z_][\w.]*)`", (PROJECT / "docs/architecture.md").read_text()):
+        words = [rf"\b{word}\b" for word in name.removesuffix(".py").split(".")]
+        assert any(all(re.search(word, source) for word in words) for source in sources), name
+
+
 def test_readme_stays_under_two_screens():
     assert len((PROJECT / "README.md").read_text().splitlines()) <= 60
 
