@@ -1,6 +1,6 @@
-"""`prepare` makes the same bytes whatever happens on the way, and reports errors in one line."""
+"""`prepare` makes the same bytes whatever happens on the way, and reports progress, results and errors in lines."""
 
-import json
+import io
 import multiprocessing
 import os
 import random
@@ -17,9 +17,12 @@ import datasets
 import psutil
 import pytest
 import tokenizers
+from rich.console import Console
 
+from mtp_dist.cli import data_tables
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, prepare
+from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import Recorder, digests, documents_of, error_of, made, request, texts_of, write_jsonl
@@ -48,8 +51,7 @@ def message(asked, kind=DataError):
 
 def units_in(asked):
     """Return how many work units have been added to the unfinished corpus."""
-    journal = asked.folder / JOURNAL
-    return journal.read_bytes().count(b"\n") if journal.exists() else 0
+    return sum(journal.read_bytes().count(b"\n") for journal in asked.folder.glob(JOURNAL))
 
 
 def interrupt(asked):
@@ -78,10 +80,9 @@ def test_result_does_not_depend_on_workers_or_work_units(corpus, tmp_path, train
 
 
 def test_large_vocabularies_take_four_bytes_per_token(tmp_path, trained_tokenizers):
-    content = json.loads((trained_tokenizers / "tokenizer.json").read_text())
-    plain = dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] += [plain | {"id": i, "content": f"<{i}>"} for i in range(303, 70_000)]
-    (tmp_path / "large.json").write_text(json.dumps(content))
+    large = tokenizers.Tokenizer.from_file(str(trained_tokenizers / "tokenizer.json"))
+    large.add_tokens([f"<{i}>" for i in range(303, 70_000)])
+    large.save(str(tmp_path / "large.json"))
     made(request(write_jsonl(tmp_path / "a.jsonl", ["a<69999>", "b"]), tmp_path / "a", tmp_path / "large.json"))
     assert documents_of(tmp_path / "a")[0][1] == 69_999
 
@@ -128,8 +129,7 @@ def test_unfinished_folder_of_another_corpus_is_refused(corpus, tmp_path):
     bad.write_text(bad.read_text() + "bad\n")
     asked = request([corpus, bad], tmp_path / "a", glob="*.py")
     assert f"{bad}, line 301 is not valid JSON" in message(asked)
-    units = units_in(asked)
-    assert units
+    assert (units := units_in(asked))
     for other, reason in (
         (request([corpus, bad], tmp_path / "a", glob="*1.py"), "other options (glob: '*.py', now '*1.py')"),
         (request([corpus], tmp_path / "a", glob="*.py"), "other inputs"),
@@ -314,3 +314,28 @@ def test_text_without_tokens_is_reported_with_its_location(tmp_path, model):
     file = write_jsonl(tmp_path / "a.jsonl", ["known", "new"])
     text = message(request(file, tmp_path / "c", tmp_path / "tokenizer.json"))
     assert text.startswith(f"{file}, line 2: ") and "has no token for a part of this text" in text
+
+
+def test_progress_lines_have_fraction_rates_and_time_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(data_tables, "monotonic", lambda: now[0])
+    output = io.StringIO()
+    with data_tables.PreparationProgress(Console(file=output)) as shown:
+        shown.start(1000)
+        shown.advance(500, UnitSummary(tokens=10**9, bytes=10**9), True)
+        now[0] += 20
+        shown.advance(100, UnitSummary(tokens=4_000_000, bytes=10_000_000), False)
+        now[0] += 1
+        shown.advance(100, UnitSummary(), False)
+    lines = output.getvalue().splitlines()
+    assert lines == ["60 % | 4,000,000 tokens | 200,000 tokens/s | 0.5 MB/s | 0:01:20 left"]
+
+
+def test_description_lists_what_was_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "four"}\n\n')
+    prepared = made(request(tmp_path / "a.jsonl", tmp_path / "a"))
+    assert data_tables.describe(tmp_path / "a", prepared).splitlines() == [
+        f"{tmp_path / 'a'}: 1 documents, 5 tokens, 0.0 MB of text, 0.80 bytes per token",
+        "1 files: 1 JSON lines",
+        f"1 documents left out because they have no tokens, the first: {tmp_path / 'a.jsonl'}, line 2",
+    ]
