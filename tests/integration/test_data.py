@@ -4,27 +4,24 @@ import json
 
 from tests.integration import jobs
 from tests.unit.data.conftest import train_byte_pairs
+from tests.unit.data.preparing import write_jsonl
 
 MTP_DIST = ("-m", "mtp_dist.cli")
 
 
 def test_text_becomes_a_trained_model(tmp_path):
     """Two prepared corpora blended, two validation sets, attention and losses within documents."""
-    for name in ("one", "two"):
-        jobs.write_corpus(tmp_path / name, functions=60 if name == "one" else 200)
     tokenizer = tmp_path / "tokenizer.json"
     train_byte_pairs().save(str(tokenizer))
-    for name in ("one", "two"):
-        arguments = [str(tmp_path / name), "--glob", "*.py", "--to", str(tmp_path / f"{name}_corpus")]
-        options = ["--tokenizer", str(tokenizer), "--workers", "1", "--json"]
-        prepare = jobs.forked(*MTP_DIST, "prepare", *arguments, *options)
-        result = jobs.run(prepare)
-        assert result.status == 0, result.output
-        counts = json.loads(result.stdout)
-        assert counts["bytes"] == sum(file.stat().st_size for file in (tmp_path / name).glob("*.py"))
+    for name, functions in (("one", 60), ("two", 200)):
+        folder = jobs.write_corpus(tmp_path / name, functions=functions)
+        options = ["--to", f"{folder}_corpus", "--tokenizer", str(tokenizer), "--workers", "1", "--json"]
+        prepare = jobs.forked(*MTP_DIST, "prepare", str(folder), "--glob", "*.py", *options)
+        counts = json.loads(jobs.run(prepare, status=0).stdout)
+        assert counts["bytes"] == sum(file.stat().st_size for file in folder.glob("*.py"))
         assert counts["tokens"] < counts["bytes"] / 1.5
-    again = jobs.run(prepare)
-    assert again.status == 2 and again.stdout == ""
+    again = jobs.run(prepare, status=2)
+    assert again.stdout == ""
     assert again.stderr == f"error: {tmp_path / 'two_corpus.bin'} exists: delete it, or choose another --to\n"
     assert sorted(file.suffix for file in tmp_path.glob("two_corpus*")) == [".bin", ".idx", ".json"]
 
@@ -41,11 +38,9 @@ def test_text_becomes_a_trained_model(tmp_path):
         "attention_across_documents": False,
     }
     config = jobs.write_config(tmp_path, data=data)
-    result = jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2", processes=2))
-    assert result.status == 0, result.output
+    result = jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2", processes=2), status=0)
     assert "Validation on one" in result.stdout and "Validation on two" in result.stdout
-    lines = jobs.metrics(tmp_path / "out")
-    last = {name: value for line in lines for name, value in line.items()}
+    last = {name: value for line in jobs.metrics(tmp_path / "out") for name, value in line.items()}
     for name in ("one", "two"):
         nats, bits = (last[f"validation/{name}/{kind}/head_1"] for kind in ("loss", "bits_per_byte"))
         assert 1 < nats / bits < 6, "several bytes per token"
@@ -65,8 +60,7 @@ def test_killed_stream_resumes_at_another_degree(tmp_path):
     documents = [f"def f{i}(x):\n    return {'x + ' * (i % 9)}{i}\n" * (i % 5) for i in range(200)]
     (tmp_path / "documents").mkdir()
     for part in range(4):
-        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents[part::4])
-        (tmp_path / "documents" / f"{part}.jsonl").write_text(lines)
+        write_jsonl(tmp_path / "documents" / f"{part}.jsonl", documents[part::4])
     source = {"path": str(tmp_path / "documents"), "glob": "*.jsonl", "stream": True}
     data = {"train": [source], "validation": [], "stream_shards": 4}
     config = jobs.write_config(tmp_path, data=data, checkpoint={"every": 2})
@@ -75,13 +69,12 @@ def test_killed_stream_resumes_at_another_degree(tmp_path):
         options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]
         return [jobs.PRETRAIN, "--config", str(config), *options]
 
-    assert jobs.run(jobs.forked(*arguments("whole"))).status == 0
+    jobs.run(jobs.forked(*arguments("whole")), status=0)
     with jobs.started(jobs.forked(*arguments("killed"), processes=2), tmp_path) as job:  # data-parallel
         job.wait_until((tmp_path / "killed" / "checkpoints" / "step_00000002").exists)
         job.rank(1).kill()
         assert job.wait() != 0
-    result = jobs.run(jobs.forked(*arguments("killed")))
-    assert result.status == 0 and "Resuming from step" in result.output, result.output
+    assert "Resuming from step" in jobs.run(jobs.forked(*arguments("killed")), status=0).output
     whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "killed")
     assert len(whole) == len(killed) == 10
     for expected, found in zip(whole, killed, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -92,11 +93,8 @@ def made(asked: Request, progress: Recorder | None = None) -> Prepared:
 def documents_of(prefix: Path) -> list[list[int]]:
     """Return the tokens of each document without its end."""
     corpus = open_corpus(prefix, "test")
-    documents, start = [], 0
-    for length in corpus.document_lengths:
-        documents.append(corpus.tokens[start : start + length - 1].tolist())
-        start += length
-    return documents
+    parts = np.split(corpus.tokens, np.cumsum(corpus.document_lengths))
+    return [part[:-1].tolist() for part in parts[:-1]]
 
 
 def texts_of(prefix: Path) -> list[bytes]:

@@ -15,7 +15,6 @@ from mtp_dist.model.targets import IGNORE_INDEX
 from tests.tiny import tiny_config
 
 HEADS, LENGTH = 2, 5
-END_OF_DOCUMENT = 103
 CPU = torch.device("cpu")
 
 
@@ -55,7 +54,7 @@ def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, devi
     """Build the loader of a rank; ranks: its pp_rank and tp_rank, 0 by default."""
     position = {"tp_rank": 0, "pp_rank": 0, "dp_rank": dp_rank, "device": device} | ranks
     topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, **position)
-    tokenizer = SimpleNamespace(end_of_document=END_OF_DOCUMENT)
+    tokenizer = SimpleNamespace(end_of_document=103)
     datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), (), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
 

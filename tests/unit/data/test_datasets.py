@@ -34,14 +34,15 @@ def prefix(tmp_path):
 
 def test_run_gets_samples_and_baselines_of_its_validation(tmp_path):
     train, one = write(tmp_path / "t.txt", "abc" * 50), write(tmp_path / "one.txt", "a" * 15) | {"name": "one"}
-    two = write(tmp_path / "two.txt", "ab" * 20) | {"name": "two"}
+    two = write(tmp_path / "two.txt", "aaab" * 10) | {"name": "two"}
     datasets = load_datasets(data_config(train, [one, two], validation_samples=3))
     assert datasets.train.read(19, 1).shape == (1, 10)
     assert datasets.train_names == ("0",) and datasets.epochs(36) == {"0": 2.0}, "of 18 samples"
     assert [(found.name, len(found.samples)) for found in datasets.validation] == [("one", 1), ("two", 3)]
     assert [found.bytes_per_token for found in datasets.validation] == [15 / 16, 40 / 41]
-    # Of the samples, which hold no end of a document.
-    assert [found.unigram_entropy for found in datasets.validation] == [0, pytest.approx(math.log(2))]
+    # In nats, of the samples: three times "aaabaaabaa".
+    entropy = 0.8 * math.log(5 / 4) + 0.2 * math.log(5)
+    assert [found.unigram_entropy for found in datasets.validation] == [0, pytest.approx(entropy)]
     (unnamed,) = load_datasets(data_config(train, train)).validation
     assert unnamed.name is None and load_datasets(data_config(train)).validation == ()
 
@@ -67,11 +68,14 @@ def test_megatron_corpus_is_read_unchanged(tmp_path):
     assert 0.97 < validation.bytes_per_token < 1, "decoded, because the bytes are unknown"
 
 
-def test_corpus_of_another_tokenizer_is_refused(prefix, trained_tokenizers):
+def test_prepared_corpus_has_its_tokenizer_and_no_parts_to_choose(prefix, trained_tokenizers):
     other = trained_tokenizers / "tokenizer.json"
     message = error_of(DataError, load_datasets, data_config(prefix, data={"tokenizer": str(other)}))
     assert message.startswith(f"data.train.0.path = '{prefix}' was prepared with the tokenizer 'bytes' ")
     assert f"which is not '{other}'" in message
+    for option, value in (("split", "train"), ("subset", "en"), ("stream", True)):
+        message = error_of(ConfigError, load_datasets, data_config(prefix, {"path": str(prefix), option: value}))
+        assert message.startswith(f"data.validation.0.{option} does not apply to '{prefix}'")
 
 
 def test_ids_outside_the_vocabulary_are_reported_when_they_are_read(prefix, tmp_path):
@@ -106,12 +110,6 @@ def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path):
         assert after.train.read(4, 1).shape == (1, 10)
     more = load_datasets(data_config([first | {"stream": True}, second | {"stream": True}]))
     assert error_of(ConfigError, more.restore, state, may_change=False).startswith("data.train.1 differs from the data")
-
-
-@pytest.mark.parametrize(("option", "value"), [("split", "train"), ("subset", "en"), ("stream", True)])
-def test_prepared_corpora_have_no_parts_to_choose(prefix, option, value):
-    message = error_of(ConfigError, load_datasets, data_config(prefix, {"path": str(prefix), option: value}))
-    assert message.startswith(f"data.validation.0.{option} does not apply to '{prefix}'")
 
 
 def test_too_small_source_is_reported(tmp_path):

@@ -175,13 +175,17 @@ def test_invalid_utf8_is_refused_replaced_or_skipped(tmp_path, trained_tokenizer
     assert texts_of(tmp_path / "bytes")[1] == b"y = \xff2"
 
 
-def test_locations_are_right_after_skipped_documents(tmp_path, trained_tokenizers):
-    lines = [b'{"text": "\xff"}', b'{"text": "a"}', b"", b'{"text": "b"}']
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
-    model = trained_tokenizers / "tokenizer.model"
-    prepared = made(request(tmp_path / "a.jsonl", tmp_path / "a", model, invalid_utf8="skip", unit_bytes=10**6))
-    assert prepared.first_invalid == f"{tmp_path / 'a.jsonl'}, line 1"
-    assert prepared.first_empty == f"{tmp_path / 'a.jsonl'}, line 3"
+def test_documents_that_are_left_out_are_reported_with_their_locations(tmp_path, trained_tokenizers):
+    file, model = tmp_path / "a.jsonl", trained_tokenizers / "tokenizer.model"
+    file.write_bytes(b"\n".join([b'{"text": "\xff"}', b'{"text": "four"}', b"", b'{"text": ""}']))
+    prepared = made(request(file, tmp_path / "a", model, invalid_utf8="skip", unit_bytes=10**6))
+    tokens = len(build_tokenizer(str(model)).encode("four")) + 1
+    assert data_tables.describe(tmp_path / "a", prepared).splitlines() == [
+        f"{tmp_path / 'a'}: 1 documents, {tokens} tokens, 0.0 MB of text, {4 / tokens:.2f} bytes per token",
+        "1 files: 1 JSON lines",
+        f"2 documents left out because they have no tokens, the first: {file}, line 3",
+        f"1 documents left out for invalid UTF-8, the first: {file}, line 1",
+    ]
 
 
 def test_killed_worker_is_reported_with_its_document(tmp_path):
@@ -329,13 +333,3 @@ def test_progress_lines_have_fraction_rates_and_time_left(monkeypatch):
         shown.advance(100, UnitSummary(), False)
     lines = output.getvalue().splitlines()
     assert lines == ["60 % | 4,000,000 tokens | 200,000 tokens/s | 0.5 MB/s | 0:01:20 left"]
-
-
-def test_description_lists_what_was_left_out(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "four"}\n\n')
-    prepared = made(request(tmp_path / "a.jsonl", tmp_path / "a"))
-    assert data_tables.describe(tmp_path / "a", prepared).splitlines() == [
-        f"{tmp_path / 'a'}: 1 documents, 5 tokens, 0.0 MB of text, 0.80 bytes per token",
-        "1 files: 1 JSON lines",
-        f"1 documents left out because they have no tokens, the first: {tmp_path / 'a.jsonl'}, line 2",
-    ]

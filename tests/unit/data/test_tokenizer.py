@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.data import text_tokenizers
@@ -34,22 +34,19 @@ def test_decoding_skips_special_tokens_and_replaces_invalid_bytes():
     assert tokenizer.encode(bytes(range(256))).max() < tokenizer.end_of_document < tokenizer.vocab_size
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt9", "/no/such/folder", "./mine", "tokenizers/mine.json", "a/b/c", "~/mine", "mine.model"]
-)
+@pytest.mark.parametrize("name", "gpt9 /no/such/folder ./mine tokenizers/mine.json a/b/c ~/mine mine.model".split())
 def test_only_hub_names_are_suggested_for_download(name):
     message = error_of(ConfigError, build_tokenizer, name, "--tokenizer")
     assert message.startswith(f"--tokenizer = '{name}' is unknown: ")
     assert message.endswith("`hf download gpt9` first") == ("hf download" in message) == (name == "gpt9")
 
 
-@pytest.fixture(params=["tokenizer.json", "tokenizer.model"])
+@pytest.fixture(scope="module", params=["tokenizer.json", "tokenizer.model"])
 def text_tokenizer(request, trained_tokenizers):
     return build_tokenizer(str(trained_tokenizers / request.param))
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters=SENTENCEPIECE_SPACE)), min_size=1, max_size=4))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_text_survives_trained_tokenizers(text_tokenizer, texts):
     encoded = text_tokenizer.encode_batch([text.encode() for text in texts])
     assert [ids.tolist() for ids in encoded] == [text_tokenizer.encode(text).tolist() for text in texts]
