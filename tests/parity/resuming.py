@@ -7,6 +7,7 @@ layout.
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def run(ranks: Ranks, config: Config, layout: Layout, *arguments: Any) -> Part:
     parts = ranks.run(layout.world_size, train_part, config, *arguments)
     weights = {name: weight for part in parts for name, weight in part.weights.items()}
     return Part(parts[0].losses, weights, {name: moment for part in parts for name, moment in part.moments.items()})
+
+
+def assert_resume_is_bitwise(train: Callable[..., Part], directory: Path) -> None:
+    """Compare two parts with the uninterrupted training; arguments of `train` are those of `train_part`."""
+    whole = train(0, END, None, False)
+    train(0, MIDDLE)
+    rest = train(MIDDLE, END, directory / f"step_{MIDDLE:08d}")
+    assert torch.equal(torch.stack(rest.losses), torch.stack(whole.losses[MIDDLE:]))
+    for after, expected in ((rest.weights, whole.weights), (rest.moments, whole.moments)):
+        assert after.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
 
 
 def save_in_the_middle(ranks: Ranks, before: Layout, directory: Path, zero_stage: int) -> Part:

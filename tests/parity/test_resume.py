@@ -1,26 +1,15 @@
 """An interrupted training equals the uninterrupted one, at the same layout and at others."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.parity import resuming
 from tests.parity.comparison import Layout
-from tests.parity.resuming import (
-    ALL,
-    BOTH,
-    DATA,
-    END,
-    LAYOUTS,
-    MIDDLE,
-    ONE,
-    PIPELINE,
-    at,
-    resume_errors,
-    run,
-    save_in_the_middle,
-)
+from tests.parity.resuming import ALL, BOTH, DATA, END, LAYOUTS, MIDDLE, ONE, PIPELINE, at, run
 from tests.ranks import Ranks
 
 SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -37,21 +26,14 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_same_layout_is_bitwise_identical(ranks: Ranks, tmp_path: Path, name: str) -> None:
     layout, sections = SAME[name]
-    config = at(layout, tmp_path, **sections)
-    whole = run(ranks, config, layout, 0, END, None, False)
-    run(ranks, config, layout, 0, MIDDLE)
-    rest = run(ranks, config, layout, MIDDLE, END, tmp_path / f"step_{MIDDLE:08d}")
-    assert torch.equal(torch.stack(rest.losses), torch.stack(whole.losses[MIDDLE:]))
-    for after, expected in ((rest.weights, whole.weights), (rest.moments, whole.moments)):
-        assert after.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
+    resuming.assert_resume_is_bitwise(partial(run, ranks, at(layout, tmp_path, **sections), layout), tmp_path)
 
 
 @pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout) -> None:
     zero_stage = LAYOUTS.index(before) % 2
-    whole = save_in_the_middle(ranks, before, tmp_path, zero_stage)
-    errors = resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole)
+    whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage)
+    errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole)
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 

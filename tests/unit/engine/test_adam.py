@@ -1,7 +1,7 @@
 """The AdamW of a GPU, on the CPU, and the counters of its updates."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,37 +14,29 @@ from torch import nn
 from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.config import Config
 from mtp_dist.engine.optimizer import adamw_class, build_optimizer
-from tests.parity.resuming import ONE, at
+from tests.parity.resuming import END, MIDDLE, ONE, assert_resume_is_bitwise, at
 from tests.ranks import RankError, Ranks
 from tests.tiny import tiny_config
 from tests.unit.checkpoint.on_ranks import Part, train_part
 
-MIDDLE, END = 2, 4
 GPU = torch.device("cuda")
 
 
-class ApexFusedAdam(torch.optim.Optimizer):
+class ApexFusedAdam(torch.optim.AdamW):
     """A stand-in for NVIDIA Apex's FusedAdam, which counts its updates per group."""
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(params, lr, betas, eps)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, *args: Any) -> Any:
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            first, second = group["betas"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state |= {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-                state["exp_avg"].lerp_(weight.grad, 1 - first)
-                state["exp_avg_sq"].lerp_(weight.grad.square(), 1 - second)
-                mean = state["exp_avg"] / (1 - first ** group["step"])
-                deviation = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt() + group["eps"]
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / deviation)
+            updates = group["step"] = group.get("step", 0) + 1
+            for state in (self.state[weight] for weight in group["params"] if self.state.get(weight)):
+                state["step"] = torch.tensor(updates - 1.0)
+        loss = super().step(*args)
+        for state in self.state.values():
+            del state["step"]
+        return loss
 
 
 class LastCounterAdamW(torch.optim.AdamW):
@@ -88,16 +80,13 @@ def train_part_as_on_a_gpu(apex: bool, *arguments: Any) -> Part:
 
 @pytest.mark.parametrize("apex", [False, True])
 def test_resume_with_the_optimizers_of_a_gpu(ranks: Ranks, tmp_path: Path, apex: bool) -> None:
-    config = at(ONE, tmp_path)
-    [whole] = ranks.run(1, train_part_as_on_a_gpu, apex, config, 0, END, None, False)
-    ranks.run(1, train_part_as_on_a_gpu, apex, config, 0, MIDDLE)
-    folder = tmp_path / f"step_{MIDDLE:08d}"
-    assert read_metadata(folder).optimizer_updates == MIDDLE
-    [rest] = ranks.run(1, train_part_as_on_a_gpu, apex, config, MIDDLE, END, folder)
-    assert read_metadata(tmp_path / f"step_{END:08d}").optimizer_updates == END
-    for after, expected in ((rest.weights, whole.weights), (rest.moments, whole.moments)):
-        assert after.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
+    def train(*arguments: Any) -> Part:
+        [part] = ranks.run(1, train_part_as_on_a_gpu, apex, at(ONE, tmp_path), *arguments)
+        return part
+
+    assert_resume_is_bitwise(train, tmp_path)
+    for step in (MIDDLE, END):
+        assert read_metadata(tmp_path / f"step_{step:08d}").optimizer_updates == step
 
 
 def train_part_with_wrong_counters(config: Config) -> None:
