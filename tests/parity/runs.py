@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.engine.gradients import before_update
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors, master_weight
 from mtp_dist.loss.schedule import head_schedule
-from mtp_dist.model.parameters import named_weights, parameter_shapes
+from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.targets import TrainBatch
 from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses
 from tests.engines import global_batch, open_engine, step_batch, take_step
@@ -57,31 +56,14 @@ def sharded_run(config: Config, steps: int) -> Run | None:
 
 def merge(stages: list[Run | None]) -> Run:
     """Merge the runs of all stages: losses and norms must agree, each weight must come from one stage."""
-    runs = [run for run in stages if run is not None]
-    gradients: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    for run in runs:
-        assert torch.equal(run.losses, runs[0].losses) and torch.equal(run.norms, runs[0].norms)
-        assert not gradients.keys() & run.gradients.keys() and not weights.keys() & run.weights.keys()
-        gradients |= run.gradients
-        weights |= run.weights
-    return Run(runs[0].losses, runs[0].norms, gradients, weights)
-
-
-def run_with_broken_gradient(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """Return this rank's weights before and after a step in which one element of rank 0's gradient is NaN, and its
-    norm."""
-    engine = open_engine(config)
-    weights = dict(named_weights(engine.stage))
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-
-    def break_gradient() -> None:
-        if engine.topology.rank == 0:
-            weights["embedding.weight"].grad[0, 0] = float("nan")
-
-    with before_update(engine.pipeline, break_gradient):
-        norm = take_step(engine, rate=1e-3).grad_norm
-    return before, {name: weight.detach().clone() for name, weight in weights.items()}, norm
+    first, *others = [run for run in stages if run is not None]
+    merged = Run(first.losses, first.norms, {**first.gradients}, {**first.weights})
+    for run in others:
+        assert torch.equal(run.losses, first.losses) and torch.equal(run.norms, first.norms)
+        assert not merged.gradients.keys() & run.gradients.keys() and not merged.weights.keys() & run.weights.keys()
+        merged.gradients |= run.gradients
+        merged.weights |= run.weights
+    return merged
 
 
 def losses_of_evaluations(config: Config) -> list[Tensor]:
@@ -90,11 +72,6 @@ def losses_of_evaluations(config: Config) -> list[Tensor]:
     engine, schedule = open_engine(config), head_schedule(config, 1)
     batch = step_batch(engine)
     twice = TrainBatch([*batch.micro_batches] * 2, 2 * batch.num_micro_batches, 2 * batch.valid_targets)
-    metrics = [
-        engine.evaluate(batch, schedule),
-        take_step(engine, rate=1e-3).heads,
-        engine.evaluate(batch, schedule),
-        engine.evaluate(twice, schedule),
-        take_step(engine, rate=1e-3).heads,
-    ]
+    metrics = [engine.evaluate(batch, schedule), take_step(engine, rate=1e-3).heads]
+    metrics += [engine.evaluate(batch, schedule), engine.evaluate(twice, schedule), take_step(engine, rate=1e-3).heads]
     return [mean_losses(heads, config.heads.count) for heads in metrics]

@@ -80,7 +80,7 @@ def good_and_skipped(ranks: Ranks, case: str, fault: str, rank: int | None = Non
         ("tp1-pp2-dp2", 1),
         ("tp2-pp1-dp2 parallel.zero_stage=1", 0),
         ("tp1-pp2-dp2 train.precision=bf16", 1),
-        ("tp2-pp2-dp1", 1),
+        ("tp2-pp2-dp1-sp", 1),
     ],
 )
 def test_norms_of_modules_make_the_global_one_and_the_rank_is_named(ranks: Ranks, case: str, stage: int) -> None:

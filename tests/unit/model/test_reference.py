@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_dist.config import Config
 from mtp_dist.convert.llama import llama_weights, split
+from mtp_dist.convert.to_huggingface import llama_config
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, tiny_config
@@ -17,13 +18,6 @@ from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, tiny_config
 
 def random_tokens(batch: int, length: int) -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(3))
-
-
-def shifted_targets(tokens: Tensor, heads: int) -> Tensor:
-    """Return targets of `heads` heads; from head 2 on the first sample has two valid ones."""
-    targets = torch.stack([tokens.roll(-k, 1) for k in range(1, heads + 1)])
-    targets[1:, 0, 2:] = IGNORE_INDEX
-    return targets
 
 
 def lively_model(config: Config) -> ReferenceModel:
@@ -45,22 +39,9 @@ def llama_names(model: ReferenceModel, distance: int) -> dict[str, tuple[str, ..
 
 def as_llama(model: ReferenceModel, distance: int) -> LlamaForCausalLM:
     """Return Hugging Face's Llama with the layers of trunk and one head as one stack."""
-    config, shape = model.config, model.config.model
-    scaling = shape.rope_scaling.model_dump(exclude_none=True) if shape.rope_scaling else {}
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_size,
-            num_hidden_layers=shape.trunk_layers + config.heads.layers_per_head,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.query_groups,
-            rms_norm_eps=shape.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta} | scaling,
-            tie_word_embeddings=shape.tie_embeddings,
-            attn_implementation="eager",
-        )
-    ).double()
+    shape = model.config.model
+    config = LlamaConfig(**llama_config(model.config, 0, "fp32"), attn_implementation="eager")
+    llama = LlamaForCausalLM(config).double()
     ours, theirs = model.named_weights(), dict[str, Tensor]()
     for name, parts in llama_names(model, distance).items():
         theirs |= dict(zip(parts, split(name, ours[name].detach(), shape), strict=True))
@@ -84,8 +65,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_llama_of_hugging_face(variant: str) -> None:
-    config = tiny_config(**{name: dict(section) for name, section in VARIANTS[variant].items()})
-    model, tokens = lively_model(config), random_tokens(2, 40)
+    model, tokens = lively_model(tiny_config(**VARIANTS[variant])), random_tokens(2, 40)
     for distance, logits in model(tokens).items():
         expected = as_llama(model, distance)(tokens).logits
         assert float(expected.detach().std()) > 0.5, "the logits are not trivial"
@@ -119,9 +99,8 @@ def test_each_head_trains_its_own_layers_and_what_is_shared() -> None:
     model, tokens = lively_model(tiny_config(heads={"count": 3, "layers_per_head": 2})), random_tokens(1, 8)
     names = list(model.named_weights())
     for distance, logits in model(tokens).items():
-        gradients = torch.autograd.grad(
-            logits.square().sum(), list(model.parameters()), retain_graph=True, allow_unused=True
-        )
+        loss, weights = logits.square().sum(), list(model.parameters())
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
         trained = [n for n, gradient in zip(names, gradients, strict=True) if gradient is not None and gradient.any()]
         assert trained == [n for n in names if not n.startswith("heads.") or f"heads.{distance}." in n]
 
@@ -134,26 +113,18 @@ def test_next_token_logits_are_those_of_head_1(kind: str) -> None:
     torch.testing.assert_close(model.next_token_logits(samples[:, :8]), every[1])
 
 
-def test_losses_are_means_over_the_valid_targets() -> None:
-    model, tokens = lively_model(tiny_config(heads={"count": 3})), random_tokens(2, 6)
-    targets = shifted_targets(tokens, 3)
-    targets[2] = IGNORE_INDEX
+def test_losses_are_means_over_the_valid_targets_and_the_z_loss_is_not_reported() -> None:
+    model, tokens = lively_model(tiny_config(heads={"count": 3, "z_loss": 0.01})), random_tokens(2, 6)
+    targets = torch.stack([tokens.roll(-k, 1) for k in (1, 2, 3)])
+    targets[1, 0, 2:] = targets[2] = IGNORE_INDEX
     losses, _, objectives, _ = reference_losses(model, tokens, targets)
-    logits = model(tokens)
-    expected = [F.cross_entropy(logits[k + 1].flatten(0, 1), targets[k].flatten()) for k in range(2)]
-    torch.testing.assert_close(losses[:2], torch.stack(expected))
-    assert losses[2] == 0 and torch.equal(losses, objectives), "without z-loss"
-    losses.sum().backward()
+    for index, logits in enumerate(list(model(tokens).values())[:2]):
+        torch.testing.assert_close(losses[index], F.cross_entropy(logits.flatten(0, 1), targets[index].flatten()))
+        log_z = logits.logsumexp(-1)[targets[index] != IGNORE_INDEX]
+        torch.testing.assert_close(objectives[index], losses[index] + 0.01 * log_z.square().mean())
+    assert losses[2] == objectives[2] == 0, "no valid target"
+    objectives.sum().backward()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
-
-
-def test_the_z_loss_is_minimized_but_not_reported() -> None:
-    model, tokens = lively_model(tiny_config(heads={"count": 2, "z_loss": 0.01})), random_tokens(2, 6)
-    targets = shifted_targets(tokens, 2)
-    losses, _, objectives, _ = reference_losses(model, tokens, targets)
-    for logits, target, loss, objective in zip(model(tokens).values(), targets, losses, objectives, strict=True):
-        log_z = logits.logsumexp(-1)[target != IGNORE_INDEX]
-        torch.testing.assert_close(objective, loss + 0.01 * log_z.square().mean())
 
 
 def test_given_weights_replace_the_initial_ones() -> None:
