@@ -37,11 +37,11 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def package_logger():
-    """Undo `configure_logging` after each test, so that pytest's caplog sees the records of the next one."""
+    """Let pytest's caplog see the package's records, also after a test that calls `configure_logging`."""
     logger = logging.getLogger("mtp_dist")
+    logger.setLevel(logging.INFO)
     yield
     logger.handlers, logger.propagate = [], True
-    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

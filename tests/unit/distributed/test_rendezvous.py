@@ -1,7 +1,7 @@
 """The rendezvous of ranks, and the messages that name missing or deviating ones."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -32,22 +32,17 @@ def described(**differing):
 
 def join_all(ranks, world_size, seconds=60, refusal=None, late=None):
     """Return each rank's store, or the message of its error; each rank is a thread here."""
-    results = {}
 
     def run(rank):
         if rank == late:
             time.sleep(0.5)
         try:
-            results[rank] = join(rank, world_size, seconds, described(), None if rank else refusal)
+            return join(rank, world_size, seconds, described(), None if rank else refusal)
         except LaunchError as error:
-            results[rank] = str(error)
+            return str(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return dict(zip(ranks, pool.map(run, ranks), strict=True))
 
 
 @pytest.mark.parametrize("late", [None, 0])

@@ -1,9 +1,9 @@
 """What a terminal and a log file show of a run."""
 
 import io
+import itertools
 import re
 
-import pytest
 from rich.console import Console
 
 from mtp_dist.metrics import HeadMetrics, RankStats, StepMetrics
@@ -17,21 +17,14 @@ WINDOW = ThroughputWindow(tokens=123456, flops=120_000_000, seconds=10.0)
 SCALARS = head_scalars(METRICS.heads) | step_scalars(METRICS, WINDOW, None)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
-    return now
-
-
-def test_plain_lines_without_a_terminal(clock):
-    output = io.StringIO()
+def test_plain_lines_without_a_terminal(monkeypatch):
+    times, output = iter([0.0] * 19 + [60.0] * 2), io.StringIO()
+    monkeypatch.setattr(progress, "monotonic", lambda: next(times))
     bar = ProgressBar(120, Console(file=output, width=80))
     for step in range(1, 21):
         bar.advance(step)
         if step in (1, 20):
             bar.write(step, SCALARS)
-        clock[0] += 60.0 if step == 19 else 0.0
     bar.write(20, validation_scalars(HEADS, None, 1.0))
     bar.write(20, validation_scalars(HEADS, "web", 1.0))
     bar.write(20, head_scalars(METRICS.heads) | step_scalars(METRICS, WINDOW, 2.9e7))
@@ -53,13 +46,13 @@ def test_plain_lines_without_a_terminal(clock):
     assert web.startswith("validation on web at step 20 | head losses 2.2500 3.5000 4.1250 | bits per byte 3.2461")
 
 
-def test_bar_on_a_terminal(clock, monkeypatch):
+def test_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 2).__next__)
     output = io.StringIO()
     bar = ProgressBar(50, Console(file=output, force_terminal=True, width=80))
     for step in range(20, 31):  # resumed after step 19
         bar.advance(step)
-        clock[0] += 2.0
     bar.write(30, SCALARS)
     bar.write(30, validation_scalars(HEADS, None, 1.0))
     bar.close(failed=False)

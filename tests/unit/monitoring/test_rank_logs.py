@@ -5,14 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mtp_dist.training.run_folder import archive_earlier_run
+from tests.integration import jobs
 from tests.tiny import tiny_config
 
-PROJECT = Path(__file__).parents[3]
 START = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -23,7 +22,7 @@ tee_output(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), is_new=sys.arg
 
 def start(code, output_dir, how="new", rank=1, ranks=4, stdin=None):
     """Start a rank in a process group of its own, as under a launcher."""
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    environment = os.environ | {"PYTHONPATH": str(jobs.ROOT)}
     command = [sys.executable, "-c", START + code, str(output_dir), str(rank), str(ranks), how]
     pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, process_group=0, **pipes)

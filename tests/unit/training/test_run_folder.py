@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -21,7 +22,6 @@ def names(folder):
 
 
 def test_previous_runs_are_archived_completely(tmp_path, caplog):
-    caplog.set_level("INFO", "mtp_dist")
     (tmp_path / "notes.txt").touch()
     archive(tmp_path)
     assert names(tmp_path) == ["notes.txt"], "there is no run"
@@ -88,20 +88,15 @@ def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, 
 
 def order_of_the_end(config):
     """On each rank: train, and return what this rank does after its last save, and its last barrier."""
-    done = []
-
-    def recorded(name, action):
-        return lambda *arguments, **options: (done.append(name), action(*arguments, **options))[1]
-
-    def sample(*_):
-        done.append("sample" if (config.parent / "out" / "summary.json").exists() else "sample without a summary")
-        return "def f"
-
+    calls, summary = Mock(), config.parent / "out" / "summary.json"
+    calls.sample.side_effect = lambda *_: "def f" if summary.exists() else None
+    calls.close.side_effect, calls.barrier.side_effect = run.close_topology, dist.barrier
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="0"):
-        patch.setattr(run, "_sample", sample)
-        patch.setattr(run, "close_topology", recorded("close", run.close_topology))
-        patch.setattr(dist, "barrier", recorded("barrier", dist.barrier))
+        patch.setattr(run, "_sample", calls.sample)
+        patch.setattr(run, "close_topology", calls.close)
+        patch.setattr(dist, "barrier", calls.barrier)
         pretrain.main(["--config", str(config)])
+    done = [name for name, *_ in calls.mock_calls]
     last = max(index for index, name in enumerate(done) if name == "barrier")
     return [name for name in done[:last] if name != "barrier"] + done[last:]
 

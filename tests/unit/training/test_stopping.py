@@ -65,8 +65,8 @@ def started(program):
 
 
 def test_only_an_interactive_stop_is_not_continued():
-    assert [exit_status(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [75, 75]
-    assert [exit_status(number) for number in (signal.SIGINT, signal.SIGHUP)] == [130, 129]
+    statuses = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130, signal.SIGHUP: 129}
+    assert {number: exit_status(number) for number in STOP_SIGNALS} == statuses
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

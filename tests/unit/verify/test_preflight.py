@@ -2,7 +2,7 @@
 
 import io
 import json
-import logging
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,6 @@ from rich.console import Console
 
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
-from mtp_dist.monitoring.logs import PACKAGE_LOGGER, configure_logging
 from mtp_dist.verify import preflight
 from mtp_dist.verify.preflight import ROWS_SHOWN, SLOW, RankReport, find_slow, print_reports, write_reports
 from tests.tiny import tiny_config
@@ -80,10 +79,7 @@ def run_preflight(config):
     The rates of matmuls are made up: on a busy machine any rank may be slow.
     """
     topology = initialize_topology(config, select_device(config))
-    configure_logging(topology.rank)
-    messages, recorder, measured = [], logging.Handler(), preflight.matmul_rate
-    recorder.emit = lambda record: messages.append(record.getMessage())
-    PACKAGE_LOGGER.addHandler(recorder)
+    logger, measured = Mock(), preflight.matmul_rate
 
     def matmul_rate(*arguments):
         assert measured(*arguments) > 0
@@ -91,8 +87,9 @@ def run_preflight(config):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "matmul_rate", matmul_rate)
+        patch.setattr(preflight, "logger", logger)
         preflight.run_preflight(config, topology, new_gloo_groups(topology).all)
-    return messages
+    return [template % value for template, value in (call.args for call in logger.info.call_args_list)]
 
 
 def test_every_rank_measures_and_rank_0_logs_the_slow_one(ranks, tmp_path):
