@@ -81,7 +81,8 @@ class TrainingEngine:
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._dp_group = dp_group()
-        self._totals: StepTotals
+        self._totals: list[Tensor] = []
+        """Sums over all ranks of HeadSums and, after a training step, of the other fields of StepTotals."""
         self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
@@ -148,8 +149,8 @@ class TrainingEngine:
         """Evaluate a batch and return the active heads' metrics."""
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
-        [sums] = self._sum_over_ranks()
-        return head_metrics(self.config, HeadSums(sums.cpu()), schedule)
+        self._sum_over_ranks()
+        return head_metrics(self.config, HeadSums(self._totals[0].cpu()), schedule)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -161,8 +162,9 @@ class TrainingEngine:
         signals = monitor.squared_norms.new_zeros(NSIG)
         if number := self._stop_signal():
             signals[number] = 1
-        self._totals = StepTotals(*self._sum_over_ranks(monitor.squared_norms, monitor.fault, signals))
-        monitor.add_fault(self._totals.fault + 0 * self._totals.head_sums.sum())  # 0 * NaN and 0 * inf are NaN
+        self._sum_over_ranks(monitor.squared_norms, monitor.fault, signals)
+        totals = StepTotals(*self._totals)
+        monitor.add_fault(totals.fault + 0 * totals.head_sums.sum())  # 0 * NaN and 0 * inf are NaN
         update(*args)
 
     def _begin(self, batch: TrainBatch, schedule: HeadSchedule, phase: Phase) -> None:
@@ -182,8 +184,8 @@ class TrainingEngine:
         scales = torch.cat([counts.new_tensor(schedule.loss_weights) * per_target, token_order_scale])
         self.stage.heads.begin(scales.float(), schedule.active_heads)
 
-    def _sum_over_ranks(self, *others: Tensor) -> list[Tensor]:
-        """Return the sums over all ranks of HeadSums and of other tensors, by one collective."""
+    def _sum_over_ranks(self, *others: Tensor) -> None:
+        """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
         if self.topology.holds_loss and self.topology.tp_rank == 0:
             sums = self.stage.heads.sums.tensor
         else:  # the same columns
@@ -193,7 +195,7 @@ class TrainingEngine:
         together = torch.cat([*map(torch.flatten, tensors)])
         dist.all_reduce(together)
         totals = together.split([tensor.numel() for tensor in tensors])
-        return [*map(Tensor.view_as, totals, tensors)]
+        self._totals = [*map(Tensor.view_as, totals, tensors)]
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
