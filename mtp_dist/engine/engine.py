@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """What a training step sums over all ranks, by one collective."""
+    """Sums over all ranks at the end of a training step, by one collective."""
 
     head_sums: Tensor
     squared_norms: Tensor

@@ -134,7 +134,7 @@ def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
 
 
 class _Losses:
-    """Computes losses from normalized hidden states `[S, B, D]` of whole sequences, head 1 first: it is the teacher."""
+    """Losses of normalized hidden states `[S, B, D]` of whole sequences, head 1 first: it is the teacher."""
 
     def __init__(self, micro_batch: _MicroBatch, sums: HeadSums) -> None:
         self.objective = micro_batch.objective

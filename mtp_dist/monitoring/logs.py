@@ -8,7 +8,7 @@ PACKAGE_LOGGER = logging.getLogger("mtp_dist")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints information on standard output as it is, and warnings and errors on standard error with their level.
+    """A handler that prints warnings and errors with their level on standard error, and the rest on standard output.
 
     The streams are those of the moment: a progress bar replaces them while it is shown.
     """

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder, and how it makes room for another run."""
+"""The files of a run in its folder, and their archiving before another run uses it."""
 
 import logging
 from collections.abc import Iterable, Mapping
