@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from mtp_dist.config.heads import KINDS, KindName
+
 IMAGES = Path(__file__).parent / "images"
 SHARED, OWN, TENSOR = "#dcdcdc", "#b9d7f2", "#fff2c4"
 LINE = "#222222"
@@ -70,9 +72,10 @@ def predictions(axes: Axes, columns: Sequence[float], y: float) -> None:
         axes.text(x, y + 1.17, f"head {k}", ha="center", va="center", fontsize=9)
 
 
-def draw_blocks(axes: Axes, kind: str, block: str) -> None:
+def draw_blocks(axes: Axes, kind: KindName, block: str) -> None:
     """Draw a kind whose blocks stand between z and the final norm."""
-    readers = {"causal": COLUMNS[:1], "anticausal": COLUMNS[-1:]}.get(kind, COLUMNS)
+    reads = KINDS[kind].reads
+    readers = {"trunk": COLUMNS, "previous head": COLUMNS[:1], "next head": COLUMNS[-1:]}[reads]
     bar(axes, readers, 0.4, "$z$", TENSOR)
     bar(axes, COLUMNS, 2.3, "norm $N$")
     bar(axes, COLUMNS, 3.2, "unembedding $U$")
@@ -85,8 +88,8 @@ def draw_blocks(axes: Axes, kind: str, block: str) -> None:
         rise(axes, x, 0.4, 1.35)
     for x in COLUMNS[:-1]:
         ends = (x + 0.33, 1.35), (x + 0.67, 1.35)
-        if kind in ("causal", "anticausal"):
-            arrow(axes, *(ends if kind == "causal" else ends[::-1]))
+        if reads != "trunk":
+            arrow(axes, *(ends if reads == "previous head" else ends[::-1]))
 
 
 def draw_mlp(axes: Axes) -> None:

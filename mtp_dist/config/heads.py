@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat
 
@@ -14,12 +14,101 @@ StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
 """A step, and the value from that step on."""
 
 
+KindName = Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"]
+
+
+class HeadKind(NamedTuple):
+    """Properties of a kind of heads. None has a default: a new kind must decide each of them."""
+
+    reads: Literal["trunk", "previous head", "next head"]
+    """What head k reads: the trunk's output z; the hidden states of head k - 1, or z if k = 1; those of head k + 1, or
+    z if k = n."""
+    embeds_tokens: bool
+    """Whether a block also reads the embeddings of the tokens before its target."""
+    first_head_has_block: bool
+    """Whether head 1 has a block, not only those from head 2 on."""
+    block_follows_norm: bool
+    """Whether the block is between the final norm and the unembedding, not between the head's input and the norm."""
+    has_layers: bool
+    """Whether a block has `heads.layers_per_head` transformer layers."""
+    weights: Mapping[str, tuple[int, ...]]
+    """Shapes in units of D of a block's other weights, by name and in the order of the forward pass."""
+    repeatable: bool
+    """Whether one block can serve all heads from head 2 on (`heads.repeated`)."""
+    exportable: bool
+    """Whether a Llama can compute trunk and head 1."""
+
+
+KINDS: dict[KindName, HeadKind] = {
+    "parallel": HeadKind(
+        reads="trunk",
+        embeds_tokens=False,
+        first_head_has_block=True,
+        block_follows_norm=False,
+        has_layers=True,
+        weights={},
+        repeatable=False,
+        exportable=True,
+    ),
+    "causal": HeadKind(
+        reads="previous head",
+        embeds_tokens=False,
+        first_head_has_block=True,
+        block_follows_norm=False,
+        has_layers=True,
+        weights={},
+        repeatable=False,
+        exportable=True,
+    ),
+    "anticausal": HeadKind(
+        reads="next head",
+        embeds_tokens=False,
+        first_head_has_block=True,
+        block_follows_norm=False,
+        has_layers=True,
+        weights={},
+        repeatable=False,
+        exportable=True,
+    ),
+    "linear": HeadKind(
+        reads="trunk",
+        embeds_tokens=False,
+        first_head_has_block=True,
+        block_follows_norm=False,
+        has_layers=False,
+        weights={"linear.weight": (1, 1)},
+        repeatable=False,
+        exportable=False,
+    ),
+    "mlp": HeadKind(
+        reads="trunk",
+        embeds_tokens=False,
+        first_head_has_block=False,
+        block_follows_norm=True,
+        has_layers=False,
+        weights={"linear.weight": (1, 1)},
+        repeatable=False,
+        exportable=True,
+    ),
+    "sequential": HeadKind(
+        reads="previous head",
+        embeds_tokens=True,
+        first_head_has_block=False,
+        block_follows_norm=False,
+        has_layers=True,
+        weights={"hnorm.weight": (1,), "enorm.weight": (1,), "eh_proj.weight": (1, 2)},
+        repeatable=True,
+        exportable=True,
+    ),
+}
+
+
 class HeadsConfig(Section):
     """The prediction heads."""
 
     count: Annotated[PositiveInt, Field(le=1000)] = 4
     """Prediction heads n: head k = 1..n predicts the token k positions ahead."""
-    kind: Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"] = "parallel"
+    kind: KindName = "parallel"
     """`parallel`: each head has `layers_per_head` transformer layers on the trunk's output; `causal`: head k reads head
     k - 1 instead, `anticausal`: head k + 1; `linear`: each head is a matrix; `mlp`: each head from head 2 on is a
     residual block (Medusa); `sequential`: each head from head 2 on is a transformer block that reads the previous head
@@ -70,6 +159,11 @@ class HeadsConfig(Section):
     64 MiB on a CPU and 1 GiB on a GPU."""
 
     @property
+    def traits(self) -> HeadKind:
+        """Properties of the heads' kind."""
+        return KINDS[self.kind]
+
+    @property
     def distances(self) -> tuple[int, ...]:
         """Positions ahead that heads 1..n predict."""
         return self.prediction_distances or tuple(range(1, self.count + 1))
@@ -86,12 +180,12 @@ class HeadsConfig(Section):
 
     def active_blocks(self, active: int) -> int:
         """Return the number of blocks of heads 1..active."""
-        return active - 1 if self.kind in ("mlp", "sequential") else active
+        return active if self.traits.first_head_has_block else active - 1
 
     @property
     def block_layers(self) -> int:
         """Number of transformer layers in one block."""
-        return 0 if self.kind in ("linear", "mlp") else self.layers_per_head
+        return self.layers_per_head if self.traits.has_layers else 0
 
 
 def incompatible_head_settings(
@@ -114,22 +208,22 @@ def incompatible_head_settings(
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
     yield from messages_if(
         (
-            heads.repeated and heads.kind != "sequential",
+            heads.repeated and not heads.traits.repeatable,
             f"heads.repeated = true shares the block of kind 'sequential', heads.kind is '{heads.kind}': remove it",
         ),
         (
-            heads.layers_per_head > 1 and heads.kind in ("linear", "mlp"),
+            heads.layers_per_head > 1 and not heads.traits.has_layers,
             f"heads.layers_per_head = {heads.layers_per_head} is incompatible with heads.kind = '{heads.kind}', which "
             "has no transformer layers: remove it",
         ),
         (
-            heads.kind == "anticausal" and heads.detach,
-            "heads.detach = true is incompatible with heads.kind = 'anticausal': head 1 reaches the trunk through "
+            heads.traits.reads == "next head" and heads.detach,
+            f"heads.detach = true is incompatible with heads.kind = '{heads.kind}': head 1 reaches the trunk through "
             "all other heads, so their gradient cannot be stopped before it",
         ),
         (
-            heads.kind == "anticausal" and heads.schedule != "constant",
-            f"heads.schedule = '{heads.schedule}' is incompatible with heads.kind = 'anticausal': head 1 reads the "
+            heads.traits.reads == "next head" and heads.schedule != "constant",
+            f"heads.schedule = '{heads.schedule}' is incompatible with heads.kind = '{heads.kind}': head 1 reads the "
             "trunk through all other heads, so none of them can be left out",
         ),
     )
@@ -142,9 +236,9 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             "heads.distillation trains the heads from head 2 on, heads.count is 1: remove it",
         ),
         (
-            heads.distillation and heads.kind == "anticausal",
-            "heads.distillation is incompatible with heads.kind = 'anticausal': head 1, the teacher of the others, is "
-            "the last to run",
+            heads.distillation and heads.traits.reads == "next head",
+            f"heads.distillation is incompatible with heads.kind = '{heads.kind}': head 1, the teacher of the others, "
+            "is the last to run",
         ),
         (
             heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation,
@@ -193,9 +287,9 @@ def _incompatible_distances(heads: HeadsConfig, sequence_length: int) -> Iterato
             f"the last of heads.prediction_distances, {distances[-1]}, exceeds the length of a sample, "
             f"train.sequence_length = {sequence_length}: lower it or train on longer samples"
         )
-    elif heads.kind == "sequential" and distances != tuple(range(1, len(distances) + 1)):
+    elif heads.traits.embeds_tokens and distances != tuple(range(1, len(distances) + 1)):
         yield (
-            f"{key} is incompatible with heads.kind = 'sequential', whose blocks read every token up to their "
+            f"{key} is incompatible with heads.kind = '{heads.kind}', whose blocks read every token up to their "
             "target: remove it"
         )
 

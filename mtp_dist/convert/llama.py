@@ -4,13 +4,12 @@ Both rotate channel i of an attention head with channel i + C/2 (rotary embeddin
 """
 
 from collections.abc import Sequence
-from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
-from mtp_dist.model.parameters import parameter_shapes
+from mtp_dist.model.parameters import head_key, parameter_shapes
 
 QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 LAYER: dict[str, tuple[str, ...]] = {
@@ -26,17 +25,9 @@ LAYER: dict[str, tuple[str, ...]] = {
 
 def layers_after_trunk(heads: HeadsConfig) -> list[str]:
     """Return the global names of the layers that head 1 runs after the trunk, in forward order."""
-    numbers: Sequence[int]
-    match heads.kind:
-        case "parallel" | "causal":
-            numbers = (1,)
-        case "anticausal":
-            numbers = range(heads.count, 0, -1)
-        case "linear" | "mlp" | "sequential":
-            numbers = ()
-        case _:
-            assert_never(heads.kind)
-    return [f"heads.{head}.{depth}" for head in numbers for depth in range(heads.layers_per_head)]
+    numbers = range(heads.count if heads.traits.reads == "next head" else 1, 0, -1)
+    keys = filter(None, (head_key(heads, head) for head in numbers))
+    return [f"heads.{key}.{depth}" for key in keys for depth in range(heads.block_layers)]
 
 
 def llama_layers(config: Config) -> list[str]:

@@ -70,10 +70,10 @@ def export_checkpoint(
         raise CheckpointError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
     metadata, reader = read_metadata(source), TensorReader(source, MODEL)
     config = metadata.config
-    if config.heads.kind == "linear":
+    if not config.heads.traits.exportable:
         raise CheckpointError(
-            f"{source} has heads.kind = 'linear': its head 1 multiplies the trunk's output by a matrix before the "
-            "final norm, where a Llama has none; models with heads of the other kinds can be exported"
+            f"{source} has heads.kind = '{config.heads.kind}': its head 1 multiplies the trunk's output by a matrix "
+            "before the final norm, where a Llama has none; models with heads of the other kinds can be exported"
         )
     dtype = dtype or config.train.precision
     shapes, target_shapes, in_llama = parameter_shapes(config), llama_shapes(config), llama_weights(config)

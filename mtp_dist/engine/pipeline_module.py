@@ -29,7 +29,7 @@ def suppress_stdout() -> contextlib.AbstractContextManager[object]:
 
 def _heads_have_embedding(config: Config) -> bool:
     """Return whether the heads' stage has the embedding too, as output layer or to embed tokens that heads read."""
-    return config.model.tie_embeddings or config.heads.kind == "sequential"
+    return config.model.tie_embeddings or config.heads.traits.embeds_tokens
 
 
 class StageOutput(NamedTuple):

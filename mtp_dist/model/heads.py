@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config.heads import KindName
 from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, call_recomputed
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
@@ -91,7 +92,7 @@ class SequentialHead(nn.Module):
         return projected
 
 
-_HEADS: dict[str, Callable[[Config, TransformerConfig], nn.Module]] = {
+_HEADS: dict[KindName, Callable[[Config, TransformerConfig], nn.Module]] = {
     "parallel": TransformerHead,
     "causal": TransformerHead,
     "anticausal": TransformerHead,
@@ -132,16 +133,18 @@ def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:
     The first head of a chain reads the trunk's output z, each other head the hidden states of the head before it.
     """
     numbers = tuple(range(1, heads.count + 1))
-    if heads.kind == "anticausal":
-        return (numbers[::-1],)
-    return (numbers,) if heads.kind in ("causal", "sequential") else tuple((k,) for k in numbers)
+    return {
+        "trunk": tuple((k,) for k in numbers),
+        "previous head": (numbers,),
+        "next head": (numbers[::-1],),
+    }[heads.traits.reads]
 
 
 def detached_heads(heads: HeadsConfig) -> frozenset[int]:
     """Return the heads that pass no gradient on to their input."""
     if not heads.detach:
         return frozenset()
-    return frozenset([2]) if heads.kind in ("causal", "sequential") else frozenset(range(2, heads.count + 1))
+    return frozenset([2]) if heads.traits.reads == "previous head" else frozenset(range(2, heads.count + 1))
 
 
 class HeadContext(NamedTuple):
@@ -167,11 +170,11 @@ class PredictionHeads(nn.Module):
         self.config = config
         self.chains = chains(config.heads)
         self.detached = detached_heads(config.heads)
-        self.kind = config.heads.kind
+        self.traits = config.heads.traits
         numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
         own = filter(None, dict.fromkeys(self.keys.values()))
-        self.heads = nn.ModuleDict({key: _HEADS[self.kind](config, megatron) for key in own})
+        self.heads = nn.ModuleDict({key: _HEADS[config.heads.kind](config, megatron) for key in own})
         self.final_norm = RMSNorm(megatron, config.model.hidden_size, config.model.norm_eps)
         self.separate = config.heads.unembedding == "separate"
         if self.separate:
@@ -184,21 +187,19 @@ class PredictionHeads(nn.Module):
     def pre_norm_hidden(self, head: int, inputs: Tensor, context: HeadContext) -> Tensor:
         """Return the hidden states `[S, B, D]` of a head from z or those of the head before it, see `chains`."""
         key = self.keys[head]
-        if key is None or self.kind == "mlp":
+        if key is None or self.traits.block_follows_norm:
             return inputs
-        module = self.heads[key]
-        hidden: Tensor
-        if self.kind == "linear":
-            hidden = module(inputs)
-        elif self.kind == "sequential":
-            hidden = module(inputs, self._embed_ahead(head - 1, context), context.attention)
-        else:
-            hidden = module(inputs, context.attention)
+        arguments: list[Tensor | AttentionInputs] = [inputs]
+        if self.traits.embeds_tokens:
+            arguments.append(self._embed_ahead(head - 1, context))
+        if self.traits.has_layers:
+            arguments.append(context.attention)
+        hidden: Tensor = self.heads[key](*arguments)
         return hidden
 
     def _embed_ahead(self, distance: int, context: HeadContext) -> Tensor:
         """Return the embeddings `[S, B, D]` of the tokens `distance` positions ahead."""
-        assert context.embedding_weight is not None, "sequential heads have the embedding on the last stage"
+        assert context.embedding_weight is not None, "heads that embed tokens have the embedding on their stage"
         tokens = context.samples[:, distance : distance + self.config.train.sequence_length]
         return embed_tokens(context.embedding_weight, tokens, self.config.parallel.sequence)
 
@@ -206,7 +207,7 @@ class PredictionHeads(nn.Module):
         """Return what the unembedding reads, `[S, B, D]`, from a head's hidden states."""
         normalized: Tensor = self.final_norm(hidden)
         key = self.keys[head]
-        return self.heads[key](normalized) if self.kind == "mlp" and key else normalized
+        return self.heads[key](normalized) if self.traits.block_follows_norm and key else normalized
 
     def logits(self, head: int, normalized: Tensor, context: HeadContext) -> Tensor:
         """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
@@ -216,7 +217,7 @@ class PredictionHeads(nn.Module):
     def trained_parameters(self, context: HeadContext) -> list[Tensor]:
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
         params: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
-        if self.kind == "sequential" and context.embedding_weight is not None:
+        if self.traits.embeds_tokens and context.embedding_weight is not None:
             params.append(context.embedding_weight)
         return [param for param in params if param.requires_grad]
 

@@ -48,25 +48,19 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 def head_key(heads: HeadsConfig, head: int) -> str | None:
     """Return the name of a head's own module, None if the head is only the final norm and the unembedding."""
-    if head == 1 and heads.kind in ("mlp", "sequential"):
+    if head == 1 and not heads.traits.first_head_has_block:
         return None
     return "repeated" if heads.repeated else str(head)
 
 
 def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of one head's own parameters. layer: shapes of a transformer layer."""
-    width, kind = config.model.hidden_size, config.heads.kind
-    if kind in ("linear", "mlp"):
-        return {"linear.weight": (width, width)}
-    prefix = "layers." if kind == "sequential" else ""
-    layers = {
-        f"{prefix}{depth}.{name}": shape
-        for depth in range(config.heads.layers_per_head)
-        for name, shape in layer.items()
+    weights = config.heads.traits.weights
+    shapes = {name: tuple(config.model.hidden_size * size for size in shape) for name, shape in weights.items()}
+    prefix = "layers." if weights else ""
+    return shapes | {
+        f"{prefix}{depth}.{name}": shape for depth in range(config.heads.block_layers) for name, shape in layer.items()
     }
-    if kind != "sequential":
-        return layers
-    return {"hnorm.weight": (width,), "enorm.weight": (width,), "eh_proj.weight": (width, 2 * width)} | layers
 
 
 def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:

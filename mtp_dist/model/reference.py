@@ -5,7 +5,7 @@ an error with them. Small checkpoints are sampled with it too.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.parameters import initial_weight, parameter_shapes
+from mtp_dist.model.parameters import head_key, initial_weight, parameter_shapes
 from mtp_dist.model.rope import rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
 
@@ -65,7 +65,7 @@ class ReferenceModel(nn.Module):
     def logits(self, samples: Tensor, length: int | None = None, documents: Tensor | None = None) -> ReferenceLogits:
         """Return all logits for samples `[B, S + lookahead]`; S is `length`, by default that of samples.
 
-        Only `sequential` heads read tokens beyond S. If documents, shaped like samples, are given, positions attend
+        Only heads that embed tokens read those beyond S. If documents, shaped like samples, are given, positions attend
         only to their own document.
         """
         mask = _attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
@@ -78,7 +78,7 @@ class ReferenceModel(nn.Module):
     def next_token_logits(self, tokens: Tensor) -> Tensor:
         """Return head 1's logits `[B, S, V]` for tokens `[B, S]`."""
         heads = self.config.heads
-        last = heads.count if heads.kind == "anticausal" else 1
+        last = heads.count if heads.traits.reads == "next head" else 1
         mask = _attention_mask(tokens)
         return self._logits(1, self._pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1])
 
@@ -93,12 +93,15 @@ class ReferenceModel(nn.Module):
         """Return the hidden states of heads 1..last before the final norm, by the formulas of docs/heads.md."""
         heads, states = self.config.heads, dict[int, Tensor]()
         numbers = range(1, (last or heads.count) + 1)
-        for k in reversed(numbers) if heads.kind == "anticausal" else numbers:
-            before = z
-            if heads.kind in ("causal", "sequential") and k > 1:
-                before = states[k - 1]
-            if heads.kind == "anticausal" and k < heads.count:
-                before = states[k + 1]
+        for k in reversed(numbers) if heads.traits.reads == "next head" else numbers:
+            before = {  # by kind, not by `reads`, so that an error in the table of kinds is not in both models
+                "parallel": z,
+                "causal": states.get(k - 1, z),
+                "anticausal": states.get(k + 1, z),
+                "linear": z,
+                "mlp": z,
+                "sequential": states.get(k - 1, z),
+            }[heads.kind]
             if heads.detach and k > 1 and (k == 2 or before is z):
                 before = before.detach()
             states[k] = self._state(k, before, samples, mask)
@@ -106,19 +109,25 @@ class ReferenceModel(nn.Module):
 
     def _state(self, k: int, before: Tensor, samples: Tensor, mask: Tensor) -> Tensor:
         heads, eps = self.config.heads, self.config.model.norm_eps
-        if heads.kind == "linear":
-            return before @ self.weight(f"heads.{k}.linear.weight").T
-        if heads.kind == "mlp" or (heads.kind == "sequential" and k == 1):
-            return before
-        name = f"heads.{k}"
-        if heads.kind == "sequential":
-            name = "heads.repeated" if heads.repeated else name
-            tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
-            embedded = F.embedding(tokens, self.weight("embedding.weight"))
-            embedded = _rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)
-            before = _rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)
-            before = torch.cat([embedded, before], -1) @ self.weight(f"{name}.eh_proj.weight").T
-            name += ".layers"
+        name = f"heads.{head_key(heads, k)}"
+        match heads.kind:
+            case "parallel" | "causal" | "anticausal":
+                pass
+            case "linear":
+                return before @ self.weight(f"{name}.linear.weight").T
+            case "mlp":  # its blocks are in `_normalize`
+                return before
+            case "sequential":
+                if k == 1:
+                    return before
+                tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
+                embedded = F.embedding(tokens, self.weight("embedding.weight"))
+                embedded = _rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)
+                before = _rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)
+                before = torch.cat([embedded, before], -1) @ self.weight(f"{name}.eh_proj.weight").T
+                name += ".layers"
+            case _:
+                assert_never(heads.kind)
         for depth in range(heads.layers_per_head):
             before = self._recomputed_layer(f"{name}.{depth}", before, mask)
         return before

@@ -1,5 +1,6 @@
 """Parameters of a model, FLOPs per trained position, and peak FLOP/s of GPUs."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -43,8 +44,8 @@ def _unembeddings(config: Config) -> int:
 
 def _extra_matrix(config: Config) -> int:
     """Return the parameters of the matrix that a head's block has in addition to its transformer layers."""
-    squares = {"linear": 1, "mlp": 1, "sequential": 2}
-    return squares.get(config.heads.kind, 0) * config.model.hidden_size**2
+    squares = sum(math.prod(shape) for shape in config.heads.traits.weights.values() if len(shape) == 2)
+    return squares * config.model.hidden_size**2
 
 
 def head_matrices(config: Config, active: int) -> int:
@@ -60,7 +61,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
-    norms = 2 * model.hidden_size if config.heads.kind == "sequential" else 0  # before a block's matrix
+    norms = sum(model.hidden_size for shape in config.heads.traits.weights.values() if len(shape) == 1)
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
         heads=blocks * (config.heads.block_layers * layer + _extra_matrix(config) + norms) + model.hidden_size,

@@ -110,8 +110,7 @@ def tolerances(config: Config, data_parallel: int) -> dict[str, float]:
     sum over ranks with as many roundings. Matrix products and other long sums accumulate in fp32.
     """
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
-    chained = heads.kind in ("causal", "anticausal", "sequential")
-    depth = model.trunk_layers + heads.layers_per_head * (heads.count if chained else 1)
+    depth = model.trunk_layers + heads.layers_per_head * (1 if heads.traits.reads == "trunk" else heads.count)
     roundings = ROUNDINGS_OUTSIDE_LAYERS + 4 * depth * parallel.tensor
     if parallel.grad_reduce_dtype == "bf16":
         roundings += data_parallel

@@ -4,11 +4,13 @@ import json
 from functools import reduce
 from operator import attrgetter, getitem
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from mtp_dist.config import Config, HeadsConfig, build_config, load_config, override_values, read_values, resolve
+from mtp_dist.config.heads import KINDS, KindName
 from mtp_dist.errors import ConfigError
 from tests.unit.conftest import BASE_TEXT
 
@@ -17,7 +19,7 @@ ROUND_TRIPS = [
     "parallel.partition=[3, 1] & heads.loss_weights=[1, 0.5, 0, 2]",
     "parallel.partition=uniform & model.vocab_size=1000 & log.sample_prompt=null",
     "deepspeed.comms_logger.enabled=true & optimizer.lr=1e-5 & train.grad_clip=0.0 & run.output_dir=/data/x",
-    *(f"heads.kind={kind}" for kind in ("parallel", "causal", "anticausal", "linear", "mlp", "sequential")),
+    *(f"heads.kind={kind}" for kind in KINDS),
     "heads={kind: sequential, repeated: true, layers_per_head: 2, detach: true, unembedding: separate}",
     "heads={kind: sequential, prediction_distances: [1, 2, 3, 4]}",
     "heads={prediction_distances: [1, 3, 5, 7], schedule: forward, loss_weights: [1, 0.5, 0, 0.25]}",
@@ -120,7 +122,9 @@ def test_derived_values_of_heads():
     assert leaps.distances == (1, 3, 5, 7) and leaps.lookahead == 7, "no token order is predicted"
     assert HeadsConfig(token_order=0.5, token_order_window=9).lookahead == 9
     assert HeadsConfig(token_order=0.5, token_order_window=2).lookahead == 4
-    for kind, number in {"parallel": 4, "causal": 4, "anticausal": 4, "linear": 4, "mlp": 3, "sequential": 3}.items():
+    blocks = {"parallel": 4, "causal": 4, "anticausal": 4, "linear": 4, "mlp": 3, "sequential": 3}
+    assert blocks.keys() == KINDS.keys() == set(get_args(KindName))
+    for kind, number in blocks.items():
         heads = HeadsConfig.model_validate({"kind": kind})
         assert heads.num_blocks == number and heads.block_layers == (0 if kind in ("linear", "mlp") else 1)
 

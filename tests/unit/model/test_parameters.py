@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mtp_dist.config import Config
+from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import padded_vocab_size
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.sharding import is_sharded, shard, unshard
@@ -75,7 +76,7 @@ def test_padded_vocab_size(vocab_size: int, ranks: int) -> None:
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    kind = draw(st.sampled_from(["parallel", "causal", "anticausal", "linear", "mlp", "sequential", "repeated"]))
+    kind = draw(st.sampled_from([*KINDS, "repeated"]))
     unembedding = draw(st.sampled_from(["shared", "tied", "separate"]))
     model = {
         "vocab_size": draw(st.integers(1, 999)),
@@ -89,7 +90,7 @@ def configs(draw: st.DrawFn) -> Config:
         "count": draw(st.integers(1, 4)),
         "kind": "sequential" if kind == "repeated" else kind,
         "repeated": kind == "repeated",
-        "layers_per_head": 1 if kind in ("linear", "mlp") else draw(st.integers(1, 3)),
+        "layers_per_head": draw(st.integers(1, 3)) if kind == "repeated" or KINDS[kind].has_layers else 1,
         "unembedding": "separate" if unembedding == "separate" else "shared",
         "token_order": draw(st.sampled_from([0.0, 0.5])),
     }
@@ -108,7 +109,7 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     embeddings = [size for name, size in sizes.items() if "embedding" in name or name.startswith("token_order")]
     assert sum(embeddings) == counts.embeddings and set(embeddings) == {vocab_size * width}
 
-    first = 2 if heads.kind in ("mlp", "sequential") else 1
+    first = 1 if heads.traits.first_head_has_block else 2
     keys = ["repeated" if heads.repeated else k for k in range(first, heads.count + 1)]
     used = [name for name in shapes if name.startswith("trunk.")]
     used += [name for key in keys for name in shapes if name.startswith(f"heads.{key}.")]

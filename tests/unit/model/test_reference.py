@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_dist.config import Config
+from mtp_dist.config.heads import KINDS
 from mtp_dist.convert.llama import llama_weights, split
 from mtp_dist.convert.to_huggingface import llama_config
 from mtp_dist.model.reference import ReferenceModel, reference_losses
@@ -105,7 +106,7 @@ def test_each_head_trains_its_own_layers_and_what_is_shared() -> None:
         assert trained == [n for n in names if not n.startswith("heads.") or f"heads.{distance}." in n]
 
 
-@pytest.mark.parametrize("kind", ["parallel", "causal", "anticausal", "linear", "mlp", "sequential"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_next_token_logits_are_those_of_head_1(kind: str) -> None:
     model, samples = lively_model(tiny_config(heads={"kind": kind})), random_tokens(1, 12)
     every = model(samples, 8)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from mtp_dist.config.heads import KINDS
 from mtp_dist.planner.flops import ParameterCounts, model_flops_per_token, parameter_counts, peak_flops
 from tests.tiny import tiny_config
 
@@ -67,7 +68,7 @@ def test_flops_of_every_matrix_product():
     assert model_flops_per_token(small_config(), 2) == 3 * forward
 
 
-@pytest.mark.parametrize("kind", ["parallel", "linear", "mlp", "sequential"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind):
     for active in (1, 2, 3):
         fewer = model_flops_per_token(a_7b_model(8, count=active, kind=kind), active)
