@@ -24,7 +24,8 @@ from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.tokenize import BATCH_BYTES, UnitSummary
 from mtp_dist.data.prepare.worker_pool import map_in_order
 from mtp_dist.data.samples import PackedCorpus
-from mtp_dist.data.sources.text_sources import UNIT_BYTES, InputOptions, open_inputs
+from mtp_dist.data.sources.input import UNIT_BYTES, InputOptions
+from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.work_units import WorkUnit, in_batches
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer

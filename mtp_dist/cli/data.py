@@ -48,7 +48,7 @@ def prepare(
     from mtp_dist.cli.data_tables import PreparationProgress, describe
     from mtp_dist.data.prepare.prepare import Request
     from mtp_dist.data.prepare.prepare import prepare as make
-    from mtp_dist.data.sources.text_sources import InputOptions
+    from mtp_dist.data.sources.input import InputOptions
 
     options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
     workers = workers or len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below, unigram_entropy
 from mtp_dist.data.run_sources import RunSources, content_key
 from mtp_dist.data.samples import Cut, PackedCorpus
-from mtp_dist.data.sources.text_sources import Input, Shard
+from mtp_dist.data.sources.input import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_text_loss
 from mtp_dist.data.tokenizer import Tokenizer, encode_documents

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.corpus import Corpus, corpus_prefix, open_corpus
-from mtp_dist.data.sources.text_sources import Input, InputOptions, open_inputs
+from mtp_dist.data.sources.input import Input, InputOptions
+from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.blending import Blend
-from mtp_dist.data.sources.text_sources import UNSPLIT, Input, Shard
+from mtp_dist.data.sources.input import UNSPLIT, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, DataError, UserError
 

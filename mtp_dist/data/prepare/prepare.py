@@ -25,7 +25,8 @@ from mtp_dist.data.corpus import CorpusDescription, SourceDescription, Tokenizer
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.prepare.tokenize import UnitEncoder, UnitSummary
 from mtp_dist.data.prepare.worker_pool import WorkerDiedError, map_in_order, preload_modules
-from mtp_dist.data.sources.text_sources import UNIT_BYTES, FileCounts, Input, InputOptions, open_inputs
+from mtp_dist.data.sources.input import UNIT_BYTES, FileCounts, Input, InputOptions
+from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.text_loss import TextLoss
 from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer

@@ -11,7 +11,8 @@ from datasets import Dataset
 from mtp_dist.data import corpus, text_tokenizers
 from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.sources import text_sources
+from mtp_dist.data.sources.dataset_input import DatasetInput
+from mtp_dist.data.sources.files_input import FilesInput
 from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.pretrain import main
 from tests.unit.data.preparing import data_config, error_of, made, request, write_jsonl
@@ -128,7 +129,7 @@ def test_prepare_and_start_build_the_tokenizer_once_and_open_each_source_once(
         monkeypatch.setattr(owner, name, create_autospec(getattr(owner, name), side_effect=getattr(owner, name)))
         return getattr(owner, name)
 
-    kinds = (text_sources.FilesInput, text_sources.DatasetInput)
+    kinds = (FilesInput, DatasetInput)
     once = [spy(text_tokenizers.HuggingFaceTokenizer, "__init__"), spy(corpus, "read_index")]
     once += [spy(kind, name) for kind in kinds for name in ("__init__", "units")]
     tokenizer = trained_tokenizers / "tokenizer.json"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from mtp_dist.config.notices import notices
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.sources import text_sources
-from mtp_dist.data.sources.text_sources import InputOptions, open_inputs
+from mtp_dist.data.sources import dataset_input, files_input
+from mtp_dist.data.sources.input import InputOptions
+from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.streaming import StreamedSamples, TokenStream, merge_states
 from mtp_dist.data.tokenizer import ByteTokenizer
 from mtp_dist.errors import ConfigError, DataError
@@ -30,7 +31,7 @@ UNIT_BYTES = 300
 @pytest.fixture(scope="module", autouse=True)
 def small_units():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_sources, "UNIT_BYTES", UNIT_BYTES)
+        patch.setattr(files_input, "UNIT_BYTES", UNIT_BYTES)
         yield
 
 
@@ -316,7 +317,7 @@ def test_datasets_are_sharded_too(tmp_path, saved, monkeypatch):
     dataset = Dataset.from_dict({"text": [f"text {number:02}" * 3 for number in range(90)]})
     dataset.save_to_disk(tmp_path / "saved")
     if not saved:  # like a hub dataset in 9 files
-        monkeypatch.setattr(text_sources, "load_dataset", lambda *_: dataset.to_iterable_dataset(num_shards=9))
+        monkeypatch.setattr(dataset_input, "load_dataset", lambda *_: dataset.to_iterable_dataset(num_shards=9))
     source = {"path": str(tmp_path / "saved"), "stream": True}
     config, run = sharded(3, source), Ranks(sharded(3, source), 3)
     first = run.read(4)
