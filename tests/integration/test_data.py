@@ -25,8 +25,8 @@ def test_text_becomes_a_trained_model(tmp_path):
     assert again.stderr == f"error: {tmp_path / 'two_corpus.bin'} exists: delete it, or choose another --to\n"
     assert sorted(file.suffix for file in tmp_path.glob("two_corpus*")) == [".bin", ".idx", ".json"]
 
-    shown = jobs.run(jobs.forked(*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2"))
-    report = json.loads(shown.stdout)
+    inspect = jobs.forked(*MTP_DIST, "inspect", str(tmp_path / "one_corpus"), "--json", "--heads", "2")
+    report = json.loads(jobs.run(inspect).stdout)
     sample = report["samples"][0]
     assert report["documents"] == 3 and sample["tokens"][2:] == sample["targets"][1][:-2]
 
@@ -63,19 +63,16 @@ def test_killed_stream_resumes_at_another_degree(tmp_path):
         write_jsonl(tmp_path / "documents" / f"{part}.jsonl", documents[part::4])
     source = {"path": str(tmp_path / "documents"), "glob": "*.jsonl", "stream": True}
     data = {"train": [source], "validation": [], "stream_shards": 4}
-    config = jobs.write_config(tmp_path, data=data, checkpoint={"every": 2})
-
-    def arguments(output):
-        options = ["train.steps=10", "train.validate_every=null", f"run.output_dir={tmp_path / output}"]
-        return [jobs.PRETRAIN, "--config", str(config), *options]
-
-    jobs.run(jobs.forked(*arguments("whole")), status=0)
-    with jobs.started(jobs.forked(*arguments("killed"), processes=2), tmp_path) as job:  # data-parallel
-        job.wait_until((tmp_path / "killed" / "checkpoints" / "step_00000002").exists)
+    train = {"steps": 10, "validate_every": None}
+    config = jobs.write_config(tmp_path, data=data, checkpoint={"every": 2}, train=train)
+    command = [jobs.PRETRAIN, "--config", str(config)]
+    jobs.run(jobs.forked(*command, f"run.output_dir={tmp_path / 'whole'}"), status=0)
+    with jobs.started(jobs.forked(*command, processes=2), tmp_path) as job:  # data-parallel
+        job.wait_until((tmp_path / "out" / "checkpoints" / "step_00000002").exists)
         job.rank(1).kill()
         assert job.wait() != 0
-    assert "Resuming from step" in jobs.run(jobs.forked(*arguments("killed")), status=0).output
-    whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "killed")
+    assert "Resuming from step" in jobs.run(jobs.forked(*command), status=0).output
+    whole, killed = learned(tmp_path / "whole"), learned(tmp_path / "out")
     assert len(whole) == len(killed) == 10
     for expected, found in zip(whole, killed, strict=True):
         assert all(abs(a - b) <= 1e-4 * a for a, b in zip(expected, found, strict=True))

@@ -84,10 +84,9 @@ def test_epochs_count_what_was_read(weights, read):
 
 
 class Phase(NamedTuple):
-    """A run between two resumes."""
+    """A run between two resumes; its weights are by source."""
 
     weights: dict[int, float]
-    """By source."""
     sequence_length: int
     lookahead: int
     seed: int
@@ -96,10 +95,8 @@ class Phase(NamedTuple):
 
 def resumed(phase, sizes, state):
     """Return a phase's datasets and the number of its first sample."""
-    corpora = [
-        PackedCorpus(j * SOURCE_TOKENS + np.arange(sizes[j]), phase.sequence_length, phase.lookahead)
-        for j in phase.weights
-    ]
+    length, lookahead = phase.sequence_length, phase.lookahead
+    corpora = [PackedCorpus(j * SOURCE_TOKENS + np.arange(sizes[j]), length, lookahead) for j in phase.weights]
     samples = BlendedSamples(corpora, list(phase.weights.values()), phase.seed)
     names = tuple(map(str, phase.weights))
     datasets = Datasets(None, samples, names, tuple(f"fingerprint of {name}" for name in names), (), ())

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
+import numpy as np
 import psutil
 import pytest
 import tokenizers
@@ -23,7 +24,7 @@ from mtp_dist.cli import data_tables
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
-from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.data.tokenizer import build_tokenizer, id_dtype
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import Recorder, digests, documents_of, error_of, made, request, texts_of, write_jsonl
 
@@ -79,7 +80,8 @@ def test_result_does_not_depend_on_workers_or_work_units(corpus, tmp_path, train
     assert description.empty_documents == 6 and prepared.first_empty == str(corpus / "00.py")
 
 
-def test_large_vocabularies_take_four_bytes_per_token(tmp_path, trained_tokenizers):
+def test_ids_take_two_bytes_if_they_fit_and_four_in_large_vocabularies(tmp_path, trained_tokenizers):
+    assert [id_dtype(size) for size in (257, 65499, 65500, 200_000)] == [np.uint16, np.uint16, np.int32, np.int32]
     large = tokenizers.Tokenizer.from_file(str(trained_tokenizers / "tokenizer.json"))
     large.add_tokens([f"<{i}>" for i in range(303, 70_000)])
     large.save(str(tmp_path / "large.json"))
@@ -291,20 +293,18 @@ def test_input_that_vanishes_is_reported(corpus, tmp_path, monkeypatch):
     assert f"cannot read {corpus / '00.py'} (No such file" in message(request(corpus, tmp_path / "a", glob="*.py"))
 
 
-@pytest.mark.parametrize(
-    ("target", "kind", "reason"),
-    [
+def test_impossible_corpora_are_refused(tmp_path):
+    file = tmp_path / "file"
+    for target, kind, reason in (
         ("empty", DataError, "no document has any text"),
-        ("file/a", DataError, "cannot create {folder}/file/a.unfinished (Not a directory)"),
-        ("c.bin", ConfigError, "use --to '{folder}/c'"),
-        ("c.idx", ConfigError, "use --to '{folder}/c'"),
-        ("c.json", ConfigError, "'{folder}/c.json' ends with .json, a suffix"),
-    ],
-)
-def test_impossible_corpora_are_refused(tmp_path, target, kind, reason):
-    (tmp_path / "file").write_text("" if target == "empty" else "text")
-    assert reason.format(folder=tmp_path) in message(request(tmp_path / "file", tmp_path / target), kind)
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "empty.unfinished"}
+        ("file/a", DataError, f"cannot create {file}/a.unfinished (Not a directory)"),
+        ("c.bin", ConfigError, f"use --to '{tmp_path}/c'"),
+        ("c.idx", ConfigError, f"use --to '{tmp_path}/c'"),
+        ("c.json", ConfigError, f"'{tmp_path}/c.json' ends with .json, a suffix"),
+    ):
+        file.write_text("" if target == "empty" else "text")
+        assert reason in message(request(file, tmp_path / target), kind)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "empty.unfinished"}
 
 
 VOCABULARY = ["<|endoftext|>", "known", *"know"]

@@ -179,6 +179,11 @@ def test_files_of_a_folder_are_counted(tmp_path, monkeypatch):
     assert f"4 files: {read}\n" in shown and f"17 files skipped: {skipped}; the first: " in shown
     for text, found in ((read, counts["read"]), (skipped, counts["skipped"])):
         assert text == ", ".join(f"{number} {kind}" for kind, number in found.items())
+    source = {"path": str(folder), "glob": "**/*"}
+    start = f"data.train.0: 127 documents, {3 * sum(map(len, texts)) + 6:,} bytes of text; "
+    assert load_datasets(data_config(source)).descriptions == (start + "; ".join(shown.splitlines()[1:3]),)
+    text = error_of(DataError, load_datasets, data_config(source | {"glob": "results.*"}))
+    assert "has no document with text (0 documents, " in text and " 2 files skipped: 1 CSV without the field" in text
 
 
 RECORD = b'{"text": "a"}'
@@ -207,20 +212,6 @@ def test_records_may_be_longer_than_the_inspected_head(tmp_path, start, between,
         texts = ["a" * length for length in lengths]
         (tmp_path / "a.json").write_text(start + between.join(json.dumps({"text": text}) for text in texts) + end)
         assert documents(units(tmp_path / "a.json", unit_bytes=1 << 20)) == texts
-
-
-def test_descriptions_count_the_files_of_a_source(tmp_path):
-    tree(tmp_path, "a.py", "b.py")
-    (tmp_path / "picture.py").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
-    source = {"path": str(tmp_path), "glob": "p*.py"}
-    counts = error_of(DataError, load_datasets, data_config(source))
-    assert "has no document with text (0 documents, " in counts and " 1 files skipped: 1 binary" in counts
-    datasets = load_datasets(data_config(source | {"glob": "*.py"}, heads=1, sequence_length=4))
-    [description] = datasets.descriptions
-    assert description == (
-        "data.train.0: 2 documents, 8 bytes of text; 2 files: 2 text; 1 files skipped: 1 binary; the first: "
-        f"{tmp_path / 'picture.py'}"
-    )
 
 
 json_values = st.recursive(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.data import text_tokenizers
-from mtp_dist.data.tokenizer import build_tokenizer, id_dtype
+from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import error_of
 
@@ -151,7 +151,3 @@ def test_hub_names_are_read_from_the_cache(trained_tokenizers, tmp_path, monkeyp
     monkeypatch.setattr(text_tokenizers, "snapshot_download", partial(download, cache_dir=tmp_path))
     tokenizer = build_tokenizer("some/model")
     assert (tokenizer.name, tokenizer.fingerprint) == ("some/model", build_tokenizer(str(file)).fingerprint)
-
-
-def test_ids_take_two_bytes_if_they_fit():
-    assert [id_dtype(size) for size in (257, 65499, 65500, 200_000)] == [np.uint16, np.uint16, np.int32, np.int32]

@@ -46,15 +46,12 @@ def test_tasks_are_drawn_no_further_than_needed():
     running.close()
 
 
-@pytest.mark.parametrize(
-    ("task", "error", "text"),
-    [
+def test_errors_and_deaths_are_raised():
+    for task, error, text in (
         (50, ConfigError, "not 50"),
         (51, RuntimeError, r"in a worker process:\n(.*\n)*KeyError: 'a bug'"),
         (52, WorkerDiedError, "a worker ended with status -9"),
-    ],
-)
-def test_errors_and_deaths_are_raised(task, error, text):
-    with pytest.raises(error, match=text) as raised:
-        list(map_in_order(double, [1, task], 2))
-    assert getattr(raised.value, "task", task) == task
+    ):
+        with pytest.raises(error, match=text) as raised:
+            list(map_in_order(double, [1, task], 2))
+        assert getattr(raised.value, "task", task) == task
