@@ -50,10 +50,8 @@ def config_of(global_batch, micro_batch, tensor=1, pipeline=1, **data):
     )
 
 
-def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, device=CPU, **ranks):
-    """Build the loader of a rank; ranks: its pp_rank and tp_rank, 0 by default."""
-    position = {"tp_rank": 0, "pp_rank": 0, "dp_rank": dp_rank, "device": device} | ranks
-    topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, **position)
+def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, device=CPU, tp_rank=0, pp_rank=0):
+    topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, tp_rank, pp_rank, dp_rank, device)
     tokenizer = SimpleNamespace(end_of_document=103)
     datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), (), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
@@ -135,20 +133,17 @@ def test_reading_ends_at_the_last_step_and_errors_come_with_their_step(completed
 
 @pytest.mark.parametrize("across", [True, False])
 def test_documents_and_valid_targets(across):
-    keys = {"loss_across_documents": across, "attention_across_documents": False}
-    batch = batches_of(config_of(4, 2, **keys)).next_train_batch()
+    batches = batches_of(config_of(4, 2, loss_across_documents=across, attention_across_documents=False))
+    batch = batches.next_train_batch()
     micro_batch, *others = batch.micro_batches
     assert micro_batch.documents is not None
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
-    expected = [[101, 102, 103, 104, 105], [102, 103, 104, 105, 106]]
+    everywhere = [[101, 102, 103, 104, 105], [102, 103, 104, 105, 106]]
     within = [[101, 102, 103, IGNORE_INDEX, 105], [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]]
-    assert micro_batch.targets[:, 1].tolist() == (expected if across else within)
+    assert micro_batch.targets[:, 1].tolist() == (everywhere if across else within)
     assert batch.valid_targets.tolist() == ([20, 20] if across else [19, 18])
     for part in others:
         assert part.documents is not None and not part.documents.any() and not (part.targets == IGNORE_INDEX).any()
-
-
-def test_validation_masks_both_documents_and_repeated_samples():
-    batches = batches_of(config_of(4, 4, loss_across_documents=False))
-    [micro_batch] = batches.validation_batch(NumberedSamples(2)).micro_batches
-    assert (micro_batch.targets != IGNORE_INDEX).sum((0, 2)).tolist() == [10, 7, 0, 0]
+    validation = batches.validation_batch(NumberedSamples(3)).micro_batches
+    counts = [(part.targets != IGNORE_INDEX).sum((0, 2)).tolist() for part in validation]
+    assert counts == [[10, 10 if across else 7], [10, 0]], "masked are both documents and repeated samples"

@@ -35,14 +35,18 @@ def small_units():
         yield
 
 
-def random_texts(seed, count=40):
-    random = Random(seed)
-    return ["abcdefghij"[: random.randrange(0, 11)] * random.randrange(1, 4) for _ in range(count)]
+def random_texts(letter="a", count=200):
+    random = Random(letter)
+    return [f"{letter}{number}" * random.randrange(0, 7) for number in range(count)]
+
+
+def write_stream(file, letter="a", count=200):
+    return {"path": str(write_jsonl(file, random_texts(letter, count))), "stream": True}
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return write_jsonl(tmp_path_factory.mktemp("stream") / "documents.jsonl", random_texts(1))
+def source(tmp_path_factory):
+    return write_stream(tmp_path_factory.mktemp("stream") / "documents.jsonl")
 
 
 def stream_of(path, **options):
@@ -66,40 +70,40 @@ def through_json(state):
 
 
 @settings(max_examples=15)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
-def test_samples_are_the_packed_documents_from_any_state(path, reads, data):
-    expected = packed(random_texts(1), 12)
-    samples, first = samples_of(path), 0
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=4), st.data())
+def test_samples_are_the_packed_documents_from_any_state(source, reads, data):
+    expected = packed(random_texts(), 5)
+    samples, first = samples_of(source["path"]), 0
     for count in reads:
         skipped = data.draw(st.integers(0, 9))  # samples of other ranks
         assert np.array_equal(samples.read(first + skipped, count), expected[first + skipped :][:count])
         first += skipped + count
         state = through_json(samples.state())
-        samples = samples_of(path)
+        samples = samples_of(source["path"])
         samples.restore(state, first, [0])
 
 
 def test_blend_reads_each_source_in_its_own_order(tmp_path):
-    paths = [write_jsonl(tmp_path / f"{seed}.jsonl", random_texts(seed)) for seed in (1, 2)]
+    paths = [write_jsonl(tmp_path / letter, random_texts(letter, 40)) for letter in "ab"]
     samples = samples_of(*paths, weights=(3.0, 1.0))
     read = samples.read(0, 40)
     sources, occurrences = samples.blend.locate(0, 40)
-    expected = [packed(random_texts(seed), 4) for seed in (1, 2)]
+    expected = [packed(random_texts(letter, 40), 4) for letter in "ab"]
     assert all(np.array_equal(read[i], expected[sources[i]][occurrences[i]]) for i in range(40))
     other = samples_of(*paths, weights=(3.0, 1.0))
     other.restore(samples.state(), 40, [0, 1])
     assert np.array_equal(other.read(40, 20), samples.read(40, 20))
 
 
-def test_states_without_shards_are_read(path):
+def test_states_without_shards_are_read(source):
     """Such a state is rank 0's, which had the first part of the step."""
-    stream = stream_of(path)
+    stream = stream_of(source["path"])
     for _ in range(4):
         stream.next_tokens(LENGTH + LOOKAHEAD, LENGTH)
     for rank in range(2):
-        samples = samples_of(path)
+        samples = samples_of(source["path"])
         samples.restore(through_json({"next": 4, "streams": [stream.state()]}), 8, [0])
-        assert np.array_equal(samples.read(8, 8, rank, 2), packed(random_texts(1), 3)[8 + 4 * rank :][:4])
+        assert np.array_equal(samples.read(8, 8, rank, 2), packed(random_texts(), 3)[8 + 4 * rank :][:4])
 
 
 def write(path, texts, field="text"):
@@ -121,7 +125,7 @@ def write(path, texts, field="text"):
 
 @pytest.mark.parametrize("name", ["code", "saved", "a.jsonl.gz", "a.parquet"])
 def test_any_kind_of_source_can_be_streamed(tmp_path, name):
-    texts = [text for text in random_texts(3) if text]
+    texts = [text for text in random_texts() if text]
     write(tmp_path / name, texts, "content")
     samples = samples_of(tmp_path / name, **({"glob": "*.py"} if name == "code" else {"field": "content"}))
     expected = packed(texts, 3)
@@ -151,7 +155,7 @@ def test_file_that_vanishes_is_reported(tmp_path, name):
     """The second of two files, after the first was read."""
     for part in ("first", "second"):
         (tmp_path / part).mkdir()
-        write(tmp_path / part / name, random_texts(1))
+        write(tmp_path / part / name, random_texts())
     samples = samples_of(tmp_path, glob=f"**/{name}")
     samples.read(0, 2)
     (tmp_path / "second" / name).unlink()
@@ -164,7 +168,7 @@ def test_file_that_vanishes_is_reported(tmp_path, name):
 def test_truncated_file_is_reported(tmp_path, name):
     """Between two passes, at the end of a line; and of a Parquet file before the rows of a unit are read."""
     file = tmp_path / name
-    write(file, random_texts(1))
+    write(file, random_texts())
     stream = stream_of(file)
     stream.next_tokens(10, 5)
     [unit] = open_inputs([str(file)], InputOptions())[0].units(1 << 20)
@@ -206,17 +210,6 @@ def test_older_checkpoint_of_a_folder_resumes_only_if_names_imply_the_kinds(tmp_
         assert fingerprint == "e4d88ebb5fac5c27a779e5a75a1f615cc251e70330b108f5f4c8667f18dac96c"
         assert datasets.restore(state, may_change=False) == 6
         assert datasets.train.read(6, 4).tolist() == [list(sample) for sample in OLDER_SAMPLES]
-
-
-def write_shards(file, letter, count=200):
-    random = Random(letter)
-    write_jsonl(file, [f"{letter}{number}" * random.randrange(0, 4) for number in range(count)])
-    return {"path": str(file), "stream": True}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("shards") / "documents.jsonl", "a")
 
 
 def sharded(shards, *sources, length=SHARD_LENGTH):
@@ -290,7 +283,7 @@ def test_sample_i_comes_from_shard_i_modulo_their_number(source, shards):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_each_document_is_tokenized_by_one_rank(source, ranks):
     run = Ranks(sharded(4, source), ranks)
-    run.read(5)
+    run.read(9)
     documents = [text for texts in run.tokenized() for text in texts]
     assert len(set(documents)) == len(documents) > 40
     amounts = [sum(map(len, texts)) for texts in run.tokenized()]
@@ -324,7 +317,7 @@ def test_datasets_are_sharded_too(tmp_path, saved, monkeypatch):
 
 
 def test_wrong_numbers_of_shards_are_refused(tmp_path, source):
-    small = write_shards(tmp_path / "small.jsonl", "a", count=10)
+    small = write_stream(tmp_path / "small.jsonl", "a", count=10)
     text = error_of(DataError, load_datasets(sharded(4, small)).train.read, 0, BATCH)
     assert "small.jsonl' has no document with text in shard 1 of 4: lower data.stream_shards" in text
     run = Ranks(sharded(4, source), 1)
@@ -335,7 +328,7 @@ def test_wrong_numbers_of_shards_are_refused(tmp_path, source):
 
 def test_resume_with_other_streams_keeps_the_position_of_each(tmp_path, source):
     """In each shard, also if weights and the sequence length change."""
-    other = write_shards(tmp_path / "other.jsonl", "b")
+    other = write_stream(tmp_path / "other.jsonl", "b")
     before = load_datasets(sharded(2, source))
     earlier = before.train.read(0, BATCH)
     after = load_datasets(sharded(2, other, source | {"weight": 2.0}, length=9))
