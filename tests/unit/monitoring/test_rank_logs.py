@@ -3,8 +3,8 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
+from subprocess import PIPE, Popen
 
 import pytest
 
@@ -24,8 +24,7 @@ def start(code, output_dir, how="new", rank=1, ranks=4, stdin=None):
     """Start a rank in a process group of its own, as under a launcher."""
     environment = os.environ | {"PYTHONPATH": str(jobs.ROOT)}
     command = [sys.executable, "-c", START + code, str(output_dir), str(rank), str(ranks), how]
-    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, process_group=0, **pipes)
+    return Popen(command, env=environment, text=True, process_group=0, stdin=stdin, stdout=PIPE, stderr=PIPE)
 
 
 def run(*arguments, **options):
@@ -80,7 +79,7 @@ def test_nothing_is_lost_if_a_rank_dies_or_all_processes_get_a_signal(tmp_path, 
 
 def test_file_is_complete_after_the_terminal_is_closed(tmp_path):
     code = "print('one', flush=True)\nsys.stdin.read()\nfor _ in range(9): print('two', flush=True)"
-    rank = start(code, tmp_path, stdin=subprocess.PIPE)
+    rank = start(code, tmp_path, stdin=PIPE)
     assert rank.stdout.readline() == "one\n"
     for stream in (rank.stdout, rank.stdin):
         stream.close()

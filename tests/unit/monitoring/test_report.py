@@ -1,5 +1,3 @@
-"""The report of runs, and folders that it refuses."""
-
 import json
 import re
 

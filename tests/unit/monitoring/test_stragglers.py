@@ -1,5 +1,3 @@
-"""Ranks that are reported as slow."""
-
 import pytest
 
 from mtp_dist.metrics import RankStats

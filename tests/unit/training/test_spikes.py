@@ -1,5 +1,3 @@
-"""Which losses count as spikes."""
-
 import random
 
 from mtp_dist.training.spikes import WINDOW, SpikeDetector

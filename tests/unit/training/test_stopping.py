@@ -15,9 +15,7 @@ from mtp_dist.training.stopping import STOP_SIGNALS, StopSignals, exit_status
 TIMEOUT_S = 20
 
 
-@pytest.mark.parametrize(
-    "numbers", [*([number] for number in STOP_SIGNALS), [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]]
-)
+@pytest.mark.parametrize("numbers", [*([number] for number in STOP_SIGNALS), [signal.SIGUSR1, *[signal.SIGTERM] * 2]])
 def test_signals_are_recorded(numbers):
     """One SIGTERM may arrive twice, and after another signal."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]

@@ -6,7 +6,6 @@ import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 
@@ -28,18 +27,6 @@ from tests.tiny import load_resolved
 
 BATCH = 8
 ROLLBACK = {"steps": 6, "spike_rollback": True, "validate_every": None}
-
-
-class Trained(NamedTuple):
-    reason: str  # name of the stop reason, or the error message
-    losses: list  # step and head losses of each trained step
-    recent: list  # losses that the next one would be compared with
-    logged: list  # steps with rank statistics, rank 0's seconds of passes and of micro-batches
-    phases: list  # of the watchdog
-    events: str
-
-    def steps(self):
-        return [step for step, _ in self.losses]
 
 
 class Recorder(Callback):
@@ -115,8 +102,15 @@ def train(path, spikes=(), start=None, skips=(), signalled_in=None):
     except TrainingDivergedError as error:
         reason = str(error)
     saver.join()
-    events = ", ".join(recorder.events)
-    return Trained(reason, recorder.losses, trainer.spikes.losses, recorder.logged, phases, events)
+    return SimpleNamespace(
+        reason=reason,  # name of the stop reason, or the error message
+        steps=[step for step, _ in recorder.losses],
+        losses=recorder.losses,  # step and head losses of each trained step
+        recent=trainer.spikes.losses,  # losses that the next one would be compared with
+        logged=recorder.logged,  # steps with rank statistics, rank 0's seconds of passes and of micro-batches
+        phases=phases,  # of the watchdog
+        events=", ".join(recorder.events),
+    )
 
 
 def write_config(folder, stream=False, **sections):
@@ -135,7 +129,7 @@ def train_on(ranks, *arguments):
 @pytest.mark.parametrize("stream", [False, True])
 def test_rollback_continues_with_new_samples(ranks, tmp_path, stream):
     run = train_on(ranks, write_config(tmp_path / "a", stream), {5})
-    assert run.reason == "LAST_STEP" and run.steps() == [1, 2, 3, 4, 5, 5, 6]
+    assert run.reason == "LAST_STEP" and run.steps == [1, 2, 3, 4, 5, 5, 6]
     assert run.losses[4] != run.losses[5]
 
     out = tmp_path / "a" / "out"
@@ -163,15 +157,15 @@ def test_rollback_to_an_imported_model(ranks, tmp_path):
     late = {"checkpoint": {"every": 100}}
     run = train_on(ranks, write_config(tmp_path / "b", **late), {4}, (imported, 0))
     again = train_on(ranks, write_config(tmp_path / "c", **late), (), (imported, 4 * BATCH))
-    assert run.steps() == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
+    assert run.steps == [1, 2, 3, 4, 1, 2, 3, 4, 5, 6]
     assert again.losses == run.losses[4:], "without the moments of the steps before"
 
 
 def test_rollback_without_a_checkpoint_continues(ranks, tmp_path):
     run = train_on(ranks, write_config(tmp_path / "spike"), {1})
-    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    assert run.steps == [1, 2, 3, 4, 5, 6]
     without = train_on(ranks, write_config(tmp_path / "no spike"))
-    assert run == without._replace(phases=run.phases)
+    assert vars(run) == vars(without) | {"phases": run.phases}
     out = tmp_path / "spike" / "out"
     assert [line["step"] for line in jobs.metrics(out) if "loss/total" in line] == [1, 2, 4, 6]
     assert "No checkpoint to roll back to, continuing after step 1" in (out / "events.jsonl").read_text()
@@ -180,12 +174,12 @@ def test_rollback_without_a_checkpoint_continues(ranks, tmp_path):
 def test_rollbacks_that_do_not_help_end_the_run(ranks, tmp_path):
     run = train_on(ranks, write_config(tmp_path / "a"), range(3, 100))
     assert f"the loss has jumped {MAX_ROLLBACKS + 1} times after" in run.reason and "step_00000002" in run.reason
-    assert run.steps() == [1, 2] + [3] * (MAX_ROLLBACKS + 1)
+    assert run.steps == [1, 2] + [3] * (MAX_ROLLBACKS + 1)
 
 
 def test_spike_without_rollback_is_only_logged(ranks, tmp_path):
     run = train_on(ranks, write_config(tmp_path / "a", train=ROLLBACK | {"spike_rollback": False}), {2, 3})
-    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    assert run.steps == [1, 2, 3, 4, 5, 6]
     assert (tmp_path / "a" / "out" / "events.jsonl").read_text().count('"spike"') == 2
 
 
@@ -194,7 +188,7 @@ def test_skipped_steps_in_a_row_end_the_run(ranks, tmp_path):
     assert train_on(ranks, write_config(tmp_path / "a", **two), (), None, {2, 4, 6}).reason == "LAST_STEP"
     run = train_on(ranks, write_config(tmp_path / "b", **two), (), None, {2, 4, 5})
     assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 5" in run.reason
-    assert run.steps() == [1, 2, 3, 4, 5]
+    assert run.steps == [1, 2, 3, 4, 5]
 
 
 # The checkpoint comes first, since the time may be short; a resumed run validates only after later steps.
