@@ -7,15 +7,14 @@ from torch._C import _distributed_c10d as c10d
 
 from mtp_dist.distributed.flight_recorder import dump_flight_recorder, enable_flight_recorder
 
-STARTED = {"profiling_name": "nccl:all_reduce", "process_group": ("3", "tensor"), "collective_seq_id": 41}
-
 
 def record_of(*entries):
     return pickle.dumps({"version": "2.10", "entries": list(entries)})
 
 
 def test_nccl_record_has_precedence_over_that_of_gloo(tmp_path, monkeypatch):
-    record = record_of({"profiling_name": "nccl:broadcast"}, STARTED | {"state": "started"})
+    last = {"profiling_name": "nccl:all_reduce", "process_group": ("3", "tensor"), "collective_seq_id": 41}
+    record = record_of({"profiling_name": "nccl:broadcast"}, last | {"state": "started"})
     monkeypatch.setattr(c10d, "_dump_nccl_trace", lambda: record, raising=False)
     path = tmp_path / "flight_recorder" / "rank_00003"
     assert dump_flight_recorder(path) == "nccl:all_reduce, number 41 of group 3 (tensor), started"

@@ -114,6 +114,5 @@ def test_each_difference_has_a_line_and_lists_of_ranks_an_end():
 def test_ranks_that_share_a_gpu_are_named():
     ranks = [described(gpu=f"GPU-{number % 3}") for number in range(4)]
     assert find_differences(ranks[:3]) is None
-    assert find_differences(ranks) == (
-        "rank 0 (node-0), rank 3 (node-0) have the same GPU: start as many ranks per node as it has GPUs"
-    )
+    message = "rank 0 (node-0), rank 3 (node-0) have the same GPU: start as many ranks per node as it has GPUs"
+    assert find_differences(ranks) == message

@@ -16,7 +16,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(threads, "CPU_FOLDER", tmp_path)
     monkeypatch.setattr(threads, "CGROUP_FOLDER", tmp_path)
-    return tmp_path
+    before = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +64,14 @@ def test_container_limits(machine, files, cores):
 
 
 def test_environment_has_precedence_and_is_reported(machine, monkeypatch):
-    before = torch.get_num_threads()
-    try:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-        assert threads.set_threads() is None and torch.get_num_threads() == 2
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-        assert threads.set_threads() is None
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        assert threads.set_threads() == (
-            "OMP_NUM_THREADS = 1 in the environment: each rank computes on the CPU with 1 threads; one per core would "
-            "be OMP_NUM_THREADS=2"
-        )
-        assert torch.get_num_threads() == 1
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert threads.set_threads() is None and torch.get_num_threads() == 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads.set_threads() is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    assert threads.set_threads() == (
+        "OMP_NUM_THREADS = 1 in the environment: each rank computes on the CPU with 1 threads; one per core would "
+        "be OMP_NUM_THREADS=2"
+    )
+    assert torch.get_num_threads() == 1

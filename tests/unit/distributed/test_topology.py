@@ -15,7 +15,6 @@ from tests.integration import jobs
 from tests.tiny import tiny_config
 
 CPU = torch.device("cpu")
-SOFT_LIMIT = 512
 
 
 def open_topology(config, port, seeds):
@@ -32,7 +31,7 @@ def open_topology(config, port, seeds):
     cores = str(len(os.sched_getaffinity(0)))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_WORLD_SIZE=cores)
     torch.set_num_threads(7)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
     try:
         initialize_topology(config.model_copy(update={"run": run}), CPU)
         groups = [dist.distributed_c10d._get_default_group(), tp_group()]

@@ -4,7 +4,6 @@ from mtp_dist.metrics import RankStats
 from mtp_dist.monitoring.stragglers import Stragglers
 from tests.unit.monitoring.test_metrics_logger import step_metrics
 
-HOSTS = ["node-0", "node-0", "node-1", "node-1"]
 STAGES = [0, 0, 1, 1]
 
 # For each rank: busy seconds, and seconds of waiting for samples.
@@ -33,7 +32,7 @@ NAMED_LATE = f"straggler: rank 1 on node-0 waits 40% of the time for samples, {S
 )
 def test_stragglers(caplog, intervals, steps, rollbacks, expected):
     """A log interval has `steps` steps of one second each; rollbacks: one after each step that is not logged."""
-    stragglers = Stragglers(HOSTS)
+    stragglers = Stragglers(["node-0", "node-0", "node-1", "node-1"])
     for interval in intervals:
         ranks = [RankStats(stage, wait, busy, 1.0, 1) for stage, (busy, wait) in zip(STAGES, interval, strict=True)]
         for stats in [()] * (steps - 1) + [ranks]:

@@ -93,8 +93,7 @@ def train(path, spikes=(), start=None, skips=(), signalled_in=None):
     save = saver.save
     saver.save = lambda state, last: (recorder.events.append(f"save {state.step}"), save(state, last))
     observers, watchdog = CallbackList([*callbacks, recorder]), SimpleNamespace(enter=phases.append)
-    run = (config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
-    trainer = Trainer(*run)
+    trainer = Trainer(config, engine, datasets, saver, observers, signals, watchdog, groups.all, point, samples_read)
     add_faults(trainer, spikes, skips)
     engine.clock = SimpleNamespace(begin=lambda: None, seconds=lambda: (1.0, 2.0))
     try:
