@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mtp_dist.config import Config, build_config, load_config, resolve
 from mtp_dist.data.tokenizer import build_tokenizer
 
@@ -21,32 +23,22 @@ LLAMA3_ROPE = {
 """With the tiny model's wavelengths, 6, 63, 628 and 6283 positions, the first stays and the second is between."""
 
 
+TINY = yaml.safe_load("""
+run: {device: cpu}
+model: {hidden_size: 32, trunk_layers: 4, num_attention_heads: 4, num_query_groups: 2, ffn_hidden_size: 48}
+heads: {count: 4}
+data: {train: [{path: python-stdlib}]}
+train: {steps: 20, global_batch_size: 8, micro_batch_size: 2, sequence_length: 16, precision: fp32}
+optimizer: {lr: 0.001, warmup_steps: 4}
+""")
+
+
 def tiny_config(world_size: int | None = None, **sections: dict[str, Any]) -> Config:
-    """A model with everything that can go wrong in it, small enough for dozens of runs.
+    """Return a model with everything that can go wrong in it, small enough for dozens of runs.
 
     world_size: that of one data-parallel rank by default.
     """
-    values: dict[str, dict[str, Any]] = {
-        "run": {"device": "cpu"},
-        "model": {
-            "hidden_size": 32,
-            "trunk_layers": 4,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "ffn_hidden_size": 48,
-        },
-        "heads": {"count": 4},
-        "parallel": {},
-        "data": {"train": [{"path": "python-stdlib"}]},
-        "train": {
-            "steps": 20,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "sequence_length": 16,
-            "precision": "fp32",
-        },
-        "optimizer": {"lr": 1e-3, "warmup_steps": 4},
-    }
+    values = {name: {**section} for name, section in TINY.items()}
     for name, section in sections.items():
         values.setdefault(name, {}).update(section)
     config = build_config(values)
@@ -59,9 +51,6 @@ def at_world_size(config: Config, world_size: int) -> Config:
 
 
 def load_resolved(path: Path) -> Config:
-    return resolved(load_config(path))
-
-
-def resolved(config: Config) -> Config:
-    """Return the configuration resolved for its tokenizer and the ranks of this job."""
+    """Return the configuration of a file, resolved for its tokenizer and the ranks of this job."""
+    config = load_config(path)
     return resolve(config, build_tokenizer(config.data.tokenizer).vocab_size, int(os.environ.get("WORLD_SIZE", 1)))

@@ -14,11 +14,9 @@ RECOMPUTE, NAIVE = "heads.loss_mode=recompute", "heads.loss_mode=naive"
 SEQUENTIAL, TIED, SEPARATE = "heads.kind=sequential", "model.tie_embeddings=true", "heads.unembedding=separate"
 FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
 DISTILLED = "heads.distillation=0.5 heads.distillation_top=5"
-ORDERED, ZERO, BF16 = (
-    "heads.token_order=0.7 heads.token_order_window=8",
-    "parallel.zero_stage=1",
-    "train.precision=bf16",
-)
+ORDERED = "heads.token_order=0.7 heads.token_order_window=8"
+ZERO, BF16 = "parallel.zero_stage=1", "train.precision=bf16"
+CHUNKS = "heads.chunk_tokens=5"
 IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
@@ -55,8 +53,7 @@ TWO_STEPS = [
     # Distillation and token order.
     f"tp2-pp1-dp1 {DISTILLED}",
     f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.distillation=0.5 heads.distillation_top=500 {RECOMPUTE}",
-    f"tp2-pp2-dp1 heads.distillation=2.0 heads.distillation_top=3 {LEAPS} heads.chunk_tokens=5 heads.z_loss=0.01"
-    f" {SEPARATE}",
+    f"tp2-pp2-dp1 heads.distillation=2.0 heads.distillation_top=3 {LEAPS} {CHUNKS} heads.z_loss=0.01 {SEPARATE}",
     f"tp1-pp2-dp2 {DISTILLED} heads.loss_weights=[1,0.3,0.5,0]",
     f"tp1-pp1-dp2 {SEQUENTIAL} heads.distillation=0.5 {ORDERED}",
     f"tp2-pp2-dp1 {ORDERED}",

@@ -69,10 +69,8 @@ def train_with_silent_head(config: Config) -> tuple[list[HeadMetrics], list[floa
     results = [engine.train_step(batch, 1e-3, schedule) for _ in range(3)]
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "DeepSpeed's loss"
     metrics = [*(result.heads for result in results), engine.evaluate(batch, schedule)]
-    weights = {
-        name: weight.clone()
-        for name, weight in full_tensors(engine.stage, parameter_shapes(config), engine.topology, master_weight)
-    }
+    full = full_tensors(engine.stage, parameter_shapes(config), engine.topology, master_weight)
+    weights = {name: weight.clone() for name, weight in full}
     return metrics, [result.grad_norm for result in results], weights
 
 

@@ -76,10 +76,8 @@ def train(path: Path) -> list[StepMetrics]:
 
 @pytest.fixture(scope="module")
 def steps(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> list[StepMetrics]:
-    train_section = {"steps": 5, "validate_every": 2}
-    path = jobs.write_config(
-        tmp_path_factory.mktemp("timed"), train=train_section, checkpoint={"every": 2}, log={"every": 2}
-    )
+    often, folder = {"every": 2}, tmp_path_factory.mktemp("timed")
+    path = jobs.write_config(folder, train={"steps": 5, "validate_every": 2}, checkpoint=often, log=often)
     return ranks.run(1, train, path)[0]
 
 

@@ -142,7 +142,7 @@ def kernel_answer(
 ) -> LinearAnswer:
     """Run the kernel with and without gradients on this rank's rows, by default those of `shard_rows`.
 
-    Its inputs are parts of a graph, of which it must not become one.
+    Its inputs require gradients, of which autograd must record nothing.
     """
     weight = (shard_rows(case.weight, group) if rows is None else rows).detach().requires_grad_()
     hidden, dtype = case.hidden.detach().requires_grad_(), accumulation_dtype(weight.dtype)

@@ -156,9 +156,14 @@ CHUNK = 30
 
 
 def kernel_peak(
-    rows: int, width: int = 8, dtype: torch.dtype = torch.float32, gradients: bool = True, soft_tokens: int = 0
+    rows: int,
+    width: int = 8,
+    dtype: torch.dtype = torch.float32,
+    gradients: bool = True,
+    soft_tokens: int = 0,
+    chunk: int | None = CHUNK,
 ) -> int:
-    """Return the peak memory of the kernel in chunks of CHUNK positions."""
+    """Return the peak memory of the kernel in chunks of that many positions."""
     tokens = 240
     hidden, weight = torch.randn(tokens, width).to(dtype), torch.randn(rows, width).to(dtype)
     targets, vocabulary = torch.randint(0, rows, (tokens,)), Vocabulary(rows, IGNORE_INDEX, ALONE)
@@ -168,7 +173,7 @@ def kernel_peak(
     if gradients:
         grads = GradientBuffers(torch.tensor(1.0), 1e-2, torch.empty_like(hidden), torch.zeros(rows, width), 0.5)
     return peak_bytes(
-        lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, sums, CHUNK, grads, soft), hidden.device
+        lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, sums, chunk, grads, soft), hidden.device
     )
 
 
@@ -202,8 +207,4 @@ def test_default_chunk_fits_into_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert default_chunk_tokens(2**30, torch.float32, cpu) == 1
     rows, budget = 500, 7 * 500 * 4 + 100
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", budget)
-    hidden, weight, targets = torch.randn(50, 4), torch.randn(rows, 4), torch.randint(0, rows, (50,))
-    vocabulary = Vocabulary(rows, IGNORE_INDEX, ALONE)
-    sums = torch.zeros(len(HeadSums.COLUMNS))
-    peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, targets, vocabulary, sums), cpu)
-    assert 7 * rows * 4 <= peak <= budget + 7 * SMALL_VECTORS
+    assert 7 * rows * 4 <= kernel_peak(rows, gradients=False, chunk=None) <= budget + 7 * SMALL_VECTORS
