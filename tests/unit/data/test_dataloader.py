@@ -136,7 +136,6 @@ def test_documents_and_valid_targets(across):
     batches = batches_of(config_of(4, 2, loss_across_documents=across, attention_across_documents=False))
     batch = batches.next_train_batch()
     micro_batch, *others = batch.micro_batches
-    assert micro_batch.documents is not None
     assert micro_batch.documents.tolist() == [[0] * 7, [0, 0, 0, 0, 1, 1, 1]], "sample 1 is 100, 101, ..., 106"
     everywhere = [[101, 102, 103, 104, 105], [102, 103, 104, 105, 106]]
     within = [[101, 102, 103, IGNORE_INDEX, 105], [102, 103, IGNORE_INDEX, IGNORE_INDEX, 106]]
