@@ -7,72 +7,70 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mtp_dist.checkpoint.format import SavedLayout, read_metadata
 from mtp_dist.checkpoint.manifest import check_fully, read_manifest, record_of, write_manifest
 from mtp_dist.checkpoint.reader import TensorReader, load_weights
 from mtp_dist.checkpoint.save import write_tensor_files
+from mtp_dist.config import build_config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import CheckpointError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
+from tests.parity.resuming import BOTH, DATA, Layout, at, run
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
-from tests.unit.checkpoint.folders import as_saved, config_in, edit_json, flip, write_checkpoint, write_unfinished
-from tests.unit.checkpoint.on_ranks import LOSSES, RECENT, train_part
+from tests.unit.checkpoint.folders import config_in, edit_json, flip, write_checkpoint, write_unfinished
+from tests.unit.checkpoint.on_ranks import LOSSES, RECENT
 
 STEP = 1
-CASES: dict[str, tuple[tuple[int, int, int], dict[str, dict[str, Any]]]] = {
-    "2 x 2 x 1": ((2, 2, 1), {}),
-    "2 x 2 x 1 tied": ((2, 2, 1), {"model": {"tie_embeddings": True}, "parallel": {"partition": [3, 1]}}),
-    "1 x 1 x 2 bf16": ((1, 1, 2), {"train": {"precision": "bf16"}, "heads": {"loss_weights": [1, 0.5, 0.5, 2]}}),
+CASES: dict[str, tuple[Layout, dict[str, dict[str, Any]]]] = {
+    "2 x 2 x 1": (BOTH, {}),
+    "2 x 2 x 1 tied": (BOTH, {"model": {"tie_embeddings": True}, "parallel": {"partition": [3, 1]}}),
+    "1 x 1 x 2 bf16": (DATA, {"train": {"precision": "bf16"}, "heads": {"loss_weights": [1, 0.5, 0.5, 2]}}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_saved_state_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> None:
-    (tensor, pipeline, data), sections = CASES[case]
-    parallel = {"tensor": tensor, "pipeline": pipeline} | sections.get("parallel", {})
+    layout, sections = CASES[case]
     directory = tmp_path / "deep" / "down"
-    config = tiny_config(**sections | {"parallel": parallel, "checkpoint": {"directory": str(directory)}})
-    parts = ranks.run(tensor * pipeline * data, train_part, config, 0, STEP)
-    trained = {name: weight for part in parts for name, weight in part.weights.items()}
-    moments = {name: moment for part in parts for name, moment in part.moments.items()}
+    config = at(layout, directory, **sections)
+    trained = run(ranks, config, layout, 0, STEP)
 
     folder = directory / f"step_{STEP:08d}"
     assert sorted(path.name for path in directory.iterdir()) == ["latest", folder.name], "no staging directory remains"
     assert (directory / "latest").read_text() == f"{folder.name}\n"
     loaded_config, weights = load_weights(folder)
-    assert loaded_config == as_saved(config)
+    assert loaded_config == build_config(config.model_dump(mode="json"))
     metadata = read_metadata(folder)
     assert (metadata.step, metadata.optimizer_updates) == (STEP, STEP)
     zero_stage = int(config.train.precision == "bf16")
-    assert metadata.layout == SavedLayout(tensor, pipeline, data, tensor * pipeline * data, zero_stage)
+    assert metadata.layout == SavedLayout(*layout[:3], layout.world_size, zero_stage)
     assert (metadata.losses, metadata.recent_losses) == (LOSSES, RECENT)
     assert metadata.versions["torch"] == torch.__version__ and metadata.versions["deepspeed"]
     shapes = parameter_shapes(config)
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == shapes, "no padded vocabulary"
     assert ("unembedding.weight" in weights) != config.model.tie_embeddings
     for name, weight in weights.items():
-        assert weight.dtype == torch.float32
-        assert torch.equal(weight, trained[name]), name
+        assert weight.dtype == torch.float32 and torch.equal(weight, trained.weights[name]), name
         assert not torch.equal(weight, initial_weight(config, name, shapes[name])), "and it was trained"
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in weights.values()), "not rounded"
     reader = TensorReader(folder, "optimizer")
     expected = {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in shapes}
-    assert reader.weight_map.keys() == moments.keys() == expected
-    assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in moments.items())
+    assert reader.weight_map.keys() == trained.moments.keys() == expected
+    assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in trained.moments.items())
     logits = ReferenceModel(loaded_config, weights)(torch.arange(8)[None])
     assert len(logits) == 4 and all(head_logits.isfinite().all() for head_logits in logits.values())
     check_indexes(folder, shapes)
-    assert len(list(folder.glob("model-*.safetensors"))) == tensor * pipeline * data, "every rank writes a file"
+    assert len(list(folder.glob("model-*.safetensors"))) == layout.world_size, "every rank writes a file"
 
 
 def check_indexes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -80,8 +78,7 @@ def check_indexes(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     for kind, number_bytes in {"model": 4, "optimizer": 8}.items():
         index = json.loads((folder / f"{kind}.safetensors.index.json").read_text())
         for path in folder.glob(f"{kind}-*.safetensors"):
-            with safe_open(path, "pt") as file:
-                assert {name for name, its in index["weight_map"].items() if its == path.name} == set(file.keys())
+            assert {name for name, its in index["weight_map"].items() if its == path.name} == load_file(path).keys()
         assert index["metadata"]["total_size"] == number_bytes * sum(map(math.prod, shapes.values()))
 
 
@@ -92,9 +89,8 @@ def test_other_folders_are_not_valid_checkpoints(tmp_path: Path) -> None:
     for content in (None, "{", "[]", '{"architectures": ["LlamaForCausalLM"]}'):
         if content:
             (other / "config.json").write_text(content)
-            write_manifest(
-                other, {name: record_of(other / name) for name in ("config.json", "model.safetensors.index.json")}
-            )
+            names = ("config.json", "model.safetensors.index.json")
+            write_manifest(other, {name: record_of(other / name) for name in names})
         for folder in (tmp_path / "missing", other, other / "config.json"):
             for read in (load_weights, read_metadata):
                 with pytest.raises(CheckpointError, match=f"^{folder} is not a valid mtp_dist checkpoint"):
@@ -170,33 +166,23 @@ def test_stale_file_listing_does_not_matter(tmp_path: Path, monkeypatch: pytest.
     assert read_manifest(folder).keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
 
 
-FOLDER_ERRORS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO)
-
-
-@pytest.mark.parametrize(
-    ("number", "only_folders"), [*((number, True) for number in FOLDER_ERRORS), (errno.EINVAL, False)]
-)
-def test_only_folders_may_refuse_to_be_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, only_folders: bool
-) -> None:
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EIO])
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG])
+def test_only_folders_may_refuse_fsync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: Any) -> None:
     fsync = os.fsync
 
     def refuse(descriptor: int) -> None:
-        if not only_folders or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        if kind(os.fstat(descriptor).st_mode):
             raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    if only_folders and number != errno.EIO:
+    fails = kind is stat.S_ISREG or number == errno.EIO
+    with pytest.raises(OSError, match=os.strerror(number)) if fails else nullcontext():
         check_fully(write_checkpoint(tmp_path, 10))
-    else:
-        with pytest.raises(OSError, match=os.strerror(number)):
-            write_checkpoint(tmp_path, 10)
 
 
-def test_every_file_is_synced_before_the_checkpoint_is_complete(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_is_synced_before_publishing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsync, synced = os.fsync, set()
 
     def record(descriptor: int) -> None:

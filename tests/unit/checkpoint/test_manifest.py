@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,10 @@ import pytest
 from mtp_dist.checkpoint.format import MANIFEST, InvalidCheckpointError
 from mtp_dist.checkpoint.manifest import check_fully, check_quickly, read_manifest, record_of, tensor_files
 from mtp_dist.checkpoint.reader import load_weights
-from tests.unit.checkpoint.folders import copied, damages, edit_json, write_checkpoint
+from tests.unit.checkpoint.folders import DAMAGES, copied, edit_json, write_checkpoint
 
-FILES = (
-    "config.json",
-    "model-00001-of-00002.safetensors",
-    "model-00002-of-00002.safetensors",
-    "model.safetensors.index.json",
-    "optimizer-00001-of-00002.safetensors",
-    "optimizer-00002-of-00002.safetensors",
-    "optimizer.safetensors.index.json",
-)
+FILES = [f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)]
+FILES += ["config.json", "model.safetensors.index.json", "optimizer.safetensors.index.json"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +26,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_manifest_lists_every_file(valid: Path) -> None:
     progress: list[tuple[int, int]] = []
     records = check_fully(valid, lambda done, total: progress.append((done, total)))
-    assert records.keys() == {path.name for path in valid.iterdir()} - {MANIFEST} and tuple(sorted(records)) == FILES
+    assert records.keys() == {path.name for path in valid.iterdir()} - {MANIFEST} == set(FILES)
     assert all(record_of(valid / name) == record for name, record in records.items())
     tensor_bytes = sum(records[name].bytes for name in tensor_files(records))
     assert progress[-1] == (tensor_bytes, tensor_bytes) and len(tensor_files(records)) == 4
@@ -40,20 +34,18 @@ def test_manifest_lists_every_file(valid: Path) -> None:
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 def test_every_damage_of_every_file_is_found(valid: Path, tmp_path: Path, name: str) -> None:
-    for damage in damages(valid / name):
+    for damage, do_damage in DAMAGES.items():
         folder = copied(valid, tmp_path / "damaged")
-        damages(folder / name)[damage]()
+        do_damage(folder / name)
         with pytest.raises(InvalidCheckpointError) as error:
             check_fully(folder)
         message = str(pickle.loads(pickle.dumps(error.value)))  # as rank 0 sends it to the others
         assert message.startswith(f"{folder} is not a valid mtp_dist checkpoint (corrupt or incomplete): "), damage
         # A manifest that is still valid names another file, or another name of a file.
         assert name in message or name == MANIFEST, (damage, message)
-        if "byte" in damage and name.startswith("optimizer-"):
+        is_in_moments = "byte" in damage and name.startswith("optimizer-")
+        with nullcontext() if is_in_moments else pytest.raises(InvalidCheckpointError):
             load_weights(folder)  # which does not read the moments
-        else:
-            with pytest.raises(InvalidCheckpointError):
-                load_weights(folder)
         if "byte" not in damage or (name.endswith(".json") and name != MANIFEST):
             with pytest.raises(InvalidCheckpointError):
                 check_quickly(folder)

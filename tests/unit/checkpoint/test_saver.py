@@ -23,11 +23,13 @@ from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.topology import initialize_topology, new_gloo_groups
+from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.errors import UserError
 from tests.engines import open_engine, take_step
-from tests.parity.comparison import layout_config
+from tests.parity.resuming import PIPELINE, TENSOR, at
 from tests.ranks import Ranks
-from tests.unit.checkpoint.folders import damages, flip
+from tests.tiny import tiny_config
+from tests.unit.checkpoint.folders import DAMAGES, flip
 
 
 @contextlib.contextmanager
@@ -40,17 +42,10 @@ def collected(logger: logging.Logger) -> Iterator[list[str]]:
         yield messages
 
 
-class Training:
-    """A model in training, saved on demand."""
-
-    def __init__(self, config: Config) -> None:
-        self.engine = open_engine(config)
-        self.groups = new_gloo_groups(self.engine.topology)
-
-    def saver_into(self, directory: Path, **changes: object) -> CheckpointSaver:
-        config = self.engine.config
-        checkpoint = config.checkpoint.model_copy(update={"directory": str(directory)} | changes)
-        return CheckpointSaver(config.model_copy(update={"checkpoint": checkpoint}), self.engine, self.groups)
+def saver_into(directory: Path, engine: TrainingEngine, **changes: object) -> CheckpointSaver:
+    checkpoint = engine.config.checkpoint.model_copy(update={"directory": str(directory)} | changes)
+    config = engine.config.model_copy(update={"checkpoint": checkpoint})
+    return CheckpointSaver(config, engine, new_gloo_groups(engine.topology))
 
 
 def save_in_background(config: Config, directory: Path) -> tuple[bool, bool, bool]:
@@ -59,19 +54,19 @@ def save_in_background(config: Config, directory: Path) -> tuple[bool, bool, boo
     Return whether step 1 was complete while training went on and when the next save started, and whether the last step
     was when its save returned.
     """
-    training, release = Training(config), threading.Event()
-    take_step(training.engine, 1)
-    waited = training.saver_into(directory / "waited")
+    engine, release = open_engine(config), threading.Event()
+    take_step(engine, 1)
+    waited = saver_into(directory / "waited", engine)
     waited.save(RunState(1))
     waited.wait()
 
-    background = training.saver_into(directory / "async")
+    background = saver_into(directory / "async", engine)
     first = directory / "async" / "step_00000001"
     write_tensor_files = saver.write_tensor_files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "write_tensor_files", lambda *files: release.wait(60) and write_tensor_files(*files))
         background.save(RunState(1))
-        take_step(training.engine, 2)
+        take_step(engine, 2)
         meanwhile = first.exists()
         timer = threading.Timer(0.3, release.set)
         timer.start()
@@ -79,7 +74,7 @@ def save_in_background(config: Config, directory: Path) -> tuple[bool, bool, boo
         next_save = first.exists()
         timer.join()
     background.wait()
-    take_step(training.engine, 3)
+    take_step(engine, 3)
     background.save(RunState(config.train.steps), last=True)
     return meanwhile, next_save, (directory / "async" / f"step_{config.train.steps:08d}").exists()
 
@@ -89,8 +84,8 @@ def save_on_full_disk(config: Config, directory: Path) -> tuple[list[str], list[
 
     Return the messages, the errors, and the names in the folder after the first save that failed for good.
     """
-    training, errors, kept = Training(config), [], []
-    saver_of_run = training.saver_into(directory, keep_last=2)
+    engine, errors, kept = open_engine(config), [], []
+    saver_of_run = saver_into(directory, engine, keep_last=2)
     write_tensor_files, failing = saver.write_tensor_files, 0
 
     def write(folder: Path, *arguments: Any) -> dict[str, TensorFile]:
@@ -105,7 +100,7 @@ def save_on_full_disk(config: Config, directory: Path) -> tuple[list[str], list[
         patch.setattr(saver, "sleep", lambda delay: None)
         patch.setattr(saver, "write_tensor_files", write)
         for step, failing in {1: 0, 2: 2, 3: 99, 4: 0, config.train.steps: 99}.items():  # noqa: B007
-            take_step(training.engine, step)
+            take_step(engine, step)
             try:
                 saver_of_run.save(RunState(step))
                 saver_of_run.wait()
@@ -119,7 +114,7 @@ def save_on_full_disk(config: Config, directory: Path) -> tuple[list[str], list[
 
 def save_with_bug(config: Config, directory: Path) -> str:
     """Return the error of the save after one whose thread has raised."""
-    broken = Training(config).saver_into(directory)
+    broken = saver_into(directory, open_engine(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saver, "write_tensor_files", lambda *_: [][0])
         broken.save(RunState(1))
@@ -143,17 +138,13 @@ def agree(config: Config, is_shared: bool = True) -> tuple[str, list[str]]:
             return f"{type(error).__name__}: {error}", messages
 
 
-STEPS = 20
-
-
-def config_of(*layout: int, **sections: dict[str, object]) -> Config:
-    return layout_config((*layout, False), 2, train={"steps": STEPS}, **sections)
+STEPS = tiny_config().train.steps
 
 
 @pytest.fixture(scope="module")
 def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[bool, ...]]]:
     directory = tmp_path_factory.mktemp("saver")
-    return directory, ranks.run(2, save_in_background, config_of(1, 2, 1), directory)
+    return directory, ranks.run(2, save_in_background, at(PIPELINE, directory), directory)
 
 
 def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, list[tuple[bool, ...]]]) -> None:
@@ -170,7 +161,7 @@ def test_training_continues_while_a_checkpoint_is_written(saved: tuple[Path, lis
 
 
 def test_failed_writes_are_logged_and_tried_again(ranks: Ranks, tmp_path: Path) -> None:
-    (messages, *first), (_, *second) = ranks.run(2, save_on_full_disk, config_of(1, 2, 1), tmp_path)
+    (messages, *first), (_, *second) = ranks.run(2, save_on_full_disk, at(PIPELINE, tmp_path), tmp_path)
 
     def failure(step: int) -> str:
         file = tmp_path / f"step_{step:08d}.unfinished" / "model-00002-of-00002.safetensors"
@@ -200,13 +191,13 @@ def test_failed_writes_are_logged_and_tried_again(ranks: Ranks, tmp_path: Path) 
 
 
 def test_bug_in_the_thread_ends_the_run(ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks.run(2, save_with_bug, config_of(1, 2, 1), tmp_path) == ["list index out of range"] * 2
+    assert ranks.run(2, save_with_bug, at(PIPELINE, tmp_path), tmp_path) == ["list index out of range"] * 2
 
 
 def test_damaged_files_are_never_loaded(ranks: Ranks, saved: tuple[Path, list[tuple[bool, ...]]]) -> None:
     folder = saved[0] / "async"
     newest = folder / f"step_{STEPS:08d}"
-    config = config_of(2, 1, 1, checkpoint={"directory": str(folder)})
+    config = at(TENSOR, folder)
 
     def start(is_shared: bool = True) -> tuple[str, list[str]]:
         (result, messages), (other, _) = ranks.run(2, agree, config, is_shared)
@@ -218,7 +209,7 @@ def test_damaged_files_are_never_loaded(ranks: Ranks, saved: tuple[Path, list[tu
     assert start(is_shared=False)[0].startswith(error)
     for path in sorted(newest.iterdir()):
         content = path.read_bytes()
-        damages(path)["middle byte"]()
+        DAMAGES["middle byte"](path)
         result, [message] = start()
         assert result == "step_00000002" and message.startswith(f"{newest} is ") and message.endswith(result), path
         assert path.name in message or path.name == "manifest.json"
