@@ -12,20 +12,18 @@ from transformers import LlamaForCausalLM
 from mtp_dist.config import load_config
 from mtp_dist.data.datasets import load_datasets
 from tests.integration import jobs
-from tests.unit.convert.folders import check_same_weights, open_checkpoint
+from tests.unit.convert.folders import check_weights, open_model
 
 COMMAND = ("-m", "mtp_dist.cli")
 
 
 def mtp_dist(*arguments: str | Path) -> jobs.Result:
-    result = jobs.run(jobs.forked(*COMMAND, *map(str, arguments)))
-    assert result.status == 0, result.output
-    return result
+    return jobs.run(jobs.forked(*COMMAND, *map(str, arguments)), status=0)
 
 
 def test_run_is_exported_imported_and_trained(tmp_path: Path) -> None:
     config = jobs.write_config(tmp_path, train={"steps": 2})
-    assert jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config))).status == 0
+    jobs.run(jobs.forked(jobs.PRETRAIN, "--config", str(config)), status=0)
     checkpoints, imported = tmp_path / "out" / "checkpoints", tmp_path / "c"
     exported = json.loads(mtp_dist("export", "--checkpoint", checkpoints, "--to", tmp_path / "hf", "--json").stdout)
     assert exported["step"] == 2 and exported["dtype"] == "fp32" and exported["layers"] == 4
@@ -33,13 +31,12 @@ def test_run_is_exported_imported_and_trained(tmp_path: Path) -> None:
     assert "| head |" in (tmp_path / "hf" / "README.md").read_text(), "the losses of its validation"
     output = mtp_dist("import", "--from", tmp_path / "hf", "--to", imported).stdout
     assert output.startswith(f"{imported}: 3 trunk layers, 4 parallel heads, at step 0\n")
-    check_same_weights(open_checkpoint(checkpoints / "step_00000002"), open_checkpoint(imported))
+    check_weights(open_model(checkpoints / "step_00000002"), open_model(imported))
 
     overrides = [f"checkpoint.resume={imported}", f"run.output_dir={tmp_path / 'new'}", "log.every=1"]
     overrides += ["train.steps=3", "parallel.tensor=2", "parallel.zero_stage=1"]
     job = jobs.forked(jobs.PRETRAIN, "--config", str(imported / "run.yaml"), *overrides, processes=2)
-    result = jobs.run(job)
-    assert result.status == 0, result.output
+    result = jobs.run(job, status=0)
     assert f"Resuming from step 0 ({imported})" in result.output
     lines = jobs.metrics(tmp_path / "new")
     assert [line["step"] for line in lines if "loss/head_1" in line] == [1, 2, 3]

@@ -38,15 +38,12 @@ def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layou
 
 
 def test_heads_are_added_to_a_trained_trunk(ranks: Ranks, tmp_path: Path) -> None:
-    run(ranks, at(ONE, tmp_path, heads={"count": 1}), ONE, 0, MIDDLE)
-    trained = run(ranks, at(ONE, tmp_path / "unused", heads={"count": 1}), ONE, 0, MIDDLE, None, False)
+    trained = run(ranks, at(ONE, tmp_path, heads={"count": 1}), ONE, 0, MIDDLE)
     config = at(PIPELINE, tmp_path, heads={"count": 3})
-    folder = tmp_path / f"step_{MIDDLE:08d}"
-    wider = run(ranks, config, PIPELINE, MIDDLE, MIDDLE, folder, False)
+    wider = run(ranks, config, PIPELINE, MIDDLE, MIDDLE, tmp_path / f"step_{MIDDLE:08d}", False)
     fresh = run(ranks, config, PIPELINE, 0, 0, None, False)
     for name, weight in wider.weights.items():
         expected = trained.weights if name in trained.weights else fresh.weights
         assert torch.equal(weight, expected[name]), name
-    assert wider.weights.keys() - trained.weights.keys() == {
-        n for n in fresh.weights if n.startswith(("heads.2", "heads.3"))
-    }
+    new = {name for name in fresh.weights if name.startswith(("heads.2", "heads.3"))}
+    assert wider.weights.keys() - trained.weights.keys() == new

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import stat
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import CheckpointError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
+from tests.integration import jobs
 from tests.parity.resuming import BOTH, DATA, Layout, at, run
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
@@ -114,10 +114,7 @@ def test_file_that_reads_back_wrong_is_not_saved(tmp_path: Path, monkeypatch: py
 
 
 def run_python(program: str, folder: Path, *options: str) -> str:
-    command = [sys.executable, *options, "-c", program, str(folder)]
-    run = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.splitlines()[-1]
+    return jobs.run([sys.executable, *options, "-c", program, str(folder)], status=0).stdout.splitlines()[-1]
 
 
 def test_python_without_asserts_saves_a_complete_checkpoint(tmp_path: Path) -> None:
@@ -142,9 +139,9 @@ from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
-from tests.unit.convert.folders import import_from, write_checkpoint
+from tests.unit.convert.folders import import_from, write_model
 folder = pathlib.Path(sys.argv[1])
-write_checkpoint(folder / "c")
+write_model(folder / "c")
 export_checkpoint(folder / "c", folder / "hf", None)
 model = ReferenceModel(*load_weights(import_from(folder, to="back")))
 print(len(sample_continuation(model, [1, 2], 3, 1.0, 0, 256)))

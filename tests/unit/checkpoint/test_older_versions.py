@@ -15,7 +15,7 @@ from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config.migration import VERSION, saved_config
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.errors import CheckpointError
-from tests.integration.jobs import write_corpus
+from tests.integration import jobs
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
 from tests.unit.checkpoint.folders import config_in, copied, edit_json, write_checkpoint
@@ -31,18 +31,18 @@ def train_in(folder: Path, *overrides: str) -> list[list[float]]:
     """Train and return the losses of both heads in each step."""
     with contextlib.chdir(folder):
         run_program(FIRST / "run.yaml", *overrides)
-        rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    rows = jobs.metrics(folder / "out")
     return [[row["loss/head_1"], row["loss/head_2"]] for row in rows if "loss/head_1" in row]
 
 
-@pytest.mark.parametrize(
-    ("saved", "processes", "overrides", "largest_error"),
-    [("fp32", 1, [], 1e-5), ("bf16", 2, ["train.precision=bf16", "parallel.zero_stage=1"], 1e-3)],
-)
-def test_run_of_the_first_version_is_resumed(
-    ranks: Ranks, tmp_path: Path, saved: str, processes: int, overrides: list[str], largest_error: float
-) -> None:
-    write_corpus(tmp_path / "corpus")
+RUNS = {"fp32": (1, [], 1e-5), "bf16": (2, ["train.precision=bf16", "parallel.zero_stage=1"], 1e-3)}
+"""Processes, overrides and largest relative error of the losses."""
+
+
+@pytest.mark.parametrize("saved", RUNS)
+def test_run_of_the_first_version_is_resumed(ranks: Ranks, tmp_path: Path, saved: str) -> None:
+    processes, overrides, largest_error = RUNS[saved]
+    jobs.write_corpus(tmp_path / "corpus")
     folder = FIRST / saved / f"step_{STEP:08d}"
     check_fully(folder)
     found, *_ = ranks.run(processes, train_in, tmp_path, f"checkpoint.resume={folder}", *overrides)
@@ -91,9 +91,7 @@ def test_settings_that_are_refused_today_still_open(tmp_path: Path) -> None:
 
 def test_counts_above_a_later_limit_are_lowered() -> None:
     values = tiny_config().model_dump(mode="json")
-    values["checkpoint"]["every"] = 10**10
-    values["run"]["seed"] = 2**60
-    values["model"]["rope_theta"] = 1e10
+    values["checkpoint"]["every"], values["run"]["seed"], values["model"]["rope_theta"] = 10**10, 2**60, 1e10
     config = saved_config({"config": values, "vocab_size": 131})
     assert (config.checkpoint.every, config.run.seed, config.model.rope_theta) == (2**31 - 1, 2**60, 1e10)
 
@@ -107,17 +105,13 @@ def test_newer_version_is_reported_and_not_called_corrupt(tmp_path: Path) -> Non
 
 
 def test_moments_that_the_index_lacks_start_from_zero(ranks: Ranks, tmp_path: Path) -> None:
-    frozen = "embedding.weight"
-
-    def change(values: dict[str, Any]) -> None:
-        for moment in ("exp_avg", "exp_avg_sq"):
-            del values["weight_map"][f"{moment}.{frozen}"]
-
+    frozen = ("exp_avg.embedding.weight", "exp_avg_sq.embedding.weight")
     folder = write_checkpoint(tmp_path / "saved", 10)
     assert json.loads((folder / "config.json").read_text())["config_version"] == VERSION > 1
-    edit_json(folder / "optimizer.safetensors.index.json", change)
+    index = folder / "optimizer.safetensors.index.json"
+    edit_json(index, lambda values: [values["weight_map"].pop(moment) for moment in frozen])
     check_fully(folder)
     [part] = ranks.run(1, train_part, config_in(tmp_path), 10, 10, folder, False)
     for name, moment in part.moments.items():
-        assert torch.equal(moment, torch.full_like(moment, 0.0 if name.endswith(f".{frozen}") else 10.5)), name
+        assert torch.equal(moment, torch.full_like(moment, 0.0 if name in frozen else 10.5)), name
     assert all(torch.equal(weight, torch.full_like(weight, 10.5)) for weight in part.weights.values())

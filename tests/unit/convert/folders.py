@@ -11,12 +11,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from mtp_dist.checkpoint.format import MODEL, CheckpointMetadata, tensor_file
+from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import load_weights
-from mtp_dist.checkpoint.writer import write_index
+from mtp_dist.checkpoint.writer import write_weights
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
+from mtp_dist.convert.llama_folder import SINGLE
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
@@ -26,7 +27,6 @@ from tests.unit.data import preparing
 VOCAB_SIZE = 257
 """Vocabulary size of the byte tokenizer."""
 STEP = 7
-SINGLE = "model.safetensors"
 TEXT = "def f(x):\n\treturn  x * 2\n\nNaïve café, 東京 and 😀.\n"
 
 
@@ -35,15 +35,13 @@ def lively(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return noise * 0.2 if len(shape) > 1 else 1 + 0.3 * noise
 
 
-def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dict[str, Any]) -> ReferenceModel:
+def write_model(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dict[str, Any]) -> ReferenceModel:
     """Write a checkpoint of step 7 of a tiny model, and return that model."""
     config = tiny_config(**sections | {"model": {"vocab_size": vocab_size} | sections.get("model", {})})
     generator = torch.Generator().manual_seed(8)
-    shapes, file = parameter_shapes(config), tensor_file(MODEL, 0, 1)
-    weights = {name: lively(shape, generator) for name, shape in shapes.items()}
+    weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config).items()}
     folder.mkdir(parents=True)
-    save_file(weights, folder / file)
-    write_index(folder, MODEL, {file: shapes})
+    write_weights(folder, parameter_shapes(config), torch.float32, iter(weights.values()))
     CheckpointMetadata(STEP, 0, config).write(folder)
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
     return ReferenceModel(config, weights)
@@ -51,15 +49,8 @@ def write_checkpoint(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dic
 
 def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -> LlamaForCausalLM:
     """Write a tiny Llama as transformers saves it, with a tokenizer, and return that Llama."""
-    settings = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
+    settings = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     llama = LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -98,11 +89,11 @@ def import_from(folder: Path, *overrides: str, to: str = "c", **options: Any) ->
     return folder / to
 
 
-def open_checkpoint(folder: Path) -> ReferenceModel:
+def open_model(folder: Path) -> ReferenceModel:
     return ReferenceModel(*load_weights(folder))
 
 
-def check_same_logits(model: ReferenceModel, llama: PreTrainedModel) -> None:
+def check_logits(model: ReferenceModel, llama: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, model.config.vocab_size, (2, 40), generator=generator)
     with torch.no_grad():
@@ -111,7 +102,7 @@ def check_same_logits(model: ReferenceModel, llama: PreTrainedModel) -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def check_same_weights(model: ReferenceModel, other: ReferenceModel) -> None:
+def check_weights(model: ReferenceModel, other: ReferenceModel) -> None:
     weights, others = model.named_weights(), other.named_weights()
     assert weights.keys() == others.keys() and all(torch.equal(others[name], weights[name]) for name in weights)
 

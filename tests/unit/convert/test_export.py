@@ -7,23 +7,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_dist.checkpoint import writer
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, ConfigError
 from tests.tiny import LLAMA3_ROPE
-from tests.unit.checkpoint.folders import flip
-from tests.unit.checkpoint.folders import write_checkpoint as write_checkpoint_with_moments
-from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_same_logits, write_checkpoint
+from tests.unit.checkpoint.folders import flip, write_checkpoint
+from tests.unit.convert.folders import STEP, VOCAB_SIZE, check_logits, write_model
 
 
 def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
-    write_checkpoint(tmp_path / "c")
+    write_model(tmp_path / "c")
     progress: list[tuple[int, int]] = []
-    export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda done, total: progress.append((done, total)))
+    export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32", lambda *done: progress.append(done))
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     sizes = [path.stat().st_size for path in files]
@@ -32,10 +31,10 @@ def test_files_are_small_and_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_bf16_rounds_once(tmp_path: Path) -> None:
-    model = write_checkpoint(tmp_path / "c")
+    model = write_model(tmp_path / "c")
     assert export_checkpoint(tmp_path / "c", tmp_path / "out", "bf16").dtype == "bf16"
-    with safe_open(tmp_path / "out" / "model-00001-of-00001.safetensors", "pt") as file:
-        assert torch.equal(file.get_tensor("lm_head.weight"), model.weight("unembedding.weight").bfloat16())
+    head = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")["lm_head.weight"]
+    assert torch.equal(head, model.weight("unembedding.weight").bfloat16())
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert llama.dtype == torch.bfloat16
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -44,7 +43,7 @@ def test_bf16_rounds_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3_ROPE])
 def test_older_programs_read_the_same_configuration(tmp_path: Path, scaling: dict[str, Any] | None) -> None:
-    model = write_checkpoint(tmp_path / "c", model={"rope_theta": 500.0, "rope_scaling": scaling})
+    model = write_model(tmp_path / "c", model={"rope_theta": 500.0, "rope_scaling": scaling})
     export_checkpoint(tmp_path / "c", tmp_path / "out", None)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["rope_theta"] == values["rope_parameters"]["rope_theta"] == 500.0
@@ -53,7 +52,7 @@ def test_older_programs_read_the_same_configuration(tmp_path: Path, scaling: dic
         others = {"rope_theta", "rope_scaling", "rope_parameters"} - kept
         alone = {key: value for key, value in values.items() if key not in others}
         (tmp_path / "out" / "config.json").write_text(json.dumps(alone))
-        check_same_logits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+        check_logits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert (values["vocab_size"], values["max_position_embeddings"]) == (VOCAB_SIZE, 16)
     assert values["eos_token_id"] == values["bos_token_id"] == 256
 
@@ -61,7 +60,7 @@ def test_older_programs_read_the_same_configuration(tmp_path: Path, scaling: dic
 def write_run(folder: Path, checkpoints: Path, **changes: Any) -> Path:
     """Write a checkpoint, and the summary of its run in that folder."""
     checkpoint = checkpoints / f"step_{STEP:08d}"
-    write_checkpoint(checkpoint, run={"name": "books", "output_dir": str(folder)})
+    write_model(checkpoint, run={"name": "books", "output_dir": str(folder)})
     summary = {"name": "books", "steps": STEP, "checkpoint": str(checkpoint)}
     folder.mkdir(exist_ok=True)
     summary |= {"validation": [{"name": None, "heads": HEADS}]} | changes
@@ -80,7 +79,7 @@ def test_configuration_and_card(tmp_path: Path) -> None:
         ("a", {"sample_prompt": 'Es "war" {{ 1 }}\n'}, '<|endoftext|>Es "war" {{ 1 }}\n'),
         ("b", {}, "<|endoftext|>"),
     ):
-        write_checkpoint(tmp_path / name, log=log)
+        write_model(tmp_path / name, log=log)
         out = tmp_path / f"out-{name}"
         export_checkpoint(tmp_path / name, out, None)
         card, saved = (out / "README.md").read_text(), json.loads((out / "mtp_config.json").read_text())
@@ -123,9 +122,9 @@ def test_card_has_the_losses_of_its_own_run(tmp_path: Path) -> None:
 
 
 def test_errors_leave_nothing(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "c", heads={"kind": "linear"})
-    write_checkpoint(tmp_path / "d")
-    write_checkpoint(tmp_path / "truncated")
+    write_model(tmp_path / "c", heads={"kind": "linear"})
+    write_model(tmp_path / "d")
+    write_model(tmp_path / "truncated")
     file = next((tmp_path / "truncated").glob("model-*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
     config = tmp_path / "c" / "config.json"
@@ -147,13 +146,12 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
 def test_only_weights_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The moments are two thirds of a checkpoint; neither an export nor a sample reads them."""
     monkeypatch.setattr("mtp_dist.convert.to_huggingface.write_tokenizer", lambda *rest: ("<|endoftext|>", 256))
-    folder = write_checkpoint_with_moments(tmp_path / "checkpoints", 3)
+    folder = write_checkpoint(tmp_path / "checkpoints", 3)
     files = sorted(folder.glob("model-*.safetensors"))
     for path in folder.glob("optimizer-*.safetensors"):
         flip(path, 5000)
     progress: list[tuple[int, int]] = []
-    on_verified = {"on_verified": lambda done, total: progress.append((done, total))}
-    export_checkpoint(tmp_path / "checkpoints", tmp_path / "out", None, **on_verified)
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "out", None, on_verified=lambda *done: progress.append(done))
     size = sum(path.stat().st_size for path in files)
     assert progress[-1] == (size, size), "progress counts the bytes of the weights"
     flip(files[1], 5000)

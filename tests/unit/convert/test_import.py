@@ -11,18 +11,14 @@ from typer.testing import CliRunner
 from mtp_dist.checkpoint.find import find_resume_point
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.cli import app
-from mtp_dist.config import Config, build_config, load_config
+from mtp_dist.config import build_config, load_config
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, ConfigError
-from tests.unit.convert.folders import SINGLE, change_weights, import_from, write_checkpoint, write_llama
+from tests.unit.convert.folders import SINGLE, change_weights, import_from, write_llama, write_model
 
 SCALED = "model.rope_scaling={rope_type: linear, factor: 2}"
-
-
-def config_of(folder: Path) -> Config:
-    return load_weights(folder)[0]
 
 
 def test_imported_folder_trains_with_its_own_configuration(tmp_path: Path) -> None:
@@ -42,13 +38,13 @@ def test_imported_folder_trains_with_its_own_configuration(tmp_path: Path) -> No
 def test_users_configuration_counts(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf")
     file = tmp_path / "mine.yaml"
-    values = config_of(import_from(tmp_path)).model_dump(mode="json")
+    values = load_weights(import_from(tmp_path))[0].model_dump(mode="json")
     values["model"] = {"init_std": 0.5}
     values["train"]["steps"] = 77
     file.write_text(yaml.safe_dump(values))
     config = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "d", str(file), ["heads.count=2"])).config
     assert (config.train.steps, config.heads.count, config.model.init_std) == (77, 2, 0.5)
-    assert config_of(tmp_path / "d") == config == build_config(config.model_dump(mode="json"))
+    assert load_weights(tmp_path / "d")[0] == config == build_config(config.model_dump(mode="json"))
     values["model"] = {"hidden_size": 64}
     file.write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=r"^model\.hidden_size = 64 is 32 in --from = '.*hf': leave it out$"):
@@ -78,7 +74,7 @@ def test_tensors_that_are_not_used_are_reported(tmp_path: Path) -> None:
         "model.layers.0.self_attn.rotary_emb.inv_freq (computed from config.json)\n"
     ) in report("--to", str(tmp_path / "some"))
 
-    write_checkpoint(tmp_path / "c")
+    write_model(tmp_path / "c")
     (tmp_path / "hf").rename(tmp_path / "other")
     export_checkpoint(tmp_path / "c", tmp_path / "hf", "fp32")
     fewer = report("--to", str(tmp_path / "fewer"), "--heads", "3")
@@ -86,9 +82,7 @@ def test_tensors_that_are_not_used_are_reported(tmp_path: Path) -> None:
 
 
 def test_corrupt_heads_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^--from = '.*hf' is not a folder: "):
-        import_from(tmp_path)
-    write_checkpoint(tmp_path / "saved")
+    write_model(tmp_path / "saved")
     export_checkpoint(tmp_path / "saved", tmp_path / "hf", "fp32")
     heads, config = tmp_path / "hf" / "mtp_heads.safetensors", tmp_path / "hf" / "mtp_config.json"
     tensors = load_file(heads)

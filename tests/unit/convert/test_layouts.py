@@ -13,19 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mtp_dist.convert.llama import llama_weights, split
+from mtp_dist.convert.llama_folder import INDEX, SINGLE
 from mtp_dist.errors import UserError
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
-from tests.unit.convert.folders import (
-    SINGLE,
-    change_config,
-    change_weights,
-    check_same_logits,
-    import_from,
-    open_checkpoint,
-    write_llama,
-)
-
-INDEX = "model.safetensors.index.json"
+from tests.unit.convert.folders import change_config, change_weights, check_logits, import_from, open_model, write_llama
 
 
 def shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None) -> dict[str, str]:
@@ -41,39 +32,23 @@ def shard(folder: Path, change: Callable[[dict[str, torch.Tensor]], object] = la
     return weight_map
 
 
-def tied_with_the_same(folder: Path) -> None:
-    change_weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
-
-
 def wrong_index(folder: Path) -> None:
     """Let the index name the other file for each weight; transformers reads all of both."""
-    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
-    swapped = {name: other[file] for name, file in shard(folder).items()}
+    weight_map = shard(folder)
+    swapped = dict(zip(weight_map, reversed(weight_map.values()), strict=True))
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": swapped}))
     (folder / SINGLE).unlink()
 
 
 def in_two_files(folder: Path) -> None:
     shard(folder)
-    (folder / SINGLE).unlink()
-    tensors = load_file(folder / "a.safetensors") | load_file(folder / "b.safetensors")
-    save_file(tensors, folder / "b.safetensors", {"format": "pt"})
+    (folder / SINGLE).rename(folder / "b.safetensors")
 
 
 def in_bf16(folder: Path) -> None:
     LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*-of-*.safetensors"))) > 2
     (folder / SINGLE).unlink()
-
-
-def pickled(folder: Path) -> None:
-    torch.save({}, folder / "pytorch_model.bin")
-    (folder / SINGLE).unlink()
-
-
-def without_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
 
 
 def old_scaling(key: str) -> Callable[[Path], None]:
@@ -87,10 +62,11 @@ MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 ROPE_500 = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {"rope_parameters": ROPE_500 | LLAMA3_ROPE}
 LINEAR = {"rope_parameters": ROPE_500 | LINEAR_ROPE}
+SAME_HEAD = change_weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
 READ: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
     "one file": ({}, lambda folder: None),
     "tied": (TIED, lambda folder: None),
-    "tied, and twice in the files": (TIED, tied_with_the_same),
+    "tied, and twice in the files": (TIED, SAME_HEAD),
     "frequencies": ({}, change_weights(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)}))),
     "a stale index": ({}, lambda folder: shard(folder, lambda tensors: tensors["model.norm.weight"].mul_(3))),
     "an index with the wrong files": ({}, wrong_index),
@@ -108,7 +84,7 @@ def test_every_weight_is_the_one_that_transformers_holds(tmp_path: Path, layout:
     settings, change = READ[layout]
     write_llama(tmp_path / "hf", **settings)
     change(tmp_path / "hf")
-    model = open_checkpoint(import_from(tmp_path))
+    model = open_model(import_from(tmp_path))
     change_config(architectures=["LlamaForCausalLM"], model_type="llama")(tmp_path / "hf")
     llama = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     held = llama.state_dict()
@@ -119,7 +95,7 @@ def test_every_weight_is_the_one_that_transformers_holds(tmp_path: Path, layout:
     }
     assert held.keys() - imported.keys() == ({"lm_head.weight"} if settings is TIED else set())
     assert all(torch.equal(tensor, held[part]) for part, tensor in imported.items())
-    check_same_logits(model, llama)
+    check_logits(model, llama)
 
 
 REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -149,25 +125,26 @@ def set_weight(name: str, weight: torch.Tensor) -> Callable[[Path], None]:
     return change_weights(lambda tensors: tensors.update({name: weight}))
 
 
+def rename(name: str, to: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).rename(folder / to)
+
+
+UNTIED = "has tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     **{str(changes): (change_config(**changes), message) for changes, message in REFUSED_CONFIGS},
-    "tied, and another lm_head": (
-        change_weights(lambda tensors: tensors["lm_head.weight"].add_(1)),
-        "has tie_word_embeddings = True in config.json, but lm_head.weight differs from model.embed_tokens.weight",
-    ),
+    "tied, and another lm_head": (change_weights(lambda tensors: tensors["lm_head.weight"].add_(1)), UNTIED),
     "weights in two files": (in_two_files, r"has lm_head\.weight in a\.safetensors and in b\.safet"),
-    "variant": (lambda folder: (folder / SINGLE).rename(folder / "model.fp16.safetensors"), "has no weights"),
+    "variant": (rename(SINGLE, "model.fp16.safetensors"), "has no weights: model.safetensors is missing"),
     "adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "has a PEFT adapter, adapter_c"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read: No such file"),
+    "no configuration": (rename("config.json", "other.json"), "config.json cannot be read: No such file"),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not JSON"),
-    "no weights": (lambda folder: (folder / SINGLE).unlink(), "has no weights: model.safetensors is missing"),
-    "pickle": (pickled, "has its weights as a pickle, pytorch_model.bin, which can run any code"),
+    "pickle": (rename(SINGLE, "model.bin"), "has its weights as a pickle, model.bin, which can run any code"),
     "truncated": (lambda folder: os.truncate(folder / SINGLE, 20_000), "model.safetensors cannot be read"),
     "missing weight": (change_weights(lambda t: t.pop(NORM)), f"lacks 1 weights, the first is {NORM}"),
     "unknown weight": (set_weight(BIAS, torch.zeros(32)), f"weights that mtp_dist does not support, such as {BIAS}"),
     "shape": (set_weight(NORM, torch.ones(31)), rf"has {NORM} as \[31\], its config.json requires \[32\]"),
     "integers": (set_weight(NORM, torch.ones(32).char()), f"{NORM} is torch.int8: only floating point can be imported"),
-    "no tokenizer": (without_tokenizer, "has no tokenizer: name the one it was trained with as data.tokenizer="),
+    "no tokenizer": (rename("tokenizer.json", "x"), "has no tokenizer: name the one it was trained with as data.tok"),
 }
 
 

@@ -11,9 +11,7 @@ import psutil
 import pytest
 
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from tests.unit.convert.folders import import_from, write_checkpoint
-
-PEAK_CAN_BE_RESET = os.access("/proc/self/clear_refs", os.W_OK)
+from tests.unit.convert.folders import import_from, write_model
 
 
 def peak_growth(run: Callable[..., object], *arguments: object) -> int:
@@ -26,11 +24,11 @@ def peak_growth(run: Callable[..., object], *arguments: object) -> int:
     return int(peak.split()[1]) * 1024 - before
 
 
-@pytest.mark.skipif(not PEAK_CAN_BE_RESET, reason="only Linux resets the peak of a process")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a process's peak")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_peak_is_about_one_tensor(tmp_path: Path, dtype: str) -> None:
     shape = {"hidden_size": 512, "trunk_layers": 5, "num_attention_heads": 8, "ffn_hidden_size": 1536}
-    model = write_checkpoint(tmp_path / "c", model=shape, heads={"count": 7})
+    model = write_model(tmp_path / "c", model=shape, heads={"count": 7})
     tensors = [weight.nbytes for weight in model.named_weights().values()]
     del model
     assert sum(tensors) > 140e6 and max(tensors) < 7e6

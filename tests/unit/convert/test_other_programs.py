@@ -19,14 +19,7 @@ from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
 from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.model.reference import ReferenceModel
-from tests.unit.convert.folders import (
-    TEXT,
-    byte_pairs,
-    open_checkpoint,
-    train_sentencepiece,
-    write_checkpoint,
-    write_llama,
-)
+from tests.unit.convert.folders import TEXT, byte_pairs, open_model, train_sentencepiece, write_llama, write_model
 
 PROMPT, CONTINUATION = "def f(x):", " return x"
 KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama")
@@ -65,13 +58,13 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if kind == "imported Llama":
         llama_with_bos(folder / "llama")
         import_llama(ImportRequest(folder / "llama", folder / "c"))
-        model, name = open_checkpoint(folder / "c"), str(folder / "c")
+        model, name = open_model(folder / "c"), str(folder / "c")
     else:
         options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
         trained = {"byte pairs": byte_pairs, "SentencePiece": partial(train_sentencepiece, vocab_size=330, **options)}
         name = str(trained[kind](folder)) if kind in trained else kind
         sections = {"data": {"tokenizer": name}, "train": {"sequence_length": 128}}
-        model = write_checkpoint(folder / "c", build_tokenizer(name).vocab_size, **sections)
+        model = write_model(folder / "c", build_tokenizer(name).vocab_size, **sections)
     export_checkpoint(folder / "c", folder / "hf", "fp32")
     return Export(folder / "hf", model, build_tokenizer(name))
 
@@ -158,9 +151,7 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
     special.add_to_gguf(writer, quiet=True)
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, llama.config.num_hidden_layers)
-    weights = {
-        names.get_name(name, (".weight",)): weight.numpy(force=True) for name, weight in llama.named_parameters()
-    }
+    weights = {names.get_name(name, (".weight",)): w.numpy(force=True) for name, w in llama.named_parameters()}
     for name, weight in weights.items():
         writer.add_tensor(name, weight)
     writer.write_header_to_file()

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mtp_dist.checkpoint import writer
@@ -16,19 +15,13 @@ from mtp_dist.config.heads import KINDS
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight
-from mtp_dist.model.reference import ReferenceModel, reference_losses
+from mtp_dist.model.reference import reference_losses
 from tests.engines import global_batch
+from tests.parity.resuming import BOTH, at
 from tests.ranks import Ranks
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 from tests.unit.checkpoint.on_ranks import train_part
-from tests.unit.convert.folders import (
-    check_same_logits,
-    check_same_weights,
-    import_from,
-    open_checkpoint,
-    write_checkpoint,
-    write_llama,
-)
+from tests.unit.convert.folders import check_logits, check_weights, import_from, open_model, write_llama, write_model
 
 CASES: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
     "four heads": ({}, 2),
@@ -64,32 +57,25 @@ def opened(folder: Path) -> LlamaForCausalLM:
 @pytest.mark.parametrize("case", [case for case in CASES if case not in KINDS or KINDS[case].exportable])
 def test_export_is_head_1_and_import_restores_it(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "FILE_BYTES", 20_000)
-    model = write_checkpoint(tmp_path / "before", **CASES[case][0])
+    model = write_model(tmp_path / "before", **CASES[case][0])
     exported = export_checkpoint(tmp_path / "before", tmp_path / "hf", None)
     llama = opened(tmp_path / "hf")
-    check_same_logits(model, llama)
+    check_logits(model, llama)
     assert llama.dtype == torch.float32, "the precision of the training"
     assert exported.parameters == sum(weight.numel() for weight in llama.parameters())
     assert exported.layers == len(llama.model.layers)
-    check_other_weights(tmp_path / "hf", model, exported.parameters)
+    weights, heads = model.named_weights(), tmp_path / "hf" / "mtp_heads.safetensors"
+    others = load_file(heads) if heads.exists() else {}
+    assert bool(others) == heads.exists() and all(torch.equal(w, weights[name]) for name, w in others.items())
+    numbers = [sum(weight.numel() for weight in each.values()) for each in (others, weights)]
+    assert exported.parameters + numbers[0] == numbers[1], "no weight is lost, and none is exported twice"
 
-    after = open_checkpoint(import_from(tmp_path))
-    check_same_weights(model, after)
+    after = open_model(import_from(tmp_path))
+    check_weights(model, after)
     config, metadata = after.config, read_metadata(tmp_path / "c")
     assert (config.heads, config.data, config.vocab_size) == (model.config.heads, model.config.data, 257)
     assert config.model.rope_scaling == model.config.model.rope_scaling
     assert (metadata.step, metadata.optimizer_updates, metadata.samples) == (0, 0, None)
-
-
-def check_other_weights(folder: Path, model: ReferenceModel, llama_parameters: int) -> None:
-    """Check that no weight is lost, and that none is exported twice."""
-    weights, others = model.named_weights(), {}
-    if (folder / "mtp_heads.safetensors").exists():
-        with safe_open(folder / "mtp_heads.safetensors", "pt") as file:
-            others = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        assert others
-    assert all(torch.equal(weight, weights[name]) for name, weight in others.items())
-    assert llama_parameters + sum(w.numel() for w in others.values()) == sum(w.numel() for w in weights.values())
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -98,13 +84,9 @@ def test_import_is_the_llama(tmp_path: Path, case: str, copy: bool) -> None:
     sections, trunk_layers = CASES[case]
     model = sections.get("model", {})
     rope = {"rope_type": "default", "rope_theta": model.get("rope_theta", 10_000.0)} | model.get("rope_scaling", {})
-    llama = write_llama(
-        tmp_path / "hf",
-        num_key_value_heads=model.get("num_query_groups", 2),
-        tie_word_embeddings=model.get("tie_embeddings", False),
-        rms_norm_eps=model.get("norm_eps", 1e-6),
-        rope_parameters=rope,
-    )
+    changes = {"num_key_value_heads": model.get("num_query_groups", 2), "rms_norm_eps": model.get("norm_eps", 1e-6)}
+    changes |= {"tie_word_embeddings": model.get("tie_embeddings", False), "rope_parameters": rope}
+    llama = write_llama(tmp_path / "hf", **changes)
     heads = sections.get("heads", {})
     overrides = [f"heads.{key}={value}" for key, value in heads.items()]
     kind = KINDS[heads.get("kind", "parallel")]
@@ -114,8 +96,8 @@ def test_import_is_the_llama(tmp_path: Path, case: str, copy: bool) -> None:
         with pytest.raises(ConfigError, match=r"^--copy-heads has nothing to copy: heads.kind = "):
             import_from(tmp_path, *overrides, copy_heads=True)
         return
-    imported = open_checkpoint(import_from(tmp_path, *overrides, copy_heads=copy))
-    check_same_logits(imported, llama)
+    imported = open_model(import_from(tmp_path, *overrides, copy_heads=copy))
+    check_logits(imported, llama)
     assert imported.config.model.trunk_layers == trunk_layers
     assert imported.config.model.tie_embeddings == (case == "tied")
     assert all(logits.isfinite().all() for logits in imported(torch.arange(24)[None], 16).values())
@@ -126,14 +108,14 @@ def test_other_heads_are_new_or_copies(tmp_path: Path) -> None:
     config, new = load_weights(import_from(tmp_path))
     name = "heads.3.0.mlp.linear_fc1.weight"
     assert torch.equal(new[name], initial_weight(config, name, new[name].shape))
-    logits = open_checkpoint(import_from(tmp_path, to="copies", copy_heads=True))(torch.arange(16)[None])
+    logits = open_model(import_from(tmp_path, to="copies", copy_heads=True))(torch.arange(16)[None])
     assert all(torch.equal(logits[k], logits[1]) for k in (2, 3, 4))
 
 
 def test_more_heads_than_were_exported(tmp_path: Path) -> None:
-    before = write_checkpoint(tmp_path / "before").named_weights()
+    before = write_model(tmp_path / "before").named_weights()
     export_checkpoint(tmp_path / "before", tmp_path / "hf", "fp32")
-    after = open_checkpoint(import_from(tmp_path, heads=6)).named_weights()
+    after = open_model(import_from(tmp_path, heads=6)).named_weights()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {name.split(".")[1] for name in after.keys() - before.keys()} == {"5", "6"}
     with pytest.raises(ConfigError, match=r"^heads\.kind is 'causal', the heads in .*mtp_heads.safetensors have 'par"):
@@ -147,32 +129,17 @@ RANKS_CASES = [(1, False, None), (1, True, LLAMA3_ROPE), (4, False, LINEAR_ROPE)
 @pytest.mark.parametrize("case", RANKS_CASES)
 def test_checkpoint_of_ranks_is_exported_and_trained_again(ranks: Ranks, tmp_path: Path, case: Any) -> None:
     count, tied, scaling = case
-    config = tiny_config(
-        model={"tie_embeddings": tied, "init_std": 0.2, "rope_scaling": scaling},
-        heads={"count": count},
-        parallel={"tensor": 2, "pipeline": 2},
-        checkpoint={"directory": str(tmp_path / "runs")},
-        data={"tokenizer": str(small_tokenizer(tmp_path))},
-    )
-    ranks.run(4, train_part, config, 0, 1)
-    model = open_checkpoint(tmp_path / "runs" / "step_00000001")
+    model = {"vocab_size": 257, "tie_embeddings": tied, "init_std": 0.2, "rope_scaling": scaling}
+    ranks.run(4, train_part, at(BOTH, tmp_path / "runs", model=model, heads={"count": count}), 0, 1)
+    model = open_model(tmp_path / "runs" / "step_00000001")
     export_checkpoint(tmp_path / "runs", tmp_path / "hf", None)
-    check_same_logits(model, opened(tmp_path / "hf"))
-    imported = open_checkpoint(import_from(tmp_path))
-    check_same_weights(model, imported)
+    check_logits(model, opened(tmp_path / "hf"))
+    imported = open_model(import_from(tmp_path))
+    check_weights(model, imported)
 
-    other_layout = tiny_config(
-        **imported.config.model_dump(include={"model", "heads", "data", "optimizer"}), parallel={"pipeline": 2}
-    )
+    sections = imported.config.model_dump(include={"model", "heads", "data", "optimizer"})
+    other_layout = tiny_config(**sections, parallel={"pipeline": 2})
     samples, targets = global_batch(other_layout, 1)
     expected = reference_losses(model, samples, targets).losses
     for part in ranks.run(2, train_part, other_layout, 0, 1, tmp_path / "c", False):
         torch.testing.assert_close(part.losses[0][0].float(), expected, rtol=1e-5, atol=1e-6)
-
-
-def small_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer.json of 131 tokens at most."""
-    library = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
-    library.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"

@@ -14,6 +14,19 @@ from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
 from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece
 
+TEXTS = [*SAMPLE_TEXTS, TEXT, " one space before", "one after ", "return x and café", " "]
+
+
+def export(name: str, folder: Path, end: tuple[str, int]) -> PreTrainedTokenizerBase:
+    """Return an exported tokenizer, after a check that it ends texts and gives ids as in training."""
+    folder.mkdir()
+    assert write_tokenizer(name, folder) == end
+    training, exported = build_tokenizer(name), AutoTokenizer.from_pretrained(folder)
+    assert (exported.eos_token, exported.eos_token_id) == end
+    for text in TEXTS:
+        assert exported(text).input_ids == training.encode(text).tolist(), repr(text)
+    return exported
+
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_bytes_are_their_own_ids(text: str) -> None:
@@ -24,10 +37,8 @@ def test_bytes_are_their_own_ids(text: str) -> None:
 
 
 def test_bytes_through_transformers(tmp_path: Path) -> None:
-    assert write_tokenizer("bytes", tmp_path) == ("<|endoftext|>", 256)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = export("bytes", tmp_path / "out", ("<|endoftext|>", 256))
     assert tokenizer.is_fast and len(tokenizer) == 257
-    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 256)
     assert tokenizer(TEXT).input_ids == list(TEXT.encode())
     assert tokenizer.decode([*TEXT.encode(), 256], skip_special_tokens=True) == TEXT
     assert sorted(tokenizer.get_vocab().values()) == list(range(257))
@@ -35,21 +46,12 @@ def test_bytes_through_transformers(tmp_path: Path) -> None:
     assert tokenizer("<|endoftext|>a").input_ids == [256, 97]
 
 
-@pytest.mark.parametrize("settings", [{}, {"model_max_length": 99, "eos_token": "<eos>"}])
-def test_tokenizer_json_is_copied(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_tokenizer_json_is_copied(tmp_path: Path) -> None:
     file = byte_pairs(tmp_path / "trained", "<eos>")
-    if settings:
-        (file.parent / "tokenizer_config.json").write_text(json.dumps(settings))
-    (tmp_path / "out").mkdir()
-    assert write_tokenizer(str(file), tmp_path / "out") == ("<eos>", 0)
+    export(str(file), tmp_path / "out", ("<eos>", 0))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == file.read_bytes()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<eos>", 0)
-    assert tokenizer(TEXT).input_ids == build_tokenizer(str(file)).encode(TEXT).tolist()
-    assert not settings or tokenizer.model_max_length == 99
 
 
-TEXTS = [*SAMPLE_TEXTS, TEXT, " one space before", "one after ", "return x and café", " "]
 NORMALIZATIONS: dict[str, dict[str, object]] = {
     "default": {},
     "identity": {"normalization_rule_name": "identity"},
@@ -60,22 +62,11 @@ NORMALIZATIONS: dict[str, dict[str, object]] = {
 }
 
 
-def check_same_ids(name: str, folder: Path) -> PreTrainedTokenizerBase:
-    """Check that AutoTokenizer gives the ids of the training, and return it."""
-    training, exported = build_tokenizer(name), AutoTokenizer.from_pretrained(folder)
-    for text in TEXTS:
-        assert exported(text).input_ids == training.encode(text).tolist(), repr(text)
-    return exported
-
-
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_sentencepiece_gives_the_ids_of_the_training(tmp_path: Path, kind: str, normalization: str) -> None:
     name = str(train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), model_type=kind, **NORMALIZATIONS[normalization]))
-    (tmp_path / "out").mkdir()
-    assert write_tokenizer(name, tmp_path / "out") == ("</s>", 2)
-    tokenizer = check_same_ids(name, tmp_path / "out")
-    assert tokenizer.eos_token_id == 2
+    tokenizer = export(name, tmp_path / "out", ("</s>", 2))
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == Path(name).read_bytes()
     assert tokenizer.pad_token == ("<pad>" if normalization == "symbols" else "</s>")
 
@@ -98,10 +89,8 @@ def test_no_token_is_added_or_truncated(tmp_path: Path, processor: processors.Po
     settings |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": True, "legacy": True}
     (file.parent / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
     (file.parent / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
-    (tmp_path / "out").mkdir()
-    assert write_tokenizer(str(file), tmp_path / "out") == ("<eos>", 0)
-    tokenizer = check_same_ids(str(file), tmp_path / "out")
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<eos>", "<eos>")
+    tokenizer = export(str(file), tmp_path / "out", ("<eos>", 0))
+    assert (tokenizer.bos_token, tokenizer.pad_token) == ("<eos>", "<eos>")
     assert len(tokenizer) == library.get_vocab_size(), "no token is new"
     assert (tokenizer.model_max_length, tokenizer.chat_template) == (99, "{{ messages }}")
 
