@@ -7,7 +7,6 @@ import pytest
 from mtp_dist.checkpoint.find import candidates, latest_name
 from mtp_dist.checkpoint.manifest import check_fully
 from tests.integration import jobs
-from tests.integration.forks import Program
 from tests.unit.checkpoint.folders import flip
 
 STEPS = 12
@@ -19,7 +18,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jobs.write_config(tmp_path_factory.mktemp("resume"), **sections)
 
 
-def train(config: Path, output_dir: Path, *overrides: str) -> Program:
+def train(config: Path, output_dir: Path, *overrides: str) -> jobs.Program:
     arguments = ["--config", str(config), "parallel.pipeline=2", f"run.output_dir={output_dir}", *overrides]
     return jobs.forked(jobs.PRETRAIN, *arguments, processes=2)
 

@@ -22,7 +22,6 @@ from mtp_dist.config import build_config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import CheckpointError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
-from mtp_dist.model.reference import ReferenceModel
 from tests.integration import jobs
 from tests.parity.resuming import BOTH, DATA, Layout, at, run
 from tests.ranks import Ranks
@@ -67,8 +66,6 @@ def test_saved_state_is_loaded(ranks: Ranks, tmp_path: Path, case: str) -> None:
     expected = {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq") for name in shapes}
     assert reader.weight_map.keys() == trained.moments.keys() == expected
     assert all(torch.equal(reader.read(name), moment) and moment.any() for name, moment in trained.moments.items())
-    logits = ReferenceModel(loaded_config, weights)(torch.arange(8)[None])
-    assert len(logits) == 4 and all(head_logits.isfinite().all() for head_logits in logits.values())
     check_indexes(folder, shapes)
     assert len(list(folder.glob("model-*.safetensors"))) == layout.world_size, "every rank writes a file"
 

@@ -83,8 +83,7 @@ def test_renamed_key_is_migrated(tmp_path: Path, given: str | None, becomes: str
 
 def test_settings_that_are_refused_today_still_open(tmp_path: Path) -> None:
     """Incompatible settings are checked when a run starts, and more of them from version to version."""
-    refused = {"sequence": True, "tensor": 1}
-    checkpoint, export = changed(tmp_path, lambda values: values["config"]["parallel"].update(refused))
+    checkpoint, export = changed(tmp_path, lambda values: values["config"]["parallel"].update(sequence=True, tensor=1))
     config, weights = load_weights(checkpoint)
     assert config.parallel.sequence and weights and SavedHeads(export).config
 

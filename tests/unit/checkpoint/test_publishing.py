@@ -72,8 +72,7 @@ def killed_at(number: int) -> Iterator[Iterator[int]]:
         patch.setattr(Path, "replace", counted(os.replace))
         patch.setattr(shutil, "rmtree", counted(shutil.rmtree, delete_half))
         patch.setattr(writer, "sync", counted(writer.sync))
-        write = writer.write_durably
-        patch.setattr(writer, "write_durably", counted(write, lambda path, text: path.write_text(text[:5])))
+        patch.setattr(writer, "write_durably", counted(writer.write_durably, lambda to, text: to.write_text(text[:5])))
         yield numbers
 
 

@@ -61,10 +61,9 @@ def write_run(folder: Path, checkpoints: Path, **changes: Any) -> Path:
     """Write a checkpoint, and the summary of its run in that folder."""
     checkpoint = checkpoints / f"step_{STEP:08d}"
     write_model(checkpoint, run={"name": "books", "output_dir": str(folder)})
-    summary = {"name": "books", "steps": STEP, "checkpoint": str(checkpoint)}
+    summary = {"name": "books", "steps": STEP, "validation": [{"name": None, "heads": HEADS}]}
     folder.mkdir(exist_ok=True)
-    summary |= {"validation": [{"name": None, "heads": HEADS}]} | changes
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(summary | {"checkpoint": str(checkpoint)} | changes))
     return checkpoint
 
 

@@ -22,7 +22,6 @@ SCALED = "model.rope_scaling={rope_type: linear, factor: 2}"
 
 
 def test_imported_folder_trains_with_its_own_configuration(tmp_path: Path) -> None:
-    """And with the tokenizer in it, whatever that training is."""
     write_llama(tmp_path / "hf")
     folder = import_from(tmp_path)
     config = load_config(folder / "run.yaml", [f"checkpoint.resume={folder}", "train.steps=9", "optimizer.lr=1e-5"])
@@ -39,8 +38,7 @@ def test_users_configuration_counts(tmp_path: Path) -> None:
     write_llama(tmp_path / "hf")
     file = tmp_path / "mine.yaml"
     values = load_weights(import_from(tmp_path))[0].model_dump(mode="json")
-    values["model"] = {"init_std": 0.5}
-    values["train"]["steps"] = 77
+    values["model"], values["train"]["steps"] = {"init_std": 0.5}, 77
     file.write_text(yaml.safe_dump(values))
     config = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "d", str(file), ["heads.count=2"])).config
     assert (config.train.steps, config.heads.count, config.model.init_std) == (77, 2, 0.5)

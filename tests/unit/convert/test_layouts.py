@@ -51,20 +51,15 @@ def in_bf16(folder: Path) -> None:
     (folder / SINGLE).unlink()
 
 
-def old_scaling(key: str) -> Callable[[Path], None]:
-    """Return a change to the keys before transformers 5."""
-    return change_config(rope_parameters=None, rope_theta=500, rope_scaling={key: "linear", "factor": 4})
-
-
 NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 TIED = {"tie_word_embeddings": True}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 ROPE_500 = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {"rope_parameters": ROPE_500 | LLAMA3_ROPE}
 LINEAR = {"rope_parameters": ROPE_500 | LINEAR_ROPE}
+OLD = {"rope_parameters": None, "rope_theta": 500}
 SAME_HEAD = change_weights(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
 READ: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
-    "one file": ({}, lambda folder: None),
     "tied": (TIED, lambda folder: None),
     "tied, and twice in the files": (TIED, SAME_HEAD),
     "frequencies": ({}, change_weights(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)}))),
@@ -72,8 +67,8 @@ READ: dict[str, tuple[dict[str, Any], Callable[[Path], object]]] = {
     "an index with the wrong files": ({}, wrong_index),
     "bf16 in several files": ({}, in_bf16),
     "the length of a scaling outside of it": (LLAMA3, change_config(original_max_position_embeddings=32)),
-    "rope_type before transformers 5": (LINEAR, old_scaling("rope_type")),
-    "type before transformers 5": (LINEAR, old_scaling("type")),
+    "rope_type before version 5": (LINEAR, change_config(**OLD, rope_scaling={"rope_type": "linear", "factor": 4})),
+    "type before version 5": (LINEAR, change_config(**OLD, rope_scaling={"type": "linear", "factor": 4})),
     "rotation of all channels, named": ({"partial_rotary_factor": 1.0}, lambda folder: None),
     "Mistral without a window": ({}, change_config(**MISTRAL, sliding_window=None)),
 }
@@ -113,7 +108,7 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "has rope_scaling = .*'yarn'.*default, linear, llama3"),
     ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "mtp_dist supports the rope types default, linear, llama3"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ": it lacks high_freq_factor$"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "full_attention is not supported$"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "mtp_dist does not support full_attention$"),
     ({"rope_scaling": "linear"}, "has rope_scaling = 'linear' .*it is not a JSON object"),
     ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor = 0.5 in config.json: rotary embeddings of a part"),
     ({"rope_parameters": ROPE_500 | {"partial_rotary_factor": 0.5}}, "has rope_scaling = .*: rotary embeddings of a"),

@@ -39,9 +39,8 @@ def llama_with_bos(folder: Path) -> None:
     """Write a Llama whose tokenizer begins each text with a BOS."""
     library = Tokenizer.from_file(str(byte_pairs(folder)))
     library.add_special_tokens(["<s>"])
-    library.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", library.token_to_id("<s>"))]
-    )
+    special = [("<s>", library.token_to_id("<s>"))]
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
     library.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

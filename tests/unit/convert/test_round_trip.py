@@ -49,8 +49,7 @@ assert CASES.keys() >= KINDS.keys() - {"parallel"}, "a case per kind; the first 
 
 def opened(folder: Path) -> LlamaForCausalLM:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert isinstance(model, LlamaForCausalLM)
-    assert not any(report.values()), report
+    assert isinstance(model, LlamaForCausalLM) and not any(report.values()), report
     return model.eval()
 
 

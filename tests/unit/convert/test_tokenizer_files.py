@@ -38,10 +38,9 @@ def test_bytes_are_their_own_ids(text: str) -> None:
 
 def test_bytes_through_transformers(tmp_path: Path) -> None:
     tokenizer = export("bytes", tmp_path / "out", ("<|endoftext|>", 256))
-    assert tokenizer.is_fast and len(tokenizer) == 257
     assert tokenizer(TEXT).input_ids == list(TEXT.encode())
     assert tokenizer.decode([*TEXT.encode(), 256], skip_special_tokens=True) == TEXT
-    assert sorted(tokenizer.get_vocab().values()) == list(range(257))
+    assert tokenizer.is_fast and sorted(tokenizer.get_vocab().values()) == list(range(257))
     # transformers encodes it as the end of a text, as with every tokenizer; training encodes its bytes.
     assert tokenizer("<|endoftext|>a").input_ids == [256, 97]
 
@@ -99,6 +98,5 @@ def test_tokenizer_with_other_ids_in_transformers_is_refused(tmp_path: Path) -> 
     options = {"model_type": "bpe", "treat_whitespace_as_suffix": True}
     name = str(train_sentencepiece(tmp_path, TEXT + "\n".join(TEXTS), **options))
     (tmp_path / "out").mkdir()
-    reason = "cannot be exported: for .* AutoTokenizer would give"
-    with pytest.raises(DataError, match=rf"^data\.tokenizer = '{name}' {reason}"):
+    with pytest.raises(DataError, match=rf"^data\.tokenizer = '{name}' cannot be exported: for .* AutoTokenizer would"):
         write_tokenizer(name, tmp_path / "out")

@@ -8,8 +8,7 @@ from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import tiny_config
 
-VOCAB_SIZE = 20
-END_OF_DOCUMENT = 9
+VOCAB_SIZE, END_OF_DOCUMENT = 20, 9
 PROMPT = [3, 1, 4, 1, 5]
 
 
