@@ -124,19 +124,3 @@ def test_restart_appends_and_a_new_run_starts_new_files(tmp_path):
     archive(tmp_path, rank_logs=False)
     assert not (tmp_path / "logs").exists()
     assert log(tmp_path / "earlier-2", 0)[1::2] == ["failed early", "started"]
-
-
-def test_logs_in_a_linked_folder_are_archived_within_it(tmp_path):
-    """It may be on another disk, from which no file can be moved into the run's folder."""
-    shared, out = tmp_path / "shared", tmp_path / "out"
-    for folder in (out, shared / "earlier"):
-        folder.mkdir(parents=True)
-    (out / "logs").symlink_to(shared)
-    for name in ("rank_00000.log", "earlier/rank_00000.log", "earlier/rank_00001.log", "others.log"):
-        (shared / name).write_text(name)
-    archive(out)
-    assert [path.name for path in out.iterdir()] == ["logs"]
-    archived = {path.name: path.read_text() for path in (shared / "earlier-1").iterdir()}
-    assert archived == {name: f"earlier/{name}" for name in ("rank_00000.log", "rank_00001.log")}
-    kept = ["earlier", "earlier-1", "others.log", "rank_00000.log"]
-    assert sorted(path.name for path in shared.iterdir()) == kept

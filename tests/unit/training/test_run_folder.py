@@ -47,9 +47,12 @@ def test_checkpoints_in_another_folder_are_archived_there(tmp_path):
     assert names(saved / "earlier-1") == ["latest", "step_00000010"]
 
 
-@pytest.mark.parametrize("kind", ["link", "mount point"])
-def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, kind):
-    """In a link or a mount point only the files that a run writes are moved, by their names, within it."""
+@pytest.mark.parametrize(("kind", "rank_logs"), [("link", False), ("link", True), ("mount point", False)])
+def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, kind, rank_logs):
+    """In a link or a mount point only the files that a run writes are moved, by their names, within it.
+
+    If this run has rank logs, its ranks have moved those of the earlier run into logs/earlier.
+    """
     written = {
         "checkpoints": "latest latest.unfinished step_00000010 step_00000020.unfinished",
         "tensorboard": "events.out.tfevents.1700000000.node-3.4711.0",
@@ -58,7 +61,7 @@ def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, 
         "flight_recorder": "rank_00000 rank_00001",
         "logs": "rank_00000.log rank_100000.log",
     }
-    others = "another-run data.bin latest_results run-20261125_201003-fedcba9 step_by_step trace.json.gz".split()
+    others = "another data.bin earlier latest_results run-20261125_201003-fedcba9 step_by_step trace.json.gz".split()
     out = tmp_path / "out"
     out.mkdir()
     for folder in written:
@@ -69,16 +72,16 @@ def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, 
             (out / folder / name).mkdir(parents=True)
     if kind == "mount point":
         monkeypatch.setattr(Path, "is_mount", lambda path: path.parent == out and path.name in written)
-    archive(out)
+    archive(out, log={"rank_logs": rank_logs})
     assert all(names(out / folder) == others for folder in written), "there is no run"
     for number in (1, 2):
         (out / "metrics.jsonl").touch()
         for folder, files in written.items():
             for name in files.split():
-                (out / folder / name).mkdir()
+                (out / folder / ("earlier" if rank_logs and folder == "logs" else "") / name).mkdir()
         (out / "wandb" / "run_id").rmdir()
         (out / "wandb" / "run_id").write_text("0123abc")
-        archive(out)
+        archive(out, log={"rank_logs": rank_logs})
         assert names(out / f"earlier-{number}") == ["metrics.jsonl"]
         archives = [f"earlier-{earlier}" for earlier in range(1, number + 1)]
         for folder, files in written.items():
