@@ -88,14 +88,13 @@ def test_soft_targets_are_those_of_the_same_token(length: int, batch: int, dista
     valid = torch.rand(length * batch, generator=torch.Generator().manual_seed(seed)) < 0.7
     soft = teacher.soft_targets(distance, valid)
     assert soft.token_ids.shape == soft.probabilities.shape == (length * batch, 2)
-    for position in range(length):
-        for sample in range(batch):
-            row, later = position * batch + sample, position + distance - 1
-            if later >= length or not valid[row]:
-                assert not soft.probabilities[row].any(), "no later position, or no target"
-                continue
-            assert soft.token_ids[row, 0] == later * batch + sample, "head 1 predicts the same token there"
-            torch.testing.assert_close(soft.probabilities[row], torch.tensor([2.0, 1.0]).softmax(0))
+    for row in range(length * batch):
+        later = row + (distance - 1) * batch
+        if later >= length * batch or not valid[row]:
+            assert not soft.probabilities[row].any(), "no later position, or no target"
+            continue
+        assert soft.token_ids[row, 0] == later, "head 1 predicts the same token there"
+        torch.testing.assert_close(soft.probabilities[row], torch.tensor([2.0, 1.0]).softmax(0))
 
 
 def test_soft_targets_do_not_change_the_teacher() -> None:
