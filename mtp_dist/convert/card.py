@@ -79,9 +79,12 @@ def model_card(
     config = metadata.config
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
     shown = {"model": config.model.model_dump(mode="json"), "heads": config.heads.model_dump(mode="json")}
-    tags = ["multi-token-prediction", "mtp_dist"]
     card: ModelCard = ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags),
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["multi-token-prediction", "mtp_dist"],
+        ),
         template_str=TEMPLATE,
         name=name,
         step=metadata.step,

@@ -1,7 +1,7 @@
 """Collectives with plain Python values."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -42,5 +42,4 @@ def all_gather_floats(values: Sequence[float], topology: Topology) -> list[list[
     local = torch.tensor(values, dtype=torch.float64, device=topology.device)
     gathered = local.new_empty(topology.world_size * len(values))
     dist.all_gather_into_tensor(gathered, local)
-    numbers: list[list[float]] = gathered.view(topology.world_size, -1).tolist()
-    return numbers
+    return cast(list[list[float]], gathered.view(topology.world_size, -1).tolist())

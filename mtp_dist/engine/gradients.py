@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -78,8 +78,7 @@ def before_update(engine: PipelineEngine, inspect: Callable[[], None]) -> Iterat
 
 def reduced_gradient(weight: nn.Parameter) -> Tensor:
     """Return this rank's gradient of the global batch in fp32, unsharded over the data-parallel ranks."""
-    gradient: Tensor = safe_get_full_grad(weight)
-    return gradient
+    return cast(Tensor, safe_get_full_grad(weight))
 
 
 @dataclass(frozen=True)
@@ -221,5 +220,4 @@ def _optimizer_gradient(weight: nn.Parameter) -> Tensor | None:
     mapping: Any = weight._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
-    fragment: Tensor = mapping.get_lp_grad_fragment(weight._index_in_param_group)  # type: ignore[attr-defined]
-    return fragment
+    return cast(Tensor, mapping.get_lp_grad_fragment(weight._index_in_param_group))  # type: ignore[attr-defined]

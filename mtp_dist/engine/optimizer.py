@@ -39,9 +39,8 @@ def parameter_groups(config: Config, parameters: Iterable[nn.Parameter]) -> list
 
 def build_optimizer(config: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
     """Build AdamW over the parameters."""
-    adamw = adamw_class(device)
     groups = [group for group in parameter_groups(config, parameters) if group["params"]]
-    return adamw(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    return adamw_class(device)(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
 
 
 def adamw_class(device: torch.device) -> BuildAdamW:

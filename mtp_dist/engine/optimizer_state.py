@@ -1,5 +1,7 @@
 """Adam's moments and update counters, with and without ZeRO and in bf16."""
 
+from typing import cast
+
 import torch
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import (
@@ -66,8 +68,7 @@ def moment(engine: PipelineEngine, name: str, weight: nn.Parameter) -> Tensor:
     full: Tensor | None = safe_get_full_optimizer_state(weight, name)
     if full is not None:
         return full
-    state: Tensor = engine.basic_optimizer.state[weight][name]
-    return state
+    return cast(Tensor, engine.basic_optimizer.state[weight][name])
 
 
 def set_moment(engine: PipelineEngine, name: str, weight: nn.Parameter, value: Tensor) -> None:

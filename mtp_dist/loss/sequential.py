@@ -1,7 +1,7 @@
 """The loss of n heads one after the other, in the memory of one head (Gloeckle et al. 2024, section 2)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -118,16 +118,14 @@ def _gather_sequence(normalized: Tensor, objective: Objective) -> Tensor:
     normalized = normalized.detach()
     if not objective.sequence_parallel:
         return normalized
-    gathered: Tensor = gather_from_sequence_parallel_region(normalized, group=objective.vocabulary.group)
-    return gathered
+    return cast(Tensor, gather_from_sequence_parallel_region(normalized, group=objective.vocabulary.group))
 
 
 def _sum_over_vocabulary(partial: Tensor, objective: Objective) -> Tensor:
     """Return the gradient of a head's normalized hidden states, in their shape, from this rank's part `[S, B, D]`."""
     group = objective.vocabulary.group
     if objective.sequence_parallel:
-        gradient: Tensor = reduce_scatter_to_sequence_parallel_region(partial, group=group)
-        return gradient
+        return cast(Tensor, reduce_scatter_to_sequence_parallel_region(partial, group=group))
     if group.size() > 1:
         all_reduce(partial, group=group)
     return partial

@@ -1,7 +1,7 @@
 """The prediction heads on the trunk's output (Gloeckle et al. 2024, section 2)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,7 @@ class LinearHead(nn.Module):
         self.linear = ReplicatedLinear(megatron, config.model.hidden_size, config.model.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.linear(hidden)
-        return output
+        return cast(Tensor, self.linear(hidden))
 
 
 class MLPHead(LinearHead):
@@ -84,8 +83,7 @@ class SequentialHead(nn.Module):
     def forward(self, hidden: Tensor, embedded: Tensor, attention: AttentionInputs) -> Tensor:
         """Map the hidden states of the head before and embedded tokens, both `[S, B, D]`, to `[S, B, D]`."""
         projected = call_recomputed(self.activation_checkpointing == "full", self._project, hidden, embedded)
-        output: Tensor = self.layers(projected, attention)
-        return output
+        return cast(Tensor, self.layers(projected, attention))
 
     def _project(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         projected: Tensor = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], -1))
@@ -211,8 +209,7 @@ class PredictionHeads(nn.Module):
 
     def logits(self, head: int, normalized: Tensor, context: HeadContext) -> Tensor:
         """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
-        logits: Tensor = self._unembedding(head)(normalized, self._tied_weight(context))
-        return logits
+        return cast(Tensor, self._unembedding(head)(normalized, self._tied_weight(context)))
 
     def trained_parameters(self, context: HeadContext) -> list[Tensor]:
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""

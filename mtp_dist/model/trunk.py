@@ -1,6 +1,6 @@
 """The shared trunk: token embedding and `trunk_layers` transformer layers."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +74,7 @@ def embed_tokens(weight: Tensor, tokens: Tensor, sequence_parallel: bool) -> Ten
     to_all = (
         reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
     )
-    hidden: Tensor = to_all(partial)
-    return hidden
+    return cast(Tensor, to_all(partial))
 
 
 class TrunkLayer(DecoderLayer):

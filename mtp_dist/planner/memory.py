@@ -16,8 +16,7 @@ def min_parameter_bytes(config: Config) -> int:
     bf16 = config.train.precision == "bf16"
     shards = config.dp_size if bf16 or config.parallel.zero_stage else 1
     per_parameter = (6 if bf16 else 8) + (12 if bf16 else 8) / shards
-    ranks = config.parallel.tensor * config.parallel.pipeline
-    return int(parameter_counts(config).total / ranks * per_parameter)
+    return int(parameter_counts(config).total / (config.parallel.tensor * config.parallel.pipeline) * per_parameter)
 
 
 def step_token_bytes(config: Config) -> int:

@@ -66,8 +66,9 @@ def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Te
         samples.chunk(topology.dp_size)[topology.dp_rank],
         targets.chunk(topology.dp_size, 1)[topology.dp_rank],
     )
-    documents = document_ids(samples, END_OF_DOCUMENT)
-    micro_batches = split_into_micro_batches(samples, targets, documents, config.train.micro_batch_size)
+    micro_batches = split_into_micro_batches(
+        samples, targets, document_ids(samples, END_OF_DOCUMENT), config.train.micro_batch_size
+    )
     return TrainBatch(micro_batches, len(micro_batches), count_valid_targets(micro_batches, config.heads.count))
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,7 @@ class _NormHeads:
         return self.inputs.hidden(head, hidden)
 
     def logits(self, head: int, normalized: Tensor, context: None) -> Tensor:
-        logits: Tensor = self.unembedding(normalized, None)
-        return logits
+        return cast(Tensor, self.unembedding(normalized, None))
 
     def trained_parameters(self, context: None) -> list[Tensor]:
         return self.inputs.norms
