@@ -21,22 +21,22 @@ class HeadKind(NamedTuple):
     """Properties of a kind of heads. None has a default: a new kind must decide each of them."""
 
     reads: Literal["trunk", "previous head", "next head"]
-    """What head k reads: the trunk's output z; the hidden states of head k - 1, or z if k = 1; those of head k + 1, or
+    """Input of head k: the trunk's output z; the hidden states of head k - 1, or z if k = 1; those of head k + 1, or
     z if k = n."""
     embeds_tokens: bool
-    """Whether a block also reads the embeddings of the tokens before its target."""
+    """True if a block also reads the embeddings of the tokens before its target."""
     first_head_has_block: bool
-    """Whether head 1 has a block, not only those from head 2 on."""
+    """True if head 1 has a block, not only those from head 2 on."""
     block_follows_norm: bool
-    """Whether the block is between the final norm and the unembedding, not between the head's input and the norm."""
+    """True if the block is between the final norm and the unembedding, not between the head's input and the norm."""
     has_layers: bool
-    """Whether a block has `heads.layers_per_head` transformer layers."""
+    """True if a block has `heads.layers_per_head` transformer layers."""
     weights: Mapping[str, tuple[int, ...]]
     """Shapes in units of D of a block's other weights, by name and in the order of the forward pass."""
     repeatable: bool
-    """Whether one block can serve all heads from head 2 on (`heads.repeated`)."""
+    """True if one block can serve all heads from head 2 on (`heads.repeated`)."""
     exportable: bool
-    """Whether a Llama can compute trunk and head 1."""
+    """True if a Llama can compute trunk and head 1."""
 
 
 KINDS: dict[KindName, HeadKind] = {
