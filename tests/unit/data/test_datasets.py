@@ -13,6 +13,7 @@ from mtp_dist.data.blending import BlendedSamples
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.sources.dataset_input import DatasetInput
 from mtp_dist.data.sources.files_input import FilesInput
+from mtp_dist.data.streaming import StreamedSamples
 from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.pretrain import main
 from tests.unit.data.preparing import data_config, error_of, made, request, write_jsonl
@@ -111,6 +112,14 @@ def test_other_data_is_refused_on_resume_unless_it_may_change(tmp_path):
         assert after.train.read(4, 1).shape == (1, 10)
     more = load_datasets(data_config([first | {"stream": True}, second | {"stream": True}]))
     assert error_of(ConfigError, more.restore, state, may_change=False).startswith("data.train.1 differs from the data")
+
+
+def test_streams_train_and_validate(tmp_path):
+    source = {"path": str(write_jsonl(tmp_path / "documents.jsonl", TEXTS)), "stream": True}
+    datasets = load_datasets(data_config(source, source, validation_samples=2))
+    assert isinstance(datasets.train, StreamedSamples)
+    assert bytes(datasets.train.read(0, 1)[0].tolist()) == b"abcabcabca"
+    assert len(datasets.validation[0].samples) == 2
 
 
 def test_too_small_source_is_reported(tmp_path):

@@ -79,13 +79,16 @@ def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, 
         for folder, files in written.items():
             for name in files.split():
                 (out / folder / ("earlier" if rank_logs and folder == "logs" else "") / name).mkdir()
+        own_log = {"logs": ["rank_00000.log"]} if rank_logs else {}
+        if rank_logs:
+            (out / "logs/rank_00000.log").touch()
         (out / "wandb" / "run_id").rmdir()
         (out / "wandb" / "run_id").write_text("0123abc")
         archive(out, log={"rank_logs": rank_logs})
         assert names(out / f"earlier-{number}") == ["metrics.jsonl"]
         archives = [f"earlier-{earlier}" for earlier in range(1, number + 1)]
         for folder, files in written.items():
-            assert names(out / folder) == sorted([*others, *archives]), folder
+            assert names(out / folder) == sorted([*others, *archives, *own_log.get(folder, [])]), folder
             assert names(out / folder / archives[-1]) == files.split(), folder
 
 
