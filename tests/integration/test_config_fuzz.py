@@ -33,7 +33,7 @@ class Started(BaseException):
 
 @pytest.fixture(autouse=True)
 def process_group(monkeypatch):
-    monkeypatch.setattr("mtp_dist.distributed.topology.initialize_topology", Mock(side_effect=Started))
+    monkeypatch.setattr("mtp_dist.run.initialize_topology", Mock(side_effect=Started))
 
 
 def outcome_of(config, *overrides):
