@@ -15,9 +15,8 @@ KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama
 
 def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Return the rotary keys of the section `model`. Raise CheckpointError if mtp_dist does not support them."""
-    written = (
-        values.get("rope_scaling") or values.get("rope_parameters") or {}
-    )  # in the order in which transformers 5 looks them up
+    # In the order in which transformers 5 looks them up.
+    written = values.get("rope_scaling") or values.get("rope_parameters") or {}
     prefix = f"--from = '{source}' has rope_scaling = {written!r} in config.json: "
     if not isinstance(written, dict):
         raise CheckpointError(f"{prefix}it is not a JSON object")
