@@ -39,37 +39,20 @@ class HeadKind(NamedTuple):
     """True if a Llama can compute trunk and head 1."""
 
 
+_PARALLEL = HeadKind(
+    reads="trunk",
+    embeds_tokens=False,
+    first_head_has_block=True,
+    block_follows_norm=False,
+    has_layers=True,
+    weights={},
+    repeatable=False,
+    exportable=True,
+)
 KINDS: dict[KindName, HeadKind] = {
-    "parallel": HeadKind(
-        reads="trunk",
-        embeds_tokens=False,
-        first_head_has_block=True,
-        block_follows_norm=False,
-        has_layers=True,
-        weights={},
-        repeatable=False,
-        exportable=True,
-    ),
-    "causal": HeadKind(
-        reads="previous head",
-        embeds_tokens=False,
-        first_head_has_block=True,
-        block_follows_norm=False,
-        has_layers=True,
-        weights={},
-        repeatable=False,
-        exportable=True,
-    ),
-    "anticausal": HeadKind(
-        reads="next head",
-        embeds_tokens=False,
-        first_head_has_block=True,
-        block_follows_norm=False,
-        has_layers=True,
-        weights={},
-        repeatable=False,
-        exportable=True,
-    ),
+    "parallel": _PARALLEL,
+    "causal": _PARALLEL._replace(reads="previous head"),
+    "anticausal": _PARALLEL._replace(reads="next head"),
     "linear": HeadKind(
         reads="trunk",
         embeds_tokens=False,
