@@ -79,7 +79,8 @@ def test_all_heads_share_one_chart(page, address):
 def test_configuration_and_layout_can_be_read(page, address):
     page.goto(f"{address}/#text")
     code = page.locator("tf-text-loader code")
-    code.nth(1).wait_for()
+    for text in ("hidden_size", "abacus"):  # each is loaded by a request of its own
+        code.filter(has_text=text).first.wait_for()
     texts = [text.strip() for text in code.all_inner_texts()]
     assert "model:\n  hidden_size: 32\nheads:\n  count: 4\nlog:\n  wandb: null" in texts
     assert "layout:\n  tensor: 2\n  pipeline: 1\n  data: 4\ndevice: abacus\nversions:\n  torch: 2.13.0" in texts
