@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from mtp_dist.config import Config, build_config, load_config, resolve
-from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.data.build_tokenizer import build_tokenizer
 
 VOCAB_SIZE = 131
 """Odd on purpose: every tensor-parallel degree needs padding."""

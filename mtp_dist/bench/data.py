@@ -20,6 +20,7 @@ import torch
 
 from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.data.blending import BlendedSamples
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.prepare.prepare import Request, prepare
 from mtp_dist.data.prepare.tokenize import BATCH_BYTES, UnitSummary
 from mtp_dist.data.prepare.worker_pool import map_in_order
@@ -28,7 +29,7 @@ from mtp_dist.data.sources.input import UNIT_BYTES, InputOptions
 from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.work_units import WorkUnit, in_batches
 from mtp_dist.data.text_tokenizers import END_TOKENS, HuggingFaceTokenizer
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import DataError
 from mtp_dist.model.targets import document_ids, head_targets
 

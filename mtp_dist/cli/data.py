@@ -87,9 +87,9 @@ def inspect(
     is damaged.
     """
     from mtp_dist.cli.data_tables import corpus_tables
+    from mtp_dist.data.build_tokenizer import build_tokenizer
     from mtp_dist.data.corpus import corpus_prefix, open_corpus
     from mtp_dist.data.prepare.inspection import inspect_corpus
-    from mtp_dist.data.tokenizer import build_tokenizer
 
     if Path(corpus).is_dir() and _inspect_checkpoints(Path(corpus), as_json):
         return

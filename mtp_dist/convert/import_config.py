@@ -10,7 +10,8 @@ from mtp_dist.convert.llama import layers_after_trunk
 from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.convert.tokenizer_files import find_tokenizer
-from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
+from mtp_dist.data.build_tokenizer import build_tokenizer
+from mtp_dist.data.tokenizer import ByteTokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
 
 

@@ -21,7 +21,7 @@ from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, sp
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
-from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 

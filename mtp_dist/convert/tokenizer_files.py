@@ -10,8 +10,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.sentencepiece_model import convert_sentencepiece
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, SentencePieceTokenizer, tokenizer_file
-from mtp_dist.data.tokenizer import ByteTokenizer, build_tokenizer
+from mtp_dist.data.tokenizer import ByteTokenizer
 from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
 from mtp_dist.errors import DataError, UserError
 

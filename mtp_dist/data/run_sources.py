@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 from mtp_dist.config import Config, SourceConfig
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import Corpus, corpus_prefix, open_corpus
 from mtp_dist.data.sources.input import Input, InputOptions
 from mtp_dist.data.sources.open_inputs import open_inputs
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.tokenizer import Tokenizer
 
 
 class RunSources:

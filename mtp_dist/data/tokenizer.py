@@ -103,20 +103,3 @@ def encode_documents(
             except UserError as error:
                 raise DataError(f"{location(number)}: {error}") from None
         raise
-
-
-def build_tokenizer(name: str, key: str = "data.tokenizer") -> Tokenizer:
-    """Build the tokenizer that `key` names. Download nothing.
-
-    A name is `bytes`, a `tokenizer.json` or SentencePiece `.model` file, a folder with one, or a model in the Hugging
-    Face cache. Raise ConfigError if there is no such tokenizer, DataError if its files cannot be used.
-    """
-    if name == ByteTokenizer.name:
-        return ByteTokenizer()
-    # Their libraries take seconds to import, which a run on bytes does not need.
-    from mtp_dist.data.text_tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, tokenizer_file
-
-    label = f"{key} = {name!r}"
-    file = tokenizer_file(name, label)
-    kind = SentencePieceTokenizer if file.suffix == ".model" else HuggingFaceTokenizer
-    return kind(name, file, label)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from mtp_dist.config.schema import MAX_TEXT_LOSS
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, TOKENS, UnfinishedCorpus
 from mtp_dist.data.prepare.tokenize import UnitEncoder, UnitSummary
@@ -29,7 +30,7 @@ from mtp_dist.data.sources.input import UNIT_BYTES, FileCounts, Input, InputOpti
 from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit
 from mtp_dist.data.text_loss import TextLoss
-from mtp_dist.data.tokenizer import Tokenizer, build_tokenizer
+from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.fs import add_suffix, atomic_write_text, explain_os_errors
 

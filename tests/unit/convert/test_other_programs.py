@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLan
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
-from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.model.reference import ReferenceModel
 from tests.unit.convert.folders import TEXT, byte_pairs, open_model, train_sentencepiece, write_llama, write_model
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mtp_dist.convert.tokenizer_files import SAMPLE_TEXTS, byte_level_tokenizer, write_tokenizer
-from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
 from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece
 

@@ -12,11 +12,11 @@ import pytest
 import sentencepiece
 
 from mtp_dist.config import Config
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.prepare.prepare import Prepared, Request, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
 from mtp_dist.data.sources.input import InputOptions
-from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import UserError
 from tests.tiny import tiny_config
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import check_document_ends, check_ids, check_tokenizer, open_corpus
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
 from tests.unit.data.preparing import data_config, documents_of, error_of, made, request, write_jsonl
 

@@ -21,10 +21,11 @@ import tokenizers
 from rich.console import Console
 
 from mtp_dist.cli import data_tables
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.prepare.corpus_writer import JOURNAL, LENGTHS, TOKENS
 from mtp_dist.data.prepare.prepare import PLAN, prepare
 from mtp_dist.data.prepare.tokenize import UnitSummary
-from mtp_dist.data.tokenizer import build_tokenizer, id_dtype
+from mtp_dist.data.tokenizer import id_dtype
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import Recorder, digests, documents_of, error_of, made, request, texts_of, write_jsonl
 

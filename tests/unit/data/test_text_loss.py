@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mtp_dist.cli.data_tables import corpus_tables, describe
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import open_corpus
 from mtp_dist.data.datasets import load_datasets
 from mtp_dist.data.prepare.inspection import inspect_corpus
 from mtp_dist.data.text_loss import lost_characters
-from mtp_dist.data.tokenizer import build_tokenizer
 from mtp_dist.errors import DataError
 from tests.unit.data.preparing import Recorder, data_config, error_of, made, request, train_sentencepiece, write_jsonl
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtp_dist.data import text_tokenizers
-from mtp_dist.data.tokenizer import build_tokenizer
+from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import error_of
 
@@ -113,7 +113,7 @@ def test_files_next_to_a_tokenizer_name_its_end(trained_tokenizers, tmp_path, se
     plain = build_tokenizer(str(trained_tokenizers / "tokenizer.json"))
     assert (built.fingerprint == plain.fingerprint) == (expected == 300)
     if settings and not settings.isascii():  # read as UTF-8 in every locale
-        program = "import sys; from mtp_dist.data.tokenizer import build_tokenizer; build_tokenizer(sys.argv[1])"
+        program = "import sys; from mtp_dist.data.build_tokenizer import build_tokenizer; build_tokenizer(sys.argv[1])"
         ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=os.environ | ascii_only, check=True)
 
