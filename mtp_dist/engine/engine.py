@@ -42,7 +42,8 @@ class StepResult(NamedTuple):
     skipped: str | None
     """Reason for which the step changed no weight; None if it did."""
     stop_signal: int
-    """Number of a signal that has reached a rank, the largest if there are several; 0 for none."""
+    """Number of a signal that has reached a rank; 0 for none. Of several the smallest: SIGHUP and SIGINT, after which
+    nothing may restart the run, precede SIGUSR1 and SIGTERM."""
     busy_seconds: float
     """Time of this rank's forward and backward passes, with the collectives within its stage."""
     schedule_seconds: float
@@ -140,7 +141,7 @@ class TrainingEngine:
                 zip(self.gradient_monitor.modules, totals.squared_norms.sqrt().tolist(), strict=True)
             ),
             skipped=None if finite else f"the gradient is not finite, {self.gradient_monitor.find_non_finite()}",
-            stop_signal=max(totals.signals.nonzero().flatten().tolist(), default=0),
+            stop_signal=min(totals.signals.nonzero().flatten().tolist(), default=0),
             busy_seconds=(seconds := self.clock.seconds())[0],
             schedule_seconds=seconds[1],
         )
