@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import socket
 from contextlib import suppress
 from functools import partial
@@ -73,11 +74,11 @@ def peak_memory(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    # Not only ru_maxrss, which is at least the memory of the process that started this one; some sandboxes lack VmHWM.
-    high_water_mark = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return 1024 * (int(high_water_mark[1]) if high_water_mark else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    with suppress(OSError):  # some sandboxes lack the file or the line
+        if peak := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
+            return int(peak[1]) * 1024
+    # At least the memory of the process that started this one.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -9,19 +9,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from mtp_dist.convert.to_huggingface import export_checkpoint
+from mtp_dist.distributed.device import peak_memory, reset_peak_memory
 from tests.unit.convert.folders import import_from, write_model
 
 
 def peak_growth(run: Callable[..., object], *arguments: object) -> int:
     """Return the growth of this process's peak resident memory during a call, in bytes, mapped files included."""
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(torch.device("cpu"))
     before = psutil.Process().memory_info().rss
     run(*arguments)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024 - before
+    return peak_memory(torch.device("cpu")) - before
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux resets a process's peak")
