@@ -62,7 +62,7 @@ def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda 
     unused = [*llama.unused(source_shapes), *sorted(saved.names - shapes.keys())]
 
     def from_llama(name: str) -> Tensor:
-        return fuse(name, [llama.read(part) for part in in_llama[name]], config.model)
+        return fuse(name, [llama.read(part).float() for part in in_llama[name]], config.model)
 
     new = NewHeads(config, request.copy_heads, from_llama)
 
@@ -70,7 +70,7 @@ def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda 
         if name in in_llama:
             return from_llama(name)
         if name in saved.names:
-            return saved.read(name, shapes[name])
+            return saved.read(name, shapes[name]).float()
         return new.weight(name)
 
     with new_folder(request.target) as folder:

@@ -56,16 +56,16 @@ ARCHITECTURES: dict[str, tuple[str, type[LlamaConfig]]] = {
 """The model_type, by which transformers selects the class, and the configuration of each architecture."""
 
 
-def read_json_object(path: Path, source: Path) -> dict[str, Any]:
-    """Return the content of a file of the folder `source`. Raise CheckpointError if it is not a JSON object."""
+def read_json_object(path: Path, label: str) -> dict[str, Any]:
+    """Return the content of a file. Raise CheckpointError if it is not a JSON object. label: its folder in messages."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"--from = '{source}': {path.name} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{label}: {path.name} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"--from = '{source}': {path.name} is not JSON: {error}") from None
+        raise CheckpointError(f"{label}: {path.name} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"--from = '{source}': {path.name} is not a JSON object")
+        raise CheckpointError(f"{label}: {path.name} is not a JSON object")
     return values
 
 
@@ -74,7 +74,7 @@ def read_llama_config(source: Path) -> tuple[LlamaConfig, dict[str, Any]]:
 
     Raise CheckpointError if the model is not a Llama, or has a part that mtp_dist does not support.
     """
-    raw = read_json_object(source / "config.json", source)
+    raw = read_json_object(source / "config.json", f"--from = '{source}'")
     config = _validated(_config_class(raw, source), raw, source)
     _check_parts(config, source)
     return config, rope_from_llama(config.model_dump(), source)

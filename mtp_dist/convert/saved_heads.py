@@ -18,8 +18,8 @@ class SavedHeads:
     config: Config | None = None
     names: frozenset[str] = frozenset()
 
-    def __init__(self, source: Path) -> None:
-        """Raise CheckpointError if its files are corrupt."""
+    def __init__(self, source: Path, option: str = "--from") -> None:
+        """Raise CheckpointError if its files are corrupt. option: the one that names the folder."""
         self.file = source / HEADS
         try:
             if (source / HEADS_CONFIG).exists():
@@ -28,10 +28,10 @@ class SavedHeads:
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
         except UserError as error:
-            raise CheckpointError(f"--from = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
+            raise CheckpointError(f"{option} = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
             raise CheckpointError(
-                f"--from = '{source}' is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}"
+                f"{option} = '{source}' is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}"
             ) from None
 
     def check_fits(self, heads: HeadsConfig) -> None:
@@ -47,7 +47,7 @@ class SavedHeads:
                 )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a weight in fp32. Raise CheckpointError if its file is corrupt, or it has another shape."""
+        """Return a weight as it is stored. Raise CheckpointError if its file is corrupt, or it has another shape."""
         try:
             with safe_open(self.file, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
@@ -57,4 +57,4 @@ class SavedHeads:
             raise CheckpointError(
                 f"{self.file} has {name} as {list(tensor.shape)}, its configuration requires {list(shape)}"
             )
-        return tensor.float()
+        return tensor

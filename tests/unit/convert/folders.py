@@ -17,8 +17,8 @@ from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.checkpoint.writer import write_weights
 from mtp_dist.convert.from_huggingface import import_llama
 from mtp_dist.convert.import_config import ImportRequest
-from mtp_dist.convert.llama_folder import SINGLE
 from mtp_dist.convert.tokenizer_files import write_tokenizer
+from mtp_dist.convert.weight_folder import SINGLE
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import tiny_config

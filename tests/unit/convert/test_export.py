@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mtp_dist.checkpoint import writer
+from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, ConfigError
 from tests.tiny import LLAMA3_ROPE
@@ -156,3 +157,21 @@ def test_only_weights_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     flip(files[1], 5000)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors has the SHA-256"):
         export_checkpoint(tmp_path / "checkpoints", tmp_path / "other", None)
+
+
+def test_weights_of_an_incomplete_export_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "c")
+    export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    heads, model = tmp_path / "out" / "mtp_heads.safetensors", tmp_path / "out" / "model-00001-of-00001.safetensors"
+    for file, name, message in (
+        (heads, "heads.3.0.mlp.linear_fc2.weight", r"^--model = '.*out' is incomplete: heads\.3\.0\.mlp\.linear_fc2"),
+        (model, "model.norm.weight", r"^--model = '.*out' lacks 1 weights, the first is model\.norm\.weight$"),
+    ):
+        tensors = load_file(file)
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+        with pytest.raises(CheckpointError, match=message):
+            exported_weights(tmp_path / "out")
+        save_file(tensors, file)
+    (tmp_path / "out" / "mtp_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"^--model = '.*out' is not an export of mtp-dist: it has no mtp_config"):
+        exported_weights(tmp_path / "out")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mtp_dist.convert.llama import llama_weights, split
-from mtp_dist.convert.llama_folder import INDEX, SINGLE
+from mtp_dist.convert.weight_folder import INDEX, SINGLE
 from mtp_dist.errors import UserError
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import change_config, change_weights, check_logits, import_from, open_model, write_llama

@@ -12,10 +12,11 @@ from mtp_dist.checkpoint import writer
 from mtp_dist.checkpoint.format import read_metadata
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config.heads import KINDS
+from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight
-from mtp_dist.model.reference import reference_losses
+from mtp_dist.model.reference import ReferenceModel, reference_losses
 from tests.engines import global_batch
 from tests.parity.resuming import BOTH, at
 from tests.ranks import Ranks
@@ -69,6 +70,8 @@ def test_export_is_head_1_and_import_restores_it(tmp_path: Path, case: str, monk
     numbers = [sum(weight.numel() for weight in each.values()) for each in (others, weights)]
     assert exported.parameters + numbers[0] == numbers[1], "no weight is lost, and none is exported twice"
 
+    config, exported_tensors = exported_weights(tmp_path / "hf")
+    check_weights(model, ReferenceModel(config, dict(exported_tensors)))
     after = open_model(import_from(tmp_path))
     check_weights(model, after)
     config, metadata = after.config, read_metadata(tmp_path / "c")
