@@ -1,31 +1,106 @@
-"""Samples of text from head 1, for models that fit on one device."""
+"""Choice of tokens from logits, and of the drafts to accept."""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
 
-from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.model.targets import document_ids
+WARPERS = (
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+)
+"""Processors that read nothing but the logits."""
 
 
-@torch.no_grad()
-def sample_continuation(
-    model: ReferenceModel, prompt: list[int], tokens: int, temperature: float, seed: int, end_of_document: int
-) -> list[int]:
-    """Return up to `tokens` new tokens after the prompt, drawn one by one from head 1 at that temperature.
+class Drafts(NamedTuple):
+    """Tokens that may come next."""
 
-    The context is as in training: the last `train.sequence_length` tokens, and only their last document if attention
-    stops at documents' ends.
+    token_ids: Tensor
+    """`[B, m]`: at distances 2..m + 1 from the last position whose trunk output is known."""
+    probabilities: Tensor | None
+    """`[B, m, V]`: the distributions that they were drawn from; None if each was the most probable token."""
+
+
+class Sampler:
+    """The choice of tokens: the most probable ones, or random ones from the processed distribution."""
+
+    def __init__(self, processors: LogitsProcessorList, do_sample: bool) -> None:
+        self.processors, self.do_sample = processors, do_sample
+        self.warpers = LogitsProcessorList([processor for processor in processors if isinstance(processor, WARPERS)])
+
+    def choose_draft(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a token `[B]` for logits `[B, V]` of a head, and the distribution that it was drawn from."""
+        if not self.do_sample:
+            return logits.argmax(-1), None
+        probabilities = self.warpers(None, logits.float()).softmax(-1)
+        return draw(probabilities), probabilities
+
+    def accept(self, logits: Tensor, drafts: Drafts, prefixes: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the next tokens `[B, m + 1]` and the number of accepted drafts `[B]`, of which they begin with.
+
+        logits: `[B, m + 1, V]` of head 1, at the last known token and at each draft. The accepted drafts are followed
+        by one more token, which head 1 alone decides. prefixes: each row's text with its drafts, for processors that
+        read it.
+        """
+        scores = self._process(logits, prefixes)
+        if not self.do_sample:
+            chosen = scores.argmax(-1)
+            return chosen, _leading(chosen[:, :-1] == drafts.token_ids)
+        return speculative_sample(scores.softmax(-1), drafts)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Return a token for each of the logits `[B, N, V]`: `[B, N]`."""
+        scores = self._process(logits, [])
+        return draw(scores.softmax(-1).flatten(0, 1)).view(scores.shape[:2]) if self.do_sample else scores.argmax(-1)
+
+    def _process(self, logits: Tensor, prefixes: list[Tensor]) -> Tensor:
+        if not self.processors:
+            return logits
+        scores = logits.to(torch.float32, copy=True)
+        if len(self.warpers) == len(self.processors):
+            return self.processors(None, scores.flatten(0, 1)).view_as(scores)
+        for row, prefix in enumerate(prefixes):
+            known = len(prefix) - logits.shape[1] + 1
+            for column in range(logits.shape[1]):
+                scores[row, column] = self.processors(prefix[None, : known + column], scores[row, column][None])[0]
+        return scores
+
+
+def speculative_sample(target: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
+    """Accept drafts so that the tokens are distributed as `target` `[B, m + 1, V]`. Return what `Sampler.accept` does.
+
+    A draft x with probability q(x) is accepted with probability min(1, p(x) / q(x)); the token in the place of the
+    first rejected one is drawn from the normalized max(p - q, 0). Leviathan et al. 2023 (arXiv:2211.17192, algorithm 1).
     """
-    length = model.config.train.sequence_length
-    generator = torch.Generator().manual_seed(seed)
-    text = list(prompt)
-    for _ in range(tokens):
-        context = torch.tensor([text[-length:]])
-        if not model.config.data.attention_across_documents:
-            documents = document_ids(context, end_of_document)
-            context = context[documents == documents[0, -1]][None]
-        logits = model.next_token_logits(context)[0, -1]
-        if not logits.isfinite().all():  # a run that diverged
-            break
-        probabilities = (logits / temperature).softmax(-1)
-        text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    return text[len(prompt) :]
+    token_ids, draft_probabilities = drafts
+    rows = torch.arange(len(target), device=target.device)
+    accepted = token_ids.new_zeros(len(target))
+    at_end = target
+    if token_ids.shape[1]:
+        assert draft_probabilities is not None
+        p = target[:, :-1].gather(-1, token_ids[..., None]).squeeze(-1)
+        q = draft_probabilities.gather(-1, token_ids[..., None]).squeeze(-1)
+        accepted = _leading(torch.rand_like(q) * q < p)
+        at_end = torch.cat([(target[:, :-1] - draft_probabilities).clamp(min=0), target[:, -1:]], 1)
+    residual = at_end[rows, accepted]
+    # p = q up to rounding leaves nothing, and has rejected with probability 0 up to rounding.
+    last = draw(torch.where(residual.sum(-1, keepdim=True) > 0, residual, target[rows, accepted]))
+    tokens = torch.cat([token_ids, token_ids.new_zeros(len(target), 1)], 1)
+    return tokens.scatter(1, accepted[:, None], last[:, None]), accepted
+
+
+def draw(weights: Tensor) -> Tensor:
+    """Draw one index per row `[B]` with probabilities in proportion to `[B, V]`."""
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def _leading(matches: Tensor) -> Tensor:
+    """Return the number of True before the first False in each row `[B]`."""
+    return matches.long().cumprod(1).sum(1)

@@ -1,0 +1,185 @@
+"""Self-speculative decoding: the heads draft, the trunk with head 1 verifies all drafts in one forward pass.
+
+Stern et al. 2018 (blockwise parallel decoding, arXiv:1811.03115); Gloeckle et al. 2024 (arXiv:2404.19737, section 3.2).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from mtp_dist.inference.adaptive import AdaptiveLength
+from mtp_dist.inference.cache import PositionCache
+from mtp_dist.inference.drafting import DraftInput, DraftState, draft
+from mtp_dist.inference.sampling import Drafts, Sampler
+from mtp_dist.inference.spans import causal_span, tree_span
+from mtp_dist.inference.speculation import Speculation
+from mtp_dist.inference.text import StoppingRules, TextBatch
+from mtp_dist.inference.tree import DraftTree
+
+if TYPE_CHECKING:
+    from mtp_dist.inference.model import MTPForCausalLM
+
+
+def decode(
+    model: MTPForCausalLM,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    speculation: Speculation,
+    streamer: Any = None,
+    **model_inputs: Any,
+) -> Tensor:
+    """Return the prompts `[B, P]` with the tokens generated after them, as a `custom_generate` of transformers."""
+    start = time.perf_counter()
+    sampler = Sampler(logits_processor, generation_config.do_sample)
+    text = TextBatch(input_ids, model_inputs.get("attention_mask"), StoppingRules.from_criteria(stopping_criteria))
+    decoder = Decoder(model, text, sampler, speculation, generation_config.cache_implementation == "static")
+    appended = decoder.read_prompts(input_ids.shape[1])
+    while True:
+        if streamer is not None and appended[0]:
+            streamer.put(torch.tensor(appended[0]))
+        if all(text.finished):
+            break
+        appended = decoder.step()
+    if streamer is not None:
+        streamer.end()
+    speculation.statistics.seconds += time.perf_counter() - start
+    pad = generation_config._pad_token_tensor
+    return text.padded(input_ids, 0 if pad is None else int(pad))
+
+
+class Decoder:
+    """The state of the generation after one batch of prompts."""
+
+    policy: AdaptiveLength | None = None
+    """The choice of the number of tokens to draft; None if it is fixed."""
+
+    def __init__(
+        self, model: MTPForCausalLM, text: TextBatch, sampler: Sampler, speculation: Speculation, static_cache: bool
+    ) -> None:
+        self.model, self.text, self.sampler, self.speculation = model, text, sampler, speculation
+        distances, tree = model.config.heads.distances, speculation.tree
+        self.longest = max(tree.depths) + 1 if tree else distances[(speculation.heads or len(distances)) - 1]
+        if speculation.heads is None and not tree and self.longest > 1:
+            self.policy = model.adaptive_length(len(text.finished))
+        text.reserve(len(tree.parents) if tree else self.longest)
+        self.cache = PositionCache(model.num_cache_layers, text.token_ids.shape[1] if static_cache else None)
+        self.draft_input = DraftInput(model, self.cache, self.longest)
+
+    def read_prompts(self, columns: int) -> list[list[int]]:
+        """Run the prompts and append their first new tokens. Return the appended tokens of each row."""
+        text = self.text
+        rows = len(text.host_lengths)
+        positions = torch.arange(columns, device=text.token_ids.device).expand(rows, -1)
+        hidden, features = self.model.run_trunk(text.token_ids[:, :columns], causal_span(positions, [0]), self.cache)
+        self.draft_input.append(features, positions, text.lengths, text.host_lengths)
+        last = hidden[torch.arange(rows, device=hidden.device), text.lengths.to(hidden.device) - 1]
+        return self._append(*self._accept(last[:, None], Drafts(text.token_ids[:, :0], None)), 1)[0]
+
+    def step(self) -> list[list[int]]:
+        """Draft tokens and verify them in one forward pass. Return the appended tokens of each row."""
+        if self.speculation.tree:
+            return self._step_tree(self.speculation.tree)
+        if self.policy is None:
+            return self._step_chain(min(self.longest, self.text.remaining))[0]
+        length, start = min(self.policy.choose(), self.text.remaining), time.perf_counter()
+        appended, counts = self._step_chain(length)
+        self.policy.record(length, time.perf_counter() - start, [count - 1 for count in counts if count])
+        return appended
+
+    def _step_chain(self, length: int) -> tuple[list[list[int]], list[int]]:
+        """Draft and verify one token at each distance up to `length`.
+
+        Return the appended tokens, and the number of positions that each text gained.
+        """
+        text = self.text
+        drafts = self._draft_chain(length)
+        positions = (text.lengths - 1)[:, None] + torch.arange(length, device=text.token_ids.device)
+        tokens = text.token_ids.gather(1, positions)
+        span = causal_span(positions, [known - 1 for known in text.host_lengths])
+        hidden, features = self.model.run_trunk(tokens, span, self.cache)
+        appended, counts, host_counts = self._append(*self._accept(hidden, drafts), length)
+        self.draft_input.append(features, positions, counts, host_counts)
+        return appended, host_counts
+
+    def _draft_chain(self, length: int) -> Drafts:
+        """Write drafts at distances 2..length into the text and return them."""
+        text = self.text
+        if length == 1:
+            return Drafts(text.token_ids[:, :0], None)
+        state, token = self._draft_state(length)
+        tokens, distributions = [], []
+        for distance in range(2, length + 1):
+            token, distribution = self.sampler.choose_draft(draft(self.model, distance, state, token))
+            tokens.append(token)
+            distributions.append(distribution)
+        drafts = torch.stack(tokens, 1)
+        places = text.lengths[:, None] + torch.arange(length - 1, device=drafts.device)
+        text.token_ids.scatter_(1, places, drafts)
+        drawn = [distribution for distribution in distributions if distribution is not None]
+        return Drafts(drafts, torch.stack(drawn, 1) if drawn else None)
+
+    def _draft_state(self, longest: int) -> tuple[DraftState, Tensor]:
+        """Return what the heads need to draft up to a distance, and the last known token of each row."""
+        text = self.text
+        state = self.draft_input.state(text.token_ids, longest, max(text.host_lengths) - 2)
+        return state, text.token_ids.gather(1, text.lengths[:, None] - 1).squeeze(1)
+
+    def _accept(self, hidden: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
+        """Return what `Sampler.accept` does, for head 1's hidden states `[B, m + 1, D]`."""
+        text, size = self.text, drafts.token_ids.shape[1]
+        prefixes = [row[: length + size] for row, length in zip(text.token_ids, text.host_lengths, strict=True)]
+        return self.sampler.accept(self._logits(hidden), drafts, prefixes)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.first_head_logits(hidden).to(self.text.token_ids.device)
+
+    def _step_tree(self, tree: DraftTree) -> list[list[int]]:
+        """Draft a tree of candidates and verify it in one forward pass. Return the appended tokens of each row."""
+        text = self.text
+        tokens = self._draft_tree(tree)
+        starts = text.lengths - 1
+        span = tree_span(starts, [known - 1 for known in text.host_lengths], tree)
+        hidden, features = self.model.run_trunk(tokens, span, self.cache)
+        chosen = self.sampler.choose(self._logits(hidden))
+        path, accepted = tree.accepted_path(tokens, chosen)
+        appended, counts, host_counts = self._append(chosen.gather(1, path), accepted, path.shape[1])
+        steps = torch.arange(path.shape[1], device=path.device)
+        if max(host_counts) > 1:
+            self.cache.move(starts[:, None] + path, starts[:, None] + steps, self.model.config.num_hidden_layers)
+        kept = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
+        self.draft_input.append(kept, starts[:, None] + steps, counts, host_counts)
+        return appended
+
+    def _draft_tree(self, tree: DraftTree) -> Tensor:
+        """Return the tokens of a tree's nodes `[B, N]`."""
+        state, token = self._draft_state(max(tree.depths) + 1)
+        candidates = [token[:, None]]
+        for distance in range(2, max(tree.depths) + 2):
+            logits = draft(self.model, distance, state, candidates[-1][:, 0])
+            candidates.append(logits.topk(max(tree.ranks) + 1, -1).indices)
+        nodes = zip(tree.depths, tree.ranks, strict=True)
+        return torch.stack([candidates[depth][:, rank] for depth, rank in nodes], 1)
+
+    def _append(self, tokens: Tensor, accepted: Tensor, longest: int) -> tuple[list[list[int]], Tensor, list[int]]:
+        """Append the accepted drafts and the token after them, with which tokens `[B, q]` begin, to each text.
+
+        longest: largest distance of a draft. Return the appended tokens, and the number of verified positions that each
+        text gained, 0 if it was finished.
+        """
+        text = self.text
+        active = [not finished for finished in text.finished]
+        counts = torch.where(torch.tensor(active, device=accepted.device), accepted + 1, 0)
+        *host_tokens, host_counts = torch.cat([tokens.T, counts[None]]).tolist()
+        appended = text.extend(tokens, host_counts, list(zip(*host_tokens, strict=True)))
+        for row in (row for row, is_active in enumerate(active) if is_active):
+            self.speculation.statistics.count(longest, host_counts[row] - 1, len(appended[row]))
+            if self.speculation.on_tokens:
+                self.speculation.on_tokens(row, appended[row], min(host_counts[row] - 1, len(appended[row])))
+        return appended, counts, host_counts

@@ -1,0 +1,180 @@
+"""Trunk and heads for generation: a Llama of transformers, and the blocks of heads 2..n."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+
+from mtp_dist.inference.adaptive import AdaptiveLength
+from mtp_dist.inference.cache import PositionCache
+from mtp_dist.inference.configuration import MTPConfig
+from mtp_dist.inference.decoding import decode
+from mtp_dist.inference.spans import Span
+from mtp_dist.inference.speculation import Speculation
+from mtp_dist.model.parameters import head_key
+
+ONLY_TRANSFORMERS = (
+    "custom_generate",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "return_dict_in_generate",
+    "cache",
+    "past_key_values",
+)
+"""Arguments of `generate` that only transformers' own decoding serves."""
+
+
+class LinearFirstHead(nn.Module):
+    """The matrix and the final norm of head 1 of kind `linear`, in the place of the Llama's final norm."""
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.linear(hidden))
+
+
+class DraftBlock(nn.Module):
+    """The weights of one head from head 2 on: transformer layers and the matrices and norms of its kind."""
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        width, kind = config.hidden_size, config.heads.traits
+        # Their places in the cache are set before each call: a repeated block has one for each head.
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, 0) for _ in range(config.heads.block_layers))
+        for name, shape in kind.weights.items():
+            module = (
+                LlamaRMSNorm(width, config.rms_norm_eps)
+                if len(shape) == 1
+                else nn.Linear(shape[1] * width, shape[0] * width, bias=False)
+            )
+            self.add_module(name.removesuffix(".weight"), module)
+
+
+class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """A trained model of any kind of heads: called and generated from like a Llama, it predicts with head 1.
+
+    The Llama's layers are those of the trunk, then those of head 1.
+    """
+
+    config_class = MTPConfig
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__(config)
+        heads, kind = config.heads, config.heads.traits
+        keys = {k: head_key(heads, k) for k in range(2, heads.count + 1)}
+        if heads.kind == "linear":
+            self.model.norm = LinearFirstHead(config)
+        in_llama = kind.reads == "next head"  # head 1 reaches the trunk through the others
+        blocks = {} if in_llama else {key: DraftBlock(config) for key in dict.fromkeys(keys.values())}
+        self.draft_blocks = nn.ModuleDict(blocks)
+        separate = heads.count > 1 and heads.unembedding == "separate"
+        self.draft_unembeddings = nn.ModuleDict(
+            {str(k): nn.Linear(config.hidden_size, config.vocab_size, bias=False) for k in keys} if separate else {}
+        )
+        self.adaptive_lengths: dict[int, AdaptiveLength] = {}
+        """What was measured of drafting, by batch size."""
+        self.post_init()
+
+    def generate(self, *args: Any, speculation: Speculation | None = None, **kwargs: Any) -> Any:
+        """Generate as transformers does, with the same arguments and result, several tokens per forward pass.
+
+        Beam search, contrastive search, assistants, results other than the tokens, and a cache from outside are left to
+        transformers, without drafts.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = (kwargs.get(key, getattr(config, key, None)) for key in ONLY_TRANSFORMERS)
+        if any(wanted) or (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+            return super().generate(*args, **kwargs)
+        return super().generate(
+            *args, custom_generate=partial(decode, speculation=speculation or Speculation()), **kwargs
+        )
+
+    def adaptive_length(self, batch_size: int) -> AdaptiveLength:
+        """Return the choice of the draft length for a batch size, with what earlier calls measured."""
+        longest = self.config.heads.distances[-1]
+        return self.adaptive_lengths.setdefault(batch_size, AdaptiveLength(longest))
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Number of transformer layers with keys and values: the Llama's, then those of heads 2..n."""
+        return self.config.num_hidden_layers + self.num_draft_layers
+
+    @property
+    def num_draft_layers(self) -> int:
+        heads = self.config.heads
+        return 0 if heads.traits.reads == "next head" else (heads.count - 1) * heads.block_layers
+
+    def run_trunk(self, token_ids: Tensor, span: Span, cache: PositionCache) -> tuple[Tensor, Tensor]:
+        """Run trunk and head 1 on the tokens `[B, q]` of the span.
+
+        Return head 1's hidden states before the final norm `[B, q, D]`, and those that the other heads read
+        `[B, q, F]`: F is D, or (n - 1) D for anticausal heads, whose own states they are, head 2 first.
+        """
+        cache.span = span
+        hidden = self.model.embed_tokens(token_ids)
+        rotary = self.model.rotary_emb(hidden, span.positions)
+        states = [hidden]
+        for layer in self.model.layers:
+            hidden = layer(hidden, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
+            states.append(hidden)
+        read = [states[depth].to(token_ids.device) for depth in self._read_depths()]
+        return hidden, torch.cat(read, -1) if len(read) > 1 else read[0]
+
+    def _read_depths(self) -> list[int]:
+        """Return the numbers of layers of the Llama after which the other heads read its hidden states."""
+        heads, trunk = self.config.heads, self.config.trunk_layers
+        match heads.traits.reads:
+            case "trunk":
+                return [trunk]
+            case "previous head":
+                return [self.config.num_hidden_layers]
+            case "next head":
+                return [trunk + heads.layers_per_head * (heads.count - k + 1) for k in range(2, heads.count + 1)] or [0]
+
+    def first_head_logits(self, hidden: Tensor) -> Tensor:
+        """Return head 1's logits `[..., V]` for its hidden states before the final norm `[..., D]`."""
+        return self.lm_head(self.model.norm(hidden))
+
+    def draft_hidden(self, k: int, before: Tensor, embedded: Tensor | None, span: Span, cache: PositionCache) -> Tensor:
+        """Return the hidden states before the final norm `[B, q, D]` of head k >= 2.
+
+        before: hidden states that it reads. embedded: embeddings of the tokens before its targets, for `sequential`.
+        """
+        heads, kind = self.config.heads, self.config.heads.traits
+        if kind.reads == "next head":
+            width = self.config.hidden_size
+            return before[..., (k - 2) * width : (k - 1) * width]
+        if kind.block_follows_norm:
+            return before
+        block = self.draft_blocks[head_key(heads, k)]
+        if not kind.has_layers:
+            return block.linear(before)
+        if embedded is not None:
+            before = block.eh_proj(torch.cat([block.enorm(embedded), block.hnorm(before)], -1))
+        cache.span = span
+        rotary = self.model.rotary_emb(before, span.positions)
+        first = self.config.num_hidden_layers + (k - 2) * heads.block_layers
+        for index, layer in enumerate(block.layers, first):
+            layer.self_attn.layer_idx = index
+            before = layer(before, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
+        return before
+
+    def draft_logits(self, k: int, hidden: Tensor) -> Tensor:
+        """Return the logits `[..., V]` of head k >= 2 for its hidden states before the final norm `[..., D]`."""
+        heads = self.config.heads
+        final_norm = self.model.norm.norm if heads.kind == "linear" else self.model.norm
+        hidden = final_norm(hidden)
+        if heads.traits.block_follows_norm:
+            hidden = hidden + F.silu(self.draft_blocks[head_key(heads, k)].linear(hidden))
+        unembedding = self.draft_unembeddings[str(k)] if self.draft_unembeddings else self.lm_head
+        return unembedding(hidden)
