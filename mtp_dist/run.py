@@ -8,11 +8,11 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from mtp_dist.checkpoint.find import ResumePoint
 from mtp_dist.checkpoint.format import checkpoint_path
-from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
@@ -24,8 +24,6 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
-from mtp_dist.inference.sampling import sample_continuation
-from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import rank0_callbacks
@@ -158,9 +156,14 @@ def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | Non
     if config.log.sample_prompt is None:
         return None
     logger.info("Sampling: verifying and reading the weights of %s", checkpoint)
-    prompt = [tokenizer.end_of_document, *tokenizer.encode(config.log.sample_prompt).tolist()]
-    model = ReferenceModel(*load_weights(checkpoint))
-    tokens = sample_continuation(
-        model, prompt, config.log.sample_tokens, SAMPLING_TEMPERATURE, config.run.seed, tokenizer.end_of_document
-    )
+    from mtp_dist.inference.generator import Generator  # transformers takes seconds to import
+    from mtp_dist.inference.speculation import Speculation
+
+    generator = Generator.open(checkpoint)
+    prompt = generator.prompt_ids(config.log.sample_prompt)[-generator.positions // 2 :]
+    # A fixed number of heads: the fastest one depends on the load of the machine, and with it the random numbers.
+    speculation = Speculation(heads=config.heads.count)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        tokens = generator.generate([prompt], config.log.sample_tokens, SAMPLING_TEMPERATURE, speculation)[0]
     return tokenizer.decode(prompt + tokens)

@@ -11,14 +11,16 @@ from mtp_dist.inference.spans import Span
 INITIAL_SLOTS = 64
 
 
-class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
+class PositionLayer(CacheLayerMixin):
     """Keys and values `[B, heads, slots, head_dim]` of one layer, written at the slots of the cache's current span."""
 
     is_croppable = True
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: "PositionCache") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -33,8 +35,8 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.keys.shape[2] < span.end:
             self.keys, self.values = self._grow(self.keys), self._grow(self.values)
         if span.first_slot is not None:
-            slots = slice(span.first_slot, span.first_slot + key_states.shape[2])
-            self.keys[:, :, slots], self.values[:, :, slots] = key_states, value_states
+            written = slice(span.first_slot, span.first_slot + key_states.shape[2])
+            self.keys[:, :, written], self.values[:, :, written] = key_states, value_states
         else:
             slots = span.slots.to(key_states.device)
             rows = torch.arange(len(slots), device=slots.device)[:, None]
@@ -74,11 +76,12 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
         return grown
 
 
-class PositionCache(Cache):  # type: ignore[misc]
+class PositionCache(Cache):
     """The cache of trunk and heads. Each row has its own length, which the spans of the forward passes define."""
 
     span: Span
     """The tokens of the current forward pass."""
+    layers: list[PositionLayer]  # type: ignore[assignment]
 
     def __init__(self, num_layers: int, max_length: int | None = None) -> None:
         """Allocate `max_length` slots at the first use; by default more when they are needed."""

@@ -8,7 +8,7 @@ from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.convert.to_huggingface import llama_config
 
 
-class MTPConfig(LlamaConfig):  # type: ignore[misc]
+class MTPConfig(LlamaConfig):
     """The configuration of a Llama, which is the trunk with head 1, and of the other prediction heads."""
 
     model_type = "mtp_dist"

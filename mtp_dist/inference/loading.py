@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig
 
-from mtp_dist.checkpoint.find import find_valid_checkpoint, is_checkpoint
+from mtp_dist.checkpoint.find import find_valid_checkpoint
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.config import Config
-
+from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.llama import LAYER, llama_weights, split
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -20,8 +20,10 @@ from mtp_dist.inference.configuration import generation_model_config
 from mtp_dist.inference.model import MTPForCausalLM
 
 
-def open_model(folder: Path, **options: Any) -> tuple[MTPForCausalLM, Tokenizer]:
-    """Return the model of an export or of a checkpoint (or the newest of a folder of them), and its tokenizer.
+def open_model(folder: Path, **options: Any) -> tuple[MTPForCausalLM, Tokenizer, Config]:
+    """Return the model of an export or a checkpoint, its tokenizer and the configuration of the run that trained it.
+
+    Of a folder of checkpoints the newest is opened.
 
     options: those of transformers' `from_pretrained`, such as `dtype` and `device_map`. Raise CheckpointError if the
     folder has neither, ConfigError or DataError if its tokenizer cannot be used.
@@ -41,7 +43,8 @@ def open_model(folder: Path, **options: Any) -> tuple[MTPForCausalLM, Tokenizer]
         **options,
     )
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    return model.eval(), tokenizer
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, tokenizer, config
 
 
 def _read(folder: Path) -> tuple[Config, Iterable[tuple[str, Tensor]], Tokenizer]:

@@ -60,7 +60,7 @@ class DraftBlock(nn.Module):
             self.add_module(name.removesuffix(".weight"), module)
 
 
-class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+class MTPForCausalLM(LlamaForCausalLM):
     """A trained model of any kind of heads: called and generated from like a Llama, it predicts with head 1.
 
     The Llama's layers are those of the trunk, then those of head 1.
@@ -71,7 +71,7 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, config: MTPConfig) -> None:
         super().__init__(config)
         heads, kind = config.heads, config.heads.traits
-        keys = {k: head_key(heads, k) for k in range(2, heads.count + 1)}
+        keys = {k: str(head_key(heads, k)) for k in range(2, heads.count + 1)}
         if heads.kind == "linear":
             self.model.norm = LinearFirstHead(config)
         in_llama = kind.reads == "next head"  # head 1 reaches the trunk through the others
@@ -83,7 +83,7 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         )
         self.adaptive_lengths: dict[int, AdaptiveLength] = {}
         """What was measured of drafting, by batch size."""
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def generate(self, *args: Any, speculation: Speculation | None = None, **kwargs: Any) -> Any:
         """Generate as transformers does, with the same arguments and result, several tokens per forward pass.
@@ -138,7 +138,7 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
                 return [trunk]
             case "previous head":
                 return [self.config.num_hidden_layers]
-            case "next head":
+            case _:  # head 1 reads the others, whose states are their drafts
                 return [trunk + heads.layers_per_head * (heads.count - k + 1) for k in range(2, heads.count + 1)] or [0]
 
     def first_head_logits(self, hidden: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             return before[..., (k - 2) * width : (k - 1) * width]
         if kind.block_follows_norm:
             return before
-        block = self.draft_blocks[head_key(heads, k)]
+        block = self._block(k)
         if not kind.has_layers:
             return block.linear(before)
         if embedded is not None:
@@ -169,12 +169,15 @@ class MTPForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             before = layer(before, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
         return before
 
+    def _block(self, k: int) -> Any:
+        return self.draft_blocks[str(head_key(self.config.heads, k))]
+
     def draft_logits(self, k: int, hidden: Tensor) -> Tensor:
         """Return the logits `[..., V]` of head k >= 2 for its hidden states before the final norm `[..., D]`."""
         heads = self.config.heads
-        final_norm = self.model.norm.norm if heads.kind == "linear" else self.model.norm
-        hidden = final_norm(hidden)
+        norm = self.model.norm
+        hidden = norm.norm(hidden) if isinstance(norm, LinearFirstHead) else norm(hidden)
         if heads.traits.block_follows_norm:
-            hidden = hidden + F.silu(self.draft_blocks[head_key(heads, k)].linear(hidden))
+            hidden = hidden + F.silu(self._block(k).linear(hidden))
         unembedding = self.draft_unembeddings[str(k)] if self.draft_unembeddings else self.lm_head
         return unembedding(hidden)

@@ -1,9 +1,9 @@
 """Choice of tokens from logits, and of the drafts to accept."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -39,7 +39,7 @@ class Sampler:
         """Return a token `[B]` for logits `[B, V]` of a head, and the distribution that it was drawn from."""
         if not self.do_sample:
             return logits.argmax(-1), None
-        probabilities = self.warpers(None, logits.float()).softmax(-1)
+        probabilities = self._warp(logits.float()).softmax(-1)
         return draw(probabilities), probabilities
 
     def accept(self, logits: Tensor, drafts: Drafts, prefixes: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -65,11 +65,17 @@ class Sampler:
             return logits
         scores = logits.to(torch.float32, copy=True)
         if len(self.warpers) == len(self.processors):
-            return self.processors(None, scores.flatten(0, 1)).view_as(scores)
+            return self._warp(scores.flatten(0, 1)).view_as(scores)
         for row, prefix in enumerate(prefixes):
             known = len(prefix) - logits.shape[1] + 1
             for column in range(logits.shape[1]):
-                scores[row, column] = self.processors(prefix[None, : known + column], scores[row, column][None])[0]
+                known_ids = cast(LongTensor, prefix[None, : known + column])
+                scores[row, column] = self.processors(known_ids, scores[row, column][None])[0]
+        return scores
+
+    def _warp(self, scores: Tensor) -> Tensor:
+        for warper in self.warpers:
+            scores = warper(None, scores)
         return scores
 
 
@@ -77,7 +83,8 @@ def speculative_sample(target: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
     """Accept drafts so that the tokens are distributed as `target` `[B, m + 1, V]`. Return what `Sampler.accept` does.
 
     A draft x with probability q(x) is accepted with probability min(1, p(x) / q(x)); the token in the place of the
-    first rejected one is drawn from the normalized max(p - q, 0). Leviathan et al. 2023 (arXiv:2211.17192, algorithm 1).
+    first rejected one is drawn from the normalized max(p - q, 0): Leviathan et al. 2023 (arXiv:2211.17192), algorithm
+    1.
     """
     token_ids, draft_probabilities = drafts
     rows = torch.arange(len(target), device=target.device)

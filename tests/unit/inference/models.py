@@ -1,0 +1,69 @@
+"""Tiny models of every kind for the tests of decoding."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from mtp_dist.config import Config
+from mtp_dist.inference.configuration import generation_model_config
+from mtp_dist.inference.loading import model_weights
+from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.model.reference import ReferenceModel
+from tests.tiny import tiny_config
+
+VOCAB_SIZE = 50
+END = VOCAB_SIZE - 1
+VARIANTS: dict[str, dict[str, Any]] = {
+    "parallel": {"kind": "parallel"},
+    "causal": {"kind": "causal"},
+    "anticausal": {"kind": "anticausal", "layers_per_head": 2},
+    "linear": {"kind": "linear"},
+    "mlp": {"kind": "mlp"},
+    "sequential": {"kind": "sequential", "layers_per_head": 2},
+    "repeated": {"kind": "sequential", "repeated": True},
+    "separate": {"kind": "parallel", "unembedding": "separate"},
+    "leap": {"kind": "parallel", "prediction_distances": [1, 3, 5, 7]},
+    "anticausal_leap": {"kind": "anticausal", "prediction_distances": [1, 3, 4, 7]},
+}
+"""The section `heads` of each variant, with four heads."""
+
+
+class TinyModel(NamedTuple):
+    config: Config
+    reference: ReferenceModel
+    model: MTPForCausalLM
+
+
+def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE, tied: bool = False) -> TinyModel:
+    """Return a model with random weights, the gains of the norms included, and its reference."""
+    model = {"init_std": init_std, "vocab_size": vocab_size, "tie_embeddings": tied}
+    config = tiny_config(heads={"count": 4, **VARIANTS[variant]}, model=model, train={"sequence_length": 96})
+    reference = ReferenceModel(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in reference.named_weights().items():
+            if name.endswith("norm.weight"):
+                weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+    return TinyModel(config, reference, open_weights(config, reference.named_weights()))
+
+
+def open_weights(config: Config, weights: dict[str, Tensor]) -> MTPForCausalLM:
+    end = config.vocab_size - 1
+    model: MTPForCausalLM = MTPForCausalLM.from_pretrained(
+        None,
+        config=generation_model_config(config, end, "fp32"),
+        state_dict=dict(model_weights(config, weights.items())),
+    )
+    model.generation_config = GenerationConfig(pad_token_id=end)
+    return model.eval()
+
+
+def padded_prompts(lengths: list[int], seed: int = 0, vocab_size: int = VOCAB_SIZE) -> tuple[Tensor, Tensor]:
+    """Return random prompts of these lengths, padded on the left, and their mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    tokens = torch.randint(vocab_size - 1, (len(lengths), longest), generator=generator)
+    mask = torch.stack([(torch.arange(longest) >= longest - length).long() for length in lengths])
+    return tokens * mask + (vocab_size - 1) * (1 - mask), mask
