@@ -64,7 +64,7 @@ class Decoder:
         self, model: MTPForCausalLM, text: TextBatch, sampler: Sampler, speculation: Speculation, static_cache: bool
     ) -> None:
         self.model, self.text, self.sampler, self.speculation = model, text, sampler, speculation
-        distances, tree = model.config.heads.distances, speculation.tree
+        distances, tree = model.heads.distances, speculation.tree
         self.longest = max(tree.depths) + 1 if tree else distances[(speculation.heads or len(distances)) - 1]
         if speculation.heads is None and not tree and self.longest > 1:
             self.policy = model.adaptive_length(len(text.finished))

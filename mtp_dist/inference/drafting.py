@@ -47,8 +47,12 @@ class DraftState:
     span: Span
     """These positions."""
     cache: PositionCache
+    longest: int
+    """Largest distance to draft."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """`[B, m, D]`: hidden states before the final norm of the heads that have run, by head."""
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    """`[B, V]`: logits that are known, by distance."""
 
 
 def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous_token: Tensor) -> Tensor:
@@ -57,15 +61,23 @@ def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous_toke
     previous_token: `[B]`, the one before it, which `sequential` heads read.
     """
     state.token_ids.scatter_(1, (state.last + distance - 1)[:, None], previous_token[:, None])
-    head, offset = draft_sources(model.config.heads)[distance]
-    hidden = _hidden(model, head, state)
-    return model.draft_logits(head, hidden[:, max(0, hidden.shape[1] - 1 - offset)])
+    if distance not in state.logits:
+        # Heads that read no tokens run at once, so that the unembedding that they share is read once.
+        last = distance if model.heads.traits.embeds_tokens else state.longest
+        sources = draft_sources(model.heads)
+        heads, offsets = zip(*(sources[ahead] for ahead in range(distance, last + 1)), strict=True)
+        hidden = [_hidden(model, head, state) for head in heads]
+        places = [max(0, state.features.shape[1] - 1 - offset) for offset in offsets]
+        at_places = [states[:, place] for states, place in zip(hidden, places, strict=True)]
+        logits = model.draft_logits(heads, torch.stack(at_places, 1))
+        state.logits |= dict(enumerate(logits.unbind(1), distance))
+    return state.logits[distance]
 
 
 def _hidden(model: MTPForCausalLM, k: int, state: DraftState) -> Tensor:
     """Return the hidden states `[B, m, D]` of head k, after those that it reads."""
     if k not in state.hidden:
-        traits, before, embedded = model.config.heads.traits, state.features, None
+        traits, before, embedded = model.heads.traits, state.features, None
         if traits.reads == "previous head" and k > 2:
             before = _hidden(model, k - 1, state)
         if traits.embeds_tokens:
@@ -84,7 +96,7 @@ class DraftInput:
 
     def __init__(self, model: MTPForCausalLM, cache: PositionCache, max_distance: int) -> None:
         """max_distance: largest distance that will be drafted."""
-        heads = model.config.heads
+        heads = model.heads
         self.model, self.cache = model, cache
         self.sources = draft_sources(heads)
         used = [self.sources[distance] for distance in range(2, max_distance + 1)]
@@ -148,4 +160,4 @@ class DraftInput:
             span = causal_span(positions, [last + 1 - window])
         else:
             span = overlapping_span(positions, last + 1)
-        return DraftState(token_ids, positions[:, -1], features, span, self.cache)
+        return DraftState(token_ids, positions[:, -1], features, span, self.cache, max_distance)

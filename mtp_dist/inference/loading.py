@@ -18,12 +18,13 @@ from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
 from mtp_dist.errors import CheckpointError
 from mtp_dist.inference.configuration import generation_model_config
 from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.inference.packing import can_pack, pack_linear_layers
 
 
 def open_model(folder: Path, **options: Any) -> tuple[MTPForCausalLM, Tokenizer, Config]:
     """Return the model of an export or a checkpoint, its tokenizer and the configuration of the run that trained it.
 
-    Of a folder of checkpoints the newest is opened.
+    Of a folder of checkpoints the newest is opened. On a CPU the model is for inference only: its weights are packed.
 
     options: those of transformers' `from_pretrained`, such as `dtype` and `device_map`. Raise CheckpointError if the
     folder has neither, ConfigError or DataError if its tokenizer cannot be used.
@@ -44,6 +45,8 @@ def open_model(folder: Path, **options: Any) -> tuple[MTPForCausalLM, Tokenizer,
     )
     model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
     model.eval()  # type: ignore[no-untyped-call]
+    if not options.get("device_map") and can_pack(model.lm_head.weight):
+        pack_linear_layers(model)
     return model, tokenizer, config
 
 

@@ -1,5 +1,6 @@
 """Trunk and heads for generation: a Llama of transformers, and the blocks of heads 2..n."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,8 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__(config)
-        heads, kind = config.heads, config.heads.traits
+        self.heads = heads = config.heads
+        kind = heads.traits
         keys = {k: str(head_key(heads, k)) for k in range(2, heads.count + 1)}
         if heads.kind == "linear":
             self.model.norm = LinearFirstHead(config)
@@ -101,7 +103,7 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     def adaptive_length(self, batch_size: int) -> AdaptiveLength:
         """Return the choice of the draft length for a batch size, with what earlier calls measured."""
-        longest = self.config.heads.distances[-1]
+        longest = self.heads.distances[-1]
         return self.adaptive_lengths.setdefault(batch_size, AdaptiveLength(longest))
 
     @property
@@ -111,7 +113,7 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     @property
     def num_draft_layers(self) -> int:
-        heads = self.config.heads
+        heads = self.heads
         return 0 if heads.traits.reads == "next head" else (heads.count - 1) * heads.block_layers
 
     def run_trunk(self, token_ids: Tensor, span: Span, cache: PositionCache) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     def _read_depths(self) -> list[int]:
         """Return the numbers of layers of the Llama after which the other heads read its hidden states."""
-        heads, trunk = self.config.heads, self.config.trunk_layers
+        heads, trunk = self.heads, self.config.trunk_layers
         match heads.traits.reads:
             case "trunk":
                 return [trunk]
@@ -150,7 +152,7 @@ class MTPForCausalLM(LlamaForCausalLM):
 
         before: hidden states that it reads. embedded: embeddings of the tokens before its targets, for `sequential`.
         """
-        heads, kind = self.config.heads, self.config.heads.traits
+        heads, kind = self.heads, self.heads.traits
         if kind.reads == "next head":
             width = self.config.hidden_size
             return before[..., (k - 2) * width : (k - 1) * width]
@@ -170,14 +172,16 @@ class MTPForCausalLM(LlamaForCausalLM):
         return before
 
     def _block(self, k: int) -> Any:
-        return self.draft_blocks[str(head_key(self.config.heads, k))]
+        return self.draft_blocks[str(head_key(self.heads, k))]
 
-    def draft_logits(self, k: int, hidden: Tensor) -> Tensor:
-        """Return the logits `[..., V]` of head k >= 2 for its hidden states before the final norm `[..., D]`."""
-        heads = self.config.heads
+    def draft_logits(self, heads: Sequence[int], hidden: Tensor) -> Tensor:
+        """Return logits `[B, m, V]` of m heads >= 2 for their hidden states before the final norm `[B, m, D]`."""
         norm = self.model.norm
         hidden = norm.norm(hidden) if isinstance(norm, LinearFirstHead) else norm(hidden)
-        if heads.traits.block_follows_norm:
-            hidden = hidden + F.silu(self._block(k).linear(hidden))
-        unembedding = self.draft_unembeddings[str(k)] if self.draft_unembeddings else self.lm_head
-        return unembedding(hidden)
+        if self.heads.traits.block_follows_norm:
+            residuals = [F.silu(self._block(k).linear(hidden[:, column])) for column, k in enumerate(heads)]
+            hidden = hidden + torch.stack(residuals, 1)
+        if self.draft_unembeddings:
+            logits = [self.draft_unembeddings[str(k)](hidden[:, column]) for column, k in enumerate(heads)]
+            return torch.stack(logits, 1)
+        return self.lm_head(hidden)
