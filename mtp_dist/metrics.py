@@ -23,6 +23,15 @@ class HeadMetrics:
     token_order: float | None = None
     """Mean cross-entropy to the order of the upcoming tokens, in nats; None if it is not predicted or head 1 has no
     valid target."""
+    draft_acceptance_rates: tuple[float | None, ...] = ()
+    """Fraction of a greedy decoder's forward passes along the text in which head 1 accepts all drafts up to distance
+    2, 3, ..; None if it verifies none, empty for a training step."""
+
+    @property
+    def expected_tokens_per_forward(self) -> float | None:
+        """Tokens per forward pass of a greedy decoder with all heads' drafts; None if no draft is verified."""
+        rates = [rate for rate in self.draft_acceptance_rates if rate is not None]
+        return 1 + sum(rates) if rates else None
 
 
 @dataclass(frozen=True)

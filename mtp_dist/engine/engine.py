@@ -19,10 +19,12 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
 from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, module_group
+from mtp_dist.engine.heads_with_loss import HeadsWithLoss
 from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
+from mtp_dist.loss.acceptance import draft_acceptance_rates
 from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
@@ -83,7 +85,8 @@ class TrainingEngine:
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._dp_group = dp_group()
         self._totals: list[Tensor] = []
-        """Sums over all ranks of HeadSums and, after a training step, of the other fields of StepTotals."""
+        """Sums over all ranks of HeadSums and, after a training step, of the other fields of StepTotals, after an
+        evaluation of the drafts that head 1 accepts."""
         self._stop_signal: Callable[[], int] = lambda: 0
         self.clock = StageTimer(self.pipeline, topology.device)
         self.optimizer_updates = 0
@@ -150,8 +153,10 @@ class TrainingEngine:
         """Evaluate a batch and return the active heads' metrics."""
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
-        self._sum_over_ranks()
-        return head_metrics(self.config, HeadSums(self._totals[0].cpu()), schedule)
+        distances = self.config.heads.distances[-1] - 1
+        self._sum_over_ranks(self._local_sums(lambda heads: heads.acceptance_sums, distances, 2))
+        head_sums, acceptance_sums = (total.cpu() for total in self._totals)
+        return head_metrics(self.config, HeadSums(head_sums), schedule, acceptance_sums)
 
     def _agree_and_update(self, update: Callable[..., None], *args: object) -> None:
         """Let DeepSpeed update the weights, on all ranks or on none: it compares only the ranks of one replica.
@@ -187,16 +192,18 @@ class TrainingEngine:
 
     def _sum_over_ranks(self, *others: Tensor) -> None:
         """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
-        if self.topology.holds_loss and self.topology.tp_rank == 0:
-            sums = self.stage.heads.sums.tensor
-        else:  # the same columns
-            shape = self.config.heads.count + 1, len(HeadSums.COLUMNS)
-            sums = torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
-        tensors = [sums, *others]
+        shape = self.config.heads.count + 1, len(HeadSums.COLUMNS)
+        tensors = [self._local_sums(lambda heads: heads.sums.tensor, *shape), *others]
         together = torch.cat([*map(torch.flatten, tensors)])
         dist.all_reduce(together)
         totals = together.split([tensor.numel() for tensor in tensors])
         self._totals = [*map(Tensor.view_as, totals, tensors)]
+
+    def _local_sums(self, sums: Callable[[HeadsWithLoss], Tensor], *shape: int) -> Tensor:
+        """Return sums that the heads have added up if this rank counts, else zeros of that shape."""
+        if self.topology.holds_loss and self.topology.tp_rank == 0:
+            return sums(self.stage.heads)
+        return torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
 
     def _clip(self) -> None:
         self.pipeline._global_grad_norm = clip_by_global_norm(self.stage.parameters(), self.pipeline)
@@ -225,9 +232,17 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     return engine
 
 
-def head_metrics(config: Config, sums: HeadSums, schedule: HeadSchedule) -> HeadMetrics:
-    """Return the active heads' metrics from the sums over all ranks."""
+def head_metrics(
+    config: Config, sums: HeadSums, schedule: HeadSchedule, acceptance_sums: Tensor | None = None
+) -> HeadMetrics:
+    """Return the active heads' metrics from the sums over all ranks.
+
+    acceptance_sums: those of `draft_acceptance_sums` in a validation, None in training.
+    """
     heads = config.heads
+    rates: tuple[float | None, ...] = ()
+    if acceptance_sums is not None:
+        rates = draft_acceptance_rates(acceptance_sums[: heads.distances[schedule.active_heads - 1] - 1])
     has_target = (sums.targets[: schedule.active_heads] > 0).tolist()
     losses, accuracies, distillation = (
         tuple(
@@ -248,4 +263,5 @@ def head_metrics(config: Config, sums: HeadSums, schedule: HeadSchedule) -> Head
         distillation=distillation[1:] if heads.distillation else (),
         token_order=token_order if heads.token_order and has_target[0] else None,
         total=objective + heads.token_order * token_order if any(has_target) else None,
+        draft_acceptance_rates=rates,
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import tp_group
+from mtp_dist.loss.acceptance import GreedyTokens, draft_acceptance_sums
 from mtp_dist.loss.naive import naive_heads_loss
 from mtp_dist.loss.objective import Distillation, HeadSums, Objective, Vocabulary
 from mtp_dist.loss.sequential import sequential_heads_loss
@@ -35,6 +36,8 @@ class HeadsWithLoss(PredictionHeads):
         self.scales, self.active_heads = scales, active_heads
         self.sums = HeadSums(scales.new_zeros(len(scales), len(HeadSums.COLUMNS), dtype=torch.float64))
         """Sums over the batch's micro-batches so far, fp64."""
+        self.acceptance_sums = scales.new_zeros(self.config.heads.distances[-1] - 1, 2, dtype=torch.float64)
+        """The same of `draft_acceptance_sums`; 0 in training."""
 
     def forward(
         self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention: AttentionInputs
@@ -42,16 +45,28 @@ class HeadsWithLoss(PredictionHeads):
         """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar."""
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
         context = HeadContext(micro_batch.samples, attention, embedding_weight)
-        mode, objective = self.config.heads.loss_mode, self._objective(micro_batch)
+        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch)
+        mode, objective = self.config.heads.loss_mode, self._objective(micro_batch, greedy)
         sums = objective.zero_sums(trunk_output.dtype)
         if mode == "naive":
             loss = naive_heads_loss(self, trunk_output, context, objective, sums)
         else:
             loss = sequential_heads_loss(mode, self, trunk_output, context, objective, sums)
         self.sums.tensor.add_(sums.tensor)
+        if greedy:
+            self._add_acceptance(greedy, micro_batch)
         return loss
 
-    def _objective(self, micro_batch: MicroBatch) -> Objective:
+    def _greedy_tokens(self, micro_batch: MicroBatch) -> GreedyTokens:
+        heads, batch, length = micro_batch.targets.shape
+        return GreedyTokens(heads, length, batch, self.vocabulary, self.scales.device)
+
+    def _add_acceptance(self, greedy: GreedyTokens, micro_batch: MicroBatch) -> None:
+        valid = (micro_batch.targets != IGNORE_INDEX).transpose(1, 2)
+        sums = draft_acceptance_sums(greedy.token_ids, valid, self.config.heads.distances[: self.active_heads])
+        self.acceptance_sums[: len(sums)] += sums
+
+    def _objective(self, micro_batch: MicroBatch, greedy: GreedyTokens | None) -> Objective:
         samples, targets, documents = micro_batch
         heads, length = self.config.heads, self.config.train.sequence_length
         distillation, token_order = None, None
@@ -71,4 +86,5 @@ class HeadsWithLoss(PredictionHeads):
             sequence_parallel=self.config.parallel.sequence,
             distillation=distillation,
             token_order=token_order,
+            on_logits=greedy.record if greedy else None,
         )

@@ -14,7 +14,7 @@ letters are values over all ranks; p is normalized over this rank's tokens, s an
     d loss / d l = p * s * exp(m - M) / S - (1 at the target)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,14 +70,14 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     grads: GradientBuffers | None = None,
     soft: SoftTargets | None = None,
-    on_logits: Callable[[slice, Tensor], None] | None = None,
+    on_logits: Sequence[Callable[[slice, Tensor], None]] = (),
 ) -> None:
     """Add the sums over the targets `[T]` to `sums`, a row of HeadSums, and compute gradients if `grads` is given.
 
     hidden: `[T, D]`, weight: this rank's rows `[V/TP, D]`. All ranks of the vocabulary must call it, with the same
     hidden states and targets; the sums are the same on each. At most `chunk_tokens` positions (by default as many as
-    fit into CHUNK_BYTES) have their logits in memory, in fp32 at least. Autograd records nothing. `on_logits` gets the
-    positions of each chunk and this rank's logits, which it must not change.
+    fit into CHUNK_BYTES) have their logits in memory, in fp32 at least. Autograd records nothing. Each function of
+    `on_logits` gets the positions of each chunk and this rank's logits, which it must not change.
     """
     tokens, local_vocab_size = len(hidden), len(weight)
     most = chunk_tokens or default_chunk_tokens(local_vocab_size, hidden.dtype, hidden.device)
@@ -90,8 +90,8 @@ def linear_cross_entropy(
         logits = buffer[: len(hidden[positions])]
         _matmul_into(logits, hidden[positions], weight.T)
         _mask_padding(logits, vocabulary)
-        if on_logits is not None:
-            on_logits(positions, logits)
+        for function in on_logits:
+            function(positions, logits)
         softmax = _Softmax(logits, targets[positions], vocabulary, soft and soft.at(positions))
         softmax.add_sums(sums)
         if grads is not None:

@@ -1,6 +1,6 @@
 """The parts of a micro-batch's loss: the heads, their targets, their loss weights and their sums."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -124,6 +124,8 @@ class Objective:
     distillation: Distillation | None = None
     token_order: SoftTargets | None = None
     """Order of the upcoming tokens at the `S * B` positions."""
+    on_logits: Callable[[int, slice, Tensor], None] | None = None
+    """Gets each head's number, some of the `S * B` positions and this rank's logits there, which it must not change."""
 
     def active(self, chain: Sequence[int]) -> list[int]:
         """Return the active heads of a chain."""

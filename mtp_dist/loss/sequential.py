@@ -1,6 +1,7 @@
 """The loss of n heads one after the other, in the memory of one head (Gloeckle et al. 2024, section 2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -142,12 +143,15 @@ class _Losses:
         self.teacher: Teacher | None = None
 
     def add_head(self, head: int, normalized: Tensor, grads: GradientBuffers | None = None) -> None:
-        objective, soft, on_logits = self.objective, None, None
+        objective, soft = self.objective, None
+        on_logits: list[Callable[[slice, Tensor], None]] = []
+        if objective.on_logits:
+            on_logits.append(partial(objective.on_logits, head))
         targets = objective.targets[head - 1].T.flatten()
         if (distillation := objective.distillation) and head == 1:
             length, batch, _ = normalized.shape
             self.teacher = Teacher(length, batch, distillation.top, objective.vocabulary, normalized.device)
-            on_logits = self.teacher.record
+            on_logits.append(self.teacher.record)
         elif distillation:
             assert self.teacher, "head 1 runs first"
             valid = targets != objective.vocabulary.ignore_index

@@ -1,7 +1,7 @@
 """Losses on the ranks of a test, their fp64 truth, and the comparison of both."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -138,7 +138,7 @@ def kernel_answer(
     case: LinearCase,
     group: dist.ProcessGroup,
     rows: Tensor | None = None,
-    on_logits: Callable[[slice, Tensor], None] | None = None,
+    on_logits: Sequence[Callable[[slice, Tensor], None]] = (),
 ) -> LinearAnswer:
     """Run the kernel with and without gradients on this rank's rows, by default those of `shard_rows`.
 

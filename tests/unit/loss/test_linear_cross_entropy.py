@@ -145,7 +145,7 @@ def test_callback_gets_every_chunk_before_it_changes() -> None:
     rows = F.pad(case.weight, (0, 0, 0, 3), value=64.0)
     for chunk_tokens in (None, 1, 7):
         seen = torch.full((TOKENS, VOCAB_SIZE + 3), float("nan"), dtype=torch.float64)
-        harness.kernel_answer(replace(case, chunk_tokens=chunk_tokens), ALONE, rows, on_logits)
+        harness.kernel_answer(replace(case, chunk_tokens=chunk_tokens), ALONE, rows, [on_logits])
         torch.testing.assert_close(seen[:, :VOCAB_SIZE], case.hidden @ case.weight.T)
         assert (seen[:, VOCAB_SIZE:] < -1e300).all(), "padding is hidden"
 

@@ -31,7 +31,7 @@ DISTILLED |= {"soft_cross_entropy": [0.0, 20.0, 14.0], "distillation": 0.1}
 ALL_ACCURACIES, LOSS_2, LOSS_3 = (0.25, 0.75, 0.0), 0.5 * (3 + 0.1 * 5), 0.25 * (5 + 0.1 * 7)
 
 
-def metrics_of(active=3, token_order_sum=0.0, **values):
+def metrics_of(active=3, token_order_sum=0.0, acceptance=None, **values):
     """Return the metrics of 3 heads with 8, 4 and no targets. values: columns of the sums, or keys of `heads`."""
     columns = {"cross_entropy": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]} | values
     heads = {key: columns.pop(key) for key in ("distillation", "token_order") if key in columns}
@@ -40,7 +40,8 @@ def metrics_of(active=3, token_order_sum=0.0, **values):
         getattr(sums, name)[:-1] = torch.tensor(column)
     sums.soft_cross_entropy[-1] = token_order_sum
     config = tiny_config(heads={"count": 3, **heads})
-    return head_metrics(config, sums, HeadSchedule((1.0, 0.5, 0.25), active))
+    acceptance = None if acceptance is None else torch.tensor(acceptance, dtype=torch.float64)
+    return head_metrics(config, sums, HeadSchedule((1.0, 0.5, 0.25), active), acceptance)
 
 
 NONE = (None,) * 3
@@ -66,6 +67,21 @@ def test_head_metrics(values, expected):
     assert found.total == (None if expected.total is None else pytest.approx(expected.total, rel=1e-15))
     assert replace(found, total=None) == replace(expected, total=None)
     assert expected.losses[0] is not None or SpikeDetector(3.0).update(found.losses[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("sums", "active", "rates", "tokens_per_forward"),
+    [
+        ([[8, 6], [4, 2]], 3, (0.75, 0.375), 2.125),
+        ([[8, 6], [4, 2]], 2, (0.75,), 1.75),
+        ([[8, 6], [4, 2]], 1, (), None),
+        ([[8, 0], [0, 0]], 3, (0.0, 0.0), 1.0),
+        ([[0, 0], [0, 0]], 3, (None, None), None),
+    ],
+)
+def test_acceptance_up_to_a_distance_is_a_product(sums, active, rates, tokens_per_forward):
+    found = metrics_of(active, acceptance=sums)
+    assert found.draft_acceptance_rates == rates and found.expected_tokens_per_forward == tokens_per_forward
 
 
 def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path):
