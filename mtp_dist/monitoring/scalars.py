@@ -8,7 +8,7 @@ from statistics import fmean
 from mtp_dist.metrics import HeadMetrics, StepMetrics
 
 Scalars = Mapping[str, float | None]
-"""Values by name; None for the loss or accuracy of a head without a valid target."""
+"""Values by name; None for a loss, accuracy or acceptance without a valid target."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,15 @@ def head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
     return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}
 
 
+def acceptance_scalars(heads: HeadMetrics) -> dict[str, float | None]:
+    """Return the acceptance of the heads' drafts in a validation (see HeadMetrics); nothing if there are no drafts."""
+    if not heads.draft_acceptance_rates:
+        return {}
+    rates = enumerate(heads.draft_acceptance_rates, 2)
+    scalars = {f"draft_acceptance_rate_pos_{distance}": rate for distance, rate in rates}
+    return scalars | {"expected_tokens_per_forward": heads.expected_tokens_per_forward}
+
+
 def _stage_scalars(metrics: StepMetrics) -> dict[str, float]:
     """Return the memory of each pipeline stage and the pipeline's bubble; nothing if there is one stage."""
     peak_memory: dict[int, int] = {}
@@ -96,9 +105,10 @@ def validation_prefix(name: str | None) -> str:
 
 
 def validation_scalars(heads: HeadMetrics, name: str | None, bytes_per_token: float) -> dict[str, float | None]:
-    """Return the scalars of a validation: losses in nats per token and in bits per byte of text."""
+    """Return the scalars of a validation: losses in nats per token and in bits per byte of text, accepted drafts."""
     prefix = validation_prefix(name)
-    scalars = {f"{prefix}/{scalar}": value for scalar, value in head_scalars(heads).items()}
+    scalars = head_scalars(heads) | acceptance_scalars(heads)
+    scalars = {f"{prefix}/{scalar}": value for scalar, value in scalars.items()}
     return scalars | {
         f"{prefix}/bits_per_byte/head_{k}": None if loss is None else bits_per_byte(loss, bytes_per_token)
         for k, loss in enumerate(heads.losses, 1)

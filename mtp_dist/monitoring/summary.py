@@ -17,7 +17,7 @@ from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.fs import atomic_write_text
 from mtp_dist.metrics import HeadMetrics, StepMetrics
 from mtp_dist.monitoring.callback import Callback
-from mtp_dist.monitoring.scalars import bits_per_byte, json_number
+from mtp_dist.monitoring.scalars import acceptance_scalars, bits_per_byte, json_number
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class RunSummary:
     output_dir: Path
     validation: Sequence[tuple[ValidationSet, HeadMetrics]] = ()
     """The last validation on each set."""
+    upper_estimate: bool = False
+    """True if the heads read true tokens in a validation, but their own drafts when they decode."""
     sample: str | None = None
     """Text sampled from the trained model."""
     tensorboard_dir: Path | None = None
@@ -64,12 +66,13 @@ class SummaryRecorder(Callback):
             tokens_per_second=self._tokens / self._seconds,
             output_dir=config.output_dir,
             validation=[(each, self._last_validation[each.name]) for each in self._validation_sets],
+            upper_estimate=config.heads.traits.embeds_tokens,
             tensorboard_dir=config.output_dir / "tensorboard" if config.log.tensorboard else None,
             checkpoint=checkpoint,
         )
 
 
-def _head_table(validation: ValidationSet, heads: HeadMetrics) -> Table:
+def _head_table(validation: ValidationSet, heads: HeadMetrics, upper_estimate: bool) -> Table:
     table = Table(title=f"Validation on {validation.name}" if validation.name else "Validation")
     for column in ("head", "loss (nats)", "bits per byte", "below unigram", "accuracy"):
         table.add_column(column, justify="right")
@@ -82,6 +85,9 @@ def _head_table(validation: ValidationSet, heads: HeadMetrics) -> Table:
         table.add_row(f"{k}", f"{loss:.4f}", f"{bits_per_byte(loss, length):.4f}", below, f"{accuracy:.1%}")
     table.add_section()
     table.add_row("unigram entropy", f"{unigram:.4f}", f"{bits_per_byte(unigram, length):.4f}")
+    if (tokens := heads.expected_tokens_per_forward) is not None:
+        label = " (upper estimate)" if upper_estimate else ""
+        table.caption = f"{tokens:.2f} tokens per forward pass with all heads' drafts{label}"
     return table
 
 
@@ -94,7 +100,7 @@ def print_summary(summary: RunSummary, console: Console | None = None) -> None:
     """Print the result of a run on `console`, by default standard output."""
     console = console or Console()
     for validation, heads in summary.validation:
-        console.print(_head_table(validation, heads))
+        console.print(_head_table(validation, heads, summary.upper_estimate))
     if summary.sample is not None:
         console.print(Panel(_printable(summary.sample), title="Sample"))
     facts = {
@@ -126,6 +132,7 @@ def _validation_record(validation: ValidationSet, heads: HeadMetrics) -> dict[st
             }
             for k, (loss, accuracy) in enumerate(zip(heads.losses, heads.accuracies, strict=True), 1)
         ],
+        **acceptance_scalars(heads),
         "unigram_entropy": unigram,
         "unigram_bits_per_byte": bits_per_byte(unigram, length),
         "bytes_per_token": length,

@@ -25,30 +25,32 @@ RATES = {
 
 
 def draw(runs: Sequence[RunFiles]) -> dict[str, bytes]:
-    """Return PNG files by name. Losses have a panel per head if there are several runs, else one for all heads."""
-    pictures = {"training-loss": _losses(runs, "loss", "training loss (nats)")}
+    """Return PNG files by name. If there are several runs, curves by head have a panel per head, else one for all."""
+    pictures = {"training-loss": _curves(runs, "loss/head", "training loss (nats)")}
     for prefix in dict.fromkeys(prefix for run in runs for prefix in run.validation_prefixes()):
-        label = f"{prefix.replace('/', ' on ')} (nats)"
-        pictures[f"{prefix.replace('/', '-')}-loss"] = _losses(runs, f"{prefix}/loss", label)
+        name, label = prefix.replace("/", "-"), prefix.replace("/", " on ")
+        pictures[f"{name}-loss"] = _curves(runs, f"{prefix}/loss/head", f"{label} (nats)")
+        rates = f"{prefix}/draft_acceptance_rate_pos"
+        pictures[f"{name}-acceptance"] = _curves(runs, rates, f"{label}: drafts accepted", "distance")
     pictures |= {name: _rate(runs, *arguments) for name, arguments in RATES.items()}
     return {name: picture for name, picture in pictures.items() if picture}
 
 
-def _losses(runs: Sequence[RunFiles], prefix: str, label: str) -> bytes | None:
-    heads = max((run.scalars(prefix) for run in runs), key=len)
-    if not heads:
+def _curves(runs: Sequence[RunFiles], prefix: str, label: str, number: str = "head") -> bytes | None:
+    scalars = max((run.scalars(prefix) for run in runs), key=len)
+    if not scalars:
         return None
     if len(runs) == 1:
         figure, grid = _panels(1)
-        for scalar in heads:
-            _plot(grid[0], runs[0], scalar, f"head {scalar.rpartition('_')[2]}")
+        for scalar in scalars:
+            _plot(grid[0], runs[0], scalar, f"{number} {scalar.rpartition('_')[2]}")
         _mark_restarts(grid[0], runs[0])
     else:
-        figure, grid = _panels(len(heads))
-        for axes, scalar in zip(grid, heads, strict=True):
+        figure, grid = _panels(len(scalars))
+        for axes, scalar in zip(grid, scalars, strict=True):
             for run in runs:
                 _plot(axes, run, scalar, _legend_label(run.name))
-            axes.set(title=f"head {scalar.rpartition('_')[2]}")
+            axes.set(title=f"{number} {scalar.rpartition('_')[2]}")
     grid[0].set(ylabel=label)
     grid[0].legend(fontsize=8)
     return _png(figure)

@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from mtp_dist.errors import LaunchError
-from mtp_dist.monitoring.report.figures import draw
+from mtp_dist.monitoring.report.figures import RATES, draw
 from mtp_dist.monitoring.report.run_files import RunFiles, read_run
 
 PAGE = """\
@@ -36,6 +36,15 @@ pre { background: #f6f6f6; padding: .8rem; overflow: auto } .pairs { display: fl
 {% for name, png in losses.items() %}
 <img alt="{{ name }}" src="data:image/png;base64,{{ png }}">
 {% endfor %}
+{% if acceptance %}
+<h2>Drafts that head 1 accepts</h2>
+<p>Fraction of the forward passes of greedy decoding along the validation text in which head 1 accepts the drafts of all
+distances up to this one. For <code>sequential</code> heads it is an upper estimate: here they read the text, when they
+decode their own drafts.</p>
+{% for name, png in acceptance.items() %}
+<img alt="{{ name }}" src="data:image/png;base64,{{ png }}">
+{% endfor %}
+{% endif %}
 <h2>Throughput, memory, gradient</h2>
 <div class="pairs">
 {% for name, png in rates.items() %}
@@ -91,7 +100,8 @@ def html(runs: Sequence[RunFiles], pictures: Mapping[str, bytes]) -> str:
         runs=runs,
         facts=[every_fact | run_facts for run_facts in facts],
         losses={name: png for name, png in encoded.items() if name.endswith("-loss")},
-        rates={name: png for name, png in encoded.items() if not name.endswith("-loss")},
+        acceptance={name: png for name, png in encoded.items() if name.endswith("-acceptance")},
+        rates={name: png for name, png in encoded.items() if name in RATES},
         configurations=[yaml.safe_dump(run.description.get("config", {}), sort_keys=False) for run in runs],
     )
 
@@ -100,8 +110,11 @@ def _facts(run: RunFiles) -> dict[str, str]:
     last = run.metrics[-1]
     facts = {"folder": str(run.folder), "last step": f"{last['step']:,}"}
     for prefix in ("loss", *(f"{prefix}/loss" for prefix in run.validation_prefixes())):
-        values = [run.curve(scalar)[-1:] for scalar in run.scalars(prefix)]
+        values = [run.curve(scalar)[-1:] for scalar in run.scalars(f"{prefix}/head")]
         facts[f"last {prefix.replace('/', ' ')}"] = " ".join(f"{value[0][1]:.4f}" if value else "-" for value in values)
+    for prefix in run.validation_prefixes():
+        if expected := run.curve(f"{prefix}/expected_tokens_per_forward"):
+            facts[f"last {prefix.replace('/', ' ')} tokens per forward pass"] = f"{expected[-1][1]:.2f}"
     if rates := [rate for _, rate in run.curve("throughput/tokens_per_second")]:
         facts["tokens per second, mean"] = f"{sum(rates) / len(rates):,.0f}"
     if memory := [peak for _, peak in run.curve("memory/peak_bytes")]:

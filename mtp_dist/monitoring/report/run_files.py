@@ -1,6 +1,7 @@
 """Files of a run that a report reads."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ class RunFiles:
         return [(line["step"], line[scalar]) for line in self.metrics if line.get(scalar) is not None]
 
     def scalars(self, prefix: str) -> list[str]:
-        """Return the names `PREFIX/head_K` of scalars in the order of the heads."""
-        found = {name for line in self.metrics for name in line if name.startswith(f"{prefix}/head_")}
+        """Return the names `PREFIX_K` of scalars in the order of the numbers K."""
+        found = {name for line in self.metrics for name in line if re.fullmatch(rf"{re.escape(prefix)}_\d+", name)}
         return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
 
     def validation_prefixes(self) -> list[str]:

@@ -24,6 +24,9 @@ class TensorBoardWriter(MetricsWriter):
         for name in validation_sets:
             metrics += [f"{validation_prefix(name)}/{metric}" for metric in ("loss", "bits_per_byte", "accuracy")]
         charts = {f"{metric} of all heads": ["Multiline", [rf"^{metric}/head_\d+$"]] for metric in metrics}
+        for prefix in map(validation_prefix, validation_sets):
+            scalar = rf"^{prefix}/draft_acceptance_rate_pos_\d+$"
+            charts[f"{prefix}: drafts accepted up to each distance"] = ["Multiline", [scalar]]
         self._layout = {"Prediction heads": charts}
         self._directory = directory
         self._step = completed_steps

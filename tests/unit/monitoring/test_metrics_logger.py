@@ -12,7 +12,9 @@ from mtp_dist.monitoring.scalars import ThroughputUnits
 from mtp_dist.monitoring.writers.writer import MetricsWriter
 
 UNITS = ThroughputUnits(flops_per_token=[500, 1_000], peak_flops=1e6, bytes_per_token={None: 2.0, "web": 4.0})
-HEADS = HeadMetrics(losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2))
+HEADS = HeadMetrics(
+    losses=(1 / 3, math.log(2)), accuracies=(0.5, 0.25), total=1 / 3 + math.log(2), draft_acceptance_rates=(0.75,)
+)
 RANKS = [RankStats(0, 0.05, 0.1, 0.2, 123_456_789), RankStats(0, 0.01, 0.2, 0.2, 23_456_789)]
 HEAD_NAMES = {"loss/head_1", "loss/head_2", "loss/total", "accuracy/head_1", "accuracy/head_2"}
 STEP_NAMES = {
@@ -21,7 +23,9 @@ STEP_NAMES = {
     *(f"throughput/{name}" for name in ("tokens_per_second", "model_flops_per_second", "mfu", "data_wait_share")),
     *("memory/peak_bytes", "data/epochs/web"),
 }
-VALIDATION_NAMES = {f"validation/{name}" for name in (*HEAD_NAMES, "bits_per_byte/head_1", "bits_per_byte/head_2")}
+VALIDATION_NAMES = {*HEAD_NAMES, "bits_per_byte/head_1", "bits_per_byte/head_2"}
+VALIDATION_NAMES |= {"draft_acceptance_rate_pos_2", "expected_tokens_per_forward"}
+VALIDATION_NAMES = {f"validation/{name}" for name in VALIDATION_NAMES}
 
 
 def step_metrics(step, tokens=100, seconds=0.5, heads=HEADS, ranks=RANKS):

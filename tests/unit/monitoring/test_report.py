@@ -24,6 +24,10 @@ def write_run(folder, heads=2, missing=None, **description):
         for step in range(1, 6)
     ]
     lines.append({"step": 5, "validation/code/loss/total": 7.0} | losses("validation/code/loss", 2.0))
+    lines[-1] |= {
+        "validation/code/draft_acceptance_rate_pos_2": 0.75,
+        "validation/code/expected_tokens_per_forward": 1.75,
+    }
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
     events = [
         {"time": "2030-01-01T00:00:00+00:00", "step": 0, "kind": "start", "text": "Starting from scratch, 2 ranks"},
@@ -43,16 +47,19 @@ def test_page_is_complete_and_self_contained(tmp_path):
         assert text in page
     facts = {"restarts": 1, "skipped steps": 1, "spikes": 0, "rollbacks": 0}
     facts |= {"last loss": "1.8000 - 3.8000", "last validation code loss": "3.0000 - 5.0000"}
+    facts |= {"last validation code tokens per forward pass": "1.75"}
     assert all(f"<td>{fact}</td><td>{value}</td>" in page for fact, value in facts.items())
     assert not re.search(r"(src|href)='?\"?(http|/)|<script|<link", page)
     pictures = {path.stem: path.read_bytes() for path in (tmp_path / "report").glob("*.png")}
-    names = "training-loss validation-code-loss throughput memory gradient-norm learning-rate"
+    names = (
+        "training-loss validation-code-loss validation-code-acceptance throughput memory gradient-norm learning-rate"
+    )
     assert set(pictures) == set(names.split())
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
     assert page.count("data:image/png;base64,") == len(pictures)
     contents = read_run(run)
     assert [step for step, _ in contents.curve("train/grad_norm")] == [1, 2, 4, 5], "NaN and Inf are left out"
-    assert contents.scalars("loss") == [f"loss/head_{k}" for k in (1, 2, 3)] and contents.restarts == [4]
+    assert contents.scalars("loss/head") == [f"loss/head_{k}" for k in (1, 2, 3)] and contents.restarts == [4]
 
 
 def test_run_without_events_and_description(tmp_path):

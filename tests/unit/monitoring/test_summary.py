@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from mtp_dist.data.datasets import ValidationSet
 from mtp_dist.metrics import HeadMetrics
 from mtp_dist.monitoring.summary import RunSummary, print_summary, write_summary
 
-HEADS = HeadMetrics(losses=(1.5, 2.25), accuracies=(0.5, 0.25), total=3.75)
+HEADS = HeadMetrics(losses=(1.5, 2.25), accuracies=(0.5, 0.25), total=3.75, draft_acceptance_rates=(0.75,))
 SUMMARY = RunSummary(
     name="demo",
     steps=1200,
@@ -41,6 +42,9 @@ def test_result_is_printed_within_80_columns_without_control_codes():
     assert ["2", "2.2500", "1.6230", "25.0%", "25.0%"] in rows
     assert ["unigram entropy", "3.0000", "2.1640", "", ""] in rows
     assert "return [x]\N{REPLACEMENT CHARACTER}[31m" in text
+    assert "1.75 tokens per forward pass with all heads' drafts\n" in re.sub(" +\n", "\n", text)
+    upper_estimate = printed(dataclasses.replace(SUMMARY, upper_estimate=True))
+    assert "1.75 tokens per forward pass with all heads' drafts (upper estimate)" in " ".join(upper_estimate.split())
     for fact in ("1,200", "12,346", "runs/demo/checkpoints/step_1200", "tensorboard --logdir 'runs/my demo/tensorb"):
         assert fact in text
     path = Path("/scratch") / ("x" * 100)
@@ -61,6 +65,7 @@ def test_file_contains_all_numbers_in_full_precision(tmp_path):
     assert heads == [(1, 1.5, 0.5), (2, 2.25, 0.25)]
     assert validation["heads"][1]["bits_per_byte"] == pytest.approx(2.25 / math.log(2) / 2, rel=1e-15)
     assert (validation["total"], validation["unigram_entropy"], validation["bytes_per_token"]) == (3.75, 3.0, 2.0)
+    assert (validation["draft_acceptance_rate_pos_2"], validation["expected_tokens_per_forward"]) == (0.75, 1.75)
     assert validation["unigram_bits_per_byte"] == pytest.approx(3 / math.log(2) / 2, rel=1e-15)
 
 

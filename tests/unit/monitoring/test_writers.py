@@ -67,6 +67,8 @@ def test_tensorboard_and_file_contain_the_same_scalars(tmp_path):
     patterns = {chart.title: list(chart.multiline.tag) for chart in charts}
     for metric in ("loss", "validation/loss", "validation/web/bits_per_byte"):
         assert patterns[f"{metric} of all heads"] == [rf"^{metric}/head_\d+$"]
+    title = "validation/web: drafts accepted up to each distance"
+    assert patterns[title] == [r"^validation/web/draft_acceptance_rate_pos_\d+$"]
 
 
 @pytest.mark.parametrize("restart", ["killed", "rolled back"])
