@@ -21,9 +21,9 @@ from tests.parity.test_variants import APART, CHUNKS, FOUR_GROUPS, NAIVE, SEPARA
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
 
-FREQUENT = [3, 110]
-"""The only tokens with an unembedding, so that untrained heads often predict the same ones. Of 2 tensor-parallel ranks
-each has one. If both are improbable, all others tie."""
+FREQUENT = [2, 130]
+"""The only tokens with an unembedding, so that untrained heads often predict the same ones. Two tensor-parallel ranks
+have one each, in the same row. If both are improbable, all others tie."""
 CASES = [
     "tp1-pp1-dp1",
     f"tp1-pp1-dp1 heads.kind=mlp {NAIVE}",
@@ -90,7 +90,7 @@ def reference_counts(config: Config) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_a_decoder_that_follows_the_text(ranks: Ranks, case: str) -> None:
-    layout, config = parse_case(f"{case} train.sequence_length=48 model.init_std=0.1")
+    layout, config = parse_case(f"{case} train.sequence_length=48 model.init_std=0.1 run.seed=1")
     counts = reference_counts(config)
     assert (counts > 0).all()
     rates = torch.cumprod(counts[:, 1] / counts[:, 0].clamp(min=1), 0).tolist()
