@@ -1,14 +1,15 @@
 """The number of tokens to draft, chosen while decoding."""
 
-import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 RECENT_PASSES = 9
-"""Forward passes of each length whose median time counts."""
+"""Forward passes of each length whose shortest time counts: other work on the machine only adds to it."""
 MEMORY = 0.98
 """Weight of all earlier drafts relative to the next one in the measured acceptance."""
-FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 32, 1024
+FIRST_TRIALS = 2
+"""Forward passes of the longest, a middle and the shortest length before any is preferred."""
+FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 16, 1024
 """Forward passes between trials of another length than the best one; doubled after each that is not better."""
 
 
@@ -16,7 +17,7 @@ class AdaptiveLength:
     """Choice of the number of tokens per forward pass, between 1 and a maximum, with the most tokens per second.
 
     It measures the acceptance at each distance and the time of a forward pass at each length. It first tries the
-    longest and the shortest; later it tries others now and then.
+    longest, a middle and the shortest one; later it tries others now and then.
     """
 
     def __init__(self, longest: int) -> None:
@@ -29,8 +30,8 @@ class AdaptiveLength:
 
     def choose(self) -> int:
         """Return the length of the next forward pass."""
-        for length in (self.longest, 1):
-            if len(self.seconds.get(length, ())) < 3:
+        for length in (self.longest, (self.longest + 1) // 2, 1):
+            if len(self.seconds.get(length, ())) < FIRST_TRIALS:
                 return length
         best = self.best()
         if self.passes >= self.next_probe:
@@ -63,8 +64,8 @@ class AdaptiveLength:
         return expected
 
     def _costs(self) -> Mapping[int, float]:
-        """Return the seconds per forward pass by length: medians, and linear between the measured lengths."""
-        measured = {length: statistics.median(times) for length, times in sorted(self.seconds.items())}
+        """Return the seconds per forward pass by length, linear between the measured lengths."""
+        measured = {length: min(times) for length, times in sorted(self.seconds.items())}
         costs = {}
         for length in range(1, self.longest + 1):
             below, above = max(n for n in measured if n <= length), min(n for n in measured if n >= length)

@@ -66,7 +66,7 @@ def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous_toke
         last = distance if model.heads.traits.embeds_tokens else state.longest
         sources = draft_sources(model.heads)
         heads, offsets = zip(*(sources[ahead] for ahead in range(distance, last + 1)), strict=True)
-        hidden = [_hidden(model, head, state) for head in heads]
+        hidden = [head_hidden(model, head, state) for head in heads]
         places = [max(0, state.features.shape[1] - 1 - offset) for offset in offsets]
         at_places = [states[:, place] for states, place in zip(hidden, places, strict=True)]
         logits = model.draft_logits(heads, torch.stack(at_places, 1))
@@ -74,12 +74,12 @@ def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous_toke
     return state.logits[distance]
 
 
-def _hidden(model: MTPForCausalLM, k: int, state: DraftState) -> Tensor:
+def head_hidden(model: MTPForCausalLM, k: int, state: DraftState) -> Tensor:
     """Return the hidden states `[B, m, D]` of head k, after those that it reads."""
     if k not in state.hidden:
         traits, before, embedded = model.heads.traits, state.features, None
         if traits.reads == "previous head" and k > 2:
-            before = _hidden(model, k - 1, state)
+            before = head_hidden(model, k - 1, state)
         if traits.embeds_tokens:
             read = state.token_ids.gather(1, state.span.positions + k - 1)
             embedded = model.model.embed_tokens(read)
