@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli import bench, convert, data, train
+from mtp_dist.cli import bench, convert, data, generate, train
 from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -28,6 +28,7 @@ app.command("prepare")(data.prepare)
 app.command("inspect")(data.inspect)
 app.command("export")(convert.export)
 app.command("import")(convert.import_)
+app.command("generate")(generate.generate)
 app.command("report")(train.report)
 
 

@@ -1,6 +1,7 @@
 """A trained model with its tokenizer: from prompts to text."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from transformers import GenerationConfig
 
 from mtp_dist.config import Config
 from mtp_dist.data.tokenizer import Tokenizer
-from mtp_dist.errors import ConfigError
+from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.inference.loading import open_model
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
 
 logger = logging.getLogger(__name__)
+
+MIN_TEMPERATURE = 0.001
+"""Smallest temperature above 0: logits divided by it do not overflow."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Generator:
 
     @classmethod
     def open(cls, folder: Path, **options: Any) -> "Generator":
-        """Open an export or a checkpoint. options and errors: see `open_model`."""
+        """Open an export, a checkpoint or a run. options and errors: see `open_model`."""
         return cls(*open_model(folder, **options))
 
     @property
@@ -41,9 +45,14 @@ class Generator:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a text that begins a document.
 
-        The end of the document before it is the first, as in training, unless attention stops there.
+        The end of the document before it is the first, as in training, unless attention stops there. Surrogates stand
+        for bytes that are not UTF-8, as in arguments of a command. Raise DataError for a text that the tokenizer cannot
+        encode.
         """
-        text = self.tokenizer.encode(prompt).tolist()
+        try:
+            text = self.tokenizer.encode(prompt.encode(errors="surrogateescape")).tolist()
+        except (DataError, UnicodeEncodeError) as error:
+            raise DataError(f"--prompt cannot be encoded: {error}") from None
         end = self.tokenizer.end_of_document
         return [end, *text] if self.config.data.attention_across_documents or not text else text
 
@@ -57,20 +66,13 @@ class Generator:
     ) -> list[list[int]]:
         """Return the new tokens after each prompt, with the end of the document if the model has reached it.
 
-        temperature: 0 for the most probable tokens. options: those of transformers' `generate`. Raise ConfigError if a
-        prompt is longer than the texts of the training, or more heads should draft than the model has. Texts end where
-        the longest one would be longer than these.
+        temperature: 0 for the most probable tokens. options: those of transformers' `generate`. Texts end when the
+        longest one has as many tokens as those of the training. Raise ConfigError for a longer prompt, more heads than
+        the model has, or a number that makes no sense.
         """
         speculation = speculation or Speculation()
-        count, longest = self.config.heads.count, max(map(len, prompts))
-        if speculation.heads and speculation.heads > count:
-            raise ConfigError(
-                f"--speculative = {speculation.heads}, but the model has {count} heads: use at most {count}"
-            )
-        if longest >= self.positions:
-            raise ConfigError(
-                f"--prompt has {longest} tokens, but the model was trained on texts of {self.positions}: shorten it"
-            )
+        longest = max(map(len, prompts))
+        self._check(longest, max_new_tokens, temperature, speculation.heads)
         if longest + max_new_tokens > self.positions:
             max_new_tokens = self.positions - longest
             logger.warning(
@@ -93,6 +95,26 @@ class Generator:
             speculation=speculation,
         )
         return [_until(row, pad) for row in result[:, longest:].tolist()]
+
+    def _check(self, prompt_tokens: int, max_new_tokens: int, temperature: float, heads: int | None) -> None:
+        """Raise ConfigError for arguments that make no sense."""
+        count = self.config.heads.count
+        if heads is not None and not 1 <= heads <= count:
+            raise ConfigError(
+                f"--speculative = {heads}, but the model has {count} heads: use 1 for plain decoding, or up to {count}"
+            )
+        if prompt_tokens >= self.positions:
+            raise ConfigError(
+                f"--prompt has {prompt_tokens} tokens, but the model was trained on texts of {self.positions}: "
+                "shorten it"
+            )
+        if max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens = {max_new_tokens} is below 1: use at least 1")
+        if temperature and not MIN_TEMPERATURE <= temperature < math.inf:
+            raise ConfigError(
+                f"--temperature = {temperature}: use 0 for the most probable tokens, or a number from "
+                f"{MIN_TEMPERATURE} on, such as 0.7"
+            )
 
 
 def _until(tokens: list[int], end: int) -> list[int]:
