@@ -30,28 +30,31 @@ CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not i
 """Visible characters instead of those that would move a terminal's cursor or change its state."""
 
 
+Heads = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K", help="Number of heads that predict; 1 is plain decoding. By default as many as are fastest."
+    ),
+]
+NewTokens = Annotated[
+    int | None, typer.Option(help=f"By default {DEFAULT_NEW_TOKENS}, or as many as the model has positions for.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**32 - 1, help="Draw the same random tokens each time; without --speculative all heads predict."
+    ),
+]
+
+
 @exits_with_user_errors
 def generate(
     model: Annotated[str, typer.Option(help="Folder of an export, of a checkpoint or of a run.")],
     prompt: Annotated[str, typer.Option(help="Beginning of the document to continue; - reads standard input.")],
-    speculative: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K", help="Number of heads that predict; 1 is plain decoding. By default as many as are fastest."
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help=f"By default {DEFAULT_NEW_TOKENS}, or as many as the model has positions for.")
-    ] = None,
+    speculative: Heads = None,
+    max_new_tokens: NewTokens = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable tokens.")] = 0.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=2**32 - 1,
-            help="Draw the same random tokens each time; without --speculative all heads predict.",
-        ),
-    ] = None,
+    seed: Seed = None,
     stream: Annotated[bool, typer.Option("--stream", help="Write the text while it is generated.")] = False,
     compare_plain: Annotated[
         bool, typer.Option("--compare-plain", help="Also measure plain decoding of the same text.")

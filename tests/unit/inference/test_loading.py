@@ -42,7 +42,7 @@ def test_checkpoint_and_export_are_the_same_model(tmp_path: Path, name: str) -> 
     """That every head drafts with the right weights: test_drafts.py."""
     sections = MODELS[name]
     reference = write_model(tmp_path / "run" / "checkpoints" / "step_00000007", **sections)
-    model, _, config = open_model(tmp_path / "run")
+    model, _, config = open_model(tmp_path / "run", device_map="cpu")
     tokens = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, reference.next_token_logits(tokens), rtol=0, atol=1e-5)
@@ -52,7 +52,7 @@ def test_checkpoint_and_export_are_the_same_model(tmp_path: Path, name: str) -> 
     state = model.state_dict()
     for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         export_checkpoint(tmp_path / "run", tmp_path / dtype, dtype)
-        exported, tokenizer, _ = open_model(tmp_path / dtype)
+        exported, tokenizer, _ = open_model(tmp_path / dtype, device_map="cpu")
         assert exported.dtype == expected and tokenizer.name == "bytes"
         weights = exported.state_dict()
         assert weights.keys() == state.keys()
@@ -74,11 +74,11 @@ def test_devices(tmp_path: Path) -> None:
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "disk", "lm_head": "disk"}
     places |= {"model.layers": "disk", "draft_blocks": "disk"}
     texts = []
-    for device_map in (None, "cpu", places):
+    for device_map in ("cpu", places):
         generator = Generator.open(tmp_path / "c", device_map=device_map, offload_folder=tmp_path)
         prompts = [generator.prompt_ids("def f"), generator.prompt_ids("x")]
         texts.append(generator.generate(prompts, 20, speculation=Speculation(heads=4)))
-    assert texts[1:] == texts[:1] * 2
+    assert texts[0] == texts[1]
 
 
 WEIGHT = "heads.3.0.mlp.linear_fc2.weight"
