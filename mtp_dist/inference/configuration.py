@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.convert.to_huggingface import llama_config
+from mtp_dist.inference.attention import GROUPED_SDPA
 
 
 class MTPConfig(LlamaConfig):
@@ -27,9 +28,11 @@ def generation_model_config(config: Config, end_of_document: int, dtype: str) ->
     """Return the configuration of a trained model. dtype: fp32 or bf16."""
     llama = llama_config(config, end_of_document, dtype)
     del llama["architectures"], llama["model_type"]
-    return MTPConfig(
+    result = MTPConfig(
         **llama,
         pad_token_id=end_of_document,
         mtp_heads=config.heads.model_dump(mode="json"),
         trunk_layers=config.model.trunk_layers,
     )
+    result._attn_implementation = GROUPED_SDPA
+    return result
