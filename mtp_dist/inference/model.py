@@ -125,11 +125,12 @@ class MTPForCausalLM(LlamaForCausalLM):
         cache.span = span
         hidden = self.model.embed_tokens(token_ids)
         rotary = self.model.rotary_emb(hidden, span.positions)
-        states = [hidden]
-        for layer in self.model.layers:
+        read_depths = self._read_depths()
+        read: list[Tensor] = []
+        for depth, layer in enumerate(self.model.layers, 1):
             hidden = layer(hidden, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
-            states.append(hidden)
-        read = [states[depth].to(token_ids.device) for depth in self._read_depths()]
+            if depth in read_depths:
+                read.insert(0, hidden.to(token_ids.device))
         return hidden, torch.cat(read, -1) if len(read) > 1 else read[0]
 
     def _read_depths(self) -> list[int]:
@@ -141,7 +142,7 @@ class MTPForCausalLM(LlamaForCausalLM):
             case "previous head":
                 return [self.config.num_hidden_layers]
             case _:  # head 1 reads the others, whose states are their drafts
-                return [trunk + heads.layers_per_head * (heads.count - k + 1) for k in range(2, heads.count + 1)] or [0]
+                return [trunk + heads.layers_per_head * blocks for blocks in range(1, max(heads.count, 2))]
 
     def first_head_logits(self, hidden: Tensor) -> Tensor:
         """Return head 1's logits `[..., V]` for its hidden states before the final norm `[..., D]`."""
