@@ -182,4 +182,6 @@ class Decoder:
             self.speculation.statistics.count(longest, host_counts[row] - 1, len(appended[row]))
             if self.speculation.on_tokens:
                 self.speculation.on_tokens(row, appended[row], min(host_counts[row] - 1, len(appended[row])))
-        return appended, counts, host_counts
+        # A text that has ended gained no positions after its end.
+        gained = [len(tokens) for tokens in appended]
+        return appended, counts.new_tensor(gained), gained

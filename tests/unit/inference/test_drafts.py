@@ -122,3 +122,8 @@ def test_trees(tiny: TinyModel, lengths: list[int], script: list[bool]) -> None:
     depth = tiny.config.heads.distances[-1] - 1
     recorder.run(Speculation(tree=choose_tree([[0.5, 0.3, 0.2]] * depth, 9)))
     assert recorder.compared["drafts"]
+
+
+def test_text_that_ends_inside_a_draft() -> None:
+    """Its heads stop at its end, which is the end of the cache too, while another text goes on."""
+    Recorder(tiny_model("parallel"), [44, 44], [True, False]).run(Speculation(heads=3))
