@@ -44,7 +44,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
-        for path in (*staging.iterdir(), staging):
+        for path in (*staging.rglob("*"), staging):
             sync(path)
         staging.rename(target)
         sync(target.parent)

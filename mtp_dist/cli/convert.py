@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,12 @@ def export(
     ],
     to: Annotated[str, typer.Option(help="New folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default train.precision.")] = None,
+    engine: Annotated[
+        Literal["llama", "transformers"],
+        typer.Option(
+            "--for", help="llama: for all programs; transformers: with code that drafts with the other heads."
+        ),
+    ] = "llama",
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: trunk and head 1 as a Llama, the other heads in a separate file."""
@@ -28,7 +34,9 @@ def export(
 
     with progress_bar() as bar:
         verifying, writing = updates(bar, "verifying"), updates(bar, "writing")
-        exported = export_checkpoint(Path(checkpoint).expanduser(), Path(to).expanduser(), dtype, writing, verifying)
+        exported = export_checkpoint(
+            Path(checkpoint).expanduser(), Path(to).expanduser(), dtype, writing, verifying, engine
+        )
     print(json.dumps(asdict(exported)) if as_json else exported.describe(), flush=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mtp_dist.checkpoint.format import CheckpointMetadata
+from mtp_dist.convert.head_layout import LINEAR, MTP, PLAIN
 
 TEMPLATE = """\
 ---
@@ -17,18 +18,22 @@ TEMPLATE = """\
 
 Step {{ step }} of the run `{{ config.run.name }}`, pretrained with mtp_dist: a language model with
 {{ config.heads.count }} prediction heads of kind `{{ config.heads.kind }}` on one trunk. The weights here
-({{ dtype }}) are the trunk and head 1, which predicts the next token: a plain Llama.
+({{ dtype }}) are the trunk and head 1, which predicts the next token: {{ architecture }}.
 
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."{{ ", trust_remote_code=True" if needs_code }})
+tokenizer = AutoTokenizer.from_pretrained(".")
 prompt = tokenizer({{ prompt }}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50{{ ", use_mtp=True" if use_mtp }})[0]))
 ```
-
+{% if drafts_with %}
+This drafts several tokens per forward pass with the other heads, for one text at a time, from transformers 5.24 on:
+greedy text is the same as without drafts, and sampled text has the same distribution. {{ without_code }}
+{% endif %}
 In training every document ended with `{{ end }}` and the next one followed, so the prompt begins with that token, as a
 document does. Samples were {{ config.train.sequence_length }} tokens long. The tokenizer adds no token of its own.
 
@@ -65,16 +70,33 @@ logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabula
 ```
 """
 
+ARCHITECTURES = {
+    PLAIN: "a plain Llama",
+    MTP: "a plain Llama, next to which the other heads are MTP layers",
+    LINEAR: "a Llama with a matrix in front of the final norm",
+}
+WITHOUT_CODE = {
+    PLAIN: "Without `trust_remote_code` the folder is a plain Llama.",
+    MTP: "Without `trust_remote_code` the folder is a plain Llama.",
+    LINEAR: "Without `trust_remote_code` it cannot be opened.",
+}
 METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 """Columns of the table of losses, by their key in summary.json."""
 
 
 def model_card(
-    name: str, source: Path, metadata: CheckpointMetadata, dtype: str, end_token: str, others: Sequence[str]
+    name: str,
+    source: Path,
+    metadata: CheckpointMetadata,
+    dtype: str,
+    end_token: str,
+    others: Sequence[str],
+    architecture: str,
+    drafts_with: str | None,
 ) -> str:
     """Return the card of the export of the checkpoint `source`.
 
-    others: global names of the weights that are not in the Llama.
+    others: global names of the weights that are not in the model's files. drafts_with: see Exported.
     """
     config = metadata.config
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
@@ -90,8 +112,14 @@ def model_card(
         step=metadata.step,
         config=config,
         dtype=dtype,
+        architecture=ARCHITECTURES[architecture],
+        without_code=WITHOUT_CODE[architecture],
+        drafts_with=drafts_with,
+        needs_code=drafts_with or architecture == LINEAR,
+        use_mtp=architecture == MTP,
         end=end_token,
-        prompt=repr(end_token + (config.log.sample_prompt or "")),
+        # transformers' MTP layers fail on a prompt shorter than their number.
+        prompt=repr(end_token + (config.log.sample_prompt or ("Once upon a time" if architecture == MTP else ""))),
         losses="".join(_losses(source, metadata)),
         others=", ".join(f"`{group}`" for group in groups),
         model=json.dumps(shown, indent=2),

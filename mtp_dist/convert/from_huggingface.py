@@ -12,8 +12,9 @@ from mtp_dist.checkpoint.format import METADATA_FILE, CheckpointMetadata
 from mtp_dist.checkpoint.manifest import ProgressCallback, record_of, write_manifest
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_weights
 from mtp_dist.config import Config
+from mtp_dist.convert.head_layout import part_shapes
 from mtp_dist.convert.import_config import ImportRequest, import_config
-from mtp_dist.convert.llama import fuse, llama_shapes, llama_weights
+from mtp_dist.convert.llama import fuse, llama_weights
 from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.new_heads import NewHeads
 from mtp_dist.convert.saved_heads import SavedHeads
@@ -57,9 +58,9 @@ def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda 
     config = import_config(request, llama, saved)
     saved.check_fits(config.heads)
     in_llama = llama_weights(config)
-    source_shapes, shapes = llama_shapes(config), parameter_shapes(config)
+    source_shapes, shapes = part_shapes(config, llama_weights(config).items()), parameter_shapes(config)
     llama.check_shapes(source_shapes)
-    unused = [*llama.unused(source_shapes), *sorted(saved.names - shapes.keys())]
+    unused = [*llama.unused(source_shapes.keys() | saved.model_parts), *sorted(saved.names - shapes.keys())]
 
     def from_llama(name: str) -> Tensor:
         return fuse(name, [llama.read(part).float() for part in in_llama[name]], config.model)

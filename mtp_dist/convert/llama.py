@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
-from mtp_dist.model.parameters import head_key, parameter_shapes
+from mtp_dist.model.parameters import head_key
 
 QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
 LAYER: dict[str, tuple[str, ...]] = {
@@ -66,13 +66,3 @@ def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
         groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
         return torch.cat(groups, 1).flatten(0, 2)
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-
-
-def llama_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the Llama's weights by name, in forward order."""
-    shapes = parameter_shapes(config)
-    return {
-        part: tuple(tensor.shape)
-        for name, parts in llama_weights(config).items()
-        for part, tensor in zip(parts, split(name, torch.empty(shapes[name], device="meta"), config.model), strict=True)
-    }

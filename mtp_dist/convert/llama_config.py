@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from mtp_dist.convert.head_layout import LINEAR, MODEL_TYPES, MTP
 from mtp_dist.convert.rope import rope_from_llama
 from mtp_dist.errors import CheckpointError
 
@@ -52,6 +53,9 @@ class MistralConfig(LlamaConfig):
 ARCHITECTURES: dict[str, tuple[str, type[LlamaConfig]]] = {
     "LlamaForCausalLM": ("llama", LlamaConfig),
     "MistralForCausalLM": ("mistral", MistralConfig),
+    # Of an export for transformers, whose further weights mtp_config.json explains.
+    MTP: (MODEL_TYPES[MTP], LlamaConfig),
+    LINEAR: (MODEL_TYPES[LINEAR], LlamaConfig),
 }
 """The model_type, by which transformers selects the class, and the configuration of each architecture."""
 
@@ -88,7 +92,7 @@ def _config_class(raw: dict[str, Any], source: Path) -> type[LlamaConfig]:
     if name not in ARCHITECTURES:
         biased = ", whose attention has biases" if name.startswith("Qwen2") else ""
         raise CheckpointError(
-            f"--from = '{source}' has a {name}{biased}: only {' and '.join(ARCHITECTURES)} can be imported"
+            f"--from = '{source}' has a {name}{biased}: only LlamaForCausalLM and MistralForCausalLM can be imported"
         )
     expected, config_class = ARCHITECTURES[name]
     if model_type not in (None, expected):

@@ -1,6 +1,6 @@
 """Reading a Hugging Face folder with a Llama: its configuration and which of its weights an import needs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class LlamaFolder(WeightFolder):
         }
         self.check_shapes({name: shape for name, shape in sizes.items() if name in self.shapes})
 
-    def unused(self, needed: Mapping[str, object]) -> Iterator[str]:
+    def unused(self, needed: Set[str]) -> Iterator[str]:
         """Yield what the folder contains and the import leaves out, each with the reason.
 
         Raise CheckpointError for a weight that mtp_dist does not support.

@@ -3,10 +3,15 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, saved_config
+from mtp_dist.convert.head_layout import PLAIN, head_weights, part_shapes
+from mtp_dist.convert.llama import fuse, llama_weights
+from mtp_dist.convert.llama_config import read_json_object
+from mtp_dist.convert.weight_folder import WeightFolder
 from mtp_dist.errors import CheckpointError, ConfigError, UserError
 
 HEADS, HEADS_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
@@ -17,10 +22,13 @@ class SavedHeads:
 
     config: Config | None = None
     names: frozenset[str] = frozenset()
+    model_parts: frozenset[str] = frozenset()
+    """Names of the weights in the model's files that are not a Llama's."""
 
     def __init__(self, source: Path, option: str = "--from") -> None:
         """Raise CheckpointError if its files are corrupt. option: the one that names the folder."""
-        self.file = source / HEADS
+        self.source, self.label, self.file = source, f"{option} = '{source}'", source / HEADS
+        self._in_model: dict[str, tuple[str, ...]] = {}
         try:
             if (source / HEADS_CONFIG).exists():
                 self.config = saved_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8")))
@@ -28,11 +36,29 @@ class SavedHeads:
                 with safe_open(self.file, "pt") as file:
                     self.names = frozenset(file.keys())
         except UserError as error:
-            raise CheckpointError(f"{option} = '{source}' cannot be opened: {HEADS_CONFIG}: {error}") from None
+            raise CheckpointError(f"{self.label} cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{option} = '{source}' is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}"
-            ) from None
+            raise CheckpointError(f"{self.label} is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}") from None
+        if self.config:
+            self._find_in_model(self.config, option)
+
+    def _find_in_model(self, config: Config, option: str) -> None:
+        """Find the weights of heads in the model's files. Raise CheckpointError if copies of one weight differ."""
+        [architecture, *_] = read_json_object(self.source / "config.json", self.label).get("architectures") or [PLAIN]
+        if not (weights := list(head_weights(config, architecture))):
+            return
+        self.model, shapes = WeightFolder(self.source, option), part_shapes(config, weights)
+        self.model.check_shapes(shapes)
+        self.model_parts, in_llama = frozenset(shapes), llama_weights(config)
+        for name, parts in weights:
+            first = in_llama.get(name) or self._in_model.setdefault(name, parts)
+            for part, other in zip(first, parts, strict=True):
+                if part != other and not torch.equal(self.model.read(part), self.model.read(other)):
+                    raise CheckpointError(
+                        f"{self.label} has different weights in {part} and {other}, which an export has as copies of "
+                        f"{name}: the folder was changed since"
+                    )
+        self.names |= self._in_model.keys()
 
     def check_fits(self, heads: HeadsConfig) -> None:
         """Raise ConfigError if these are not heads of that kind."""
@@ -48,13 +74,20 @@ class SavedHeads:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a weight as it is stored. Raise CheckpointError if its file is corrupt, or it has another shape."""
+        if name in self._in_model and self.config:
+            tensor = fuse(name, [self.model.read(part) for part in self._in_model[name]], self.config.model)
+        else:
+            tensor = self._read_from_heads(name)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{self.label} has {name} as {list(tensor.shape)}, its configuration requires {list(shape)}"
+            )
+        return tensor
+
+    def _read_from_heads(self, name: str) -> Tensor:
         try:
             with safe_open(self.file, "pt") as file:
                 tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.file} cannot be read: {error}") from None
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{self.file} has {name} as {list(tensor.shape)}, its configuration requires {list(shape)}"
-            )
         return tensor

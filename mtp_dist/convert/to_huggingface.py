@@ -1,11 +1,12 @@
-"""Export: trunk and head 1 as a Llama that any program opens, the other heads in a file next to it."""
+"""Export: trunk and head 1 as a Llama that any program opens, and the other heads for programs that draft."""
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +18,18 @@ from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
 from mtp_dist.convert.card import model_card
-from mtp_dist.convert.llama import llama_layers, llama_shapes, llama_weights, split
+from mtp_dist.convert.exported import check_export
+from mtp_dist.convert.fold import ReadWeight, fold_final_norm
+from mtp_dist.convert.head_layout import (
+    LINEAR,
+    MODEL_TYPES,
+    MTP,
+    PLAIN,
+    model_weights,
+    part_shapes,
+    transformers_architecture,
+)
+from mtp_dist.convert.llama import llama_layers, llama_weights, split
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
@@ -26,6 +38,8 @@ from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Engine = Literal["llama", "transformers"]
+"""Programs that an export is for: those that open a Llama, or transformers, which drafts with the other heads too."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +55,15 @@ class Exported:
     """Number of the Llama's parameters."""
     head_weights: list[str]
     """Global names of the weights in mtp_heads.safetensors."""
+    drafts_with: str | None = None
+    """The call that drafts with the other heads, if the folder is opened with trust_remote_code=True."""
 
     def describe(self) -> str:
         others = f", {len(self.head_weights)} more weights in {HEADS}" if self.head_weights else ""
+        drafts = f"\nOpened with trust_remote_code=True, model.{self.drafts_with} drafts with the other heads"
         return (
             f"{self.folder}: step {self.step} as a Llama of {self.layers} layers and {self.parameters / 1e6:.2f} M "
-            f"parameters in {self.dtype}{others}"
+            f"parameters in {self.dtype}{others}{drafts if self.drafts_with else ''}"
         )
 
 
@@ -56,12 +73,14 @@ def export_checkpoint(
     dtype: str | None,
     on_progress: ProgressCallback = lambda done, total: None,
     on_verified: ProgressCallback = lambda done, total: None,
+    engine: Engine = "llama",
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
 
     dtype: that of the training if None. `on_verified` follows the verification of the weights' files in bytes,
-    `on_progress` counts the weights written. Raise CheckpointError if there is no checkpoint, if no Llama computes its
-    head 1, or if the folder exists or cannot be written.
+    `on_progress` counts the weights written. Raise CheckpointError if there is no checkpoint, if it has a weight that
+    an export has no place for, if no model of the engine computes its head 1, if the folder exists or cannot be
+    written, or if it does not contain the checkpoint's weights when it is read again.
     """
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
@@ -69,40 +88,100 @@ def export_checkpoint(
     if source is None:
         raise CheckpointError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
     metadata, reader = read_metadata(source), TensorReader(source, MODEL)
-    config = metadata.config
-    if not config.heads.traits.exportable:
-        raise CheckpointError(
-            f"{source} has heads.kind = '{config.heads.kind}': its head 1 multiplies the trunk's output by a matrix "
-            "before the final norm, where a Llama has none; models with heads of the other kinds can be exported"
-        )
+    _check_exportable(source, metadata.config, reader, engine)
+    architecture = PLAIN if engine == "llama" else transformers_architecture(metadata.config.heads)
+    config, read = (
+        fold_final_norm(metadata.config, reader.read) if architecture == MTP else (metadata.config, reader.read)
+    )
     dtype = dtype or config.train.precision
-    shapes, target_shapes, in_llama = parameter_shapes(config), llama_shapes(config), llama_weights(config)
-    others = {name: shape for name, shape in shapes.items() if name not in in_llama}
-
-    def converted(name: str) -> Tensor:
-        return reader.read(name).to(DTYPES[dtype])
-
-    def all_tensors() -> Iterator[Tensor]:
-        for name in in_llama:
-            yield from split(name, converted(name), config.model)
-        yield from map(converted, others)
-
     with new_folder(target) as folder:
+        others = _write_weights(folder, config, read, architecture, DTYPES[dtype], on_progress)
         end = build_tokenizer(config.data.tokenizer).end_of_document
         # Before the tokenizer: AutoTokenizer opens it by config.json.
-        _write_json(folder / "config.json", llama_config(config, end, dtype))
+        _write_json(folder / "config.json", llama_config(config, end, dtype) | _engine_keys(config, architecture))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
-        tensors = report_progress(all_tensors(), len(target_shapes) + len(others), on_progress)
-        write_weights(folder, target_shapes, DTYPES[dtype], tensors)
-        if others:
-            write_tensors(folder / HEADS, others, DTYPES[dtype], tensors)
         saved = {"step": metadata.step, "vocab_size": config.vocab_size, **config_to_save(config)}
         _write_json(folder / HEADS_CONFIG, saved)
-        card = model_card(target.name, source, metadata, dtype, end_token, list(others))
+        drafts_with = _copy_code(folder, config, architecture) if engine == "transformers" else None
+        card = model_card(target.name, source, metadata, dtype, end_token, others, architecture, drafts_with)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    parameters = sum(map(math.prod, target_shapes.values()))
-    return Exported(str(target), metadata.step, dtype, len(llama_layers(config)), parameters, list(others))
+        check_export(folder, config, architecture, lambda name: read(name).to(DTYPES[dtype]))
+    shapes = part_shapes(config, llama_weights(config).items())
+    parameters = sum(map(math.prod, shapes.values()))
+    return Exported(str(target), metadata.step, dtype, len(llama_layers(config)), parameters, others, drafts_with)
+
+
+def _check_exportable(source: Path, config: Config, reader: TensorReader, engine: Engine) -> None:
+    """Raise CheckpointError if no model of the engine computes head 1, or if a weight has no place in an export."""
+    if engine == "llama" and not config.heads.traits.exportable:
+        raise CheckpointError(
+            f"{source} has heads.kind = '{config.heads.kind}': its head 1 multiplies the trunk's output by a matrix "
+            "before the final norm, where a Llama has none: export it with --for transformers"
+        )
+    if unknown := sorted(reader.weight_map.keys() - parameter_shapes(config).keys()):
+        raise CheckpointError(f"{source} has the weight {unknown[0]}, which an export has no place for")
+
+
+def _write_weights(
+    folder: Path,
+    config: Config,
+    read: ReadWeight,
+    architecture: str,
+    dtype: torch.dtype,
+    on_progress: ProgressCallback,
+) -> list[str]:
+    """Write the model's files and those of the other heads. Return the global names of the weights in the latter."""
+    weights = model_weights(config, architecture)
+    in_model = dict(weights)
+    shapes = part_shapes(config, weights)
+    others = {name: shape for name, shape in parameter_shapes(config).items() if name not in in_model}
+
+    def all_tensors() -> Iterator[Tensor]:
+        for name, _ in weights:
+            yield from split(name, read(name).to(dtype), config.model)
+        for name in others:
+            yield read(name).to(dtype)
+
+    tensors = report_progress(all_tensors(), len(shapes) + len(others), on_progress)
+    write_weights(folder, shapes, dtype, tensors)
+    if others:
+        write_tensors(folder / HEADS, others, dtype, tensors)
+    return list(others)
+
+
+REMOTE = Path(__file__).parent / "remote"
+MODELING = {MTP: "modeling_mtp_llama", LINEAR: "modeling_mtp_linear_llama"}
+"""The file of code with the classes of an architecture."""
+AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+"""The end of a class's name, by the class of transformers that opens it."""
+
+
+def _engine_keys(config: Config, architecture: str) -> dict[str, Any]:
+    """Return what config.json has besides a Llama's keys."""
+    if architecture == PLAIN:
+        return {}
+    prefix = f"{MODELING[architecture]}.{architecture.removesuffix('ForCausalLM')}"
+    keys: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
+        "auto_map": {auto_class: prefix + end for auto_class, end in AUTO_CLASSES.items()},
+    }
+    return keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
+
+
+def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
+    """Copy the code that transformers runs. Return the call that drafts with the other heads."""
+    if architecture in MODELING:
+        shutil.copyfile(REMOTE / f"{MODELING[architecture]}.py", folder / f"{MODELING[architecture]}.py")
+    if architecture == MTP:
+        return "generate(..., use_mtp=True)"
+    if config.heads.count == 1:
+        return None
+    (folder / "custom_generate").mkdir()
+    for name in ("generate.py", "requirements.txt"):
+        shutil.copyfile(REMOTE / name, folder / "custom_generate" / name)
+    return "generate(...)"
 
 
 GENERATION_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

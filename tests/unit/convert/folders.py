@@ -40,11 +40,18 @@ def write_model(folder: Path, vocab_size: int = VOCAB_SIZE, **sections: dict[str
     config = tiny_config(**sections | {"model": {"vocab_size": vocab_size} | sections.get("model", {})})
     generator = torch.Generator().manual_seed(8)
     weights = {name: lively(shape, generator) for name, shape in parameter_shapes(config).items()}
+    return save_model(folder, ReferenceModel(config, weights))
+
+
+def save_model(folder: Path, model: ReferenceModel) -> ReferenceModel:
+    """Write a checkpoint of step 7 of a model, and return the model."""
     folder.mkdir(parents=True)
-    write_weights(folder, parameter_shapes(config), torch.float32, iter(weights.values()))
-    CheckpointMetadata(STEP, 0, config).write(folder)
+    weights = model.named_weights()
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    write_weights(folder, shapes, torch.float32, (weight.detach() for weight in weights.values()))
+    CheckpointMetadata(STEP, 0, model.config).write(folder)
     write_manifest(folder, {path.name: record_of(path) for path in folder.iterdir()})
-    return ReferenceModel(config, weights)
+    return model
 
 
 def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -> LlamaForCausalLM:

@@ -1,0 +1,268 @@
+"""Generate several tokens per forward pass: this model's other heads draft them, head 1 verifies them.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=100)
+
+transformers runs this file instead of its own `generate` if the folder is opened with `trust_remote_code=True`. Greedy
+text is that of plain generation; sampled text has the same distribution, but not the same text at the same seed. One
+text at a time is drafted; batches, beams and every other mode of `generate` run as without this file.
+
+The model is a Llama, trunk and head 1. Head k predicts the token d_k positions ahead, from `mtp_heads.safetensors`.
+Each step runs the Llama once on the newest token and the drafts, keeps the drafts that head 1 accepts and one token
+of its own, and lets the heads draft again from the hidden states of the last accepted position.
+"""
+
+import functools
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DynamicCache, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.masking_utils import create_causal_mask
+from transformers.utils.hub import cached_file
+
+HEADS, CONFIG = "mtp_heads.safetensors", "mtp_config.json"
+PLAIN_SETTINGS = (
+    "assistant_early_exit assistant_model constraints cache custom_generate dola_layers force_words_ids guidance_scale "
+    "inputs_embeds negative_prompt_ids past_key_values penalty_alpha position_ids prompt_lookup_num_tokens "
+    "return_dict_in_generate synced_gpus use_mtp watermarking_config"
+).split()
+"""Arguments of `generate` with which it runs without drafts."""
+
+
+def generate(inputs: Tensor | None = None, generation_config: Any = None, *args: Any, model: Any, **kwargs: Any) -> Any:
+    """Return what `model.generate` returns for the same arguments."""
+    config = generation_config or model.generation_config
+    settings = {name: kwargs[name] if name in kwargs else getattr(config, name, None) for name in PLAIN_SETTINGS}
+    sequences = [kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")]
+    plain = functools.partial(type(model).generate, model, inputs)  # model.generate is this function
+    if args or max(sequences) > 1 or any(value is not None and value is not False for value in settings.values()):
+        return plain(generation_config, *args, **kwargs)
+    # A callable gets neither the tokenizer nor the streamer: turn the strings into a criterion, and pass the streamer.
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings:
+        given = kwargs.get("stopping_criteria") or []
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
+    decoding = functools.partial(decode, streamer=kwargs.get("streamer"))
+    return plain(generation_config, custom_generate=decoding, **kwargs)
+
+
+def decode(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Tensor:
+    """Continue one text, with everything that `generate` prepared."""
+    cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+    if len(input_ids) > 1 or mask is not None or not isinstance(cache, DynamicCache) or cache.get_seq_length():
+        prepared = (logits_processor, stopping_criteria, generation_config)
+        return type(model)._sample(model, input_ids, *prepared, streamer=streamer, **model_kwargs)
+
+    def probabilities(text: Tensor, logits: Tensor) -> Tensor:
+        """Return the distribution after temperature, top-k and so on; all of it on one token if the text is greedy."""
+        scores = logits_processor(text, logits.to(text.device, torch.float32))
+        if generation_config.do_sample:
+            return scores.softmax(-1)[0]
+        return F.one_hot(scores.argmax(-1), scores.shape[-1]).float()[0]
+
+    drafter = Drafter(load_heads(model))
+    drafts: list[tuple[Tensor, Tensor]] = []
+    while True:
+        first, text = input_ids.shape[1], torch.cat([input_ids, *(token for token, _ in drafts)], 1)
+        with outputs_of_layers(model, drafter.heads.reads) as outputs:
+            new = text[:, cache.get_seq_length() :].to(model.device)
+            logits = model(new, cache=cache, use_cache=True, logits_to_keep=len(drafts) + 1).logits
+        for index in range(len(drafts) + 1):
+            target = probabilities(input_ids, logits[:, index])
+            token, is_accepted = verify(*drafts[index], target) if index < len(drafts) else (pick(target), False)
+            input_ids = torch.cat([input_ids, token], 1)
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            if stopping_criteria(input_ids, None).all():
+                if streamer is not None:
+                    streamer.end()
+                return input_ids
+            if not is_accepted:
+                break
+        length = input_ids.shape[1]
+        rejected = first + len(drafts) + 1 - length
+        cache.crop(-rejected)
+        accepted = {layer: output[:, : new.shape[1] - rejected] for layer, output in outputs.items()}
+        drafts = drafter.draft(input_ids, accepted, probabilities)[: generation_config.max_length - length - 1]
+
+
+def pick(probabilities: Tensor) -> Tensor:
+    """Return a token `[1, 1]` drawn from a distribution, which need not sum to 1."""
+    return torch.multinomial(probabilities, 1)[None]
+
+
+def verify(draft: Tensor, proposal: Tensor, target: Tensor) -> tuple[Tensor, bool]:
+    """Return the next token, and whether it is the draft. It has the distribution `target` (Leviathan et al. 2023).
+
+    draft: a token drawn from the distribution `proposal`.
+    """
+    index = int(draft)
+    if torch.rand((), device=target.device) * proposal[index] < target[index]:
+        return draft, True
+    missing = (target - proposal).clamp(min=0)
+    return pick(missing if missing.any() else target), False
+
+
+class Heads:
+    """Weights and settings of heads 2..n on the device of the model's unembedding."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.like = weakref.proxy(model), model.lm_head.weight
+        self.place = (self.like.device, self.like.dtype)
+        revision = getattr(model.config, "_commit_hash", None)
+        find = functools.partial(cached_file, model.config.name_or_path, revision=revision)
+        with open(str(find(CONFIG)), encoding="utf-8") as file:
+            config = json.load(file)["config"]
+        heads, trunk_layers = config["heads"], config["model"]["trunk_layers"]
+        path = find(HEADS, _raise_exceptions_for_missing_entries=False)
+        weights = load_file(path) if path else {}
+        self.weights = {name: weight.to(self.like) for name, weight in weights.items()}
+        self.kind, self.count, self.layers_per_head = heads["kind"], heads["count"], heads["layers_per_head"]
+        self.repeated, self.eps = heads["repeated"], model.config.rms_norm_eps
+        self.distances = [0, *(heads["prediction_distances"] or range(1, self.count + 1))]
+        last = model.config.num_hidden_layers - 1
+        source = {"parallel": trunk_layers - 1}.get(self.kind, last)
+        self.reads = dict.fromkeys(range(2, self.count + 1), source)
+        """Layer of the Llama whose output head k reads, by k."""
+        if self.kind == "anticausal":
+            self.reads = {k: last - (k - 1) * self.layers_per_head for k in self.reads}
+        depths = range(self.layers_per_head if self.kind in ("parallel", "causal", "sequential") else 0)
+        self.layers = {k: [self._layer(k, depth) for depth in depths] for k in self.reads}
+
+    def weight(self, head: int, name: str) -> Tensor:
+        return self.weights[f"heads.{'repeated' if self.repeated else head}.{name}.weight"]
+
+    def _layer(self, head: int, depth: int) -> nn.Module:
+        """Return a layer as the Llama's, with a place of its own in the drafter's cache."""
+        config, prefix = self.model.config, "layers." * (self.kind == "sequential") + str(depth)
+        with torch.device("meta"):
+            layer: nn.Module = type(self.model.model.layers[0])(config, (head - 2) * self.layers_per_head + depth)
+        get = functools.partial(self.weight, head)
+        queries = config.num_attention_heads // config.num_key_value_heads
+        groups = get(f"{prefix}.self_attention.linear_qkv").unflatten(0, (config.num_key_value_heads, queries + 2, -1))
+        query, key, value = (part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1))
+        gate, up = get(f"{prefix}.mlp.linear_fc1").chunk(2)
+        weights = {
+            "input_layernorm": get(f"{prefix}.input_layernorm"),
+            "self_attn.q_proj": query,
+            "self_attn.k_proj": key,
+            "self_attn.v_proj": value,
+            "self_attn.o_proj": get(f"{prefix}.self_attention.linear_proj"),
+            "post_attention_layernorm": get(f"{prefix}.pre_mlp_layernorm"),
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": get(f"{prefix}.mlp.linear_fc2"),
+        }
+        layer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, assign=True)
+        return layer.eval()
+
+    def block_input(self, head: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Return what the head's layers read. tokens: those before the head's targets."""
+        if self.kind == "linear":
+            return F.linear(hidden, self.weight(head, "linear"))
+        if self.kind != "sequential":
+            return hidden
+        embedded = self.model.get_input_embeddings()(tokens.to(self.model.device)).to(hidden.device)
+        parts = [self.norm(embedded, self.weight(head, "enorm")), self.norm(hidden, self.weight(head, "hnorm"))]
+        return F.linear(torch.cat(parts, -1), self.weight(head, "eh_proj"))
+
+    def norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), gain.shape, gain.float(), self.eps).to(hidden.dtype)
+
+    def logits(self, head: int, hidden: Tensor) -> Tensor:
+        """Return the logits of a head's output `[1, D]`."""
+        hidden = self.norm(hidden, self.model.model.norm.weight)  # without a linear model's matrix of head 1
+        if self.kind == "mlp":
+            hidden = hidden + F.silu(F.linear(hidden, self.weight(head, "linear")))
+        return F.linear(hidden, self.weights.get(f"unembeddings.{head}.weight", self.like))
+
+
+class Drafter:
+    """The heads on one text, with the keys and values of all positions before the newest token."""
+
+    def __init__(self, heads: Heads) -> None:
+        self.heads, self.cache = heads, DynamicCache()
+        self.kept: dict[int, Tensor] = {}
+        """Outputs of the Llama's layers at positions that a `sequential` head has only run with drafts."""
+        self.recent: dict[int, Tensor] = {}
+        """Outputs of each head at the last positions: those of which its drafts are still ahead."""
+
+    def draft(self, text: Tensor, outputs: dict[int, Tensor], probabilities: Callable[[Tensor, Tensor], Tensor]) -> Any:
+        """Return the next tokens after a text `[1, N]`, each with the distribution that it was drawn from.
+
+        outputs: of the Llama's layers at the newest positions, up to N - 2; the newest token has none yet.
+        """
+        heads, model, drafts = self.heads, self.heads.model, list[tuple[Tensor, Tensor]]()
+        outputs = {layer: torch.cat([self.kept.get(layer, x[:, :0]), x], 1) for layer, x in outputs.items()}
+        end, hidden, unbroken = text.shape[1] - 1, torch.empty(0), True
+        for k, layer in heads.reads.items():
+            if k == 2 or heads.kind not in ("causal", "sequential"):  # which read the output of head k - 1
+                hidden = outputs[layer].to(heads.like.device)
+            positions = torch.arange(end - hidden.shape[1], end, device=hidden.device)[None]
+            if k == 2:
+                mask = create_causal_mask(model.config, hidden, None, self.cache, positions)
+                angles = model.model.rotary_emb(hidden, position_ids=positions)
+            hidden = heads.block_input(k, hidden, text[:, end - hidden.shape[1] + k - 1 : end + k - 1])
+            for block in heads.layers[k]:
+                hidden = block(
+                    hidden, attention_mask=mask, position_ids=positions, cache=self.cache, position_embeddings=angles
+                )
+            # Beyond the distance of head k - 1 the first tokens are ahead of earlier positions.
+            before, distance = heads.distances[k - 1 : k + 1]
+            recent = torch.cat([self.recent.get(k, hidden[:, :0]), hidden], 1)[:, before - distance :]
+            self.recent[k] = recent
+            for back in range(distance - before, 0, -1):
+                unbroken = unbroken and back <= recent.shape[1]
+                if unbroken:
+                    distribution = probabilities(text, heads.logits(k, recent[:, -back]))
+                    drafts.append((pick(distribution), distribution))
+                    text = torch.cat([text, drafts[-1][0]], 1)
+        if heads.kind == "sequential" and heads.count > 2:
+            unsure = min(heads.count - 2, self.cache.get_seq_length())
+            self.cache.crop(-unsure)
+            self.kept = {layer: output[:, -unsure:] for layer, output in outputs.items()}
+        return drafts
+
+
+LOADED: "weakref.WeakKeyDictionary[Any, Heads]" = weakref.WeakKeyDictionary()
+
+
+def load_heads(model: Any) -> Heads:
+    """Return the model's heads, read again if the model has been moved since."""
+    heads = LOADED.get(model)
+    if heads is None or heads.place != (model.lm_head.weight.device, model.lm_head.weight.dtype):
+        heads = LOADED[model] = Heads(model)
+    return heads
+
+
+@contextmanager
+def outputs_of_layers(model: Any, numbers: dict[int, int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of the Llama's layers with these numbers while it runs."""
+    outputs: dict[int, Tensor] = {}
+
+    def collect(number: int, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs[number] = output
+
+    layers = {number: model.model.layers[number] for number in numbers.values()}
+    hooks = [layer.register_forward_hook(functools.partial(collect, number)) for number, layer in layers.items()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
