@@ -38,15 +38,17 @@ def decode(
     """Return the prompts `[B, P]` with the tokens generated after them, as a `custom_generate` of transformers."""
     start = time.perf_counter()
     sampler = Sampler(logits_processor, generation_config.do_sample)
-    text = TextBatch(input_ids, model_inputs.get("attention_mask"), StoppingRules.from_criteria(stopping_criteria))
-    decoder = Decoder(model, text, sampler, speculation, generation_config.cache_implementation == "static")
-    appended = decoder.read_prompts(input_ids.shape[1])
-    while True:
-        if streamer is not None and appended[0]:
-            streamer.put(torch.tensor(appended[0]))
-        if all(text.finished):
-            break
-        appended = decoder.step()
+    prompts, mask = input_ids.to(model.device), model_inputs.get("attention_mask")
+    with torch.inference_mode():
+        text = TextBatch(prompts, mask, StoppingRules.from_criteria(stopping_criteria))
+        decoder = Decoder(model, text, sampler, speculation, generation_config.cache_implementation == "static")
+        appended = decoder.read_prompts(input_ids.shape[1])
+        while True:
+            if streamer is not None and appended[0]:
+                streamer.put(torch.tensor(appended[0]))
+            if all(text.finished):
+                break
+            appended = decoder.step()
     if streamer is not None:
         streamer.end()
     speculation.statistics.seconds += time.perf_counter() - start

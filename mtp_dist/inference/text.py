@@ -35,7 +35,7 @@ class TextBatch:
         """prompts: `[B, P]`, padded on the left if `mask`, shaped like it, has zeros."""
         rows, columns = prompts.shape
         self.rules, self.columns = rules, columns
-        real = torch.full((rows,), columns, device=prompts.device) if mask is None else mask.sum(1)
+        real = torch.full((rows,), columns, device=prompts.device) if mask is None else mask.to(prompts.device).sum(1)
         self.lengths = real
         """`[B]`: number of tokens of each text."""
         self.host_lengths: list[int] = real.tolist()
