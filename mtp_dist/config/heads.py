@@ -104,9 +104,10 @@ class HeadsConfig(Section):
     """Positions ahead that heads 1..n predict, increasing from 1, such as [1, 3, 5, 7]; 1..n by default."""
     unembedding: Literal["shared", "separate"] = "shared"
     """`shared`: all heads share one unembedding; `separate`: each head has its own. All heads share one final norm."""
-    detach: bool = False
-    """Stop the gradient of heads 2..n before the trunk's layers and those of head 1. Their losses still train what all
-    heads share: the final norm, the unembedding, and the embedding if heads read it."""
+    detach: bool | Literal["full"] = False
+    """`true`: stop the gradient of heads 2..n before the trunk's layers and those of head 1. Their losses still train
+    what all heads share: the final norm, the unembedding, and the embedding if heads read it. `full`: they do not train
+    these either, only the heads' own weights."""
     loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
     """Weight w_k of each head's loss, head 1 first; by default all 1."""
     auxiliary_weight: NonNegativeFloat | Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)] | None = (
@@ -189,6 +190,7 @@ def incompatible_head_settings(
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
+    detach = str(heads.detach).lower()
     yield from messages_if(
         (
             heads.repeated and not heads.traits.repeatable,
@@ -201,8 +203,8 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
         ),
         (
             heads.traits.reads == "next head" and heads.detach,
-            f"heads.detach = true is incompatible with heads.kind = '{heads.kind}': head 1 reaches the trunk through "
-            "all other heads, so their gradient cannot be stopped before it",
+            f"heads.detach = {detach} is incompatible with heads.kind = '{heads.kind}': head 1 reaches the trunk "
+            "through all other heads, so their gradient cannot be stopped before it",
         ),
         (
             heads.traits.reads == "next head" and heads.schedule != "constant",
@@ -281,7 +283,7 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
     given = [key for key in ("loss_weights", "auxiliary_weight", "loss_decay") if getattr(heads, key) is not None]
     if len(given) > 1:
         yield f"{' and '.join(f'heads.{key}' for key in given)} all set the weights of the losses: keep one"
-    weights = heads.loss_weights
+    weights, detach = heads.loss_weights, str(heads.detach).lower()
     yield from messages_if(
         (
             weights is not None and len(weights) != heads.count,
@@ -293,8 +295,8 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
         ),
         (
             weights and not weights[0] and any(weights) and heads.detach,
-            "heads.detach = true leaves the trunk to head 1 alone, whose heads.loss_weights is 0: nothing would train "
-            "the trunk, give it a weight above 0",
+            f"heads.detach = {detach} leaves the trunk to head 1 alone, whose heads.loss_weights is 0: nothing would "
+            "train the trunk, give it a weight above 0",
         ),
         (
             heads.auxiliary_weight is not None and heads.count == 1,

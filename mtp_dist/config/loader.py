@@ -105,7 +105,7 @@ def _nearest_key(parts: Sequence[str]) -> str | None:
 
 def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield one message per invalid key; pydantic has one error per type that the key may have."""
-    union_members = ("literal", "tuple", "constrained-")
+    union_members = ("literal", "tuple", "constrained-", "bool")
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for error in errors:
         parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]

@@ -1,5 +1,7 @@
 """The heads as the pipeline's last layer."""
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -14,6 +16,19 @@ from mtp_dist.loss.token_order import token_order_targets
 from mtp_dist.model.heads import HeadContext, PredictionHeads
 from mtp_dist.model.layers import AttentionInputs
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """z, with a gradient of 0 for a weight: DeepSpeed adds up a tied weight's gradients, which each stage must have."""
+
+    @staticmethod
+    def forward(ctx: Any, trunk_output: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return trunk_output.view_as(trunk_output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_trunk_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_trunk_output, torch.zeros_like(ctx.weight)
 
 
 class HeadsWithLoss(PredictionHeads):
@@ -44,6 +59,8 @@ class HeadsWithLoss(PredictionHeads):
     ) -> Tensor:
         """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar."""
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
+        if embedding_weight is not None and self.isolated and not self.config.model.tie_embeddings:
+            trunk_output = _ZeroGradient.apply(trunk_output, embedding_weight)  # type: ignore[no-untyped-call]
         context = HeadContext(micro_batch.samples, attention, embedding_weight)
         greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch)
         mode, objective = self.config.heads.loss_mode, self._objective(micro_batch, greedy)

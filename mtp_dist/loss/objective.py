@@ -38,7 +38,8 @@ class Heads(Protocol):
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
 
     def unembedding_weights(self, context: Any) -> list[Tensor]:
-        """Return this rank's rows `[V/TP, D]` for heads 1..n: n times the same tensor if the heads share it."""
+        """Return this rank's rows `[V/TP, D]` for heads 1..n: the same tensor for all that share and train it, one that
+        requires no gradient for a head that does not train it."""
 
     @property
     def token_order_weight(self) -> Tensor | None:

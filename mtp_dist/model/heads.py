@@ -120,8 +120,8 @@ class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
         self.has_padding = bool(token_ids[-1] >= config.vocab_size)
         self.register_buffer("is_padding", token_ids >= config.vocab_size, persistent=False)
 
-    def forward(self, hidden: Tensor, tied_weight: Tensor | None) -> Tensor:
-        logits, _ = super().forward(hidden, tied_weight)
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        logits, _ = super().forward(hidden, weight)
         return logits.masked_fill(self.is_padding, float("-inf")) if self.has_padding else logits
 
 
@@ -143,6 +143,11 @@ def detached_heads(heads: HeadsConfig) -> frozenset[int]:
     if not heads.detach:
         return frozenset()
     return frozenset([2]) if heads.traits.reads == "previous head" else frozenset(range(2, heads.count + 1))
+
+
+def isolated_heads(heads: HeadsConfig) -> frozenset[int]:
+    """Return the heads whose losses train only weights that are not head 1's."""
+    return frozenset(range(2, heads.count + 1)) if heads.detach == "full" else frozenset()
 
 
 class HeadContext(NamedTuple):
@@ -168,6 +173,7 @@ class PredictionHeads(nn.Module):
         self.config = config
         self.chains = chains(config.heads)
         self.detached = detached_heads(config.heads)
+        self.isolated = isolated_heads(config.heads)
         self.traits = config.heads.traits
         numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
@@ -199,29 +205,29 @@ class PredictionHeads(nn.Module):
         """Return the embeddings `[S, B, D]` of the tokens `distance` positions ahead."""
         assert context.embedding_weight is not None, "heads that embed tokens have the embedding on their stage"
         tokens = context.samples[:, distance : distance + self.config.train.sequence_length]
-        return embed_tokens(context.embedding_weight, tokens, self.config.parallel.sequence)
+        weight = context.embedding_weight.detach() if self.isolated else context.embedding_weight
+        return embed_tokens(weight, tokens, self.config.parallel.sequence)
 
     def normalize(self, head: int, hidden: Tensor) -> Tensor:
         """Return what the unembedding reads, `[S, B, D]`, from a head's hidden states."""
-        normalized: Tensor = self.final_norm(hidden)
+        normalized: Tensor = self.final_norm(hidden, frozen=head in self.isolated)
         key = self.keys[head]
         return self.heads[key](normalized) if self.traits.block_follows_norm and key else normalized
 
     def logits(self, head: int, normalized: Tensor, context: HeadContext) -> Tensor:
         """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
-        return cast(Tensor, self._unembedding(head)(normalized, self._tied_weight(context)))
+        return cast(Tensor, self._unembedding(head)(normalized, self._unembedding_weight(head, context)))
 
     def trained_parameters(self, context: HeadContext) -> list[Tensor]:
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
         params: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
-        if self.traits.embeds_tokens and context.embedding_weight is not None:
+        if self.traits.embeds_tokens and not self.isolated and context.embedding_weight is not None:
             params.append(context.embedding_weight)
         return [param for param in params if param.requires_grad]
 
     def unembedding_weights(self, context: HeadContext) -> list[Tensor]:
-        """Return this rank's rows `[V/TP, D]` for heads 1..n: n times the same tensor if the heads share it."""
-        tied = self._tied_weight(context)
-        return [self._unembedding(head).weight if tied is None else tied for head in self.keys]
+        """Return this rank's rows `[V/TP, D]` for heads 1..n, see `mtp_dist.loss.objective.Heads`."""
+        return [self._unembedding_weight(head, context) for head in self.keys]
 
     @property
     def token_order_weight(self) -> Tensor | None:
@@ -229,8 +235,11 @@ class PredictionHeads(nn.Module):
         weight: Tensor | None = self.token_order.weight if self.config.heads.token_order else None
         return weight
 
-    def _tied_weight(self, context: HeadContext) -> Tensor | None:
-        return context.embedding_weight if self.config.model.tie_embeddings else None
+    def _unembedding_weight(self, head: int, context: HeadContext) -> Tensor:
+        tied = self.config.model.tie_embeddings
+        weight: Tensor | None = context.embedding_weight if tied else self._unembedding(head).weight
+        assert weight is not None, "heads with tied embeddings have the embedding on their stage"
+        return weight.detach() if head in self.isolated and not self.separate else weight
 
     def _unembedding(self, head: int) -> Unembedding:
         module = self.unembeddings[str(head)] if self.separate else self.unembedding

@@ -52,8 +52,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sequence_parallel else self.weight
+    def forward(self, hidden: Tensor, frozen: bool = False) -> Tensor:
+        """Normalize. If frozen, pass no gradient to the weight."""
+        weight = self.weight.detach() if frozen else self.weight
+        weight = copy_to_tensor_model_parallel_region(weight) if self.sequence_parallel else weight
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
 
 

@@ -55,6 +55,11 @@ class ReferenceModel(nn.Module):
     def weight(self, name: str) -> Tensor:
         return self.weights[name.replace(".", "/")]
 
+    def _shared_weight(self, name: str, k: int) -> Tensor:
+        """Return a weight that head k shares with head 1; `heads.detach: full` keeps its loss from training it."""
+        weight = self.weight(name)
+        return weight.detach() if k > 1 and self.config.heads.detach == "full" else weight
+
     def named_weights(self) -> dict[str, Tensor]:
         return {name.replace("/", "."): weight for name, weight in self.weights.items()}
 
@@ -121,7 +126,7 @@ class ReferenceModel(nn.Module):
                 if k == 1:
                     return before
                 tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
-                embedded = F.embedding(tokens, self.weight("embedding.weight"))
+                embedded = F.embedding(tokens, self._shared_weight("embedding.weight", k))
                 embedded = _rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)
                 before = _rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)
                 before = torch.cat([embedded, before], -1) @ self.weight(f"{name}.eh_proj.weight").T
@@ -133,18 +138,18 @@ class ReferenceModel(nn.Module):
         return before
 
     def _logits(self, k: int, hidden: Tensor) -> Tensor:
-        return self._normalize(k, hidden) @ self.weight(self._unembedding(k)).T
+        return self._normalize(k, hidden) @ self._unembedding(k).T
 
     def _normalize(self, k: int, hidden: Tensor) -> Tensor:
-        hidden = _rms_norm(hidden, self.weight("final_norm.weight"), self.config.model.norm_eps)
+        hidden = _rms_norm(hidden, self._shared_weight("final_norm.weight", k), self.config.model.norm_eps)
         if self.config.heads.kind == "mlp" and k > 1:
             hidden = hidden + F.silu(hidden @ self.weight(f"heads.{k}.linear.weight").T)
         return hidden
 
-    def _unembedding(self, k: int) -> str:
+    def _unembedding(self, k: int) -> Tensor:
         if self.config.heads.unembedding == "separate":
-            return f"unembeddings.{k}.weight"
-        return "embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight"
+            return self.weight(f"unembeddings.{k}.weight")
+        return self._shared_weight("embedding.weight" if self.config.model.tie_embeddings else "unembedding.weight", k)
 
     def _recomputed_layer(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
         """Apply `_layer` with the attention scores `[B, heads, S, S]` of only one layer in memory."""

@@ -16,6 +16,7 @@ FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_check
 DISTILLED = "heads.distillation=0.5 heads.distillation_top=5"
 ORDERED = "heads.token_order=0.7 heads.token_order_window=8"
 ZERO, BF16 = "parallel.zero_stage=1", "train.precision=bf16"
+ISOLATED = "heads.detach=full"
 CHUNKS = "heads.chunk_tokens=5"
 IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
@@ -38,6 +39,13 @@ TWO_STEPS = [
     "tp1-pp2-dp1 heads.detach=true",
     f"tp2-pp2-dp1 heads.kind=mlp heads.detach=true {SEPARATE}",
     f"tp1-pp2-dp1 {SEQUENTIAL} heads.detach=true",
+    *product("tp2-pp2-dp1-sp", *(f"heads.kind={kind} {ISOLATED}" for kind in ("parallel", "linear"))),
+    f"tp1-pp2-dp1 {SEQUENTIAL} {ISOLATED} heads.z_loss=0.01",
+    f"tp2-pp2-dp1-sp {SEQUENTIAL} {ISOLATED} {NAIVE}",
+    f"tp1-pp2-dp2 {SEQUENTIAL} {ISOLATED} {TIED} {ZERO} {ORDERED} {DISTILLED}",
+    f"tp2-pp1-dp1 heads.kind=mlp {ISOLATED} {SEPARATE} {RECOMPUTE}",
+    f"tp2-pp1-dp1-sp heads.kind=causal {ISOLATED} {NAIVE} {TIED}",
+    f"tp2-pp2-dp1 {SEQUENTIAL} heads.repeated=true {ISOLATED} {BF16}",
     f"tp2-pp2-dp1 {SEQUENTIAL} {TIED}",
     f"tp2-pp2-dp1-sp {SEQUENTIAL} {SEPARATE} {RECOMPUTE}",
     f"tp2-pp2-dp1-sp {SEQUENTIAL} {NAIVE}",

@@ -25,7 +25,7 @@ ROUND_TRIPS = [
     "heads={prediction_distances: [1, 3, 5, 7], schedule: forward, loss_weights: [1, 0.5, 0, 0.25]}",
     "heads={auxiliary_weight: 0.3, schedule: reverse, kind: causal}",
     "heads={auxiliary_weight: [[1, 0.3], [10, 0]], token_order: 0.5, token_order_window: 8, kind: anticausal}",
-    "heads={loss_decay: 0.6, distillation: 1, distillation_top: 7, token_order: 1, z_loss: 1.0e-4, detach: true}",
+    "heads={loss_decay: 0.6, distillation: 1, distillation_top: 7, token_order: 1, z_loss: 1.0e-4, detach: full}",
     "heads={count: 1, prediction_distances: [1], schedule: forward}",
     "heads={loss_weights: [0, 0, 0, 0], token_order: 1}",
 ]

@@ -117,6 +117,8 @@ heads.repeated=true => heads.repeated = true ... heads.kind is 'parallel': remov
 heads.kind=linear & heads.layers_per_head=2 => heads.layers_per_head = 2 ... heads.kind = 'linear' ... remove it
 heads.kind=mlp & heads.layers_per_head=3 => heads.layers_per_head = 3 ... heads.kind = 'mlp' ... remove it
 heads.kind=anticausal & heads.detach=true => heads.detach = true is incompatible with heads.kind = 'anticausal'
+heads.kind=anticausal & heads.detach=full => heads.detach = full is incompatible with heads.kind = 'anticausal'
+heads.detach=ful => heads.detach = 'ful' is invalid: it should be a valid boolean, or it should be 'full'
 heads.kind=anticausal & heads.schedule=forward => heads.schedule = 'forward' ... heads.kind = 'anticausal'
 heads.kind=anticausal & heads.distillation=0.5 => heads.distillation ... heads.kind = 'anticausal'
 heads.count=1 & heads.distillation=0.5 => heads.distillation ... heads.count is 1: remove it

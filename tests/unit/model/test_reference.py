@@ -106,6 +106,22 @@ def test_each_head_trains_its_own_layers_and_what_is_shared() -> None:
         assert trained == [n for n in names if not n.startswith("heads.") or f"heads.{distance}." in n]
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "anticausal"])
+@pytest.mark.parametrize("unembedding", ["shared", "separate"])
+def test_fully_detached_heads_train_only_their_own_weights(kind: str, unembedding: str) -> None:
+    heads = {"kind": kind, "count": 3, "detach": "full", "unembedding": unembedding}
+    model, tokens = lively_model(tiny_config(heads=heads)), random_tokens(1, 11)
+    weights = model.named_weights()
+    for head, logits in list(model(tokens, 8).items())[1:]:
+        model.zero_grad()
+        logits.square().sum().backward(retain_graph=True)
+        trained = {name for name, weight in weights.items() if weight.grad is not None and weight.grad.any()}
+        own = tuple(f"heads.{k}." for k in range(2, head + 1))
+        assert any(name.startswith(own[-1]) for name in trained)
+        others = {name for name in trained if not name.startswith(own)}
+        assert others == {f"unembeddings.{head}.weight"} & weights.keys()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_next_token_logits_are_those_of_head_1(kind: str) -> None:
     model, samples = lively_model(tiny_config(heads={"kind": kind})), random_tokens(1, 12)
