@@ -24,6 +24,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import build_engine
+from mtp_dist.errors import UserError
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import rank0_callbacks
@@ -152,18 +153,24 @@ def _show_result(config: Config, tokenizer: Tokenizer, recorder: SummaryRecorder
 
 
 def _sample(config: Config, tokenizer: Tokenizer, checkpoint: Path) -> str | None:
-    """Return the prompt and its continuation by the saved model; None if no prompt is configured."""
+    """Return the prompt and its continuation by the saved model; None if no prompt is configured, or it fails."""
     if config.log.sample_prompt is None:
         return None
     logger.info("Sampling: verifying and reading the weights of %s", checkpoint)
     from mtp_dist.inference.generator import Generator  # transformers takes seconds to import
     from mtp_dist.inference.speculation import Speculation
 
-    generator = Generator.open(checkpoint)
-    prompt = generator.prompt_ids(config.log.sample_prompt)[-generator.positions // 2 :]
-    # A fixed number of heads: the fastest one depends on the load of the machine, and with it the random numbers.
-    speculation = Speculation(heads=config.heads.count)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        tokens = generator.generate([prompt], config.log.sample_tokens, SAMPLING_TEMPERATURE, speculation)[0]
+    try:
+        # bf16 is slow on most CPUs.
+        generator = Generator.open(checkpoint, dtype=torch.float32)
+        prompt = generator.prompt_ids(config.log.sample_prompt)[-max(1, generator.positions // 2) :]
+        # A fixed number of heads: the fastest one depends on the load of the machine, and with it the random numbers.
+        speculation = Speculation(heads=config.heads.count)
+        new_tokens = min(config.log.sample_tokens, generator.positions - len(prompt))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            tokens = generator.generate([prompt], new_tokens, SAMPLING_TEMPERATURE, speculation)[0]
+    except (UserError, RuntimeError) as error:  # such as NaN, or too little memory: the training itself is complete
+        logger.warning("No sample: %s", error)
+        return None
     return tokenizer.decode(prompt + tokens)
