@@ -80,21 +80,22 @@ class Generator:
                 max_new_tokens,
                 self.positions,
             )
-        pad = self.tokenizer.end_of_document
+        end = self.tokenizer.end_of_document
         padding = [longest - len(prompt) for prompt in prompts]
-        rows = [[pad] * columns + list(prompt) for columns, prompt in zip(padding, prompts, strict=True)]
+        rows = [[end] * columns + list(prompt) for columns, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * columns + [1] * (longest - columns) for columns in padding]
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        settings: dict[str, Any] = {"do_sample": False, "eos_token_id": end, "pad_token_id": end}
+        if temperature:
+            settings |= {"do_sample": True, "temperature": temperature, "top_k": 0}
         device = self.model.device
         result = self.model.generate(
             torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens, eos_token_id=pad, pad_token_id=pad, **{**sampling, **options}
-            ),
+            generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings | options),
             speculation=speculation,
         )
-        return [_until(row, pad) for row in result[:, longest:].tolist()]
+        ends = torch.tensor((settings | options)["eos_token_id"]).view(-1).tolist()
+        return [_until(row, ends) for row in result[:, longest:].tolist()]
 
     def _check(self, prompt_tokens: int, max_new_tokens: int, temperature: float, heads: int | None) -> None:
         """Raise ConfigError for arguments that make no sense."""
@@ -117,6 +118,7 @@ class Generator:
             )
 
 
-def _until(tokens: list[int], end: int) -> list[int]:
-    """Return the tokens up to the first `end` and with it."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens up to the first one in `ends` and with it."""
+    place = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: place + 1]
