@@ -15,13 +15,12 @@ from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.checkpoint.writer import write_weights
-from mtp_dist.config import HeadsConfig
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, UserError
 from mtp_dist.inference import loading
 from mtp_dist.inference.generator import Generator
 from mtp_dist.inference.loading import model_weights, open_model
-from mtp_dist.inference.speculation import Speculation
+from mtp_dist.inference.speculation import DecodingStatistics, Speculation
 from mtp_dist.model.parameters import parameter_shapes
 from tests.tiny import LLAMA3_ROPE, tiny_config
 from tests.unit.checkpoint.folders import flip
@@ -37,26 +36,38 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+def decoded(generator: Generator) -> tuple[list[list[int]], DecodingStatistics]:
+    """Return a text, and how it was drafted, which wrong weights of the other heads would change."""
+    speculation = Speculation(heads=generator.config.heads.count)
+    texts = generator.generate([generator.prompt_ids("def f")], 50, speculation=speculation)
+    speculation.statistics.seconds = 0.0
+    return texts, speculation.statistics
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_checkpoint_and_export_are_the_same_model(tmp_path: Path, name: str) -> None:
+def test_checkpoint_and_exports_are_the_same_model(tmp_path: Path, name: str) -> None:
     """That every head drafts with the right weights: test_drafts.py."""
-    sections = MODELS[name]
-    reference = write_model(tmp_path / "run" / "checkpoints" / "step_00000007", **sections)
-    model, _, config = open_model(tmp_path / "run", device_map="cpu")
+    folder, sections = tmp_path / "run", MODELS[name]
+    reference = write_model(folder / "checkpoints" / "step_00000007", **sections | {"train": {"sequence_length": 64}})
+    generator = Generator.open(folder, device_map="cpu")
     tokens = torch.randint(257, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, reference.next_token_logits(tokens), rtol=0, atol=1e-5)
-    assert model.dtype == torch.float32 and config.heads == reference.config.heads
-    if not HeadsConfig.model_validate(sections.get("heads", {})).traits.exportable:
+        expected = reference.next_token_logits(tokens)
+        torch.testing.assert_close(generator.model(tokens).logits, expected, rtol=0, atol=1e-5)
+    assert generator.model.dtype == torch.float32 and generator.config.heads == reference.config.heads
+
+    export_checkpoint(folder, tmp_path / "transformers", None, engine="transformers")
+    assert decoded(Generator.open(tmp_path / "transformers", device_map="cpu")) == decoded(generator)
+    if not generator.config.heads.traits.exportable:
         return
-    state = model.state_dict()
-    for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        export_checkpoint(tmp_path / "run", tmp_path / dtype, dtype)
+    state = generator.model.state_dict()
+    for dtype, rounded in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        export_checkpoint(folder, tmp_path / dtype, dtype)
         exported, tokenizer, _ = open_model(tmp_path / dtype, device_map="cpu")
-        assert exported.dtype == expected and tokenizer.name == "bytes"
+        assert exported.dtype == rounded and tokenizer.name == "bytes"
         weights = exported.state_dict()
         assert weights.keys() == state.keys()
-        assert all(torch.equal(weights[key], state[key].to(expected)) for key in state)
+        assert all(torch.equal(weights[key], state[key].to(rounded)) for key in state)
 
 
 def test_precision(tmp_path: Path) -> None:
