@@ -1,12 +1,15 @@
 """The acceptance of drafts in a validation equals a decoder's that follows the text, at every layout."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from mtp_dist.config import Config
-from mtp_dist.config.heads import KindName
 from mtp_dist.engine.optimizer_state import set_master_weight
+from mtp_dist.inference.speculation import Speculation
 from mtp_dist.loss.acceptance import draft_acceptance_rates, draft_acceptance_sums
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.metrics import HeadMetrics
@@ -20,6 +23,7 @@ from tests.parity.comparison import parse_case
 from tests.parity.test_variants import APART, CHUNKS, FOUR_GROUPS, NAIVE, SEPARATE, SEQUENTIAL
 from tests.ranks import Ranks
 from tests.tiny import tiny_config
+from tests.unit.inference.models import open_weights
 
 FREQUENT = [2, 130]
 """The only tokens with an unembedding, so that untrained heads often predict the same ones. Two tensor-parallel ranks
@@ -99,36 +103,23 @@ def test_equals_a_decoder_that_follows_the_text(ranks: Ranks, case: str) -> None
         assert heads.expected_tokens_per_forward == pytest.approx(1 + sum(rates))
 
 
-def next_tokens(model: ReferenceModel, text: list[int], head: int) -> list[int]:
-    """Return a head's most probable tokens after each token of a text; a sequential head's blocks read 0 beyond it."""
-    samples = torch.tensor([text + [0] * model.config.heads.count])
-    return model(samples, len(text))[head][0].argmax(-1).tolist()  # type: ignore[no-any-return]
-
-
-def decode(model: ReferenceModel, prompt: int, length: int) -> tuple[list[int], int, int]:
-    """Decode greedily with all heads' drafts. Return the text, and the tokens and passes of its first `length`."""
-    text, passes, heads = [prompt], 0, model.config.heads.count
-    while len(text) <= length:
-        drafts = list[int]()
-        for head in range(1, heads + 1):
-            samples = torch.tensor([text + drafts + [0] * heads])
-            drafts.append(int(model(samples, len(text))[head][0, -1].argmax()))
-        verified = next_tokens(model, text + drafts, 1)[len(text) - 1 :]
-        agreed = [draft == token for draft, token in zip(drafts, verified, strict=False)]
-        passes, decoded = passes + 1, len(text) - 1
-        text += drafts[: [*agreed, False].index(False)]
-    return text, decoded, passes - 1
-
-
-@pytest.mark.parametrize(("kind", "prompts"), [("parallel", (24, 25, 27, 29)), ("sequential", (4, 13, 15, 25))])
+@pytest.mark.parametrize(
+    "heads", [{"kind": "parallel"}, {"kind": "sequential"}, {"prediction_distances": [1, 2, 4]}], ids=str
+)
 @torch.no_grad()
-def test_equals_a_decoder_on_the_text_that_it_writes(kind: KindName, prompts: tuple[int, ...]) -> None:
-    config, length = tiny_config(heads={"kind": kind, "count": 3}, model={"init_std": 0.2}), 60
-    model = ReferenceModel(config, weights(config))
-    texts, tokens, passes = zip(*(decode(model, prompt, length) for prompt in prompts), strict=True)
-    best = torch.tensor([[next_tokens(model, text, head)[:length] for text in texts] for head in (1, 2, 3)])
-    has_target = torch.ones_like(best, dtype=torch.bool).transpose(1, 2)
-    rates = draft_acceptance_rates(draft_acceptance_sums(best.transpose(1, 2), has_target, config.heads.distances))
-    expected = HeadMetrics((), (), None, draft_acceptance_rates=rates).expected_tokens_per_forward
-    assert expected == pytest.approx(sum(tokens) / sum(passes), rel=0.02)
-    assert expected and expected > 1.3
+def test_equals_the_decoder_on_the_text_that_it_writes(heads: dict[str, Any]) -> None:
+    config = tiny_config(heads={"count": 3, **heads}, model={"init_std": 0.2})
+    model, prompts, length = ReferenceModel(config, weights(config)), torch.arange(32).unsqueeze(1), 64
+    speculation = Speculation(heads=3)
+    text = open_weights(config, model.named_weights()).generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        generation_config=GenerationConfig(max_new_tokens=length + 3, do_sample=False),
+        speculation=speculation,
+    )
+    best = torch.stack([logits.argmax(-1) for logits in model(text, length).values()]).transpose(1, 2)
+    sums = draft_acceptance_sums(best, torch.ones_like(best, dtype=torch.bool), config.heads.distances)
+    estimate = HeadMetrics((), (), None, draft_acceptance_rates=draft_acceptance_rates(sums))
+    counted = speculation.statistics
+    tokens, passes = counted.tokens - len(prompts), counted.forward_passes - len(prompts)  # without the prompts'
+    assert estimate.expected_tokens_per_forward == pytest.approx(tokens / passes, rel=0.02)
