@@ -48,12 +48,17 @@ def _extra_matrix(config: Config) -> int:
     return squares * config.model.hidden_size**2
 
 
+def block_matrices(config: Config) -> int:
+    """Return the parameters of the matrices of one head's block."""
+    return config.heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
+
+
 def head_matrices(config: Config, active: int) -> int:
     """Return the parameters of the matrices that multiply a position in heads 1..active; shared ones once per use."""
     heads = config.heads
-    block = heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
     unembeddings = active + (1 if heads.token_order else 0)
-    return heads.active_blocks(active) * block + unembeddings * config.vocab_size * config.model.hidden_size
+    blocks = heads.active_blocks(active) * block_matrices(config)
+    return blocks + unembeddings * config.vocab_size * config.model.hidden_size
 
 
 def parameter_counts(config: Config) -> ParameterCounts:
