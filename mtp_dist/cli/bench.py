@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from mtp_dist.cli.options import AsJson, Overrides
-from mtp_dist.cli.progress import head_loss_progress
+from mtp_dist.cli.progress import head_loss_progress, progress_bar, updates
 from mtp_dist.cli.tables import (
     bench_checkpoint_table,
     bench_data_tables,
+    bench_decode_tables,
     head_loss_table,
     monitoring_table,
     show_result,
@@ -109,6 +110,58 @@ def data(
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
     show_result(result, as_json, *bench_data_tables(result))
+
+
+@app.command("decode")
+@exits_with_user_errors
+def decode(
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a checkpoint or an export; by default a model is generated.")
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=2, help="Layers of trunk and head 1 of a generated model; 8 by default.")
+    ] = None,
+    hidden: Annotated[int | None, typer.Option(min=64, help="Its hidden size; 512 by default.")] = None,
+    heads: Annotated[int | None, typer.Option(min=2, help="Its number of heads; 4 by default.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Their kind: parallel, the default, or sequential.")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="Its vocabulary size; 32000 by default.")] = None,
+    acceptance: Annotated[
+        float | None, typer.Option(help="How often its drafts are right if those before are; 0.9 by default.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate per prompt.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16; by default fp32 on a CPU, bf16 on a GPU.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure decoding with the heads compared with plain decoding, with transformers, and with what the device allows.
+
+    A generated model writes a known text; its weights make the heads as often right as --acceptance asks for.
+    """
+    from mtp_dist.bench.decode.settings import read_generated, read_settings
+
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kind": kind, "vocab": vocab}
+    generated = sizes | {"acceptance": acceptance}
+    given = [name for name, value in generated.items() if value is not None]
+    if model and given:
+        raise LaunchError(f"--{given[0]} is for generated models: remove it or --model")
+    settings = read_settings(batch, prompt_tokens, new_tokens, rounds, device, dtype)
+    wanted = None if model else read_generated(generated)
+    silence_import_warnings()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    from mtp_dist.bench.decode.measurement import measure_decoding
+    from mtp_dist.bench.decode.subject import generated_subject, trained_subject
+
+    subject = (
+        generated_subject(wanted, settings) if wanted else trained_subject(Path(str(model)).expanduser(), settings)
+    )
+    with progress_bar() as bar:
+        result = measure_decoding(subject, settings, updates(bar, "decoding"))
+    show_result(result, as_json, *bench_decode_tables(result))
 
 
 @app.command("monitoring")

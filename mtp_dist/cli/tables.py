@@ -164,6 +164,33 @@ def bench_data_tables(result: dict[str, Any]) -> list[Table]:
     return [preparation, loader]
 
 
+def bench_decode_tables(result: dict[str, Any]) -> list[Table]:
+    """Return a table with one row per batch size and way to decode, and one with one row per bound."""
+    model, machine = result["model"], result["machine"]
+    title = (
+        f"{model['source']} model: {model['layers']} layers, hidden size {model['hidden']}, vocabulary "
+        f"{model['vocab']}, {model['heads']} {model['kind']} heads, {result['settings']['dtype']}, on "
+        f"{machine['processor'] if machine['device'] == 'CPU' else machine['device']}, {machine['threads']} threads"
+    )
+    columns = ["batch", "", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable", "acceptance by distance"]
+    ways = Table(*columns, title=title)
+    for row in result["rows"]:
+        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
+        per_pass = [f"{row[name]:.2f}" for name in ("tokens_per_forward", "ratio", "attainable") if name in row]
+        ways.add_row(str(row["batch"]), row["variant"], *rates, *per_pass, _acceptance(row))
+    bounds = Table("bound", "batch", "value", "limit", "")
+    for bound in result["bounds"]:
+        least, most = bound["at_least"], bound["at_most"]
+        limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
+        cells = ["" if bound["batch"] is None else str(bound["batch"]), f"{bound['value']:.3f}", limit]
+        bounds.add_row(bound["name"], *cells, "ok" if bound["holds"] else "MISSED")
+    return [ways, bounds]
+
+
+def _acceptance(row: dict[str, Any]) -> str:
+    return " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
+
+
 def monitoring_table(result: dict[str, Any]) -> Table:
     title = f"Monitoring: medians of {result['rounds']} rounds of {result['steps_of_a_round']} steps"
     table = Table("seconds per step, with", "without", "ratio", "quartiles of the ratio", title=title)
