@@ -17,7 +17,7 @@ PACKAGES: dict[str, tuple[Point, str]] = {
     "pretrain.py": ((7.9, 8.0), "the training program"),
     "run.py": ((11.2, 8.0), "one run"),
     "verify": ((4.75, 6.9), "selfcheck, preflight, start-up checks"),
-    "inference": ((7.9, 6.9), "sampling"),
+    "inference": ((7.9, 6.9), "generation with the heads"),
     "training": ((7.9, 5.8), "the loop, rollback, stop signals"),
     "convert": ((11.2, 5.8), "Hugging Face export and import"),
     "monitoring": ((4.75, 4.7), "scalars, writers, events, report"),

@@ -182,12 +182,12 @@ def _figures(statistics: DecodingStatistics) -> dict[str, Any]:
 def _facts(result: dict[str, Any]) -> dict[str, str]:
     facts = {"Decoding": _speed(result)}
     if result["acceptance"]:
-        rates = ", ".join(f"{rate:.0%} at distance {distance}" for distance, rate in result["acceptance"].items())
-        facts["Accepted"] = f"{rates} (of drafts whose predecessors were accepted)"
+        rates = ", ".join(f"{rate:.0%}" for rate in result["acceptance"].values())
+        facts["Accepted"] = f"{rates} at distances 2, 3, ... of drafts whose predecessors were accepted"
     if plain := result.get("plain"):
         ratio = result["tokens_per_second"] / plain["tokens_per_second"]
         texts = {None: "", True: ", the same text", False: ", ANOTHER TEXT: rounding decided a near tie"}
-        facts["Plain"] = f"{_speed(plain)}{texts[plain['same_text']]}: {ratio:.2f}x the speed"
+        facts["Plain"] = f"{_speed(plain)}; {ratio:.2f}x as fast with drafts{texts[plain['same_text']]}"
     return facts
 
 
