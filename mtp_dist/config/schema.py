@@ -244,7 +244,8 @@ class LogConfig(Section):
     """Text that rank 0 continues at the end, with the last checkpoint unsharded on its CPU: for small models. By
     default none."""
     sample_tokens: PositiveInt = 200
-    """Number of tokens of that continuation."""
+    """Largest number of tokens of that continuation. It ends at the end of the document, and when prompt and
+    continuation have `train.sequence_length` tokens; a prompt of more than half as many loses its beginning."""
     profile_steps: Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)] | None = None
     """First and last step of a PyTorch profiler trace in `<run.output_dir>/profile`, such as [5, 7]; by default
     none."""
