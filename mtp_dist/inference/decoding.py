@@ -135,9 +135,10 @@ class Decoder:
 
     def _accept(self, hidden: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """Return what `Sampler.accept` does, for head 1's hidden states `[B, m + 1, D]`."""
-        text, size = self.text, drafts.token_ids.shape[1]
-        prefixes = [row[: length + size] for row, length in zip(text.token_ids, text.host_lengths, strict=True)]
-        return self.sampler.accept(self._logits(hidden), drafts, prefixes)
+        text = self.text
+        return self.sampler.accept(
+            self._logits(hidden), drafts, lambda row, column: text.prefix(row, text.host_lengths[row] + column)
+        )
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.first_head_logits(hidden).to(self.text.token_ids.device)
@@ -149,7 +150,12 @@ class Decoder:
         starts = text.lengths - 1
         span = tree_span(starts, [known - 1 for known in text.host_lengths], tree)
         hidden, features = self.model.run_trunk(tokens, span, self.cache)
-        chosen = self.sampler.choose(self._logits(hidden))
+
+        def text_before(row: int, node: int) -> Tensor:
+            known = text.prefix(row, text.host_lengths[row])
+            return torch.cat([known, tokens[row, tree.ancestors[node]][1:]])
+
+        chosen = self.sampler.choose(self._logits(hidden), text_before)
         path, accepted = tree.accepted_path(tokens, chosen)
         appended, counts, host_counts = self._append(chosen.gather(1, path), accepted, path.shape[1])
         steps = torch.arange(path.shape[1], device=path.device)

@@ -154,7 +154,8 @@ class DraftInput:
         window = min(unread + self.overlap, positions.shape[1])
         for head in heads:
             self.unread[head] = 0
-        self._keep_last(max(self.unread.values()) + self.overlap)
+        # At least one, which a finished row reads again when others gain positions.
+        self._keep_last(max(1, max(self.unread.values()) + self.overlap))
         features, positions = features[:, -window:], positions[:, -window:]
         if self.consecutive:
             span = causal_span(positions, [last + 1 - window])

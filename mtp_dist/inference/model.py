@@ -25,7 +25,11 @@ ONLY_TRANSFORMERS = (
     "constraints",
     "assistant_model",
     "prompt_lookup_num_tokens",
+    "prefix_allowed_tokens_fn",
+    "guidance_scale",
+    "watermarking_config",
     "return_dict_in_generate",
+    "inputs_embeds",
     "cache",
     "past_key_values",
 )
@@ -90,16 +94,27 @@ class MTPForCausalLM(LlamaForCausalLM):
     def generate(self, *args: Any, speculation: Speculation | None = None, **kwargs: Any) -> Any:
         """Generate as transformers does, with the same arguments and result, several tokens per forward pass.
 
-        Beam search, contrastive search, assistants, results other than the tokens, and a cache from outside are left to
-        transformers, without drafts.
+        Beam search, contrastive search, assistants, constraints, guidance, watermarks, results other than the tokens,
+        and embeddings or a cache from outside are left to transformers, without drafts.
         """
         config = kwargs.get("generation_config") or self.generation_config
         wanted = (kwargs.get(key, getattr(config, key, None)) for key in ONLY_TRANSFORMERS)
-        if any(wanted) or (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        if beams > 1 or any(value is not None and value is not False for value in wanted):
             return super().generate(*args, **kwargs)
         return super().generate(
             *args, custom_generate=partial(decode, speculation=speculation or Speculation()), **kwargs
         )
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of the decoding, with two that transformers omits if it is a function."""
+        kept = {"tokenizer": kwargs.get("tokenizer"), "streamer": streamer}
+        arguments = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        return arguments | {name: value for name, value in kept.items() if value is not None}
 
     def adaptive_length(self, batch_size: int) -> AdaptiveLength:
         """Return the choice of the draft length for a batch size, with what earlier calls measured."""

@@ -1,5 +1,6 @@
 """Choice of tokens from logits, and of the drafts to accept."""
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -17,6 +18,8 @@ WARPERS = (
     logits_process.EtaLogitsWarper,
 )
 """Processors that read nothing but the logits."""
+TextBefore = Callable[[int, int], Tensor]
+"""Returns the tokens before the one that the logits at a row and a column are for, as transformers would have them."""
 
 
 class Drafts(NamedTuple):
@@ -42,35 +45,33 @@ class Sampler:
         probabilities = self._warp(logits.float()).softmax(-1)
         return draw(probabilities), probabilities
 
-    def accept(self, logits: Tensor, drafts: Drafts, prefixes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def accept(self, logits: Tensor, drafts: Drafts, text_before: TextBefore) -> tuple[Tensor, Tensor]:
         """Return the next tokens `[B, m + 1]` and the number of accepted drafts `[B]`, of which they begin with.
 
         logits: `[B, m + 1, V]` of head 1, at the last known token and at each draft. The accepted drafts are followed
-        by one more token, which head 1 alone decides. prefixes: each row's text with its drafts, for processors that
-        read it.
+        by one more token, which head 1 alone decides.
         """
-        scores = self._process(logits, prefixes)
+        scores = self._process(logits, text_before)
         if not self.do_sample:
             chosen = scores.argmax(-1)
             return chosen, _leading(chosen[:, :-1] == drafts.token_ids)
         return speculative_sample(scores.softmax(-1), drafts)
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose(self, logits: Tensor, text_before: TextBefore) -> Tensor:
         """Return a token for each of the logits `[B, N, V]`: `[B, N]`."""
-        scores = self._process(logits, [])
+        scores = self._process(logits, text_before)
         return draw(scores.softmax(-1).flatten(0, 1)).view(scores.shape[:2]) if self.do_sample else scores.argmax(-1)
 
-    def _process(self, logits: Tensor, prefixes: list[Tensor]) -> Tensor:
+    def _process(self, logits: Tensor, text_before: TextBefore) -> Tensor:
         if not self.processors:
-            return logits
+            return logits.float() if self.do_sample else logits
         scores = logits.to(torch.float32, copy=True)
         if len(self.warpers) == len(self.processors):
             return self._warp(scores.flatten(0, 1)).view_as(scores)
-        for row, prefix in enumerate(prefixes):
-            known = len(prefix) - logits.shape[1] + 1
-            for column in range(logits.shape[1]):
-                known_ids = cast(LongTensor, prefix[None, : known + column])
-                scores[row, column] = self.processors(known_ids, scores[row, column][None])[0]
+        for row, row_scores in enumerate(scores):
+            for column, column_scores in enumerate(row_scores):
+                token_ids = cast(LongTensor, text_before(row, column)[None])
+                scores[row, column] = self.processors(token_ids, column_scores[None])[0]
         return scores
 
     def _warp(self, scores: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class TextBatch:
     def __init__(self, prompts: Tensor, mask: Tensor | None, rules: StoppingRules) -> None:
         """prompts: `[B, P]`, padded on the left if `mask`, shaped like it, has zeros."""
         rows, columns = prompts.shape
-        self.rules, self.columns = rules, columns
+        self.prompts, self.rules, self.columns = prompts, rules, columns
         real = torch.full((rows,), columns, device=prompts.device) if mask is None else mask.to(prompts.device).sum(1)
         self.lengths = real
         """`[B]`: number of tokens of each text."""
@@ -56,6 +56,10 @@ class TextBatch:
         rows = zip(self.finished, self.host_lengths, self.prompt_lengths, strict=True)
         made = min((length - prompt for finished, length, prompt in rows if not finished), default=0)
         return self.rules.max_length - self.columns - made
+
+    def prefix(self, row: int, length: int) -> Tensor:
+        """Return the first `length` tokens of a text after its padding, as transformers' own decoding has them."""
+        return torch.cat([self.prompts[row], self.token_ids[row, self.prompt_lengths[row] : length]])
 
     def new_tokens(self, row: int) -> list[int]:
         """Return the tokens after a prompt."""
@@ -82,9 +86,7 @@ class TextBatch:
             if token in self.rules.eos_token_ids or self.columns + made + count >= self.rules.max_length:
                 self.finished[row] = True
             elif self.rules.others:
-                self.finished[row] = bool(
-                    self.rules.others(self.token_ids[row : row + 1, : length + count], None).any()
-                )
+                self.finished[row] = bool(self.rules.others(self.prefix(row, length + count)[None], None).any())
             if self.finished[row]:
                 return tokens[:count]
         return tokens
