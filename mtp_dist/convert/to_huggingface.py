@@ -98,7 +98,7 @@ def export_checkpoint(
         others = _write_weights(folder, config, read, architecture, DTYPES[dtype], on_progress)
         end = build_tokenizer(config.data.tokenizer).end_of_document
         # Before the tokenizer: AutoTokenizer opens it by config.json.
-        _write_json(folder / "config.json", llama_config(config, end, dtype) | _engine_keys(config, architecture))
+        _write_json(folder / "config.json", model_config(config, end, dtype, architecture))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
         saved = {"step": metadata.step, "vocab_size": config.vocab_size, **config_to_save(config)}
@@ -157,17 +157,20 @@ AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausa
 """The end of a class's name, by the class of transformers that opens it."""
 
 
-def _engine_keys(config: Config, architecture: str) -> dict[str, Any]:
-    """Return what config.json has besides a Llama's keys."""
+def model_config(config: Config, end_of_document: int, dtype: str, architecture: str) -> dict[str, Any]:
+    """Return the content of config.json."""
+    llama = llama_config(config, end_of_document, dtype)
     if architecture == PLAIN:
-        return {}
+        return llama
+    if architecture == LINEAR:  # whose rope_parameters transformers would replace by the older keys
+        del llama["rope_theta"], llama["rope_scaling"]
     prefix = f"{MODELING[architecture]}.{architecture.removesuffix('ForCausalLM')}"
     keys: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": MODEL_TYPES[architecture],
         "auto_map": {auto_class: prefix + end for auto_class, end in AUTO_CLASSES.items()},
     }
-    return keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
+    return llama | keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
 
 
 def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
@@ -188,7 +191,7 @@ GENERATION_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def llama_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:
-    """Return the content of `config.json`, for transformers of any version."""
+    """Return the content of config.json for a plain Llama, for transformers of any version."""
     model = config.model
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -3,18 +3,16 @@
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=100)
 
-transformers runs this file instead of its own `generate` if the folder is opened with `trust_remote_code=True`. Greedy
-text is that of plain generation; sampled text has the same distribution, but not the same text at the same seed. One
-text at a time is drafted; batches, beams and every other mode of `generate` run as without this file.
+Greedy text is that of plain generation; sampled text has the same distribution, but is another text at the same seed.
+One text at a time is drafted; batches, beams and every other mode of `generate` run as without this file.
 
-The model is a Llama, trunk and head 1. Head k predicts the token d_k positions ahead, from `mtp_heads.safetensors`.
-Each step runs the Llama once on the newest token and the drafts, keeps the drafts that head 1 accepts and one token
-of its own, and lets the heads draft again from the hidden states of the last accepted position.
+The Llama is trunk and head 1; the other heads are in `mtp_heads.safetensors`. Each step runs the Llama once on the
+newest token and the drafts, keeps the drafts that head 1 accepts and one token of its own, and lets the heads draft
+again from the hidden states at the last accepted position.
 """
 
 import functools
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +26,6 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from transformers.masking_utils import create_causal_mask
 from transformers.utils.hub import cached_file
 
-HEADS, CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 PLAIN_SETTINGS = (
     "assistant_early_exit assistant_model constraints cache custom_generate dola_layers force_words_ids guidance_scale "
     "inputs_embeds negative_prompt_ids past_key_values penalty_alpha position_ids prompt_lookup_num_tokens "
@@ -50,8 +47,9 @@ def generate(inputs: Tensor | None = None, generation_config: Any = None, *args:
     if strings:
         given = kwargs.get("stopping_criteria") or []
         kwargs["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
-    decoding = functools.partial(decode, streamer=kwargs.get("streamer"))
-    return plain(generation_config, custom_generate=decoding, **kwargs)
+    return plain(
+        generation_config, custom_generate=functools.partial(decode, streamer=kwargs.get("streamer")), **kwargs
+    )
 
 
 def decode(
@@ -71,15 +69,15 @@ def decode(
 
     def probabilities(text: Tensor, logits: Tensor) -> Tensor:
         """Return the distribution after temperature, top-k and so on; all of it on one token if the text is greedy."""
-        scores = logits_processor(text, logits.to(text.device, torch.float32))
-        if generation_config.do_sample:
-            return scores.softmax(-1)[0]
-        return F.one_hot(scores.argmax(-1), scores.shape[-1]).float()[0]
+        scores = logits_processor(text, logits.to(text.device, torch.float32))[0]
+        return scores.softmax(-1) if generation_config.do_sample else F.one_hot(scores.argmax(-1), len(scores)).float()
 
-    drafter = Drafter(load_heads(model))
-    drafts: list[tuple[Tensor, Tensor]] = []
+    place = (model.lm_head.weight.device, model.lm_head.weight.dtype)
+    if place not in vars(model).setdefault("mtp_heads", {}):
+        model.mtp_heads = {place: Heads(model)}  # read again if the model has been moved
+    drafter, drafts = Drafter(model.mtp_heads[place]), list[tuple[Tensor, Tensor]]()
     while True:
-        first, text = input_ids.shape[1], torch.cat([input_ids, *(token for token, _ in drafts)], 1)
+        text = torch.cat([input_ids, *(token for token, _ in drafts)], 1)
         with outputs_of_layers(model, drafter.heads.reads) as outputs:
             new = text[:, cache.get_seq_length() :].to(model.device)
             logits = model(new, cache=cache, use_cache=True, logits_to_keep=len(drafts) + 1).logits
@@ -96,7 +94,7 @@ def decode(
             if not is_accepted:
                 break
         length = input_ids.shape[1]
-        rejected = first + len(drafts) + 1 - length
+        rejected = text.shape[1] + 1 - length
         cache.crop(-rejected)
         accepted = {layer: output[:, : new.shape[1] - rejected] for layer, output in outputs.items()}
         drafts = drafter.draft(input_ids, accepted, probabilities)[: generation_config.max_length - length - 1]
@@ -123,25 +121,22 @@ class Heads:
     """Weights and settings of heads 2..n on the device of the model's unembedding."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.like = weakref.proxy(model), model.lm_head.weight
-        self.place = (self.like.device, self.like.dtype)
+        self.model, self.like = model, model.lm_head.weight
         revision = getattr(model.config, "_commit_hash", None)
         find = functools.partial(cached_file, model.config.name_or_path, revision=revision)
-        with open(str(find(CONFIG)), encoding="utf-8") as file:
+        with open(str(find("mtp_config.json")), encoding="utf-8") as file:
             config = json.load(file)["config"]
-        heads, trunk_layers = config["heads"], config["model"]["trunk_layers"]
-        path = find(HEADS, _raise_exceptions_for_missing_entries=False)
+        path = find("mtp_heads.safetensors", _raise_exceptions_for_missing_entries=False)
         weights = load_file(path) if path else {}
         self.weights = {name: weight.to(self.like) for name, weight in weights.items()}
+        heads, trunk_layers = config["heads"], config["model"]["trunk_layers"]
         self.kind, self.count, self.layers_per_head = heads["kind"], heads["count"], heads["layers_per_head"]
         self.repeated, self.eps = heads["repeated"], model.config.rms_norm_eps
         self.distances = [0, *(heads["prediction_distances"] or range(1, self.count + 1))]
-        last = model.config.num_hidden_layers - 1
-        source = {"parallel": trunk_layers - 1}.get(self.kind, last)
-        self.reads = dict.fromkeys(range(2, self.count + 1), source)
+        last = trunk_layers - 1 if self.kind == "parallel" else model.config.num_hidden_layers - 1
+        between = self.layers_per_head if self.kind == "anticausal" else 0
+        self.reads = {k: last - (k - 1) * between for k in range(2, self.count + 1)}
         """Layer of the Llama whose output head k reads, by k."""
-        if self.kind == "anticausal":
-            self.reads = {k: last - (k - 1) * self.layers_per_head for k in self.reads}
         depths = range(self.layers_per_head if self.kind in ("parallel", "causal", "sequential") else 0)
         self.layers = {k: [self._layer(k, depth) for depth in depths] for k in self.reads}
 
@@ -183,7 +178,7 @@ class Heads:
         return F.linear(torch.cat(parts, -1), self.weight(head, "eh_proj"))
 
     def norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        return F.rms_norm(hidden.float(), gain.shape, gain.float(), self.eps).to(hidden.dtype)
+        return F.rms_norm(hidden.float(), gain.shape, gain.to(hidden.device).float(), self.eps).to(hidden.dtype)
 
     def logits(self, head: int, hidden: Tensor) -> Tensor:
         """Return the logits of a head's output `[1, D]`."""
@@ -225,11 +220,9 @@ class Drafter:
                 )
             # Beyond the distance of head k - 1 the first tokens are ahead of earlier positions.
             before, distance = heads.distances[k - 1 : k + 1]
-            recent = torch.cat([self.recent.get(k, hidden[:, :0]), hidden], 1)[:, before - distance :]
-            self.recent[k] = recent
+            recent = self.recent[k] = torch.cat([self.recent.get(k, hidden[:, :0]), hidden], 1)[:, before - distance :]
             for back in range(distance - before, 0, -1):
-                unbroken = unbroken and back <= recent.shape[1]
-                if unbroken:
+                if unbroken := unbroken and back <= recent.shape[1]:
                     distribution = probabilities(text, heads.logits(k, recent[:, -back]))
                     drafts.append((pick(distribution), distribution))
                     text = torch.cat([text, drafts[-1][0]], 1)
@@ -240,17 +233,6 @@ class Drafter:
         return drafts
 
 
-LOADED: "weakref.WeakKeyDictionary[Any, Heads]" = weakref.WeakKeyDictionary()
-
-
-def load_heads(model: Any) -> Heads:
-    """Return the model's heads, read again if the model has been moved since."""
-    heads = LOADED.get(model)
-    if heads is None or heads.place != (model.lm_head.weight.device, model.lm_head.weight.dtype):
-        heads = LOADED[model] = Heads(model)
-    return heads
-
-
 @contextmanager
 def outputs_of_layers(model: Any, numbers: dict[int, int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of the Llama's layers with these numbers while it runs."""
@@ -259,8 +241,8 @@ def outputs_of_layers(model: Any, numbers: dict[int, int]) -> Iterator[dict[int,
     def collect(number: int, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         outputs[number] = output
 
-    layers = {number: model.model.layers[number] for number in numbers.values()}
-    hooks = [layer.register_forward_hook(functools.partial(collect, number)) for number, layer in layers.items()]
+    collectors = {number: functools.partial(collect, number) for number in numbers.values()}
+    hooks = [model.model.layers[number].register_forward_hook(hook) for number, hook in collectors.items()]
     try:
         yield outputs
     finally:
