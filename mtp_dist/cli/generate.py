@@ -93,7 +93,7 @@ def generate(
     statistics.seconds -= output.seconds
     result = {"text": output.text, "token_ids": new_ids, "prompt_tokens": len(token_ids), **_figures(statistics)}
     if compare_plain:
-        plain_ids, plain = decode(1, max_new_tokens)
+        plain_ids, plain = decode(1, len(new_ids))
         result["plain"] = _figures(plain) | {"same_text": None if temperature else plain_ids == new_ids}
     if as_json:
         print(json.dumps(result), flush=True)
@@ -181,9 +181,10 @@ def _figures(statistics: DecodingStatistics) -> dict[str, Any]:
 
 def _facts(result: dict[str, Any]) -> dict[str, str]:
     facts = {"Decoding": _speed(result)}
-    if result["acceptance"]:
-        rates = ", ".join(f"{rate:.0%}" for rate in result["acceptance"].values())
-        facts["Accepted"] = f"{rates} at distances 2, 3, ... of drafts whose predecessors were accepted"
+    if acceptance := result["acceptance"]:
+        rates, last = ", ".join(f"{rate:.0%}" for rate in acceptance.values()), max(acceptance)
+        distances = f"distances 2 to {last}" if last > 2 else "distance 2"
+        facts["Accepted"] = f"{rates} at {distances}, of drafts whose predecessors were accepted"
     if plain := result.get("plain"):
         ratio = result["tokens_per_second"] / plain["tokens_per_second"]
         texts = {None: "", True: ", the same text", False: ", ANOTHER TEXT: rounding decided a near tie"}

@@ -110,8 +110,8 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> _Folder:
         tokenizer = build_tokenizer(config.data.tokenizer)
     except ConfigError as error:
         raise ConfigError(
-            f"--model = '{folder}' was trained with a tokenizer that is not here: {error}. Put it back, or give an "
-            "export of this checkpoint, which contains its tokenizer"
+            f"--model = '{folder}' was trained with a tokenizer that is not here: {error}. Put it back (a relative "
+            "path begins in the current folder), or give an export, which contains its tokenizer"
         ) from None
     return _Folder(config, tokenizer, _checkpoint_weights(checkpoint, config), DTYPES[config.train.precision])
 
