@@ -1,10 +1,15 @@
 """Decoding with the heads on NVIDIA GPUs. Skipped on other machines."""
 
+import json
+
 import pytest
 import torch
 
+from mtp_dist.cli.generate import generate
+from mtp_dist.inference.generator import Generator
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.tree import choose_tree
+from tests.unit.convert.folders import write_model
 from tests.unit.inference.models import VARIANTS, padded_prompts, tiny_model
 
 GPUS = torch.cuda.device_count()
@@ -35,6 +40,16 @@ def test_bf16_drafts_are_accepted_as_in_fp32(variant: str) -> None:
     drafted = _generate(model, prompts, mask, Speculation(heads=4))
     first_tokens = slice(8, 12)
     assert (plain[:, first_tokens] == drafted[:, first_tokens]).float().mean() > 0.9
+
+
+def test_command_runs_on_the_gpu(tmp_path, capsys) -> None:
+    write_model(tmp_path / "c", train={"sequence_length": 64})
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    generate(model=str(tmp_path / "c"), prompt="def f", speculative=4, as_json=True)
+    assert torch.cuda.max_memory_allocated() > before
+    result, on_cpu = json.loads(capsys.readouterr().out), Generator.open(tmp_path / "c")
+    assert on_cpu.generate([on_cpu.prompt_ids("def f")], result["new_tokens"]) == [result["token_ids"]]
 
 
 @pytest.mark.multi_gpu
