@@ -26,7 +26,7 @@ Step {{ step }} of the run `{{ config.run.name }}`, pretrained with mtp_dist: a 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("."{{ ", trust_remote_code=True" if needs_code }})
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{{ ", trust_remote_code=True" if is_linear }})
 prompt = tokenizer({{ prompt }}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50{{ ", use_mtp=True" if use_mtp }})[0]))
 ```
@@ -116,6 +116,7 @@ def model_card(
         without_code=WITHOUT_CODE[architecture],
         drafts_with=drafts_with,
         needs_code=drafts_with or architecture == LINEAR,
+        is_linear=architecture == LINEAR,
         use_mtp=architecture == MTP,
         end=end_token,
         # transformers' MTP layers fail on a prompt shorter than their number.

@@ -97,9 +97,10 @@ def export_checkpoint(
     with new_folder(target) as folder:
         others = _write_weights(folder, config, read, architecture, DTYPES[dtype], on_progress)
         end = build_tokenizer(config.data.tokenizer).end_of_document
-        # Before the tokenizer: AutoTokenizer opens it by config.json.
-        _write_json(folder / "config.json", model_config(config, end, dtype, architecture))
+        # Before the tokenizer: AutoTokenizer opens it by config.json, and asks about one that names code.
+        _write_json(folder / "config.json", llama_config(config, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
+        _write_json(folder / "config.json", model_config(config, end, dtype, architecture))
         _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
         saved = {"step": metadata.step, "vocab_size": config.vocab_size, **config_to_save(config)}
         _write_json(folder / HEADS_CONFIG, saved)

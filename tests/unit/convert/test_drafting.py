@@ -4,6 +4,7 @@ Verification hides wrong drafts, so draft logits are compared with the training 
 """
 
 import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.generation.candidate_generator import MTPCandidateGenerator
@@ -23,6 +25,7 @@ from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.cli import app
 from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.head_layout import MTP, transformers_architecture
+from mtp_dist.convert.llama import LAYER
 from mtp_dist.convert.remote import generate as remote
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError
@@ -392,3 +395,25 @@ def test_code_in_a_folder_needs_no_mtp_dist() -> None:
     for file in Path(inspect.getfile(remote)).parent.glob("*.py"):
         assert "import mtp_dist" not in file.read_text() and "from mtp_dist" not in file.read_text()
     assert len(inspect.getsource(remote).splitlines()) <= 250
+
+
+@pytest.mark.parametrize("case", ["two heads", "repeated, tied"])
+def test_documented_layout_of_mimo(tmp_path: Path, case: str) -> None:
+    """The recipe writes every weight under MiMo's names, with the halves of the block's matrix swapped."""
+    heads, model = NATIVE[case]
+    reference, _ = export(tmp_path, heads, model | {"rope_scaling": None})
+    page = (Path(__file__).parents[3] / "docs" / "huggingface.md").read_text()
+    recipe = page.partition("    import json, re, shutil\n")[2].partition("\n## ")[0]
+    for name, folder in {"exports/sequential": "hf", "exports/mimo": "mimo"}.items():
+        recipe = recipe.replace(name, str(tmp_path / folder))
+    exec("import json, re, shutil\n" + textwrap.dedent(recipe), {})
+    tensors = load_file(tmp_path / "mimo" / "model.safetensors")
+    mtp = {name.removeprefix("model.mtp_layers.0.") for name in tensors if "mtp_layers" in name}
+    parts = [part for parts in LAYER.values() for part in parts]
+    biases = [f"self_attn.{part}_proj.bias" for part in "qkv"]
+    norms = ["token_layernorm", "hidden_layernorm", "final_layernorm"]
+    assert mtp == {*parts, *biases, *(f"{name}.weight" for name in (*norms, "input_proj"))}
+    assert not [name for name in tensors if "layers.5" in name], "one block"
+    halves = reference.weight(f"heads.{'repeated' if 'repeated' in heads else 2}.eh_proj.weight").chunk(2, 1)
+    assert torch.equal(tensors["model.mtp_layers.0.input_proj.weight"], torch.cat(halves[::-1], 1))
+    check_logits(reference, AutoModelForCausalLM.from_pretrained(tmp_path / "mimo"))
