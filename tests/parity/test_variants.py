@@ -42,6 +42,7 @@ TWO_STEPS = [
     *product("tp2-pp2-dp1-sp", *(f"heads.kind={kind} {ISOLATED}" for kind in ("parallel", "linear"))),
     f"tp1-pp2-dp1 {SEQUENTIAL} {ISOLATED} heads.z_loss=0.01",
     f"tp2-pp2-dp1-sp {SEQUENTIAL} {ISOLATED} {NAIVE}",
+    f"tp1-pp2-dp2 {SEQUENTIAL} {ISOLATED} {ZERO}",
     f"tp1-pp2-dp2 {SEQUENTIAL} {ISOLATED} {TIED} {ZERO} {ORDERED} {DISTILLED}",
     f"tp2-pp1-dp1 heads.kind=mlp {ISOLATED} {SEPARATE} {RECOMPUTE}",
     f"tp2-pp1-dp1-sp heads.kind=causal {ISOLATED} {NAIVE} {TIED}",
