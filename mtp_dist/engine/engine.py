@@ -19,7 +19,6 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
 from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, module_group
-from mtp_dist.engine.heads_with_loss import HeadsWithLoss
 from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer
 from mtp_dist.engine.optimizer_state import set_master_weight
@@ -154,7 +153,7 @@ class TrainingEngine:
         self._begin(batch, schedule, "evaluation")
         self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
         distances = self.config.heads.distances[-1] - 1
-        self._sum_over_ranks(self._local_sums(lambda heads: heads.acceptance_sums, distances, 2))
+        self._sum_over_ranks(self.stage.heads.acceptance_sums if self._has_sums else self._zeros(distances, 2))
         head_sums, acceptance_sums = (total.cpu() for total in self._totals)
         return head_metrics(self.config, HeadSums(head_sums), schedule, acceptance_sums)
 
@@ -193,16 +192,19 @@ class TrainingEngine:
     def _sum_over_ranks(self, *others: Tensor) -> None:
         """Leave the sums over all ranks of HeadSums and of other tensors in `_totals`, by one collective."""
         shape = self.config.heads.count + 1, len(HeadSums.COLUMNS)
-        tensors = [self._local_sums(lambda heads: heads.sums.tensor, *shape), *others]
+        tensors = [self.stage.heads.sums.tensor if self._has_sums else self._zeros(*shape), *others]
         together = torch.cat([*map(torch.flatten, tensors)])
         dist.all_reduce(together)
         totals = together.split([tensor.numel() for tensor in tensors])
         self._totals = [*map(Tensor.view_as, totals, tensors)]
 
-    def _local_sums(self, sums: Callable[[HeadsWithLoss], Tensor], *shape: int) -> Tensor:
-        """Return sums that the heads have added up if this rank counts, else zeros of that shape."""
-        if self.topology.holds_loss and self.topology.tp_rank == 0:
-            return sums(self.stage.heads)
+    @property
+    def _has_sums(self) -> bool:
+        """True on the one rank of a replica whose heads' sums count."""
+        return self.topology.holds_loss and self.topology.tp_rank == 0
+
+    def _zeros(self, *shape: int) -> Tensor:
+        """Return what other ranks add to the sums."""
         return torch.zeros(shape, dtype=torch.float64, device=self.topology.device)
 
     def _clip(self) -> None:

@@ -41,6 +41,7 @@ class HeadsWithLoss(PredictionHeads):
     def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__(config, megatron)
         self.vocabulary = Vocabulary(config.vocab_size, IGNORE_INDEX, tp_group())
+        self.distances = config.heads.distances
         self.begin(torch.zeros(config.heads.count + 1), config.heads.count)
 
     def begin(self, scales: Tensor, active_heads: int) -> None:
@@ -51,7 +52,7 @@ class HeadsWithLoss(PredictionHeads):
         self.scales, self.active_heads = scales, active_heads
         self.sums = HeadSums(scales.new_zeros(len(scales), len(HeadSums.COLUMNS), dtype=torch.float64))
         """Sums over the batch's micro-batches so far, fp64."""
-        self.acceptance_sums = scales.new_zeros(self.config.heads.distances[-1] - 1, 2, dtype=torch.float64)
+        self.acceptance_sums = scales.new_zeros(self.distances[-1] - 1, 2, dtype=torch.float64)
         """The same of `draft_acceptance_sums`; 0 in training."""
 
     def forward(
@@ -80,7 +81,7 @@ class HeadsWithLoss(PredictionHeads):
 
     def _add_acceptance(self, greedy: GreedyTokens, micro_batch: MicroBatch) -> None:
         valid = (micro_batch.targets != IGNORE_INDEX).transpose(1, 2)
-        sums = draft_acceptance_sums(greedy.token_ids, valid, self.config.heads.distances[: self.active_heads])
+        sums = draft_acceptance_sums(greedy.token_ids, valid, self.distances[: self.active_heads])
         self.acceptance_sums[: len(sums)] += sums
 
     def _objective(self, micro_batch: MicroBatch, greedy: GreedyTokens | None) -> Objective:
