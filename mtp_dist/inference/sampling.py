@@ -68,10 +68,14 @@ class Sampler:
         scores = logits.to(torch.float32, copy=True)
         if len(self.warpers) == len(self.processors):
             return self._warp(scores.flatten(0, 1)).view_as(scores)
-        for row, row_scores in enumerate(scores):
-            for column, column_scores in enumerate(row_scores):
-                token_ids = cast(LongTensor, text_before(row, column)[None])
-                scores[row, column] = self.processors(token_ids, column_scores[None])[0]
+        for column in range(scores.shape[1]):
+            texts = [text_before(row, column) for row in range(len(scores))]
+            for length in {len(text) for text in texts}:
+                # Processors may keep something for each row of the batch, so each call has as many rows.
+                rows = [row for row, text in enumerate(texts) if len(text) == length]
+                token_ids = torch.stack([text if len(text) == length else texts[rows[0]] for text in texts])
+                processed = self.processors(cast(LongTensor, token_ids), scores[:, column].clone())
+                scores[rows, column] = processed[rows]
         return scores
 
     def _warp(self, scores: Tensor) -> Tensor:
