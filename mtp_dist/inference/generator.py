@@ -72,7 +72,7 @@ class Generator:
         """
         speculation = speculation or Speculation()
         longest = max(map(len, prompts))
-        self._check(longest, max_new_tokens, temperature, speculation.heads)
+        self._check(prompts, max_new_tokens, temperature, speculation.heads)
         if longest + max_new_tokens > self.positions:
             max_new_tokens = self.positions - longest
             logger.warning(
@@ -97,8 +97,11 @@ class Generator:
         ends = torch.tensor((settings | options)["eos_token_id"]).view(-1).tolist()
         return [_until(row, ends) for row in result[:, longest:].tolist()]
 
-    def _check(self, prompt_tokens: int, max_new_tokens: int, temperature: float, heads: int | None) -> None:
+    def _check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, heads: int | None
+    ) -> None:
         """Raise ConfigError for arguments that make no sense."""
+        prompt_tokens = max(map(len, prompts))
         count = self.config.heads.count
         if heads is not None and not 1 <= heads <= count:
             raise ConfigError(
@@ -109,6 +112,8 @@ class Generator:
                 f"--prompt has {prompt_tokens} tokens, but the model was trained on texts of {self.positions}: "
                 "shorten it"
             )
+        if not all(prompts):
+            raise ConfigError("--prompt has no tokens: begin it with the end of a document, as prompt_ids does")
         if max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens = {max_new_tokens} is below 1: use at least 1")
         if temperature and not MIN_TEMPERATURE <= temperature < math.inf:

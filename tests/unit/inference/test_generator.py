@@ -64,6 +64,7 @@ def test_batch_has_the_texts_of_its_prompts(generator: Generator, caplog: pytest
             {"prompts": [[1] * POSITIONS]},
             "--prompt has 64 tokens, but the model was trained on texts of 64: shorten it",
         ),
+        ({"prompts": [[1], []]}, "--prompt has no tokens: begin it with the end of a document"),
         ({"max_new_tokens": 0}, "--max-new-tokens = 0 is below 1"),
         ({"temperature": -0.5}, "--temperature = -0.5: use 0 for the most probable tokens"),
         ({"temperature": 1e-30}, "--temperature = 1e-30: "),
