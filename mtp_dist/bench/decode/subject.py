@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
 from mtp_dist.bench.decode.generated import cycle_tokens, generated_weights
 from mtp_dist.bench.decode.settings import DTYPES, GeneratedModel, Settings
@@ -21,7 +23,7 @@ from mtp_dist.errors import LaunchError
 from mtp_dist.inference.configuration import generation_model_config
 from mtp_dist.inference.loading import model_weights, open_model
 from mtp_dist.inference.model import MTPForCausalLM
-from mtp_dist.inference.packing import can_pack, pack_linear_layers
+from mtp_dist.inference.packing import PackedLinear, can_pack, pack_linear_layers
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,44 @@ class Subject:
     """Function that returns that many prompts `[B, P]`."""
     source: str
     """The name of a trained model's folder; `generated` for others."""
+    exported: "ExportedModel | None" = None
+    """A checkpoint as transformers opens its export that drafts."""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model that drafts in transformers, with the code of its export."""
+
+    model: Any
+    mtp: MtpModel | None
+    """The heads that `use_mtp` drafts with; None if the export's own code drafts."""
+    folder: "TemporaryDirectory[str]"
+    """The export, which exists as long as this object: its code reads the heads when it drafts first."""
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path, settings: Settings) -> "ExportedModel":
+        temporary = TemporaryDirectory()
+        folder = Path(temporary.name, "export")
+        exported = export_checkpoint(checkpoint, folder, settings.dtype, engine="transformers")
+        uses_mtp = "use_mtp" in (exported.drafts_with or "")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[settings.dtype], trust_remote_code=True)
+        _prepare(model, settings)
+        return cls(model, MtpModel.from_pretrained(model) if uses_mtp else None, temporary)
+
+    def generate(self, prompts: Tensor, **options: Any) -> Tensor:
+        """Generate with drafts; use_mtp loads the heads at each call, which is not the time to measure."""
+        with patch.object(MtpModel, "from_pretrained", return_value=self.mtp):
+            result: Tensor = self.model.generate(prompts, **options, **{"use_mtp": True} if self.mtp else {})
+        return result
 
 
 def generated_subject(wanted: GeneratedModel, settings: Settings) -> Subject:
     config = wanted.config(settings.positions + wanted.heads)
     weights = dict(model_weights(config, generated_weights(config, wanted.acceptance).items()))
-    in_llama = {name: weight for name, weight in weights.items() if not name.startswith("draft_")}
     model: MTPForCausalLM = MTPForCausalLM.from_pretrained(
         None, config=generation_model_config(config, 0, "fp32"), state_dict=weights
     )
-    llama: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        None, config=LlamaConfig(**llama_config(config, 0, "fp32")), state_dict=in_llama
-    )
     _prepare(model, settings)
-    _prepare(llama, settings)
     if can_pack(model.lm_head.weight):
         pack_linear_layers(model)
     text = cycle_tokens(config)
@@ -58,7 +84,7 @@ def generated_subject(wanted: GeneratedModel, settings: Settings) -> Subject:
         starts = torch.arange(count) * len(text) // count
         return text[(starts[:, None] + torch.arange(settings.prompt_tokens)) % len(text)]
 
-    return Subject(model, llama, config, prompts, "generated")
+    return Subject(model, _llama(model, config, settings), config, prompts, "generated")
 
 
 def trained_subject(folder: Path, settings: Settings) -> Subject:
@@ -82,19 +108,24 @@ def trained_subject(folder: Path, settings: Settings) -> Subject:
         starts = torch.arange(count) * (len(tokens) - settings.prompt_tokens) // count
         return tokens[starts[:, None] + torch.arange(settings.prompt_tokens)]
 
-    llama = _exported_llama(folder, settings.dtype) if config.heads.traits.exportable else None
-    for opened in filter(None, (model, llama)):
-        _prepare(opened, settings)
-    return Subject(model, llama, config, prompts, folder.name)
+    _prepare(model, settings)
+    is_export = (folder / HEADS_CONFIG).exists()
+    exported = None if is_export else ExportedModel.of_checkpoint(folder, settings)
+    return Subject(model, _llama(model, config, settings), config, prompts, folder.name, exported)
 
 
-def _exported_llama(folder: Path, dtype: str) -> LlamaForCausalLM:
-    """Return trunk and head 1, as transformers loads them from an export."""
-    with TemporaryDirectory() as temporary:
-        if not (folder / HEADS_CONFIG).exists():
-            checkpoint, folder = folder, Path(temporary, "export")
-            export_checkpoint(checkpoint, folder, dtype)
-        llama: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+def _llama(model: MTPForCausalLM, config: Config, settings: Settings) -> LlamaForCausalLM | None:
+    """Return trunk and head 1 as the plain export has them; None if no Llama computes them."""
+    if not config.heads.traits.exportable:
+        return None
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("draft_")}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and not name.startswith("draft_"):
+            weights[f"{name}.weight"] = module.packed.to_dense()
+    llama: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        None, config=LlamaConfig(**llama_config(config, 0, settings.dtype)), state_dict=weights
+    )
+    _prepare(llama, settings)
     return llama
 
 
@@ -103,7 +134,7 @@ def _validation_tokens(tokenizer: Tokenizer) -> Tensor:
     return torch.cat([torch.as_tensor(tokenizer.encode(text)).long() for text in texts])
 
 
-def _prepare(model: LlamaForCausalLM, settings: Settings) -> None:
+def _prepare(model: PreTrainedModel, settings: Settings) -> None:
     # Without an end of the text all decode the same number of tokens.
     model.generation_config = GenerationConfig(pad_token_id=0)
     nn.Module.to(model, settings.device, DTYPES[settings.dtype])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from mtp_dist.inference.tree import DraftTree, choose_tree
 from mtp_dist.planner.decoding import DecodingCosts, Device
 
 PLAIN, ADAPTIVE, TREE = "plain", "adaptive", "tree"
-TRANSFORMERS, PROMPT_LOOKUP = "transformers", "transformers, prompt lookup"
+TRANSFORMERS, PROMPT_LOOKUP, EXPORTED = "transformers", "transformers, prompt lookup", "transformers, exported heads"
 LOOKUP_TOKENS = 10
 """Number of tokens that prompt lookup drafts, that of transformers' documentation."""
 TREE_NODES = 16
@@ -112,19 +113,14 @@ def own_variants(subject: Subject, prompts: Tensor, texts: Tensor, settings: Set
 
 
 def transformers_variants(subject: Subject, prompts: Tensor, new_tokens: int) -> list[Variant]:
-    """Return transformers' own decoding of the same weights, and its ways to draft without heads."""
-    llama = subject.llama
-    if llama is None:
-        return []
-
-    def decode(**options: int) -> Tensor:
-        mask = torch.ones_like(prompts)
-        result: Tensor = llama.generate(
-            prompts, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, **options
-        )
-        return result
-
-    variants = [Variant(TRANSFORMERS, decode)]
-    if len(prompts) == 1:  # it raises for more
-        variants.append(Variant(PROMPT_LOOKUP, lambda: decode(prompt_lookup_num_tokens=LOOKUP_TOKENS)))
-    return variants
+    """Return transformers' own decoding of the same weights, and its ways to draft, which take one text at a time."""
+    options = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": new_tokens, "do_sample": False}
+    llama, exported, one = subject.llama, subject.exported, len(prompts) == 1
+    runs: dict[str, Callable[[], Any]] = {}
+    if llama:
+        runs[TRANSFORMERS] = lambda: llama.generate(prompts, **options)
+    if llama and one:
+        runs[PROMPT_LOOKUP] = lambda: llama.generate(prompts, **options, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    if exported and one:
+        runs[EXPORTED] = lambda: exported.generate(prompts, **options)
+    return [Variant(name, run) for name, run in runs.items()]

@@ -102,16 +102,19 @@ def test_bounds():
     ]
 
 
-@pytest.mark.parametrize("kind", ["parallel", "linear"])
-def test_trained_model(tmp_path, kind):
-    """Prompts are real text; no Llama computes linear heads."""
+@pytest.mark.parametrize("kind", ["parallel", "linear", "sequential"])
+def test_trained_model(tmp_path, kind, monkeypatch):
+    """Prompts are real text; no Llama computes linear heads; transformers drafts with the heads of the export."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     write_model(tmp_path / "step_00000007", heads={"count": 3, "kind": kind}, train={"sequence_length": 64})
     settings = settings_of("1,2", 6)
     subject = trained_subject(tmp_path, settings)
     assert len({tuple(prompt) for prompt in subject.prompts(2).tolist()}) == 2
     rows = measure_decoding(subject, settings)["rows"]
-    names = [row["variant"] for row in rows if row["batch"] == 2]
-    assert names == (CHAINS if kind == "parallel" else CHAINS[:-1])
+    own = CHAINS[:-1] if kind == "linear" else CHAINS
+    assert [row["variant"] for row in rows if row["batch"] == 2] == own
+    drafting = [*([] if kind == "linear" else ["transformers, prompt lookup"]), "transformers, exported heads"]
+    assert [row["variant"] for row in rows if row["batch"] == 1] == [*own, *drafting]
     assert all(row["equal_tokens"] == 1 for row in rows)
 
 
