@@ -35,7 +35,8 @@ from mtp_dist.convert.to_huggingface import export_checkpoint, llama_config
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.inference.acceptance import candidate_acceptance
 from mtp_dist.inference.configuration import generation_model_config
-from mtp_dist.inference.loading import model_weights, open_model
+from mtp_dist.inference.generator import Generator
+from mtp_dist.inference.loading import model_weights
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.tree import choose_tree
@@ -87,7 +88,7 @@ def train(kind: str, folder: Path) -> None:
 
 def trained_models(folder: Path) -> tuple[MTPForCausalLM, PreTrainedModel]:
     """Return the model for generation and the plain one of a run."""
-    model = open_model(folder)[0]
+    model = Generator.open(folder).model
     if not model.heads.traits.exportable:
         return model, model
     with tempfile.TemporaryDirectory() as scratch:

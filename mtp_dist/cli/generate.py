@@ -111,7 +111,7 @@ def _open(folder: Path) -> Generator:
     from mtp_dist.inference.generator import Generator
 
     transformers_logging.set_verbosity_error()
-    options = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with progress_bar() as bar:
         return Generator.open(folder, on_verified=updates(bar, "verifying"), **options)
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.config import Config
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, DataError
-from mtp_dist.inference.loading import open_model
+from mtp_dist.inference.loading import read_folder
 from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.inference.packing import can_pack, pack_linear_layers
 from mtp_dist.inference.speculation import Speculation
 
 logger = logging.getLogger(__name__)
@@ -33,9 +35,22 @@ class Generator:
     """Configuration of the run that trained the model."""
 
     @classmethod
-    def open(cls, folder: Path, **options: Any) -> "Generator":
-        """Open an export, a checkpoint or a run. options and errors: see `open_model`."""
-        return cls(*open_model(folder, **options))
+    def open(
+        cls,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        on_verified: ProgressCallback = lambda done, total: None,
+        **options: Any,
+    ) -> "Generator":
+        """Open an export, a checkpoint or a run with the errors of `read_folder` and the options of `from_folder`.
+
+        Without a `device_map` the model is on the CPU, packed, which means for inference only.
+        """
+        read = read_folder(folder, on_verified)
+        model = MTPForCausalLM.from_folder(read, dtype, **options)
+        if not options.get("device_map") and can_pack(model.lm_head.weight):
+            pack_linear_layers(model)
+        return cls(model, read.tokenizer, read.config)
 
     @property
     def positions(self) -> int:

@@ -1,15 +1,12 @@
-"""Opening a checkpoint or an export as a model for generation."""
+"""Reading a checkpoint or an export for generation."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from mtp_dist.checkpoint.find import find_valid_checkpoint
 from mtp_dist.checkpoint.format import MANIFEST, METADATA_FILE, MODEL, InvalidCheckpointError, read_metadata
@@ -23,74 +20,47 @@ from mtp_dist.convert.to_huggingface import DTYPES
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
-from mtp_dist.inference.configuration import generation_model_config
-from mtp_dist.inference.model import MTPForCausalLM
-from mtp_dist.inference.packing import can_pack, pack_linear_layers
 from mtp_dist.model.parameters import parameter_shapes
 
 
-class _Folder(NamedTuple):
-    """What a folder contains."""
+class ModelFolder(NamedTuple):
+    """What a checkpoint or an export contains."""
 
+    path: Path
     config: Config
+    """Configuration of the run that trained the model."""
     tokenizer: Tokenizer
     weights: Iterator[tuple[str, Tensor]]
-    """Full weights by global name, read one by one."""
+    """Weights of an MTPForCausalLM by name, read one by one."""
     dtype: torch.dtype
+    """That of an export's files, or `train.precision`."""
 
 
-def open_model(
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    on_verified: ProgressCallback = lambda done, total: None,
-    **options: Any,
-) -> tuple[MTPForCausalLM, Tokenizer, Config]:
-    """Return the model of an export or a checkpoint, its tokenizer and the configuration of the run that trained it.
+def read_folder(folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> ModelFolder:
+    """Read an export or a checkpoint: in a run's folder or one of several checkpoints the newest valid one.
 
-    In a run's folder or one of several checkpoints the newest valid one is opened. dtype: by default that of an
-    export's files, or `train.precision`. `on_verified` follows the verification of a checkpoint's weights in bytes.
-    options: those of transformers' `from_pretrained`, such as `device_map`; without it the model is on the CPU, packed,
-    which means for inference only. Raise CheckpointError if the folder has no model or a corrupt one, ConfigError or
-    DataError if its tokenizer cannot be used.
+    `on_verified` follows the verification of a checkpoint's weights in bytes. Raise CheckpointError if the folder has
+    no model or a corrupt one, ConfigError or DataError if its tokenizer cannot be used.
     """
     read = _open_export(folder) if (folder / HEADS_CONFIG).exists() else _open_checkpoint(folder, on_verified)
-    config, tokenizer = read.config, read.tokenizer
-    if tokenizer.vocab_size > config.vocab_size:
+    if read.tokenizer.vocab_size > read.config.vocab_size:
         raise CheckpointError(
-            f"--model = '{folder}' has a vocabulary of {config.vocab_size} tokens, its tokenizer one of "
-            f"{tokenizer.vocab_size}: it belongs to another model, put back the one that this model was trained with"
+            f"--model = '{folder}' has a vocabulary of {read.config.vocab_size} tokens, its tokenizer one of "
+            f"{read.tokenizer.vocab_size}: it belongs to another model, put back the one that this model was trained "
+            "with"
         )
-    end, dtype = tokenizer.end_of_document, dtype or read.dtype
-    weights = model_weights(config, _finite(read.weights, folder))
-    model: MTPForCausalLM
-    report: dict[str, set[str]]
-    with _silent_loading():
-        model, report = MTPForCausalLM.from_pretrained(  # type: ignore[misc]
-            None,
-            config=generation_model_config(config, end, config.train.precision),
-            state_dict={name: weight.to(dtype) for name, weight in weights},
-            dtype=dtype,
-            output_loading_info=True,
-            **options,
-        )
-    if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
-        raise CheckpointError(f"--model = '{folder}' has other weights than its configuration requires: {wrong[0]}")
-    model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    model.eval()  # type: ignore[no-untyped-call]
-    if not options.get("device_map") and can_pack(model.lm_head.weight):
-        pack_linear_layers(model)
-    return model, tokenizer, config
+    return read._replace(weights=model_weights(read.config, _finite(read.weights, folder)))
 
 
-def _open_export(folder: Path) -> _Folder:
+def _open_export(folder: Path) -> ModelFolder:
     config, weights = exported_weights(folder)
     bytes_name = config.data.tokenizer == ByteTokenizer.name
     tokenizer = build_tokenizer(ByteTokenizer.name if bytes_name else str(folder), "--model")
     first = next(weights)
-    return _Folder(config, tokenizer, chain([first], weights), first[1].dtype)
+    return ModelFolder(folder, config, tokenizer, chain([first], weights), first[1].dtype)
 
 
-def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> _Folder:
+def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder:
     if (folder / METADATA_FILE).exists() and not (folder / MANIFEST).exists():
         raise CheckpointError(
             f"--model = '{folder}' has no {MANIFEST}: it is an incomplete checkpoint, or a model of Hugging Face, "
@@ -113,7 +83,9 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> _Folder:
             f"--model = '{folder}' was trained with a tokenizer that is not here: {error}. Put it back (a relative "
             "path begins in the current folder), or give an export, which contains its tokenizer"
         ) from None
-    return _Folder(config, tokenizer, _checkpoint_weights(checkpoint, config), DTYPES[config.train.precision])
+    return ModelFolder(
+        folder, config, tokenizer, _checkpoint_weights(checkpoint, config), DTYPES[config.train.precision]
+    )
 
 
 def _checkpoint_weights(checkpoint: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -135,20 +107,6 @@ def _finite(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tup
                 "checkpoint"
             )
         yield name, weight
-
-
-@contextmanager
-def _silent_loading() -> Iterator[None]:
-    """Silence transformers' progress bar, and its report of missing weights, which is an error here."""
-    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
 
 
 def model_weights(config: Config, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,19 +1,26 @@
 """Trunk and heads for generation: a Llama of transformers, and the blocks of heads 2..n."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.utils import logging as transformers_logging
 
+from mtp_dist.errors import CheckpointError
 from mtp_dist.inference.adaptive import AdaptiveLength
 from mtp_dist.inference.cache import PositionCache
-from mtp_dist.inference.configuration import MTPConfig
+from mtp_dist.inference.configuration import MTPConfig, generation_model_config
 from mtp_dist.inference.decoding import decode
+from mtp_dist.inference.loading import ModelFolder, read_folder
 from mtp_dist.inference.spans import Span
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.model.parameters import head_key
@@ -121,6 +128,42 @@ class MTPForCausalLM(LlamaForCausalLM):
         longest = self.heads.distances[-1]
         return self.adaptive_lengths.setdefault(batch_size, AdaptiveLength(longest))
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **options: Any
+    ) -> Any:
+        """Open a checkpoint or an export, with the options and errors of `from_folder` and `read_folder`.
+
+        Without a folder return what transformers does for a `config` and a `state_dict`.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **options)
+        return cls.from_folder(read_folder(Path(pretrained_model_name_or_path)), **options)
+
+    @classmethod
+    def from_folder(cls, folder: ModelFolder, dtype: torch.dtype | None = None, **options: Any) -> MTPForCausalLM:
+        """Return the model of a folder. Raise CheckpointError if it lacks a weight.
+
+        dtype: by default the folder's. options: those of transformers' `from_pretrained`, such as `device_map`.
+        """
+        config, end = folder.config, folder.tokenizer.end_of_document
+        dtype = dtype or folder.dtype
+        with _silent_loading():
+            model, report = cls.from_pretrained(
+                None,
+                config=generation_model_config(config, end, config.train.precision),
+                state_dict={name: weight.to(dtype) for name, weight in folder.weights},
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
+        if wrong := sorted(report["missing_keys"] | report["unexpected_keys"]):
+            raise CheckpointError(
+                f"--model = '{folder.path}' has other weights than its configuration requires: {wrong[0]}"
+            )
+        model.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+        return model.eval()
+
     @property
     def num_cache_layers(self) -> int:
         """Number of transformer layers with keys and values: the Llama's, then those of heads 2..n."""
@@ -201,3 +244,17 @@ class MTPForCausalLM(LlamaForCausalLM):
             logits = [self.draft_unembeddings[str(k)](hidden[:, column]) for column, k in enumerate(heads)]
             return torch.stack(logits, 1)
         return self.lm_head(hidden)
+
+
+@contextmanager
+def _silent_loading() -> Iterator[None]:
+    """Silence transformers' progress bar, and its report of missing weights, which is an error here."""
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -21,7 +21,8 @@ from mtp_dist.data.sources.python_stdlib import stdlib_files
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import LaunchError
 from mtp_dist.inference.configuration import generation_model_config
-from mtp_dist.inference.loading import model_weights, open_model
+from mtp_dist.inference.generator import Generator
+from mtp_dist.inference.loading import model_weights
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.packing import PackedLinear, can_pack, pack_linear_layers
 
@@ -93,7 +94,8 @@ def trained_subject(folder: Path, settings: Settings) -> Subject:
     Raise CheckpointError if the folder has neither, LaunchError if the texts would exceed its positions.
     """
     options: dict[str, Any] = {"device_map": settings.device} if settings.device == "cuda" else {}
-    model, tokenizer, config = open_model(folder, DTYPES[settings.dtype], **options)
+    generator = Generator.open(folder, DTYPES[settings.dtype], **options)
+    model, tokenizer, config = generator.model, generator.tokenizer, generator.config
     if config.heads.count == 1:
         raise LaunchError(f"--model {folder} has one head, which drafts nothing: give a model with more heads")
     longest = config.train.sequence_length

@@ -19,7 +19,8 @@ from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, UserError
 from mtp_dist.inference import loading
 from mtp_dist.inference.generator import Generator
-from mtp_dist.inference.loading import model_weights, open_model
+from mtp_dist.inference.loading import model_weights
+from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import DecodingStatistics, Speculation
 from mtp_dist.model.parameters import parameter_shapes
 from tests.tiny import LLAMA3_ROPE, tiny_config
@@ -63,8 +64,8 @@ def test_checkpoint_and_exports_are_the_same_model(tmp_path: Path, name: str) ->
     state = generator.model.state_dict()
     for dtype, rounded in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         export_checkpoint(folder, tmp_path / dtype, dtype)
-        exported, tokenizer, _ = open_model(tmp_path / dtype, device_map="cpu")
-        assert exported.dtype == rounded and tokenizer.name == "bytes"
+        exported = MTPForCausalLM.from_pretrained(tmp_path / dtype)
+        assert exported.dtype == rounded
         weights = exported.state_dict()
         assert weights.keys() == state.keys()
         assert all(torch.equal(weights[key], state[key].to(rounded)) for key in state)
@@ -75,7 +76,7 @@ def test_precision(tmp_path: Path) -> None:
     reference = write_model(tmp_path / "c", train={"precision": "bf16"})
     weight = reference.weight("final_norm.weight")
     for dtype, expected in ((None, weight.bfloat16()), (torch.float32, weight)):
-        model, *_ = open_model(tmp_path / "c", dtype=dtype)
+        model = MTPForCausalLM.from_pretrained(tmp_path / "c", dtype=dtype)
         assert torch.equal(model.model.norm.weight, expected)
 
 
@@ -173,7 +174,7 @@ def test_fault_is_one_message(tmp_path: Path, fault: str) -> None:
     make, expected = FAULTS[fault]
     make(folder := tmp_path / "m")
     with pytest.raises(UserError) as error:
-        open_model(folder)
+        Generator.open(folder)
     message = str(error.value)
     assert str(folder) in message and expected.format(folder=folder) in message, message
     assert "\n" not in message
@@ -186,7 +187,7 @@ def test_no_weight_is_left_random(tmp_path: Path) -> None:
         return (weight for weight in model_weights(*args) if weight[0] != "draft_blocks.2.layers.0.mlp.up_proj.weight")
 
     with patch.object(loading, "model_weights", without_one), pytest.raises(CheckpointError, match="up_proj"):
-        open_model(tmp_path / "c")
+        Generator.open(tmp_path / "c")
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -201,5 +202,5 @@ def test_memory(tmp_path: Path) -> None:
         return weight
 
     with patch.object(TensorReader, "read", recording_read):
-        open_model(tmp_path / "c")
+        Generator.open(tmp_path / "c")
     assert len(numbers) > 40 and max(numbers) <= 2
