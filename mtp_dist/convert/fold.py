@@ -14,7 +14,7 @@ ReadWeight = Callable[[str], Tensor]
 def fold_final_norm(config: Config, read: ReadWeight) -> tuple[Config, ReadWeight]:
     """Return a model that computes the same, whose final norm has gains of 1.
 
-    A MTP layer of transformers gets the state after the final norm, which its own norm then normalizes again. That is
+    An MTP layer of transformers gets the state after the final norm, which its own norm then normalizes again. That is
     the norm of the state before it, as in training, only if the final norm has no gain. Tied embeddings are untied.
     """
     model = config.model.model_copy(update={"tie_embeddings": False})

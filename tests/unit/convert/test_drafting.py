@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.generation.candidate_generator import MTPCandidateGenerator
@@ -316,7 +316,7 @@ def train_on_cycles(heads: Heads) -> ReferenceModel:
         model.weight("final_norm.weight").uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     generator = torch.Generator().manual_seed(4)
-    for _ in range(40):
+    for _ in range(25):
         tokens = [torch.randint(0, 32, (8,), generator=generator)]
         for _ in range(20):
             tokens.append(order[tokens[-1]])
@@ -358,6 +358,22 @@ def test_command_and_card_show_how_to_draft(tmp_path: Path, case: str, monkeypat
     with forward_passes(example["model"]) as passes:
         example["model"].generate(**example["prompt"], max_new_tokens=9)
     assert passes[0] and "several tokens per forward pass" in card
+
+
+def test_changed_mtp_layers_are_refused(tmp_path: Path) -> None:
+    export(tmp_path, *NATIVE["repeated, tied"])
+    file, name = tmp_path / "hf" / "model-00001-of-00001.safetensors", "model.layers.5.mlp.down_proj.weight"
+    tensors = load_file(file)
+    for change, message in (
+        (
+            {name: tensors[name] + 1},
+            r"^--from = '.*hf' has different weights in model\.layers\.4\.mlp.* and model\.layers",
+        ),
+        ({}, r"^--from = '.*hf' lacks 1 weights, the first is model\.layers\.5\.mlp\.down_proj\.weight$"),
+    ):
+        save_file({key: tensor for key, tensor in tensors.items() if key != name} | change, file)
+        with pytest.raises(CheckpointError, match=message):
+            import_from(tmp_path)
 
 
 def test_unknown_weights_are_not_lost(tmp_path: Path) -> None:
