@@ -134,7 +134,7 @@ def test_own_generate_drafts_with_every_kind(tmp_path: Path, case: str, monkeypa
     model, llama = export(tmp_path, CUSTOM[case])
     recorder = DraftRecorder(llama, monkeypatch)
     for length in (1, 3, 20):
-        ids = torch.arange(40, 40 + length)[None]
+        ids = torch.arange(90, 90 + length)[None]
         recorder.truth = plain(llama, ids, max_new_tokens=40)
         with forward_passes(llama) as passes:
             text = llama.generate(ids, do_sample=False, max_new_tokens=24)
@@ -159,7 +159,7 @@ def test_transformers_drafts_with_mtp_layers(tmp_path: Path, case: str, monkeypa
 
     monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", get_candidates)
     for length in (4, 20):
-        ids = torch.arange(40, 40 + length)[None]
+        ids = torch.arange(90, 90 + length)[None]
         assert torch.equal(plain(llama, ids, use_mtp=True), plain(llama, ids))
     assert {check_draft(model, *draft) for draft in drafts} == set(range(2, model.config.heads.count + 1))
     assert llama.config.num_nextn_predict_layers == llama.config.num_mtp_layers == model.config.heads.count - 1
