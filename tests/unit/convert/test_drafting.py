@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.cli import app
+from mtp_dist.config.heads import KINDS
 from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.head_layout import MTP, transformers_architecture
 from mtp_dist.convert.llama import LAYER
@@ -127,6 +128,9 @@ class DraftRecorder:
             return own_token + drafts[len(own_token) :]
 
         monkeypatch.setattr(drafter, "draft", draft)
+
+
+assert KINDS.keys() == {heads.get("kind", "parallel") for heads in CUSTOM.values()}
 
 
 @pytest.mark.parametrize("case", CUSTOM)
