@@ -11,6 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 from rich.console import Console
+from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 IMAGE = Path(__file__).parent / "images/generate.png"
@@ -19,7 +20,7 @@ WIDTH = 100
 
 def record(model: str, prompt: str) -> str:
     """Return the command and its output in a terminal, as SVG."""
-    command = ["generate", "--model", model, "--prompt", prompt, "--stream", "--compare-plain"]
+    command = ["generate", "--model", model, "--prompt", prompt, "--speculative", "8", "--stream"]
     environment = os.environ | {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     program = [sys.executable, "-m", "mtp_dist.cli", *command]
     result = subprocess.run(program, env=environment, check=True, capture_output=True, text=True)
@@ -28,7 +29,7 @@ def record(model: str, prompt: str) -> str:
     console.print(Text(f"$ mtp-dist {shlex.join(command)}\n", "dim"))
     console.print(Text.from_ansi(result.stdout), Text.from_ansi(figures), sep="\n")
     fonts = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # from another host
-    return fonts.sub("", console.export_svg(title="mtp-dist")).replace("Fira Code", "DejaVu Sans Mono")
+    return fonts.sub("", console.export_svg(title="mtp-dist", theme=MONOKAI)).replace("Fira Code", "DejaVu Sans Mono")
 
 
 def main() -> None:
