@@ -11,7 +11,7 @@ from mtp_dist.inference.configuration import generation_model_config
 from mtp_dist.inference.loading import model_weights
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import tiny_config
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 
 VOCAB_SIZE = 50
 END = VOCAB_SIZE - 1
@@ -27,7 +27,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "leap": {"kind": "parallel", "prediction_distances": [1, 3, 5, 7]},
     "anticausal_leap": {"kind": "anticausal", "prediction_distances": [1, 3, 4, 7]},
 }
-"""The section `heads` of each variant, with four heads."""
+"""The section `heads` of each variant, with four heads unless it has another number."""
+TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied, llama3": ("parallel", {"tie_embeddings": True, "rope_scaling": LLAMA3_ROPE}),
+    "tied, one group": ("sequential", {"tie_embeddings": True, "num_query_groups": 1}),
+    "linear, all groups": ("causal", {"rope_scaling": LINEAR_ROPE, "num_query_groups": 4}),
+}
+"""The variant of the heads and keys of the section `model` of other trunks."""
 
 
 class TinyModel(NamedTuple):
@@ -36,10 +42,11 @@ class TinyModel(NamedTuple):
     model: MTPForCausalLM
 
 
-def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE, tied: bool = False) -> TinyModel:
+def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE, heads: int = 4) -> TinyModel:
     """Return a model with random weights, the gains of the norms included, and its reference."""
-    model = {"init_std": init_std, "vocab_size": vocab_size, "tie_embeddings": tied}
-    config = tiny_config(heads={"count": 4, **VARIANTS[variant]}, model=model, train={"sequence_length": 96})
+    variant, trunk = TRUNKS.get(variant, (variant, {}))
+    model = {"init_std": init_std, "vocab_size": vocab_size, **trunk}
+    config = tiny_config(heads={"count": heads, **VARIANTS[variant]}, model=model, train={"sequence_length": 96})
     reference = ReferenceModel(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,14 +5,14 @@ import torch
 
 from mtp_dist.inference.packing import PackedLinear, can_pack, pack_linear_layers
 from mtp_dist.inference.speculation import Speculation
-from tests.unit.inference.models import VARIANTS, padded_prompts, tiny_model
+from tests.unit.inference.models import TRUNKS, VARIANTS, padded_prompts, tiny_model
 
 pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="PyTorch has no oneDNN on this machine")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *TRUNKS])
 def test_the_same_text(variant: str) -> None:
-    model = tiny_model(variant, tied=variant == "causal").model
+    model = tiny_model(variant).model
     prompts, mask = padded_prompts([7, 3, 1])
 
     def texts() -> list[torch.Tensor]:
