@@ -30,13 +30,15 @@ TOLERANCE = 1e-5
 class Recorder:
     """Decoding in which a script decides which drafts are right, and which compares all logits with the reference."""
 
-    def __init__(self, tiny: TinyModel, lengths: list[int], script: list[bool], **options: Any) -> None:
+    def __init__(
+        self, tiny: TinyModel, lengths: list[int], script: list[bool], new_tokens: int = NEW_TOKENS, **options: Any
+    ) -> None:
         """options: more arguments of `generate`."""
-        self.tiny, self.lengths, self.options = tiny, lengths, options
+        self.tiny, self.lengths, self.new_tokens, self.options = tiny, lengths, new_tokens, options
         self.script: Iterator[bool] = cycle(script)
         self.prompts, self.mask = padded_prompts(lengths)
         spare = tiny.config.heads.distances[-1]
-        self.texts = self.generate(Speculation(heads=1), NEW_TOKENS + spare)
+        self.texts = self.generate(Speculation(heads=1), new_tokens + spare)
         self.compared = {"drafts": 0, "verified": 0}
         self.known: dict[tuple[tuple[int, ...], int], dict[int, Tensor]] = {}
 
@@ -53,11 +55,12 @@ class Recorder:
         return [row[max(self.lengths) - length :].tolist() for row, length in zip(result, self.lengths, strict=True)]
 
     def run(self, speculation: Speculation) -> None:
-        """Decode and compare. The first text ends early unless it repeats one token."""
+        """Decode and compare. The first text ends early unless the options have another end, or it repeats a token."""
         original, draft_tree = Decoder._logits, Decoder._draft_tree
         first_text = self.texts[0][self.lengths[0] :]
         latest = max(first_text[:10], key=first_text.index)
-        end = latest if first_text.index(latest) > 2 else None
+        options = {"eos_token_id": latest if first_text.index(latest) > 2 else None} | self.options
+        end = options["eos_token_id"]
         nodes = torch.zeros(0)
 
         def logits(decoder: Decoder, hidden: Tensor) -> Tensor:
@@ -78,9 +81,9 @@ class Recorder:
             patch.object(Decoder, "_logits", logits),
             patch.object(Decoder, "_draft_tree", recorded_nodes),
         ):
-            texts = self.generate(speculation, NEW_TOKENS, eos_token_id=end, **self.options)
+            texts = self.generate(speculation, self.new_tokens, **options)
         for text, expected, length in zip(texts, self.texts, self.lengths, strict=True):
-            new = expected[length : length + NEW_TOKENS]
+            new = expected[length : length + self.new_tokens]
             ended = new[: new.index(end) + 1] if end in new else new
             assert text[: length + len(ended)] == expected[:length] + ended
 
@@ -189,9 +192,9 @@ def test_trees(tiny: TinyModel, lengths: list[int], script: list[bool]) -> None:
 
 @pytest.mark.parametrize("variant", ["parallel", "sequential"])
 def test_a_finished_text_beside_another(variant: str) -> None:
-    """One text is finished, with drafts after its end, long before the other."""
+    """One text has a single token left when all its drafts are right, and is finished long before the other."""
     tiny = tiny_model(variant, heads=8)
-    Recorder(tiny, [3, 3], [True, False]).run(Speculation(heads=8))
+    Recorder(tiny, [3, 3], [True, False], new_tokens=2 * 8 + 2, eos_token_id=None).run(Speculation(heads=8))
 
 
 def test_bf16_text_differs_only_where_logits_are_close() -> None:
