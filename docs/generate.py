@@ -1,7 +1,7 @@
 """Generates parts of the docs from code and committed data: `python docs/generate.py` writes, `--check` compares.
 
-configuration.md comes from the configuration's JSON schema, the tables of benchmarks.md from data/*.json. Pictures
-come from data too, but only without --check, because pixels depend on fonts.
+configuration.md comes from the configuration's JSON schema, the tables of benchmarks.md and decoding.md from
+data/*.json. Pictures come from data too, but only without --check, because pixels depend on fonts.
 """
 
 import argparse
@@ -261,6 +261,80 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
     return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
 
 
+def decoding_results() -> list[dict[str, Any]]:
+    """Return the measurements of decoding: generated models by layers, then trained ones."""
+    results = [json.loads(path.read_text()) for path in (DOCS / "data").glob("decode-*.json")]
+    return sorted(results, key=lambda result: (result["model"]["source"] != "generated", result["model"]["layers"]))
+
+
+def decoding_title(model: dict[str, Any]) -> str:
+    source = "Generated model" if model["source"] == "generated" else f"Byte model, `{model['source']}`"
+    return (
+        f"{source}, {model['parameters'] / 1e6:.1f} M parameters, {model['layers']} layers with head 1, hidden size "
+        f"{model['hidden']}, vocabulary {model['vocab']:,}, {model['heads']} {model['kind']} heads"
+    )
+
+
+def decoding_speed(results: list[dict[str, Any]]) -> str:
+    """Return one table per model, with 2, 4, 8, ... of the fixed numbers of heads."""
+    header = ["batch", "", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable", "acceptance by distance"]
+    sections = []
+    for result in results:
+        machine, settings = result["machine"], result["settings"]
+        shown = {f"k = {2**power}" for power in range(1, 11)} | {f"k = {result['model']['heads']}"}
+        rows = [
+            decoding_row(row)
+            for row in result["rows"]
+            if not row["variant"].startswith("k = ") or row["variant"] in shown
+        ]
+        place = machine["processor"] if machine["device"] == "CPU" else machine["device"]
+        sections.append(
+            f"{decoding_title(result['model'])}; {settings['dtype']}, {settings['prompt_tokens']} + "
+            f"{settings['new_tokens']} tokens, {machine['threads']} thread{'s' * (machine['threads'] > 1)} of {place}, "
+            f"medians of {settings['rounds']} rounds:\n"
+        )
+        sections.append(table(header, rows))
+    return "\n".join(sections)
+
+
+def decoding_row(row: dict[str, Any]) -> list[str]:
+    per_pass = [f"{row[name]:.2f}" if name in row else "" for name in ("tokens_per_forward", "ratio", "attainable")]
+    acceptance = " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
+    rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
+    return [str(row["batch"]), row["variant"], *rates, *per_pass, acceptance]
+
+
+def decoding_bounds(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        model = result["model"]
+        name = f"{'generated' if model['source'] == 'generated' else 'byte model'}, {model['layers']} layers"
+        for bound in result["bounds"]:
+            least, most = bound["at_least"], bound["at_most"]
+            limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
+            batch = "" if bound["batch"] is None else str(bound["batch"])
+            value = f"{bound['value']:.3f}"
+            rows.append([name, bound["name"], batch, value, limit, "yes" if bound["holds"] else "**no**"])
+    return table(["model", "figure", "batch", "measured", "limit", "holds"], rows)
+
+
+def decoding_paper(results: list[dict[str, Any]]) -> str:
+    """Return the speed-ups of Gloeckle et al. 2024, tables S2 and S3, next to those of the trained models."""
+    header = ["model", "heads", "batch", "speed-up", "tokens per pass", "ratio"]
+    rows = [
+        ["paper, 7B on code", "4", "42", "3.05", "3.50", "0.87"],
+        ["paper, 7B on bytes", "8", "16", "6.39", "7.04", "0.91"],
+    ]
+    for result in results:
+        model = result["model"]
+        name = f"ours, {model['parameters'] / 1e6:.1f} M on bytes"
+        for row in result["rows"]:
+            if model["source"] != "generated" and row["variant"] in (f"k = {model['heads']}", "adaptive"):
+                heads = "adaptive" if row["variant"] == "adaptive" else str(model["heads"])
+                rows.append([name, heads, str(row["batch"]), *decoding_row(row)[3:6]])
+    return table(header, rows)
+
+
 def with_tables(page: str, tables: dict[str, str]) -> str:
     return TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
 
@@ -281,10 +355,14 @@ def pages() -> dict[Path, str]:
             [json.loads(path.read_text()) for path in sorted((DOCS / "data").glob("checkpoint-*.json"))]
         ),
     }
-    return {
-        DOCS / "configuration.md": configuration_page(),
-        DOCS / "benchmarks.md": with_tables((DOCS / "benchmarks.md").read_text(), tables),
+    decoding = decoding_results()
+    tables |= {
+        "decoding-paper": decoding_paper(decoding),
+        "decoding-bounds": decoding_bounds(decoding),
+        "decoding-speed": decoding_speed(decoding),
     }
+    filled = {DOCS / name: with_tables((DOCS / name).read_text(), tables) for name in ("benchmarks.md", "decoding.md")}
+    return {DOCS / "configuration.md": configuration_page(), **filled}
 
 
 def _pyplot() -> Any:
@@ -343,6 +421,35 @@ def draw_head_loss(result: dict[str, Any]) -> None:
     figure.savefig(DOCS / "images" / HEAD_LOSS_IMAGES[settings["device"]], dpi=110)
 
 
+def draw_decoding(results: list[dict[str, Any]]) -> None:
+    """Draw the speed-up against the number of heads, one panel per model, one colour per batch size."""
+    plt = _pyplot()
+
+    figure, panels = plt.subplots(1, len(results), figsize=(4 * len(results), 3.6), layout="constrained", squeeze=False)
+    for axes, result in zip(panels[0], results, strict=True):
+        model = result["model"]
+        for color, batch in enumerate(result["settings"]["batch_sizes"]):
+            rows = {row["variant"]: row for row in result["rows"] if row["batch"] == batch}
+            chains = [rows["plain"], *(rows[f"k = {k}"] for k in range(2, model["heads"] + 1))]
+            heads = range(1, model["heads"] + 1)
+            axes.plot(heads, [row["speed_up"] for row in chains], f"C{color}o-", label=f"batch {batch}")
+            axes.axhline(rows["adaptive"]["speed_up"], color=f"C{color}", linestyle=":", linewidth=1)
+            if batch == 1:
+                least = [row["attainable"] * row["tokens_per_forward"] for row in chains]
+                axes.plot(heads, least, "k--", linewidth=1, label="attainable at batch 1")
+                tokens = [row["tokens_per_forward"] for row in chains]
+                axes.plot(heads, tokens, color="gray", linewidth=1, label="tokens per pass")
+        source = "generated" if model["source"] == "generated" else "trained on bytes"
+        axes.set(title=f"{source}, {model['layers']} layers of {model['hidden']}", xlabel="heads k")
+        axes.set_xticks(range(1, model["heads"] + 1))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0][0].set(ylabel="speed-up (dotted: adaptive)")
+    for axes in panels[0]:
+        axes.legend(fontsize=7)
+    figure.savefig(DOCS / "images/decoding.png", dpi=110)
+
+
 def head_runs() -> dict[str, list[dict[str, float]]]:
     """Return the metrics of a short run per kind of head."""
     paths = sorted((DOCS / "data/heads").glob("*.jsonl"))
@@ -386,6 +493,7 @@ def main() -> None:
             path.write_text(text)
         draw_demo()
         draw_head_runs()
+        draw_decoding(decoding_results())
         for result in head_loss_results():
             if result["settings"]["tp"] == 1:
                 draw_head_loss(result)
