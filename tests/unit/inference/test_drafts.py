@@ -119,9 +119,12 @@ class Recorder:
             if text.finished[row]:
                 continue
             paths = torch.zeros(len(nodes[row]), length + max(tree.depths), dtype=torch.long)
-            for node, ancestors in enumerate(tree.ancestors):
-                path = torch.cat([text.token_ids[row, : length - 1], nodes[row, ancestors]])
-                paths[node, : len(path)] = path
+            paths[:, : length - 1] = text.token_ids[row, : length - 1]
+            for node, depth in enumerate(tree.depths):
+                ancestor = node
+                for above in range(depth + 1):
+                    paths[node, length - 1 + depth - above] = nodes[row, ancestor]
+                    ancestor = tree.parents[ancestor]
             with torch.no_grad():
                 expected = self.tiny.reference.next_token_logits(paths)
             self.compare("verified", logits[row], expected[torch.arange(len(depths)), length - 1 + depths])
