@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import GenerationMixin
@@ -165,7 +165,8 @@ SCRIPT = st.lists(st.booleans(), min_size=1, max_size=12)
 
 
 @given(LENGTHS, SCRIPT, st.sampled_from([2, 3, 4, 4]), st.sampled_from([{}, {"cache_implementation": "static"}]))
-@settings(max_examples=3)
+@example([3, 1, 6], [True, True, False, True, True], 4, {})
+@settings(max_examples=2)
 def test_chains(tiny: TinyModel, lengths: list[int], script: list[bool], heads: int, options: dict[str, str]) -> None:
     recorder = Recorder(tiny, lengths, script, **options)
     recorder.run(Speculation(heads=heads))
@@ -173,7 +174,8 @@ def test_chains(tiny: TinyModel, lengths: list[int], script: list[bool], heads: 
 
 
 @given(LENGTHS, SCRIPT, st.lists(st.integers(1, 7), min_size=1, max_size=8))
-@settings(max_examples=2)
+@settings(max_examples=1)
+@example([3, 1], [True, True, False], [7, 1, 1, 2, 3, 1, 7])
 def test_changing_lengths(tiny: TinyModel, lengths: list[int], script: list[bool], drafts: list[int]) -> None:
     """Heads that were left out for some passes read the positions in between when they are used again."""
     longest = tiny.config.heads.distances[-1]
@@ -185,7 +187,8 @@ def test_changing_lengths(tiny: TinyModel, lengths: list[int], script: list[bool
 
 
 @given(LENGTHS, SCRIPT)
-@settings(max_examples=2)
+@settings(max_examples=1)
+@example([3, 1], [False, True, True])
 def test_trees(tiny: TinyModel, lengths: list[int], script: list[bool]) -> None:
     recorder = Recorder(tiny, lengths, script)
     depth = tiny.config.heads.distances[-1] - 1
