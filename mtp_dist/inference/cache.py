@@ -93,6 +93,12 @@ class PositionCache(Cache):
         for layer in self.layers[:num_layers]:
             layer.move(sources, targets)
 
+    def keep(self, indices: Tensor) -> None:
+        """Remove all but these rows of the batch."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (states[indices.to(states.device)] for states in (layer.keys, layer.values))
+
     def nbytes(self) -> int:
         """Return the allocated bytes."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from mtp_dist.inference.adaptive import AdaptiveLength
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.drafting import DraftInput, DraftState, draft
-from mtp_dist.inference.sampling import Drafts, Sampler
+from mtp_dist.inference.sampling import Drafts, Sampler, Texts
 from mtp_dist.inference.spans import causal_span, tree_span
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.text import StoppingRules, TextBatch
@@ -46,7 +46,7 @@ def decode(
         while True:
             if streamer is not None and appended[0]:
                 streamer.put(torch.tensor(appended[0]))
-            if all(text.finished):
+            if not text.rows:
                 break
             appended = decoder.step()
     if streamer is not None:
@@ -69,7 +69,7 @@ class Decoder:
         distances, tree = model.heads.distances, speculation.tree
         self.longest = max(tree.depths) + 1 if tree else distances[(speculation.heads or len(distances)) - 1]
         if speculation.heads is None and not tree and self.longest > 1:
-            self.policy = model.adaptive_length(len(text.finished))
+            self.policy = model.adaptive_length(len(text.rows))
         text.reserve(len(tree.parents) if tree else self.longest)
         self.cache = PositionCache(model.num_cache_layers, text.token_ids.shape[1] if static_cache else None)
         self.draft_input = DraftInput(model, self.cache, self.longest)
@@ -82,7 +82,9 @@ class Decoder:
         hidden, features = self.model.run_trunk(text.token_ids[:, :columns], causal_span(positions, [0]), self.cache)
         self.draft_input.append(features, positions, text.lengths, text.host_lengths)
         last = hidden[torch.arange(rows, device=hidden.device), text.lengths.to(hidden.device) - 1]
-        return self._append(*self._accept(last[:, None], Drafts(text.token_ids[:, :0], None)), 1)[0]
+        appended, _, ended = self._append(*self._accept(last[:, None], Drafts(text.token_ids[:, :0], None)), 1)
+        self._remove(ended)
+        return appended
 
     def step(self) -> list[list[int]]:
         """Draft tokens and verify them in one forward pass. Return the appended tokens of each row."""
@@ -91,14 +93,14 @@ class Decoder:
         if self.policy is None:
             return self._step_chain(min(self.longest, self.text.remaining))[0]
         length, start = min(self.policy.choose(), self.text.remaining), time.perf_counter()
-        appended, counts = self._step_chain(length)
-        self.policy.record(length, time.perf_counter() - start, [count - 1 for count in counts if count])
+        appended, accepted = self._step_chain(length)
+        self.policy.record(length, time.perf_counter() - start, accepted)
         return appended
 
     def _step_chain(self, length: int) -> tuple[list[list[int]], list[int]]:
         """Draft and verify one token at each distance up to `length`.
 
-        Return the appended tokens, and the number of positions that each text gained.
+        Return the appended tokens, and the number of accepted drafts of each text.
         """
         text = self.text
         drafts = self._draft_chain(length)
@@ -106,9 +108,9 @@ class Decoder:
         tokens = text.token_ids.gather(1, positions)
         span = causal_span(positions, [known - 1 for known in text.host_lengths])
         hidden, features = self.model.run_trunk(tokens, span, self.cache)
-        appended, counts, host_counts = self._append(*self._accept(hidden, drafts), length)
-        self.draft_input.append(features, positions, counts, host_counts)
-        return appended, host_counts
+        appended, accepted, ended = self._append(*self._accept(hidden, drafts), length)
+        self._gain(features, positions, appended, ended)
+        return appended, accepted
 
     def _draft_chain(self, length: int) -> Drafts:
         """Write drafts at distances 2..length into the text and return them."""
@@ -136,9 +138,11 @@ class Decoder:
     def _accept(self, hidden: Tensor, drafts: Drafts) -> tuple[Tensor, Tensor]:
         """Return what `Sampler.accept` does, for head 1's hidden states `[B, m + 1, D]`."""
         text = self.text
-        return self.sampler.accept(
-            self._logits(hidden), drafts, lambda row, column: text.prefix(row, text.host_lengths[row] + column)
-        )
+
+        def before(index: int, column: int) -> Tensor:
+            return text.prefix(index, text.host_lengths[index] + column)
+
+        return self.sampler.accept(self._logits(hidden), drafts, Texts(text.rows, len(text.prompts), before))
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.model.first_head_logits(hidden).to(self.text.token_ids.device)
@@ -151,18 +155,18 @@ class Decoder:
         span = tree_span(starts, [known - 1 for known in text.host_lengths], tree)
         hidden, features = self.model.run_trunk(tokens, span, self.cache)
 
-        def text_before(row: int, node: int) -> Tensor:
-            known = text.prefix(row, text.host_lengths[row])
-            return torch.cat([known, tokens[row, tree.ancestors[node]][1:]])
+        def before(index: int, node: int) -> Tensor:
+            known = text.prefix(index, text.host_lengths[index])
+            return torch.cat([known, tokens[index, tree.ancestors[node]][1:]])
 
-        chosen = self.sampler.choose(self._logits(hidden), text_before)
+        chosen = self.sampler.choose(self._logits(hidden), Texts(text.rows, len(text.prompts), before))
         path, accepted = tree.accepted_path(tokens, chosen)
-        appended, counts, host_counts = self._append(chosen.gather(1, path), accepted, path.shape[1])
+        appended, host_accepted, ended = self._append(chosen.gather(1, path), accepted, path.shape[1])
         steps = torch.arange(path.shape[1], device=path.device)
-        if max(host_counts) > 1:
+        if max(host_accepted):
             self.cache.move(starts[:, None] + path, starts[:, None] + steps, self.model.config.num_hidden_layers)
         kept = features.gather(1, path[..., None].expand(-1, -1, features.shape[2]))
-        self.draft_input.append(kept, starts[:, None] + steps, counts, host_counts)
+        self._gain(kept, starts[:, None] + steps, appended, ended)
         return appended
 
     def _draft_tree(self, tree: DraftTree) -> Tensor:
@@ -175,21 +179,36 @@ class Decoder:
         nodes = zip(tree.depths, tree.ranks, strict=True)
         return torch.stack([candidates[depth][:, rank] for depth, rank in nodes], 1)
 
-    def _append(self, tokens: Tensor, accepted: Tensor, longest: int) -> tuple[list[list[int]], Tensor, list[int]]:
-        """Append the accepted drafts and the token after them, with which tokens `[B, q]` begin, to each text.
+    def _append(self, tokens: Tensor, accepted: Tensor, longest: int) -> tuple[list[list[int]], list[int], list[bool]]:
+        """Append the accepted drafts and the token after them, with which tokens `[b, q]` begin, to each text.
 
-        longest: largest distance of a draft. Return the appended tokens, and the number of verified positions that each
-        text gained, 0 if it was finished.
+        longest: largest distance of a draft. Return the appended tokens of each text, its number of accepted drafts,
+        those after its end included, and whether it has ended.
         """
         text = self.text
-        active = [not finished for finished in text.finished]
-        counts = torch.where(torch.tensor(active, device=accepted.device), accepted + 1, 0)
-        *host_tokens, host_counts = torch.cat([tokens.T, counts[None]]).tolist()
-        appended = text.extend(tokens, host_counts, list(zip(*host_tokens, strict=True)))
-        for row in (row for row, is_active in enumerate(active) if is_active):
-            self.speculation.statistics.count(longest, host_counts[row] - 1, len(appended[row]))
+        *columns, host_accepted = torch.cat([tokens.T, accepted[None]]).tolist()
+        new = [row[: count + 1] for *row, count in zip(*columns, host_accepted, strict=True)]
+        appended, ended = text.extend(tokens, new)
+        for row, added, count in zip(text.rows, appended, host_accepted, strict=True):
+            self.speculation.statistics.count(longest, count, len(added))
             if self.speculation.on_tokens:
-                self.speculation.on_tokens(row, appended[row], min(host_counts[row] - 1, len(appended[row])))
-        # A text that has ended gained no positions after its end.
+                self.speculation.on_tokens(row, added, min(count, len(added)))
+        return appended, host_accepted, ended
+
+    def _gain(self, features: Tensor, positions: Tensor, appended: list[list[int]], ended: list[bool]) -> None:
+        """Let the heads read the positions that each text has gained, and remove the texts that have ended."""
         gained = [len(tokens) for tokens in appended]
-        return appended, counts.new_tensor(gained), gained
+        self.draft_input.append(features, positions, torch.tensor(gained, device=positions.device), gained)
+        self._remove(ended)
+
+    def _remove(self, ended: list[bool]) -> None:
+        """Remove the texts that have ended from the batch."""
+        if not any(ended):
+            return
+        indices = [index for index, is_ended in enumerate(ended) if not is_ended]
+        self.text.keep(indices)
+        if not indices:
+            return
+        kept = torch.tensor(indices, dtype=torch.long, device=self.text.lengths.device)
+        self.cache.keep(kept)
+        self.draft_input.keep(kept)

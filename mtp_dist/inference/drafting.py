@@ -146,6 +146,11 @@ class DraftInput:
         start = max(0, positions.shape[1] - count)
         self.features, self.positions = [features[:, start:]], [positions[:, start:]]
 
+    def keep(self, indices: Tensor) -> None:
+        """Remove all but these rows of the batch."""
+        self.features = [features[indices] for features in self.features]
+        self.positions = [positions[indices] for positions in self.positions]
+
     def state(self, token_ids: Tensor, max_distance: int, last: int) -> DraftState:
         """Return what the heads need to draft up to a distance. last: largest position of any row."""
         features, positions = torch.cat(self.features, 1), torch.cat(self.positions, 1)

@@ -1,6 +1,6 @@
 """Choice of tokens from logits, and of the drafts to accept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -18,8 +18,16 @@ WARPERS = (
     logits_process.EtaLogitsWarper,
 )
 """Processors that read nothing but the logits."""
-TextBefore = Callable[[int, int], Tensor]
-"""Returns the tokens before the one that the logits at a row and a column are for, as transformers would have them."""
+
+
+class Texts(NamedTuple):
+    """What processors read of the texts whose logits they get."""
+
+    rows: Sequence[int]
+    """Prompt of each text."""
+    num_prompts: int
+    before: Callable[[int, int], Tensor]
+    """Returns the tokens before the one that the logits at an index and a column are for, as transformers has them."""
 
 
 class Drafts(NamedTuple):
@@ -45,37 +53,40 @@ class Sampler:
         probabilities = self._warp(logits.float()).softmax(-1)
         return draw(probabilities), probabilities
 
-    def accept(self, logits: Tensor, drafts: Drafts, text_before: TextBefore) -> tuple[Tensor, Tensor]:
+    def accept(self, logits: Tensor, drafts: Drafts, texts: Texts) -> tuple[Tensor, Tensor]:
         """Return the next tokens `[B, m + 1]` and the number of accepted drafts `[B]`, of which they begin with.
 
         logits: `[B, m + 1, V]` of head 1, at the last known token and at each draft. The accepted drafts are followed
         by one more token, which head 1 alone decides.
         """
-        scores = self._process(logits, text_before)
+        scores = self._process(logits, texts)
         if not self.do_sample:
             chosen = scores.argmax(-1)
             return chosen, _leading(chosen[:, :-1] == drafts.token_ids)
         return speculative_sample(scores.softmax(-1), drafts)
 
-    def choose(self, logits: Tensor, text_before: TextBefore) -> Tensor:
+    def choose(self, logits: Tensor, texts: Texts) -> Tensor:
         """Return a token for each of the logits `[B, N, V]`: `[B, N]`."""
-        scores = self._process(logits, text_before)
+        scores = self._process(logits, texts)
         return draw(scores.softmax(-1).flatten(0, 1)).view(scores.shape[:2]) if self.do_sample else scores.argmax(-1)
 
-    def _process(self, logits: Tensor, text_before: TextBefore) -> Tensor:
+    def _process(self, logits: Tensor, texts: Texts) -> Tensor:
         if not self.processors:
             return logits.float() if self.do_sample else logits
         scores = logits.to(torch.float32, copy=True)
         if len(self.warpers) == len(self.processors):
             return self._warp(scores.flatten(0, 1)).view_as(scores)
         for column in range(scores.shape[1]):
-            texts = [text_before(row, column) for row in range(len(scores))]
-            for length in {len(text) for text in texts}:
-                # Processors may keep something for each row of the batch, so each call has as many rows.
-                rows = [row for row, text in enumerate(texts) if len(text) == length]
-                token_ids = torch.stack([text if len(text) == length else texts[rows[0]] for text in texts])
-                processed = self.processors(cast(LongTensor, token_ids), scores[:, column].clone())
-                scores[rows, column] = processed[rows]
+            before = [texts.before(index, column) for index in range(len(scores))]
+            for length in {len(text) for text in before}:
+                # Processors may keep something for each prompt, so each call has as many rows.
+                indices = [index for index, text in enumerate(before) if len(text) == length]
+                rows = [texts.rows[index] for index in indices]
+                token_ids = before[indices[0]].repeat(texts.num_prompts, 1)
+                token_ids[rows] = torch.stack([before[index] for index in indices])
+                together = scores.new_zeros(texts.num_prompts, scores.shape[2])
+                together[rows] = scores[indices, column]
+                scores[indices, column] = self.processors(cast(LongTensor, token_ids), together)[rows]
         return scores
 
     def _warp(self, scores: Tensor) -> Tensor:

@@ -29,22 +29,25 @@ class StoppingRules:
 
 
 class TextBatch:
-    """The texts of a batch, each from position 0 on."""
+    """The unfinished texts of a batch, each from position 0 on, and the tokens that all texts have gained."""
 
     def __init__(self, prompts: Tensor, mask: Tensor | None, rules: StoppingRules) -> None:
         """prompts: `[B, P]`, padded on the left if `mask`, shaped like it, has zeros."""
         rows, columns = prompts.shape
         self.prompts, self.rules, self.columns = prompts, rules, columns
         real = torch.full((rows,), columns, device=prompts.device) if mask is None else mask.to(prompts.device).sum(1)
+        self.rows = list(range(rows))
+        """Prompt of each unfinished text."""
+        self.new_tokens: list[list[int]] = [[] for _ in self.rows]
+        """New tokens after each prompt."""
         self.lengths = real
-        """`[B]`: number of tokens of each text."""
+        """`[b]`: number of tokens of each unfinished text."""
         self.host_lengths: list[int] = real.tolist()
         self.prompt_lengths = list(self.host_lengths)
         self.token_ids = prompts.new_zeros(rows, max(columns, rules.max_length))
-        """`[B, T]`: the texts, and after them drafts or anything."""
+        """`[b, T]`: the unfinished texts, and after them drafts or anything."""
         shifted = torch.arange(columns, device=prompts.device) + (columns - real)[:, None]
         self.token_ids[:, :columns] = prompts.gather(1, shifted.clamp(max=columns - 1))
-        self.finished = [False] * rows
 
     def reserve(self, drafts: int) -> None:
         """Make room for that many drafts after the longest text."""
@@ -52,48 +55,48 @@ class TextBatch:
 
     @property
     def remaining(self) -> int:
-        """Largest number of tokens that any text lacks."""
-        rows = zip(self.finished, self.host_lengths, self.prompt_lengths, strict=True)
-        made = min((length - prompt for finished, length, prompt in rows if not finished), default=0)
-        return self.rules.max_length - self.columns - made
+        """Largest number of tokens that any unfinished text lacks."""
+        return self.rules.max_length - self.columns - min(len(self.new_tokens[row]) for row in self.rows)
 
-    def prefix(self, row: int, length: int) -> Tensor:
+    def prefix(self, index: int, length: int) -> Tensor:
         """Return the first `length` tokens of a text after its padding, as transformers' own decoding has them."""
-        return torch.cat([self.prompts[row], self.token_ids[row, self.prompt_lengths[row] : length]])
+        row = self.rows[index]
+        return torch.cat([self.prompts[row], self.token_ids[index, self.prompt_lengths[row] : length]])
 
-    def new_tokens(self, row: int) -> list[int]:
-        """Return the tokens after a prompt."""
-        return self.token_ids[row, self.prompt_lengths[row] : self.host_lengths[row]].tolist()
+    def extend(self, tokens: Tensor, host_tokens: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[bool]]:
+        """Append tokens `[b, q]`, of which `host_tokens` has those that count, to each text, up to where it ends.
 
-    def extend(self, tokens: Tensor, counts: Sequence[int], host_tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Append the first `counts[b]` of tokens `[B, q]` to each unfinished text, up to where it ends.
-
-        Return the appended tokens of each row.
+        Return the appended tokens of each text, and whether it has ended.
         """
         places = self.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         self.token_ids.scatter_(1, places, tokens)
-        appended = [
-            [] if finished else self._until_end(row, list(host_tokens[row][: counts[row]]))
-            for row, finished in enumerate(self.finished)
-        ]
+        kept = [self._until_end(index, new) for index, new in enumerate(host_tokens)]
+        appended, ended = [new for new, _ in kept], [is_ended for _, is_ended in kept]
+        for row, new in zip(self.rows, appended, strict=True):
+            self.new_tokens[row] += new
         self.host_lengths = [length + len(new) for length, new in zip(self.host_lengths, appended, strict=True)]
         self.lengths = torch.tensor(self.host_lengths, device=tokens.device)
-        return appended
+        return appended, ended
 
-    def _until_end(self, row: int, tokens: list[int]) -> list[int]:
-        length, made = self.host_lengths[row], self.host_lengths[row] - self.prompt_lengths[row]
+    def _until_end(self, index: int, tokens: Sequence[int]) -> tuple[list[int], bool]:
+        made = len(self.new_tokens[self.rows[index]])
         for count, token in enumerate(tokens, 1):
-            if token in self.rules.eos_token_ids or self.columns + made + count >= self.rules.max_length:
-                self.finished[row] = True
-            elif self.rules.others:
-                self.finished[row] = bool(self.rules.others(self.prefix(row, length + count)[None], None).any())
-            if self.finished[row]:
-                return tokens[:count]
-        return tokens
+            ended = token in self.rules.eos_token_ids or self.columns + made + count >= self.rules.max_length
+            if not ended and self.rules.others:
+                text = self.prefix(index, self.host_lengths[index] + count)
+                ended = bool(self.rules.others(text[None], None).any())
+            if ended:
+                return list(tokens[:count]), True
+        return list(tokens), False
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Remove all but these of the unfinished texts."""
+        self.rows, self.host_lengths = ([values[i] for i in indices] for values in (self.rows, self.host_lengths))
+        chosen = torch.tensor(indices, dtype=torch.long, device=self.lengths.device)
+        self.lengths, self.token_ids = self.lengths[chosen], self.token_ids[chosen]
 
     def padded(self, prompts: Tensor, pad_token_id: int) -> Tensor:
         """Return the prompts as they were given, followed by the new tokens, padded on the right."""
-        new = [self.new_tokens(row) for row in range(len(prompts))]
-        width = max(map(len, new))
-        rows = [tokens + [pad_token_id] * (width - len(tokens)) for tokens in new]
+        width = max(map(len, self.new_tokens))
+        rows = [tokens + [pad_token_id] * (width - len(tokens)) for tokens in self.new_tokens]
         return torch.cat([prompts, torch.tensor(rows, dtype=prompts.dtype, device=prompts.device)], 1)

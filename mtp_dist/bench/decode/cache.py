@@ -35,6 +35,6 @@ def _cache_bytes(model: MTPForCausalLM, prompts: Tensor, positions: int, heads: 
     text = TextBatch(prompts, None, StoppingRules(frozenset(), positions, StoppingCriteriaList()))
     decoder = Decoder(model, text, Sampler(LogitsProcessorList(), False), Speculation(heads), static_cache=False)
     decoder.read_prompts(prompts.shape[1])
-    while not all(text.finished):
+    while text.rows:
         decoder.step()
     return decoder.cache.nbytes()

@@ -93,21 +93,17 @@ class Recorder:
         head, offset = draft_sources(model.config.heads)[distance]
         wanted = torch.zeros_like(logits)
         for row, last in enumerate(state.last.tolist()):
-            if self.decoder.text.finished[row]:  # its drafts are not used
-                continue
             position = max(0, last - offset)
             read = distance if model.heads.traits.embeds_tokens else 1
             expected = self.reference(tuple(state.token_ids[row, : last + read].tolist()), last + 1)[head]
             self.compare("drafts", logits[row], expected[0, position])
-            right = self.texts[row][last + distance]
+            right = self.texts[self.decoder.text.rows[row]][last + distance]
             wanted[row, right], wanted[row, (right + 1) % VOCAB_SIZE] = (2.0, 1.0) if next(self.script) else (1.0, 2.0)
         return wanted
 
     def compare_verified(self, decoder: Decoder, logits: Tensor) -> None:
         text, size = decoder.text, logits.shape[1]
         for row, length in enumerate(text.host_lengths):
-            if text.finished[row]:
-                continue
             tokens = text.token_ids[row, : length - 1 + size]
             with torch.no_grad():
                 expected = self.tiny.reference.next_token_logits(tokens[None])[0, length - 1 :]
@@ -116,8 +112,6 @@ class Recorder:
     def compare_tree(self, decoder: Decoder, logits: Tensor, nodes: Tensor, tree: DraftTree) -> None:
         text, depths = decoder.text, torch.tensor(tree.depths)
         for row, length in enumerate(text.host_lengths):
-            if text.finished[row]:
-                continue
             paths = torch.zeros(len(nodes[row]), length + max(tree.depths), dtype=torch.long)
             paths[:, : length - 1] = text.token_ids[row, : length - 1]
             for node, depth in enumerate(tree.depths):

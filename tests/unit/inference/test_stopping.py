@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation import GenerationMixin
 
 from mtp_dist.inference import decoding
+from mtp_dist.inference.decoding import Decoder
 from mtp_dist.inference.drafting import DraftState
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
@@ -64,17 +65,24 @@ def scripted_drafts(
     texts: Tensor, mask: Tensor, script: Sequence[bool] = (True, True, False, True, True)
 ) -> Iterator[None]:
     """Let the drafts be those of the texts, or the best ones but one if the script is False."""
-    padding, right_first = (mask == 0).sum(1).tolist(), cycle(script)
+    padding, right_first, step = (mask == 0).sum(1).tolist(), cycle(script), Decoder.step
+    decoders: list[Decoder] = []
 
     def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous: Tensor) -> Tensor:
-        logits = torch.zeros(len(texts), VOCAB_SIZE)
-        for row, last in enumerate(state.last.tolist()):
+        logits = torch.zeros(len(state.last), VOCAB_SIZE)
+        for index, (row, last) in enumerate(zip(decoders[-1].text.rows, state.last.tolist(), strict=True)):
             column = padding[row] + last + distance
             right = int(texts[row, column]) if column < texts.shape[1] else 0
-            logits[row, right], logits[row, (right + 1) % VOCAB_SIZE] = (2.0, 1.0) if next(right_first) else (1.0, 2.0)
+            logits[index, right], logits[index, (right + 1) % VOCAB_SIZE] = (
+                (2.0, 1.0) if next(right_first) else (1.0, 2.0)
+            )
         return logits
 
-    with patch.object(decoding, "draft", draft):
+    def recorded_step(decoder: Decoder) -> list[list[int]]:
+        decoders.append(decoder)
+        return step(decoder)
+
+    with patch.object(decoding, "draft", draft), patch.object(Decoder, "step", recorded_step):
         yield
 
 
