@@ -1,4 +1,4 @@
-"""The number of tokens to draft, chosen while decoding."""
+"""The number of tokens to draft, chosen while decoding from measured times and acceptance."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -7,67 +7,142 @@ RECENT_PASSES = 9
 """Forward passes of each length whose shortest time counts: other work on the machine only adds to it."""
 MEMORY = 0.98
 """Weight of all earlier drafts relative to the next one in the measured acceptance."""
-FIRST_TRIALS = 2
-"""Forward passes of the longest, a middle and the shortest length before any is preferred."""
+UNKNOWN_ACCEPTANCE = 0.8
+"""Acceptance of drafts at a distance at which none has been made yet."""
+TRIALS = 2
+"""Forward passes of one, of the most and of half of the most tokens before any length is preferred."""
 FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 16, 1024
-"""Forward passes between trials of another length than the best one; doubled after each that is not better."""
+"""Forward passes between trials of lengths next to the best one; doubled after each trial."""
+LOSING_PASSES = 6
+"""Forward passes after which drafts that do not pay end for the rest of a text."""
+SMALL_PASS = 16
+"""Tokens in a forward pass that hardly take longer than one, on any machine."""
+MIN_GAIN = 1.1
+"""Least speed-up, at the rate at which the prompt was read, that is worth a trial."""
 
 
-class AdaptiveLength:
-    """Choice of the number of tokens per forward pass, between 1 and a maximum, with the most tokens per second.
-
-    It measures the acceptance at each distance and the time of a forward pass at each length. It first tries the
-    longest, a middle and the shortest one; later it tries others now and then.
-    """
+class MeasuredAcceptance:
+    """Fraction of the drafts that were accepted, by distance, of those whose predecessors were."""
 
     def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.seconds: dict[int, deque[float]] = {}
         self.reached = dict.fromkeys(range(2, longest + 1), 0.0)
         self.accepted = dict.fromkeys(range(2, longest + 1), 0.0)
-        self.passes = 0
-        self.next_probe, self.probe_after = FIRST_PROBE_AFTER, FIRST_PROBE_AFTER
 
-    def choose(self) -> int:
-        """Return the length of the next forward pass."""
-        for length in (self.longest, (self.longest + 1) // 2, 1):
-            if len(self.seconds.get(length, ())) < FIRST_TRIALS:
-                return length
-        best = self.best()
-        if self.passes >= self.next_probe:
-            self.next_probe = self.passes + self.probe_after
-            self.probe_after = min(2 * self.probe_after, LAST_PROBE_AFTER)
-            others = [length for length in (best + 1, best - 1, self.longest) if 1 <= length <= self.longest]
-            return min(others, key=lambda length: len(self.seconds.get(length, ())))
-        return best
-
-    def best(self) -> int:
-        """Return the length with the most tokens per second."""
-        expected = self._expected_tokens()
-        costs = self._costs()
-        return max(range(1, self.longest + 1), key=lambda length: expected[length] / costs[length])
-
-    def record(self, length: int, seconds: float, accepted: Sequence[int]) -> None:
-        """Record the time of a forward pass, and the number of accepted drafts of each unfinished text."""
-        self.passes += 1
-        self.seconds.setdefault(length, deque(maxlen=RECENT_PASSES)).append(seconds)
+    def record(self, length: int, accepted: Sequence[int]) -> None:
+        """Count a forward pass with drafts up to distance `length`, of which each text accepted that many."""
         for distance in range(2, length + 1):
             reached = sum(count >= distance - 2 for count in accepted)
             self.reached[distance] = MEMORY * self.reached[distance] + reached
             self.accepted[distance] = MEMORY * self.accepted[distance] + sum(n >= distance - 1 for n in accepted)
 
-    def _expected_tokens(self) -> Mapping[int, float]:
+    def expected_tokens(self) -> Mapping[int, float]:
+        """Return the expected tokens of a forward pass by its length."""
         expected, probability = {1: 1.0}, 1.0
-        for distance in range(2, self.longest + 1):
-            probability *= self.accepted[distance] / self.reached[distance] if self.reached[distance] else 0.0
+        for distance, reached in self.reached.items():
+            probability *= self.accepted[distance] / reached if reached else UNKNOWN_ACCEPTANCE
             expected[distance] = expected[distance - 1] + probability
         return expected
+
+
+class AdaptiveLength:
+    """Choice of the number of tokens per forward pass, for batches of about the same number of texts.
+
+    A call first measures plain passes, then the longest and a middle length, unless an earlier call has. After that the
+    length with the most tokens per second is used. Drafts that do not pay end for the rest of the call, because the
+    heads would have to read all positions since: what one call has measured decides whether the next one drafts.
+    """
+
+    def __init__(self, longest: int, acceptance: MeasuredAcceptance) -> None:
+        self.longest, self.acceptance = longest, acceptance
+        self.seconds: dict[int, deque[float]] = {}
+        self.drafting = True
+        """True until drafts do not pay in this call."""
+        self.calls_without, self.retry_after = 0, 1
+        self.begin(1, 1, 0.0)
+
+    def begin(self, rows: int, prompt_tokens: int, prompt_seconds: float) -> None:
+        """Start a call. prompt_tokens, prompt_seconds: those of all `rows` prompts, read in one forward pass."""
+        self.rows, self.seconds_per_token = rows, prompt_seconds / prompt_tokens
+        self.passes, self.losing = 0, 0
+        self.next_probe, self.probe_after = FIRST_PROBE_AFTER, FIRST_PROBE_AFTER
+        self.probe, self.probes_left = 1, 0
+        if self.drafting or self._pays():
+            self.drafting = True
+            return
+        self.calls_without += 1
+        if self.calls_without >= self.retry_after:
+            self.calls_without, self.retry_after = 0, 2 * self.retry_after
+            self.drafting = True
+
+    def choose(self) -> int:
+        """Return the length of the next forward pass."""
+        if not self.drafting:
+            return 1
+        if self._tried(1) < TRIALS:
+            return 1
+        if self.passes <= TRIALS and not self._promising():
+            self.drafting = False
+            return 1
+        for length in (self.longest, (self.longest + 1) // 2):
+            if self._tried(length) < TRIALS:
+                return length
+        best = self.best()
+        self.losing = self.losing + 1 if best == 1 else 0
+        if self.losing >= LOSING_PASSES:
+            self.drafting = False
+            return 1
+        return self._probe_or(max(2, best))
+
+    def _probe_or(self, best: int) -> int:
+        """Return the best length, or now and then twice in a row another one: the first time more heads catch up."""
+        others = [length for length in (best + 1, best - 1, self.longest) if 2 <= length <= self.longest]
+        if others and self.passes >= self.next_probe:
+            self.next_probe, self.probe_after = (
+                self.passes + self.probe_after,
+                min(2 * self.probe_after, LAST_PROBE_AFTER),
+            )
+            self.probe, self.probes_left = min(others, key=self._tried), 2
+        if not self.probes_left:
+            return best
+        self.probes_left -= 1
+        return self.probe
+
+    def best(self) -> int:
+        """Return the length with the most tokens per second."""
+        expected, costs = self.acceptance.expected_tokens(), self._costs()
+        return max(costs, key=lambda length: expected[length] / costs[length])
+
+    def record(self, length: int, seconds: float, accepted: Sequence[int], up_to_date: bool = True) -> None:
+        """Record the time of a forward pass, and the number of accepted drafts of each text.
+
+        up_to_date: False if the heads also read positions of earlier passes.
+        """
+        self.passes += 1
+        if up_to_date:
+            self.seconds.setdefault(length, deque(maxlen=RECENT_PASSES)).append(seconds)
+        self.acceptance.record(length, accepted)
+
+    def _tried(self, length: int) -> int:
+        return len(self.seconds.get(length, ()))
+
+    def _pays(self) -> bool:
+        return all(map(self._tried, (1, self.longest))) and self.best() > 1
+
+    def _promising(self) -> bool:
+        """Return whether drafts could pay if a pass took as long per token as the prompts did, or as a plain one."""
+        plain = min(self.seconds[1])
+        gains = [
+            tokens / max(1.0, self.rows * length * self.seconds_per_token / plain)
+            for length, tokens in self.acceptance.expected_tokens().items()
+            if length > 1
+        ]
+        return self.rows * self.longest <= SMALL_PASS or max(gains) >= MIN_GAIN
 
     def _costs(self) -> Mapping[int, float]:
         """Return the seconds per forward pass by length, linear between the measured lengths."""
         measured = {length: min(times) for length, times in sorted(self.seconds.items())}
         costs = {}
-        for length in range(1, self.longest + 1):
+        for length in range(1, max(measured) + 1):
             below, above = max(n for n in measured if n <= length), min(n for n in measured if n >= length)
             share = (length - below) / (above - below) if above > below else 0.0
             costs[length] = measured[below] + share * (measured[above] - measured[below])

@@ -68,23 +68,30 @@ class Decoder:
         self.model, self.text, self.sampler, self.speculation = model, text, sampler, speculation
         distances, tree = model.heads.distances, speculation.tree
         self.longest = max(tree.depths) + 1 if tree else distances[(speculation.heads or len(distances)) - 1]
-        if speculation.heads is None and not tree and self.longest > 1:
-            self.policy = model.adaptive_length(len(text.rows))
         text.reserve(len(tree.parents) if tree else self.longest)
         self.cache = PositionCache(model.num_cache_layers, text.token_ids.shape[1] if static_cache else None)
         self.draft_input = DraftInput(model, self.cache, self.longest)
 
     def read_prompts(self, columns: int) -> list[list[int]]:
         """Run the prompts and append their first new tokens. Return the appended tokens of each row."""
-        text = self.text
+        text, start = self.text, time.perf_counter()
         rows = len(text.host_lengths)
         positions = torch.arange(columns, device=text.token_ids.device).expand(rows, -1)
         hidden, features = self.model.run_trunk(text.token_ids[:, :columns], causal_span(positions, [0]), self.cache)
         self.draft_input.append(features, positions, text.lengths, text.host_lengths)
         last = hidden[torch.arange(rows, device=hidden.device), text.lengths.to(hidden.device) - 1]
         appended, _, ended = self._append(*self._accept(last[:, None], Drafts(text.token_ids[:, :0], None)), 1)
+        self._prompts_read = rows * columns, time.perf_counter() - start
+        if self.speculation.heads is None and not self.speculation.tree and self.longest > 1:
+            self._set_policy()
         self._remove(ended)
         return appended
+
+    def _set_policy(self) -> None:
+        policy = self.model.adaptive_length(len(self.text.rows))
+        if policy is not self.policy:
+            self.policy = policy
+            policy.begin(len(self.text.rows), *self._prompts_read)
 
     def step(self) -> list[list[int]]:
         """Draft tokens and verify them in one forward pass. Return the appended tokens of each row."""
@@ -92,9 +99,13 @@ class Decoder:
             return self._step_tree(self.speculation.tree)
         if self.policy is None:
             return self._step_chain(min(self.longest, self.text.remaining))[0]
-        length, start = min(self.policy.choose(), self.text.remaining), time.perf_counter()
+        policy, start = self.policy, time.perf_counter()
+        length = min(policy.choose(), self.text.remaining)
+        if not policy.drafting:
+            self.draft_input.stop()
+        up_to_date = length == 1 or not self.draft_input.is_behind
         appended, accepted = self._step_chain(length)
-        self.policy.record(length, time.perf_counter() - start, accepted)
+        policy.record(length, time.perf_counter() - start, accepted, up_to_date)
         return appended
 
     def _step_chain(self, length: int) -> tuple[list[list[int]], list[int]]:
@@ -209,6 +220,8 @@ class Decoder:
         self.text.keep(indices)
         if not indices:
             return
+        if self.policy and self.policy.drafting:
+            self._set_policy()  # for fewer texts
         kept = torch.tensor(indices, dtype=torch.long, device=self.text.lengths.device)
         self.cache.keep(kept)
         self.draft_input.keep(kept)

@@ -97,7 +97,7 @@ class DraftInput:
     def __init__(self, model: MTPForCausalLM, cache: PositionCache, max_distance: int) -> None:
         """max_distance: largest distance that will be drafted."""
         heads = model.heads
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.longest = model, cache, max_distance
         self.sources = draft_sources(heads)
         used = [self.sources[distance] for distance in range(2, max_distance + 1)]
         self.num_heads = max((head for head, _ in used), default=1)
@@ -145,6 +145,15 @@ class DraftInput:
         features, positions = torch.cat(self.features, 1), torch.cat(self.positions, 1)
         start = max(0, positions.shape[1] - count)
         self.features, self.positions = [features[:, start:]], [positions[:, start:]]
+
+    @property
+    def is_behind(self) -> bool:
+        """True if a head has to read more positions than one forward pass can add."""
+        return self.keeps_state and max(self.unread.values(), default=0) > self.longest
+
+    def stop(self) -> None:
+        """Collect no more: there will be no further drafts."""
+        self.num_heads, self.features, self.positions = 1, [], []
 
     def keep(self, indices: Tensor) -> None:
         """Remove all but these rows of the batch."""

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from transformers.utils import logging as transformers_logging
 
 from mtp_dist.errors import CheckpointError
-from mtp_dist.inference.adaptive import AdaptiveLength
+from mtp_dist.inference.adaptive import AdaptiveLength, MeasuredAcceptance
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.configuration import MTPConfig, generation_model_config
 from mtp_dist.inference.decoding import decode
@@ -94,8 +94,9 @@ class MTPForCausalLM(LlamaForCausalLM):
         self.draft_unembeddings = nn.ModuleDict(
             {str(k): nn.Linear(config.hidden_size, config.vocab_size, bias=False) for k in keys} if separate else {}
         )
+        self.measured_acceptance = MeasuredAcceptance(heads.distances[-1])
         self.adaptive_lengths: dict[int, AdaptiveLength] = {}
-        """What was measured of drafting, by batch size."""
+        """What was measured of drafting, by batch size rounded up to a power of two."""
         self.post_init()  # type: ignore[no-untyped-call]
 
     def generate(self, *args: Any, speculation: Speculation | None = None, **kwargs: Any) -> Any:
@@ -125,8 +126,10 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     def adaptive_length(self, batch_size: int) -> AdaptiveLength:
         """Return the choice of the draft length for a batch size, with what earlier calls measured."""
-        longest = self.heads.distances[-1]
-        return self.adaptive_lengths.setdefault(batch_size, AdaptiveLength(longest))
+        size = 1 << (batch_size - 1).bit_length()
+        if size not in self.adaptive_lengths:
+            self.adaptive_lengths[size] = AdaptiveLength(self.heads.distances[-1], self.measured_acceptance)
+        return self.adaptive_lengths[size]
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -144,13 +144,18 @@ def tiny(request: pytest.FixtureRequest) -> TinyModel:
 class ScriptedLength:
     """A choice of the draft length in the place of the adaptive one."""
 
+    drafting = True
+
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = cycle(lengths)
 
     def choose(self) -> int:
         return next(self.lengths)
 
-    def record(self, length: int, seconds: float, accepted: list[int]) -> None:
+    def begin(self, rows: int, prompt_tokens: int, prompt_seconds: float) -> None:
+        pass
+
+    def record(self, length: int, seconds: float, accepted: list[int], up_to_date: bool) -> None:
         pass
 
 
