@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mtp_dist.inference import packing
 from mtp_dist.inference.packing import PackedLinear, can_pack, pack_linear_layers
 from mtp_dist.inference.speculation import Speculation
 from tests.unit.inference.models import TRUNKS, VARIANTS, padded_prompts, tiny_model
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="PyTorch ha
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *TRUNKS])
-def test_the_same_text(variant: str) -> None:
+def test_the_same_text(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MIN_WEIGHTS", 0)
     model = tiny_model(variant).model
     prompts, mask = padded_prompts([7, 3, 1])
 
