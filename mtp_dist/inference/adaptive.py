@@ -13,8 +13,12 @@ TRIALS = 2
 """Forward passes of one, of the most and of half of the most tokens before any length is preferred."""
 FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 16, 1024
 """Forward passes between trials of lengths next to the best one; doubled after each trial."""
-LOSING_PASSES = 6
+LOSING_PASSES = 3
 """Forward passes after which drafts that do not pay end for the rest of a text."""
+FIRST_RETRY_AFTER = 4
+"""Calls without drafts before the next trial; doubled after each trial."""
+COMPARED_PASSES = 8
+"""Forward passes from which on the texts of a batch are compared with each other."""
 SMALL_PASS = 16
 """Tokens in a forward pass that hardly take longer than one, on any machine."""
 MIN_GAIN = 1.1
@@ -57,16 +61,22 @@ class AdaptiveLength:
         self.seconds: dict[int, deque[float]] = {}
         self.drafting = True
         """True until drafts do not pay in this call."""
-        self.calls_without, self.retry_after = 0, 1
+        self.calls_without, self.retry_after = 0, FIRST_RETRY_AFTER
+        self.gains: list[int] = []
+        """Accepted drafts of each text, in the last passes of this call that had the same texts."""
+        self.gain_passes = 0
+        """Number of these passes."""
+        self.slowest = 1.0
+        """Accepted drafts of the text with the fewest, as a fraction of the mean."""
         self.begin(1, 1, 0.0)
 
     def begin(self, rows: int, prompt_tokens: int, prompt_seconds: float) -> None:
         """Start a call. prompt_tokens, prompt_seconds: those of all `rows` prompts, read in one forward pass."""
         self.rows, self.seconds_per_token = rows, prompt_seconds / prompt_tokens
-        self.passes, self.losing = 0, 0
+        self.passes, self.losing, self.gains = 0, 0, []
         self.next_probe, self.probe_after = FIRST_PROBE_AFTER, FIRST_PROBE_AFTER
         self.probe, self.probes_left = 1, 0
-        if self.drafting or self._pays():
+        if self.drafting or (self._tried(self.longest) and self._pays(self.best())):
             self.drafting = True
             return
         self.calls_without += 1
@@ -87,11 +97,11 @@ class AdaptiveLength:
             if self._tried(length) < TRIALS:
                 return length
         best = self.best()
-        self.losing = self.losing + 1 if best == 1 else 0
+        self.losing = 0 if self._pays(best) else self.losing + 1
         if self.losing >= LOSING_PASSES:
             self.drafting = False
             return 1
-        return self._probe_or(max(2, best))
+        return self._probe_or(best)
 
     def _probe_or(self, best: int) -> int:
         """Return the best length, or now and then twice in a row another one: the first time more heads catch up."""
@@ -108,9 +118,9 @@ class AdaptiveLength:
         return self.probe
 
     def best(self) -> int:
-        """Return the length with the most tokens per second."""
+        """Return the length with the most tokens per second of those with drafts."""
         expected, costs = self.acceptance.expected_tokens(), self._costs()
-        return max(costs, key=lambda length: expected[length] / costs[length])
+        return max(range(2, max(costs) + 1), key=lambda length: expected[length] / costs[length])
 
     def record(self, length: int, seconds: float, accepted: Sequence[int], up_to_date: bool = True) -> None:
         """Record the time of a forward pass, and the number of accepted drafts of each text.
@@ -121,12 +131,23 @@ class AdaptiveLength:
         if up_to_date:
             self.seconds.setdefault(length, deque(maxlen=RECENT_PASSES)).append(seconds)
         self.acceptance.record(length, accepted)
+        if length > 1:
+            self._compare(accepted)
+
+    def _compare(self, accepted: Sequence[int]) -> None:
+        if len(self.gains) != len(accepted):  # a text has ended
+            self.gains, self.gain_passes = [0] * len(accepted), 0
+        self.gains, self.gain_passes = [*map(sum, zip(self.gains, accepted, strict=True))], self.gain_passes + 1
+        if self.gain_passes >= COMPARED_PASSES:
+            self.slowest = min(self.gains) * len(self.gains) / max(1, sum(self.gains))
 
     def _tried(self, length: int) -> int:
         return len(self.seconds.get(length, ()))
 
-    def _pays(self) -> bool:
-        return all(map(self._tried, (1, self.longest))) and self.best() > 1
+    def _pays(self, length: int) -> bool:
+        """Return whether drafts pay for the text that accepts the fewest, which decides when the batch ends."""
+        costs, accepted = self._costs(), self.acceptance.expected_tokens()[length] - 1
+        return (1 + accepted * self.slowest) / costs[length] > 1 / costs[1]
 
     def _promising(self) -> bool:
         """Return whether drafts could pay if a pass took as long per token as the prompts did, or as a plain one."""

@@ -103,7 +103,7 @@ class Decoder:
         length = min(policy.choose(), self.text.remaining)
         if not policy.drafting:
             self.draft_input.stop()
-        up_to_date = length == 1 or not self.draft_input.is_behind
+        up_to_date = not self.draft_input.is_behind(length)
         appended, accepted = self._step_chain(length)
         policy.record(length, time.perf_counter() - start, accepted, up_to_date)
         return appended

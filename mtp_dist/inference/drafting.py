@@ -146,10 +146,10 @@ class DraftInput:
         start = max(0, positions.shape[1] - count)
         self.features, self.positions = [features[:, start:]], [positions[:, start:]]
 
-    @property
-    def is_behind(self) -> bool:
-        """True if a head has to read more positions than one forward pass can add."""
-        return self.keeps_state and max(self.unread.values(), default=0) > self.longest
+    def is_behind(self, max_distance: int) -> bool:
+        """Return whether drafts up to a distance need a head that has more to read than one forward pass can add."""
+        heads = {self.sources[distance][0] for distance in range(2, max_distance + 1)}
+        return self.keeps_state and max((self.unread[head] for head in heads), default=0) > self.longest
 
     def stop(self) -> None:
         """Collect no more: there will be no further drafts."""

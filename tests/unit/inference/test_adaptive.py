@@ -80,6 +80,6 @@ def test_drafts_again_when_they_pay_again() -> None:
     never, always = (Case([rate] * 3, lambda length: 1 + 0.2 * (length - 1)) for rate in (0.0, 1.0))
     tokens_per_second(policy, never, noise)
     assert not policy.drafting
-    for _ in range(12):
+    for _ in range(16):
         tokens_per_second(policy, always, noise)
     assert policy.drafting and policy.best() == 4
