@@ -23,6 +23,8 @@ class Case(NamedTuple):
     """Time of a position that all heads read later than in the pass after it."""
     reading: float = 0.05
     """Time of a token of the prompts."""
+    first_call: float = 0.88
+    """Least speed of the first call, which tries drafts, as a fraction of the best."""
 
 
 CASES = {
@@ -31,7 +33,9 @@ CASES = {
     "no draft pays": Case([0.3, 0.3, 0.3], lambda length: 1 + 0.6 * (length - 1)),
     "eight heads": Case([0.8, 0.7, 0.7, 0.6, 0.6, 0.5, 0.5], lambda length: 1 + 0.15 * (length - 1)),
     "a step in the cost": Case([0.8] * 7, lambda length: 1 + 0.05 * (length - 1) + 2 * (length > 4)),
-    "a large batch": Case([0.9] * 7, lambda length: 1 + 1.33 * (length - 1), rows=32, catching_up=0.5, reading=1 / 32),
+    "a large batch": Case(
+        [0.9] * 7, lambda length: 1 + 1.33 * (length - 1), rows=32, catching_up=0.5, reading=1 / 32, first_call=0.96
+    ),
 }
 
 
@@ -72,7 +76,7 @@ def test_close_to_the_best_fixed_length(name: str) -> None:
         rates.append([tokens_per_second(policy, case, noise) for _ in range(4)])
     best = max(expected_rate(length, case) for length in range(1, longest + 1))
     first, *later = (statistics.mean(call) / best for call in zip(*rates, strict=True))
-    assert first > 0.88 and statistics.mean(later) > 0.94, (first, later)
+    assert first > case.first_call and statistics.mean(later) > 0.94, (first, later)
 
 
 def test_drafts_again_when_they_pay_again() -> None:
