@@ -84,7 +84,7 @@ def unreduced_norm():
     from mtp_dist import cli
     from mtp_dist.model.layers import RMSNorm
 
-    RMSNorm.forward = lambda self, hidden: F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+    RMSNorm.forward = lambda self, hidden, frozen=False: F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
     cli.main()
 
 

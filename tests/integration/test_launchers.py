@@ -77,6 +77,8 @@ STEP_SCALARS |= by_head("loss", "accuracy", "train/grad_norm")
 PIPELINE_SCALARS = {"throughput/pipeline_bubble", "memory/peak_bytes/stage_0", "memory/peak_bytes/stage_1"}
 VALIDATION_SCALARS = {"step", "validation/loss/total"}
 VALIDATION_SCALARS |= by_head("validation/loss", "validation/accuracy", "validation/bits_per_byte")
+VALIDATION_SCALARS |= {f"validation/draft_acceptance_rate_pos_{distance}" for distance in range(2, HEADS + 1)}
+VALIDATION_SCALARS.add("validation/expected_tokens_per_forward")
 
 
 def test_output_summary_and_checkpoint(run):

@@ -117,7 +117,7 @@ def run_python(program: str, folder: Path, *options: str) -> str:
 def test_python_without_asserts_saves_a_complete_checkpoint(tmp_path: Path) -> None:
     program = """
 assert False, "asserts are on"
-import pathlib, sys
+import pathlib, sys, torch
 from mtp_dist.checkpoint.reader import load_weights
 from tests.unit.checkpoint.folders import write_checkpoint
 folder = write_checkpoint(pathlib.Path(sys.argv[1]), 10)
@@ -127,21 +127,20 @@ print(len(load_weights(folder)[1]), sorted(path.name for path in folder.glob("*.
     assert run_python(program, tmp_path, "-O") == f"{len(parameter_shapes(tiny_config()))} {names}"
 
 
-def test_conversion_and_sampling_need_neither_deepspeed_nor_megatron(tmp_path: Path) -> None:
-    """Export, import, load_weights and a sample of head 1, in a process that cannot import either."""
+def test_conversion_and_reference_need_neither_deepspeed_nor_megatron(tmp_path: Path) -> None:
+    """Export, import, load_weights and the reference, in a process that cannot import either."""
     program = """
-import pathlib, sys
+import pathlib, sys, torch
 sys.modules.update(deepspeed=None, megatron=None)
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.inference.sampling import sample_continuation
 from mtp_dist.model.reference import ReferenceModel
 from tests.unit.convert.folders import import_from, write_model
 folder = pathlib.Path(sys.argv[1])
 write_model(folder / "c")
 export_checkpoint(folder / "c", folder / "hf", None)
 model = ReferenceModel(*load_weights(import_from(folder, to="back")))
-print(len(sample_continuation(model, [1, 2], 3, 1.0, 0, 256)))
+print(model.next_token_logits(torch.tensor([[1, 2, 3]])).shape[1])
 """
     assert run_python(program, tmp_path) == "3"
 
