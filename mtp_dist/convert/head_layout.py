@@ -1,4 +1,4 @@
-"""Where an export for transformers has weights of the heads: in the model's own files, or next to them.
+"""Places of the heads' weights in an export for transformers: the model's own files, or a file next to them.
 
 | architecture | in the model's files | other heads draft by |
 | --- | --- | --- |

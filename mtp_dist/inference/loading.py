@@ -24,7 +24,7 @@ from mtp_dist.model.parameters import parameter_shapes
 
 
 class ModelFolder(NamedTuple):
-    """What a checkpoint or an export contains."""
+    """The contents of a checkpoint or an export."""
 
     path: Path
     config: Config

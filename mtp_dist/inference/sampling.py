@@ -21,7 +21,7 @@ WARPERS = (
 
 
 class Texts(NamedTuple):
-    """What processors read of the texts whose logits they get."""
+    """The texts that a batch of logits is for, as processors read them."""
 
     rows: Sequence[int]
     """Prompt of each text."""

@@ -1,4 +1,4 @@
-"""How to draft, and what a generation reports besides its text."""
+"""Options of drafting, and the counts that a generation reports besides its text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class DecodingStatistics:
 
 @dataclass
 class Speculation:
-    """How to draft, and what came of it."""
+    """Options of drafting, and the counts of what came of it."""
 
     heads: int | None = None
     """Number of heads that predict, head 1 included: 1 is plain decoding. By default as many as are fastest, which is

@@ -65,7 +65,7 @@ class GeneratedModel:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is decoded and how often."""
+    """Sizes and numbers of the texts to decode, and the device to decode on."""
 
     batch_sizes: tuple[int, ...]
     prompt_tokens: int
