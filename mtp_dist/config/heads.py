@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
 
@@ -170,6 +170,15 @@ class HeadsConfig(Section):
     def block_layers(self) -> int:
         """Number of transformer layers in one block."""
         return self.layers_per_head if self.traits.has_layers else 0
+
+
+def drafting_head(distances: Sequence[int], distance: int) -> int:
+    """Return the number of the head that drafts the token `distance` positions ahead: the nearest that predicts as far.
+
+    distances: positions ahead that heads 1, 2, ... predict. A head that predicts further drafts from an earlier
+    position.
+    """
+    return next(head for head, reach in enumerate(distances, 1) if reach >= distance)
 
 
 def incompatible_head_settings(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import HeadsConfig
+from mtp_dist.config.heads import drafting_head
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.spans import Span, causal_span, overlapping_span
 
@@ -29,14 +30,14 @@ def draft_sources(heads: HeadsConfig) -> dict[int, tuple[int, int]]:
     """
     sources = {}
     for distance in range(2, heads.distances[-1] + 1):
-        head = next(k for k, larger in enumerate(heads.distances, 1) if larger >= distance)
+        head = drafting_head(heads.distances, distance)
         sources[distance] = (head, heads.distances[head - 1] - distance)
     return sources
 
 
 @dataclass
 class DraftState:
-    """What the heads read to draft the tokens after one position of each row."""
+    """The input of the heads that draft the tokens after one position of each row, and their results."""
 
     token_ids: Tensor
     """`[B, T]`: the text of each row by position, and the drafts after it."""

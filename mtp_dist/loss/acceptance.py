@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_dist.config.heads import drafting_head
 from mtp_dist.loss.objective import Vocabulary
 
 
@@ -44,7 +45,7 @@ def draft_acceptance_sums(token_ids: Tensor, valid: Tensor, distances: Sequence[
     accepted = torch.ones_like(valid[0])
     drafts = []
     for distance in range(2, distances[-1] + 1):
-        head = next(index for index, reach in enumerate(distances) if reach >= distance)
+        head = drafting_head(distances, distance) - 1
         earlier = distance - distances[head]
         expected = _values_at(token_ids[0], distance - 1, -1)
         verified = accepted & _values_at(valid[head], earlier, False) & (expected >= 0)

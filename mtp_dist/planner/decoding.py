@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_dist.config import Config
+from mtp_dist.config.heads import drafting_head
 from mtp_dist.planner.flops import block_matrices, layer_matrices
 
 
@@ -20,7 +21,7 @@ class Device:
 
 @dataclass(frozen=True)
 class PassCost:
-    """What one forward pass of a batch reads and computes."""
+    """The memory traffic and the arithmetic of one forward pass of a batch."""
 
     bytes: float
     """Weights, keys and values that are read from memory, each once per use."""
@@ -51,7 +52,7 @@ class DecodingCosts:
         process. nodes: number of positions to verify if the drafts are a tree, by default `length`.
         """
         verified = nodes or length
-        head = next(k for k, distance in enumerate(self.config.heads.distances, 1) if distance >= length)
+        head = drafting_head(self.config.heads.distances, length)
         return self._cost(verified, verified, context, draft_heads=head - 1, gained=gained, drafts=length - 1)
 
     def _cost(
