@@ -1,4 +1,4 @@
-"""How often the heads' candidates are right, measured on a text, from which a tree of drafts is chosen."""
+"""Acceptance of the heads' candidates, measured on a text: a tree of drafts is chosen from it."""
 
 import torch
 import torch.nn.functional as F

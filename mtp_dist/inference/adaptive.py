@@ -122,7 +122,7 @@ class AdaptiveLength:
         expected, costs = self.acceptance.expected_tokens(), self._costs()
         return max(range(2, max(costs) + 1), key=lambda length: expected[length] / costs[length])
 
-    def record(self, length: int, seconds: float, accepted: Sequence[int], up_to_date: bool = True) -> None:
+    def record(self, length: int, seconds: float, accepted: Sequence[int], up_to_date: bool) -> None:
         """Record the time of a forward pass, and the number of accepted drafts of each text.
 
         up_to_date: False if the heads also read positions of earlier passes.

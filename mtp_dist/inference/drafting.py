@@ -50,6 +50,8 @@ class DraftState:
     cache: PositionCache
     longest: int
     """Largest distance to draft."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines `[B, m, head_dim]` of the span's rotary embedding, once a head with layers has run."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
     """`[B, m, D]`: hidden states before the final norm of the heads that have run, by head."""
     logits: dict[int, Tensor] = field(default_factory=dict)
@@ -84,7 +86,7 @@ def head_hidden(model: MTPForCausalLM, k: int, state: DraftState) -> Tensor:
         if traits.embeds_tokens:
             read = state.token_ids.gather(1, state.span.positions + k - 1)
             embedded = model.model.embed_tokens(read)
-        state.hidden[k] = model.draft_hidden(k, before, embedded, state.span, state.cache)
+        state.hidden[k] = model.draft_hidden(k, before, embedded, state)
     return state.hidden[k]
 
 
@@ -98,7 +100,7 @@ class DraftInput:
     def __init__(self, model: MTPForCausalLM, cache: PositionCache, max_distance: int) -> None:
         """max_distance: largest distance that will be drafted."""
         heads = model.heads
-        self.model, self.cache, self.longest = model, cache, max_distance
+        self.cache, self.longest = cache, max_distance
         self.sources = draft_sources(heads)
         used = [self.sources[distance] for distance in range(2, max_distance + 1)]
         self.num_heads = max((head for head, _ in used), default=1)
@@ -169,8 +171,7 @@ class DraftInput:
         window = min(unread + self.overlap, positions.shape[1])
         for head in heads:
             self.unread[head] = 0
-        # At least one, which a finished row reads again when others gain positions.
-        self._keep_last(max(1, max(self.unread.values()) + self.overlap))
+        self._keep_last(max(self.unread.values()) + self.overlap)
         features, positions = features[:, -window:], positions[:, -window:]
         if self.consecutive:
             span = causal_span(positions, [last + 1 - window])

@@ -20,6 +20,7 @@ from mtp_dist.inference.adaptive import AdaptiveLength, MeasuredAcceptance
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.configuration import MTPConfig, generation_model_config
 from mtp_dist.inference.decoding import decode
+from mtp_dist.inference.drafting import DraftState
 from mtp_dist.inference.loading import ModelFolder, read_folder
 from mtp_dist.inference.spans import Span
 from mtp_dist.inference.speculation import Speculation
@@ -96,7 +97,7 @@ class MTPForCausalLM(LlamaForCausalLM):
         )
         self.measured_acceptance = MeasuredAcceptance(heads.distances[-1])
         self.adaptive_lengths: dict[int, AdaptiveLength] = {}
-        """What was measured of drafting, by batch size rounded up to a power of two."""
+        """The choices of the draft length, by batch size rounded up to a power of two."""
         self.post_init()  # type: ignore[no-untyped-call]
 
     def generate(self, *args: Any, speculation: Speculation | None = None, **kwargs: Any) -> Any:
@@ -209,7 +210,7 @@ class MTPForCausalLM(LlamaForCausalLM):
         """Return head 1's logits `[..., V]` for its hidden states before the final norm `[..., D]`."""
         return self.lm_head(self.model.norm(hidden))
 
-    def draft_hidden(self, k: int, before: Tensor, embedded: Tensor | None, span: Span, cache: PositionCache) -> Tensor:
+    def draft_hidden(self, k: int, before: Tensor, embedded: Tensor | None, state: DraftState) -> Tensor:
         """Return the hidden states before the final norm `[B, q, D]` of head k >= 2.
 
         before: hidden states that it reads. embedded: embeddings of the tokens before its targets, for `sequential`.
@@ -225,12 +226,12 @@ class MTPForCausalLM(LlamaForCausalLM):
             return block.linear(before)
         if embedded is not None:
             before = block.eh_proj(torch.cat([block.enorm(embedded), block.hnorm(before)], -1))
-        cache.span = span
-        rotary = self.model.rotary_emb(before, span.positions)
+        state.cache.span = state.span
+        state.rotary = state.rotary or self.model.rotary_emb(before, state.span.positions)
         first = self.config.num_hidden_layers + (k - 2) * heads.block_layers
         for index, layer in enumerate(block.layers, first):
             layer.self_attn.layer_idx = index
-            before = layer(before, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
+            before = layer(before, attention_mask=state.span.mask, position_embeddings=state.rotary, cache=state.cache)
         return before
 
     def _block(self, k: int) -> Any:
