@@ -27,7 +27,7 @@ def grouped_sdpa(
     rows = query.reshape(batch, heads // groups, groups * length, width)
     mask = attention_mask.repeat(1, 1, groups, 1)
     output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=kwargs.get("scaling"))
-    return output.view(batch, heads, length, width).transpose(1, 2), None
+    return output.reshape(batch, heads, length, width).transpose(1, 2), None
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa)
