@@ -7,14 +7,16 @@ RECENT_PASSES = 9
 """Forward passes of each length whose shortest time counts: other work on the machine only adds to it."""
 MEMORY = 0.98
 """Weight of all earlier drafts relative to the next one in the measured acceptance."""
-UNKNOWN_ACCEPTANCE = 0.8
-"""Acceptance of drafts at a distance at which none has been made yet."""
+PRIOR_ACCEPTANCE, PRIOR_DRAFTS = 0.8, 4
+"""Acceptance assumed at each distance before any is measured, and the number of drafts that it counts as."""
 TRIALS = 2
-"""Forward passes of one, of the most and of half of the most tokens before any length is preferred."""
+"""Forward passes of each length that is tried before any is preferred."""
+LEAST_TRIAL_SPEED = 0.9
+"""Speed of a tried length, relative to plain decoding, below which no larger one is tried."""
 FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 16, 1024
 """Forward passes between trials of lengths next to the best one; doubled after each trial."""
-LOSING_PASSES = 3
-"""Forward passes after which drafts that do not pay end for the rest of a text."""
+LOSING_PASSES, LOSING_DRAFTS = 3, 12
+"""Least numbers of passes in a row, and of drafts at distance 2 in them, after which drafts that do not pay end."""
 FIRST_RETRY_AFTER = 4
 """Calls without drafts before the next trial; doubled after each trial."""
 COMPARED_PASSES = 8
@@ -29,8 +31,8 @@ class MeasuredAcceptance:
     """Fraction of the drafts that were accepted, by distance, of those whose predecessors were."""
 
     def __init__(self, longest: int) -> None:
-        self.reached = dict.fromkeys(range(2, longest + 1), 0.0)
-        self.accepted = dict.fromkeys(range(2, longest + 1), 0.0)
+        self.reached = dict.fromkeys(range(2, longest + 1), float(PRIOR_DRAFTS))
+        self.accepted = dict.fromkeys(range(2, longest + 1), PRIOR_ACCEPTANCE * PRIOR_DRAFTS)
 
     def record(self, length: int, accepted: Sequence[int]) -> None:
         """Count a forward pass with drafts up to distance `length`, of which each text accepted that many."""
@@ -43,7 +45,7 @@ class MeasuredAcceptance:
         """Return the expected tokens of a forward pass by its length."""
         expected, probability = {1: 1.0}, 1.0
         for distance, reached in self.reached.items():
-            probability *= self.accepted[distance] / reached if reached else UNKNOWN_ACCEPTANCE
+            probability *= self.accepted[distance] / reached
             expected[distance] = expected[distance - 1] + probability
         return expected
 
@@ -51,9 +53,10 @@ class MeasuredAcceptance:
 class AdaptiveLength:
     """Choice of the number of tokens per forward pass, for batches of about the same number of texts.
 
-    A call first measures plain passes, then the longest and a middle length, unless an earlier call has. After that the
-    length with the most tokens per second is used. Drafts that do not pay end for the rest of the call, because the
-    heads would have to read all positions since: what one call has measured decides whether the next one drafts.
+    A call first measures plain passes, then lengths from 2 to the longest, unless an earlier call has: every further
+    head must first read the whole prompt. After that the length with the most tokens per second is used. Drafts that do
+    not pay end for the rest of the call, because the heads would have to read all positions since: what one call has
+    measured decides whether the next one drafts.
     """
 
     def __init__(self, longest: int, acceptance: MeasuredAcceptance) -> None:
@@ -76,7 +79,7 @@ class AdaptiveLength:
         self.passes, self.losing, self.gains = 0, 0, []
         self.next_probe, self.probe_after = FIRST_PROBE_AFTER, FIRST_PROBE_AFTER
         self.probe, self.probes_left = 1, 0
-        if self.drafting or (self._tried(self.longest) and self._pays(self.best())):
+        if self.drafting or (self._tried(2) and self._speed(self.best()) > 1):
             self.drafting = True
             return
         self.calls_without += 1
@@ -93,12 +96,14 @@ class AdaptiveLength:
         if self.passes <= TRIALS and not self._promising():
             self.drafting = False
             return 1
-        for length in (self.longest, (self.longest + 1) // 2):
+        for length in sorted({2, (self.longest + 1) // 2, self.longest}):
             if self._tried(length) < TRIALS:
                 return length
+            if self._speed(length) < LEAST_TRIAL_SPEED:
+                break
         best = self.best()
-        self.losing = 0 if self._pays(best) else self.losing + 1
-        if self.losing >= LOSING_PASSES:
+        self.losing = 0 if self._speed(best) > 1 else self.losing + 1
+        if self.losing >= LOSING_PASSES and self.losing * self.rows >= LOSING_DRAFTS:
             self.drafting = False
             return 1
         return self._probe_or(best)
@@ -144,10 +149,13 @@ class AdaptiveLength:
     def _tried(self, length: int) -> int:
         return len(self.seconds.get(length, ()))
 
-    def _pays(self, length: int) -> bool:
-        """Return whether drafts pay for the text that accepts the fewest, which decides when the batch ends."""
+    def _speed(self, length: int) -> float:
+        """Return the speed, relative to plain decoding, of the text that accepts the fewest drafts.
+
+        It decides when the batch ends.
+        """
         costs, accepted = self._costs(), self.acceptance.expected_tokens()[length] - 1
-        return (1 + accepted * self.slowest) / costs[length] > 1 / costs[1]
+        return (1 + accepted * self.slowest) * costs[1] / costs[length]
 
     def _promising(self) -> bool:
         """Return whether drafts could pay if a pass took as long per token as the prompts did, or as a plain one."""

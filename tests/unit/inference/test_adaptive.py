@@ -87,3 +87,18 @@ def test_drafts_again_when_they_pay_again() -> None:
     for _ in range(16):
         tokens_per_second(policy, always, noise)
     assert policy.drafting and policy.best() == 4
+
+
+def test_no_longer_drafts_are_tried_if_the_shortest_lose() -> None:
+    """Each further head would have to read the prompt first."""
+    policy = AdaptiveLength(8, MeasuredAcceptance(8))
+    tokens_per_second(policy, Case([0.5] * 7, lambda length: 1 + 0.9 * (length > 1)), random.Random(0))
+    assert set(policy.seconds) == {1, 2} and not policy.drafting
+
+
+def test_a_few_rejected_drafts_do_not_end_drafting() -> None:
+    policy = AdaptiveLength(4, MeasuredAcceptance(4))
+    for _ in range(12):
+        length = policy.choose()
+        policy.record(length, 1 + 0.1 * (length - 1), [0], True)
+    assert policy.drafting and length > 1
