@@ -100,5 +100,5 @@ def test_a_few_rejected_drafts_do_not_end_drafting() -> None:
     policy = AdaptiveLength(4, MeasuredAcceptance(4))
     for _ in range(12):
         length = policy.choose()
-        policy.record(length, 1 + 0.1 * (length - 1), [0], True)
+        policy.record(length, 1 + 0.4 * (length - 1), [0], True)
     assert policy.drafting and length > 1
