@@ -44,8 +44,8 @@ TYPES = {
 
 
 def test_types_of_keys_are_those_of_the_schema():
-    generate = runpy.run_path(str(PROJECT / "docs/generate.py"))
+    configuration = runpy.run_path(str(PROJECT / "docs/generate.py"))["configuration"]
     for name, value in TYPES.items():
         section, key = name.split(".")
-        rows = generate["field_rows"](generate["CLASSES"][f"{section}Config"])
+        rows = configuration.field_rows(configuration.CLASSES[f"{section}Config"])
         assert {row[0]: row[1] for row in rows}[f"`{key}`"] == value

@@ -1,0 +1,115 @@
+"""Tables and the picture of decoding, from `mtp-dist bench decode`."""
+
+from typing import Any
+
+from generators.common import IMAGES, pyplot, read_json, table
+
+
+def tables() -> dict[str, str]:
+    measured = results()
+    return {
+        "decoding-paper": next_to_the_paper(measured),
+        "decoding-bounds": bounds(measured),
+        "decoding-speed": speed(measured),
+    }
+
+
+def results() -> list[dict[str, Any]]:
+    """Return the measurements of decoding: generated models by layers, then trained ones."""
+    measured = read_json("decode-*.json")
+    return sorted(measured, key=lambda result: (result["model"]["source"] != "generated", result["model"]["layers"]))
+
+
+def title(model: dict[str, Any]) -> str:
+    source = "Generated model" if model["source"] == "generated" else f"Byte model, `{model['source']}`"
+    return (
+        f"{source}, {model['parameters'] / 1e6:.1f} M parameters, {model['layers']} layers with head 1, hidden size "
+        f"{model['hidden']}, vocabulary {model['vocab']:,}, {model['heads']} {model['kind']} heads"
+    )
+
+
+def speed(measured: list[dict[str, Any]]) -> str:
+    """Return one table per model, with 2, 4, 8, ... of the fixed numbers of heads."""
+    header = ["batch", "", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable", "acceptance by distance"]
+    sections = []
+    for result in measured:
+        machine, settings = result["machine"], result["settings"]
+        shown = {f"k = {2**power}" for power in range(1, 11)} | {f"k = {result['model']['heads']}"}
+        rows = [
+            cells(row) for row in result["rows"] if not row["variant"].startswith("k = ") or row["variant"] in shown
+        ]
+        place = machine["processor"] if machine["device"] == "CPU" else machine["device"]
+        sections.append(
+            f"{title(result['model'])}; {settings['dtype']}, {settings['prompt_tokens']} + "
+            f"{settings['new_tokens']} tokens, {machine['threads']} thread{'s' * (machine['threads'] > 1)} of {place}, "
+            f"medians of {settings['rounds']} rounds:\n"
+        )
+        sections.append(table(header, rows))
+    return "\n".join(sections)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    per_pass = [f"{row[name]:.2f}" if name in row else "" for name in ("tokens_per_forward", "ratio", "attainable")]
+    acceptance = " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
+    rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
+    return [str(row["batch"]), row["variant"], *rates, *per_pass, acceptance]
+
+
+def bounds(measured: list[dict[str, Any]]) -> str:
+    rows = []
+    for result in measured:
+        model = result["model"]
+        name = f"{'generated' if model['source'] == 'generated' else 'byte model'}, {model['layers']} layers"
+        for bound in result["bounds"]:
+            least, most = bound["at_least"], bound["at_most"]
+            limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
+            batch = "" if bound["batch"] is None else str(bound["batch"])
+            value = f"{bound['value']:.3f}"
+            rows.append([name, bound["name"], batch, value, limit, "yes" if bound["holds"] else "**no**"])
+    return table(["model", "figure", "batch", "measured", "limit", "holds"], rows)
+
+
+def next_to_the_paper(measured: list[dict[str, Any]]) -> str:
+    """Return the speed-ups of Gloeckle et al. 2024, tables S2 and S3, next to those of the trained models."""
+    header = ["model", "heads", "batch", "speed-up", "tokens per pass", "ratio"]
+    rows = [
+        ["paper, 7B on code", "4", "42", "3.05", "3.50", "0.87"],
+        ["paper, 7B on bytes", "8", "16", "6.39", "7.04", "0.91"],
+    ]
+    for result in measured:
+        model = result["model"]
+        name = f"ours, {model['parameters'] / 1e6:.1f} M on bytes"
+        for row in result["rows"]:
+            if model["source"] != "generated" and row["variant"] in (f"k = {model['heads']}", "adaptive"):
+                heads = "adaptive" if row["variant"] == "adaptive" else str(model["heads"])
+                rows.append([name, heads, str(row["batch"]), *cells(row)[3:6]])
+    return table(header, rows)
+
+
+def draw() -> None:
+    """Draw the speed-up against the number of heads, one panel per model, one colour per batch size."""
+    plt, measured = pyplot(), results()
+    size = (4 * len(measured), 3.6)
+    figure, panels = plt.subplots(1, len(measured), figsize=size, layout="constrained", squeeze=False)
+    for axes, result in zip(panels[0], measured, strict=True):
+        model = result["model"]
+        for color, batch in enumerate(result["settings"]["batch_sizes"]):
+            rows = {row["variant"]: row for row in result["rows"] if row["batch"] == batch}
+            chains = [rows["plain"], *(rows[f"k = {k}"] for k in range(2, model["heads"] + 1))]
+            heads = range(1, model["heads"] + 1)
+            axes.plot(heads, [row["speed_up"] for row in chains], f"C{color}o-", label=f"batch {batch}")
+            axes.axhline(rows["adaptive"]["speed_up"], color=f"C{color}", linestyle=":", linewidth=1)
+            if batch == 1:
+                least = [row["attainable"] * row["tokens_per_forward"] for row in chains]
+                axes.plot(heads, least, "k--", linewidth=1, label="attainable at batch 1")
+                tokens = [row["tokens_per_forward"] for row in chains]
+                axes.plot(heads, tokens, color="gray", linewidth=1, label="tokens per pass")
+        source = "generated" if model["source"] == "generated" else "trained on bytes"
+        axes.set(title=f"{source}, {model['layers']} layers of {model['hidden']}", xlabel="heads k")
+        axes.set_xticks(range(1, model["heads"] + 1))
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0][0].set(ylabel="speed-up (dotted: adaptive)")
+    for axes in panels[0]:
+        axes.legend(fontsize=7)
+    figure.savefig(IMAGES / "decoding.png", dpi=110)
