@@ -4,6 +4,8 @@ from typing import Any
 
 from generators.common import IMAGES, pyplot, read_json, table
 
+from mtp_dist.cli.tables import DECODE_COLUMNS, bound_cells, decode_cells, decode_machine
+
 
 def tables() -> dict[str, str]:
     measured = results()
@@ -30,29 +32,18 @@ def title(model: dict[str, Any]) -> str:
 
 def speed(measured: list[dict[str, Any]]) -> str:
     """Return one table per model, with 2, 4, 8, ... of the fixed numbers of heads."""
-    header = ["batch", "", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable", "acceptance by distance"]
     sections = []
     for result in measured:
-        machine, settings = result["machine"], result["settings"]
+        settings = result["settings"]
         shown = {f"k = {2**power}" for power in range(1, 11)} | {f"k = {result['model']['heads']}"}
-        rows = [
-            cells(row) for row in result["rows"] if not row["variant"].startswith("k = ") or row["variant"] in shown
-        ]
-        place = machine["processor"] if machine["device"] == "CPU" else machine["device"]
+        rows = [row for row in result["rows"] if not row["variant"].startswith("k = ") or row["variant"] in shown]
         sections.append(
             f"{title(result['model'])}; {settings['dtype']}, {settings['prompt_tokens']} + "
-            f"{settings['new_tokens']} tokens, {machine['threads']} thread{'s' * (machine['threads'] > 1)} of {place}, "
-            f"medians of {settings['rounds']} rounds:\n"
+            f"{settings['new_tokens']} tokens, {decode_machine(result['machine'])}, medians of {settings['rounds']} "
+            "rounds:\n"
         )
-        sections.append(table(header, rows))
+        sections.append(table(DECODE_COLUMNS, map(decode_cells, rows)))
     return "\n".join(sections)
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    per_pass = [f"{row[name]:.2f}" if name in row else "" for name in ("tokens_per_forward", "ratio", "attainable")]
-    acceptance = " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
-    rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
-    return [str(row["batch"]), row["variant"], *rates, *per_pass, acceptance]
 
 
 def bounds(measured: list[dict[str, Any]]) -> str:
@@ -61,11 +52,7 @@ def bounds(measured: list[dict[str, Any]]) -> str:
         model = result["model"]
         name = f"{'generated' if model['source'] == 'generated' else 'byte model'}, {model['layers']} layers"
         for bound in result["bounds"]:
-            least, most = bound["at_least"], bound["at_most"]
-            limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
-            batch = "" if bound["batch"] is None else str(bound["batch"])
-            value = f"{bound['value']:.3f}"
-            rows.append([name, bound["name"], batch, value, limit, "yes" if bound["holds"] else "**no**"])
+            rows.append([name, *bound_cells(bound), "yes" if bound["holds"] else "**no**"])
     return table(["model", "figure", "batch", "measured", "limit", "holds"], rows)
 
 
@@ -82,7 +69,7 @@ def next_to_the_paper(measured: list[dict[str, Any]]) -> str:
         for row in result["rows"]:
             if model["source"] != "generated" and row["variant"] in (f"k = {model['heads']}", "adaptive"):
                 heads = "adaptive" if row["variant"] == "adaptive" else str(model["heads"])
-                rows.append([name, heads, str(row["batch"]), *cells(row)[3:6]])
+                rows.append([name, heads, str(row["batch"]), *decode_cells(row)[3:6]])
     return table(header, rows)
 
 

@@ -164,31 +164,46 @@ def bench_data_tables(result: dict[str, Any]) -> list[Table]:
     return [preparation, loader]
 
 
+DECODE_COLUMNS = "batch,,tokens/s,speed-up,tokens per pass,ratio,attainable,acceptance by distance".split(",")
+
+
 def bench_decode_tables(result: dict[str, Any]) -> list[Table]:
     """Return a table with one row per batch size and way to decode, and one with one row per bound."""
-    model, machine = result["model"], result["machine"]
+    model = result["model"]
     title = (
         f"{model['source']} model: {model['layers']} layers, hidden size {model['hidden']}, vocabulary "
         f"{model['vocab']}, {model['heads']} {model['kind']} heads, {result['settings']['dtype']}, on "
-        f"{machine['processor'] if machine['device'] == 'CPU' else machine['device']}, {machine['threads']} threads"
+        f"{decode_machine(result['machine'])}"
     )
-    columns = ["batch", "", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable", "acceptance by distance"]
-    ways = Table(*columns, title=title)
+    ways = Table(*DECODE_COLUMNS, title=title)
     for row in result["rows"]:
-        rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
-        per_pass = [f"{row[name]:.2f}" for name in ("tokens_per_forward", "ratio", "attainable") if name in row]
-        ways.add_row(str(row["batch"]), row["variant"], *rates, *per_pass, _acceptance(row))
+        ways.add_row(*decode_cells(row))
     bounds = Table("bound", "batch", "value", "limit", "")
     for bound in result["bounds"]:
-        least, most = bound["at_least"], bound["at_most"]
-        limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
-        cells = ["" if bound["batch"] is None else str(bound["batch"]), f"{bound['value']:.3f}", limit]
-        bounds.add_row(bound["name"], *cells, "ok" if bound["holds"] else "MISSED")
+        bounds.add_row(*bound_cells(bound), "ok" if bound["holds"] else "MISSED")
     return [ways, bounds]
 
 
-def _acceptance(row: dict[str, Any]) -> str:
-    return " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
+def decode_machine(machine: dict[str, Any]) -> str:
+    """Return the GPU, or the processor and the number of threads on it."""
+    if machine["device"] != "CPU":
+        return machine["device"]
+    return f"{machine['threads']} thread{'s' * (machine['threads'] > 1)} of {machine['processor']}"
+
+
+def decode_cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of DECODE_COLUMNS, empty for what is not known of a text that transformers generated."""
+    rates = [f"{row['tokens_per_second']:,.0f}", f"{row['speed_up']:.2f}"]
+    per_pass = [f"{row[name]:.2f}" if name in row else "" for name in ("tokens_per_forward", "ratio", "attainable")]
+    acceptance = " ".join(f"{fraction:.2f}" for fraction in row.get("acceptance", {}).values())
+    return [str(row["batch"]), row["variant"], *rates, *per_pass, acceptance]
+
+
+def bound_cells(bound: dict[str, Any]) -> list[str]:
+    """Return the bound's name, batch size, value and limit."""
+    least, most = bound["at_least"], bound["at_most"]
+    limit = f"at least {least:.2f}" if least is not None else f"at most {most:.3f}"
+    return [bound["name"], "" if bound["batch"] is None else str(bound["batch"]), f"{bound['value']:.3f}", limit]
 
 
 def monitoring_table(result: dict[str, Any]) -> Table:

@@ -55,6 +55,8 @@ def test_generated_model_is_always_right(kind):
     assert json.loads(json.dumps(result))["machine"]["threads"] == torch.get_num_threads()
     ways, limits = bench_decode_tables(result)
     assert ways.row_count == len(rows) and limits.row_count == len(result["bounds"]) == 6
+    on_a_gpu = bench_decode_tables(result | {"machine": result["machine"] | {"device": "NVIDIA H200"}})
+    assert on_a_gpu[0].title.endswith(" on NVIDIA H200"), "threads of the processor would mislead"
 
 
 def test_generated_model_is_right_as_often_as_wanted():
