@@ -3,10 +3,7 @@
 Verification hides wrong drafts, so draft logits are compared with the training reference, not only texts.
 """
 
-import inspect
-import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,83 +11,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.candidate_generator import MTPCandidateGenerator
-from typer.testing import CliRunner
 
-from mtp_dist.checkpoint.format import CheckpointMetadata
-from mtp_dist.checkpoint.manifest import record_of, write_manifest
-from mtp_dist.cli import app
 from mtp_dist.config.heads import KINDS
-from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.head_layout import MTP, transformers_architecture
-from mtp_dist.convert.llama import LAYER
 from mtp_dist.convert.remote import generate as remote
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.errors import CheckpointError
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import LLAMA3_ROPE, tiny_config
-from tests.unit.convert.folders import (
-    STEP,
-    VOCAB_SIZE,
-    check_logits,
-    import_from,
-    open_model,
-    save_model,
-    write_model,
-)
-
-Heads = dict[str, Any]
-CUSTOM: dict[str, Heads] = {
-    "parallel": {},
-    "two layers per head": {"layers_per_head": 2},
-    "causal": {"kind": "causal"},
-    "anticausal": {"kind": "anticausal", "count": 3, "layers_per_head": 2},
-    "linear": {"kind": "linear"},
-    "mlp, separate": {"kind": "mlp", "unembedding": "separate"},
-    "leaps": {"prediction_distances": [1, 3, 5, 8]},
-    "sequential, two layers": {"kind": "sequential", "layers_per_head": 2, "count": 5},
-    "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},
-    "sequential, separate": {"kind": "sequential", "unembedding": "separate", "count": 3},
-}
-NATIVE: dict[str, tuple[Heads, dict[str, Any]]] = {
-    "sequential": ({"kind": "sequential", "token_order": 0.1}, {}),
-    "two heads": ({"kind": "sequential", "count": 2}, {}),
-    "repeated, tied": ({"kind": "sequential", "repeated": True}, {"tie_embeddings": True}),
-}
-"""Heads that transformers itself drafts with, and the section `model`."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def code_of_exports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let transformers copy the code of exports into a folder of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
-
-
-def export(folder: Path, heads: Heads, model: dict[str, Any] | None = None) -> tuple[ReferenceModel, Any]:
-    """Export a model with lively weights for transformers. Return it, and what transformers opens."""
-    model = {"rope_theta": 500.0, "rope_scaling": LLAMA3_ROPE} | (model or {})
-    reference = write_model(folder / "c", heads=heads, model=model, train={"sequence_length": 64})
-    export_checkpoint(folder / "c", folder / "hf", "fp32", engine="transformers")
-    return reference, AutoModelForCausalLM.from_pretrained(folder / "hf", trust_remote_code=True)
+from tests.tiny import tiny_config
+from tests.unit.convert.exports import CUSTOM, NATIVE, Heads, export, forward_passes
+from tests.unit.convert.folders import VOCAB_SIZE, save_model
 
 
 def plain(llama: Any, ids: Tensor, **options: Any) -> Any:
     """Generate by transformers alone."""
     return type(llama).generate(llama, ids, **{"do_sample": False, "max_new_tokens": 24} | options)
-
-
-@contextmanager
-def forward_passes(llama: Any) -> Iterator[list[int]]:
-    """Count the model's forward passes."""
-    passes = [0]
-    hook = llama.register_forward_hook(lambda *rest: passes.__setitem__(0, passes[0] + 1))
-    yield passes
-    hook.remove()
 
 
 def check_draft(model: ReferenceModel, text: Tensor, prefix: Tensor, logits: Tensor) -> int:
@@ -167,36 +104,6 @@ def test_transformers_drafts_with_mtp_layers(tmp_path: Path, case: str, monkeypa
         assert torch.equal(plain(llama, ids, use_mtp=True), plain(llama, ids))
     assert {check_draft(model, *draft) for draft in drafts} == set(range(2, model.config.heads.count + 1))
     assert llama.config.num_nextn_predict_layers == llama.config.num_mtp_layers == model.config.heads.count - 1
-
-
-@pytest.mark.parametrize("case", ["linear", "mlp, separate", "leaps", *NATIVE])
-def test_import_restores_an_equivalent_model(tmp_path: Path, case: str) -> None:
-    model, llama = export(tmp_path, *(NATIVE[case] if case in NATIVE else (CUSTOM[case],)))
-    check_logits(model, llama)
-    samples = torch.randint(0, VOCAB_SIZE, (2, 48), generator=torch.Generator().manual_seed(3))
-    config, weights = exported_weights(tmp_path / "hf")
-    with torch.no_grad():
-        expected = model.logits(samples, 16)
-        for other in (ReferenceModel(config, dict(weights)), open_model(import_from(tmp_path, to="d"))):
-            logits = other.logits(samples, 16)
-            torch.testing.assert_close(logits.heads, expected.heads, rtol=1e-5, atol=1e-5)
-            if expected.token_order is not None:
-                torch.testing.assert_close(logits.token_order, expected.token_order, rtol=1e-5, atol=1e-5)
-    if case in NATIVE and model.config.heads.count > 2:
-        fewer = open_model(import_from(tmp_path, to="fewer", heads=2))
-        with torch.no_grad():
-            torch.testing.assert_close(fewer(samples, 16)[2], expected.heads[2], rtol=1e-5, atol=1e-5)
-
-
-def test_folders_open_without_remote_code(tmp_path: Path) -> None:
-    for case, (heads, _) in {"parallel": (CUSTOM["parallel"], {}), "sequential": NATIVE["sequential"]}.items():
-        model, _ = export(tmp_path / case, heads)
-        llama = AutoModelForCausalLM.from_pretrained(tmp_path / case / "hf")
-        assert type(llama) is LlamaForCausalLM and "generate" not in vars(llama)
-        check_logits(model, llama)
-    export(tmp_path, CUSTOM["linear"])
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=False)
 
 
 @pytest.fixture(scope="module")
@@ -346,94 +253,3 @@ def test_drafts_of_a_trained_model_are_accepted(tmp_path: Path, heads: Heads) ->
         text = llama.generate(ids, do_sample=False, max_new_tokens=30, **({"use_mtp": True} if is_native else {}))
     assert torch.equal(text, plain(llama, ids, max_new_tokens=30))
     assert passes[0] <= 15, "more than two tokens per forward pass"
-
-
-@pytest.mark.parametrize("case", ["parallel", "linear", "sequential"])
-def test_command_and_card_show_how_to_draft(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_model(tmp_path / "c", heads=CUSTOM[case] if case in CUSTOM else NATIVE[case][0])
-    command = ["export", "--checkpoint", str(tmp_path / "c"), "--to", str(tmp_path / "hf"), "--for", "transformers"]
-    result = CliRunner().invoke(app, command)
-    call = "generate(..., use_mtp=True)" if case == "sequential" else "generate(...)"
-    assert f"\nOpened with trust_remote_code=True, model.{call} drafts with the other heads\n" in result.stdout
-    card = (tmp_path / "hf" / "README.md").read_text()
-    monkeypatch.chdir(tmp_path / "hf")
-    example: dict[str, Any] = {}
-    exec(card.partition("```python\n")[2].partition("```")[0].replace("=50", "=9"), example)
-    with forward_passes(example["model"]) as passes:
-        example["model"].generate(**example["prompt"], max_new_tokens=9)
-    assert passes[0] and "several tokens per forward pass" in card
-
-
-def test_changed_mtp_layers_are_refused(tmp_path: Path) -> None:
-    export(tmp_path, *NATIVE["repeated, tied"])
-    file, name = tmp_path / "hf" / "model-00001-of-00001.safetensors", "model.layers.5.mlp.down_proj.weight"
-    tensors = load_file(file)
-    for change, message in (
-        (
-            {name: tensors[name] + 1},
-            r"^--from = '.*hf' has different weights in model\.layers\.4\.mlp.* and model\.layers",
-        ),
-        ({}, r"^--from = '.*hf' lacks 1 weights, the first is model\.layers\.5\.mlp\.down_proj\.weight$"),
-    ):
-        save_file({key: tensor for key, tensor in tensors.items() if key != name} | change, file)
-        with pytest.raises(CheckpointError, match=message):
-            import_from(tmp_path)
-
-
-def test_unknown_weights_are_not_lost(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "with")
-    config = model.config.model_copy(update={"heads": model.config.heads.model_copy(update={"count": 3})})
-    CheckpointMetadata(STEP, 0, config).write(tmp_path / "with")
-    (tmp_path / "with" / "manifest.json").unlink()
-    write_manifest(tmp_path / "with", {path.name: record_of(path) for path in (tmp_path / "with").glob("*.*")})
-    with pytest.raises(CheckpointError, match=r"has the weight heads\.4\.0\.input_layernorm\.weight, which an export"):
-        export_checkpoint(tmp_path / "with", tmp_path / "hf", None)
-
-
-def test_damaged_exports_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_model(tmp_path / "c", heads={"kind": "sequential"})
-    original = export_checkpoint.__globals__["write_weights"]
-
-    def damage(folder: Path, *rest: Any) -> Any:
-        files = original(folder, *rest)
-        with (folder / files[0]).open("r+b") as file:
-            file.seek(-40, 2)
-            file.write(b"\1")
-        return files
-
-    monkeypatch.setitem(export_checkpoint.__globals__, "write_weights", damage)
-    for engine, message in (
-        ("llama", r"^nothing was exported: lm_head\.weight would not be unembedding\.weight of the checkpoint$"),
-        ("transformers", r"model\.layers\.6\.shared_head\.norm\.weight would not be final_norm\.weight of the checkp"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            export_checkpoint(tmp_path / "c", tmp_path / "hf", None, engine=engine)
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
-
-
-def test_code_in_a_folder_needs_no_mtp_dist() -> None:
-    for file in Path(inspect.getfile(remote)).parent.glob("*.py"):
-        assert "import mtp_dist" not in file.read_text() and "from mtp_dist" not in file.read_text()
-    assert len(inspect.getsource(remote).splitlines()) <= 250
-
-
-@pytest.mark.parametrize("case", ["two heads", "repeated, tied"])
-def test_documented_layout_of_mimo(tmp_path: Path, case: str) -> None:
-    """The recipe writes every weight under MiMo's names, with the halves of the block's matrix swapped."""
-    heads, model = NATIVE[case]
-    reference, _ = export(tmp_path, heads, model | {"rope_scaling": None})
-    page = (Path(__file__).parents[3] / "docs" / "huggingface.md").read_text()
-    recipe = page.partition("    import json, re, shutil\n")[2].partition("\n## ")[0]
-    for name, folder in {"exports/sequential": "hf", "exports/mimo": "mimo"}.items():
-        recipe = recipe.replace(name, str(tmp_path / folder))
-    exec("import json, re, shutil\n" + textwrap.dedent(recipe), {})
-    tensors = load_file(tmp_path / "mimo" / "model.safetensors")
-    mtp = {name.removeprefix("model.mtp_layers.0.") for name in tensors if "mtp_layers" in name}
-    parts = [part for parts in LAYER.values() for part in parts]
-    biases = [f"self_attn.{part}_proj.bias" for part in "qkv"]
-    norms = ["token_layernorm", "hidden_layernorm", "final_layernorm"]
-    assert mtp == {*parts, *biases, *(f"{name}.weight" for name in (*norms, "input_proj"))}
-    assert not [name for name in tensors if "layers.5" in name], "one block"
-    halves = reference.weight(f"heads.{'repeated' if 'repeated' in heads else 2}.eh_proj.weight").chunk(2, 1)
-    assert torch.equal(tensors["model.mtp_layers.0.input_proj.weight"], torch.cat(halves[::-1], 1))
-    check_logits(reference, AutoModelForCausalLM.from_pretrained(tmp_path / "mimo"))
