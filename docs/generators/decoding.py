@@ -17,9 +17,13 @@ def tables() -> dict[str, str]:
 
 
 def results() -> list[dict[str, Any]]:
-    """Return the measurements of decoding: generated models by layers, then trained ones."""
-    measured = read_json("decode-*.json")
-    return sorted(measured, key=lambda result: (result["model"]["source"] != "generated", result["model"]["layers"]))
+    """Return the measurements: generated models before trained ones, CPU before GPU, then by layers."""
+
+    def key(result: dict[str, Any]) -> tuple[bool, str, int]:
+        model = result["model"]
+        return model["source"] != "generated", result["settings"]["device"], model["layers"]
+
+    return sorted(read_json("decode-*.json"), key=key)
 
 
 def title(model: dict[str, Any]) -> str:
@@ -49,8 +53,9 @@ def speed(measured: list[dict[str, Any]]) -> str:
 def bounds(measured: list[dict[str, Any]]) -> str:
     rows = []
     for result in measured:
-        model = result["model"]
+        model, device = result["model"], result["machine"]["device"]
         name = f"{'generated' if model['source'] == 'generated' else 'byte model'}, {model['layers']} layers"
+        name += "" if device == "CPU" else f", {device.removeprefix('NVIDIA ')}"
         for bound in result["bounds"]:
             rows.append([name, *bound_cells(bound), "yes" if bound["holds"] else "**no**"])
     return table(["model", "figure", "batch", "measured", "limit", "holds"], rows)
@@ -74,8 +79,8 @@ def next_to_the_paper(measured: list[dict[str, Any]]) -> str:
 
 
 def draw() -> None:
-    """Draw the speed-up against the number of heads, one panel per model, one colour per batch size."""
-    plt, measured = pyplot(), results()
+    """Draw the speed-up on CPUs against the number of heads: one panel per model, one colour per batch size."""
+    plt, measured = pyplot(), [result for result in results() if result["settings"]["device"] == "cpu"]
     size = (4 * len(measured), 3.6)
     figure, panels = plt.subplots(1, len(measured), figsize=size, layout="constrained", squeeze=False)
     for axes, result in zip(panels[0], measured, strict=True):
