@@ -15,7 +15,7 @@ from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import checkpoint_tables, checkpoints_table, show_result
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.sources.work_units import InvalidUtf8
-from mtp_dist.errors import CheckpointError, DataError, exits_with_user_errors
+from mtp_dist.errors import CheckpointError, ConfigError, DataError, exits_with_user_errors
 
 
 @exits_with_user_errors
@@ -25,6 +25,10 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="Tokenizer, given as in data.tokenizer.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Number of processes; by default one per core.")] = None,
     field: Annotated[str, typer.Option(help="Field with the text, in JSON, CSV, Parquet and datasets.")] = "text",
+    prompt_field: Annotated[
+        str | None, typer.Option(help="Field with prompts, whose tokens no head learns to predict.")
+    ] = None,
+    completion_field: Annotated[str | None, typer.Option(help="Field with the completions of these prompts.")] = None,
     glob: Annotated[str | None, typer.Option(help="Files of a folder to read, such as '**/*.py'.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a dataset that has several.")] = None,
     split: Annotated[
@@ -50,7 +54,9 @@ def prepare(
     from mtp_dist.data.prepare.prepare import prepare as make
     from mtp_dist.data.sources.input import InputOptions
 
-    options = InputOptions(field=field, glob=glob, subset=subset, split=split, streaming=streaming)
+    if (prompt_field is None) != (completion_field is None):
+        raise ConfigError("--prompt-field and --completion-field belong together: give both or neither")
+    options = InputOptions(completion_field or field, glob, subset, split, streaming, prompt_field=prompt_field)
     workers = workers or len(os.sched_getaffinity(0))
     request = Request(tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers, max_text_loss=max_text_loss)
     try:

@@ -78,6 +78,8 @@ def describe(prefix: Path, prepared: Prepared) -> str:
         f"{prefix}: {corpus.documents:,} documents, {corpus.tokens:,} tokens, {corpus.bytes / 1e6:,.1f} MB of text, "
         f"{corpus.bytes / corpus.tokens:.2f} bytes per token"
     ]
+    if corpus.prompt_tokens:
+        lines.append(f"{corpus.prompt_tokens:,} tokens are those of prompts: no head learns to predict them")
     lines += prepared.files.describe()
     if prepared.text_loss.lost_bytes:
         lines.append(prepared.text_loss.describe(corpus.tokenizer.name))
@@ -102,6 +104,7 @@ def corpus_tables(report: CorpusReport) -> Iterator[RenderableType]:
     """Yield the lines and tables of a report for a terminal."""
     lengths = report.lengths
     text = f", {report.bytes:,} bytes of text, {report.bytes / report.tokens:.2f} per token" if report.bytes else ""
+    text += f"; {report.prompt_tokens:,} of them in prompts" if report.prompt_tokens else ""
     yield from fact_lines(
         {
             "Tokens": f"{report.tokens:,}{text}",

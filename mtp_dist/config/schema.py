@@ -141,6 +141,14 @@ class DataConfig(Section):
     tokenizer: PathText = "bytes"
     """`bytes`: one token per byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
     folder with one, or a name in the Hugging Face cache of this machine."""
+    prompt_field: Annotated[str, Field(min_length=1)] | None = None
+    """Field of each record with a prompt, for finetuning: its tokens are read, but no head learns to predict them. It
+    needs `completion_field`. The two texts are tokenized one by one and joined without a separator; a head's target
+    counts if it belongs to a completion or ends a document. For JSON lines, JSON, CSV, Parquet and datasets; prepared
+    corpora contain the prompts that `mtp-dist prepare --prompt-field` has marked. By default every token is learned."""
+    completion_field: Annotated[str, Field(min_length=1)] | None = None
+    """Field of each record with the completion of its prompt, instead of the source's `field`. Records with an empty
+    completion are left out."""
     max_text_loss: Annotated[float, Field(ge=0, le=1)] = MAX_TEXT_LOSS
     """Largest fraction of a source's text, measured on a sample, that may be lost by encoding and decoding: characters
     that the tokenizer has no tokens for, or changes, except whitespace. A source that loses more is rejected."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from mtp_dist.config.base import messages_if
 from mtp_dist.config.heads import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
-from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig
+from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, SourceConfig
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
@@ -46,6 +46,7 @@ def incompatible_settings(config: Config) -> Iterator[str]:
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
     yield from _incompatible_sources(config.data)
+    yield from _incompatible_fields(config.data)
     yield from incompatible_head_settings(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
@@ -134,3 +135,22 @@ def _incompatible_sources(data: DataConfig) -> Iterator[str]:
     names = [source.name for source in data.validation]
     if len(names) > 1 and (None in names or len(set(names)) < len(names)):
         yield f"data.validation has {len(names)} sets with the names {names}: give each a different `name`"
+
+
+def _incompatible_fields(data: DataConfig) -> Iterator[str]:
+    if (data.prompt_field is None) != (data.completion_field is None):
+        yield (
+            f"data.prompt_field = {_text(data.prompt_field)} and data.completion_field = "
+            f"{_text(data.completion_field)} belong together: give both or neither"
+        )
+    for section, sources in (("train", data.train), ("validation", data.validation)):
+        for number, source in enumerate(sources):
+            if data.completion_field and source.field != SourceConfig(path="-").field:
+                yield (
+                    f"data.{section}.{number}.field = '{source.field}' has no effect with data.completion_field = "
+                    f"'{data.completion_field}': remove it"
+                )
+
+
+def _text(value: str | None) -> str:
+    return "null" if value is None else f"'{value}'"

@@ -40,6 +40,8 @@ class SourceDescription(Section):
 
     inputs: tuple[str, ...]
     field: str
+    """Field with the text, or with the completions if there is a field with prompts."""
+    prompt_field: str | None = None
     glob: str | None
     subset: str | None
     split: str | None
@@ -54,6 +56,8 @@ class CorpusDescription(Section):
     documents: NonNegativeInt
     tokens: NonNegativeInt
     """Number of tokens including end-of-document tokens."""
+    prompt_tokens: NonNegativeInt = 0
+    """Tokens of prompts, whose ids are stored as their bitwise complement: they are targets of no head."""
     bytes: NonNegativeInt
     """Bytes of text of these documents."""
     empty_documents: NonNegativeInt
@@ -105,6 +109,10 @@ class Corpus:
     def num_bytes(self) -> int | None:
         """Bytes of text, if known."""
         return self.description.bytes if self.description else None
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.description is not None and self.description.prompt_tokens > 0
 
     @property
     def text_loss(self) -> TextLoss:

@@ -22,6 +22,7 @@ from mtp_dist.model.targets import (
     document_ids,
     head_targets,
     split_into_micro_batches,
+    without_prompt_marks,
 )
 
 STEPS_AHEAD = 2
@@ -115,11 +116,12 @@ class Batches:
 
     def _split(self, samples: NDArray[np.int64]) -> list[MicroBatch]:
         """Split samples `[B, S + lookahead]`, B a multiple of the micro-batch size, and make their targets."""
-        data, train, tokens = self.config.data, self.config.train, torch.from_numpy(samples)
+        data, train, marked = self.config.data, self.config.train, torch.from_numpy(samples)
+        tokens = without_prompt_marks(marked)
         mask_documents = not (data.loss_across_documents and data.attention_across_documents)
         documents = document_ids(tokens, self.datasets.tokenizer.end_of_document) if mask_documents else None
         loss_documents = None if data.loss_across_documents else documents
-        targets = head_targets(tokens, self._distances, train.sequence_length, loss_documents)
+        targets = head_targets(marked, self._distances, train.sequence_length, loss_documents)
         return split_into_micro_batches(tokens, targets, documents, train.micro_batch_size)
 
     def _batch(self, micro_batches: list[MicroBatch]) -> TrainBatch:

@@ -16,6 +16,7 @@ from mtp_dist.data.blending import BlendedSamples, first_phase
 from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below, unigram_entropy
 from mtp_dist.data.run_sources import RunSources, content_key
 from mtp_dist.data.samples import Cut, PackedCorpus
+from mtp_dist.data.sources.documents import with_valid_utf8
 from mtp_dist.data.sources.input import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_text_loss
@@ -74,7 +75,7 @@ class ValidationSet:
     name: str | None
     samples: ValidationSamples
     unigram_entropy: float
-    """Entropy in nats per token; a model with a higher loss does not use the context."""
+    """Entropy in nats per token, prompts excluded; a model with a higher loss does not use the context."""
     bytes_per_token: float
     """Bytes of text per token, end-of-document tokens included: bits per byte = nats / ln 2 / bytes_per_token."""
 
@@ -145,8 +146,8 @@ def load_datasets(config: Config, sources: RunSources | None = None) -> Datasets
     sources = sources or RunSources(config)
     tokenizer, corpora = sources.tokenizer, _Corpora(config, sources)
     validation = [
-        _validation_set(source, corpora.open(source, f"data.validation.{index}"), config, tokenizer)
-        for index, source in enumerate(config.data.validation)
+        _validation_set(source, key, corpora.open(source, key), config, tokenizer)
+        for key, source in ((f"data.validation.{index}", each) for index, each in enumerate(config.data.validation))
     ]
     train, fingerprints = _training_samples(config, corpora)
     return Datasets(
@@ -186,7 +187,7 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
 class _OpenedCorpus:
     packed: PackedCorpus
     bytes_per_token: float | None
-    """None if the bytes of text are unknown."""
+    """None if the bytes of text are unknown, also because a part of it are prompts."""
     fingerprint: str
 
 
@@ -204,12 +205,14 @@ class _Corpora:
         content = content_key(source)
         if content not in self._opened:
             corpus = self.sources.corpus(source, key)
+            has_prompts = corpus.has_prompts if corpus else self.config.data.prompt_field is not None
+            self.check_prompts(has_prompts, key)
             tokens, num_bytes, fingerprint = self._prepared(corpus, source, key) if corpus else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
             except UserError as error:
                 raise DataError(f"{key}.path = '{source.path}' is too small: {error}") from None
-            bytes_per_token = None if num_bytes is None else num_bytes / len(tokens)
+            bytes_per_token = None if num_bytes is None or has_prompts else num_bytes / len(tokens)
             self._opened[content] = _OpenedCorpus(packed, bytes_per_token, fingerprint)
         return self._opened[content]
 
@@ -220,6 +223,12 @@ class _Corpora:
                     f"{key}.{option} does not apply to '{source.path}', which is a prepared corpus: remove the key, or "
                     "prepare that part as a corpus of its own"
                 )
+        if self.config.data.prompt_field is not None and not corpus.has_prompts:
+            raise ConfigError(
+                f"data.prompt_field does not apply to {key}.path = '{source.path}', a prepared corpus without prompts: "
+                "prepare it with `mtp-dist prepare --prompt-field ... --completion-field ...`; to blend texts with and "
+                "without prompts, prepare both and remove the key"
+            )
         check_tokenizer(corpus, self.sources.tokenizer)
         keys = ("loss_across_documents", "attention_across_documents")
         if masks := [f"data.{name} = false" for name in keys if not getattr(self.config.data, name)]:
@@ -261,14 +270,23 @@ class _Corpora:
         tokens = np.concatenate(parts)
         return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
 
+    def check_prompts(self, has_prompts: bool, key: str) -> None:
+        """Raise ConfigError if a loss would count tokens of prompts."""
+        if has_prompts and self.config.heads.token_order and self.config.data.loss_across_documents:
+            raise ConfigError(
+                f"heads.token_order ranks the tokens of the next document, and {key} has prompts, which are not to be "
+                "learned: set data.loss_across_documents=false or remove heads.token_order"
+            )
+
     def check_stream(self, source: Input, key: str) -> None:
         """Measure on rank 0 how much text of a stream's first documents the tokenizer loses."""
+        self.check_prompts(self.config.data.prompt_field is not None, key)
         if self.sources.tokenizer.accepts_raw_bytes or env_rank():
             return
         documents: list[bytes] = []
         num_bytes = 0
         for _, document in source.documents(None):
-            documents.append(document.decode(errors="replace").encode())
+            documents.append(with_valid_utf8(document))
             num_bytes += len(document)
             if num_bytes >= CHECKED_BYTES:
                 break
@@ -282,9 +300,17 @@ class _Corpora:
             self.descriptions.append(f"{key}: {loss.describe(name)}")
 
 
-def _validation_set(source: SourceConfig, corpus: _OpenedCorpus, config: Config, tokenizer: Tokenizer) -> ValidationSet:
+def _validation_set(
+    source: SourceConfig, key: str, corpus: _OpenedCorpus, config: Config, tokenizer: Tokenizer
+) -> ValidationSet:
     samples = ValidationSamples(corpus.packed, config.train.validation_samples)
     tokens = np.concatenate([samples[index] for index in range(len(samples))])
+    tokens = tokens[tokens >= 0]  # without prompts
+    if not len(tokens):
+        raise DataError(
+            f"{key}.path = '{source.path}' has only prompts in its {len(samples)} validation samples: raise "
+            "train.validation_samples or train.sequence_length"
+        )
     # At least one byte in total: special tokens alone have no text.
     bytes_per_token = corpus.bytes_per_token or max(1, len(tokenizer.decode(tokens).encode())) / len(tokens)
     return ValidationSet(source.name, samples, unigram_entropy(np.bincount(tokens)), bytes_per_token)

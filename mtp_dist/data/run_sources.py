@@ -44,7 +44,11 @@ class RunSources:
         content = content_key(source)
         if content not in self._inputs:
             glob = source.glob if Path(source.path).is_dir() else None
-            options = InputOptions(source.field, glob, source.subset, source.split, source.stream, key)
+            data = self.config.data
+            field = data.completion_field or source.field
+            options = InputOptions(
+                field, glob, source.subset, source.split, source.stream, key, prompt_field=data.prompt_field
+            )
             self._inputs[content] = open_inputs([source.path], options)[0]
         return self._inputs[content]
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.blending import Blend
+from mtp_dist.data.sources.documents import with_valid_utf8
 from mtp_dist.data.sources.input import UNSPLIT, Input, Shard
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import ConfigError, DataError, UserError
@@ -86,7 +87,7 @@ class TokenStream:
                 for start, document in self._source.documents(position, self._shard):
                     if not self._tokenizer.accepts_raw_bytes:
                         # Invalid UTF-8 is replaced: one bad document must not end a run of months.
-                        document = document.decode(errors="replace").encode()
+                        document = with_valid_utf8(document)
                     tokens, _ = self._tokenizer.encode_documents([document])
                     if len(tokens):
                         has_text = True

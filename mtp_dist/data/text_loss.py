@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mtp_dist.data.tokenizer import Ids, Tokenizer
+from mtp_dist.data.tokenizer import Ids, Tokenizer, without_marks
 from mtp_dist.errors import DataError
 
 CHECKED_BYTES = 256 << 10
@@ -73,7 +73,7 @@ def measure_text_loss(
     for document, length in zip(documents, lengths, strict=True):
         if loss.checked_bytes >= CHECKED_BYTES:
             break
-        decoded = tokenizer.decode(tokens[begin : begin + length - 1]) if length else ""
+        decoded = tokenizer.decode(without_marks(tokens[begin : begin + length - 1])) if length else ""
         lost = lost_characters(document.decode(), decoded)
         whitespace = Counter({character: count for character, count in lost.items() if character.isspace()})
         loss.add(TextLoss(len(document), _num_bytes(lost), _num_bytes(whitespace), lost - whitespace))

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_dist.data.sources.documents import PromptedDocument, document_parts
 from mtp_dist.errors import DataError, UserError
 
 Ids = NDArray[Any]
-"""uint16 or int32, see `id_dtype`."""
+"""uint16 or int32, see `id_dtype`. The id of a prompt's token is stored as its bitwise complement, a negative number:
+the mark stays with the token when samples are cut, shuffled and read again."""
 
 SMALL_VOCABULARY = 65500
 """Vocabulary size below which ids are uint16, else int32 (Megatron-core's `DType.optimal_dtype`)."""
@@ -22,6 +24,16 @@ SMALL_VOCABULARY = 65500
 def id_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
     """Return the dtype of token ids in memory and on disk."""
     return np.uint16 if vocab_size < SMALL_VOCABULARY else np.int32
+
+
+def mark_prompt(ids: Ids) -> Ids:
+    """Return the ids of a prompt's tokens as they are stored, int32."""
+    return ~ids.astype(np.int32)
+
+
+def without_marks(ids: Ids) -> Ids:
+    """Return the ids of all tokens, also those of prompts."""
+    return np.where(ids < 0, ~ids, ids) if ids.dtype.kind == "i" else ids
 
 
 class Tokenizer(ABC):
@@ -57,10 +69,16 @@ class Tokenizer(ABC):
         """Return the ids of all documents in one array, an end-of-document id after each, and the documents' lengths.
 
         The lengths include the end. A document without ids gets no end either; its length is 0. Raise DataError like
-        `encode_batch`.
+        `encode_batch`. A prompt is encoded on its own, as it is when the model is used, and its ids are marked.
         """
         end = np.array([self.end_of_document], dtype=self.dtype)
-        encoded = self.encode_batch(documents)
+        parts_ids = iter(self.encode_batch([part for document in documents for part in document_parts(document)]))
+        encoded = [
+            np.concatenate([mark_prompt(next(parts_ids)), next(parts_ids)])
+            if isinstance(document, PromptedDocument)
+            else next(parts_ids)
+            for document in documents
+        ]
         parts = [part for ids in encoded if len(ids) for part in (ids, end)]
         tokens = np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
         return tokens, [len(ids) and len(ids) + 1 for ids in encoded]

@@ -77,14 +77,23 @@ def document_attention_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
+def without_prompt_marks(samples: Tensor) -> Tensor:
+    """Return the ids of all tokens. A token of a prompt is marked: it is the bitwise complement of its id, below 0.
+
+    It is read like any other token, but is a target of no head, see `head_targets`.
+    """
+    return torch.where(samples < 0, ~samples, samples)
+
+
 def head_targets(samples: Tensor, distances: Sequence[int], length: int, documents: Tensor | None = None) -> Tensor:
     """Return the targets `[n, B, S]` of samples `[B, S + lookahead]`: `samples[:, d : d + S]` for distance d.
 
     length: S. Head k predicts token t + d_k at position t, with d_k = k in Gloeckle et al. 2024, equation 2, so every
-    head has a real label at every position. If documents `[B, S + lookahead]` are given, a target counts only if it
-    lies in position t's document.
+    head has a real label at every position. A token of a prompt, which is negative, does not count for any head. If
+    documents `[B, S + lookahead]` are given, a target counts only if it lies in position t's document.
     """
     targets = torch.stack([samples[:, distance : distance + length] for distance in distances])
+    targets = targets.masked_fill(targets < 0, IGNORE_INDEX)
     if documents is None:
         return targets
     target_documents = torch.stack([documents[:, distance : distance + length] for distance in distances])

@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.data.corpus import SCAN_BLOCK_TOKENS, Corpus, check_ids, check_tokenizer, unigram_entropy
-from mtp_dist.data.tokenizer import Tokenizer
+from mtp_dist.data.tokenizer import Tokenizer, without_marks
 from mtp_dist.errors import DataError
+
+PROMPT = "(prompt)"
+"""Text of a target that does not count because it is a token of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class CorpusReport:
     prefix: str
     tokenizer: str
     tokens: int
+    prompt_tokens: int
+    """Tokens of prompts, which are targets of no head."""
     documents: int
     bytes: int | None
     """Bytes of text; None if unknown."""
@@ -92,6 +97,7 @@ def inspect_corpus(
         prefix=str(corpus.prefix),
         tokenizer=tokenizer.name,
         tokens=len(corpus.tokens),
+        prompt_tokens=corpus.description.prompt_tokens if corpus.description else 0,
         documents=corpus.documents,
         bytes=corpus.num_bytes,
         checked_bytes=corpus.text_loss.checked_bytes,
@@ -114,7 +120,7 @@ def _count(tokens: NDArray[Any], vocab_size: int, on_progress: Callable[[int], N
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), SCAN_BLOCK_TOKENS):
         block = tokens[start : start + SCAN_BLOCK_TOKENS]
-        counts += np.bincount(block, minlength=vocab_size)
+        counts += np.bincount(without_marks(block), minlength=vocab_size)
         on_progress(start + len(block))
     return counts
 
@@ -136,8 +142,9 @@ def _sample(tokens: NDArray[Any], heads: int, tokenizer: Tokenizer) -> Sample | 
     length = len(tokens) - heads
     if length <= 0:
         return None
-    texts = [token_text(tokenizer, int(token)) for token in tokens]
-    return Sample(texts[:length], [texts[distance : distance + length] for distance in range(1, heads + 1)])
+    texts = [token_text(tokenizer, int(token)) for token in without_marks(tokens)]
+    targets = [PROMPT if token < 0 else text for token, text in zip(tokens, texts, strict=True)]
+    return Sample(texts[:length], [targets[distance : distance + length] for distance in range(1, heads + 1)])
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

@@ -20,6 +20,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from mtp_dist.config.schema import MAX_TEXT_LOSS
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.corpus import CorpusDescription, SourceDescription, TokenizerDescription
@@ -138,7 +140,7 @@ def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> di
     """Return as JSON everything that the bytes of the corpus depend on."""
     plan = {
         "tokenizer": [tokenizer.name, tokenizer.fingerprint],
-        "options": asdict(request.options),
+        "options": {name: value for name, value in asdict(request.options).items() if name != "prompt_field" or value},
         "invalid UTF-8": request.invalid_utf8,
         "unit bytes": request.unit_bytes,
         "inputs": list(request.inputs),
@@ -195,7 +197,8 @@ def _difference(saved: Any, new: Any) -> str:
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
     """Encode the units, add them to the corpus in order, and move it to its final name."""
     with explain_os_errors(request.folder, "read"):
-        corpus = UnfinishedCorpus(request.folder, request.prefix, tokenizer.dtype)
+        dtype = np.int32 if request.options.prompt_field else tokenizer.dtype  # marked ids are negative
+        corpus = UnfinishedCorpus(request.folder, request.prefix, dtype)
     sizes = [source.total for source in inputs]
     # Sizes of files are bytes and those of datasets rows, which do not add up.
     mixed = len(set(map(type, inputs))) > 1
@@ -206,7 +209,7 @@ def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progr
     loss = TextLoss()
     names = ", ".join(request.inputs)
     check_loss = partial(loss.check, request.max_text_loss, "--max-text-loss", names, request.tokenizer)
-    encoder = UnitEncoder(tokenizer, request.invalid_utf8)
+    encoder = UnitEncoder(tokenizer, request.invalid_utf8, dtype)
     with closing(corpus), closing(_add_units(request, corpus, encoder, inputs)) as units:
         for unit, summary, reused in units:
             if first_empty is None and summary.first_empty is not None:
@@ -275,6 +278,7 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
         ),
         documents=total.documents,
         tokens=total.tokens,
+        prompt_tokens=total.prompt_tokens,
         bytes=total.bytes,
         empty_bytes=total.empty_bytes,
         checked_bytes=total.checked_bytes,
@@ -286,6 +290,7 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
         source=SourceDescription(
             inputs=request.inputs,
             field=options.field,
+            prompt_field=options.prompt_field,
             glob=options.glob,
             subset=options.subset,
             split=options.split,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mtp_dist.data.sources.documents import with_valid_utf8
 from mtp_dist.data.sources.work_units import InvalidUtf8, WorkUnit, in_batches
 from mtp_dist.data.text_loss import CHECKED_BYTES, measure_text_loss
 from mtp_dist.data.tokenizer import Ids, Tokenizer, encode_documents
@@ -27,6 +28,8 @@ class UnitSummary:
 
     documents: int = 0
     tokens: int = 0
+    prompt_tokens: int = 0
+    """Tokens of prompts, which are targets of no head."""
     bytes: int = 0
     empty: int = 0
     empty_bytes: int = 0
@@ -63,6 +66,8 @@ class UnitEncoder:
 
     tokenizer: Tokenizer
     invalid_utf8: InvalidUtf8
+    dtype: type[np.generic]
+    """Type of the stored ids."""
 
     def __call__(self, unit: WorkUnit) -> EncodedUnit:
         """Tokenize a unit. Raise DataError if it cannot be read or a document is not text."""
@@ -72,11 +77,12 @@ class UnitEncoder:
         for batch in self._batches(unit, summary):
             numbers, texts = zip(*batch, strict=True)
             tokens, lengths = encode_documents(self.tokenizer, texts, partial(_location, unit, numbers))
-            encoded.tokens.append(tokens)
+            encoded.tokens.append(tokens.astype(self.dtype, copy=False))
             kept = [length for length in lengths if length]
             all_lengths += kept
             summary.documents += len(kept)
             summary.tokens += len(tokens)
+            summary.prompt_tokens += int((tokens < 0).sum())
             num_bytes = sum(len(text) for text, length in zip(texts, lengths, strict=True) if length)
             summary.bytes += num_bytes
             summary.empty_bytes += sum(map(len, texts)) - num_bytes
@@ -119,7 +125,7 @@ class UnitEncoder:
             summary.skipped += 1
             return None
         summary.replaced += 1
-        return document.decode(errors="replace").encode()
+        return with_valid_utf8(document)
 
 
 def _location(unit: WorkUnit, numbers: Sequence[int], index: int) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.data.sources.input import UNSPLIT, FileCounts, Input, InputOptions, Shard, sha256_of_json
-from mtp_dist.data.sources.work_units import WorkUnit, encode_text, missing_field, row_lists, row_location
+from mtp_dist.data.sources.work_units import WorkUnit, encode_text, missing_field_error, row_lists, row_location
 from mtp_dist.errors import ConfigError, DataError
 
 ROWS_AT_ONCE = 256
@@ -20,14 +20,14 @@ class DatasetInput(Input):
         self._name = name
         self._options = options
         self._label = options.label(name)
-        self._field = options.field
+        self._fields = options.fields
         self._split = options.split or "train"
         self.dataset = load_dataset(name, options)
         self.total = None if options.streaming else len(self.dataset)
         self.files = FileCounts()
         columns = self.dataset.column_names
-        if columns is not None and options.field not in columns:
-            raise missing_field(self._label, options.field, columns)
+        if columns is not None and (missing := self._fields.missing(columns)):
+            raise missing_field_error(self._label, self._fields, missing, columns)
 
     def identity(self) -> list[Any]:
         fingerprint = None if self._options.streaming else self.dataset._fingerprint
@@ -50,9 +50,10 @@ class DatasetInput(Input):
                 raise DataError(f"{self._label}: the datasets library cannot read it: {_first_line(error)}") from None
             if row is None:
                 return
-            if self._field not in row:
-                raise missing_field(self._label, self._field, row)
-            yield before, encode_text(row[self._field], self._field, lambda: self._label)
+            if missing := self._fields.missing(row):
+                raise missing_field_error(self._label, self._fields, missing, row)
+            texts = [encode_text(row[name], name, lambda: self._label) for name in self._fields.names]
+            yield before, self._fields.document(texts)
 
     def _sharded(self, shard: Shard) -> Any:
         saved = hasattr(self.dataset, "to_iterable_dataset")
@@ -71,10 +72,12 @@ class DatasetInput(Input):
     def _texts(self) -> Iterator[bytes]:
         row = 0
         for batch in self.dataset.iter(ROWS_AT_ONCE):
-            if self._field not in batch:
-                raise missing_field(self._label, self._field, batch)
-            for text in batch[self._field]:
-                yield encode_text(text, self._field, partial(row_location, self._name, row))
+            if missing := self._fields.missing(batch):
+                raise missing_field_error(self._label, self._fields, missing, batch)
+            for texts in zip(*(batch[name] for name in self._fields.names), strict=True):
+                location = partial(row_location, self._name, row)
+                named = zip(texts, self._fields.names, strict=True)
+                yield self._fields.document([encode_text(text, name, location) for text, name in named])
                 row += 1
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
+from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.work_units import describe_missing_field
 from mtp_dist.errors import DataError
 
 Kind = Literal["text", "JSON lines", "JSON array", "CSV", "Parquet"]
@@ -63,7 +65,7 @@ class UnreadableFileError(Exception):
         self.reason = reason
 
 
-def recognize(file: Path, field: str) -> FileKind:
+def recognize(file: Path, fields: Fields) -> FileKind:
     """Return a file's kind. Raise UnreadableFileError, OSError, or DataError if its compressed data is corrupt."""
     if not file.is_file():
         return FileKind("text")  # a pipe can be read only once
@@ -81,7 +83,7 @@ def recognize(file: Path, field: str) -> FileKind:
     _check_text(head[:HEAD_BYTES])
     if suffix in TABLE_SUFFIXES:
         return FileKind("CSV", compression, delimiter="\t" if suffix == ".tsv" else ",")
-    if records := _record_kind(head, cut, field, suffix):
+    if records := _record_kind(head, cut, fields, suffix):
         return FileKind(records, compression)
     if compression:
         raise UnreadableFileError("compressed", "is compressed: decompress it (only records are read compressed)")
@@ -127,8 +129,8 @@ def _check_text(head: bytes) -> None:
         raise UnreadableFileError("binary", "is binary, not text: leave it out or convert it")
 
 
-def _record_kind(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None:
-    """Return None for text. Raise UnreadableFileError for JSON without records that have the field.
+def _record_kind(head: bytes, cut: bool, fields: Fields, suffix: str) -> Kind | None:
+    """Return None for text. Raise UnreadableFileError for JSON without records that have the fields.
 
     `cut`: the file is longer than `head`.
     """
@@ -150,20 +152,20 @@ def _record_kind(head: bytes, cut: bool, field: str, suffix: str) -> Kind | None
         return None
     if not records:
         return kind if suffix == ".json" else None
-    without = next(((location, record) for location, record in records if field not in record), None)
-    if without is None:
-        return kind
-    if suffix not in DATA_SUFFIXES:
-        return None
-    raise missing_field_file_error("JSON", field, without[1], f" in {without[0]}")
+    for location, record in records:
+        if missing := fields.missing(record):
+            if suffix not in DATA_SUFFIXES:
+                return None
+            raise missing_field_file_error("JSON", fields, missing, record, f" in {location}")
+    return kind
 
 
-def missing_field_file_error(kind: str, field: str, present: Iterable[str], location: str = "") -> UnreadableFileError:
-    """Return the error for a file of records without the field. `location` is e.g. " in line 2"."""
-    fields = ", ".join(map(repr, present)) or "none"
+def missing_field_file_error(
+    kind: str, fields: Fields, missing: str, present: Iterable[str], where: str = ""
+) -> UnreadableFileError:
+    """Return the error for a file of records without the field. `where` is e.g. " in line 2"."""
     return UnreadableFileError(
-        f"{kind} without the field {field!r}",
-        f"has no field {field!r}, it has {fields}{location}: choose another field",
+        f"{kind} without the field {missing!r}", describe_missing_field(fields, missing, present, where)
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.file_kinds import FileKind, UnreadableFileError, kind_by_name, recognize
 from mtp_dist.data.sources.input import UNIT_BYTES, UNSPLIT, FileCounts, Input, Shard, sha256_of_json
 from mtp_dist.data.sources.records import check_columns, record_units
@@ -15,12 +16,12 @@ from mtp_dist.errors import DataError
 class FilesInput(Input):
     """Files on disk; a file without records is one document."""
 
-    def __init__(self, files: Sequence[Path], field: str, skipped_entries: Counter[str] | None = None) -> None:
+    def __init__(self, files: Sequence[Path], fields: Fields, skipped_entries: Counter[str] | None = None) -> None:
         """Recognize the kind of each file.
 
         skipped_entries: counts by reason in a folder; None if the user named the file, which must be readable.
         """
-        self._field = field
+        self._fields = fields
         self._skipped_entries = skipped_entries
         self.files = FileCounts()
         self._files = [(file, file.stat(), self._recognize(file)) for file in files]
@@ -69,15 +70,20 @@ class FilesInput(Input):
                 yield WholeFiles(tuple(texts), size=text_size)
                 texts, text_size = [], 0
             if not is_text:
-                yield from record_units(file, kind, stat.st_size, self._field, unit_bytes)
+                yield from record_units(file, kind, stat.st_size, self._fields, unit_bytes)
         if texts:
             yield WholeFiles(tuple(texts), size=text_size)
 
     def _recognize(self, file: Path) -> FileKind | UnreadableFileError:
         """Return a file's kind; for a file of a folder, the reason to skip it."""
         try:
-            kind = recognize(file, self._field)
-            check_columns(file, kind, self._field)
+            kind = recognize(file, self._fields)
+            check_columns(file, kind, self._fields)
+            if kind.kind == "text" and self._fields.prompt is not None:
+                fields = " and ".join(map(repr, self._fields.names))
+                raise UnreadableFileError(
+                    "text without records", f"is text, not records with the fields {fields}: convert it to JSON lines"
+                )
             return kind
         except UnreadableFileError as error:
             if self._skipped_entries is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.work_units import WorkUnit
 
 UNIT_BYTES = 2 << 20
@@ -25,7 +26,7 @@ class InputOptions:
     """The parts of an input to read."""
 
     field: str = "text"
-    """Field of each record that holds the text."""
+    """Field of each record that holds the text, or the completion if there is a prompt."""
     glob: str | None = None
     """Pattern of the files of a folder."""
     subset: str | None = None
@@ -36,6 +37,12 @@ class InputOptions:
     """Read a dataset while it is being downloaded."""
     key: str | None = None
     """Key of the source in the configuration, such as `data.train.0`; None on the command line."""
+    prompt_field: str | None = None
+    """Field of each record that holds the prompt."""
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.field, self.prompt_field)
 
     def label(self, name: str | Path) -> str:
         """Return how error messages name an input."""

@@ -24,7 +24,7 @@ def open_inputs(names: Sequence[str], options: InputOptions) -> list[Input]:
 def _open_input(name: str, options: InputOptions) -> Input:
     path = Path(name)
     if name == PYTHON_STDLIB:
-        return FilesInput(stdlib_files(_hashed_split(options)), options.field, Counter())
+        return FilesInput(stdlib_files(_hashed_split(options)), options.fields, Counter())
     if path.is_dir() and not _is_saved_dataset(path):
         return _files_of_folder(path, options)
     if path.exists() and not path.is_dir():
@@ -33,7 +33,7 @@ def _open_input(name: str, options: InputOptions) -> Input:
                 f"{options.option('split')} = '{options.split}' selects a part of a dataset or folder, '{name}' is one "
                 "file: remove it"
             )
-        return FilesInput([path], options.field)
+        return FilesInput([path], options.fields)
     in_local_folder = path.parent != Path() and path.parent.is_dir()
     if not path.is_dir():
         check_dataset_name("" if in_local_folder else name, options.label(name))
@@ -73,4 +73,4 @@ def _files_of_folder(folder: Path, options: InputOptions) -> FilesInput:
             f"{options.label(folder)} has no file for {options.option('glob')} {options.glob!r} and "
             f"{options.option('split')} '{split}': choose others"
         )
-    return FilesInput(chosen, options.field, skipped)
+    return FilesInput(chosen, options.fields, skipped)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.file_kinds import (
     UTF8_BOM,
     FileKind,
@@ -32,29 +33,29 @@ from mtp_dist.data.sources.work_units import (
 from mtp_dist.errors import DataError
 
 
-def record_units(file: Path, kind: FileKind, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+def record_units(file: Path, kind: FileKind, size: int, fields: Fields, unit_bytes: int) -> Iterator[WorkUnit]:
     """Yield the units of a file of `size` bytes of records, whose columns were checked.
 
     Raise DataError or OSError if it cannot be read.
     """
     if kind.kind == "Parquet":
-        return _row_groups(file, size, field, unit_bytes)
+        return _row_groups(file, size, fields, unit_bytes)
     if kind.kind == "CSV":
-        return row_lists(str(file), _csv_rows(file, kind, field), unit_bytes)
+        return row_lists(str(file), _csv_rows(file, kind, fields), unit_bytes)
     if kind.kind == "JSON array":
-        return row_lists(str(file), _array_rows(file, kind, size, field), unit_bytes)
-    return (
-        _line_lists(file, kind, field, unit_bytes) if kind.compression else _line_ranges(file, size, field, unit_bytes)
-    )
+        return row_lists(str(file), _array_rows(file, kind, size, fields), unit_bytes)
+    if kind.compression:
+        return _line_lists(file, kind, fields, unit_bytes)
+    return _line_ranges(file, size, fields, unit_bytes)
 
 
-def _line_ranges(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+def _line_ranges(file: Path, size: int, fields: Fields, unit_bytes: int) -> Iterator[WorkUnit]:
     for start in range(0, size, unit_bytes):
         end = min(size, start + unit_bytes)
-        yield LineRange(file, start, end, field, size=end - start)
+        yield LineRange(file, start, end, fields, size=end - start)
 
 
-def _line_lists(file: Path, kind: FileKind, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+def _line_lists(file: Path, kind: FileKind, fields: Fields, unit_bytes: int) -> Iterator[WorkUnit]:
     with open_decompressed(file, kind.compression) as (raw, stream):
         lines_before = position = 0
         while True:
@@ -62,32 +63,34 @@ def _line_lists(file: Path, kind: FileKind, field: str, unit_bytes: int) -> Iter
                 lines = stream.readlines(unit_bytes)
             if not lines:
                 return
-            yield LineList(file, lines_before, tuple(lines), field, size=raw.tell() - position)
+            yield LineList(file, lines_before, tuple(lines), fields, size=raw.tell() - position)
             position = raw.tell()
             lines_before += len(lines)
 
 
-def check_columns(file: Path, kind: FileKind, field: str) -> None:
-    """Raise UnreadableFileError if a table does not have the field, DataError or OSError if it cannot be read."""
+def check_columns(file: Path, kind: FileKind, fields: Fields) -> None:
+    """Raise UnreadableFileError if a table lacks a field, DataError or OSError if it cannot be read."""
     columns = None
     if kind.kind == "Parquet":
         columns = _parquet_metadata(file).schema.to_arrow_schema().names
     elif kind.kind == "CSV":
         with closing(_csv_lines(file, kind)) as lines:
             columns, _, _ = next(lines, (None, 0, 0))
-    if columns is not None and field not in columns:
-        raise missing_field_file_error(kind.kind, field, columns)
+    if columns is not None and (missing := fields.missing(columns)):
+        raise missing_field_file_error(kind.kind, fields, missing, columns)
 
 
-def _csv_rows(file: Path, kind: FileKind, field: str) -> Iterator[tuple[bytes, int]]:
+def _csv_rows(file: Path, kind: FileKind, fields: Fields) -> Iterator[tuple[bytes, int]]:
     lines = _csv_lines(file, kind)
     header, _, _ = next(lines, ([], 0, 0))
-    if header.count(field) > 1:
-        raise DataError(f"{file} has {header.count(field)} fields {field!r}: rename all but one")
+    for name in fields.names:
+        if header.count(name) > 1:
+            raise DataError(f"{file} has {header.count(name)} fields {name!r}: rename all but one")
     for number, (row, line, position) in enumerate(lines):
         if len(row) != len(header):
             raise DataError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
-        yield encode_text(row[header.index(field)], field, partial(row_location, file, number)), position
+        location = partial(row_location, file, number)
+        yield fields.document([encode_text(row[header.index(name)], name, location) for name in fields.names]), position
 
 
 def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, int]]:
@@ -109,7 +112,7 @@ def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, in
                 yield row, reader.line_num, raw.tell()
 
 
-def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[tuple[bytes, int]]:
+def _array_rows(file: Path, kind: FileKind, size: int, fields: Fields) -> Iterator[tuple[bytes, int]]:
     """Yield the documents of a JSON array, which must be read as a whole."""
     with open_decompressed(file, kind.compression) as (_, stream), reading_compressed(file, kind.compression):
         content = stream.read().removeprefix(UTF8_BOM)
@@ -120,7 +123,7 @@ def _array_rows(file: Path, kind: FileKind, size: int, field: str) -> Iterator[t
         raise DataError(f"{file} is not valid JSON ({reason}): fix it") from None
     for number, record in enumerate(records):
         location = partial(row_location, file, number)
-        yield parse_record(record, field, location), size * (number + 1) // len(records)
+        yield parse_record(record, fields, location), size * (number + 1) // len(records)
 
 
 def _parquet_metadata(file: Path) -> Any:
@@ -135,23 +138,24 @@ def _parquet_metadata(file: Path) -> Any:
         raise DataError(f"cannot read {file} ({error.strerror or error})") from None
 
 
-def _row_groups(file: Path, size: int, field: str, unit_bytes: int) -> Iterator[WorkUnit]:
+def _row_groups(file: Path, size: int, fields: Fields, unit_bytes: int) -> Iterator[WorkUnit]:
     metadata = _parquet_metadata(file)
     schema = metadata.schema.to_arrow_schema()
-    if (columns := schema.names.count(field)) > 1:
-        raise DataError(f"{file} has {columns} fields {field!r}: rename all but one, or choose another field")
-    kind = schema.field(field).type
-    if not any(is_text(kind) for is_text in _text_types()):
-        raise DataError(f"{file}: the field {field!r} is not text but {kind}: choose another field")
-    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == field)
+    for name in fields.names:
+        if (number := schema.names.count(name)) > 1:
+            raise DataError(f"{file} has {number} fields {name!r}: rename all but one, or choose another field")
+        kind = schema.field(name).type
+        if not any(is_text(kind) for is_text in _text_types()):
+            raise DataError(f"{file}: the field {name!r} is not text but {kind}: choose another field")
+    columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in fields.names]
     groups: list[int] = []
     text_bytes = rows = rows_before = 0
     for group in range(metadata.num_row_groups):
         groups.append(group)
-        text_bytes += metadata.row_group(group).column(column).total_uncompressed_size
+        text_bytes += sum(metadata.row_group(group).column(column).total_uncompressed_size for column in columns)
         rows += metadata.row_group(group).num_rows
         if text_bytes >= unit_bytes or group == metadata.num_row_groups - 1:
-            yield RowGroups(file, tuple(groups), rows_before, field, size=size * rows // max(1, metadata.num_rows))
+            yield RowGroups(file, tuple(groups), rows_before, fields, size=size * rows // max(1, metadata.num_rows))
             rows_before += rows
             groups, text_bytes, rows = [], 0, 0
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
+from mtp_dist.data.sources.documents import Fields
 from mtp_dist.errors import DataError
 
 Item = TypeVar("Item")
@@ -77,7 +78,7 @@ class LineRange(_PartOfFile):
 
     start: int
     end: int
-    field: str
+    fields: Fields
 
     def documents(self) -> Iterator[bytes]:
         with self.file.open("rb") as stream:
@@ -86,7 +87,7 @@ class LineRange(_PartOfFile):
                 if position >= self.end:
                     return
                 position += len(line)
-                yield parse_line(line, self.field, partial(self.location, index))
+                yield parse_line(line, self.fields, partial(self.location, index))
         if position < self.end:
             raise DataError(
                 f"{self.file} ends at byte {position}, it had {self.end} or more before: it was truncated, restore it"
@@ -119,11 +120,11 @@ class LineList(_PartOfFile):
 
     lines_before: int
     lines: tuple[bytes, ...]
-    field: str
+    fields: Fields
 
     def documents(self) -> Iterator[bytes]:
         for index, line in enumerate(self.lines):
-            yield parse_line(line, self.field, partial(self.location, index))
+            yield parse_line(line, self.fields, partial(self.location, index))
 
     def location(self, index: int) -> str:
         return f"{self.file}, line {self.lines_before + index + 1}"
@@ -135,7 +136,7 @@ class RowGroups(_PartOfFile):
 
     groups: tuple[int, ...]
     rows_before: int
-    field: str
+    fields: Fields
 
     def documents(self) -> Iterator[bytes]:
         import pyarrow
@@ -143,9 +144,11 @@ class RowGroups(_PartOfFile):
 
         try:
             with pyarrow.parquet.ParquetFile(self.file) as parquet:
-                for batch in parquet.iter_batches(1024, list(self.groups), [self.field], use_threads=False):
-                    for document in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                        yield document or b""
+                names = self.fields.names
+                for batch in parquet.iter_batches(1024, list(self.groups), list(names), use_threads=False):
+                    columns = [batch.column(name).cast(pyarrow.large_binary()).to_pylist() for name in names]
+                    for texts in zip(*columns, strict=True):
+                        yield self.fields.document([text or b"" for text in texts])
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{self.file} is not a valid Parquet file ({error}): copy it again") from None
 
@@ -199,10 +202,10 @@ def row_location(table: str | Path, row: int) -> str:
     return f"{table}, row {row}"
 
 
-def parse_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
+def parse_line(line: bytes, fields: Fields, location: Callable[[], str]) -> bytes:
     """Return the document of a JSONL line, empty if the line is blank or the field is null.
 
-    Raise DataError with the location if the line is not a record with text in the field.
+    Raise DataError with the location if the line is not a record with text in the fields.
     """
     line = line.removeprefix(b"\xef\xbb\xbf")  # some programs start a file with this byte order mark
     if not line.strip():
@@ -213,16 +216,16 @@ def parse_line(line: bytes, field: str, location: Callable[[], str]) -> bytes:
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise DataError(f"{location()} is not valid JSON ({reason}): fix or remove it") from None
-    return parse_record(record, field, location)
+    return parse_record(record, fields, location)
 
 
-def parse_record(record: object, field: str, location: Callable[[], str]) -> bytes:
+def parse_record(record: object, fields: Fields, location: Callable[[], str]) -> bytes:
     """Return the document of a record; empty if the field is null. Raise DataError if it is not text."""
     if not isinstance(record, dict):
         raise DataError(f"{location()} is not a JSON object with fields: fix or remove it")
-    if field not in record:
-        raise missing_field(location(), field, record)
-    return encode_text(record[field], field, location)
+    if missing := fields.missing(record):
+        raise missing_field_error(location(), fields, missing, record)
+    return fields.document([encode_text(record[name], name, location) for name in fields.names])
 
 
 def encode_text(text: object, field: str, location: Callable[[], str]) -> bytes:
@@ -243,7 +246,11 @@ def encode_text(text: object, field: str, location: Callable[[], str]) -> bytes:
     raise AssertionError("surrogatepass encodes everything")
 
 
-def missing_field(location: str, field: str, present: Iterable[str]) -> DataError:
-    return DataError(
-        f"{location} has no field {field!r}, it has {', '.join(map(repr, present)) or 'none'}: choose another field"
-    )
+def missing_field_error(location: str, fields: Fields, missing: str, present: Iterable[str]) -> DataError:
+    return DataError(f"{location} {describe_missing_field(fields, missing, present)}")
+
+
+def describe_missing_field(fields: Fields, missing: str, present: Iterable[str], where: str = "") -> str:
+    """Return the predicate of an error message. `where` is e.g. " in line 2"."""
+    names = ", ".join(map(repr, present)) or "none"
+    return f"has no field {missing!r}, it has {names}{where}: choose another {fields.key(missing)}"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.cli.data_tables import describe
 from mtp_dist.data.datasets import load_datasets
+from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.input import InputOptions
 from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.python_stdlib import SKIPPED_FOLDERS, in_validation_split, stdlib_files
@@ -325,8 +326,8 @@ def test_hub_datasets_come_from_the_datasets_library_if_the_hub_is_reachable(tmp
 
 def test_blank_lines_and_nulls_are_empty_documents_and_bad_bytes_are_kept():
     lines = (b"", b" \r\n", b'{"text": null}', b'{"text": "a\xffb"}')
-    assert [parse_line(line, "text", None) for line in lines] == [b"", b"", b"", b"a\xffb"]
-    half = parse_line(rb'{"text": "\ud83d!"}', "text", None)
+    assert [parse_line(line, Fields(), None) for line in lines] == [b"", b"", b"", b"a\xffb"]
+    half = parse_line(rb'{"text": "\ud83d!"}', Fields(), None)
     with pytest.raises(UnicodeDecodeError):
         half.decode()
     assert encode_text(b"\xff", "text", None) == b"\xff"
