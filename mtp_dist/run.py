@@ -13,17 +13,23 @@ import torch.distributed as dist
 
 from mtp_dist.checkpoint.find import ResumePoint
 from mtp_dist.checkpoint.format import checkpoint_path
-from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
+from mtp_dist.checkpoint.restore import (
+    agree_on_resume_point,
+    check_weights_on_all_ranks,
+    load_initial_weights,
+    restore,
+)
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
 from mtp_dist.config.notices import notices
+from mtp_dist.convert.initial_weights import InitialWeights, find_initial_weights
 from mtp_dist.data.datasets import Datasets, load_datasets, with_positions
 from mtp_dist.data.tokenizer import Tokenizer
-from mtp_dist.distributed.collectives import all_gather_objects
+from mtp_dist.distributed.collectives import all_gather_objects, from_rank_0
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
-from mtp_dist.engine.engine import build_engine
+from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.errors import UserError
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
@@ -70,9 +76,8 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         tee_output(config.output_dir, topology.rank, topology.world_size, starts_new_run)
     samples_read = _restore_samples(datasets, resumed, config)
 
-    engine = build_engine(config, topology, initialize=not resumed)
-    if resumed:
-        restore(engine, resumed.folder)
+    initial = None if resumed else _agree_on_initial_weights(config, datasets.tokenizer, topology, gloo_groups.all)
+    engine = _build_engine(config, topology, resumed, initial)
 
     stop_signals.defer()  # the collective below keeps all ranks from training until each has done so
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
@@ -84,7 +89,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
         step = resumed.step if resumed else 0
         callbacks = [*rank0_callbacks(config, topology, datasets.validation, hosts, step), summary, *callbacks]
 
-    _log_start(config, topology, datasets, engine.optimizer_name, resumed)
+    _log_start(config, topology, datasets, engine.optimizer_name, resumed, initial)
     with Watchdog(config.run.step_timeout, topology.rank, config.output_dir / FLIGHT_RECORDER) as watchdog:
         if preflight:
             run_preflight(config, topology, gloo_groups.all)
@@ -99,6 +104,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
             gloo_group=gloo_groups.all,
             resume_point=resumed,
             samples_read=samples_read,
+            validates_first=initial is not None,
         )
         result = trainer.fit()
 
@@ -110,10 +116,27 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     return exit_status(result.signal) if result.signal else 0
 
 
+def _build_engine(
+    config: Config, topology: Topology, resumed: ResumePoint | None, initial: InitialWeights | None
+) -> TrainingEngine:
+    """Build this rank's stage with the weights, and the optimizer with the moments, that the run starts with."""
+    engine = build_engine(config, topology, initialize=not (resumed or initial))
+    if resumed:
+        restore(engine, resumed.folder)
+    elif initial:
+        load_initial_weights(engine, initial.open())
+    return engine
+
+
 def _log_start(
-    config: Config, topology: Topology, datasets: Datasets, optimizer_name: str, resumed: ResumePoint | None
+    config: Config,
+    topology: Topology,
+    datasets: Datasets,
+    optimizer_name: str,
+    resumed: ResumePoint | None,
+    initial: InitialWeights | None,
 ) -> None:
-    """Log what was read of the sources, the size of the model, the layout and the checkpoint to resume from."""
+    """Log what was read of the sources, the size of the model, the layout and where the run starts."""
     for description in datasets.descriptions:
         logger.info(description)
     counts = parameter_counts(config)
@@ -125,7 +148,25 @@ def _log_start(
         f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
     )
     start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
+    if initial:
+        logger.info(initial.describe())
+        start = f"Starting from the weights of {initial.folder}"
     logger.info("%s, %d ranks", start, topology.world_size, extra={"event": "start"})
+
+
+def _agree_on_initial_weights(
+    config: Config, tokenizer: Tokenizer, topology: Topology, gloo_group: dist.ProcessGroup
+) -> InitialWeights | None:
+    """Return the weights that a new run starts from, the same on every rank. A collective over all ranks.
+
+    Raise UserError, on every rank, if they are corrupt or are those of another model.
+    """
+    if config.checkpoint.initial_weights is None:
+        return None
+    initial = from_rank_0(lambda: find_initial_weights(config, tokenizer), gloo_group)
+    if not initial.is_export:  # which has no checksums
+        check_weights_on_all_ranks(initial.folder, topology, gloo_group)
+    return initial
 
 
 def _starts_new_run(resumed: ResumePoint | None, config: Config) -> bool:

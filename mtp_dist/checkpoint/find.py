@@ -184,17 +184,23 @@ def _resume_point(folders: Sequence[Path], problem: str | None, config: Config) 
         )
     if differences := list(_differences(saved, config, folder)):
         raise ConfigError("\n".join(differences))
-    length = config.train.sequence_length
-    if not saved.step and length > saved.config.train.sequence_length:
+    if not saved.step:
+        warn_of_longer_samples(saved.config, config, folder)
+    older = tuple(folders[folders.index(folder) + 1 :])
+    return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
+
+
+def warn_of_longer_samples(saved: Config, wanted: Config, folder: Path) -> None:
+    """Log a warning if the samples of a new run are longer than those that the weights were trained with."""
+    length = wanted.train.sequence_length
+    if length > saved.train.sequence_length:
         logger.warning(
             "train.sequence_length = %s exceeds the %s positions of %s: its model has not been trained on longer "
             "texts; model.rope_scaling stretches its positions",
             length,
-            saved.config.train.sequence_length,
+            saved.train.sequence_length,
             folder,
         )
-    older = tuple(folders[folders.index(folder) + 1 :])
-    return ResumePoint(folder, saved.step, saved.config, saved.samples, saved.recent_losses, older)
 
 
 def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Iterator[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,6 +12,16 @@ from torch import Tensor
 from mtp_dist.checkpoint.format import MANIFEST, MODEL, InvalidCheckpointError, index_file, read_metadata
 from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights, read_manifest
 from mtp_dist.config import Config
+
+
+class WeightReader(Protocol):
+    """The weights of a model by global name, read in blocks."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight."""
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        """Return a block of a weight, fp32 on the CPU. Raise CheckpointError if its file is missing or corrupt."""
 
 
 class TensorReader:

@@ -1,6 +1,8 @@
 """Restoring an engine from a checkpoint, at any layout."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from mtp_dist.checkpoint.find import ResumePoint, find_resume_point, older_resume_point
 from mtp_dist.checkpoint.format import MODEL, OPTIMIZER, InvalidCheckpointError, read_metadata
 from mtp_dist.checkpoint.manifest import check_content, read_manifest, tensor_files
-from mtp_dist.checkpoint.reader import TensorReader
+from mtp_dist.checkpoint.reader import TensorReader, WeightReader
 from mtp_dist.config import Config
 from mtp_dist.distributed.collectives import all_gather_objects, from_rank_0
 from mtp_dist.distributed.topology import Topology, dp_group
@@ -28,7 +30,7 @@ from mtp_dist.engine.optimizer_state import (
     set_moment,
     set_updates,
 )
-from mtp_dist.errors import LaunchError
+from mtp_dist.errors import CheckpointError, LaunchError
 from mtp_dist.model.parameters import named_weights, parameter_shapes
 from mtp_dist.model.sharding import shard_blocks
 
@@ -46,17 +48,8 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     """
     updates = read_metadata(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates else None
-    topology, shapes = engine.topology, parameter_shapes(engine.config)
     ensure_state(engine.pipeline)
-    weights = list(named_weights(engine.stage))
-    rows_by_weight = _rows_by_reader([weight for _, weight in weights], topology.dp_size)
-    for (name, weight), rows in zip(weights, rows_by_weight, strict=True):
-        shard = _ShardReader(weight, shapes[name], topology, rows)
-        is_saved = name in model.weight_map
-        values = (
-            shard.read_and_broadcast(model, name) if is_saved else engine.initial_values(name, weight, shapes[name])
-        )
-        set_master_weight(weight, values)
+    for name, weight, shard in _load_weights(engine, model, model.weight_map):
         for key in MOMENTS:
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.weight_map:
                 values = torch.zeros(weight.shape, device=weight.device)
@@ -68,6 +61,33 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     set_updates(engine.pipeline, updates)
     check_updates(engine.pipeline, updates)
     engine.optimizer_updates = updates
+
+
+@torch.no_grad()
+def load_initial_weights(engine: TrainingEngine, reader: WeightReader) -> None:
+    """Load this rank's shards of the weights of another model. A collective over the data-parallel groups.
+
+    A weight that the reader lacks gets its initial value. The optimizer stays new. Raise CheckpointError if a file is
+    corrupt.
+    """
+    for _ in _load_weights(engine, reader, reader.shapes()):
+        pass
+
+
+def _load_weights(
+    engine: TrainingEngine, reader: WeightReader, saved: Container[str]
+) -> Iterator[tuple[str, nn.Parameter, _ShardReader]]:
+    """Load each weight of this stage that is `saved`, initialize the others, and yield each after that."""
+    shapes, weights = parameter_shapes(engine.config), list(named_weights(engine.stage))
+    rows_by_weight = _rows_by_reader([weight for _, weight in weights], engine.topology.dp_size)
+    for (name, weight), rows in zip(weights, rows_by_weight, strict=True):
+        shard = _ShardReader(weight, shapes[name], engine.topology, rows)
+        is_saved = name in saved
+        values = (
+            shard.read_and_broadcast(reader, name) if is_saved else engine.initial_values(name, weight, shapes[name])
+        )
+        set_master_weight(weight, values)
+        yield name, weight, shard
 
 
 def _rows_by_reader(weights: Sequence[nn.Parameter], readers: int) -> list[list[int]]:
@@ -96,7 +116,7 @@ class _ShardReader:
     rows: Sequence[int]
     """See `_rows_by_reader`."""
 
-    def read_and_broadcast(self, reader: TensorReader, name: str) -> Tensor:
+    def read_and_broadcast(self, reader: WeightReader, name: str) -> Tensor:
         """Return the complete shard. Each of its rows is read by one rank, which broadcasts it to the others."""
         values = torch.empty(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         for source, (first, last) in enumerate(pairwise(self.rows)):
@@ -106,13 +126,13 @@ class _ShardReader:
                 dist.broadcast(values[first:last], group=dp_group(), group_src=source)
         return values
 
-    def read_rows(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
+    def read_rows(self, reader: WeightReader, name: str, first: int, last: int) -> Tensor:
         """Return the shard with these rows; all others are 0."""
         values = torch.zeros(self.weight.shape, dtype=torch.float32, device=self.weight.device)
         values[first:last] = self._read(reader, name, first, last)
         return values
 
-    def _read(self, reader: TensorReader, name: str, first: int, last: int) -> Tensor:
+    def _read(self, reader: WeightReader, name: str, first: int, last: int) -> Tensor:
         values = torch.zeros(last - first, *self.weight.shape[1:])
         done = 0
         for block in shard_blocks(self.shape, self.weight, self.topology.tp_rank, self.topology.tp_size, first, last):
@@ -131,13 +151,27 @@ def agree_on_resume_point(config: Config, topology: Topology, gloo_group: dist.P
     """
     point = from_rank_0(lambda: find_resume_point(config), gloo_group)
     while point:
-        _wait_for_folder(point.folder, gloo_group)
-        problems = all_gather_objects(_problem_in_own_files(point.folder, topology), gloo_group)
-        problem = next(filter(None, problems), None)
+        problem = _find_problem(point.folder, "", topology, gloo_group)
         if problem is None:
             return point
         point = from_rank_0(partial(older_resume_point, point, problem, config), gloo_group)
     return None
+
+
+def check_weights_on_all_ranks(folder: Path, topology: Topology, gloo_group: dist.ProcessGroup) -> None:
+    """Raise CheckpointError on every rank if a file of a checkpoint's weights is corrupt. A collective over all ranks.
+
+    Each rank verifies some of the files.
+    """
+    if problem := _find_problem(folder, f"{MODEL}-", topology, gloo_group):
+        raise CheckpointError(problem)
+
+
+def _find_problem(folder: Path, prefix: str, topology: Topology, gloo_group: dist.ProcessGroup) -> str | None:
+    """Return what is wrong with the tensor files whose names have the prefix, the same on every rank, or None."""
+    _wait_for_folder(folder, gloo_group)
+    problems = all_gather_objects(_problem_in_own_files(folder, prefix, topology), gloo_group)
+    return next(filter(None, problems), None)
 
 
 def _wait_for_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
@@ -153,11 +187,12 @@ def _wait_for_folder(folder: Path, gloo_group: dist.ProcessGroup) -> None:
     )
 
 
-def _problem_in_own_files(folder: Path, topology: Topology) -> str | None:
+def _problem_in_own_files(folder: Path, prefix: str, topology: Topology) -> str | None:
     """Return what is wrong with the tensor files that this rank verifies, or None."""
     try:
         records = read_manifest(folder)
-        for name in tensor_files(records)[topology.rank :: topology.world_size]:
+        names = [name for name in tensor_files(records) if name.startswith(prefix)]
+        for name in names[topology.rank :: topology.world_size]:
             check_content(folder, name, records[name])
     except InvalidCheckpointError as error:
         return str(error)

@@ -231,6 +231,11 @@ class CheckpointConfig(Section):
     resume: PathText = "auto"
     """Checkpoint to resume from: `auto` for the newest one of `directory`, if there is one; `none` to start from
     scratch; or the folder of a checkpoint, or of several, of which the newest valid one is used."""
+    initial_weights: PathText | None = None
+    """Checkpoint, folder of a run or export of `mtp-dist export` whose weights a new run starts from, at step 0, with a
+    new optimizer, schedule and data (finetuning). The number of heads may differ: heads that it lacks are initialized,
+    further ones are not used. Once the run has a checkpoint of its own, `resume: auto` continues from that. By default
+    the weights are initialized at random."""
     allow_changes: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Keys, such as [heads.count, train.steps], that may differ from those that the checkpoint was trained with.
     Weights that the checkpoint lacks are initialized, weights that the model lacks are dropped."""

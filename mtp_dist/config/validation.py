@@ -45,6 +45,11 @@ def incompatible_settings(config: Config) -> Iterator[str]:
         )
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
+    if config.checkpoint.initial_weights and config.checkpoint.resume not in ("auto", "none"):
+        yield (
+            f"checkpoint.initial_weights = '{config.checkpoint.initial_weights}' starts a new run, checkpoint.resume = "
+            f"'{config.checkpoint.resume}' continues one: remove one of them"
+        )
     yield from _incompatible_sources(config.data)
     yield from _incompatible_fields(config.data)
     yield from incompatible_head_settings(heads, model.tie_embeddings, train.steps, train.sequence_length)

@@ -9,37 +9,60 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.convert.fold import ReadWeight
 from mtp_dist.convert.head_layout import model_weights, part_shapes
-from mtp_dist.convert.llama import fuse, llama_weights, split
+from mtp_dist.convert.llama import fuse, fused_rows, llama_weights, split
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG, SavedHeads
 from mtp_dist.convert.weight_folder import WeightFolder
 from mtp_dist.errors import CheckpointError
 from mtp_dist.model.parameters import parameter_shapes
 
 
+class ExportedWeights:
+    """The weights of an export of mtp-dist by global name, read one by one or in blocks."""
+
+    def __init__(self, folder: Path, option: str = "--model") -> None:
+        """Raise CheckpointError if the folder is not an export, lacks a weight or is corrupt.
+
+        option: the one that names the folder, for messages.
+        """
+        self._saved = SavedHeads(folder, option)
+        if self._saved.config is None:
+            raise CheckpointError(f"{option} = '{folder}' is not an export of mtp-dist: it has no {HEADS_CONFIG}")
+        self.config, self._llama = self._saved.config, WeightFolder(folder, option)
+        self._in_llama, self._shapes = llama_weights(self.config), parameter_shapes(self.config)
+        parts = part_shapes(self.config, self._in_llama.items())
+        self._llama.check_shapes(parts)
+        self._saved.check_shapes({name: shape for name, shape in self._shapes.items() if name not in self._in_llama})
+        in_model = parts.keys() | self._saved.model_parts
+        self.unknown = sorted(self._llama.shapes.keys() - in_model | self._saved.names - self._shapes.keys())
+        """Names of tensors that the export's configuration has no place for."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every weight."""
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        """Return a full weight in the precision of the files. Raise CheckpointError if its data is corrupt."""
+        if name not in self._in_llama:
+            return self._saved.read(name, self._shapes[name])
+        return fuse(name, [self._llama.read(part) for part in self._in_llama[name]], self.config.model)
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        """Return a block of a weight, fp32 on the CPU. Raise CheckpointError if its data is corrupt."""
+        if name not in self._in_llama:
+            return self._saved.read_block(name, block).float()
+        rows, *columns = block
+        parts = fused_rows(name, rows.start, rows.stop, self.config.model)
+        in_llama = self._in_llama[name]
+        return torch.cat([self._llama.read_block(in_llama[part], (piece, *columns)) for part, piece in parts]).float()
+
+
 def exported_weights(folder: Path, option: str = "--model") -> tuple[Config, Iterator[tuple[str, Tensor]]]:
     """Return the configuration of an export and an iterator over all full weights by global name.
 
-    The weights have the precision of the files and are read one by one. option: the one that names the folder, for
-    messages. Raise CheckpointError if the folder is not an export of mtp-dist, lacks a weight or is corrupt; the
-    iterator raises it if a file's data is.
+    The weights have the precision of the files and are read one by one. See ExportedWeights.
     """
-    saved = SavedHeads(folder, option)
-    if saved.config is None:
-        raise CheckpointError(f"{option} = '{folder}' is not an export of mtp-dist: it has no {HEADS_CONFIG}")
-    config, llama = saved.config, WeightFolder(folder, option)
-    in_llama, shapes = llama_weights(config), parameter_shapes(config)
-    llama.check_shapes(part_shapes(config, llama_weights(config).items()))
-    if missing := [name for name in shapes if name not in in_llama and name not in saved.names]:
-        raise CheckpointError(f"{option} = '{folder}' is incomplete: {missing[0]} is not in {HEADS}")
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            if name in in_llama:
-                yield name, fuse(name, [llama.read(part) for part in in_llama[name]], config.model)
-            else:
-                yield name, saved.read(name, shape)
-
-    return config, weights()
+    weights = ExportedWeights(folder, option)
+    return weights.config, ((name, weights.read(name)) for name in weights.shapes())
 
 
 def check_export(folder: Path, config: Config, architecture: str, expected: ReadWeight) -> None:

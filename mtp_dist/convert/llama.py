@@ -3,7 +3,7 @@
 Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings), so no rows are permuted for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,3 +66,22 @@ def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
         groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
         return torch.cat(groups, 1).flatten(0, 2)
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def fused_rows(name: str, first: int, last: int, model: ModelConfig) -> Iterator[tuple[int, slice]]:
+    """Yield rows first to last - 1 of what `fuse` returns, in order: the number of a part and a range of its rows."""
+    if name.endswith(QKV):
+        queries = model.num_attention_heads // model.query_groups
+        groups, sizes = model.query_groups, [queries * model.head_dim, model.head_dim, model.head_dim]
+    elif name.endswith(GATE_AND_UP):
+        groups, sizes = 1, [model.ffn_size, model.ffn_size]
+    else:
+        groups, sizes = 1, [last]
+    position = 0
+    for group in range(groups):
+        for part, size in enumerate(sizes):
+            begin, end = max(first, position), min(last, position + size)
+            if begin < end:
+                offset = group * size - position
+                yield part, slice(begin + offset, end + offset)
+            position += size

@@ -1,6 +1,7 @@
 """The heads that an export of mtp_dist contains in addition to its Llama."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, saved_config
 from mtp_dist.convert.head_layout import PLAIN, head_weights, part_shapes
-from mtp_dist.convert.llama import fuse, llama_weights
+from mtp_dist.convert.llama import fuse, fused_rows, llama_weights
 from mtp_dist.convert.llama_config import read_json_object
 from mtp_dist.convert.weight_folder import WeightFolder
 from mtp_dist.errors import CheckpointError, ConfigError, UserError
@@ -29,12 +30,14 @@ class SavedHeads:
         """Raise CheckpointError if its files are corrupt. option: the one that names the folder."""
         self.source, self.label, self.file = source, f"{option} = '{source}'", source / HEADS
         self._in_model: dict[str, tuple[str, ...]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         try:
             if (source / HEADS_CONFIG).exists():
                 self.config = saved_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8")))
             if self.config and self.file.exists():
                 with safe_open(self.file, "pt") as file:
-                    self.names = frozenset(file.keys())
+                    self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                    self.names = frozenset(self._shapes)
         except UserError as error:
             raise CheckpointError(f"{self.label} cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
@@ -77,17 +80,32 @@ class SavedHeads:
         if name in self._in_model and self.config:
             tensor = fuse(name, [self.model.read(part) for part in self._in_model[name]], self.config.model)
         else:
-            tensor = self._read_from_heads(name)
+            tensor = self.read_block(name, (slice(None),))
         if tensor.shape != shape:
-            raise CheckpointError(
-                f"{self.label} has {name} as {list(tensor.shape)}, its configuration requires {list(shape)}"
-            )
+            raise self._shape_error(name, tensor.shape, shape)
         return tensor
 
-    def _read_from_heads(self, name: str) -> Tensor:
+    def check_shapes(self, needed: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError if a weight is missing or has another shape."""
+        if missing := [name for name in needed if name not in self.names]:
+            raise CheckpointError(f"{self.label} is incomplete: {missing[0]} is not in {HEADS}")
+        for name, shape in needed.items():
+            if self._shapes.get(name, shape) != shape:
+                raise self._shape_error(name, self._shapes[name], shape)
+
+    def _shape_error(self, name: str, found: Sequence[int], needed: Sequence[int]) -> CheckpointError:
+        return CheckpointError(f"{self.label} has {name} as {list(found)}, its configuration requires {list(needed)}")
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        """Return a block of a weight as it is stored. Raise CheckpointError if its file is corrupt."""
+        if name in self._in_model and self.config:
+            rows, *columns = block
+            parts = fused_rows(name, rows.start, rows.stop, self.config.model)
+            in_model = self._in_model[name]
+            return torch.cat([self.model.read_block(in_model[part], (piece, *columns)) for part, piece in parts])
         try:
             with safe_open(self.file, "pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_slice(name)[block]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.file} cannot be read: {error}") from None
         return tensor

@@ -1,6 +1,6 @@
 """Reading the weights of a Hugging Face folder one by one. No code from it runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class WeightFolder:
         self.files = self._weight_files()
         self.weight_map: dict[str, str] = {}
         self.shapes: dict[str, list[int]] = {}
+        self._opened: dict[str, Any] = {}
         self._read_headers()
 
     def _weight_files(self) -> list[str]:
@@ -82,10 +83,23 @@ class WeightFolder:
     def read(self, name: str) -> Tensor:
         """Return a weight as it is stored. Raise CheckpointError if it is corrupt or not in floating point."""
         with self._open(self.weight_map[name]) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise CheckpointError(f"{self.label}: {name} cannot be read: {error}") from None
+            return self._checked(name, lambda: file.get_tensor(name))
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        """Return a block of a weight as it is stored. Its file stays open for further blocks.
+
+        Raise CheckpointError if the weight is corrupt or not in floating point.
+        """
+        file = self.weight_map[name]
+        if file not in self._opened:
+            self._opened[file] = self._open(file)
+        return self._checked(name, lambda: self._opened[file].get_slice(name)[block])
+
+    def _checked(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        try:
+            tensor = read()
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.label}: {name} cannot be read: {error}") from None
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"{self.label}: {name} is {tensor.dtype}: only floating point can be imported")
         return tensor

@@ -91,6 +91,8 @@ class Trainer:
     """Checkpoint that the engine was restored from; None: training starts from scratch."""
     samples_read: int = 0
     """Number of training samples read before the resume point."""
+    validates_first: bool = False
+    """True to validate before the first step too, to compare with the model that the weights come from."""
 
     def __post_init__(self) -> None:
         self.spikes = SpikeDetector(self.config.train.spike_deviations)
@@ -136,6 +138,8 @@ class Trainer:
         self._clock.restart()
         reset_peak_memory(self.engine.topology.device)
         with closing(Batches(config, self.engine.topology, self.datasets, completed_steps, samples_read)) as batches:
+            if self.validates_first and not completed_steps:
+                self._validate(0, batches)
             for step in range(self._first_step, last_step + 1):
                 watchdog.enter(f"step {step}")
                 metrics, signal = self.train_step(step, batches)
@@ -202,7 +206,7 @@ class Trainer:
     def _validate(self, step: int, batches: Batches) -> None:
         """Evaluate all heads on all validation sets."""
         self.watchdog.enter(f"the validation after step {step}")
-        schedule = HeadSchedule(head_schedule(self.config, step).loss_weights, self.config.heads.count)
+        schedule = HeadSchedule(head_schedule(self.config, max(1, step)).loss_weights, self.config.heads.count)
         with self._clock.paused():
             for validation in self.datasets.validation:
                 heads = self.engine.evaluate(batches.validation_batch(validation.samples), schedule)

@@ -1,0 +1,167 @@
+"""The weights of another model that a new run starts from (`checkpoint.initial_weights`)."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.checkpoint.find import checkpoints_in, first_valid, warn_of_longer_samples
+from mtp_dist.checkpoint.format import MANIFEST, METADATA_FILE, MODEL, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.manifest import check_quickly
+from mtp_dist.checkpoint.reader import TensorReader, WeightReader
+from mtp_dist.config import Config
+from mtp_dist.convert.exported import ExportedWeights
+from mtp_dist.convert.saved_heads import HEADS_CONFIG
+from mtp_dist.data.build_tokenizer import build_tokenizer
+from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
+from mtp_dist.errors import CheckpointError, ConfigError, UserError
+from mtp_dist.model.parameters import parameter_shapes
+
+KEY = "checkpoint.initial_weights"
+HEAD_KEYS = ("kind", "layers_per_head", "repeated", "unembedding")
+"""Keys of the section `heads` that define the weights of each head."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """A checkpoint or an export whose weights fit the model of a run."""
+
+    folder: Path
+    is_export: bool
+    loaded: int
+    """Number of weights that the model takes from it."""
+    unused: tuple[str, ...]
+    """Names of its weights that the model does not have."""
+    new: tuple[str, ...]
+    """Global names of the model's weights that it does not have."""
+
+    def open(self) -> WeightReader:
+        """Open its files. Raise CheckpointError if one is corrupt."""
+        return ExportedWeights(self.folder, KEY) if self.is_export else TensorReader(self.folder, MODEL)
+
+    def describe(self) -> str:
+        """Return what is loaded, what is left out and what is initialized."""
+        lines = [f"{self.loaded} weights loaded from {self.folder}"]
+        if self.unused:
+            lines.append(f"Not used: {_grouped(self.unused)}")
+        if self.new:
+            lines.append(f"Initialized: {_grouped(self.new)}")
+        return "\n".join(lines)
+
+
+def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights:
+    """Return what `checkpoint.initial_weights` names: an export, or the newest valid checkpoint. Read no weights.
+
+    tokenizer: that of the run. Raise CheckpointError if there is neither, ConfigError if the model of the run differs.
+    """
+    path = Path(str(config.checkpoint.initial_weights))
+    is_export = (path / HEADS_CONFIG).exists()
+    folder = path if is_export else _checkpoint_in(path)
+    if is_export:
+        export = ExportedWeights(folder, KEY)
+        saved, shapes, unknown = export.config, export.shapes(), export.unknown
+    else:
+        saved, unknown = read_metadata(folder).config, []
+        shapes = TensorReader(folder, MODEL).shapes()
+        if shapes.items() - parameter_shapes(saved).items():
+            raise InvalidCheckpointError(folder, "its weights are not those of its configuration")
+    if problems := [*_differences(saved, config, folder), *_tokenizer_problems(saved, folder, is_export, tokenizer)]:
+        raise ConfigError("\n".join(problems))
+    warn_of_longer_samples(saved, config, folder)
+    wanted = parameter_shapes(config)
+    return InitialWeights(
+        folder=folder,
+        is_export=is_export,
+        loaded=len(wanted.keys() & shapes.keys()),
+        unused=(*(name for name in shapes if name not in wanted), *unknown),
+        new=tuple(name for name in wanted if name not in shapes),
+    )
+
+
+def _checkpoint_in(path: Path) -> Path:
+    label = f"{KEY} = '{path}'"
+    if (path / METADATA_FILE).exists() and not (path / MANIFEST).exists():
+        raise CheckpointError(
+            f"{label} has no {MANIFEST}: it is an incomplete checkpoint, or a model of Hugging Face, which `mtp-dist "
+            "import` converts"
+        )
+    try:
+        folders = checkpoints_in(path) if path.is_dir() else []
+        if folders:
+            return first_valid(folders, check_quickly)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label} cannot be opened: {error}") from None
+    raise CheckpointError(
+        f"{label} is neither a checkpoint nor an export of mtp-dist: give a folder such as step_00000010, a run's "
+        "folder, or one that `mtp-dist export` wrote"
+    )
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    """Return the keys that define what the weights compute, with their defaults filled in."""
+    model = config.model.model_dump(mode="json", exclude={"init_std", "vocab_size"})
+    model |= {"num_query_groups": config.model.query_groups, "ffn_hidden_size": config.model.ffn_size}
+    heads = config.heads.model_dump(mode="json", include=set(HEAD_KEYS))
+    return {f"model.{key}": value for key, value in model.items()} | {f"heads.{key}": heads[key] for key in HEAD_KEYS}
+
+
+def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
+    """Yield a message for each key that keeps the model of a run from having these weights."""
+    before = _architecture(saved)
+    for key, value in _architecture(wanted).items():
+        if value != before[key]:
+            yield (
+                f"{key} is {_shown(value)}, {KEY} = '{folder}' was trained with {_shown(before[key])}: set "
+                f"{key}={_shown(before[key])}"
+            )
+    if wanted.vocab_size != saved.vocab_size:
+        yield (
+            f"model.vocab_size is {wanted.vocab_size}, {KEY} = '{folder}' has {saved.vocab_size} tokens: use its "
+            f"data.tokenizer, '{saved.data.tokenizer}', and set model.vocab_size={saved.vocab_size}"
+        )
+    before_count, count = saved.heads.count, wanted.heads.count
+    if saved.heads.traits.reads == "next head" and count != before_count:
+        yield (
+            f"heads.count is {count}, {KEY} = '{folder}' was trained with {before_count}: head 1 of kind "
+            f"'{saved.heads.kind}' runs through all others, so their number cannot change: set "
+            f"heads.count={before_count}"
+        )
+
+
+def _tokenizer_problems(saved: Config, folder: Path, is_export: bool, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a message if the run's tokenizer gives other ids than the one that the model was trained with."""
+    name = saved.data.tokenizer
+    in_folder = is_export and name != ByteTokenizer.name
+    try:
+        trained_with = build_tokenizer(str(folder) if in_folder else name, KEY)
+    except UserError:
+        logger.warning(
+            "%s = '%s' was trained with the tokenizer '%s', which is not here: data.tokenizer is not compared with it",
+            KEY,
+            folder,
+            name,
+        )
+        return
+    if trained_with.fingerprint != tokenizer.fingerprint:
+        yield (
+            f"data.tokenizer is '{tokenizer.name}', {KEY} = '{folder}' was trained with '{trained_with.name}': set "
+            f"data.tokenizer={trained_with.name}"
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a value as in an override."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _grouped(names: Iterable[str]) -> str:
+    """Return the names, those of one head together with their number."""
+    groups = Counter(
+        ".".join(name.split(".")[:2]) if name.startswith(("heads.", "unembeddings.")) else name for name in names
+    )
+    return ", ".join(f"{name} ({number} weights)" if number > 1 else name for name, number in groups.items())
