@@ -56,6 +56,8 @@ def prepare(
 
     if (prompt_field is None) != (completion_field is None):
         raise ConfigError("--prompt-field and --completion-field belong together: give both or neither")
+    if completion_field and field != InputOptions.field:
+        raise ConfigError(f"--field '{field}' has no effect with --completion-field: remove it")
     options = InputOptions(completion_field or field, glob, subset, split, streaming, prompt_field=prompt_field)
     workers = workers or len(os.sched_getaffinity(0))
     request = Request(tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers, max_text_loss=max_text_loss)

@@ -136,9 +136,10 @@ def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
 def _tokenizer_problems(saved: Config, folder: Path, is_export: bool, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield a message if the run's tokenizer gives other ids than the one that the model was trained with."""
     name = saved.data.tokenizer
-    in_folder = is_export and name != ByteTokenizer.name
+    if is_export and name != ByteTokenizer.name:
+        name = str(folder)
     try:
-        trained_with = build_tokenizer(str(folder) if in_folder else name, KEY)
+        trained_with = [build_tokenizer(each, KEY) for each in _tokenizer_names(name)]
     except UserError:
         logger.warning(
             "%s = '%s' was trained with the tokenizer '%s', which is not here: data.tokenizer is not compared with it",
@@ -147,11 +148,21 @@ def _tokenizer_problems(saved: Config, folder: Path, is_export: bool, tokenizer:
             name,
         )
         return
-    if trained_with.fingerprint != tokenizer.fingerprint:
+    if all(each.fingerprint != tokenizer.fingerprint for each in trained_with):
         yield (
-            f"data.tokenizer is '{tokenizer.name}', {KEY} = '{folder}' was trained with '{trained_with.name}': set "
-            f"data.tokenizer={trained_with.name}"
+            f"data.tokenizer is '{tokenizer.name}', {KEY} = '{folder}' was trained with '{name}': set "
+            f"data.tokenizer={name}"
         )
+
+
+def _tokenizer_names(name: str) -> list[str]:
+    """Return the names of a tokenizer: in a folder, SentencePiece's own file has another fingerprint than its copy."""
+    if not Path(name).is_dir():
+        return [name]
+    from mtp_dist.data.text_tokenizers import TOKENIZER_FILES  # its libraries take seconds to import
+
+    files = [path for file in TOKENIZER_FILES if (path := Path(name, file)).exists()]
+    return [str(path) for path in files] or [name]
 
 
 def _shown(value: object) -> str:

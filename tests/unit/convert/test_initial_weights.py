@@ -18,7 +18,14 @@ from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
 from tests.tiny import TINY, tiny_config
 from tests.unit.checkpoint.folders import edit_json, flip
-from tests.unit.convert.folders import VOCAB_SIZE, byte_pairs, import_from, write_llama, write_model
+from tests.unit.convert.folders import (
+    VOCAB_SIZE,
+    byte_pairs,
+    import_from,
+    train_sentencepiece,
+    write_llama,
+    write_model,
+)
 from tests.unit.data.preparing import error_of
 
 
@@ -127,6 +134,12 @@ def test_folders_without_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert find(tmp_path / "hf", copy, size).is_export, "its own tokenizer is compared"
     assert not caplog.messages
     find(tmp_path, copy, size)
+    model = str(train_sentencepiece(tmp_path))
+    pieces = {"vocab_size": build_tokenizer(model).vocab_size}
+    write_model(tmp_path / "pieces" / "step_00000007", **pieces, data={"tokenizer": model})
+    export_checkpoint(tmp_path / "pieces", tmp_path / "pieces-hf", None)
+    for path in (tmp_path / "pieces", tmp_path / "pieces-hf"):
+        assert find(path, model, **pieces).loaded, "the export has it converted too"
     assert "which is not here: data.tokenizer is not compared with it" in caplog.text
     edit_json(tmp_path / "step_00000007" / "config.json", lambda values: values["config"]["heads"].update(count=5))
     flip(tmp_path / "hf" / "mtp_heads.safetensors", 0)
