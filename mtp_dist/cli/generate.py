@@ -105,15 +105,13 @@ def generate(
 
 def _open(folder: Path) -> Generator:
     """Open the model on the GPUs of this machine, or on its CPU."""
-    import torch
     from transformers.utils import logging as transformers_logging
 
     from mtp_dist.inference.generator import Generator
 
     transformers_logging.set_verbosity_error()
-    options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with progress_bar() as bar:
-        return Generator.open(folder, on_verified=updates(bar, "verifying"), **options)
+        return Generator.open_on_device(folder, updates(bar, "verifying"))
 
 
 class _Output:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.config import Config
@@ -18,6 +18,7 @@ from mtp_dist.inference.loading import read_folder
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.packing import can_pack, pack_linear_layers
 from mtp_dist.inference.speculation import Speculation
+from mtp_dist.inference.stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,12 @@ class Generator:
             pack_linear_layers(model)
         return cls(model, read.tokenizer, read.config)
 
+    @classmethod
+    def open_on_device(cls, folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> "Generator":
+        """Open a model on the GPUs of this machine, or on its CPU, with the errors of `read_folder`."""
+        options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
+        return cls.open(folder, on_verified=on_verified, **options)
+
     @property
     def positions(self) -> int:
         """Number of tokens of the longest text that the model was trained on."""
@@ -77,13 +84,14 @@ class Generator:
         max_new_tokens: int,
         temperature: float = 0.0,
         speculation: Speculation | None = None,
+        stop_strings: Sequence[str] = (),
         **options: Any,
     ) -> list[list[int]]:
         """Return the new tokens after each prompt, with the end of the document if the model has reached it.
 
-        temperature: 0 for the most probable tokens. options: those of transformers' `generate`. Texts end when the
-        longest one has as many tokens as those of the training. Raise ConfigError for a longer prompt, more heads than
-        the model has, or a number that makes no sense.
+        temperature: 0 for the most probable tokens. stop_strings: a text ends with the token that completes one.
+        options: those of transformers' `generate`. Texts end when the longest one has as many tokens as those of the
+        training. Raise ConfigError for a longer prompt, more heads than the model has, or a number that makes no sense.
         """
         speculation = speculation or Speculation()
         longest = max(map(len, prompts))
@@ -103,10 +111,12 @@ class Generator:
         if temperature:
             settings |= {"do_sample": True, "temperature": temperature, "top_k": 0}
         device = self.model.device
+        stops = [StopStrings(self.tokenizer, stop_strings, longest)] if stop_strings else []
         result = self.model.generate(
             torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=GenerationConfig(max_new_tokens=max_new_tokens, **settings | options),
+            stopping_criteria=StoppingCriteriaList(stops),
             speculation=speculation,
         )
         ends = torch.tensor((settings | options)["eos_token_id"]).view(-1).tolist()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from mtp_dist.errors import UserError
 from mtp_dist.inference.detokenizer import Detokenizer
 from mtp_dist.inference.generator import Generator
 from mtp_dist.inference.speculation import Speculation
+from mtp_dist.inference.stop_strings import StopStrings
 from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece, write_model
 
 END = 256
@@ -53,6 +55,18 @@ def test_batch_has_the_texts_of_its_prompts(generator: Generator, caplog: pytest
     assert not caplog.records
     assert len(generator.generate(prompts, POSITIONS)[1]) == POSITIONS - len(prompts[1])
     assert "The texts end after 54 new tokens: the model was trained on texts of 64" in caplog.text
+
+
+def test_texts_end_at_stop_strings(generator: Generator) -> None:
+    """With the token that completes one, in each row of a batch; one in the prompt does not count."""
+    criterion = StopStrings(ByteTokenizer(), ["ab", "\n\n"], prompt_columns=2)
+    rows = [b"ab" + text for text in (b"x" * 99, b"x" * 97 + b"ab", b"\n" * 99, b"b" + b"a" * 98)]
+    assert criterion(torch.tensor([[*row] for row in rows]), None).tolist() == [False, True, True, False]
+    prompt = generator.prompt_ids("x")
+    whole = generator.generate([prompt, prompt], 20)
+    byte = next(token for token in reversed(whole[0]) if token < 128)
+    expected = whole[0][: whole[0].index(byte) + 1]
+    assert generator.generate([prompt, prompt], 20, stop_strings=[chr(byte)]) == [expected, expected]
 
 
 @pytest.mark.parametrize(
