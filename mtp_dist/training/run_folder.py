@@ -17,9 +17,9 @@ from mtp_dist.monitoring.writers.wandb import WANDB_FOLDER, wandb_files
 logger = logging.getLogger(__name__)
 
 PREFLIGHT = "preflight.json"
-FILES = ("metrics.jsonl", EVENTS, RUN, "summary.json", PREFLIGHT)
+FILES = ("metrics.jsonl", EVENTS, RUN, "summary.json", "evaluations.jsonl", PREFLIGHT)
 FOLDERS: dict[str, tuple[str, ...]] = {
-    "tensorboard": ("events.out.tfevents.*",),
+    "tensorboard": ("events.out.tfevents.*", "evaluation"),
     "checkpoints": CHECKPOINT_FILES,
     PROFILE: PROFILE_FILES,
     FLIGHT_RECORDER: ("rank_[0-9]*",),

@@ -27,12 +27,13 @@ def test_previous_runs_are_archived_completely(tmp_path, caplog):
     assert names(tmp_path) == ["notes.txt"], "there is no run"
     for name in ("first", "second"):
         (tmp_path / "metrics.jsonl").write_text(name)
+        (tmp_path / "evaluations.jsonl").touch()  # of another program
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "wandb").mkdir()  # with the id: a new run is a different one there, too
         archive(tmp_path)
     assert names(tmp_path) == ["earlier-1", "earlier-2", "notes.txt"]
     for number, name in enumerate(("first", "second"), 1):
-        assert names(tmp_path / f"earlier-{number}") == ["checkpoints", "metrics.jsonl", "wandb"]
+        assert names(tmp_path / f"earlier-{number}") == ["checkpoints", "evaluations.jsonl", "metrics.jsonl", "wandb"]
         assert (tmp_path / f"earlier-{number}/metrics.jsonl").read_text() == name
     assert str(tmp_path / "earlier-2") in caplog.text
 
@@ -55,7 +56,7 @@ def test_other_files_stay_in_folders_that_others_may_use(tmp_path, monkeypatch, 
     """
     written = {
         "checkpoints": "latest latest.unfinished step_00000010 step_00000020.unfinished",
-        "tensorboard": "events.out.tfevents.1700000000.node-3.4711.0",
+        "tensorboard": "evaluation events.out.tfevents.1700000000.node-3.4711.0",
         "wandb": "offline-run-20261125_201003-0123abc run-20261125_201003-0123abc run_id",
         "profile": "memory_rank_00000.pickle rank_00000_steps_3-4.json.gz unfinished_rank_00001_steps_3-4.json.gz",
         "flight_recorder": "rank_00000 rank_00001",

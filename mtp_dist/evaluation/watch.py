@@ -1,0 +1,149 @@
+"""Evaluation of each checkpoint of a run while it trains, from another process or another allocation.
+
+Results go to `evaluations.jsonl` in the run's folder, and as scalars `eval/<task>/<metric>` to its TensorBoard folder.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.checkpoint.find import finished_checkpoints
+from mtp_dist.checkpoint.format import MANIFEST
+from mtp_dist.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = "evaluations.jsonl"
+TENSORBOARD_FOLDER = "evaluation"
+"""A folder in the run's own: of several event files in one folder, TensorBoard may follow the newest one only."""
+POLL_SECONDS = 10.0
+
+Metrics = dict[str, float]
+"""Values by `<task>/<metric>`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of one checkpoint."""
+
+    step: int
+    metrics: Metrics
+
+
+def watch(
+    run: Path,
+    label: str,
+    evaluate: Callable[[Path], Metrics],
+    once: bool = False,
+    poll_seconds: float = POLL_SECONDS,
+) -> Iterator[Evaluation]:
+    """Evaluate each checkpoint of a run, by step, and yield its result after it has been written, until the run ends.
+
+    label: the evaluation and its settings; a checkpoint with a line of this label is not evaluated again. once: end
+    after the checkpoints that exist. Raise DataError if the folder does not contain a run, and what `evaluate` raises,
+    but for checkpoints that are corrupt or deleted meanwhile: these are skipped with a warning.
+    """
+    if not (run / "run.json").exists():
+        raise DataError(
+            f"--watch = '{run}' has no run.json: give the folder of a run that has started, such as runs/demo"
+        )
+    seen = _evaluated(run, label)
+    while True:
+        is_last_pass = once or _has_finished(run)
+        for step, folder in reversed(finished_checkpoints(_checkpoint_dir(run)).items()):
+            checkpoint = step, _fingerprint(folder)
+            if checkpoint in seen:
+                continue
+            seen.add(checkpoint)
+            if (metrics := _evaluate(folder, evaluate)) is not None:
+                _write(run, checkpoint, label, metrics)
+                yield Evaluation(step, metrics)
+        if is_last_pass:
+            return
+        time.sleep(poll_seconds)
+
+
+def _evaluate(folder: Path, evaluate: Callable[[Path], Metrics]) -> Metrics | None:
+    """Return the result of a checkpoint; None if it is corrupt or has been deleted."""
+    try:
+        return evaluate(folder)
+    except Exception as error:  # whatever was reading a file when it was deleted reports that in its own way
+        if not folder.exists():
+            logger.warning("%s was deleted before it was evaluated: skipped", folder)
+        elif isinstance(error, CheckpointError):
+            logger.warning("skipped: %s", error)
+        else:
+            raise
+        return None
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return what tells a checkpoint from a later one of the same step, after a rollback; empty if it is deleted."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+def _evaluated(run: Path, label: str) -> set[tuple[int, str]]:
+    """Return step and fingerprint of the checkpoints that have been evaluated."""
+    path, found = run / EVALUATIONS, set()
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            if record["evaluation"] == label:
+                found.add((record["step"], record["checkpoint"]))
+        except (ValueError, KeyError, TypeError):  # incomplete after a kill
+            continue
+    return found
+
+
+def _has_finished(run: Path) -> bool:
+    """Return whether the run has reached `train.steps`, which a resume may have raised since the last summary."""
+    summary, config = _read(run / "summary.json"), _config(run)
+    return bool(summary and config and summary["steps"] >= config["train"]["steps"])
+
+
+def _checkpoint_dir(run: Path) -> Path:
+    given = _config(run).get("checkpoint", {}).get("directory")
+    return Path(given) if given else run / "checkpoints"
+
+
+def _config(run: Path) -> dict[str, Any]:
+    return _read(run / "run.json").get("config", {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty if there is no file, as while a new run archives those of another."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _write(run: Path, checkpoint: tuple[int, str], label: str, metrics: Metrics) -> None:
+    """Write the result of a checkpoint to TensorBoard, if the run has it, and then as a line, after which it counts."""
+    step, fingerprint = checkpoint
+    if _config(run).get("log", {}).get("tensorboard", True):
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        with SummaryWriter(run / "tensorboard" / TENSORBOARD_FOLDER) as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(f"eval/{name}", value, step)
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "checkpoint": fingerprint,
+        "evaluation": label,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()},
+    }
+    with (run / EVALUATIONS).open("ab+", buffering=0) as file:
+        incomplete = file.seek(0, 2) and file.seek(-1, 2) is not None and file.read() != b"\n"
+        file.write(b"\n" * incomplete + json.dumps(record).encode() + b"\n")

@@ -1,0 +1,120 @@
+"""Evaluation of the checkpoints of a run while it trains."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_dist.checkpoint.format import InvalidCheckpointError
+from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.evaluation.watch import Metrics, watch
+from tests.unit.monitoring.test_writers import read_tensorboard
+
+LABEL = "lm-eval --tasks t"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return the folder of a run of 30 steps that has made a checkpoint of steps 10 and 20."""
+    folder = tmp_path / "run"
+    write_json(folder / "run.json", config={"train": {"steps": 30}, "checkpoint": {"directory": None}})
+    for step in (20, 10):
+        save(folder, step)
+    return folder
+
+
+def write_json(path: Path, **values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values))
+
+
+def save(run: Path, step: int, content: str = "") -> None:
+    write_json(run / f"checkpoints/step_{step:08d}/manifest.json", step=step, content=content)
+
+
+def evaluate(folder: Path) -> Metrics:
+    step = int(folder.name[-8:])
+    return {"t/acc": step / 100, "t/loss": float("nan")}
+
+
+def steps(run: Path, evaluate: Callable[[Path], Metrics] = evaluate, label: str = LABEL) -> list[int]:
+    return [evaluation.step for evaluation in watch(run, label, evaluate, once=True)]
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_each_checkpoint_is_evaluated_once(run: Path) -> None:
+    """By step and as soon as it exists, until the run has reached its last step; a restart repeats none."""
+    found = watch(run, LABEL, evaluate, poll_seconds=0.01)
+    first = next(found)
+    assert (first.step, first.metrics["t/acc"]) == (10, 0.1)
+    written = [(line["step"], line["evaluation"], line["metrics"]) for line in lines(run)]
+    assert written == [(10, LABEL, {"t/acc": 0.1, "t/loss": None})], "before the next one begins"
+    assert next(found).step == 20
+    (run / "checkpoints/step_00000030.unfinished").mkdir()
+    write_json(run / "summary.json", steps=20)  # of a training that was then made longer
+    save(run, 25)
+    assert next(found).step == 25
+    found.close()
+
+    with (run / "evaluations.jsonl").open("a") as file:
+        file.write('{"step": 30, "evalu')  # a kill
+    write_json(run / "summary.json", steps=30)
+    save(run, 30)
+    assert [evaluation.step for evaluation in watch(run, LABEL, evaluate)] == [30], "and the watch ends"
+    assert [line["step"] for line in lines(run)] == [10, 20, 25, 30]
+    assert steps(run) == []
+    save(run, 20, "trained again after a rollback")
+    assert steps(run) == [20]
+    assert steps(run, label="lm-eval --tasks another") == [10, 20, 25, 30]
+
+
+def test_results_are_in_tensorboard(run: Path) -> None:
+    """In a folder of their own: TensorBoard follows the newest event file of a folder, which is the training's."""
+    steps(run)
+    events = read_tensorboard(run / "tensorboard/evaluation")
+    values = {event.step: event.value for event in events.Scalars("eval/t/acc")}
+    assert values == pytest.approx({10: 0.1, 20: 0.2})
+    assert not [path for path in (run / "tensorboard").iterdir() if path.is_file()]
+
+
+def test_runs_without_tensorboard_and_with_another_checkpoint_folder(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    config = {"train": {"steps": 30}, "checkpoint": {"directory": str(tmp_path / "elsewhere")}}
+    write_json(run / "run.json", config=config | {"log": {"tensorboard": False}})
+    assert steps(run) == [10, 20] and not (run / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("deleted", "error", "message"),
+    [
+        (True, OSError("stale file handle"), "step_00000010 was deleted before it was evaluated: skipped"),
+        (False, InvalidCheckpointError(Path("step_00000010"), "a hash"), "skipped: step_00000010 is not a valid "),
+    ],
+)
+def test_lost_checkpoints_are_skipped(
+    run: Path, caplog: pytest.LogCaptureFixture, deleted: bool, error: Exception, message: str
+) -> None:
+    def failing(folder: Path) -> Metrics:
+        if folder.name.endswith("10"):
+            if deleted:
+                folder.rename(folder.with_name(f"{folder.name}.1.deleted"))
+            raise error
+        return evaluate(folder)
+
+    assert steps(run, failing) == [20] and message in caplog.text
+    assert [line["step"] for line in lines(run)] == [20]
+
+
+def test_other_errors_end_the_watch(run: Path, tmp_path: Path) -> None:
+    def failing(folder: Path) -> Metrics:
+        raise ConfigError("--speculative = 9")
+
+    with pytest.raises(ConfigError, match="--speculative = 9"):
+        steps(run, failing)
+    with pytest.raises(UserError, match=r"^--watch = '.*' has no run\.json: give the folder of a run that has started"):
+        steps(tmp_path)
