@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli import bench, convert, data, generate, train
+from mtp_dist.cli import bench, convert, data, evaluate, generate, train
 from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -22,6 +22,7 @@ def _options(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True
 
 
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="evaluate")
 app.command("launch", context_settings={"ignore_unknown_options": True})(train.launch)
 app.command("selfcheck")(train.selfcheck)
 app.command("prepare")(data.prepare)
