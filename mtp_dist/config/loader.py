@@ -1,8 +1,7 @@
 """Reads a YAML file and `section.key=value` overrides into a checked configuration. Errors have one line per key."""
 
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,13 +9,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from mtp_dist.config.rope import RopeScalingConfig
-from mtp_dist.config.schema import Config, SourceConfig
+from mtp_dist.config.messages import describe_errors
+from mtp_dist.config.schema import Config
 from mtp_dist.config.validation import incompatible_settings
 from mtp_dist.errors import ConfigError
-
-MIN_NAME_SIMILARITY = 0.75
-"""Smallest difflib ratio of a misspelling: `stps` and `steps` have 0.89, `grad_accum` and `grad_clip` 0.63."""
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -79,67 +75,6 @@ def _read_number(text: str) -> Any:
         loader.dispose()
 
 
-def _all_keys() -> list[str]:
-    sections = Config.model_fields.items()
-    return [f"{name}.{key}" for name, field in sections for key in getattr(field.annotation, "model_fields", ())]
-
-
-def _nearest_key(parts: Sequence[str]) -> str | None:
-    """Return the known key with the most similar name, preferably of the same section; None if none is similar.
-
-    Only names are compared: with the section, any two of its keys would be similar.
-    """
-    *section, name = parts
-    if len(section) > 1:  # a section in a section, or an item of a list of sources
-        nested = RopeScalingConfig if section[-1] == "rope_scaling" else SourceConfig
-        known = [".".join([*section, key]) for key in nested.model_fields]
-    else:
-        known = _all_keys() if section else list(Config.model_fields)
-    section_keys = [key for key in known if key.rpartition(".")[0] == ".".join(section)]
-    for candidates in (section_keys, known):
-        by_name = {key.rpartition(".")[2]: key for key in candidates}
-        if close := difflib.get_close_matches(name, by_name, 1, MIN_NAME_SIMILARITY):
-            return by_name[close[0]]
-    return None
-
-
-def _describe(errors: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield one message per invalid key; pydantic has one error per type that the key may have."""
-    union_members = ("literal", "tuple", "constrained-", "bool")
-    by_key: dict[str, list[Mapping[str, Any]]] = {}
-    for error in errors:
-        parts = [str(part) for part in error["loc"] if not str(part).startswith(union_members)]
-        by_key.setdefault(".".join(parts), []).append(error)
-    for key, key_errors in by_key.items():
-        # An invalid item of a list makes the list invalid too: report it once.
-        if not any(other.startswith(f"{key}.") for other in by_key):
-            yield _message(key, key_errors)
-
-
-_MESSAGES = {
-    "tuple_type": "should be a list",
-    "model_type": "should have keys of its own",
-    "too_short": "is too short",
-    "string_too_short": "is empty",
-    "too_long": "is too long",
-    "invalid_key": "should be text",
-    "string_pattern_mismatch": "should be a plain name, without '/' and not starting with a dot",
-}
-
-
-def _message(key: str, errors: Sequence[Mapping[str, Any]]) -> str:
-    parts, error = key.split("."), errors[0]
-    if error["type"] == "missing":
-        return f"{key} is missing: give it a value"
-    if error["type"] == "extra_forbidden":
-        near = _nearest_key(parts)
-        return f"{key} is not a known key" + (f": did you mean {near}?" if near else "")
-    messages = (
-        _MESSAGES.get(e["type"]) or e["msg"].removeprefix("Input ").removeprefix("Value error, ") for e in errors
-    )
-    return f"{key} = {error['input']!r} is invalid: it {', or it '.join(dict.fromkeys(messages))}"
-
-
 def typed_config(values: Mapping[str, Any]) -> Config:
     """Return a configuration with values of valid types, which may be incompatible with each other.
 
@@ -148,7 +83,7 @@ def typed_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_describe(error.errors()))) from None
+        raise ConfigError("\n".join(describe_errors(error, Config))) from None
 
 
 def build_config(values: Mapping[str, Any]) -> Config:
