@@ -1,6 +1,5 @@
 """The launcher of `mtp-dist launch`: starts the ranks of one machine and forwards every signal to them."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -10,12 +9,12 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from mtp_dist.distributed.processes import end_with_parent
 from mtp_dist.training.stopping import STOP_SIGNALS, exit_status
 
 FAILURE_GRACE_S = 15.0
 """Seconds that the other ranks have after one has failed, to print their errors."""
 POLL_INTERVAL_S = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
@@ -37,9 +36,7 @@ class _Ranks:
             if signal.getsignal(number) is not signal.SIG_IGN:  # such as SIGHUP under nohup, which ranks inherit
                 signal.signal(number, self._forward)
         for rank in range(count):
-            self._processes.append(
-                subprocess.Popen(command, env=_environment(rank, count), preexec_fn=_end_with_parent)
-            )
+            self._processes.append(subprocess.Popen(command, env=_environment(rank, count), preexec_fn=end_with_parent))
         if self._received:  # some may have started after the signal
             self._send(self._received)
 
@@ -92,8 +89,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this rank if the launcher is killed, so that it saves and ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
