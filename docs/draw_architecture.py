@@ -13,7 +13,7 @@ Point = tuple[float, float]
 
 PACKAGES: dict[str, tuple[Point, str]] = {
     "cli": ((1.6, 8.0), "commands"),
-    "bench": ((4.75, 8.0), "benchmarks"),
+    "experiments, bench": ((4.75, 8.0), "grids of runs, benchmarks"),
     "pretrain.py": ((7.9, 8.0), "the training program"),
     "run.py": ((11.2, 8.0), "one run"),
     "verify": ((4.75, 6.9), "selfcheck, preflight, start-up checks"),
@@ -33,7 +33,7 @@ PACKAGES: dict[str, tuple[Point, str]] = {
     "fs.py, versions.py": ((7.9, 1.4), "files, package versions"),
     "errors.py": ((11.2, 1.4), "below all others"),
 }
-"""Middle and purpose of each box: a row is a layer, except that the top row is four and errors.py one of its own."""
+"""Middle and purpose of each box: a row is a layer, except that the top row is five and errors.py one of its own."""
 WIDTH, HEIGHT = 2.8, 0.7
 BATCH, METRIC, CHECKPOINT = "#1f77b4", "#d62728", "#2ca02c"
 PATHS: list[tuple[str, list[Point], Point]] = [

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli import bench, convert, data, evaluate, generate, train
+from mtp_dist.cli import bench, convert, data, evaluate, experiment, generate, train
 from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -31,6 +31,7 @@ app.command("export")(convert.export)
 app.command("import")(convert.import_)
 app.command("generate")(generate.generate)
 app.command("report")(train.report)
+app.command("experiment")(experiment.experiment)
 
 
 def main() -> None:

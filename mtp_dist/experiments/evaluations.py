@@ -1,0 +1,55 @@
+"""The functions that measure a finished run, by the name that an experiment's YAML file gives them.
+
+Each gets the run's folder and the file's `evaluation.options` as keywords and returns metrics by name: numbers, or None
+for what the run does not have. To add one, write the function and enter it in EVALUATIONS.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtp_dist.errors import DataError
+from mtp_dist.fs import atomic_write_text
+
+Metrics = Mapping[str, float | None]
+
+
+def validation(run: Path) -> Metrics:
+    """Return what the run's last validation measured: the first set's losses, accuracies and accepted drafts.
+
+    `loss`, `accuracy` and `bits_per_byte` are head 1's; `loss/head_2` and so on belong to every head.
+    """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    if not summary["validation"]:
+        raise DataError(f"{run} has no validation: the experiment's base needs data.validation")
+    first = summary["validation"][0]
+    metrics: dict[str, float | None] = {name: first["heads"][0][name] for name in ("loss", "accuracy", "bits_per_byte")}
+    for head in first["heads"]:
+        metrics |= {f"{name}/head_{head['head']}": head[name] for name in ("loss", "accuracy", "bits_per_byte")}
+    acceptance = {name: value for name, value in first.items() if name.startswith(("draft_", "expected_"))}
+    return metrics | acceptance | {"tokens_per_second": summary["tokens_per_second"]}
+
+
+EVALUATIONS: dict[str, Callable[..., Metrics]] = {"validation": validation}
+
+
+def evaluate(function: str, options: Mapping[str, Any], run: Path, output: Path) -> None:
+    """Evaluate a run and write the metrics with the function's name and options, which `measured` compares."""
+    metrics = EVALUATIONS[function](run, **options)
+    record = {"function": function, "options": options, "metrics": dict(metrics)}
+    atomic_write_text(output, json.dumps(record, indent=2) + "\n")
+
+
+def measured(function: str, options: Mapping[str, Any], output: Path) -> Metrics | None:
+    """Return the metrics of an earlier evaluation, or None if there is none with this function and these options."""
+    if not output.exists():
+        return None
+    record = json.loads(output.read_text(encoding="utf-8"))
+    return record["metrics"] if (record["function"], record["options"]) == (function, options) else None
+
+
+if __name__ == "__main__":
+    _, name, keywords, folder, file = sys.argv
+    evaluate(name, json.loads(keywords), Path(folder), Path(file))

@@ -1,0 +1,67 @@
+"""The plot of an experiment's result: means with their 95 % intervals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mtp_dist.experiments.results import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Points = dict[str, Mapping[str, Any]]
+"""Intervals by position on the horizontal axis."""
+OFFSET = 0.06
+"""Horizontal distance between lines, so that intervals do not cover each other."""
+
+
+def draw(result: Result, path: Path) -> None:
+    """Write a PNG file with one line per arm, or per cell if the horizontal axis shows several metrics."""
+    from matplotlib.figure import Figure  # half a second
+
+    plot = result["plot"]
+    lines = _metric_lines(result) if "*" in plot["metric"] else _axis_lines(result)
+    positions = list(dict.fromkeys(position for points in lines.values() for position in points))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (label, points) in enumerate(lines.items()):
+        _draw_line(axes, label, points, positions, (number - (len(lines) - 1) / 2) * OFFSET)
+    axes.set_xticks(range(len(positions)), positions)
+    axes.set(title=result["title"], xlabel=plot["x_label"] or plot["x"] or "", ylabel=plot["label"] or plot["metric"])
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _axis_lines(result: Result) -> dict[str, Points]:
+    """Return the plotted metric by the axis on the horizontal, one line per cell of the other axes."""
+    plot = result["plot"]
+    lines: dict[str, Points] = {}
+    for cell in result["cells"]:
+        label = ", ".join(arm for axis, arm in cell["cell"].items() if axis != plot["x"])
+        points = lines.setdefault(label, {})
+        if plot["metric"] in cell["metrics"]:
+            points[cell["cell"][plot["x"]]] = cell["metrics"][plot["metric"]]
+    return lines
+
+
+def _metric_lines(result: Result) -> dict[str, Points]:
+    """Return the metrics that match, by the part that the `*` stands for, one line per cell."""
+    pattern = re.compile(re.escape(result["plot"]["metric"]).replace(r"\*", "(.+)"))
+    return {
+        ", ".join(cell["cell"].values()): {
+            match[1]: interval for name, interval in cell["metrics"].items() if (match := pattern.fullmatch(name))
+        }
+        for cell in result["cells"]
+    }
+
+
+def _draw_line(axes: Axes, label: str, points: Points, positions: list[str], offset: float) -> None:
+    x = [positions.index(position) + offset for position in points]
+    means = [interval["mean"] for interval in points.values()]
+    errors = [interval["half_width"] or 0.0 for interval in points.values()]
+    axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=label)

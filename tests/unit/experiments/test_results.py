@@ -1,0 +1,113 @@
+"""The result of finished runs: statistics by cell, the paper's figures, tables and plot."""
+
+import json
+
+import pytest
+
+from mtp_dist.errors import ConfigError
+from mtp_dist.experiments.evaluations import validation
+from mtp_dist.experiments.grid import cell_label, expand
+from mtp_dist.experiments.plot import draw
+from mtp_dist.experiments.results import build_result, entry, write_origin
+from mtp_dist.experiments.tables import comparison_rows, markdown, metric_rows
+from mtp_dist.experiments.tasks import EVALUATION
+
+ACCURACIES = {
+    "little, n=1": [0.50, 0.60, 0.70],
+    "little, n=2": [0.80, 0.91, 0.99],
+    "big, n=1": [0.90, 0.92, 0.94],
+    "big, n=2": [0.90, 0.93, None],
+}
+
+
+@pytest.fixture
+def result_of(write, load, tmp_path):
+    """Return a function that evaluates all runs with given accuracies and builds the result."""
+
+    def build(**changes):
+        path, experiment = write(**changes), load(**changes)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        runs = expand(path, experiment)
+        for run in runs:
+            accuracy = ACCURACIES[cell_label(run.cell)][run.seed - 1]
+            run.training.folder.mkdir(parents=True, exist_ok=True)
+            record = {"function": "validation", "options": {}, "metrics": {"accuracy": accuracy, "accuracy/a": 1.0}}
+            if accuracy is not None:
+                (run.training.folder / EVALUATION).write_text(json.dumps(record))
+        write_origin(tmp_path / "out")
+        return build_result(path, "small", experiment, runs)
+
+    return build
+
+
+def test_result_has_statistics_of_all_cells(result_of):
+    result = result_of()
+    little, big = result["comparisons"]
+    assert (little["cell"], little["verdict"]) == ({"size": "little", "heads": "n=2"}, "as in the paper")
+    assert little["difference"] == pytest.approx({"mean": 0.3, "half_width": 0.02484, "count": 3}, abs=1e-4)
+    assert (big["difference"]["count"], big["verdict"]) == (2, "not as in the paper")
+    assert result["cells"][3]["metrics"]["accuracy"]["count"] == 2
+    assert [cell["paper"] for cell in result["cells"]] == [None, "up", None, 7.5]
+    assert result["missing_runs"] == ["big, n=2, seed 3"]
+    assert result["machine"]["cores"] and result["versions"]["torch"] and "commit" in result
+    json.dumps(result)
+
+
+def test_task_that_no_baseline_learns_is_not_tested(result_of):
+    assert [row["verdict"] for row in result_of(**{"compare/learned_at": 0.93})["comparisons"]] == ["not tested"] * 2
+    assert result_of(**{"compare/learned_at": 0.91})["comparisons"][0]["verdict"] == "as in the paper"
+
+
+def test_effect_may_differ_by_cell(result_of):
+    result = result_of(**{"compare/effect": {"big, n=2": 0.5, "little": -0.2}})
+    assert [row["effect"] for row in result["comparisons"]] == [-0.2, 0.5]
+    assert [row["verdict"] for row in result["comparisons"]] == ["not as in the paper", "not as in the paper"]
+
+
+def test_unknown_metric_is_an_error(result_of):
+    for key, value in (("metrics", ["acuracy"]), ("plot/metric", "accuracy/head_*"), ("compare/metric", "loss")):
+        with pytest.raises(
+            ConfigError, match="is not a metric of the evaluation 'validation': give one of accuracy, acc"
+        ):
+            result_of(**{key: value})
+
+
+def test_tables_show_the_paper_next_to_ours(result_of):
+    result = result_of()
+    assert metric_rows(result)[0] == ["size", "heads", "accuracy", "seeds", "paper: points"]
+    assert metric_rows(result)[2] == ["little", "n=2", "0.900 ± 0.237", "3", "up"]
+    assert comparison_rows(result)[1][:4] == ["little, n=2", "+0.300 ± 0.025", "+0.2", "as in the paper"]
+    page = markdown(result, "picture.png")
+    assert "| little | n=2 | 0.900 ± 0.237 | 3 | up |" in page and "![Tiny](picture.png)" in page
+    assert "Without result: big, n=2, seed 3." in page and result["machine"]["processor"] in page
+
+
+@pytest.mark.parametrize(("metric", "lines"), [("accuracy", ["n=1", "n=2"]), ("accuracy/*", list(ACCURACIES))])
+def test_plot_has_a_line_per_arm_or_cell(result_of, tmp_path, monkeypatch, metric, lines):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    errorbar = Axes.errorbar
+    monkeypatch.setattr(
+        Axes,
+        "errorbar",
+        lambda self, *args, **options: drawn.append(options["label"]) or errorbar(self, *args, **options),
+    )
+    draw(result_of(**{"plot/metric": metric}), tmp_path / "plot.png")
+    assert drawn == lines and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_entry_prefers_the_cell_to_its_arms():
+    cell = {"size": "big", "kind": "a", "heads": "n=2"}
+    assert entry({"n=2": 1, "big, n=2": 2, "big, a, n=2": 3}, cell) == 3
+    assert entry({"n=2": 1, "big, n=2": 2}, cell) == 2
+    assert entry({"n=2": 1}, cell) == 1 and entry({"n=1": 1}, cell) is None
+
+
+def test_validation_reads_every_head(tmp_path):
+    heads = [{"head": k, "loss": k / 2, "accuracy": 1 / k, "bits_per_byte": k / 3} for k in (1, 2)]
+    summary = {"tokens_per_second": 9.0, "validation": [{"heads": heads, "expected_tokens_per_forward": 1.5}]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    metrics = validation(tmp_path)
+    assert (metrics["loss"], metrics["accuracy"], metrics["loss/head_2"]) == (0.5, 1.0, 1.0)
+    assert (metrics["expected_tokens_per_forward"], metrics["tokens_per_second"]) == (1.5, 9.0)
