@@ -58,6 +58,31 @@ def write_config(folder, **sections):
     return path
 
 
+def write_experiment(folder, arms, **changes):
+    """Write `experiment.yaml`, whose runs have the tiny configuration, and return its path. arms: keys by name."""
+    base = yaml.safe_load(write_config(folder).read_text())
+    del base["run"]["name"], base["run"]["output_dir"], base["model"]["trunk_layers"], base["heads"]
+    base["checkpoint"] = {"every": 2, "keep_last": 1}
+    base["log"] = {"every": 1, "tensorboard": False}
+    values = {
+        "title": "Tiny",
+        "question": "Does it run?",
+        "paper": {"source": "none"},
+        "base": base,
+        "total_layers": 4,
+        "grid": {"heads": arms},
+        "seeds": [1],
+        "metrics": ["loss"],
+        "compare": {"axis": "heads", "baseline": "n=1", "metric": "loss"},
+        "plot": {"metric": "loss", "x": "heads"},
+        "output_dir": str(folder / "out"),
+        "presets": {"small": changes},
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
 PORTS = range(10_000, 30_000)
 """Below Linux's ephemeral ports, so that no connection takes a port between the check and its use."""
 PORTS_OF_A_WORKER = len(PORTS) // 10

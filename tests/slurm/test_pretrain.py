@@ -1,5 +1,7 @@
 """launchers/slurm/pretrain.sbatch on a real SLURM: two nodes with one rank each, and a space in every path."""
 
+import json
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -153,3 +155,21 @@ def test_cancelled_job_is_not_requeued(cluster, project):
     run.wait_for_end()
     cluster.wait("the nodes are idle", lambda: cluster.client("squeue", "-h") == "")
     assert (run.state, run.restarts) == ("CANCELLED", 0), run.log
+
+
+def test_runs_of_an_experiment_are_an_array(cluster, project):
+    folder = project / "my experiment"
+    folder.mkdir()
+    slurm = {"nodes": 1, "ntasks-per-node": 1, "gpus-per-task": 1, "export": "SLURM_CONF,PATH"}
+    arms = {"n=1": {"heads.count": 1}, "n=2": {"heads.count": 2}}
+    path = jobs.write_experiment(folder, arms, slurm=slurm, base={"train": {"steps": 2}})
+    command = [sys.executable, "-m", "mtp_dist.cli", "experiment", str(path), "--slurm", "--json"]
+    environment = cluster.environment | {"PYTHONPATH": str(jobs.ROOT)}
+    submitted = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert submitted.returncode == 0, submitted.stderr
+    [array] = json.loads(submitted.stdout)["jobs"]
+    for task, name in enumerate(("n=1_seed-1", "n=2_seed-1")):
+        run = Submitted(cluster, project, f"{array}_{task}", folder / "out" / name)
+        run.wait_for_end()
+        assert run.state == "COMPLETED", run.log
+        assert json.loads((run.output_dir / "summary.json").read_text())["name"] == name.replace("_seed-", ", seed ")
