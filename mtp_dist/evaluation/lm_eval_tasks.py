@@ -42,6 +42,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
     include_path: a folder with YAML files of further tasks. Raise ConfigError for an unknown name, DataError if the
     data of a task cannot be read.
     """
+    if not names:
+        raise ConfigError("--tasks names no task: give one, such as python_docs_choice")
     if include_path and not include_path.is_dir():
         raise ConfigError(f"--include-path = '{include_path}' is not a folder: give one with YAML files of tasks")
     for library in ("lm_eval", "huggingface_hub"):  # warnings about YAML files of its own, and about each retry
@@ -51,7 +53,12 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> list[A
     if not all(set(manager.match_tasks([name])) & set(manager.all_subtasks) for name in names):
         manager = TaskManager(include_path=folders)  # reads the thousands of YAML files of lm-eval, for 15 seconds
     matches = [match for name in names for match in _matches(manager, name)]
-    return [task for name in dict.fromkeys(matches) for task in _load(manager, name)]
+    tasks = [task for name in dict.fromkeys(matches) for task in _load(manager, name)]
+    try:
+        manager.load(tasks)
+    except ValueError as error:  # a task is also in a group
+        raise ConfigError(f"--tasks names a task twice ({error}): leave one of them out") from None
+    return tasks
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:

@@ -228,6 +228,11 @@ doc_to_target: label
             {"tasks": "python_docs_choise"},
             "--tasks = 'python_docs_choise' is not a task of lm-eval: the nearest ones are ",
         ),
+        ({"tasks": ","}, "--tasks names no task: give one, such as python_docs_choice"),
+        (
+            {"tasks": "python_docs_choice,both"},
+            "--tasks names a task twice (Duplicate task 'python_docs_choice'",
+        ),
         ({"tasks": "far_away"}, "--tasks = 'far_away' cannot be loaded ("),
         (
             {"include_path": "/nowhere"},
@@ -254,10 +259,9 @@ def test_user_errors(
 
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", local_tasks)
     (tmp_path / "far.yaml").write_text(FAR_TASK)
-    if options.get("tasks") == "far_away":
-        options |= {"include_path": str(tmp_path)}
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [python_docs_choice, python_docs_summary]")
     with pytest.raises(SystemExit, match="2"):
-        command(**options)
+        command(**{"include_path": str(tmp_path)} | options)
     output, errors = capsys.readouterr()
     assert output == "" and errors.startswith(f"error: {message}") and errors.count("\n") == 1
 
