@@ -48,6 +48,7 @@ class MTPModel(TemplateLM):  # type: ignore[misc]
         """
         super().__init__()
         self.generator = model if isinstance(model, Generator) else Generator.open_on_device(Path(model).expanduser())
+        self.generator.check_heads(speculative)
         self.batch_size, self.speculative, self.on_progress = int(batch_size), speculative, on_progress
         self.max_length = self.generator.positions
         self.statistics = DecodingStatistics()

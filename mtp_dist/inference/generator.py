@@ -122,16 +122,20 @@ class Generator:
         ends = torch.tensor((settings | options)["eos_token_id"]).view(-1).tolist()
         return [_until(row, ends) for row in result[:, longest:].tolist()]
 
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, heads: int | None
-    ) -> None:
-        """Raise ConfigError for arguments that make no sense."""
-        prompt_tokens = max(map(len, prompts))
+    def check_heads(self, heads: int | None) -> None:
+        """Raise ConfigError if the model does not have that many heads."""
         count = self.config.heads.count
         if heads is not None and not 1 <= heads <= count:
             raise ConfigError(
                 f"--speculative = {heads}, but the model has {count} heads: use 1 for plain decoding, or up to {count}"
             )
+
+    def _check(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, heads: int | None
+    ) -> None:
+        """Raise ConfigError for arguments that make no sense."""
+        prompt_tokens = max(map(len, prompts))
+        self.check_heads(heads)
         if prompt_tokens >= self.positions:
             raise ConfigError(
                 f"--prompt has {prompt_tokens} tokens, but the model was trained on texts of {self.positions}: "

@@ -243,7 +243,7 @@ doc_to_target: label
         ({"watch": "runs/demo"}, "give either --model, to evaluate one model, or --watch, to follow a run"),
         ({"model": None, "watch": "/nowhere"}, "--watch = '/nowhere' has no run.json: "),
         ({"model": None, "watch": "/nowhere", "output": "r.json"}, "--output is for --model: "),
-        ({"speculative": 5}, "--speculative = 5, but the model has 4 heads: "),
+        ({"speculative": 5, "tasks": "python_docs_choice"}, "--speculative = 5, but the model has 4 heads: "),
     ],
 )
 def test_user_errors(
