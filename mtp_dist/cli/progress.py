@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from mtp_dist.experiments.tasks import Task
 
 
-def progress_bar() -> Progress:
+def progress_bar(speed_period_s: float = 30) -> Progress:
+    """speed_period_s: time over which the speed is averaged, which must be longer than the time between two updates."""
     console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
+    return Progress(
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=speed_period_s,
+    )
 
 
 def updates(bar: Progress, title: str) -> Callable[[int, int], None]:
