@@ -102,6 +102,8 @@ def _parse(content: str, file: Path, problems: Sequence[Problem]) -> list[Sample
 def append_samples(file: Path, samples: Sequence[Sample]) -> None:
     """Append a batch to a file in one write."""
     lines = "".join(sample.model_dump_json() + "\n" for sample in samples)
-    with explain_os_errors(file, "write"), file.open("ab", buffering=0) as output:
-        output.write(lines.encode())
-        os.fsync(output.fileno())
+    with explain_os_errors(file, "write"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab", buffering=0) as output:
+            output.write(lines.encode())
+            os.fsync(output.fileno())
