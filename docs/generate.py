@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # absent when runpy runs this file, as in tests
 
-from generators import benchmarks, configuration, decoding, demo, experiments, head_loss, head_runs
+from generators import benchmarks, configuration, decoding, demo, evaluation, experiments, head_loss, head_runs
 from generators.common import DOCS
 
-TABLES = (benchmarks, decoding, experiments, head_loss, head_runs)
+TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs)
 PICTURES = (decoding, demo, experiments, head_loss, head_runs)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
 from mtp_dist.errors import DataError, LaunchError
 from mtp_dist.evaluation import problems as problems_module
@@ -184,13 +185,23 @@ def test_sampling_continues_after_a_kill(generator, problems, tmp_path):
             assert (sample.completion, sample.tokens, sample.forward_passes) == ("", 0, 0)
         else:
             assert 30 >= sample.tokens >= sample.forward_passes > 0
-    assert len({sample.completion for sample in samples}) > 6, "random samples repeat"
 
     more = sample_missing(generator, benchmark, problems, SamplingOptions([1.0], 4, 30, limit=1), file, ignore)
     assert more[:-1] == samples and (more[-1].task_id, more[-1].temperature) == ("T/0", 1.0)
     file.write_text(samples[0].model_copy(update={"model": "other"}).model_dump_json() + "\n")
     with pytest.raises(DataError, match="samples of another model"):
         sample_missing(generator, benchmark, problems, options, file, ignore)
+
+
+def test_samples_of_another_process_differ(generator, problems, tmp_path):
+    """Otherwise a command that continues would repeat what it has sampled before."""
+    completions = []
+    for name in ("first", "second"):
+        torch.manual_seed(0)  # as in a new process
+        options = SamplingOptions([1.0], samples=4, max_new_tokens=8, limit=1, heads=4)
+        samples = sample_missing(generator, BENCHMARKS["humaneval"], problems, options, tmp_path / name, ignore)
+        completions += [sample.completion for sample in samples]
+    assert len(set(completions)) == 8
 
 
 def test_oracle_temperature_is_the_best_for_each_k(problems):

@@ -63,7 +63,8 @@ ISOLATION = {
     "kill the parent": ("import os; os.kill(os.getppid(), 9)", PASSES),
     "kill all": ("import os; os.kill(-1, 9)", "ProcessLookupError"),
     "thread bomb": (
-        "import threading, time\nfor _ in range(100): threading.Thread(target=time.sleep, args=(9,)).start()",
+        "import threading, time; threading.stack_size(2**16)\n"
+        "for _ in range(100): threading.Thread(target=time.sleep, args=(1,)).start()",
         "RuntimeError: can't start new thread",
     ),
     "environment": ("import os; assert set(os.environ) <= {'LC_CTYPE'}, os.environ", PASSES),
