@@ -193,6 +193,21 @@ def test_sampling_continues_after_a_kill(generator, problems, tmp_path):
         sample_missing(generator, benchmark, problems, options, file, ignore)
 
 
+def test_completion_ends_before_a_stop_string(generator, problems, tmp_path, monkeypatch):
+    """The text of the last tokens may contain more than the stop string, and several stop strings."""
+    written = "    return x\n\ndef g():\n    pass\n#"
+
+    def generate(self, prompts, max_new_tokens, temperature, speculation, stop_strings):
+        assert stop_strings == ("\n#", "\ndef")
+        return [list(written.encode()) for _ in prompts]
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    benchmark = Benchmark("b", lambda: problems, ("\n#", "\ndef"))
+    options = SamplingOptions([1.0], samples=1, max_new_tokens=8, limit=1)
+    [sample] = sample_missing(generator, benchmark, problems, options, tmp_path / "samples", ignore)
+    assert sample.completion == "    return x\n"
+
+
 def test_samples_of_another_process_differ(generator, problems, tmp_path):
     """Otherwise a command that continues would repeat what it has sampled before."""
     completions = []
