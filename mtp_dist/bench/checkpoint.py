@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mtp_dist.bench.measure import paired_seconds, processor_name, usable_cores
+from mtp_dist.bench.measure import paired_seconds
 from mtp_dist.checkpoint.format import RunState, checkpoint_path
 from mtp_dist.checkpoint.restore import restore
 from mtp_dist.checkpoint.save import gather_owned_tensors, take_snapshot
@@ -23,6 +23,7 @@ from mtp_dist.distributed.topology import GlooGroups, Topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
 from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
+from mtp_dist.provenance import processor_name, usable_cores
 from mtp_dist.verify.reference_training import local_batch, random_batch
 
 STEP = 1

@@ -1,11 +1,9 @@
 """Memory, collectives and time of one step, which is a function without arguments."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,16 +88,3 @@ def _wait_for_all(device: torch.device) -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
     synchronize(device)
-
-
-def usable_cores() -> int:
-    """Return the number of CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-def processor_name() -> str:
-    """Return the name of the CPU."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

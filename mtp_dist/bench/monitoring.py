@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from mtp_dist.bench.measure import processor_name, usable_cores
 from mtp_dist.checkpoint.format import RunState
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
@@ -27,6 +26,7 @@ from mtp_dist.monitoring.callback import Callback, CallbackList
 from mtp_dist.monitoring.logs import PACKAGE_LOGGER
 from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.provenance import processor_name, usable_cores
 from mtp_dist.training.stopping import StopSignals
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog

@@ -101,7 +101,7 @@ def data(
 ) -> None:
     """Measure `prepare` compared with its tokenizer alone, and reading training samples from a corpus."""
     from mtp_dist.bench.data import TRAINED, measure_loader, measure_preparation
-    from mtp_dist.bench.measure import processor_name, usable_cores
+    from mtp_dist.provenance import processor_name, usable_cores
 
     processes = workers or usable_cores()
     preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)

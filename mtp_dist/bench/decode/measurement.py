@@ -21,10 +21,11 @@ from mtp_dist.bench.decode.variants import (
     own_variants,
     transformers_variants,
 )
-from mtp_dist.bench.measure import Step, paired_seconds, processor_name, usable_cores
+from mtp_dist.bench.measure import Step, paired_seconds
 from mtp_dist.distributed.device import device_name
 from mtp_dist.planner.decoding import DecodingCosts, Device
 from mtp_dist.planner.flops import layer_matrices, parameter_counts
+from mtp_dist.provenance import processor_name, usable_cores
 
 READ, MULTIPLY = "read", "multiply"
 """Names of the steps that measure the device."""

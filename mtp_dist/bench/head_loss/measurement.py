@@ -14,11 +14,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, gradient
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
-from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes, processor_name, usable_cores
+from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
+from mtp_dist.provenance import processor_name, usable_cores
 
 # Megatron-core and DeepSpeed probe the device when they are imported, so ranks import them once it is selected.
 if TYPE_CHECKING:

@@ -1,0 +1,42 @@
+"""Where and when a measurement was made, for the files that the docs are generated from."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def provenance() -> dict[str, Any]:
+    """Return the machine, the time and the commit of a measurement as JSON."""
+    return {
+        "processor": processor_name(),
+        "cores": usable_cores(),
+        "torch": version("torch"),
+        "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": checkout_commit(),
+    }
+
+
+def checkout_commit() -> str | None:
+    """Return the commit of the checkout that this package is imported from; None if it is installed from elsewhere."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def processor_name() -> str:
+    """Return the name of the CPU."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
