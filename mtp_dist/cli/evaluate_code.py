@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,6 +86,7 @@ def code_command(name: str) -> Callable[..., None]:
         from mtp_dist.evaluation.code_samples import SamplingOptions, read_samples
         from mtp_dist.evaluation.problems import BENCHMARKS, read_problems
         from mtp_dist.evaluation.sandbox import Sandbox
+        from mtp_dist.provenance import provenance
 
         sandbox = Sandbox(timeout, is_isolated=not unsafe_no_sandbox)
         sandbox.check()
@@ -106,6 +106,7 @@ def code_command(name: str) -> Callable[..., None]:
             "samples": str(file),
             "sandbox": sandbox.is_isolated,
             "timeout_s": timeout,
+            "measured": provenance(),
             **_execute(sandbox, available[:limit], completions, workers),
         }
         show_result(result, as_json, _table(result), *fact_lines(_facts(result)))
@@ -138,12 +139,12 @@ def _sample(
 
 def _execute(sandbox: Sandbox, problems: list[Problem], samples: list[Sample], workers: int | None) -> dict[str, Any]:
     from mtp_dist.evaluation.code_results import execute_samples, summarize
+    from mtp_dist.provenance import usable_cores
 
     chosen = {problem.task_id for problem in problems}
     samples = [sample for sample in samples if sample.task_id in chosen]
     with progress_bar() as bar:
-        count = workers or len(os.sched_getaffinity(0))
-        outcomes = execute_samples(sandbox, problems, samples, count, updates(bar, "executing"))
+        outcomes = execute_samples(sandbox, problems, samples, workers or usable_cores(), updates(bar, "executing"))
     return summarize(problems, samples, outcomes)
 
 

@@ -1,1 +1,1 @@
-"""What trained models can do: tasks of lm-eval, and the evaluation of each checkpoint of a running training."""
+"""What trained models can do: tasks of lm-eval, code that they write, checkpoints of a running training."""
