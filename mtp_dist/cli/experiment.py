@@ -77,10 +77,10 @@ def _run(path: Path, preset: str, settings: "Experiment", runs: Sequence["Run"],
     """Run what is left of an experiment, write and show its result, and return the exit status."""
     import torch
 
-    from mtp_dist.bench.measure import usable_cores
     from mtp_dist.experiments.results import write_origin
     from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock
     from mtp_dist.experiments.tasks import plan
+    from mtp_dist.provenance import usable_cores
     from mtp_dist.training.stopping import exit_status
 
     gpus = 0 if settings.base.get("run", {}).get("device") == "cpu" else torch.cuda.device_count()

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mtp_dist.bench.measure import processor_name, usable_cores
 from mtp_dist.errors import ConfigError
 from mtp_dist.experiments.evaluations import measured
 from mtp_dist.experiments.grid import Run, cell_label
@@ -18,6 +17,7 @@ from mtp_dist.experiments.schema import Experiment
 from mtp_dist.experiments.statistics import interval, paired_difference, verdict
 from mtp_dist.experiments.tasks import EVALUATION
 from mtp_dist.fs import atomic_write_text
+from mtp_dist.provenance import processor_name, usable_cores
 from mtp_dist.versions import installed_versions
 
 ORIGIN = "origin.json"
