@@ -84,6 +84,30 @@ def test_grid_has_one_run_per_cell_and_seed(load, write):
     assert config["run"]["seed"] == 1 and config["run"]["output_dir"] == str(runs[3].training.folder)
 
 
+def test_equal_pretrainings_run_once(load, write):
+    changes = {
+        "pretraining": {"train": {"steps": 100}},
+        "grid": {
+            "path": {
+                "1 then 1": {"pretraining.heads.count": 1, "heads.count": 1},
+                "4 then 1": {"pretraining.heads.count": 4, "heads.count": 1},
+                "4 then 4": {"pretraining.heads.count": 4, "heads.count": 4},
+            }
+        },
+        "base/model/hidden_size": 32,
+        "compare": {"axis": "path", "baseline": "1 then 1", "metric": "loss"},
+        "plot/x": "path",
+    }
+    path = write(**changes)
+    first, second, third = expand(path, load(**changes))[:3]
+    assert first.training.start is not second.training.start is third.training.start
+    start, after = second.training.start.config, second.training.config
+    assert (start["heads"]["count"], start["train"]["steps"]) == (4, 100)
+    assert (after["heads"]["count"], after["train"]["steps"]) == (1, 10)
+    assert after["model"] == start["model"] and after["model"]["trunk_layers"] == 1
+    assert after["checkpoint"]["initial_weights"] == str(second.training.start.folder)
+
+
 EXPERIMENTS = [(name, preset) for name, path in available().items() for preset in presets(path)]
 
 

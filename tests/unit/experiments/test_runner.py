@@ -9,12 +9,14 @@ import threading
 import time
 
 import pytest
+import yaml
 
 from mtp_dist.errors import ConfigError, LaunchError
 from mtp_dist.experiments import runner
 from mtp_dist.experiments.evaluations import EVALUATIONS
 from mtp_dist.experiments.grid import expand
 from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock
+from mtp_dist.experiments.slurm import submit
 from mtp_dist.experiments.tasks import EVALUATION, Task, plan, resume_from
 
 SLOTS = [{"SLOT": "a"}, {"SLOT": "b"}]
@@ -168,6 +170,40 @@ def test_plan_reads_what_is_done(load, write, monkeypatch):
     monkeypatch.setitem(EVALUATIONS, "synthetic", lambda run, task: {})
     again = plan(load(evaluation={"function": "synthetic", "options": {"task": "x"}}), expand(write(), load()))[1]
     assert not again.is_done(), "it was evaluated by another function"
+
+
+def test_slurm_gets_an_array_of_the_unfinished_trainings(load, write, tmp_path, monkeypatch):
+    changes = {"pretraining": {"train": {"steps": 100}}, "slurm": {"nodes": 1, "time": "1:00:00"}, "seeds": [1]}
+    path = write(**changes)
+    experiment = load(**changes)
+    runs = expand(path, experiment)
+    for run in (runs[0], runs[2]):
+        run.training.folder.mkdir(parents=True)
+        (run.training.folder / "summary.json").touch()
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nwc -l < {tmp_path}/calls\n')
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LaunchError, match="start it from the project's folder"):
+        submit(experiment, runs)
+    script = tmp_path / "launchers/slurm/pretrain.sbatch"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    assert submit(experiment, runs) == ["1", "2"]
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    folder = tmp_path / "out/slurm"
+    common = "--nodes=1 --time=1:00:00"
+    last = "launchers/slurm/pretrain.sbatch --config"
+    assert first == f"--parsable --array=0-3 {common} {last} {folder}/pretraining/%a.yaml"
+    assert second == f"--parsable --array=0-1 {common} --dependency=afterok:1 {last} {folder}/training/%a.yaml"
+    config = yaml.safe_load((folder / "training/1.yaml").read_text())
+    assert config["run"]["output_dir"] == str(runs[3].training.folder)
+    assert config["checkpoint"]["initial_weights"] == str(runs[3].training.start.folder)
+    (programs / "sbatch").write_text("#!/bin/sh\necho 'error: no partition' >&2\nexit 1\n")
+    with pytest.raises(LaunchError, match="sbatch has rejected the job array: error: no partition"):
+        submit(experiment, runs)
 
 
 def test_program_without_experiment_asks_for_one():
