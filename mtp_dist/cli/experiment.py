@@ -14,7 +14,7 @@ from rich.text import Text
 from mtp_dist.cli.options import AsJson
 from mtp_dist.cli.progress import TaskProgress
 from mtp_dist.cli.tables import show_result
-from mtp_dist.errors import UserError, exits_with_user_errors
+from mtp_dist.errors import LaunchError, UserError, exits_with_user_errors
 
 if TYPE_CHECKING:  # they import torch, which would delay `--help`
     from mtp_dist.experiments.grid import Run
@@ -30,6 +30,9 @@ def experiment(
         str, typer.Option(help="Size: small (an hour on two cores), gpu (ten minutes on one GPU) or paper.")
     ] = "small",
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the trainings as a SLURM job array instead.")] = False,
+    allow_code_execution: Annotated[
+        bool, typer.Option("--allow-code-execution", help="Execute the code that the models write, in a sandbox.")
+    ] = False,
     list_all: Annotated[bool, typer.Option("--list", help="List the experiments.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -37,6 +40,7 @@ def experiment(
 
     Ctrl-C stops it; the same command continues. The exit status is 1 if a run has failed.
     """
+    from mtp_dist.experiments.evaluations import EXECUTES_CODE
     from mtp_dist.experiments.grid import expand
     from mtp_dist.experiments.schema import find_experiment, load_experiment
 
@@ -51,6 +55,11 @@ def experiment(
     if slurm:
         _submit(settings, runs, as_json)
         return
+    if settings.evaluation.function == EXECUTES_CODE and not allow_code_execution:
+        raise LaunchError(
+            f"{path}: evaluation.function = '{EXECUTES_CODE}' executes code that the models have written: permit it "
+            "with --allow-code-execution. It runs in a sandbox, see docs/evaluation.md"
+        )
     raise typer.Exit(_run(path, preset, settings, runs, as_json))
 
 

@@ -5,13 +5,17 @@ for what the run does not have. To add one, write the function and enter it in E
 """
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtp_dist.errors import DataError
 from mtp_dist.fs import atomic_write_text
+
+EXECUTES_CODE = "code"
+"""The function that executes what models write, which the user must permit."""
 
 Metrics = Mapping[str, float | None]
 
@@ -32,7 +36,27 @@ def validation(run: Path) -> Metrics:
     return metrics | acceptance | {"tokens_per_second": summary["tokens_per_second"]}
 
 
-EVALUATIONS: dict[str, Callable[..., Metrics]] = {"validation": validation}
+def code(
+    run: Path, benchmark: str, samples: int = 20, temperatures: Sequence[float] = (0.2, 0.8), max_new_tokens: int = 512
+) -> Metrics:
+    """Return pass@1, pass@10 and pass@100 of `mtp-dist evaluate humaneval`, `mbpp` or `apps`, in percent.
+
+    Each is that of its best temperature. samples: completions per problem and temperature.
+    """
+    options = {
+        "model": run,
+        "samples": run / f"{benchmark}-samples.jsonl",
+        "samples-per-problem": samples,
+        "temperatures": ",".join(map(str, temperatures)),
+        "max-new-tokens": max_new_tokens,
+    }
+    command = [sys.executable, "-m", "mtp_dist.cli", "evaluate", benchmark, "--json", "--allow-code-execution"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    return {f"pass@{k}": 100 * best["value"] for k, best in result["oracle"].items()}
+
+
+EVALUATIONS: dict[str, Callable[..., Metrics]] = {"code": code, "validation": validation}
 
 
 def evaluate(function: str, options: Mapping[str, Any], run: Path, output: Path) -> None:

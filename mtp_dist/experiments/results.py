@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from mtp_dist.experiments.schema import Experiment
 from mtp_dist.experiments.statistics import interval, paired_difference, verdict
 from mtp_dist.experiments.tasks import EVALUATION
 from mtp_dist.fs import atomic_write_text
-from mtp_dist.provenance import processor_name, usable_cores
+from mtp_dist.provenance import checkout_commit, processor_name, usable_cores
 from mtp_dist.versions import installed_versions
 
 ORIGIN = "origin.json"
@@ -84,19 +83,10 @@ def write_origin(folder: Path) -> None:
     origin = {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "gpus": gpus},
         "time": datetime.now(UTC).isoformat(" ", timespec="seconds"),
-        "commit": commit(),
+        "commit": checkout_commit(),
         "versions": installed_versions(),
     }
     atomic_write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
-
-
-def commit() -> str | None:
-    """Return the commit of this checkout, with `-dirty` after local changes; None without git or a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _distinct_cells(runs: Sequence[Run]) -> list[Cell]:

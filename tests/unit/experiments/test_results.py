@@ -1,11 +1,14 @@
 """The result of finished runs: statistics by cell, the paper's figures, tables and plot."""
 
 import json
+import subprocess
 
 import pytest
+import typer
 
+from mtp_dist.cli import app
 from mtp_dist.errors import ConfigError
-from mtp_dist.experiments.evaluations import validation
+from mtp_dist.experiments.evaluations import code, validation
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.plot import draw
 from mtp_dist.experiments.results import build_result, entry, write_origin
@@ -111,3 +114,20 @@ def test_validation_reads_every_head(tmp_path):
     metrics = validation(tmp_path)
     assert (metrics["loss"], metrics["accuracy"], metrics["loss/head_2"]) == (0.5, 1.0, 1.0)
     assert (metrics["expected_tokens_per_forward"], metrics["tokens_per_second"]) == (1.5, 9.0)
+
+
+def test_code_is_evaluated_by_the_command(tmp_path, monkeypatch):
+    oracle = {"1": {"value": 0.25, "temperature": 0.2}, "10": {"value": 0.5, "temperature": 0.8}}
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"oracle": oracle}).encode())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert code(tmp_path, "mbpp", samples=10, temperatures=[0.2, 0.8]) == {"pass@1": 25.0, "pass@10": 50.0}
+    assert commands[0][1:5] == ["-m", "mtp_dist.cli", "evaluate", "mbpp"]
+    command = typer.main.get_command(app).commands["evaluate"].commands["mbpp"]
+    given = command.make_context("mbpp", commands[0][5:]).params
+    assert (given["model"], given["samples"]) == (str(tmp_path), str(tmp_path / "mbpp-samples.jsonl"))
+    assert (given["samples_per_problem"], given["temperatures"], given["max_new_tokens"]) == (10, "0.2,0.8", 512)

@@ -206,7 +206,13 @@ def test_slurm_gets_an_array_of_the_unfinished_trainings(load, write, tmp_path, 
         submit(experiment, runs)
 
 
-def test_program_without_experiment_asks_for_one():
-    command = [sys.executable, "-m", "mtp_dist.cli", "experiment"]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 2 and finished.stderr.startswith("error: name an experiment, such as")
+def test_mistakes_on_the_command_line_are_one_message(write):
+    path = write(evaluation={"function": "code", "options": {"benchmark": "mbpp"}})
+    for arguments, message in (
+        ([], "name an experiment, such as"),
+        ([str(path)], f"{path}: evaluation.function = 'code' ex"),
+    ):
+        command = [sys.executable, "-m", "mtp_dist.cli", "experiment", *arguments]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode == 2 and finished.stderr.startswith(f"error: {message}")
+        assert finished.stderr.count("\n") == 1
