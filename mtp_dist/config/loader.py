@@ -11,6 +11,7 @@ import yaml
 
 from mtp_dist.config.messages import describe_errors
 from mtp_dist.config.schema import Config
+from mtp_dist.config.synthetic import SyntheticConfig
 from mtp_dist.config.validation import incompatible_settings
 from mtp_dist.errors import ConfigError
 
@@ -84,6 +85,25 @@ def typed_config(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(describe_errors(error, Config))) from None
+
+
+def synthetic_options(values: Mapping[str, Any]) -> SyntheticConfig:
+    """Return the parameters of a synthetic task. Raise ConfigError with one line per error."""
+    try:
+        return SyntheticConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(describe_errors(error, SyntheticConfig))) from None
+
+
+def read_options(options: Sequence[str]) -> dict[str, Any]:
+    """Return the numbers given as `key=value`. Raise ConfigError if one has another form."""
+    values = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{option}' is not of the form key=value")
+        values[key] = _read_number(value)
+    return values
 
 
 def build_config(values: Mapping[str, Any]) -> Config:

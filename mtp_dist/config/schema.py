@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.rope import RopeScalingConfig
+from mtp_dist.config.synthetic import SyntheticConfig
 
 
 class RunConfig(Section):
@@ -106,14 +107,15 @@ class SourceConfig(Section):
     path: PathText
     """A corpus made by `mtp-dist prepare` or by Megatron's tools, by its path without `.bin`; or, for small data that
     is tokenized at each start: a folder, a file of text, JSON lines, JSON, CSV or Parquet, the name of a Hugging Face
-    dataset, or `python-stdlib`, the standard library of this Python."""
+    dataset, `python-stdlib`, the standard library of this Python, or a synthetic task such as `synthetic/induction`."""
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
     """Name in logs; required if there are several validation sets."""
     subset: str | None = None
     """Subset of a Hugging Face dataset that has several."""
     split: str | None = None
     """Part of the source. For files `train` or `validation`, to which about one file in twenty belongs by a hash of its
-    relative path; for a Hugging Face dataset one of its splits, by default `train`."""
+    relative path; for a Hugging Face dataset one of its splits, by default `train`; for a synthetic task `train`, the
+    default, or `validation`."""
     glob: PathText = "**/*.py"
     """Pattern of the files of a folder. Linked folders are followed; names that begin with a dot are left out unless a
     part of the pattern does."""
@@ -125,6 +127,8 @@ class SourceConfig(Section):
     weight: PositiveFloat = 1.0
     """Sampling weight: fraction of the training samples drawn from this source, relative to the other weights.
     Validation ignores it."""
+    options: SyntheticConfig | None = None
+    """Parameters of a synthetic task; by default the task's."""
 
 
 class DataConfig(Section):
@@ -139,8 +143,9 @@ class DataConfig(Section):
     a data-parallel rank tokenizes only the shards of its samples: a multiple of every data-parallel degree that the run
     may have, such as 64, divides the work evenly. 1: the order of the documents, and every rank tokenizes all."""
     tokenizer: PathText = "bytes"
-    """`bytes`: one token per byte and an end-of-document token; or a `tokenizer.json` or SentencePiece `.model` file, a
-    folder with one, or a name in the Hugging Face cache of this machine."""
+    """`bytes`: one token per byte and an end-of-document token; a synthetic task such as `synthetic/induction`: one per
+    word of its documents; or a `tokenizer.json` or SentencePiece `.model` file, a folder with one, or a name in the
+    Hugging Face cache of this machine."""
     prompt_field: Annotated[str, Field(min_length=1)] | None = None
     """Field of each record with a prompt, for finetuning: its tokens are read, but no head learns to predict them. It
     needs `completion_field`. The two texts are tokenized one by one and joined without a separator; a head's target

@@ -8,6 +8,7 @@ from mtp_dist.config.base import messages_if
 from mtp_dist.config.heads import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
 from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, SourceConfig
+from mtp_dist.config.synthetic import SYNTHETIC_PREFIX
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
@@ -137,6 +138,13 @@ def _incompatible_sources(data: DataConfig) -> Iterator[str]:
     named = [source.name for source in data.train if source.name]
     if len(set(named)) < len(named) or any(name.isdecimal() for name in named):
         yield f"data.train has sources with the names {named}: give each a different `name` that is not a number"
+    for section, sources in (("train", data.train), ("validation", data.validation)):
+        for index, source in enumerate(sources):
+            if source.options and not source.path.startswith(SYNTHETIC_PREFIX):
+                yield (
+                    f"data.{section}.{index}.options are parameters of a synthetic task, '{source.path}' is another "
+                    "source: remove them"
+                )
     names = [source.name for source in data.validation]
     if len(names) > 1 and (None in names or len(set(names)) < len(names)):
         yield f"data.validation has {len(names)} sets with the names {names}: give each a different `name`"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.text_tokenizers import TOKENIZER_FILES, SentencePieceTokenizer, tokenizer_file
 from mtp_dist.data.tokenizer import ByteTokenizer
 from mtp_dist.data.tokenizer import Tokenizer as TrainingTokenizer
+from mtp_dist.data.word_tokenizer import WordTokenizer
 from mtp_dist.errors import DataError, UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -47,6 +49,8 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(tokenizer, ByteTokenizer):
         library = byte_level_tokenizer()
+    elif isinstance(tokenizer, WordTokenizer):
+        library = word_level_tokenizer(tokenizer.words)
     else:
         file = tokenizer_file(name, f"data.tokenizer = {name!r}")
         if isinstance(tokenizer, SentencePieceTokenizer):
@@ -118,6 +122,14 @@ def byte_level_tokenizer() -> Tokenizer:
     library = Tokenizer(models.BPE(vocab={characters[byte]: byte for byte in range(256)}, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    return library
+
+
+def word_level_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """Return a tokenizer with one token per word, whose id is its place, and the next one for the end of a text."""
+    library = Tokenizer(models.WordLevel(vocab={word: number for number, word in enumerate(words)}))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     return library
 

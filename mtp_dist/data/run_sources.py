@@ -45,9 +45,15 @@ class RunSources:
         if content not in self._inputs:
             glob = source.glob if Path(source.path).is_dir() else None
             data = self.config.data
-            field = data.completion_field or source.field
             options = InputOptions(
-                field, glob, source.subset, source.split, source.stream, key, prompt_field=data.prompt_field
+                data.completion_field or source.field,
+                glob,
+                source.subset,
+                source.split,
+                source.stream,
+                key,
+                prompt_field=data.prompt_field,
+                synthetic=source.options,
             )
             self._inputs[content] = open_inputs([source.path], options)[0]
         return self._inputs[content]

@@ -17,7 +17,9 @@ def check_dataset_name(name: str, label: str) -> None:
 
     Without a network the datasets library retries for 25 seconds, even for a mistyped path.
     """
-    missing = f"{label} does not exist: name a folder, a file, 'python-stdlib', or a Hugging Face dataset"
+    missing = (
+        f"{label} does not exist: name a folder, a file, 'python-stdlib', a synthetic task, or a Hugging Face dataset"
+    )
     if not DATASET_NAME.fullmatch(name) or name.lower().endswith(FILE_SUFFIXES):
         raise ConfigError(missing)
     from huggingface_hub import HfApi

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.config.synthetic import SyntheticConfig
 from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.work_units import WorkUnit
 
@@ -32,13 +33,16 @@ class InputOptions:
     subset: str | None = None
     """Subset of a dataset that has several."""
     split: str | None = None
-    """Split of a dataset, by default `train`; `all`, `train` or `validation` of a folder or python-stdlib."""
+    """Split of a dataset, by default `train`; `all`, `train` or `validation` of a folder or python-stdlib;
+    `train`, the default, or `validation` of a synthetic task."""
     streaming: bool = False
     """Read a dataset while it is being downloaded."""
     key: str | None = None
     """Key of the source in the configuration, such as `data.train.0`; None on the command line."""
     prompt_field: str | None = None
     """Field of each record that holds the prompt."""
+    synthetic: SyntheticConfig | None = None
+    """Parameters of a synthetic task."""
 
     @property
     def fields(self) -> Fields:

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from mtp_dist.config.synthetic import SYNTHETIC_PREFIX
 from mtp_dist.data.sources.dataset_input import DatasetInput
 from mtp_dist.data.sources.files_input import FilesInput
 from mtp_dist.data.sources.folders import files_below
 from mtp_dist.data.sources.hub import check_dataset_name
 from mtp_dist.data.sources.input import Input, InputOptions
-from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, Split, in_validation_split, stdlib_files
+from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, stdlib_files
+from mtp_dist.data.sources.synthetic_input import SyntheticInput
+from mtp_dist.data.splits import Split, in_validation_split
 from mtp_dist.errors import ConfigError
 
 
@@ -25,6 +28,8 @@ def _open_input(name: str, options: InputOptions) -> Input:
     path = Path(name)
     if name == PYTHON_STDLIB:
         return FilesInput(stdlib_files(_hashed_split(options)), options.fields, Counter())
+    if name.startswith(SYNTHETIC_PREFIX) and not path.exists():
+        return SyntheticInput(name, options)
     if path.is_dir() and not _is_saved_dataset(path):
         return _files_of_folder(path, options)
     if path.exists() and not path.is_dir():

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sysconfig
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["all", "train", "validation"]
+from mtp_dist.data.splits import Split, in_validation_split
 
 PYTHON_STDLIB = "python-stdlib"
-VALIDATION_FRACTION = 0.05
 
 # Tests are more than half of the standard library, and Debian does not install them; codec tables and pydoc's texts are
 # generated. The rest is hand-written code, nearly the same on every machine.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"})
-
-
-def in_validation_split(relative_path: str) -> bool:
-    """Return whether a file belongs to `validation`. Only its POSIX path relative to the source decides."""
-    digest = hashlib.sha256(relative_path.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < VALIDATION_FRACTION * 2**64
 
 
 def stdlib_files(split: Split) -> list[Path]:

@@ -1,0 +1,70 @@
+"""Agreement: a late noun decides the form of the article and the adjectives before it, as in German.
+
+    text     = fact (one per person) question (one per person)
+    fact     = PERSON NOUN "."
+    question = VERB PERSON ARTICLE adjective ... NOUN "?"
+
+A fact has no article. A question is about a random person of the text and repeats that person's noun; its gender, known
+from other texts only, decides the article (`einen`, `eine`, `ein`) and the adjectives' endings (`alten`, `alte`,
+`altes`), which come first. Each text has as many nouns of each gender. The facts of a text decide its split.
+"""
+
+from dataclasses import dataclass
+from random import Random
+from typing import ClassVar
+
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+
+PEOPLE = tuple("Anna Ben Clara David Emma Felix Greta Hans Ida Jonas Karl Lena".split())
+VERBS = tuple("findet kauft malt sieht sucht verkauft zeichnet".split())
+STEMS = tuple("alt grau klein neu rot schwer".split())
+ARTICLES = ("einen", "eine", "ein")
+ENDINGS = ("en", "e", "es")
+NOUNS = (
+    tuple("Apfel Baum Ball Hund Hut Korb Mantel Schrank Stuhl Tisch".split()),
+    tuple("Blume Flasche Gabel Jacke Katze Lampe Tasse Tasche Uhr Vase".split()),
+    tuple("Bett Bild Boot Buch Fahrrad Glas Haus Messer Pferd Sofa".split()),
+)
+"""Nouns of the genders masculine, feminine and neuter; articles and endings are in the same order."""
+GENDERS = range(3)
+GENDER = {noun: gender for gender in GENDERS for noun in NOUNS[gender]}
+
+
+@dataclass(frozen=True)
+class Agreement(Task):
+    people: int = 6
+    adjectives: int = 1
+
+    name: ClassVar[str] = "agreement"
+    words: ClassVar[tuple[str, ...]] = (
+        *(".", "?"),
+        *(*PEOPLE, *VERBS, *ARTICLES),
+        *(stem + ending for stem in STEMS for ending in ENDINGS),
+        *GENDER,
+    )
+
+    def problem(self) -> str | None:
+        if self.people % len(GENDERS):
+            return f"people = {self.people} is not divisible by 3: each gender has as many nouns"
+        return None
+
+    def draw(self, random: Random, split: HeldOutSplit) -> Document:
+        facts = draw_of_split(lambda: self._facts(random), lambda drawn: str(sorted(drawn.items())), split)
+        words = [word for person, noun in facts.items() for word in (person, noun, ".")]
+        answers = []
+        for _ in facts:
+            person = random.choice(list(facts))
+            noun = facts[person]
+            gender = GENDER[noun]
+            adjectives = [random.choice(STEMS) + ENDINGS[gender] for _ in range(self.adjectives)]
+            article = len(words) + 2
+            words += [random.choice(VERBS), person, ARTICLES[gender], *adjectives, noun, "?"]
+            answers.append(Answer("article", article, article + 1, 1 / len(GENDERS)))
+            answers.append(Answer("noun", len(words) - 2, len(words) - 1, len(GENDERS) / self.people))
+        return Document(tuple(words), tuple(answers))
+
+    def _facts(self, random: Random) -> dict[str, str]:
+        """Return a random noun of each person."""
+        nouns = [noun for gender in GENDERS for noun in random.sample(NOUNS[gender], self.people // len(GENDERS))]
+        random.shuffle(nouns)
+        return dict(zip(random.sample(PEOPLE, self.people), nouns, strict=True))
