@@ -66,4 +66,6 @@ def page() -> str:
             parts += ["`rope_scaling`, by the names of Hugging Face:\n", table(header, rows)]
         if name == "data":
             parts += ["A source:\n", table(header, field_rows(CLASSES["SourceConfig"]))]
+            rows = field_rows(CLASSES["SyntheticConfig"])
+            parts += ["`options` of a [synthetic task](synthetic.md):\n", table(header, rows)]
     return "\n".join(parts)
