@@ -17,7 +17,7 @@ from rich.table import Table
 from mtp_dist.cli.options import AsJson
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
-from mtp_dist.cli.watching import Once, Watch, watch_run
+from mtp_dist.cli.watching import Once, Watch, check_subject, watch_run
 from mtp_dist.errors import ConfigError, exits_with_user_errors
 
 if TYPE_CHECKING:  # lm-eval takes seconds to import
@@ -48,8 +48,7 @@ def lm_eval(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model, or each checkpoint of a run that is training, on tasks of EleutherAI's lm-eval."""
-    if (model is None) == (watch is None):
-        raise ConfigError("give either --model, to evaluate one model, or --watch, to follow a run")
+    check_subject(model, watch)
     if watch is not None and output is not None:
         raise ConfigError("--output is for --model: with --watch the results are in the run's evaluations.jsonl")
     package = _installed_version()

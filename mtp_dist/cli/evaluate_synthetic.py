@@ -1,5 +1,6 @@
 """`mtp-dist evaluate synthetic`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +10,16 @@ from rich.table import Table
 from mtp_dist.cli.options import AsJson
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
+from mtp_dist.cli.watching import Once, Watch, check_subject, watch_run
 from mtp_dist.errors import exits_with_user_errors
 
 
 @exits_with_user_errors
 def synthetic(
-    model: Annotated[str, typer.Option(help="Folder of an export, of a checkpoint or of a run.")],
     task: Annotated[str, typer.Option(help="induction, arithmetic, agreement, star-graph or choices.")],
+    model: Annotated[str | None, typer.Option(help="Folder of an export, of a checkpoint or of a run.")] = None,
+    watch: Watch = None,
+    once: Once = False,
     options: Annotated[
         list[str] | None,
         typer.Argument(
@@ -25,7 +29,8 @@ def synthetic(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure accuracies on held-out documents of a synthetic task."""
+    """Measure accuracies on held-out documents of a synthetic task, of a model or of each checkpoint of a run."""
+    check_subject(model, watch)
     from transformers.utils import logging as transformers_logging
 
     from mtp_dist.config.loader import read_options
@@ -33,8 +38,20 @@ def synthetic(
 
     transformers_logging.set_verbosity_error()
     given = read_options(options or [])
-    with progress_bar() as bar:
-        result = evaluate_synthetic(Path(model).expanduser(), task, given, on_progress=updates(bar, "documents"))
+
+    def run(folder: Path) -> dict[str, Any]:
+        with progress_bar() as bar:
+            return evaluate_synthetic(folder, task, given, on_progress=updates(bar, "documents"))
+
+    def accuracies(folder: Path) -> dict[str, float]:
+        return {f"{task}/{group}": score["accuracy"] for group, score in run(folder)["groups"].items()}
+
+    if watch is not None:
+        label = shlex.join(["synthetic", "--task", task, *(options or [])])
+        watch_run(watch, label, accuracies, once, as_json)
+        return
+    assert model is not None
+    result = run(Path(model).expanduser())
     show_result(result, as_json, _table(result))
 
 

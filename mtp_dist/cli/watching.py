@@ -8,11 +8,19 @@ from typing import Annotated
 
 import typer
 
+from mtp_dist.errors import ConfigError
+
 Watch = Annotated[
     str | None,
     typer.Option(metavar="RUN", help="Folder of a run: evaluate each of its checkpoints until its training ends."),
 ]
 Once = Annotated[bool, typer.Option("--once", help="With --watch: end after the checkpoints that exist.")]
+
+
+def check_subject(model: str | None, watch: str | None) -> None:
+    """Raise ConfigError unless exactly one of --model and --watch is given."""
+    if (model is None) == (watch is None):
+        raise ConfigError("give either --model, to evaluate one model, or --watch, to follow a run")
 
 
 def watch_run(run: str, label: str, evaluate: Callable[[Path], dict[str, float]], once: bool, as_json: bool) -> None:

@@ -55,8 +55,7 @@ def evaluate_synthetic(
     model, or one with another tokenizer or shorter texts.
     """
     kind = task_kind(SYNTHETIC_PREFIX + task, f"--task = '{task}'")
-    device: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    generator = Generator.open(folder, **device)
+    generator = Generator.open_on_device(folder)
     _check_tokenizer(generator, kind, folder)
     parameters = synthetic_options(
         {"documents": DEFAULT_DOCUMENTS} | _trained_parameters(generator.config, kind) | dict(options or {})

@@ -1,6 +1,7 @@
 """`mtp-dist evaluate synthetic`: counts of right answers."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,18 @@ def test_errors(folder, task, options, message):
     with pytest.raises(ConfigError) as raised:
         evaluate_synthetic(folder, task, options)
     assert str(raised.value).startswith(message.format(folder=folder))
+
+
+def test_command_follows_a_run(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "checkpoints/step_00000007")
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"train": {"steps": 9}}}))
+    arguments = ["evaluate", "synthetic", "--task", "star-graph", "documents=70", "--json"]
+    result = json.loads(CliRunner().invoke(app, [*arguments, "--model", str(folder)]).stdout)
+    watched = json.loads(CliRunner().invoke(app, [*arguments, "--watch", str(tmp_path), "--once"]).stdout)
+    accuracies = {f"star-graph/{group}": score["accuracy"] for group, score in result["groups"].items()}
+    assert watched == {"step": 7, "metrics": accuracies}
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line)["evaluation"] == "synthetic --task star-graph documents=70"
 
 
 def test_command_reports_options_of_another_form(folder):
