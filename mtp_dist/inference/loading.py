@@ -31,16 +31,23 @@ class ModelFolder(NamedTuple):
     """Configuration of the run that trained the model."""
     tokenizer: Tokenizer
     weights: Iterator[tuple[str, Tensor]]
-    """Weights of an MTPForCausalLM by name, read one by one."""
+    """Weights by global name, or by that in an MTPForCausalLM, read one by one."""
     dtype: torch.dtype
     """That of an export's files, or `train.precision`."""
 
 
 def read_folder(folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> ModelFolder:
+    """Read an export or a checkpoint, with the arguments and errors of `read_full_weights`."""
+    read = read_full_weights(folder, on_verified)
+    return read._replace(weights=model_weights(read.config, read.weights))
+
+
+def read_full_weights(folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> ModelFolder:
     """Read an export or a checkpoint: in a run's folder or one of several checkpoints the newest valid one.
 
-    `on_verified` follows the verification of a checkpoint's weights in bytes. Raise CheckpointError if the folder has
-    no model or a corrupt one, ConfigError or DataError if its tokenizer cannot be used.
+    The weights have their global names. `on_verified` follows the verification of a checkpoint's weights in bytes.
+    Raise CheckpointError if the folder has no model or a corrupt one, ConfigError or DataError if its tokenizer cannot
+    be used.
     """
     read = _open_export(folder) if (folder / HEADS_CONFIG).exists() else _open_checkpoint(folder, on_verified)
     if read.tokenizer.vocab_size > read.config.vocab_size:
@@ -49,7 +56,7 @@ def read_folder(folder: Path, on_verified: ProgressCallback = lambda done, total
             f"{read.tokenizer.vocab_size}: it belongs to another model, put back the one that this model was trained "
             "with"
         )
-    return read._replace(weights=model_weights(read.config, _finite(read.weights, folder)))
+    return read._replace(weights=_finite(read.weights, folder))
 
 
 def _open_export(folder: Path) -> ModelFolder:

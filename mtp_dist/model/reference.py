@@ -73,9 +73,9 @@ class ReferenceModel(nn.Module):
         Only heads that embed tokens read those beyond S. If documents, shaped like samples, are given, positions attend
         only to their own document.
         """
-        mask = _attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
-        states = self._pre_norm_hidden(self.trunk(samples[:, :length], mask), samples, mask)
-        logits = {head: self._logits(head, hidden) for head, hidden in states.items()}
+        mask = attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
+        states = self.pre_norm_hidden(self.trunk(samples[:, :length], mask), samples, mask)
+        logits = {head: self.head_logits(head, hidden) for head, hidden in states.items()}
         if not self.config.heads.token_order:
             return ReferenceLogits(logits, None)
         return ReferenceLogits(logits, self._normalize(1, states[1]) @ self.weight("token_order.weight").T)
@@ -84,8 +84,8 @@ class ReferenceModel(nn.Module):
         """Return head 1's logits `[B, S, V]` for tokens `[B, S]`."""
         heads = self.config.heads
         last = heads.count if heads.traits.reads == "next head" else 1
-        mask = _attention_mask(tokens)
-        return self._logits(1, self._pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1])
+        mask = attention_mask(tokens)
+        return self.head_logits(1, self.pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1])
 
     def trunk(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the trunk's output z `[B, S, D]` for tokens `[B, S]`."""
@@ -94,7 +94,7 @@ class ReferenceModel(nn.Module):
             hidden = self._recomputed_layer(f"trunk.{index}", hidden, mask)
         return hidden
 
-    def _pre_norm_hidden(self, z: Tensor, samples: Tensor, mask: Tensor, last: int | None = None) -> dict[int, Tensor]:
+    def pre_norm_hidden(self, z: Tensor, samples: Tensor, mask: Tensor, last: int | None = None) -> dict[int, Tensor]:
         """Return the hidden states of heads 1..last before the final norm, by the formulas of docs/heads.md."""
         heads, states = self.config.heads, dict[int, Tensor]()
         numbers = range(1, (last or heads.count) + 1)
@@ -137,7 +137,8 @@ class ReferenceModel(nn.Module):
             before = self._recomputed_layer(f"{name}.{depth}", before, mask)
         return before
 
-    def _logits(self, k: int, hidden: Tensor) -> Tensor:
+    def head_logits(self, k: int, hidden: Tensor) -> Tensor:
+        """Return the logits `[B, S, V]` of head k for its hidden states before the final norm."""
         return self._normalize(k, hidden) @ self._unembedding(k).T
 
     def _normalize(self, k: int, hidden: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class ReferenceModel(nn.Module):
         return context.transpose(1, 2).flatten(2) @ self.weight(f"{name}.self_attention.linear_proj.weight").T
 
 
-def _attention_mask(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+def attention_mask(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
     """Return `[S, S]` or `[B, 1, S, S]`, True if attention is masked: later positions and other documents.
 
     Positions do not restart with a document: RoPE depends only on the distance of two positions.
