@@ -1,0 +1,1 @@
+"""What the heads' losses consist of, and what the trunk knows about upcoming tokens."""

@@ -1,0 +1,91 @@
+"""Loss by distance, and how much of it is mutual information of the tokens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from mtp_dist.analysis.trained_model import TrainedModel
+from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
+
+NORMAL_95 = 1.96
+"""Half the width of a 95% interval in standard errors."""
+
+
+def measure_information(
+    model: TrainedModel, batches: Sequence[MicroBatch], on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Return each head's loss and how much it exceeds head 1's loss on the same tokens, in nats.
+
+    Head k predicts token x_{t+k} from x_1..x_t, head 1 predicts it from x_1..x_{t+k-1}: the difference is the relative
+    mutual information I(x_{t+1..t+k-1}; x_{t+k} | x_1..x_t) of text and model (Gloeckle et al. 2024, appendix L). Its
+    95% interval comes from the windows' means.
+    """
+    losses = token_losses(model, batches, on_progress)
+    rows, total, information = [], 0.0, 0.0
+    for k, distance in enumerate(model.heads.distances, 1):
+        # Head 1 has the same target `distance - 1` positions later.
+        further = losses[k - 1][: losses.shape[1] - distance + 1]
+        difference = further - losses[0][distance - 1 :]
+        mean, half_width = mean_and_interval(difference, model.sequence_length)
+        loss = float(np.nanmean(further))
+        total, information = total + loss, information + mean
+        rows.append(
+            {
+                "head": k,
+                "distance": distance,
+                "loss": loss,
+                "next_token_loss": loss - mean,
+                "information": mean,
+                "information_interval": half_width,
+                "information_share": information / total,
+            }
+        )
+    return {"model": str(model.folder), "heads": model.heads.count, "tokens": losses.shape[1], "rows": rows}
+
+
+def token_losses(
+    model: TrainedModel, batches: Sequence[MicroBatch], on_progress: Callable[[int, int], None]
+) -> NDArray[np.float64]:
+    """Return the cross-entropy of each head at each position of the text, `[n, T]`; NaN if a target is masked."""
+    parts = []
+    for done, batch in enumerate(batches, 1):
+        z, mask = model.trunk(batch)
+        with torch.no_grad():
+            losses = [
+                cross_entropies(logits, target)
+                for logits, target in zip(model.head_logits(z, batch, mask), batch.targets, strict=True)
+            ]
+        parts.append(torch.stack(losses).flatten(1).double().cpu().numpy())
+        on_progress(done, len(batches))
+    return np.concatenate(parts, 1)
+
+
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy `[B, S]` of each target; NaN if it is masked."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return losses.view_as(targets).masked_fill(targets == IGNORE_INDEX, torch.nan)
+
+
+def mean_and_interval(values: NDArray[np.float64], block: int) -> tuple[float, float | None]:
+    """Return the mean and half the width of its 95% interval, from the means of blocks of successive values.
+
+    Neighbouring tokens are no independent samples, blocks nearly are. NaN does not count; the interval is
+    unknown if there is only one block.
+    """
+    blocks = [part for part in np.split(values, range(block, len(values), block)) if not np.isnan(part).all()]
+    sums, counts = (
+        np.array([np.nansum(part) for part in blocks]),
+        np.array([(~np.isnan(part)).sum() for part in blocks]),
+    )
+    mean = sums.sum() / counts.sum()
+    residuals = sums - mean * counts
+    if len(blocks) < 2:
+        return float(mean), None
+    variance = len(blocks) / (len(blocks) - 1) * (residuals**2).sum() / counts.sum() ** 2
+    return float(mean), float(NORMAL_95 * np.sqrt(variance))
