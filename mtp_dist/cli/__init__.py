@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli import bench, convert, data, evaluate, experiment, generate, train
+from mtp_dist.cli import analyze, bench, convert, data, evaluate, experiment, generate, train
 from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -21,6 +21,7 @@ def _options(local_rank: Annotated[int, typer.Option("--local_rank", hidden=True
     configure_logging(0, logging.WARNING)
 
 
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("launch", context_settings={"ignore_unknown_options": True})(train.launch)
