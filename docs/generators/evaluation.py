@@ -24,9 +24,7 @@ def tables() -> dict[str, str]:
         scores = " / ".join(f"{100 * oracle['value']:.1f}" for oracle in result["oracle"].values())
         measured = result["measured"]
         samples = min(row["samples_per_problem"] for row in result["temperatures"])
-        name = (
-            f"{result['model']}, {result['problems']} problems, {samples} samples each; {measured['processor']}, "
-            f"{measured['time']}, commit {measured['commit']}"
-        )
+        origin = f"{measured['processor']}, {measured['time']}, commit {measured['commit']}"
+        name = f"ours, `{result['model']}`, {result['problems']} problems, {samples} samples each ({origin})"
         rows.append([name, "", scores, ""])
     return {"humaneval-paper": table(["model and training", "MBPP", "HumanEval", "APPS, introductory"], rows)}

@@ -52,7 +52,8 @@ Allow = Annotated[
     bool, typer.Option("--allow-code-execution", help="Execute the code that the model has written, in a sandbox.")
 ]
 Unsafe = Annotated[
-    bool, typer.Option("--unsafe-no-sandbox", help="Execute it with your rights: only limits and system calls differ.")
+    bool,
+    typer.Option("--unsafe-no-sandbox", help="Execute it with your rights: only limits and a filter remain."),
 ]
 
 

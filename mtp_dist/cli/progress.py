@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(speed_period_s: float = 30) -> Progress:
-    """speed_period_s: time over which the speed is averaged, which must be longer than the time between two updates."""
+    """Return a bar that averages the speed over a time, which must be longer than the time between two updates."""
     console = Console(stderr=True)
     return Progress(
         console=console,
