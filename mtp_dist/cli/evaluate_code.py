@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from mtp_dist.cli.options import AsJson
 from mtp_dist.cli.progress import progress_bar, updates
@@ -51,6 +53,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Programs that run at o
 Allow = Annotated[
     bool, typer.Option("--allow-code-execution", help="Execute the code that the model has written, in a sandbox.")
 ]
+OnlySample = Annotated[bool, typer.Option("--only-sample", help="Write the completions and execute nothing.")]
 Unsafe = Annotated[
     bool,
     typer.Option("--unsafe-no-sandbox", help="Execute it with your rights: only limits and a filter remain."),
@@ -75,22 +78,23 @@ def code_command(name: str) -> Callable[..., None]:
         workers: Workers = None,
         allow_code_execution: Allow = False,
         unsafe_no_sandbox: Unsafe = False,
+        only_sample: OnlySample = False,
         as_json: AsJson = False,
     ) -> None:
-        if not model and not samples:
-            raise ConfigError("--model or --samples is required: a trained model, or a file of existing completions")
-        if not allow_code_execution:
+        if not model and (only_sample or not samples):
+            raise ConfigError("--model is required, or --samples with a file of existing completions to execute")
+        if not allow_code_execution and not only_sample:
             raise LaunchError(
                 f"{name} executes code that a model has written: permit it with --allow-code-execution. It runs in a "
-                "sandbox, see docs/evaluation.md"
+                "sandbox, see docs/evaluation.md. --only-sample executes nothing"
             )
         from mtp_dist.evaluation.code_samples import SamplingOptions, read_samples
         from mtp_dist.evaluation.problems import BENCHMARKS, read_problems
         from mtp_dist.evaluation.sandbox import Sandbox
-        from mtp_dist.provenance import provenance
 
         sandbox = Sandbox(timeout, is_isolated=not unsafe_no_sandbox)
-        sandbox.check()
+        if not only_sample:
+            sandbox.check()
         benchmark = BENCHMARKS[name]
         available = read_problems(Path(problems).expanduser()) if problems else benchmark.load()
         file = Path(samples or f"{name}-samples.jsonl").expanduser()
@@ -101,13 +105,15 @@ def code_command(name: str) -> Callable[..., None]:
             completions = _sample(Path(model).expanduser(), benchmark, available, options, file)
         else:
             completions = read_samples(file, available)
+        if only_sample:
+            show_result({"samples": str(file), "completions": len(completions)}, as_json, *_next_step(name, file))
+            return
         result = {
             "benchmark": name,
             "model": model,
             "samples": str(file),
             "sandbox": sandbox.is_isolated,
             "timeout_s": timeout,
-            "measured": provenance(),
             **_execute(sandbox, available[:limit], completions, workers),
         }
         show_result(result, as_json, _table(result), *fact_lines(_facts(result)))
@@ -140,13 +146,18 @@ def _sample(
 
 def _execute(sandbox: Sandbox, problems: list[Problem], samples: list[Sample], workers: int | None) -> dict[str, Any]:
     from mtp_dist.evaluation.code_results import execute_samples, summarize
-    from mtp_dist.provenance import usable_cores
+    from mtp_dist.provenance import provenance, usable_cores
 
     chosen = {problem.task_id for problem in problems}
     samples = [sample for sample in samples if sample.task_id in chosen]
     with progress_bar() as bar:
         outcomes = execute_samples(sandbox, problems, samples, workers or usable_cores(), updates(bar, "executing"))
-    return summarize(problems, samples, outcomes)
+    return {"measured": provenance(), **summarize(problems, samples, outcomes)}
+
+
+def _next_step(name: str, file: Path) -> Iterator[Text]:
+    command = f"mtp-dist evaluate {name} --samples {shlex.quote(str(file))} --allow-code-execution"
+    return fact_lines({"Samples": str(file), "Execute them by": command})
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -156,9 +157,9 @@ def _apps_problem(row: Mapping[str, Any]) -> Problem:
 def _dataset(benchmark: str, *name: str, **options: str) -> Iterable[Mapping[str, Any]]:
     """Load a dataset of the Hugging Face hub. Raise DataError if it is neither cached nor reachable."""
     import datasets
-    from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()  # without a network it retries for 25 seconds, with a warning each time
+    # Without a network it retries for 25 seconds, with a warning each time.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return datasets.load_dataset(*name, **options)
     except Exception as error:  # the network and its libraries raise many kinds

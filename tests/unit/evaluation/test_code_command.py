@@ -45,10 +45,14 @@ def test_existing_samples(needs_sandbox, options, capsys):
     assert "50.0%" in capsys.readouterr().out
 
 
-def test_model(needs_sandbox, options, tmp_path, capsys):
+def test_model(needs_sandbox, options, tmp_path, capsys, monkeypatch):
     write_model(tmp_path / "model", train={"sequence_length": 64})
-    options |= {"model": str(tmp_path / "model"), "samples": str(tmp_path / "new.jsonl")}
-    evaluate(**options, temperatures="0,1", samples_per_problem=2, max_new_tokens=3, as_json=True)
+    options |= {"model": str(tmp_path / "model"), "samples": str(tmp_path / "new.jsonl"), "max_new_tokens": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(Sandbox, "run", lambda sandbox, program: pytest.fail("code was executed"))
+        evaluate(**options, temperatures="0", samples_per_problem=1, only_sample=True)
+    assert f"mtp-dist evaluate humaneval --samples {tmp_path}/new.jsonl" in capsys.readouterr().out
+    evaluate(**options, temperatures="0,1", samples_per_problem=2, as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert [row["temperature"] for row in result["temperatures"]] == [0, 1]
     assert sum(result["outcomes"].values()) == 4 == len((tmp_path / "new.jsonl").read_text().splitlines())
@@ -60,7 +64,8 @@ def test_model(needs_sandbox, options, tmp_path, capsys):
     [
         ({"allow_code_execution": False}, "permit it with --allow-code-execution"),
         ({"allow_code_execution": False, "unsafe_no_sandbox": True}, "permit it with --allow-code-execution"),
-        ({"samples": None}, "--model or --samples is required"),
+        ({"samples": None}, "--model is required, or --samples"),
+        ({"only_sample": True}, "--model is required, or --samples"),
         ({"model": "m", "temperatures": "warm"}, "--temperatures = 'warm' is not a list of numbers"),
         ({"model": "missing"}, "--model = 'missing' is neither a checkpoint nor an export"),
         ({"problems": "missing.jsonl"}, "cannot read the problems in missing.jsonl"),
