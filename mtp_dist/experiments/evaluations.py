@@ -56,7 +56,30 @@ def code(
     return {f"pass@{k}": 100 * best["value"] for k, best in result["oracle"].items()}
 
 
-EVALUATIONS: dict[str, Callable[..., Metrics]] = {"code": code, "validation": validation}
+def synthetic(
+    run: Path,
+    task: str,
+    options: Mapping[str, Any] | None = None,
+    pools: Mapping[str, Sequence[str]] | None = None,
+) -> Metrics:
+    """Return head 1's accuracy on each group of answers of a synthetic task, such as `accuracy/path`, and its chance.
+
+    task: such as `induction`. options: parameters of the held-out documents where they differ from those of the
+    training. pools: further groups by name, each with the groups whose answers it has.
+    """
+    from mtp_dist.evaluation.synthetic import evaluate_synthetic
+
+    groups = evaluate_synthetic(run, task, options)["groups"]
+    for name, members in (pools or {}).items():
+        total = sum(groups[member]["total"] for member in members)
+        groups[name] = {
+            "accuracy": sum(groups[member]["correct"] for member in members) / total,
+            "chance": sum(groups[member]["chance"] * groups[member]["total"] for member in members) / total,
+        }
+    return {f"{kind}/{name}": group[kind] for kind in ("accuracy", "chance") for name, group in groups.items()}
+
+
+EVALUATIONS: dict[str, Callable[..., Metrics]] = {"code": code, "synthetic": synthetic, "validation": validation}
 
 
 def evaluate(function: str, options: Mapping[str, Any], run: Path, output: Path) -> None:

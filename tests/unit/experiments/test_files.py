@@ -119,7 +119,7 @@ def test_experiments_of_the_project_are_valid(name, preset):
     assert len({run.training.folder for run in runs}) == len(runs)
     layers = {}
     for run in runs:
-        config = build_config(run.training.config)
+        config = build_config((run.training.start or run.training).config)
         others = tuple(arm for axis, arm in run.cell.items() if axis != experiment.compare.axis)
         heads = config.heads.num_blocks * config.heads.block_layers
         layers.setdefault(others, set()).add(config.model.trunk_layers + heads)
