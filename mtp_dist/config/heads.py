@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat
 
-from mtp_dist.config.base import PositiveInt, Section, messages_if
+from mtp_dist.config.base import NonNegativeInt, PositiveInt, Section, messages_if
 
 StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
 """A step, and the value from that step on."""
@@ -96,8 +96,9 @@ class HeadsConfig(Section):
     k - 1 instead, `anticausal`: head k + 1; `linear`: each head is a matrix; `mlp`: each head from head 2 on is a
     residual block (Medusa); `sequential`: each head from head 2 on is a transformer block that reads the previous head
     and the token before its target (DeepSeek-V3)."""
-    layers_per_head: Annotated[PositiveInt, Field(le=1000)] = 1
-    """Transformer layers of each head, or of each `sequential` block."""
+    layers_per_head: Annotated[NonNegativeInt, Field(le=1000)] = 1
+    """Transformer layers of each head, or of each `sequential` block. 0, for `parallel` heads with `separate`
+    unembeddings, replicates the unembedding alone: all heads read the trunk's output."""
     repeated: bool = False
     """Share one block among all heads from head 2 on (`sequential` only)."""
     prediction_distances: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] | None = None
@@ -209,6 +210,11 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
             heads.layers_per_head > 1 and not heads.traits.has_layers,
             f"heads.layers_per_head = {heads.layers_per_head} is incompatible with heads.kind = '{heads.kind}', which "
             "has no transformer layers: remove it",
+        ),
+        (
+            heads.layers_per_head == 0 and (heads.kind != "parallel" or heads.unembedding != "separate"),
+            f"heads.layers_per_head = 0 needs heads.kind = 'parallel' and heads.unembedding = 'separate', they are "
+            f"'{heads.kind}' and '{heads.unembedding}': nothing else would tell the heads apart",
         ),
         (
             heads.traits.reads == "next head" and heads.detach,

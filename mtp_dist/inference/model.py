@@ -219,7 +219,7 @@ class MTPForCausalLM(LlamaForCausalLM):
         if kind.reads == "next head":
             width = self.config.hidden_size
             return before[..., (k - 2) * width : (k - 1) * width]
-        if kind.block_follows_norm:
+        if kind.block_follows_norm or (kind.has_layers and not heads.block_layers):
             return before
         block = self._block(k)
         if not kind.has_layers:

@@ -86,6 +86,8 @@ TWO_STEPS = [
         )
     ),
     f"tp2-pp2-dp1-sp {ZERO} {SEPARATE}",
+    f"tp2-pp2-dp1-sp {SEPARATE} heads.layers_per_head=0",
+    f"tp1-pp2-dp1 {SEPARATE} heads.layers_per_head=0 {RECOMPUTE}",
     f"tp1-pp2-dp2 {SEPARATE} heads.z_loss=0.01 {BF16}",
     f"tp4-pp1-dp1 micro_batches=1 {FOUR_GROUPS} {SEPARATE} heads.z_loss=0.01 {CHUNKS}",
     f"tp2-pp2-dp1-sp micro_batches=1 heads.z_loss=0.01 {CHUNKS} {FULL}",

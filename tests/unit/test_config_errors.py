@@ -115,6 +115,8 @@ heads.loss_mode=naive & heads.token_order=0.5 => heads.token_order ... heads.los
 heads.loss_mode=naive & heads.schedule=reverse => heads.schedule ... heads.loss_mode = 'naive' ... use 'eager'
 heads.repeated=true => heads.repeated = true ... heads.kind is 'parallel': remove it
 heads.kind=linear & heads.layers_per_head=2 => heads.layers_per_head = 2 ... heads.kind = 'linear' ... remove it
+heads.layers_per_head=0 => heads.layers_per_head = 0 ... heads.unembedding = 'separate' ... 'parallel' and 'shared'
+heads.kind=causal & heads.unembedding=separate & heads.layers_per_head=0 => heads.layers_per_head = 0 ... 'causal'
 heads.kind=mlp & heads.layers_per_head=3 => heads.layers_per_head = 3 ... heads.kind = 'mlp' ... remove it
 heads.kind=anticausal & heads.detach=true => heads.detach = true is incompatible with heads.kind = 'anticausal'
 heads.kind=anticausal & heads.detach=full => heads.detach = full is incompatible with heads.kind = 'anticausal'

@@ -16,6 +16,7 @@ Heads = dict[str, Any]
 CUSTOM: dict[str, Heads] = {
     "parallel": {},
     "two layers per head": {"layers_per_head": 2},
+    "no layers": {"layers_per_head": 0, "unembedding": "separate"},
     "causal": {"kind": "causal"},
     "anticausal": {"kind": "anticausal", "count": 3, "layers_per_head": 2},
     "linear": {"kind": "linear"},

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
     "linear rope scaling": ({"model": {"rope_scaling": LINEAR_ROPE, "rope_theta": 500.0}}, 2),
     "llama3 rope scaling": ({"model": {"rope_scaling": LLAMA3_ROPE}}, 2),
     "two layers per head": ({"heads": {"layers_per_head": 2}}, 1),
+    "no layers": ({"heads": {"layers_per_head": 0, "unembedding": "separate"}}, 3),
     "causal": ({"heads": {"kind": "causal"}}, 2),
     "causal, two layers": ({"heads": {"kind": "causal", "layers_per_head": 2}}, 1),
     "anticausal": ({"heads": {"kind": "anticausal", "count": 2}}, 1),

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sequential": {"kind": "sequential", "layers_per_head": 2},
     "repeated": {"kind": "sequential", "repeated": True},
     "separate": {"kind": "parallel", "unembedding": "separate"},
+    "no_layers": {"kind": "parallel", "layers_per_head": 0, "unembedding": "separate"},
     "leap": {"kind": "parallel", "prediction_distances": [1, 3, 5, 7]},
     "anticausal_leap": {"kind": "anticausal", "prediction_distances": [1, 3, 4, 7]},
 }
