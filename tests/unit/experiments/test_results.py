@@ -8,7 +8,8 @@ import typer
 
 from mtp_dist.cli import app
 from mtp_dist.errors import ConfigError
-from mtp_dist.experiments.evaluations import code, validation
+from mtp_dist.evaluation import synthetic as evaluation
+from mtp_dist.experiments.evaluations import code, synthetic, validation
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.plot import draw
 from mtp_dist.experiments.results import build_result, entry, write_origin
@@ -131,3 +132,15 @@ def test_code_is_evaluated_by_the_command(tmp_path, monkeypatch):
     given = command.make_context("mbpp", commands[0][5:]).params
     assert (given["model"], given["samples"]) == (str(tmp_path), str(tmp_path / "mbpp-samples.jsonl"))
     assert (given["samples_per_problem"], given["temperatures"], given["max_new_tokens"]) == (10, "0.2,0.8", 512)
+
+
+def test_pools_of_answers_are_weighted_by_their_number(tmp_path, monkeypatch):
+    groups = {"a": (1, 10, 0.5), "b": (20, 30, 0.1)}
+    groups = {
+        name: {"correct": correct, "total": total, "accuracy": correct / total, "chance": chance}
+        for name, (correct, total, chance) in groups.items()
+    }
+    monkeypatch.setattr(evaluation, "evaluate_synthetic", lambda run, task, options: {"groups": groups})
+    metrics = synthetic(tmp_path, "arithmetic", pools={"both": ["a", "b"]})
+    assert metrics["accuracy/both"] == 21 / 40 and metrics["chance/both"] == pytest.approx(0.2)
+    assert metrics["accuracy/a"] == 0.1 and len(metrics) == 6
