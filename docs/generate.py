@@ -12,11 +12,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # absent when runpy runs this file, as in tests
 
-from generators import benchmarks, configuration, decoding, demo, evaluation, experiments, head_loss, head_runs
+from generators import (
+    benchmarks,
+    configuration,
+    decoding,
+    demo,
+    evaluation,
+    experiments,
+    head_loss,
+    head_runs,
+    why_it_works,
+)
 from generators.common import DOCS
 
-TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs)
-PICTURES = (decoding, demo, experiments, head_loss, head_runs)
+TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs, why_it_works)
+PICTURES = (decoding, demo, experiments, head_loss, head_runs, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 
