@@ -26,8 +26,8 @@ class SyntheticConfig(Section):
     """`arithmetic`: largest number of operations per expression; all numbers from 1 on are equally frequent."""
     coefficients: Annotated[int, Field(ge=2, le=10)] | None = None
     """`arithmetic`: coefficients per polynomial, k for F7[X]/(X^k)."""
-    people: Annotated[int, Field(ge=3, le=12)] | None = None
-    """`agreement`: people per text, as many for each of three genders."""
+    people: Annotated[int, Field(ge=2, le=12)] | None = None
+    """`agreement`: people per text."""
     adjectives: Annotated[int, Field(ge=0, le=4)] | None = None
     """`agreement`: adjectives between article and noun."""
     degree: Annotated[int, Field(ge=2, le=50)] | None = None

@@ -34,7 +34,7 @@ FEW = {
 ANY = {
     "induction": {"names": st.integers(2, 8), "new_names": st.floats(0, 1)},
     "arithmetic": {"operations": st.integers(1, 12), "coefficients": st.integers(2, 6)},
-    "agreement": {"people": st.sampled_from([3, 6, 9, 12]), "adjectives": st.integers(0, 4)},
+    "agreement": {"people": st.integers(2, 12), "adjectives": st.integers(0, 4)},
     "star-graph": {"degree": st.integers(2, 6), "length": st.integers(2, 6), "nodes": st.integers(31, 100)},
     "choices": {"branches": st.integers(2, 16), "length": st.integers(2, 16)},
 }
@@ -97,15 +97,20 @@ def check_agreement(document, task):
     *facts, rest = document.text.split(" . ")
     nouns = dict(fact.split() for fact in facts)
     assert len(nouns) == task.people and set(nouns) <= set(PEOPLE)
-    assert sorted(GENDER[noun] for noun in nouns.values()) == sorted([0, 1, 2] * (task.people // 3))
+    genders = [GENDER[noun] for noun in nouns.values()]
+    chances = {answer.chance for answer in document.answers if answer.group == "article"}
+    assert chances == {max(map(genders.count, range(3))) / task.people}
     questions = [question.split() for question in rest.removesuffix(" ?").split(" ? ")]
-    assert len(questions) == task.people
+    assert len(questions) == 3 * task.people
     for _, person, article, *adjectives, noun in questions:
         assert noun == nouns[person] and article == ARTICLES[GENDER[noun]] and len(adjectives) == task.adjectives
         ending = r"(alt|grau|klein|neu|rot|schwer)" + ENDINGS[GENDER[noun]]
         assert all(re.fullmatch(ending, adjective) for adjective in adjectives)
-    assert [word for (word,), _ in answers(document, "article")] == [question[2] for question in questions]
-    assert [word for (word,), _ in answers(document, "noun")] == [question[-1] for question in questions]
+    first = [question[1] not in [earlier[1] for earlier in questions[:i]] for i, question in enumerate(questions)]
+    for suffix, wanted in (("", True), ("-again", False)):
+        chosen = [question for question, is_first in zip(questions, first, strict=True) if is_first == wanted]
+        assert [word for (word,), _ in answers(document, f"article{suffix}")] == [question[2] for question in chosen]
+        assert [word for (word,), _ in answers(document, f"noun{suffix}")] == [question[-1] for question in chosen]
 
 
 def check_star_graph(document, task):
@@ -201,7 +206,7 @@ def test_number_of_operations_is_uniform():
 DIGESTS = {
     "induction": "24897071723741ba",
     "arithmetic": "a99b992f8e44203b",
-    "agreement": "83c8bbe405e84763",
+    "agreement": "fff9675fdf4fa74f",
     "star-graph": "688a7ef11e8fed23",
     "choices": "0627cf61bf7aa72b",
 }
@@ -265,10 +270,6 @@ SOURCE = "data.train.0.options"
         ({"options": {"nodes": 20}}, f"{SOURCE}.nodes = 20 is below the 21 nodes of a graph"),
         ({"split": "test"}, "data.train.0.split = 'test' is unknown for synthetic tasks: use 'train' or 'validation'"),
         ({"path": "python-stdlib", "options": {}}, f"{SOURCE} are parameters of a synthetic task, 'python-stdlib' is"),
-        (
-            {"path": "synthetic/agreement", "options": {"people": 4}},
-            f"{SOURCE}.people = 4 is not divisible by 3",
-        ),
     ],
 )
 def test_wrong_parameters_are_reported(source, message):
