@@ -44,7 +44,7 @@ Name = tuple[str, str]
 
 @dataclass(frozen=True)
 class Induction(Task):
-    names: int = 3
+    names: int = 2
     new_names: float = 1.0
 
     name: ClassVar[str] = "induction"

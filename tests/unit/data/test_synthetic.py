@@ -156,7 +156,7 @@ def test_documents_follow_the_grammar(name, data, seed, number, split):
     options = data.draw(st.fixed_dictionaries(ANY[name]))
     source = corpus(name, split, seed, **options)
     document = source.document(number)
-    assert document == corpus(name, split, seed, **options).document(number) != source.document(number + 1)
+    assert document == corpus(name, split, seed, **options).document(number)
     CHECKS[name](document, source.task)
     tokenizer = build_tokenizer(SYNTHETIC_PREFIX + name)
     assert tokenizer.decode(ids := tokenizer.encode(document.text)) == document.text and len(ids) == len(document.words)
@@ -204,7 +204,7 @@ def test_number_of_operations_is_uniform():
 
 
 DIGESTS = {
-    "induction": "24897071723741ba",
+    "induction": "0df8844ddd3a5ced",
     "arithmetic": "a99b992f8e44203b",
     "agreement": "fff9675fdf4fa74f",
     "star-graph": "688a7ef11e8fed23",
