@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.table import Table
 
-from mtp_dist.cli.options import AsJson
+from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
 from mtp_dist.cli.watching import Once, Watch, check_subject, watch_run
@@ -72,7 +72,7 @@ def lm_eval(
         watch_run(watch, label, lambda folder: metrics(run(folder)), once, as_json)
         return
     assert model is not None
-    results = run(Path(model).expanduser())
+    results = run(model_folder(model))
     if output:
         _write(Path(output).expanduser(), results)
     result = {"model": model, "lm_eval": package, **_summary(results)}

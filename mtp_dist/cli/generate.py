@@ -6,21 +6,22 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from mtp_dist.cli.options import AsJson
+from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
-from mtp_dist.cli.tables import fact_lines
-from mtp_dist.errors import exits_with_user_errors
+from mtp_dist.cli.tables import explain_output_errors, fact_lines
+from mtp_dist.errors import ConfigError, exits_with_user_errors
+from mtp_dist.inference.request import check_model, check_numbers, prompt_ids
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from mtp_dist.inference.detokenizer import Detokenizer
     from mtp_dist.inference.generator import Generator
+    from mtp_dist.inference.loading import ModelFolder
     from mtp_dist.inference.speculation import DecodingStatistics
 
 DEFAULT_NEW_TOKENS = 200
@@ -50,7 +51,7 @@ Seed = Annotated[
 @exits_with_user_errors
 def generate(
     model: Annotated[str, typer.Option(help="Folder of an export, of a checkpoint or of a run.")],
-    prompt: Annotated[str, typer.Option(help="Beginning of the document to continue; - reads standard input.")],
+    prompt: Annotated[str, typer.Option(help="Beginning of the document to continue; - reads all of standard input.")],
     speculative: Heads = None,
     max_new_tokens: NewTokens = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable tokens.")] = 0.0,
@@ -65,14 +66,15 @@ def generate(
 
     Accepted drafts are highlighted in a terminal. The text goes to standard output, the figures to standard error.
     """
-    generator = _open(Path(model).expanduser())
+    check_numbers(DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens, temperature, speculative)
+    if prompt == "-":
+        prompt = _read_standard_input()
+    generator = _open(model, prompt, speculative)
     import torch
 
     from mtp_dist.inference.detokenizer import Detokenizer
     from mtp_dist.inference.speculation import Speculation
 
-    if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")
     token_ids = generator.prompt_ids(prompt)
     if max_new_tokens is None:
         max_new_tokens = min(DEFAULT_NEW_TOKENS, generator.positions - len(token_ids))
@@ -88,7 +90,11 @@ def generate(
         for heads in (1, speculative):
             decode(heads, min(WARM_UP_TOKENS, max_new_tokens))
     output = _Output(Detokenizer(generator.tokenizer, token_ids), prompt, stream and not as_json)
-    new_ids, statistics = decode(speculative, max_new_tokens, output)
+    try:
+        new_ids, statistics = decode(speculative, max_new_tokens, output)
+    except KeyboardInterrupt:
+        output.interrupt()
+        raise
     output.end()
     statistics.seconds -= output.seconds
     result = {"text": output.text, "token_ids": new_ids, "prompt_tokens": len(token_ids), **_figures(statistics)}
@@ -96,22 +102,33 @@ def generate(
         plain_ids, plain = decode(1, len(new_ids))
         result["plain"] = _figures(plain) | {"same_text": None if temperature else plain_ids == new_ids}
     if as_json:
-        print(json.dumps(result), flush=True)
+        with explain_output_errors():
+            print(json.dumps(result), flush=True)
         return
     output.show()
     for line in fact_lines(_facts(result)):
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
 
 
-def _open(folder: Path) -> Generator:
-    """Open the model on the GPUs of this machine, or on its CPU."""
+def _read_standard_input() -> str:
+    if sys.stdin is None:
+        raise ConfigError("--prompt = - reads standard input, which is closed: pipe a text into it, or give the text")
+    return sys.stdin.buffer.read().decode(errors="surrogateescape")
+
+
+def _open(model: str, prompt: str, heads: int | None) -> Generator:
+    """Open the model on the GPUs of this machine, or on its CPU, if it can continue the prompt with that many heads."""
+    folder = model_folder(model)
     from transformers.utils import logging as transformers_logging
 
     from mtp_dist.inference.generator import Generator
 
+    def check(found: ModelFolder) -> None:
+        check_model(found.config, len(prompt_ids(prompt, found.config, found.tokenizer)), heads)
+
     transformers_logging.set_verbosity_error()
     with progress_bar() as bar:
-        return Generator.open_on_device(folder, updates(bar, "verifying"))
+        return Generator.open_on_device(folder, updates(bar, "verifying"), check)
 
 
 class _Output:
@@ -141,6 +158,11 @@ class _Output:
         """Add what is left of the text."""
         self._add(self.detokenizer.end(), False)
 
+    def interrupt(self) -> None:
+        """End the line that is being written."""
+        if self.live:
+            self._write("\n", "")
+
     def show(self) -> None:
         """Write what has not been written."""
         if not self.live:
@@ -160,10 +182,11 @@ class _Output:
             self._write(self.prompt.encode(errors="surrogateescape").decode(errors="replace"), PROMPT_STYLE)
 
     def _write(self, piece: str, style: str) -> None:
-        if self.console.is_terminal:
-            self.console.print(Text(piece.translate(CONTROL_PICTURES), style), end="", soft_wrap=True)
-        else:
-            print(piece, end="", flush=self.live)
+        with explain_output_errors():
+            if self.console.is_terminal:
+                self.console.print(Text(piece.translate(CONTROL_PICTURES), style), end="", soft_wrap=True)
+            else:
+                print(piece, end="", flush=True)
 
 
 def _figures(statistics: DecodingStatistics) -> dict[str, Any]:

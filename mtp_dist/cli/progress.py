@@ -24,10 +24,16 @@ def progress_bar(speed_period_s: float = 30) -> Progress:
     )
 
 
-def updates(bar: Progress, title: str) -> Callable[[int, int], None]:
-    """Add a task to the bar. Return the function that updates it, given the amount done and the total."""
-    task = bar.add_task(title)
-    return lambda done, total: bar.update(task, completed=done, total=total)
+def updates(bar: Progress, title: str) -> Callable[[float, float], None]:
+    """Return a function that updates a task of the bar, given the amount done and the total. Its first call adds it."""
+    tasks: list[TaskID] = []
+
+    def update(done: float, total: float) -> None:
+        if not tasks:
+            tasks.append(bar.add_task(title))
+        bar.update(tasks[0], completed=done, total=total)
+
+    return update
 
 
 def head_loss_progress(is_first: bool) -> Progress:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
+
+from mtp_dist.errors import UserError
 
 if TYPE_CHECKING:  # they import numpy and torch, which would delay `--help`
     from mtp_dist.checkpoint.format import SavedLayout
@@ -21,13 +25,29 @@ NON_TERMINAL_WIDTH = 120
 
 
 def show_result(result: object, as_json: bool, *parts: RenderableType) -> None:
-    """Print a result as one JSON object, or as tables and unbroken lines of text."""
-    if as_json:
-        print(json.dumps(result), flush=True)
-        return
-    console = Console(width=None if os.isatty(1) else NON_TERMINAL_WIDTH)
-    for part in parts:
-        console.print(part, soft_wrap=isinstance(part, Text))
+    """Print a result as one JSON object, or as tables and unbroken lines of text. Raise UserError if that fails."""
+    with explain_output_errors():
+        if as_json:
+            print(json.dumps(result), flush=True)
+            return
+        console = Console(width=None if os.isatty(1) else NON_TERMINAL_WIDTH)
+        for part in parts:
+            console.print(part, soft_wrap=isinstance(part, Text))
+
+
+@contextmanager
+def explain_output_errors() -> Iterator[None]:
+    """Turn an OSError of standard output, such as a full disk, into a UserError. A closed pipe is not an error."""
+    try:
+        yield
+    except BrokenPipeError:  # ends the command silently
+        raise
+    except OSError as error:
+        # Python writes what is left in the old one's buffer at its exit, and would fail again.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        raise UserError(
+            f"standard output cannot be written ({error.strerror}): send it to a place with room for it"
+        ) from None
 
 
 def fact_lines(facts: Mapping[str, str]) -> Iterator[Text]:
@@ -175,10 +195,12 @@ def bench_decode_tables(result: dict[str, Any]) -> list[Table]:
         f"{model['vocab']}, {model['heads']} {model['kind']} heads, {result['settings']['dtype']}, on "
         f"{decode_machine(result['machine'])}"
     )
-    ways = Table(*DECODE_COLUMNS, title=title)
+    ways = Table(title=title)
+    for column in DECODE_COLUMNS:
+        ways.add_column(column, justify="left" if column in ("", DECODE_COLUMNS[-1]) else "right")
     for row in result["rows"]:
         ways.add_row(*decode_cells(row))
-    bounds = Table("bound", "batch", "value", "limit", "")
+    bounds = Table("bound", Column("batch", justify="right"), Column("value", justify="right"), "limit", "")
     for bound in result["bounds"]:
         bounds.add_row(*bound_cells(bound), "ok" if bound["holds"] else "MISSED")
     return [ways, bounds]

@@ -1,8 +1,7 @@
 """A trained model with its tokenizer: from prompts to text."""
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,15 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.config import Config
 from mtp_dist.data.tokenizer import Tokenizer
-from mtp_dist.errors import ConfigError, DataError
-from mtp_dist.inference.loading import read_folder
+from mtp_dist.errors import ConfigError
+from mtp_dist.inference.loading import ModelFolder, read_folder
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.packing import can_pack, pack_linear_layers
+from mtp_dist.inference.request import check_heads, check_model, check_numbers, prompt_ids
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
-
-MIN_TEMPERATURE = 0.001
-"""Smallest temperature above 0: logits divided by it do not overflow."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +38,31 @@ class Generator:
         folder: Path,
         dtype: torch.dtype | None = None,
         on_verified: ProgressCallback = lambda done, total: None,
+        check: Callable[[ModelFolder], object] = lambda folder: None,
         **options: Any,
     ) -> "Generator":
         """Open an export, a checkpoint or a run with the errors of `read_folder` and the options of `from_folder`.
 
-        Without a `device_map` the model is on the CPU, packed, which means for inference only.
+        check: function that is called before the weights are read, and may raise an error. Without a `device_map` the
+        model is on the CPU, packed, which means for inference only.
         """
         read = read_folder(folder, on_verified)
+        check(read)
         model = MTPForCausalLM.from_folder(read, dtype, **options)
         if not options.get("device_map") and can_pack(model.lm_head.weight):
             pack_linear_layers(model)
         return cls(model, read.tokenizer, read.config)
 
     @classmethod
-    def open_on_device(cls, folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> "Generator":
-        """Open a model on the GPUs of this machine, or on its CPU, with the errors of `read_folder`."""
+    def open_on_device(
+        cls,
+        folder: Path,
+        on_verified: ProgressCallback = lambda done, total: None,
+        check: Callable[[ModelFolder], object] = lambda folder: None,
+    ) -> "Generator":
+        """Open a model as `open` does, on the GPUs of this machine or on its CPU."""
         options: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-        return cls.open(folder, on_verified=on_verified, **options)
+        return cls.open(folder, None, on_verified, check, **options)
 
     @property
     def positions(self) -> int:
@@ -71,12 +76,7 @@ class Generator:
         for bytes that are not UTF-8, as in arguments of a command. Raise DataError for a text that the tokenizer cannot
         encode.
         """
-        try:
-            text = self.tokenizer.encode(prompt.encode(errors="surrogateescape")).tolist()
-        except (DataError, UnicodeEncodeError) as error:
-            raise DataError(f"--prompt cannot be encoded: {error}") from None
-        end = self.tokenizer.end_of_document
-        return [end, *text] if self.config.data.attention_across_documents or not text else text
+        return prompt_ids(prompt, self.config, self.tokenizer)
 
     def generate(
         self,
@@ -95,7 +95,10 @@ class Generator:
         """
         speculation = speculation or Speculation()
         longest = max(map(len, prompts))
-        self._check(prompts, max_new_tokens, temperature, speculation.heads)
+        check_numbers(max_new_tokens, temperature, speculation.heads)
+        check_model(self.config, longest, speculation.heads)
+        if not all(prompts):
+            raise ConfigError("--prompt has no tokens: begin it with the end of a document, as prompt_ids does")
         if longest + max_new_tokens > self.positions:
             max_new_tokens = self.positions - longest
             logger.warning(
@@ -124,32 +127,7 @@ class Generator:
 
     def check_heads(self, heads: int | None) -> None:
         """Raise ConfigError if the model does not have that many heads."""
-        count = self.config.heads.count
-        if heads is not None and not 1 <= heads <= count:
-            raise ConfigError(
-                f"--speculative = {heads}, but the model has {count} heads: use 1 for plain decoding, or up to {count}"
-            )
-
-    def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, heads: int | None
-    ) -> None:
-        """Raise ConfigError for arguments that make no sense."""
-        prompt_tokens = max(map(len, prompts))
-        self.check_heads(heads)
-        if prompt_tokens >= self.positions:
-            raise ConfigError(
-                f"--prompt has {prompt_tokens} tokens, but the model was trained on texts of {self.positions}: "
-                "shorten it"
-            )
-        if not all(prompts):
-            raise ConfigError("--prompt has no tokens: begin it with the end of a document, as prompt_ids does")
-        if max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens = {max_new_tokens} is below 1: use at least 1")
-        if temperature and not MIN_TEMPERATURE <= temperature < math.inf:
-            raise ConfigError(
-                f"--temperature = {temperature}: use 0 for the most probable tokens, or a number from "
-                f"{MIN_TEMPERATURE} on, such as 0.7"
-            )
+        check_heads(self.config, heads)
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

@@ -1,14 +1,22 @@
 """`mtp-dist generate`: what it writes where."""
 
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mtp_dist.cli.generate import generate
+from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.inference.generator import Generator
+from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
 from tests.unit.convert.folders import write_model
 
@@ -113,19 +121,89 @@ def test_stream_highlights_accepted_drafts(
     assert capsys.readouterr().out.endswith(f"\x1b[1mx{end}a{green}bc{end}é{green}\u241b{end}\ufffd\n")
 
 
-def test_user_error(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_stream_ends_its_line(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        arguments[-1].on_tokens(0, [*b"abc"], 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "generate", interrupted)
+    for stream, written in ((True, "abc\n"), (False, "")):
+        with pytest.raises(KeyboardInterrupt):
+            generate(model=folder, prompt="x", stream=stream)
+        assert capsys.readouterr().out == written
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"as_json": True}], ids=str)
+def test_output_that_cannot_be_written(
+    folder: str, options: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is one message; a reader that has gone ends the command silently."""
+    monkeypatch.setattr(sys, "stdout", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
+    with pytest.raises(SystemExit, match="2"):
+        generate(model=folder, prompt=PROMPT, max_new_tokens=3, **options)
+    assert sys.stdout.name == os.devnull, "nothing is left to write at the exit"
+    message = "error: standard output cannot be written (No space left on device): "
+    errors = capsys.readouterr().err
+    assert errors.startswith(message) and errors.count("\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    with pytest.raises(BrokenPipeError):
+        generate(model=folder, prompt=PROMPT, max_new_tokens=3, **options)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_names_what_is_done() -> None:
+    """An export is not verified: its bar has no task."""
+    bar = progress_bar()
+    update = updates(bar, "verifying")
+    assert not bar.tasks
+    update(1, 4)
+    update(2, 4)
+    [task] = bar.tasks
+    assert (task.description, task.completed, task.total) == ("verifying", 2, 4)
+
+
+NUMBERS = (
+    ({"speculative": 0}, "--speculative = 0 is below 1: use 1 for plain decoding, or a number of heads\n"),
+    ({"max_new_tokens": 0}, "--max-new-tokens = 0 is below 1: use at least 1\n"),
+    ({"temperature": math.nan}, "--temperature = nan: use 0 for the most probable tokens, or a number from 0.001 on"),
+)
+"""Options that are wrong for every model, also for one that does not exist."""
+
+
+def test_user_error(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every option is checked before the weights are read."""
+    write_model(tmp_path / "c", heads={"count": 1})
+    monkeypatch.setattr(MTPForCausalLM, "from_folder", lambda *rest, **options: pytest.fail("weights are read"))
+    monkeypatch.setattr(sys, "stdin", None)
     for options, message in (
+        ({"speculative": 5}, "--speculative = 5, but the model has 4 heads: use 1 for plain decoding, or up to 4\n"),
         (
-            {"speculative": 5},
-            "error: --speculative = 5, but the model has 4 heads: use 1 for plain decoding, or up to 4\n",
+            {"speculative": 2, "model": str(tmp_path / "c")},
+            "--speculative = 2, but the model has one head, which drafts nothing: use 1\n",
         ),
-        ({"prompt": "x" * 64}, "error: --prompt has 65 tokens, but the model was trained on texts of 64: shorten it\n"),
-        (
-            {"model": f"{folder}/no"},
-            f"error: --model = '{folder}/no' is neither a checkpoint nor an export of mtp-dist: ",
-        ),
+        ({"prompt": "x" * 64}, "--prompt has 65 tokens, but the model was trained on texts of 64: shorten it\n"),
+        ({"prompt": "-"}, "--prompt = - reads standard input, which is closed: "),
+        ({"model": f"{folder}/no"}, f"--model = '{folder}/no' does not exist: "),
+        ({"model": ""}, "--model is empty: give the folder of "),
+        *((options | {"model": f"{folder}/no"}, message) for options, message in NUMBERS),
     ):
         with pytest.raises(SystemExit, match="2"):
             generate(**{"model": folder, "prompt": PROMPT, **options})
         output, errors = capsys.readouterr()
-        assert output == "" and errors.startswith(message) and errors.count("\n") == 1
+        assert output == "" and errors.startswith(f"error: {message}") and errors.count("\n") == 1
+
+
+def test_numbers_are_checked_without_torch() -> None:
+    program = "from mtp_dist.cli import app; app()"
+    arguments = ["generate", "--model", "nowhere", "--prompt", "x", "--temperature", "-1"]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "error: --temperature = -1.0: " in result.stderr
+    assert not re.search(r"\| +(torch|transformers)$", result.stderr, re.MULTILINE)

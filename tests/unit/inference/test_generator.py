@@ -73,7 +73,7 @@ def test_texts_end_at_stop_strings(generator: Generator) -> None:
     ("arguments", "message"),
     [
         ({"speculation": Speculation(heads=5)}, "--speculative = 5, but the model has 4 heads: use 1 for plain decod"),
-        ({"speculation": Speculation(heads=0)}, "--speculative = 0, but the model has 4 heads: "),
+        ({"speculation": Speculation(heads=0)}, "--speculative = 0 is below 1: use 1 for plain decoding"),
         (
             {"prompts": [[1] * POSITIONS]},
             "--prompt has 64 tokens, but the model was trained on texts of 64: shorten it",
