@@ -31,9 +31,11 @@ class SavedHeads:
         self.source, self.label, self.file = source, f"{option} = '{source}'", source / HEADS
         self._in_model: dict[str, tuple[str, ...]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        read = HEADS_CONFIG
         try:
             if (source / HEADS_CONFIG).exists():
                 self.config = saved_config(json.loads((source / HEADS_CONFIG).read_text(encoding="utf-8")))
+            read = HEADS
             if self.config and self.file.exists():
                 with safe_open(self.file, "pt") as file:
                     self._shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -41,7 +43,7 @@ class SavedHeads:
         except UserError as error:
             raise CheckpointError(f"{self.label} cannot be opened: {HEADS_CONFIG}: {error}") from None
         except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
-            raise CheckpointError(f"{self.label} is a corrupt export: {HEADS_CONFIG} or {HEADS}: {error}") from None
+            raise CheckpointError(f"{self.label} is a corrupt export: {read}: {error}") from None
         if self.config:
             self._find_in_model(self.config, option)
 

@@ -49,14 +49,15 @@ def read_full_weights(folder: Path, on_verified: ProgressCallback = lambda done,
     Raise CheckpointError if the folder has no model or a corrupt one, ConfigError or DataError if its tokenizer cannot
     be used.
     """
-    read = _open_export(folder) if (folder / HEADS_CONFIG).exists() else _open_checkpoint(folder, on_verified)
+    is_export = (folder / HEADS_CONFIG).exists()
+    read = _open_export(folder) if is_export else _open_checkpoint(folder, on_verified)
     if read.tokenizer.vocab_size > read.config.vocab_size:
         raise CheckpointError(
             f"--model = '{folder}' has a vocabulary of {read.config.vocab_size} tokens, its tokenizer one of "
             f"{read.tokenizer.vocab_size}: it belongs to another model, put back the one that this model was trained "
             "with"
         )
-    return read._replace(weights=_finite(read.weights, folder))
+    return read._replace(weights=_finite(read.weights, f"--model = '{folder}'", is_export))
 
 
 def _open_export(folder: Path) -> ModelFolder:
@@ -79,8 +80,8 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder
         raise CheckpointError(f"--model = '{folder}' cannot be opened: {error}") from None
     if checkpoint is None:
         raise CheckpointError(
-            f"--model = '{folder}' is neither a checkpoint nor an export of mtp-dist: give a folder such as "
-            "step_00000010, or one that mtp-dist export wrote"
+            f"--model = '{folder}' {_missing(folder)}: give a run's folder, a checkpoint such as step_00000010, or a "
+            "folder that mtp-dist export wrote"
         )
     config = read_metadata(checkpoint).config
     try:
@@ -95,6 +96,17 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder
     )
 
 
+def _missing(folder: Path) -> str:
+    """Return why a path has no model."""
+    if not folder.exists():
+        return "does not exist"
+    if not folder.is_dir():
+        return "is a file"
+    if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
+        return "is a run that has not saved a checkpoint yet"
+    return "contains neither a checkpoint nor an export of mtp-dist"
+
+
 def _checkpoint_weights(checkpoint: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
     reader = TensorReader(checkpoint, MODEL)
     found = reader.shapes()
@@ -105,14 +117,14 @@ def _checkpoint_weights(checkpoint: Path, config: Config) -> Iterator[tuple[str,
         yield name, reader.read(name)
 
 
-def _finite(weights: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _finite(weights: Iterable[tuple[str, Tensor]], label: str, is_export: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights. Raise CheckpointError at one with NaN or infinity, from which no text can be generated."""
+    cause = "its training has diverged, give an earlier checkpoint"
+    if is_export:  # which has no checksums
+        cause = "the file is damaged or the training has diverged, export this or an earlier checkpoint again"
     for name, weight in weights:
         if not weight.sum(dtype=torch.float32).isfinite():
-            raise CheckpointError(
-                f"--model = '{folder}' has NaN or infinity in {name}: its training has diverged, give an earlier "
-                "checkpoint"
-            )
+            raise CheckpointError(f"{label} has NaN or infinity in {name}: {cause}")
         yield name, weight
 
 

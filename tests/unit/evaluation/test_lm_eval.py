@@ -238,7 +238,7 @@ doc_to_target: label
             {"include_path": "/nowhere"},
             "--include-path = '/nowhere' is not a folder: give one with YAML files of tasks",
         ),
-        ({"model": "/nowhere"}, "--model = '/nowhere' is neither a checkpoint nor an export of mtp-dist: "),
+        ({"model": "/nowhere"}, "--model = '/nowhere' does not exist: "),
         ({"model": None}, "give either --model, to evaluate one model, or --watch, to follow a run"),
         ({"watch": "runs/demo"}, "give either --model, to evaluate one model, or --watch, to follow a run"),
         ({"model": None, "watch": "/nowhere"}, "--watch = '/nowhere' has no run.json: "),

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -122,10 +123,21 @@ def add_tokens(folder: Path) -> None:
     tokenizer.save(file)
 
 
+def damage_heads(folder: Path) -> None:
+    file = folder / "mtp_heads.safetensors"
+    tensors = load_file(file)
+    tensors["heads.2.0.input_layernorm.weight"][0] = torch.inf
+    save_file(tensors, file)
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda folder: None, "is neither a checkpoint nor an export of mtp-dist: give a folder such as "),
-    "file": (Path.touch, "is neither a checkpoint nor an export"),
-    "empty": (Path.mkdir, "is neither a checkpoint nor an export"),
+    "missing": (lambda folder: None, "does not exist: give a run's folder, a checkpoint such as step_00000010, or "),
+    "file": (Path.touch, "is a file: "),
+    "empty": (Path.mkdir, "contains neither a checkpoint nor an export of mtp-dist: "),
+    "new run": (
+        lambda folder: (folder.mkdir(), (folder / "run.json").touch()),
+        "is a run that has not saved a checkpoint yet: ",
+    ),
     "llama": (write_llama, "has no manifest.json: it is an incomplete checkpoint, or a model of Hugging Face, which "),
     "corrupt checkpoint": (
         lambda folder: (checkpoint(folder), flip(folder / "model-00001-of-00001.safetensors", -1)),
@@ -133,7 +145,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "corrupt export": (
         lambda folder: export(folder, lambda folder: (folder / "mtp_config.json").write_text("{")),
-        "is a corrupt export: ",
+        "is a corrupt export: mtp_config.json: ",
+    ),
+    "corrupt heads": (
+        lambda folder: export(folder, lambda folder: (folder / "mtp_heads.safetensors").write_text("{")),
+        "is a corrupt export: mtp_heads.safetensors: ",
+    ),
+    "damaged export": (
+        lambda folder: export(folder, damage_heads),
+        "has NaN or infinity in heads.2.0.input_layernorm.weight: the file is damaged or the training has diverged, ",
     ),
     "no heads": (
         lambda folder: export(folder, lambda folder: (folder / "mtp_heads.safetensors").unlink()),
