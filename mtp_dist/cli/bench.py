@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli.options import AsJson, Overrides
+from mtp_dist.cli.options import AsJson, Overrides, model_folder
 from mtp_dist.cli.progress import head_loss_progress, progress_bar, updates
 from mtp_dist.cli.tables import (
     bench_checkpoint_table,
@@ -116,7 +116,8 @@ def data(
 @exits_with_user_errors
 def decode(
     model: Annotated[
-        str | None, typer.Option(help="Folder of a checkpoint or an export; by default a model is generated.")
+        str | None,
+        typer.Option(help="Folder of an export, of a checkpoint or of a run; by default a model is generated."),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=2, help="Layers of trunk and head 1 of a generated model; 8 by default.")
@@ -145,10 +146,10 @@ def decode(
     sizes = {"layers": layers, "hidden": hidden, "heads": heads, "kind": kind, "vocab": vocab}
     generated = sizes | {"acceptance": acceptance}
     given = [name for name, value in generated.items() if value is not None]
-    if model and given:
+    if model is not None and given:
         raise LaunchError(f"--{given[0]} is for generated models: remove it or --model")
     settings = read_settings(batch, prompt_tokens, new_tokens, rounds, device, dtype)
-    wanted = None if model else read_generated(generated)
+    trained, wanted = None if model is None else model_folder(model), read_generated(generated)
     silence_import_warnings()
     from transformers.utils import logging as transformers_logging
 
@@ -156,9 +157,7 @@ def decode(
     from mtp_dist.bench.decode.measurement import measure_decoding
     from mtp_dist.bench.decode.subject import generated_subject, trained_subject
 
-    subject = (
-        generated_subject(wanted, settings) if wanted else trained_subject(Path(str(model)).expanduser(), settings)
-    )
+    subject = trained_subject(trained, settings) if trained else generated_subject(wanted, settings)
     with progress_bar() as bar:
         result = measure_decoding(subject, settings, updates(bar, "decoding"))
     show_result(result, as_json, *bench_decode_tables(result))

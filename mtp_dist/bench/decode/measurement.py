@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import torch
@@ -36,14 +37,13 @@ Result = dict[str, Any]
 
 
 def measure_decoding(
-    subject: Subject, settings: Settings, on_progress: Callable[[int, int], None] = lambda done, total: None
+    subject: Subject, settings: Settings, on_progress: Callable[[float, int], None] = lambda done, total: None
 ) -> Result:
     """Return the medians of paired runs; a model's loading is not part of them."""
     rows: list[Result] = []
     devices: list[Device] = []
-    for number, batch_size in enumerate(settings.batch_sizes):
-        on_progress(number, len(settings.batch_sizes))
-        device, batch_rows = _measure_batch(subject, settings, batch_size)
+    for number in range(len(settings.batch_sizes)):
+        device, batch_rows = _measure_batch(subject, settings, number, on_progress)
         devices.append(device)
         rows += batch_rows
     config = subject.config
@@ -75,20 +75,31 @@ def measure_decoding(
     }
 
 
-def _measure_batch(subject: Subject, settings: Settings, batch_size: int) -> tuple[Device, list[Result]]:
+def _measure_batch(
+    subject: Subject, settings: Settings, number: int, on_progress: Callable[[float, int], None]
+) -> tuple[Device, list[Result]]:
+    """Return the device's rates and one row per way to decode, for the batch size of that number."""
+    batch_size = settings.batch_sizes[number]
     prompts = subject.prompts(batch_size).to(settings.device)
     plain = own_variant(PLAIN, subject.model, prompts, settings.new_tokens, 1)
     texts = plain.run()
     variants = [plain, *own_variants(subject, prompts, texts, settings)]
     variants += transformers_variants(subject, prompts, settings.new_tokens)
-    equal = {variant.name: _equal_tokens(variant.run(), texts, settings.prompt_tokens) for variant in variants}
-    for variant in variants:
-        variant.logs.clear()
     probes, device_of = _probes(subject, settings)
+    steps: dict[str, Step] = probes | {variant.name: variant.run for variant in variants}
+    runs, total = count(1), len(steps) * settings.rounds + len(variants)
+
+    def on_run(name: str) -> None:
+        on_progress(number + next(runs) / total, len(settings.batch_sizes))
+
+    equal = {}
+    for variant in variants:
+        equal[variant.name] = _equal_tokens(variant.run(), texts, settings.prompt_tokens)
+        variant.logs.clear()
+        on_run(variant.name)
     for probe in probes.values():
         probe()
-    steps: dict[str, Step] = probes | {variant.name: variant.run for variant in variants}
-    seconds = paired_seconds(steps, settings.rounds, torch.device(settings.device))
+    seconds = paired_seconds(steps, settings.rounds, torch.device(settings.device), on_run)
     device = device_of(seconds)
     costs = DecodingCosts(subject.config, batch_size, subject.model.dtype.itemsize)
     least = {v.name: _modelled(v, costs, device, settings) for v in variants if v.logs}

@@ -1,5 +1,6 @@
 """The settings of `mtp-dist bench decode`."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from mtp_dist.config import Config, build_config, resolve
 from mtp_dist.errors import LaunchError
+from mtp_dist.planner.flops import parameter_counts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GENERATED_KINDS = ("parallel", "sequential")
@@ -113,3 +115,20 @@ def read_generated(values: Mapping[str, int | str | float | None]) -> GeneratedM
     if not 0 <= wanted.acceptance <= 1:
         raise LaunchError(f"--acceptance {wanted.acceptance} is not between 0 and 1")
     return wanted
+
+
+def check_memory(config: Config, settings: Settings) -> None:
+    """Raise LaunchError if the weights of a generated model and the cache of its texts exceed the device's memory."""
+    layers = config.model.trunk_layers + config.heads.num_blocks * config.heads.block_layers
+    keys_and_values = 2 * layers * config.model.hidden_size * settings.positions * max(settings.batch_sizes)
+    needed = (parameter_counts(config).total + keys_and_values) * DTYPES[settings.dtype].itemsize
+    if settings.device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise LaunchError(
+            f"a generated model and {max(settings.batch_sizes):,} texts of {settings.positions:,} tokens need "
+            f"{needed / 2**30:,.0f} GiB, but the device has {memory / 2**30:,.0f}: lower --new-tokens, "
+            "--prompt-tokens, --batch or the sizes of the model"
+        )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from transformers.modeling_layers import MtpModel
 
 from mtp_dist.bench.decode.generated import cycle_tokens, generated_weights
-from mtp_dist.bench.decode.settings import DTYPES, GeneratedModel, Settings
+from mtp_dist.bench.decode.settings import DTYPES, GeneratedModel, Settings, check_memory
 from mtp_dist.config import Config
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.to_huggingface import export_checkpoint, llama_config
@@ -71,7 +71,9 @@ class ExportedModel:
 
 
 def generated_subject(wanted: GeneratedModel, settings: Settings) -> Subject:
+    """Make a model and its prompts. Raise LaunchError if they do not fit in the device's memory."""
     config = wanted.config(settings.positions + wanted.heads)
+    check_memory(config, settings)
     weights = dict(model_weights(config, generated_weights(config, wanted.acceptance).items()))
     model: MTPForCausalLM = MTPForCausalLM.from_pretrained(
         None, config=generation_model_config(config, 0, "fp32"), state_dict=weights

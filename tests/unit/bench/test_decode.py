@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from mtp_dist.bench.decode.bounds import bounds
 from mtp_dist.bench.decode.measurement import measure_decoding
-from mtp_dist.bench.decode.settings import read_generated, read_settings
+from mtp_dist.bench.decode.settings import check_memory, read_generated, read_settings
 from mtp_dist.bench.decode.subject import generated_subject, trained_subject
 from mtp_dist.bench.decode.variants import PassLog, modelled_seconds
 from mtp_dist.cli import app
 from mtp_dist.cli.tables import bench_decode_tables
+from mtp_dist.errors import LaunchError
 from mtp_dist.planner.decoding import DecodingCosts, Device
 from tests.unit.convert.folders import write_model
 
@@ -24,16 +25,18 @@ def settings_of(batch="1", new_tokens=13):
     return read_settings(batch, 8, new_tokens, 1, "cpu", None)
 
 
-def measured(acceptance, kind="parallel", **settings):
+def measured(acceptance, kind="parallel", on_progress=lambda done, total: None, **settings):
     chosen = settings_of(**settings)
     wanted = read_generated({**SMALL, "kind": kind, "acceptance": acceptance})
-    result = measure_decoding(generated_subject(wanted, chosen), chosen)
+    result = measure_decoding(generated_subject(wanted, chosen), chosen, on_progress)
     return result, {(row["batch"], row["variant"]): row for row in result["rows"]}
 
 
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
 def test_generated_model_is_always_right(kind):
-    result, rows = measured(1.0, kind, batch="1,2")
+    done = []
+    result, rows = measured(1.0, kind, lambda *progress: done.append(progress), batch="1,2")
+    assert done == sorted(done) and done[-1] == (2.0, 2) and (1.0, 2) in done and len(done) > 20
     prompt_lookup = [(1, "transformers, prompt lookup")]
     assert rows.keys() == {*((batch, name) for batch in (1, 2) for name in CHAINS), *prompt_lookup}
     assert all(row["equal_tokens"] == 1 for row in rows.values()), "transformers writes the same text"
@@ -55,6 +58,8 @@ def test_generated_model_is_always_right(kind):
     assert json.loads(json.dumps(result))["machine"]["threads"] == torch.get_num_threads()
     ways, limits = bench_decode_tables(result)
     assert ways.row_count == len(rows) and limits.row_count == len(result["bounds"]) == 6
+    numbers = [column.header for column in ways.columns if column.justify == "right"]
+    assert numbers == ["batch", "tokens/s", "speed-up", "tokens per pass", "ratio", "attainable"]
     on_a_gpu = bench_decode_tables(result | {"machine": result["machine"] | {"device": "NVIDIA H200"}})
     assert on_a_gpu[0].title.endswith(" on NVIDIA H200"), "threads of the processor would mislead"
 
@@ -127,7 +132,9 @@ def test_trained_model(tmp_path, kind, monkeypatch):
     [
         (["--kind", "mlp"], "--kind mlp: only parallel and sequential models are generated"),
         (["--model", "runs/x", "--heads", "4"], "--heads is for generated models"),
-        (["--model", "nowhere"], "--model = 'nowhere' is neither a checkpoint nor an export"),
+        (["--model", "nowhere"], "--model = 'nowhere' does not exist"),
+        (["--model", ""], "--model is empty"),
+        (["--new-tokens", "100000000", "--layers", "2"], "a generated model and 32 texts of 100,000,064 tokens need "),
         (["--batch", "1,x"], "--batch 1,x is not a list of numbers"),
         (["--hidden", "100"], "--hidden 100 must be a multiple of 64"),
         (["--acceptance", "1.5"], "--acceptance 1.5 is not between 0 and 1"),
@@ -138,6 +145,17 @@ def test_trained_model(tmp_path, kind, monkeypatch):
 def test_wrong_option_is_one_message(options, message):
     result = CliRunner().invoke(app, ["bench", "decode", *options])
     assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "new_tokens"),
+    [({}, "1,1000000000", 8), ({}, "1", 2 * 10**9), ({"layers": 10**4, "hidden": 64000}, "1", 8)],
+)
+def test_sizes_beyond_the_memory_are_refused(sizes, batch, new_tokens):
+    settings = settings_of(batch, new_tokens)
+    config = read_generated({**SMALL, "hidden": 640, **sizes}).config(settings.positions)
+    with pytest.raises(LaunchError, match="GiB, but the device has "):
+        check_memory(config, settings)
 
 
 def test_texts_longer_than_the_positions_are_refused(tmp_path):
