@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -16,14 +16,16 @@ from mtp_dist.monitoring.output import silence_import_warnings
 @exits_with_user_errors
 def export(
     checkpoint: Annotated[
-        str, typer.Option(help="Folder of a checkpoint, or of several, of which the newest is exported.")
+        str, typer.Option(help="Folder of a checkpoint, or of several or of a run, of which the newest is exported.")
     ],
     to: Annotated[str, typer.Option(help="New folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; by default train.precision.")] = None,
     engine: Annotated[
-        Literal["llama", "transformers"],
+        str,
         typer.Option(
-            "--for", help="llama: for all programs; transformers: with code that drafts with the other heads."
+            "--for",
+            metavar="[llama|transformers]",
+            help="llama: for all programs; transformers: with code that drafts with the other heads.",
         ),
     ] = "llama",
     as_json: AsJson = False,

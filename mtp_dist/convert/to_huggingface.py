@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Engine = Literal["llama", "transformers"]
+ENGINES = ("llama", "transformers")
 """Programs that an export is for: those that open a Llama, or transformers, which drafts with the other heads too."""
 
 
@@ -73,7 +73,7 @@ def export_checkpoint(
     dtype: str | None,
     on_progress: ProgressCallback = lambda done, total: None,
     on_verified: ProgressCallback = lambda done, total: None,
-    engine: Engine = "llama",
+    engine: str = "llama",
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
 
@@ -84,9 +84,14 @@ def export_checkpoint(
     """
     if dtype and dtype not in DTYPES:
         raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
+    if engine not in ENGINES:
+        raise ConfigError(f"--for = '{engine}' is not one of {', '.join(ENGINES)}")
     source = find_valid_checkpoint(checkpoint, on_verified)
     if source is None:
-        raise CheckpointError(f"--checkpoint = '{checkpoint}' has no checkpoint: give a folder such as step_00000010")
+        raise CheckpointError(
+            f"--checkpoint = '{checkpoint}' has no checkpoint: give a run's folder, or a checkpoint such as "
+            "step_00000010"
+        )
     metadata, reader = read_metadata(source), TensorReader(source, MODEL)
     _check_exportable(source, metadata.config, reader, engine)
     architecture = PLAIN if engine == "llama" else transformers_architecture(metadata.config.heads)
@@ -113,7 +118,7 @@ def export_checkpoint(
     return Exported(str(target), metadata.step, dtype, len(llama_layers(config)), parameters, others, drafts_with)
 
 
-def _check_exportable(source: Path, config: Config, reader: TensorReader, engine: Engine) -> None:
+def _check_exportable(source: Path, config: Config, reader: TensorReader, engine: str) -> None:
     """Raise CheckpointError if no model of the engine computes head 1, or if a weight has no place in an export."""
     if engine == "llama" and not config.heads.traits.exportable:
         raise CheckpointError(

@@ -52,7 +52,9 @@ def test_run_is_exported_imported_and_trained(tmp_path: Path) -> None:
 def test_user_error_prints_one_message(tmp_path: Path) -> None:
     """In a process of its own: the imports print nothing either."""
     source = f"--from = '{tmp_path / 'missing'}' is not a folder: "
-    target = f"--checkpoint = '{tmp_path}' has no checkpoint: give a folder such as step_00000010\n"
+    target = (
+        f"--checkpoint = '{tmp_path}' has no checkpoint: give a run's folder, or a checkpoint such as step_00000010\n"
+    )
     for arguments, message in (
         (("import", "--from", tmp_path / "missing", "--to", tmp_path / "c"), source),
         (("export", "--checkpoint", tmp_path, "--to", tmp_path / "c"), target),

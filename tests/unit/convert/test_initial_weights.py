@@ -13,7 +13,7 @@ from mtp_dist.config import build_config
 from mtp_dist.convert.exported import ExportedWeights
 from mtp_dist.convert.initial_weights import InitialWeights, find_initial_weights
 from mtp_dist.convert.llama import QKV, fuse, fused_rows, split
-from mtp_dist.convert.to_huggingface import Engine, export_checkpoint
+from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
 from tests.tiny import TINY, tiny_config
@@ -68,7 +68,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", EXPORTS)
 def test_blocks_of_an_export_are_those_of_its_full_weights(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "step_00000007", **EXPORTS[name])
-    engine: Engine = "transformers" if name in ("sequential", "linear") else "llama"
+    engine = "transformers" if name in ("sequential", "linear") else "llama"
     export_checkpoint(tmp_path, tmp_path / "hf", None, engine=engine)
     export = ExportedWeights(tmp_path / "hf")
     assert export.unknown == []
