@@ -99,7 +99,7 @@ def test_probe(folders, checkpoint):
         ("probe --model one --data text.txt --tokens 20", "fewer than two windows of 16 tokens"),
         ("probe --model one --model choices", "different tokenizers"),
         ("probe --model one --model long", "different values of train.sequence_length"),
-        ("probe --model text.txt", "neither a checkpoint nor an export"),
+        ("probe --model text.txt", "--model = 'text.txt' is a file: "),
     ],
 )
 def test_mistakes_are_explained(folders, checkpoint, monkeypatch, arguments, message):

@@ -67,7 +67,7 @@ def test_model(needs_sandbox, options, tmp_path, capsys, monkeypatch):
         ({"samples": None}, "--model is required, or --samples"),
         ({"only_sample": True}, "--model is required, or --samples"),
         ({"model": "m", "temperatures": "warm"}, "--temperatures = 'warm' is not a list of numbers"),
-        ({"model": "missing"}, "--model = 'missing' is neither a checkpoint nor an export"),
+        ({"model": "missing"}, "--model = 'missing' does not exist"),
         ({"problems": "missing.jsonl"}, "cannot read the problems in missing.jsonl"),
     ],
 )
