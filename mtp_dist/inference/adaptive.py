@@ -110,7 +110,7 @@ class AdaptiveLength:
 
     def _probe_or(self, best: int) -> int:
         """Return the best length, or now and then twice in a row another one: the first time more heads catch up."""
-        others = [length for length in (best + 1, best - 1, self.longest) if 2 <= length <= self.longest]
+        others = [length for length in (1, best + 1, best - 1, self.longest) if length <= self.longest]
         if others and self.passes >= self.next_probe:
             self.next_probe, self.probe_after = (
                 self.passes + self.probe_after,
