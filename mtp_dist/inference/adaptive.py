@@ -15,6 +15,8 @@ LEAST_TRIAL_SPEED = 0.9
 """Speed of a tried length, relative to plain decoding, below which no larger one is tried."""
 FIRST_PROBE_AFTER, LAST_PROBE_AFTER = 16, 1024
 """Forward passes between trials of lengths next to the best one; doubled after each trial."""
+LEAST_SPEED = 1.05
+"""Least speed, relative to plain decoding, with which drafts pay: the estimate is of the best of several lengths."""
 LOSING_PASSES, LOSING_DRAFTS = 3, 12
 """Least numbers of passes in a row, and of drafts at distance 2 in them, after which drafts that do not pay end."""
 FIRST_RETRY_AFTER = 4
@@ -79,7 +81,7 @@ class AdaptiveLength:
         self.passes, self.losing, self.gains = 0, 0, []
         self.next_probe, self.probe_after = FIRST_PROBE_AFTER, FIRST_PROBE_AFTER
         self.probe, self.probes_left = 1, 0
-        if self.drafting or (self._tried(2) and self._speed(self.best()) > 1):
+        if self.drafting or (self._tried(2) and self._speed(self.best()) >= LEAST_SPEED):
             self.drafting = True
             return
         self.calls_without += 1
@@ -102,7 +104,7 @@ class AdaptiveLength:
             if self._speed(length) < LEAST_TRIAL_SPEED:
                 break
         best = self.best()
-        self.losing = 0 if self._speed(best) > 1 else self.losing + 1
+        self.losing = 0 if self._speed(best) >= LEAST_SPEED else self.losing + 1
         if self.losing >= LOSING_PASSES and self.losing * self.rows >= LOSING_DRAFTS:
             self.drafting = False
             return 1
@@ -110,7 +112,9 @@ class AdaptiveLength:
 
     def _probe_or(self, best: int) -> int:
         """Return the best length, or now and then twice in a row another one: the first time more heads catch up."""
-        others = [length for length in (1, best + 1, best - 1, self.longest) if length <= self.longest]
+        others = [length for length in (1, best - 1, best + 1) if length <= self.longest]
+        if self._tried(self.longest) and self._speed(self.longest) >= LEAST_TRIAL_SPEED:
+            others.append(self.longest)  # for which all heads catch up
         if others and self.passes >= self.next_probe:
             self.next_probe, self.probe_after = (
                 self.passes + self.probe_after,
