@@ -59,7 +59,7 @@ class LinearProbe:
         """Fit states `[N, D]` to targets `[N]`, both of any origin: a trunk's output or that of one of its layers."""
         self.mean, self.std = states.mean(0), states.std(0).clamp(min=1e-6)
         inputs = self._inputs(states)
-        # The start is the unigram distribution, so that states which tell nothing are no worse.
+        # The start is the unigram distribution, so that states without information are no worse.
         frequencies = unigram(targets, num_classes)
         self.weight = torch.zeros(inputs.shape[1], num_classes, device=states.device)
         self.weight[-1] = frequencies.log()
