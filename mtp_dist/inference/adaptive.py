@@ -98,11 +98,12 @@ class AdaptiveLength:
         if self.passes <= TRIALS and not self._promising():
             self.drafting = False
             return 1
-        for length in sorted({2, (self.longest + 1) // 2, self.longest}):
-            if self._tried(length) < TRIALS:
-                return length
-            if self._speed(length) < LEAST_TRIAL_SPEED:
-                break
+        if self._tried(self.longest) < TRIALS:
+            for length in sorted({2, (self.longest + 1) // 2, self.longest}):
+                if self._tried(length) < TRIALS:
+                    return length
+                if self._speed(length) < LEAST_TRIAL_SPEED:
+                    break
         best = self.best()
         self.losing = 0 if self._speed(best) >= LEAST_SPEED else self.losing + 1
         if self.losing >= LOSING_PASSES and self.losing * self.rows >= LOSING_DRAFTS:
@@ -112,10 +113,10 @@ class AdaptiveLength:
 
     def _probe_or(self, best: int) -> int:
         """Return the best length, or now and then twice in a row another one: the first time more heads catch up."""
-        others = [length for length in (1, best - 1, best + 1) if length <= self.longest]
-        if self._tried(self.longest) and self._speed(self.longest) >= LEAST_TRIAL_SPEED:
-            others.append(self.longest)  # for which all heads catch up
-        if others and self.passes >= self.next_probe:
+        if self.passes >= self.next_probe:
+            others = [length for length in (1, best - 1, best + 1) if length <= self.longest]
+            if self._tried(self.longest) and self._speed(self.longest) >= LEAST_TRIAL_SPEED:
+                others.append(self.longest)  # for which all heads catch up
             self.next_probe, self.probe_after = (
                 self.passes + self.probe_after,
                 min(2 * self.probe_after, LAST_PROBE_AFTER),
