@@ -7,7 +7,8 @@
 
 The second token of a new name follows from nothing but an earlier occurrence of the name. A training story has new
 names with probability `new_names`; the other stories share names, one per first token, that can be memorized. Held-out
-stories have new names. The names of a story decide its split: no held-out story has those of a training story.
+stories have new names. The names of a story decide its split: no held-out story has those of a training story. A guess
+is a name of the story that the event has not mentioned yet: with two names the second one of an event is certain.
 """
 
 from dataclasses import dataclass
@@ -60,9 +61,9 @@ class Induction(Task):
         words: list[str] = []
         answers: list[Answer] = []
         for name in names:
-            _append(INTRODUCTION, [name], words, answers, random, self.names)
+            _append(INTRODUCTION, [name], names, words, answers, random)
         for _ in range(2 * self.names):
-            _append(random.choice(EVENTS), random.sample(names, 2), words, answers, random, self.names)
+            _append(random.choice(EVENTS), random.sample(names, 2), names, words, answers, random)
         return Document((*words, *ENDING.split()), tuple(answers))
 
     def _names(self, new: bool, random: Random) -> list[Name]:
@@ -73,9 +74,13 @@ class Induction(Task):
 
 
 def _append(
-    sentence: str, names: list[Name], words: list[str], answers: list[Answer], random: Random, names_per_story: int
+    sentence: str, names: list[Name], story: list[Name], words: list[str], answers: list[Answer], random: Random
 ) -> None:
-    """Append a sentence with random words and the given names, and its names' tokens as answers."""
+    """Append a sentence with random words and the given names, and its names' tokens as answers.
+
+    story: all names of the story.
+    """
+    unmentioned = list(story)
     unused = iter(names)
     for word in sentence.split():
         if word != "NAME":
@@ -84,8 +89,10 @@ def _append(
         name = next(unused)
         start = len(words)
         if name[0] in words:
-            answers.append(Answer("known-first", start, start + 1, 1 / names_per_story))
-            answers.append(Answer("known-second", start + 1, start + 2, 1 / names_per_story))
+            same_second = sum(other[1] == name[1] for other in unmentioned)
+            answers.append(Answer("known-first", start, start + 1, 1 / len(unmentioned)))
+            answers.append(Answer("known-second", start + 1, start + 2, same_second / len(unmentioned)))
         else:
             answers.append(Answer("new-second", start + 1, start + 2, 1 / len(SECOND)))
+        unmentioned.remove(name)
         words.extend(name)

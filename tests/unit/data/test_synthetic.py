@@ -64,6 +64,12 @@ def check_induction(document, task):
             assert index in (known if word in seen else new)
             seen.add(word)
     assert len(known) + len(new) == len(names)
+    for group, start, _, chance in document.answers:
+        if group.startswith("known"):
+            part = group == "known-second"
+            sentence = " ".join((*document.words[: start - part], "")).rpartition(" . ")[2].split()
+            possible = [name[part] for name in set(names) if name[0] not in sentence]
+            assert chance == possible.count(document.words[start]) / len(possible)
 
 
 def evaluate(tokens, k):
