@@ -37,6 +37,7 @@ def test_peak_is_about_one_tensor(tmp_path: Path, dtype: str) -> None:
         export = (export_checkpoint, tmp_path / "c", tmp_path / "hf", dtype)
         for task in (export, (import_from, tmp_path, "heads.count=7")):
             growth = fresh.submit(peak_growth, *task).result()
-            # 13 to 25 MB, sometimes 12 to 24 MB more, as the kernel maps files in advance; the model has 145 MB, 73 in bf16.
+            # 13 to 25 MB, sometimes 12 to 24 MB more, as the kernel maps files in advance; the model has 145 MB, 73 in
+            # bf16.
             assert growth < 0.38 * sum(tensors), f"{task[0].__name__}: {growth / 1e6:.1f} MB"
             (tmp_path / "c").rename(tmp_path / task[0].__name__)
