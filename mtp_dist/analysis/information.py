@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from mtp_dist.analysis.trained_model import TrainedModel
+from mtp_dist.errors import CheckpointError
 from mtp_dist.model.targets import IGNORE_INDEX, MicroBatch
 
 NORMAL_95 = 1.96
@@ -22,17 +23,26 @@ def measure_information(
 ) -> dict[str, Any]:
     """Return each head's loss and how much it exceeds head 1's loss on the same tokens, in nats.
 
-    Head k predicts token x_{t+k} from x_1..x_t, head 1 predicts it from x_1..x_{t+k-1}: the difference is the relative
-    mutual information I(x_{t+1..t+k-1}; x_{t+k} | x_1..x_t) of text and model (Gloeckle et al. 2024, appendix L). Its
-    95% interval comes from the windows' means.
+    Head k predicts token x_{t+k} from x_1..x_t, head 1 predicts it from x_1..x_{t+k-1}, with x_1 the first token of
+    the window: only pairs within a window have the same context. The difference estimates the mutual information
+    I(x_{t+1..t+k-1}; x_{t+k} | x_1..x_t); it exceeds it by what head k has learned less well than head 1. Appendix L of
+    Gloeckle et al. 2024 has the same difference with the marginal of head 1's distributions in place of head k. The
+    95% interval comes from the windows' means. Raise CheckpointError if a window is shorter than a distance.
     """
+    length = model.sequence_length
+    if model.heads.distances[-1] > length:
+        raise CheckpointError(
+            f"--model = '{model.folder}' has train.sequence_length = {length}, too short for its head at distance "
+            f"{model.heads.distances[-1]}: give a model that was trained on longer samples"
+        )
     losses = token_losses(model, batches, on_progress)
+    windows = losses.reshape(len(losses), -1, length)
     rows, total, information = [], 0.0, 0.0
     for k, distance in enumerate(model.heads.distances, 1):
+        pairs = length - distance + 1
         # Head 1 has the same target `distance - 1` positions later.
-        further = losses[k - 1][: losses.shape[1] - distance + 1]
-        difference = further - losses[0][distance - 1 :]
-        mean, half_width = mean_and_interval(difference, model.sequence_length)
+        further, nearer = windows[k - 1][:, :pairs], windows[0][:, distance - 1 :]
+        mean, half_width = mean_and_interval((further - nearer).ravel(), pairs)
         loss = float(np.nanmean(further))
         total, information = total + loss, information + mean
         rows.append(
@@ -75,8 +85,8 @@ def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 def mean_and_interval(values: NDArray[np.float64], block: int) -> tuple[float, float | None]:
     """Return the mean and half the width of its 95% interval, from the means of blocks of successive values.
 
-    Neighbouring tokens are no independent samples, blocks nearly are. NaN does not count; the interval is
-    unknown if there is only one block.
+    Neighbouring tokens are not independent samples, blocks nearly are. NaN does not count; the interval is None if
+    there is only one block.
     """
     blocks = [part for part in np.split(values, range(block, len(values), block)) if not np.isnan(part).all()]
     sums, counts = (

@@ -10,7 +10,8 @@ from mtp_dist.analysis.information import mean_and_interval, measure_information
 LENGTH, HEADS, WINDOWS = 16, 4, 5
 
 
-def test_differences_are_those_of_the_same_tokens(model):
+def test_differences_are_those_of_the_same_tokens_and_windows(model):
+    """Across windows, head 1 would have read less than head k."""
     tokens = np.random.default_rng(6).integers(0, 256, WINDOWS * LENGTH + HEADS)
     batches = model.windows(tokens, WINDOWS * LENGTH)
     rows = measure_information(model, batches, lambda done, total: None)["rows"]
@@ -22,15 +23,19 @@ def test_differences_are_those_of_the_same_tokens(model):
             logits = model.network(samples, LENGTH)
         for k in range(1, HEADS + 1):
             losses = F.cross_entropy(logits[k][0], samples[0, k : k + LENGTH], reduction="none")
-            by_token |= {(k, first + offset + k): float(losses[offset]) for offset in range(LENGTH)}
+            by_token |= {(window, k, offset + k): float(losses[offset]) for offset in range(LENGTH)}
     for row in rows:
         k = row["head"]
-        common = [token for head, token in by_token if head == k and (1, token) in by_token]
-        assert len(common) == WINDOWS * LENGTH - k + 1
-        difference = np.mean([by_token[k, token] - by_token[1, token] for token in common])
-        assert row["information"] == pytest.approx(difference, abs=1e-5)
-        assert row["loss"] == pytest.approx(np.mean([by_token[k, token] for token in common]), rel=1e-5)
-        assert row["next_token_loss"] == pytest.approx(np.mean([by_token[1, token] for token in common]), rel=1e-5)
+        pairs = [
+            (loss, by_token[window, 1, token])
+            for (window, head, token), loss in by_token.items()
+            if head == k and (window, 1, token) in by_token
+        ]
+        assert len(pairs) == WINDOWS * (LENGTH - k + 1)
+        loss, next_token_loss = np.mean(pairs, 0)
+        assert row["information"] == pytest.approx(loss - next_token_loss, abs=1e-5)
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        assert row["next_token_loss"] == pytest.approx(next_token_loss, rel=1e-5)
     assert rows[0]["information"] == 0
     total = sum(row["loss"] for row in rows)
     assert rows[-1]["information_share"] == pytest.approx(sum(row["information"] for row in rows) / total)
