@@ -122,9 +122,10 @@ def probe_model(
     """Return the scores of probes of the trunk's output at about `limit` positions, for distances 1 .. max_distance,
     next to the loss of the model's own head at that distance.
 
-    Raise DataError if the text has no held-out window.
+    limit: at most the number of tokens that are followed by `max_distance` others. Raise DataError if the text has no
+    held-out window.
     """
-    batches = model.windows(text[: len(text) - max_distance + model.lookahead], limit)
+    batches = model.windows(text, limit)
     states = torch.cat([model.trunk(batch)[0].flatten(0, 1) for batch in batches])
     block = model.sequence_length
     if len(states) < 2 * block:

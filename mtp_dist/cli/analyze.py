@@ -112,12 +112,10 @@ def probe(
     with progress_bar() as bar:
         models = _open(model, bar)
         _check_comparable(models)
-        probed = [
-            probe_model(
-                opened, read_tokens(data, opened, tokens + distance), tokens, distance, updates(bar, opened.name)
-            )
-            for opened in models
-        ]
+        lookahead = max(distance, *(opened.lookahead for opened in models))
+        text = read_tokens(data, models[0], tokens + lookahead)
+        limit = min(tokens, len(text) - lookahead)  # all models have the targets of these positions
+        probed = [probe_model(opened, text, limit, distance, updates(bar, opened.name)) for opened in models]
     results = compare_probes(probed)
     result = {"measured": provenance(), "data": data, "models": results}
     show_result(result, as_json, probe_table(results))

@@ -21,14 +21,18 @@ def folders(tmp_path_factory, checkpoint):
     root = tmp_path_factory.mktemp("models")
     write_model(root / "one", heads={"count": 1})
     write_model(root / "long", train={"sequence_length": 64})
+    write_model(root / "short", train={"sequence_length": 2})
     write_model(root / "sequential", heads={"kind": "sequential"})
     source = {"path": CHOICES, "options": {"length": 4, "branches": 2}}
     data = {"tokenizer": CHOICES, "train": [source]}
     write_model(root / "choices", vocab_size=273, data=data, train={"sequence_length": 32})
+    longer = {"tokenizer": CHOICES, "train": [source | {"options": {"length": 6}}]}
+    write_model(root / "longer", vocab_size=273, heads={"count": 1}, data=longer, train={"sequence_length": 32})
     export_checkpoint(checkpoint, root / "export", "fp32")
     export_checkpoint(checkpoint, root / "headless", "fp32")
     (root / "headless/mtp_heads.safetensors").unlink()
     (root / "text.txt").write_text("one two three four five six\n" * 30)
+    (root / "eight-windows.txt").write_text("x" * (8 * 16 + 1))
     return root
 
 
@@ -86,11 +90,24 @@ def test_probe(folders, checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("names", "data", "positions"), [(("one", "four"), "eight-windows.txt", 112), (("longer", "choices"), CHOICES, 256)]
+)
+def test_compared_models_read_the_same_tokens(folders, checkpoint, names, data, positions):
+    """Whatever their numbers of heads are, and the parameters of the task that they were trained on."""
+    models = [argument for name in names for argument in ("--model", checkpoint if name == "four" else folders / name)]
+    data = data if data == CHOICES else folders / data
+    found = read("probe", *models, "--data", data, "--tokens", 256, "--distance", 2)["models"]
+    assert [model["positions"] for model in found] == [positions] * 2
+    assert [row["unigram"] for row in found[0]["rows"]] == [row["unigram"] for row in found[1]["rows"]]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("choice-points --model one", "has one head"),
         ("information --model one", "has one head"),
         ("information --model sequential", "read the tokens before their target"),
+        ("information --model short --data text.txt", "too short for its head at distance 4"),
         ("information --model headless", "is not in mtp_heads.safetensors"),
         ("choice-points --model {checkpoint}", "splits the words of 'synthetic/choices'"),
         ("choice-points --model choices --data synthetic/induction", "use 'synthetic/choices'"),
