@@ -29,7 +29,7 @@ SCRATCH_BYTES = 64 * 2**20
 
 
 class Outcome(NamedTuple):
-    """What became of a program."""
+    """The result of executing a program."""
 
     passed: bool
     """True if it reached its end without an exception."""
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Limits for programs."""
+    """An environment for untrusted programs, and their limits."""
 
     timeout_s: float = 3.0
     """Processor time, rounded up to whole seconds by the kernel's limit."""
@@ -121,13 +121,14 @@ class Sandbox:
             return Outcome(False, "timed out")
         if result["signal"]:
             return Outcome(False, f"killed by signal {result['signal']}")
-        return Outcome(False, result["verdict"].replace(token, "") or "exited")
+        reason = "".join(char if char.isprintable() else "?" for char in result["verdict"].replace(token, ""))
+        return Outcome(False, reason or "exited")
 
 
 def run_programs(
     sandbox: Sandbox, programs: Sequence[str], workers: int, on_progress: Callable[[int, int], None]
 ) -> list[Outcome]:
-    """Execute programs in parallel. `on_progress` follows their number."""
+    """Execute programs in parallel. `on_progress` is called with the number of those that ended, and of all."""
     outcomes: list[Outcome] = []
     pool = ThreadPoolExecutor(workers)
     try:

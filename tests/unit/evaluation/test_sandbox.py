@@ -12,6 +12,7 @@ import pytest
 
 from mtp_dist.errors import LaunchError
 from mtp_dist.evaluation import sandbox as sandbox_module
+from mtp_dist.evaluation import sandbox_launcher
 from mtp_dist.evaluation.sandbox import Sandbox, run_programs
 
 PASSES = "passed"
@@ -21,6 +22,19 @@ READ_ONLY = "OSError: [Errno 30] Read-only file system"
 ABSENT = "FileNotFoundError: [Errno 2] No such file or directory"
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except BlockingIOError:\n        pass"
 CONNECT = "import socket; socket.create_connection(('{}', 9), timeout=1)"
+INTERFACES = """
+socket ptrace process_vm_readv process_vm_writev shmget msgget semget memfd_create memfd_secret vmsplice add_key
+request_key keyctl unshare setns perf_event_open bpf userfaultfd io_uring_setup io_setup syslog
+""".split()
+MACHINE = sandbox_launcher.MACHINES.index(os.uname().machine)
+NUMBERS = {name: sandbox_launcher.DENIED[name][MACHINE] for name in INTERFACES}
+CALL = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for name, number in {NUMBERS}.items():
+    result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(-1)] * 6)
+    assert (result, ctypes.get_errno()) == (-1, 1), name
+"""
 
 LIMITS = {
     "end": ("x = 1", PASSES),
@@ -41,6 +55,9 @@ LIMITS = {
     "fork bomb": (FORK_BOMB, NOT_PERMITTED),
     "another program": ("import subprocess; subprocess.run(['/bin/true'])", NOT_PERMITTED),
     "socket": (CONNECT.format("127.0.0.1"), NOT_PERMITTED),
+    "pairs of sockets": ("import socket; socket.socketpair(); socket.socketpair(socket.AF_INET)", NOT_PERMITTED),
+    "interfaces of the kernel": (CALL, PASSES),
+    "control characters": ("raise type('\\x1b[1m', (Exception,), {})('\\n')", "?[1m: ?"),
 }
 """Programs that end the same way with and without namespaces, and how."""
 
