@@ -22,18 +22,23 @@ READ_ONLY = "OSError: [Errno 30] Read-only file system"
 ABSENT = "FileNotFoundError: [Errno 2] No such file or directory"
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except BlockingIOError:\n        pass"
 CONNECT = "import socket; socket.create_connection(('{}', 9), timeout=1)"
-INTERFACES = """
-socket ptrace process_vm_readv process_vm_writev shmget msgget semget memfd_create memfd_secret vmsplice add_key
-request_key keyctl unshare setns perf_event_open bpf userfaultfd io_uring_setup io_setup syslog
-""".split()
+WRAPPED = """
+socket ptrace process_vm_readv process_vm_writev shmget msgget semget memfd_create vmsplice unshare setns klogctl
+"""
+"""Functions of the C library for system calls that the filter denies."""
+OTHERS = """
+memfd_secret add_key request_key keyctl perf_event_open bpf userfaultfd io_uring_setup io_setup
+"""
+"""Such system calls without a function."""
 MACHINE = sandbox_launcher.MACHINES.index(os.uname().machine)
-NUMBERS = {name: sandbox_launcher.DENIED[name][MACHINE] for name in INTERFACES}
+NUMBERS = [sandbox_launcher.DENIED.get(name, (-1, -1))[MACHINE] for name in OTHERS.split()]
 CALL = f"""
-import ctypes
+import ctypes, functools
 libc = ctypes.CDLL(None, use_errno=True)
-for name, number in {NUMBERS}.items():
-    result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(-1)] * 6)
-    assert (result, ctypes.get_errno()) == (-1, 1), name
+calls = [getattr(libc, name) for name in {WRAPPED.split()}]
+calls += [functools.partial(libc.syscall, ctypes.c_long(number)) for number in {NUMBERS}]
+for call in calls:
+    assert call(*[ctypes.c_long(-1)] * 6) == -1 and ctypes.get_errno() == 1, call
 """
 
 LIMITS = {
