@@ -1,10 +1,10 @@
 """Loss and gradient that n heads assign to choice points and to inconsequential tokens.
 
-A choice point is a token that cannot be predicted and that determines tokens after it; an inconsequential token neither
-determines others nor is determined. A loss term is a head k at a position s, with the target x_{s+k}. Gloeckle et al.
-2024, appendix L: of the terms whose target is the choice x_p or a token that it determines, those at positions s < p
-are wrong together with the choice: k of head k's, n(n+1)/2 in all if the choice determines n - 1 tokens or more. The n
-terms of an inconsequential token concern nothing else.
+A choice is a token that cannot be predicted and that determines tokens after it, the position before it is a choice
+point; an inconsequential token neither determines others nor is determined. A loss term is a head k at a position s,
+with the target x_{s+k}. Gloeckle et al. 2024, appendix L: of the terms whose target is the choice x_p or a token that
+it determines, those at positions s < p are wrong together with the choice: k of head k's, n(n+1)/2 in all if the choice
+determines n - 1 tokens or more. The n terms of an inconsequential token concern nothing else.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ CHOICE_COLUMNS = (
     "n",
     "terms per choice",
     "paper: n(n+1)/2",
-    "loss, n = 1: 1",
-    "gradient",
+    "loss, relative to n = 1",
+    "gradient, relative",
     "terms per inconsequential token",
     "paper: n",
-    "loss",
-    "gradient",
+    "loss, relative",
+    "gradient, relative",
 )
 SHARE_COLUMNS = (
     "n",
@@ -26,6 +26,7 @@ SHARE_COLUMNS = (
     "gradient at choice points",
     "before determined tokens",
     "before inconsequential ones",
+    "norm of the sum / sum of the norms, at choice points",
 )
 INFORMATION_COLUMNS = ("head", "distance", "loss", "head 1, same tokens", "information", "of the loss of heads 1..k")
 PROBE_COLUMNS = (
@@ -63,10 +64,11 @@ def choice_cells(row: dict[str, Any], single: dict[str, Any]) -> list[str]:
 
 
 def share_cells(row: dict[str, Any]) -> list[str]:
+    """Return the shares of the loss and of the gradient, and how parallel the heads' gradients are."""
     loss, gradient = row["loss_share"], row["gradient_share"]
     shares = [loss[name] for name in ("choice", "known", "inconsequential")]
     shares += [gradient[name] for name in ("choice", "determined", "inconsequential")]
-    return [str(row["heads"]), *(f"{share:.1%}" for share in shares)]
+    return [str(row["heads"]), *(f"{share:.1%}" for share in shares), f"{row['alignment']['choice']:.2f}"]
 
 
 def information_cells(row: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mtp_dist.analysis.choice_points import measure_choice_points
+from mtp_dist.analysis.choice_points import NEXT_MARKS, measure_choice_points
 from mtp_dist.analysis.marked_text import Mark, MarkedText
 from mtp_dist.errors import DataError
 from mtp_dist.model.reference import attention_mask
@@ -23,8 +23,9 @@ def marked_text():
 
 
 def brute_force(model, text):
-    """Return, for each n, sums over the terms of heads 1..n: their number, nats and gradient by what they are about."""
-    network, total = model.network, {}
+    """Return sums over the terms of heads 1..n: by n and part, their number, nats and gradient; by n and mark of the
+    next token, the norms of the gradient of their sum, and of each head's, at the positions with all terms."""
+    network, total, by_mark = model.network, {}, {}
     choice = np.maximum.accumulate(np.where(text.marks == Mark.CHOICE, np.arange(len(text.marks)), -1))
     of_choice = np.isin(text.marks, [Mark.CHOICE, Mark.DETERMINED])
 
@@ -45,25 +46,34 @@ def brute_force(model, text):
         mask = attention_mask(samples[:, :LENGTH])
         z = network.trunk(samples[:, :LENGTH], mask).detach().requires_grad_()
         hidden = network.pre_norm_hidden(z, samples, mask)
-        sums = {}
+        has_all = [all(part(first + offset, k) for k in range(1, HEADS + 1)) for offset in range(LENGTH)]
+        sums, separate = {}, 0
         for k in range(1, HEADS + 1):
             losses = F.cross_entropy(network.head_logits(k, hidden[k])[0], samples[0, k : k + LENGTH], reduction="none")
+            before = sum(nats for _, nats in sums.values())
             for offset in range(LENGTH):
                 name = part(first + offset, k)
                 if name:
                     terms, nats = sums.get(name, (0, 0))
                     sums[name] = terms + 1, nats + losses[offset]
+            loss = sum(nats for _, nats in sums.values())
+            gradients = (torch.autograd.grad(nats, z, retain_graph=True) for nats in (loss, loss - before))
+            together, own = (gradient.norm(dim=-1) for [gradient] in gradients)
+            separate = own + separate
+            for offset in np.flatnonzero(has_all):
+                found = by_mark.setdefault((k, text.marks[first + offset + 1]), np.zeros(2))
+                found += float(together[0, offset]), float(separate[0, offset])
             for name, (terms, nats) in sums.items():
                 [gradient] = torch.autograd.grad(nats, z, retain_graph=True)
                 found = total.setdefault((k, name), np.zeros(3))
                 found += terms, float(nats.detach()), float(gradient.norm(dim=-1).sum())
-    return total
+    return total, by_mark
 
 
 def test_terms_nats_and_gradients_are_those_of_each_term(model):
     text = marked_text()
     result = measure_choice_points(model, text, POSITIONS, lambda done, total: None)
-    expected = brute_force(model, text)
+    expected, by_mark = brute_force(model, text)
     numbers = {"choice": result["choices"], "inconsequential": result["inconsequential"]}
     for row in result["rows"]:
         n = row["heads"]
@@ -77,9 +87,11 @@ def test_terms_nats_and_gradients_are_those_of_each_term(model):
         assert row["loss_share"] == pytest.approx(
             {name: nats.get(name, 0) / sum(nats.values()) for name in row["loss_share"]}, rel=1e-4
         )
-        assert sum(row["gradient_share"].values()) == pytest.approx(1)
-        assert all(0 < alignment <= 1 + 1e-6 for alignment in row["alignment"].values())
-    assert list(result["rows"][0]["alignment"].values()) == pytest.approx([1, 1, 1])
+        norms = {mark.name.lower(): by_mark[n, mark] for mark in NEXT_MARKS}
+        all_norms = sum(together for together, _ in norms.values())
+        for name, (together, separate) in norms.items():
+            assert row["gradient_share"][name] == pytest.approx(together / all_norms, rel=1e-4)
+            assert row["alignment"][name] == pytest.approx(together / separate, rel=1e-4)
 
 
 def test_text_without_a_complete_choice_is_rejected(model):
