@@ -37,7 +37,15 @@ class SyntheticInput(Input):
     """Generated documents of a task, numbered from 0."""
 
     def __init__(self, path: str, options: InputOptions) -> None:
-        """Raise ConfigError if a parameter is invalid."""
+        """Raise ConfigError if a parameter or an option is invalid."""
+        if options.prompt_field is not None:
+            prompt, completion = (
+                f"data.{name}_field" if options.key else f"--{name}-field" for name in ("prompt", "completion")
+            )
+            raise ConfigError(
+                f"{prompt} = '{options.prompt_field}' does not apply to {options.label(path)}, whose documents have no "
+                f"fields: remove {prompt} and {completion}, or the source"
+            )
         parameters = options.synthetic or SyntheticConfig()
         task = build_task(task_kind(path, options.label(path)), parameters, options.option("options."))
         self._corpus = TaskCorpus(task, _split(options), parameters.seed)

@@ -285,6 +285,17 @@ def test_wrong_parameters_are_reported(source, message):
     assert error_of(ConfigError, load).startswith(message)
 
 
+def test_fields_of_prompts_are_rejected():
+    data = {"tokenizer": "synthetic/choices", "prompt_field": "q", "completion_field": "a"}
+    message = error_of(ConfigError, load_datasets, data_config("synthetic/choices", (), data))
+    path = "data.train.0.path = 'synthetic/choices'"
+    assert message.startswith(
+        f"data.prompt_field = 'q' does not apply to {path}, whose documents have no fields: remove"
+    )
+    message = error_of(ConfigError, open_inputs, ["synthetic/choices"], InputOptions("a", prompt_field="q"))
+    assert message.endswith("remove --prompt-field and --completion-field, or the source")
+
+
 def test_wrong_tokenizers_are_reported():
     text = error_of(ConfigError, build_tokenizer, "synthetic/star")
     assert text.startswith(
