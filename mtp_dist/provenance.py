@@ -21,10 +21,18 @@ def provenance() -> dict[str, Any]:
 
 
 def checkout_commit() -> str | None:
-    """Return the commit of the checkout that this package is imported from; None if it is installed from elsewhere."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    """Return the commit of the checkout that this package is imported from, such as `9c0a465d1e2f`.
+
+    It ends in `+changes` if tracked files differ from the commit. None without git, or if the package is installed
+    elsewhere, also within another repository.
+    """
+    this = Path(__file__)
+    is_tracked = ["ls-files", "--error-unmatch", this.name]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        for command in (is_tracked, describe):
+            output = subprocess.check_output(["git", *command], cwd=this.parent, stderr=subprocess.DEVNULL, text=True)
+        return output.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
