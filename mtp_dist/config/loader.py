@@ -87,12 +87,15 @@ def typed_config(values: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(describe_errors(error, Config))) from None
 
 
-def synthetic_options(values: Mapping[str, Any]) -> SyntheticConfig:
-    """Return the parameters of a synthetic task. Raise ConfigError with one line per error."""
+def synthetic_options(values: Mapping[str, Any], key: str = "") -> SyntheticConfig:
+    """Return the parameters of a synthetic task. Raise ConfigError with one line per error.
+
+    key: start of their names in errors.
+    """
     try:
         return SyntheticConfig.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(describe_errors(error, SyntheticConfig))) from None
+        raise ConfigError("\n".join(key + message for message in describe_errors(error, SyntheticConfig))) from None
 
 
 def read_options(options: Sequence[str]) -> dict[str, Any]:

@@ -48,10 +48,11 @@ def _nearest_key(root: Model, parts: Sequence[str]) -> str | None:
 
 def describe_errors(error: pydantic.ValidationError, root: Model) -> Iterator[str]:
     """Yield one message per invalid key of a model; pydantic has one error per type that the key may have."""
-    union_members = ("literal", "tuple", "constrained-", "bool")
+    union_types, union_members = {"float", "int", "str"}, ("literal", "tuple", "constrained-", "bool", "dict[")
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for each in error.errors():
-        parts = [str(part) for part in each["loc"] if not str(part).startswith(union_members)]
+        loc = map(str, each["loc"])
+        parts = [part for part in loc if part not in union_types and not part.startswith(union_members)]
         by_key.setdefault(".".join(parts), []).append(each)
     for key, key_errors in by_key.items():
         # An invalid item of a list makes the list invalid too: report it once.

@@ -54,7 +54,7 @@ def evaluate_synthetic(
     the most probable one after those before it: greedy decoding would generate it. Raise UserError if the folder has no
     model, or one with another tokenizer or shorter texts.
     """
-    kind = task_kind(SYNTHETIC_PREFIX + task, f"--task = '{task}'")
+    kind = task_kind(task, f"--task = '{task}'")
     generator = Generator.open_on_device(folder)
     _check_tokenizer(generator, kind, folder)
     parameters = synthetic_options(
@@ -68,7 +68,7 @@ def evaluate_synthetic(
         on_progress(numbers.stop, parameters.documents)
     return {
         "model": str(folder),
-        "task": task,
+        "task": kind.name,
         "split": split,
         "documents": parameters.documents,
         "seed": parameters.seed,

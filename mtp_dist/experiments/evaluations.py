@@ -4,14 +4,21 @@ Each gets the run's folder and the file's `evaluation.options` as keywords and r
 for what the run does not have. To add one, write the function and enter it in EVALUATIONS.
 """
 
+import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mtp_dist.errors import DataError
+import pydantic
+
+from mtp_dist.config.base import PositiveInt, Section
+from mtp_dist.config.loader import synthetic_options
+from mtp_dist.config.messages import describe_errors
+from mtp_dist.distributed.processes import end_with_parent
+from mtp_dist.errors import ConfigError, DataError, exits_with_user_errors
 from mtp_dist.fs import atomic_write_text
 
 EXECUTES_CODE = "code"
@@ -37,7 +44,11 @@ def validation(run: Path) -> Metrics:
 
 
 def code(
-    run: Path, benchmark: str, samples: int = 20, temperatures: Sequence[float] = (0.2, 0.8), max_new_tokens: int = 512
+    run: Path,
+    benchmark: Literal["humaneval", "mbpp", "apps"],
+    samples: PositiveInt = 20,
+    temperatures: Sequence[float] = (0.2, 0.8),
+    max_new_tokens: PositiveInt = 512,
 ) -> Metrics:
     """Return pass@1, pass@10 and pass@100 of `mtp-dist evaluate humaneval`, `mbpp` or `apps`, in percent.
 
@@ -52,7 +63,10 @@ def code(
     }
     command = [sys.executable, "-m", "mtp_dist.cli", "evaluate", benchmark, "--json", "--allow-code-execution"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    result = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    finished = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=end_with_parent)
+    if finished.returncode:
+        sys.exit(finished.returncode)  # the command has reported the error
+    result = json.loads(finished.stdout)
     return {f"pass@{k}": 100 * best["value"] for k, best in result["oracle"].items()}
 
 
@@ -71,6 +85,11 @@ def synthetic(
 
     groups = evaluate_synthetic(run, task, options)["groups"]
     for name, members in (pools or {}).items():
+        if unknown := [member for member in members if member not in groups]:
+            raise ConfigError(
+                f"evaluation.options.pools.{name}: '{unknown[0]}' is not a group of answers of '{task}': give some of "
+                f"{', '.join(groups)}"
+            )
         total = sum(groups[member]["total"] for member in members)
         groups[name] = {
             "accuracy": sum(groups[member]["correct"] for member in members) / total,
@@ -82,6 +101,32 @@ def synthetic(
 EVALUATIONS: dict[str, Callable[..., Metrics]] = {"code": code, "synthetic": synthetic, "validation": validation}
 
 
+def option_errors(function: str, options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one message per invalid option of a function, which would otherwise fail after the training."""
+    _, *parameters = inspect.signature(EVALUATIONS[function]).parameters.values()
+    types: dict[str, Any] = {
+        each.name: (each.annotation, ... if each.default is each.empty else each.default) for each in parameters
+    }
+    model = pydantic.create_model(function, __base__=Section, **types)
+    try:
+        model.model_validate(options)
+        if function == "synthetic":
+            _check_task(options["task"], options.get("options") or {})
+    except pydantic.ValidationError as error:
+        yield from (f"evaluation.options.{message}" for message in describe_errors(error, model))
+    except ConfigError as error:
+        yield from str(error).splitlines()
+
+
+def _check_task(name: str, parameters: Mapping[str, Any]) -> None:
+    from mtp_dist.data.synthetic.tasks import task_kind, task_parameters
+
+    kind = task_kind(name, f"evaluation.options.task = '{name}'")
+    key = "evaluation.options.options."
+    task_parameters(kind, synthetic_options(parameters, key), key)
+
+
+@exits_with_user_errors
 def evaluate(function: str, options: Mapping[str, Any], run: Path, output: Path) -> None:
     """Evaluate a run and write the metrics with the function's name and options, which `measured` compares."""
     metrics = EVALUATIONS[function](run, **options)

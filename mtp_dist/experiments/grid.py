@@ -63,6 +63,8 @@ def expand(path: Path, experiment: Experiment) -> list[Run]:
             if experiment.pretraining is not None:
                 found = _pretraining(experiment, cell, label, seed)
                 start = pretrainings.setdefault(_identity(found), found)
+            elif unused := [key for key, _ in _arm_keys(experiment, cell) if key.startswith(PRETRAINING)]:
+                raise ConfigError(f"{unused[0]} has no effect without `pretraining`: add `pretraining: {{}}`")
             runs.append(Run(cell, seed, _training(experiment, _run_sections(experiment, cell), label, seed, start)))
         except ConfigError as error:
             lines = (f"{path}: {line} (in the cell {label})" for line in str(error).splitlines())
@@ -134,8 +136,10 @@ def _training(
     return Training(label, folder, sections, start)
 
 
-def _share_layers(sections: Values, total_layers: int) -> None:
+def _share_layers(sections: Values, total_layers: Any) -> None:
     """Give the trunk the layers that the heads leave."""
+    if type(total_layers) is not int:
+        raise ConfigError(f"total_layers = {total_layers!r} is invalid: it should be a valid integer")
     model = _subsection(sections, "model")
     if "trunk_layers" in model:
         raise ConfigError("model.trunk_layers follows from total_layers: remove one of them")

@@ -1,7 +1,7 @@
 """The keys of an experiment's YAML file, and the reader that applies a preset to them."""
 
 import difflib
-import inspect
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -13,7 +13,7 @@ from mtp_dist.config import read_values
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Section
 from mtp_dist.config.messages import describe_errors
 from mtp_dist.errors import ConfigError
-from mtp_dist.experiments.evaluations import EVALUATIONS
+from mtp_dist.experiments.evaluations import EVALUATIONS, option_errors
 
 PresetName = Literal["small", "gpu", "paper"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
@@ -196,13 +196,19 @@ def _contains(values: Any, key: str) -> bool:
 
 
 def _inconsistencies(experiment: Experiment) -> Iterator[str]:
-    """Yield one message per name that the grid does not have."""
+    """Yield one message per name that the grid or the evaluation does not have."""
     grid, compare, plot = experiment.grid, experiment.compare, experiment.plot
     if compare.axis not in grid:
         yield f"compare.axis = '{compare.axis}' is not an axis of the grid: give one of {_names(grid)}"
     elif compare.baseline not in grid[compare.axis]:
         names = _names(grid[compare.axis])
         yield f"compare.baseline = '{compare.baseline}' is not an arm of {compare.axis}: give one of {names}"
+    if isinstance(compare.effect, dict):
+        for name in compare.effect.keys() - _cell_names(grid):
+            yield (
+                f"compare.effect has '{name}', which is not an arm or a cell of the grid: name arms in the order of "
+                f"the axes {_names(grid)}"
+            )
     if "*" not in plot.metric and plot.x not in grid:
         yield f"plot.x = {plot.x!r} is not an axis of the grid: give one of {_names(grid)}"
     arms = [arm for axis in grid.values() for arm in axis]
@@ -213,19 +219,21 @@ def _inconsistencies(experiment: Experiment) -> Iterator[str]:
         yield f"seeds = {list(experiment.seeds)} has a seed twice"
 
 
+def _cell_names(grid: Mapping[str, Arms]) -> set[str]:
+    """Return the names of all cells, and of their arms under fewer axes."""
+    cells = itertools.product(*([None, *arms] for arms in grid.values()))
+    return {", ".join(filter(None, cell)) for cell in cells}
+
+
 def _wrong_evaluation(evaluation: Evaluation) -> Iterator[str]:
-    """Yield one message per name that is not a function or not one of its options."""
+    """Yield one message if the function is unknown, or one per invalid option."""
     name = evaluation.function
     if name not in EVALUATIONS:
         near = difflib.get_close_matches(name, EVALUATIONS, 1)
         remedy = f"did you mean '{near[0]}'?" if near else f"give one of {_names(EVALUATIONS)}"
         yield f"evaluation.function = '{name}' is not an evaluation: {remedy}"
         return
-    _, *options = inspect.signature(EVALUATIONS[name]).parameters
-    for option in evaluation.options:
-        if option not in options:
-            has = f"it has {_names(options)}" if options else "it has none"
-            yield f"evaluation.options.{option} is not an option of '{name}': {has}"
+    yield from option_errors(name, evaluation.options)
 
 
 def _names(names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -88,7 +88,7 @@ def test_command(folder):
     arguments = ["evaluate", "synthetic", "--model", str(folder), "--task", "star-graph"]
     result = json.loads(CliRunner().invoke(app, [*arguments, "documents=70", "seed=4", "--json"]).stdout)
     assert result["options"] == {"degree": 2, "length": 3, "nodes": 9}, "those of the training"
-    assert result == evaluate_synthetic(folder, "star-graph", {"documents": 70, "seed": 4})
+    assert result == evaluate_synthetic(folder, "synthetic/star-graph", {"documents": 70, "seed": 4})
     assert {group: (score["total"], score["chance"]) for group, score in result["groups"].items()} == {
         "first-step": (70, 0.5),
         "path": (70, 0.5),
@@ -102,7 +102,7 @@ def test_command(folder):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("star", {}, "--task = 'star' is not a synthetic task: use one of "),
+        ("star", {}, "--task = 'star' is not a synthetic task: use one of induction, arithmetic, "),
         ("choices", {}, "--model = '{folder}' was not trained with data.tokenizer = 'synthetic/choices': evaluate the"),
         ("star-graph", {"degree": 5}, "nodes = 9 is below"),
         (
