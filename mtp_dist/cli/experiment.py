@@ -87,19 +87,20 @@ def _run(path: Path, preset: str, settings: "Experiment", runs: Sequence["Run"],
     import torch
 
     from mtp_dist.experiments.results import write_origin
-    from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock
+    from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock, visible_gpus
     from mtp_dist.experiments.tasks import plan
     from mtp_dist.provenance import usable_cores
     from mtp_dist.training.stopping import exit_status
 
-    gpus = 0 if settings.base.get("run", {}).get("device") == "cpu" else torch.cuda.device_count()
+    on_cpu = settings.base.get("run", {}).get("device") == "cpu"
+    gpus = visible_gpus(0 if on_cpu else torch.cuda.device_count())
     slots = device_slots(settings.ranks, usable_cores(), gpus, settings.runs_per_gpu)
     folder = Path(settings.output_dir)
     waits = "waiting for the processes of an earlier start to end"
     with hold_lock(folder, lambda: typer.echo(waits, err=True)) as lock:
         tasks = plan(settings, runs)
         if not all(task.is_done() for task in tasks):
-            write_origin(folder)
+            write_origin(folder, continues=any(task.log.exists() for task in tasks))
         with TaskProgress(settings.title, tasks) as progress:
             outcome = TaskRunner(tasks, slots, progress, lock).run()
         if outcome.signal:

@@ -20,7 +20,7 @@ from mtp_dist.provenance import checkout_commit, processor_name, usable_cores
 from mtp_dist.versions import installed_versions
 
 ORIGIN = "origin.json"
-"""File in an experiment's folder about the last start that ran a task."""
+"""File in an experiment's folder about its starts that ran a task."""
 
 Result = dict[str, Any]
 Cell = Mapping[str, str]
@@ -49,7 +49,7 @@ def build_result(path: Path, preset: str, experiment: Experiment, runs: Sequence
     return {
         "experiment": path.stem,
         "preset": preset,
-        **json.loads((Path(experiment.output_dir) / ORIGIN).read_text(encoding="utf-8")),
+        **_read_json(Path(experiment.output_dir) / ORIGIN),
         **settings,
         "cells": list(_cells(experiment, runs, records)),
         "comparisons": list(_comparisons(experiment, runs, records)),
@@ -63,7 +63,8 @@ def _unknown_metric(experiment: Experiment, known: set[str]) -> str | None:
     named = {"compare.metric": experiment.compare.metric, "plot.metric": experiment.plot.metric}
     named |= {f"metrics.{number}": name for number, name in enumerate(experiment.metrics)}
     for key, name in named.items():
-        if not any(fnmatchcase(metric, name) for metric in known):
+        matches = fnmatchcase if key == "plot.metric" else str.__eq__
+        if not any(matches(metric, name) for metric in known):
             return (
                 f"{key} = '{name}' is not a metric of the evaluation '{experiment.evaluation.function}': give one of "
                 f"{', '.join(sorted(known))}"
@@ -75,18 +76,23 @@ def _is_record(record: Mapping[str, Any], run: Run) -> bool:
     return (record["cell"], record["seed"]) == (run.cell, run.seed)
 
 
-def write_origin(folder: Path) -> None:
-    """Write where, when and from which code the tasks of this start are run."""
+def write_origin(folder: Path, continues: bool) -> None:
+    """Write where, when and from which code the tasks of this start are run.
+
+    continues: whether earlier starts ran tasks too. Then their commits come first, such as `9c0a465, 2c531f7`.
+    """
     import torch
 
+    file = folder / ORIGIN
+    earlier = (_read_json(file)["commit"] or "").split(", ") if continues and file.exists() else []
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     origin = {
         "machine": {"processor": processor_name(), "cores": usable_cores(), "gpus": gpus},
         "time": datetime.now(UTC).isoformat(" ", timespec="seconds"),
-        "commit": checkout_commit(),
+        "commit": ", ".join(filter(None, dict.fromkeys([*earlier, checkout_commit()]))) or None,
         "versions": installed_versions(),
     }
-    atomic_write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
+    atomic_write_text(file, json.dumps(origin, indent=2) + "\n")
 
 
 def _distinct_cells(runs: Sequence[Run]) -> list[Cell]:
@@ -147,5 +153,5 @@ def entry(entries: Mapping[str, T], cell: Cell) -> T | None:
     return None
 
 
-def read_result(path: Path) -> Result:
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))

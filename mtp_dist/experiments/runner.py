@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mtp_dist.distributed.processes import end_with_parent
 from mtp_dist.errors import LaunchError
@@ -49,22 +49,28 @@ class Outcome:
     """Signal that stopped the experiment, or 0."""
 
 
-def device_slots(ranks: int, cores: int, gpus: int, runs_per_gpu: int) -> list[Environment]:
+def visible_gpus(count: int) -> list[str]:
+    """Return the names of this process's GPUs in CUDA_VISIBLE_DEVICES, which may leave some to others."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (given.split(",") if given else [str(index) for index in range(count)])[:count]
+
+
+def device_slots(ranks: int, cores: int, gpus: Sequence[str], runs_per_gpu: int) -> list[Environment]:
     """Return the environment of each task that may run at the same time.
 
     A run has `ranks` GPUs of its own, or shares one with others; without GPUs it has as many cores. Raise LaunchError
     if there are too few.
     """
     if gpus:
-        groups = [range(first, first + ranks) for first in range(0, gpus - ranks + 1, ranks)]
+        groups = [gpus[first : first + ranks] for first in range(0, len(gpus) - ranks + 1, ranks)]
         shared = runs_per_gpu if ranks == 1 else 1
-        slots = [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, group))} for _ in range(shared) for group in groups]
+        slots = [{"CUDA_VISIBLE_DEVICES": ",".join(group)} for _ in range(shared) for group in groups]
         threads = max(1, cores // max(1, len(slots) * ranks))
     else:
         slots = [{} for _ in range(cores // ranks)]
         threads = 1
     if not slots:
-        kind = f"{gpus} GPUs" if gpus else f"{cores} cores"
+        kind = f"{len(gpus)} GPUs" if gpus else f"{cores} cores"
         raise LaunchError(
             f"a run needs ranks = {ranks} processes and this machine has {kind}: give another --preset, or --slurm"
         )
@@ -96,6 +102,15 @@ def hold_lock(folder: Path, on_wait: Callable[[], None]) -> Iterator[int]:
         yield file.fileno()
 
 
+class _RunningTask(NamedTuple):
+    """The process of a task."""
+
+    process: subprocess.Popen[bytes]
+    environment: Environment
+    log_start: int
+    """Bytes that the task's log already had."""
+
+
 class TaskRunner:
     """The running tasks of an experiment; created and used in the main thread."""
 
@@ -104,7 +119,7 @@ class TaskRunner:
         self._free = list(slots)
         self._observer = observer
         self._lock = lock
-        self._running: dict[Task, tuple[subprocess.Popen[bytes], Environment]] = {}
+        self._running: dict[Task, _RunningTask] = {}
         self._failures: dict[Task, str] = {}
         self._received = 0
 
@@ -144,6 +159,7 @@ class TaskRunner:
         environment = self._free.pop(0)
         task.folder.mkdir(parents=True, exist_ok=True)
         with task.log.open("ab") as log:
+            log_start = log.tell()
             process = subprocess.Popen(
                 task.command(),
                 stdin=subprocess.DEVNULL,
@@ -154,13 +170,13 @@ class TaskRunner:
                 start_new_session=True,  # Ctrl-C reaches the tasks once, from here
                 preexec_fn=_lower_priority_and_end_with_parent,
             )
-        self._running[task] = process, environment
+        self._running[task] = _RunningTask(process, environment, log_start)
         if self._received:  # it may have started after the signal
             process.send_signal(self._received)
         self._observer.on_start(task)
 
     def _end_tasks(self) -> None:
-        for task, (process, environment) in list(self._running.items()):
+        for task, (process, environment, log_start) in list(self._running.items()):
             if (status := process.poll()) is None:
                 continue
             del self._running[task]
@@ -168,7 +184,7 @@ class TaskRunner:
             if not status and task.is_done():
                 self._observer.on_end(task, None)
             elif not self._received:
-                self._fail(task, f"exit status {status}, see {task.log}{_last_error(task.log)}")
+                self._fail(task, f"exit status {status}, see {task.log}{_last_error(task.log, log_start)}")
 
     def _fail(self, task: Task, reason: str) -> None:
         self._failures[task] = reason
@@ -176,13 +192,13 @@ class TaskRunner:
 
     def _forward(self, number: int, _: FrameType | None) -> None:
         self._received = number
-        for process, _environment in self._running.values():
-            process.send_signal(number)  # no effect on a process that has ended
+        for running in self._running.values():
+            running.process.send_signal(number)  # no effect on a process that has ended
 
 
-def _last_error(log: Path) -> str:
-    """Return the last line of a log that names an error."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _last_error(log: Path, start: int) -> str:
+    """Return the last line after the first `start` bytes of a log that names an error."""
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     errors = [line.strip() for line in lines if line.startswith("error") or "Error: " in line]
     return f": {errors[-1]}" if errors else ""
 

@@ -7,8 +7,10 @@ import pytest
 import typer
 
 from mtp_dist.cli import app
+from mtp_dist.distributed.processes import end_with_parent
 from mtp_dist.errors import ConfigError
 from mtp_dist.evaluation import synthetic as evaluation
+from mtp_dist.experiments import results
 from mtp_dist.experiments.evaluations import code, synthetic, validation
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.plot import draw
@@ -38,7 +40,7 @@ def result_of(write, load, tmp_path):
             record = {"function": "validation", "options": {}, "metrics": {"accuracy": accuracy, "accuracy/a": 1.0}}
             if accuracy is not None:
                 (run.training.folder / EVALUATION).write_text(json.dumps(record))
-        write_origin(tmp_path / "out")
+        write_origin(tmp_path / "out", continues=False)
         return build_result(path, "small", experiment, runs)
 
     return build
@@ -57,6 +59,17 @@ def test_result_has_statistics_of_all_cells(result_of):
     json.dumps(result)
 
 
+def test_origin_names_the_commits_of_all_starts(tmp_path, monkeypatch):
+    def commit_after(commit, continues):
+        monkeypatch.setattr(results, "checkout_commit", lambda: commit)
+        write_origin(tmp_path, continues)
+        return json.loads((tmp_path / results.ORIGIN).read_text())["commit"]
+
+    assert commit_after(None, True) is None
+    assert [commit_after(commit, True) for commit in "abb"] == ["a", "a, b", "a, b"]
+    assert commit_after("c", False) == "c"
+
+
 def test_task_that_no_baseline_learns_is_not_tested(result_of):
     assert [row["verdict"] for row in result_of(**{"compare/learned_at": 0.93})["comparisons"]] == ["not tested"] * 2
     assert result_of(**{"compare/learned_at": 0.91})["comparisons"][0]["verdict"] == "as in the paper"
@@ -69,7 +82,8 @@ def test_effect_may_differ_by_cell(result_of):
 
 
 def test_unknown_metric_is_an_error(result_of):
-    for key, value in (("metrics", ["acuracy"]), ("plot/metric", "accuracy/head_*"), ("compare/metric", "loss")):
+    metrics = [("metrics", ["acuracy"]), ("metrics", ["accuracy/*"]), ("plot/metric", "accuracy/head_*")]
+    for key, value in [*metrics, ("compare/metric", "loss"), ("compare/metric", "accuracy*")]:
         with pytest.raises(
             ConfigError, match="is not a metric of the evaluation 'validation': give one of accuracy, acc"
         ):
@@ -121,9 +135,10 @@ def test_code_is_evaluated_by_the_command(tmp_path, monkeypatch):
     oracle = {"1": {"value": 0.25, "temperature": 0.2}, "10": {"value": 0.5, "temperature": 0.8}}
     commands = []
 
-    def run(command, **_):
+    def run(command, preexec_fn, **_):
+        assert preexec_fn is end_with_parent, "a stopped evaluation would leave its command running"
         commands.append(command)
-        return subprocess.CompletedProcess(command, 0, json.dumps({"oracle": oracle}).encode())
+        return subprocess.CompletedProcess(command, 2 * ("apps" in command), json.dumps({"oracle": oracle}).encode())
 
     monkeypatch.setattr(subprocess, "run", run)
     assert code(tmp_path, "mbpp", samples=10, temperatures=[0.2, 0.8]) == {"pass@1": 25.0, "pass@10": 50.0}
@@ -132,6 +147,8 @@ def test_code_is_evaluated_by_the_command(tmp_path, monkeypatch):
     given = command.make_context("mbpp", commands[0][5:]).params
     assert (given["model"], given["samples"]) == (str(tmp_path), str(tmp_path / "mbpp-samples.jsonl"))
     assert (given["samples_per_problem"], given["temperatures"], given["max_new_tokens"]) == (10, "0.2,0.8", 512)
+    with pytest.raises(SystemExit, match="2"):
+        code(tmp_path, "apps")
 
 
 def test_pools_of_answers_are_weighted_by_their_number(tmp_path, monkeypatch):
@@ -144,3 +161,7 @@ def test_pools_of_answers_are_weighted_by_their_number(tmp_path, monkeypatch):
     metrics = synthetic(tmp_path, "arithmetic", pools={"both": ["a", "b"]})
     assert metrics["accuracy/both"] == 21 / 40 and metrics["chance/both"] == pytest.approx(0.2)
     assert metrics["accuracy/a"] == 0.1 and len(metrics) == 6
+    with pytest.raises(
+        ConfigError, match=r"pools\.both: 'c' is not a group of answers of 'arithmetic': give some of a"
+    ):
+        synthetic(tmp_path, "arithmetic", pools={"both": ["a", "c"]})

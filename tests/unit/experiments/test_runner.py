@@ -13,9 +13,8 @@ import yaml
 
 from mtp_dist.errors import ConfigError, LaunchError
 from mtp_dist.experiments import runner
-from mtp_dist.experiments.evaluations import EVALUATIONS
 from mtp_dist.experiments.grid import expand
-from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock
+from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock, visible_gpus
 from mtp_dist.experiments.slurm import submit
 from mtp_dist.experiments.tasks import EVALUATION, Task, plan, resume_from
 
@@ -71,6 +70,8 @@ def test_failure_stops_only_what_depends_on_it(task, tmp_path):
     bad = task("bad", "echo 'error: no corpus'; exit 2")
     silent = task("silent", "true")
     tasks = [bad, task("evaluation", after=bad), silent, task("good")]
+    silent.folder.mkdir()
+    silent.log.write_text("error: of an earlier start\n")
     outcome, recorder = run(tasks, tmp_path)
     assert outcome.failures == {
         bad: f"exit status 2, see {bad.log}: error: no corpus",
@@ -130,8 +131,9 @@ def test_lock_is_held_until_the_tasks_of_a_killed_start_have_ended(tmp_path, mon
         (2, 5, 3, ["0,1", "2,3"], "2"),
     ],
 )
-def test_slots_divide_cores_and_gpus(ranks, gpus, runs_per_gpu, devices, threads):
-    slots = device_slots(ranks, 8, gpus, runs_per_gpu)
+def test_slots_divide_cores_and_gpus(monkeypatch, ranks, gpus, runs_per_gpu, devices, threads):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    slots = device_slots(ranks, 8, visible_gpus(gpus), runs_per_gpu)
     assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots] == devices
     assert {slot["OMP_NUM_THREADS"] for slot in slots} == {threads}
 
@@ -140,10 +142,16 @@ def test_too_few_devices_are_an_error():
     with pytest.raises(
         LaunchError, match=r"ranks = 8 processes and this machine has 4 GPUs: give another --preset, or"
     ):
-        device_slots(8, 64, 4, 1)
+        device_slots(8, 64, visible_gpus(4), 1)
 
 
-def test_training_without_summary_repeats_its_last_step(load, write):
+def test_tasks_use_the_visible_gpus_only(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8f,2")
+    slots = device_slots(1, 8, visible_gpus(3), 1)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["5", "GPU-8f", "2"]
+
+
+def test_training_without_summary_starts_from_scratch(load, write):
     training = expand(write(), load())[0].training
     (training.folder / "checkpoints/step_00000005").mkdir(parents=True)
     assert resume_from(training) == "auto"
@@ -159,7 +167,7 @@ def test_folder_of_another_configuration_is_an_error(load, write):
         plan(load(**changed), expand(write(**changed), load(**changed)))
 
 
-def test_plan_reads_what_is_done(load, write, monkeypatch):
+def test_plan_reads_what_is_done(load, write):
     training, evaluation, *_ = plan(load(), expand(write(), load()))
     assert not training.is_done() and training.fraction() == 0 and evaluation.after is training
     (training.folder / "metrics.jsonl").write_text('{"step": 2}\n{"step": 5}\n{"st')
@@ -167,8 +175,8 @@ def test_plan_reads_what_is_done(load, write, monkeypatch):
     (training.folder / "summary.json").write_text("{}")
     (training.folder / EVALUATION).write_text(json.dumps({"function": "validation", "options": {}, "metrics": {}}))
     assert training.is_done() and evaluation.is_done()
-    monkeypatch.setitem(EVALUATIONS, "synthetic", lambda run, task: {})
-    again = plan(load(evaluation={"function": "synthetic", "options": {"task": "x"}}), expand(write(), load()))[1]
+    other = load(evaluation={"function": "synthetic", "options": {"task": "induction"}})
+    again = plan(other, expand(write(), load()))[1]
     assert not again.is_done(), "it was evaluated by another function"
 
 
