@@ -127,6 +127,39 @@ def find_valid_checkpoint(path: Path, on_progress: ProgressCallback = lambda don
     return first_valid(folders, lambda folder: check_weights(folder, on_progress)) if folders else None
 
 
+def find_named_checkpoint(path: Path, label: str, check: Callable[[Path], object]) -> Path:
+    """Return the checkpoint that a user names, or the best valid one in the folder, which may be a run's.
+
+    label: the option or key with its value, which begins each message. check: raises InvalidCheckpointError for a
+    corrupt checkpoint. Raise CheckpointError if there is no valid one.
+    """
+    if (path / METADATA_FILE).exists() and not (path / MANIFEST).exists():
+        raise CheckpointError(
+            f"{label} has no {MANIFEST}: it is an incomplete checkpoint, or a model of Hugging Face, which mtp-dist "
+            "import converts"
+        )
+    try:
+        if path.is_dir() and (folders := checkpoints_in(path)):
+            return first_valid(folders, check)
+    except CheckpointError as error:
+        raise CheckpointError(f"{label} cannot be opened: {error}") from None
+    raise CheckpointError(
+        f"{label} {_missing(path)}: give a run's folder, a checkpoint such as step_00000010, or a folder that mtp-dist "
+        "export wrote"
+    )
+
+
+def _missing(path: Path) -> str:
+    """Return why a path has no model."""
+    if not path.exists():
+        return "does not exist"
+    if not path.is_dir():
+        return "is a file"
+    if (path / "run.json").exists() or (path / "checkpoints").is_dir():
+        return "is a run that has not saved a checkpoint yet"
+    return "contains neither a checkpoint nor an export of mtp-dist"
+
+
 @dataclass(frozen=True)
 class ResumePoint:
     """A checkpoint that a run resumes from."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.checkpoint.find import checkpoints_in, first_valid, warn_of_longer_samples
-from mtp_dist.checkpoint.format import MANIFEST, METADATA_FILE, MODEL, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.find import find_named_checkpoint, warn_of_longer_samples
+from mtp_dist.checkpoint.format import MODEL, InvalidCheckpointError, read_metadata
 from mtp_dist.checkpoint.manifest import check_quickly
 from mtp_dist.checkpoint.reader import TensorReader, WeightReader
 from mtp_dist.config import Config
@@ -17,7 +17,7 @@ from mtp_dist.convert.exported import ExportedWeights
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
-from mtp_dist.errors import CheckpointError, ConfigError, UserError
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.model.parameters import parameter_shapes
 
 KEY = "checkpoint.initial_weights"
@@ -61,7 +61,7 @@ def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
     """
     path = Path(str(config.checkpoint.initial_weights))
     is_export = (path / HEADS_CONFIG).exists()
-    folder = path if is_export else _checkpoint_in(path)
+    folder = path if is_export else find_named_checkpoint(path, f"{KEY} = '{path}'", check_quickly)
     if is_export:
         export = ExportedWeights(folder, KEY)
         saved, shapes, unknown = export.config, export.shapes(), export.unknown
@@ -80,25 +80,6 @@ def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
         loaded=len(wanted.keys() & shapes.keys()),
         unused=(*(name for name in shapes if name not in wanted), *unknown),
         new=tuple(name for name in wanted if name not in shapes),
-    )
-
-
-def _checkpoint_in(path: Path) -> Path:
-    label = f"{KEY} = '{path}'"
-    if (path / METADATA_FILE).exists() and not (path / MANIFEST).exists():
-        raise CheckpointError(
-            f"{label} has no {MANIFEST}: it is an incomplete checkpoint, or a model of Hugging Face, which `mtp-dist "
-            "import` converts"
-        )
-    try:
-        folders = checkpoints_in(path) if path.is_dir() else []
-        if folders:
-            return first_valid(folders, check_quickly)
-    except CheckpointError as error:
-        raise CheckpointError(f"{label} cannot be opened: {error}") from None
-    raise CheckpointError(
-        f"{label} is neither a checkpoint nor an export of mtp-dist: give a folder such as step_00000010, a run's "
-        "folder, or one that `mtp-dist export` wrote"
     )
 
 

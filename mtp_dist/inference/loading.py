@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_dist.checkpoint.find import find_valid_checkpoint
-from mtp_dist.checkpoint.format import MANIFEST, METADATA_FILE, MODEL, InvalidCheckpointError, read_metadata
-from mtp_dist.checkpoint.manifest import ProgressCallback
+from mtp_dist.checkpoint.find import find_named_checkpoint
+from mtp_dist.checkpoint.format import MODEL, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights
 from mtp_dist.checkpoint.reader import TensorReader
 from mtp_dist.config import Config
 from mtp_dist.convert.exported import exported_weights
@@ -69,20 +69,7 @@ def _open_export(folder: Path) -> ModelFolder:
 
 
 def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder:
-    if (folder / METADATA_FILE).exists() and not (folder / MANIFEST).exists():
-        raise CheckpointError(
-            f"--model = '{folder}' has no {MANIFEST}: it is an incomplete checkpoint, or a model of Hugging Face, "
-            "which mtp-dist import converts"
-        )
-    try:
-        checkpoint = find_valid_checkpoint(folder, on_verified) if folder.is_dir() else None
-    except CheckpointError as error:
-        raise CheckpointError(f"--model = '{folder}' cannot be opened: {error}") from None
-    if checkpoint is None:
-        raise CheckpointError(
-            f"--model = '{folder}' {_missing(folder)}: give a run's folder, a checkpoint such as step_00000010, or a "
-            "folder that mtp-dist export wrote"
-        )
+    checkpoint = find_named_checkpoint(folder, f"--model = '{folder}'", lambda found: check_weights(found, on_verified))
     config = read_metadata(checkpoint).config
     try:
         tokenizer = build_tokenizer(config.data.tokenizer)
@@ -94,17 +81,6 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder
     return ModelFolder(
         folder, config, tokenizer, _checkpoint_weights(checkpoint, config), DTYPES[config.train.precision]
     )
-
-
-def _missing(folder: Path) -> str:
-    """Return why a path has no model."""
-    if not folder.exists():
-        return "does not exist"
-    if not folder.is_dir():
-        return "is a file"
-    if (folder / "run.json").exists() or (folder / "checkpoints").is_dir():
-        return "is a run that has not saved a checkpoint yet"
-    return "contains neither a checkpoint nor an export of mtp-dist"
 
 
 def _checkpoint_weights(checkpoint: Path, config: Config) -> Iterator[tuple[str, Tensor]]:

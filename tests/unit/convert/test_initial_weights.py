@@ -121,10 +121,15 @@ def test_another_architecture_or_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "is neither a checkpoint nor an export of mtp-dist" in error_of(CheckpointError, find, tmp_path)
+    for folder, problem in (
+        (tmp_path, "contains neither a checkpoint nor an export"),
+        (tmp_path / "x", "does not exist"),
+    ):
+        message = error_of(CheckpointError, find, folder)
+        assert message.startswith(f"checkpoint.initial_weights = '{folder}' {problem}")
     write_llama(tmp_path / "llama")
     message = error_of(CheckpointError, find, tmp_path / "llama")
-    assert message.endswith("or a model of Hugging Face, which `mtp-dist import` converts")
+    assert message.endswith("or a model of Hugging Face, which mtp-dist import converts")
     tokenizer = byte_pairs(tmp_path / "tokenizer")
     size = build_tokenizer(str(tokenizer)).vocab_size
     write_model(tmp_path / "step_00000007", size, data={"tokenizer": str(tokenizer)})
