@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mtp_dist.cli.analyze_tables import choice_point_tables, information_table, probe_table, source_tables
-from mtp_dist.cli.options import AsJson
+from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
 from mtp_dist.errors import LaunchError, exits_with_user_errors
@@ -125,7 +124,7 @@ def _open(folders: Sequence[str], bar: Progress) -> list[TrainedModel]:
     from mtp_dist.analysis.trained_model import TrainedModel
 
     verified = updates(bar, "verifying")
-    return [TrainedModel.open(Path(folder).expanduser(), verified) for folder in folders]
+    return [TrainedModel.open(model_folder(folder), verified) for folder in folders]
 
 
 def _open_with_heads(folders: Sequence[str], bar: Progress) -> list[TrainedModel]:

@@ -11,10 +11,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from mtp_dist.cli.options import AsJson
+from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import fact_lines, show_result
-from mtp_dist.errors import ConfigError, LaunchError, exits_with_user_errors
+from mtp_dist.errors import ConfigError, DataError, LaunchError, exits_with_user_errors
+from mtp_dist.inference.request import check_heads, check_numbers
 
 if TYPE_CHECKING:  # they import torch
     from mtp_dist.evaluation.code_samples import Sample, SamplingOptions
@@ -81,7 +82,7 @@ def code_command(name: str) -> Callable[..., None]:
         only_sample: OnlySample = False,
         as_json: AsJson = False,
     ) -> None:
-        if not model and (only_sample or not samples):
+        if model is None and (only_sample or not samples):
             raise ConfigError("--model is required, or --samples with a file of existing completions to execute")
         if not allow_code_execution and not only_sample:
             raise LaunchError(
@@ -98,11 +99,12 @@ def code_command(name: str) -> Callable[..., None]:
         benchmark = BENCHMARKS[name]
         available = read_problems(Path(problems).expanduser()) if problems else benchmark.load()
         file = Path(samples or f"{name}-samples.jsonl").expanduser()
-        if model:
-            options = SamplingOptions(
-                _temperatures(temperatures), samples_per_problem, max_new_tokens, limit, batch_size, speculative
-            )
-            completions = _sample(Path(model).expanduser(), benchmark, available, options, file)
+        if model is not None:
+            folder, chosen = model_folder(model), _temperatures(temperatures)
+            for temperature in chosen:
+                check_numbers(max_new_tokens, temperature, speculative)
+            options = SamplingOptions(chosen, samples_per_problem, max_new_tokens, limit, batch_size, speculative)
+            completions = _sample(folder, benchmark, available, options, file)
         else:
             completions = read_samples(file, available)
         if only_sample:
@@ -140,7 +142,9 @@ def _sample(
 
     transformers_logging.set_verbosity_error()
     with progress_bar(SPEED_PERIOD_S) as bar:
-        generator = Generator.open_on_device(folder, updates(bar, "verifying"))
+        generator = Generator.open_on_device(
+            folder, updates(bar, "verifying"), lambda found: check_heads(found.config, options.heads)
+        )
         return sample_missing(generator, benchmark, problems, options, file, updates(bar, "sampling"))
 
 
@@ -150,6 +154,8 @@ def _execute(sandbox: Sandbox, problems: list[Problem], samples: list[Sample], w
 
     chosen = {problem.task_id for problem in problems}
     samples = [sample for sample in samples if sample.task_id in chosen]
+    if not samples:
+        raise DataError("--samples has no completion of the problems that --limit selects: give a larger limit")
     with progress_bar() as bar:
         outcomes = execute_samples(sandbox, problems, samples, workers or usable_cores(), updates(bar, "executing"))
     return {"measured": provenance(), **summarize(problems, samples, outcomes)}

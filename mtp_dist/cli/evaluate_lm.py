@@ -73,10 +73,10 @@ def lm_eval(
         return
     assert model is not None
     results = run(model_folder(model))
-    if output:
-        _write(Path(output).expanduser(), results)
     result = {"model": model, "lm_eval": package, **_summary(results)}
     show_result(result, as_json, _table(result))
+    if output:  # last: an error of the disk does not take away the table
+        _write(Path(output).expanduser(), results)
 
 
 def _tasks_write_to_stderr() -> redirect_stdout[TextIO]:

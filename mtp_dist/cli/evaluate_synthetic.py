@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from mtp_dist.cli.options import AsJson
+from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
 from mtp_dist.cli.watching import Once, Watch, check_subject, watch_run
@@ -51,7 +51,7 @@ def synthetic(
         watch_run(watch, label, accuracies, once, as_json)
         return
     assert model is not None
-    result = run(Path(model).expanduser())
+    result = run(model_folder(model))
     show_result(result, as_json, _table(result))
 
 

@@ -116,6 +116,7 @@ def test_compared_models_read_the_same_tokens(folders, checkpoint, names, data, 
         ("probe --model one --data text.txt --tokens 20", "fewer than two windows of 16 tokens"),
         ("probe --model one --model choices", "different tokenizers"),
         ("probe --model one --model long", "different values of train.sequence_length"),
+        ("probe --model=", "--model is empty: "),
         ("probe --model text.txt", "--model = 'text.txt' is a file: "),
     ],
 )

@@ -1,6 +1,7 @@
 """`mtp-dist evaluate humaneval`: what it prints, and its refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -67,7 +68,9 @@ def test_model(needs_sandbox, options, tmp_path, capsys, monkeypatch):
         ({"samples": None}, "--model is required, or --samples"),
         ({"only_sample": True}, "--model is required, or --samples"),
         ({"model": "m", "temperatures": "warm"}, "--temperatures = 'warm' is not a list of numbers"),
+        ({"model": "m", "temperatures": "0.5,-1"}, "--temperature = -1.0: use 0 for "),
         ({"model": "missing"}, "--model = 'missing' does not exist"),
+        ({"model": ""}, "--model is empty: "),
         ({"problems": "missing.jsonl"}, "cannot read the problems in missing.jsonl"),
     ],
 )
@@ -77,6 +80,18 @@ def test_refusals(options, monkeypatch, capsys, changes, message):
     with pytest.raises(SystemExit) as exit_:
         evaluate(**options | changes)
     assert exit_.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_samples_of_other_problems_than_those_of_the_limit(options, monkeypatch, capsys):
+    monkeypatch.setattr(Sandbox, "check", lambda sandbox: None)
+    rows = [PROBLEM | {"task_id": "T/1"}, PROBLEM]
+    Path(options["problems"]).write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(**options, limit=1)
+    assert (
+        capsys.readouterr().err
+        == "error: --samples has no completion of the problems that --limit selects: give a larger limit\n"
+    )
 
 
 def test_no_namespaces(options, monkeypatch, capsys):

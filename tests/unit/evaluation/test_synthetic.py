@@ -133,10 +133,12 @@ def test_command_follows_a_run(folder, tmp_path):
     assert json.loads(line)["evaluation"] == "synthetic --task star-graph documents=70"
 
 
-def test_command_reports_options_of_another_form(folder):
-    arguments = ["evaluate", "synthetic", "--model", str(folder), "--task", "star-graph", "documents"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2 and result.stderr == "error: 'documents' is not of the form key=value\n"
+def test_command_reports_errors(folder):
+    for model, message in ((folder, "'documents' is not of the form key=value\n"), ("", "--model is empty: ")):
+        options = ["documents"] * bool(model)
+        arguments = ["evaluate", "synthetic", "--model", str(model), "--task", "star-graph", *options]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("task", TASKS)
