@@ -106,6 +106,13 @@ def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
             f"data.tokenizer, '{saved.data.tokenizer}', and set model.vocab_size={saved.vocab_size}"
         )
     before_count, count = saved.heads.count, wanted.heads.count
+    common = min(before_count, count)
+    trained, distances = saved.heads.distances[:common], wanted.heads.distances[:common]
+    if distances != trained:
+        yield (
+            f"heads.prediction_distances begins with {list(distances)}, {KEY} = '{folder}' was trained with "
+            f"{list(trained)}: give its heads the same distances"
+        )
     if saved.heads.traits.reads == "next head" and count != before_count:
         yield (
             f"heads.count is {count}, {KEY} = '{folder}' was trained with {before_count}: head 1 of kind "

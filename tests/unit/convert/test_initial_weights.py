@@ -114,6 +114,13 @@ def test_another_architecture_or_tokenizer_is_refused(tmp_path: Path) -> None:
     ]
     same = {"count": 2, "kind": "anticausal"}
     assert find(folder, model={"init_std": 0.5, "ffn_hidden_size": 48}, heads=same).loaded == 39
+    write_model(tmp_path / "far" / "step_00000007", heads={"count": 3, "prediction_distances": (1, 3, 5)})
+    assert error_of(ConfigError, find, tmp_path / "far", heads={"count": 4}) == (
+        "heads.prediction_distances begins with [1, 2, 3], checkpoint.initial_weights = "
+        f"'{tmp_path / 'far' / 'step_00000007'}' was trained with [1, 3, 5]: give its heads the same distances"
+    )
+    further = {"count": 4, "prediction_distances": (1, 3, 5, 7)}
+    assert find(tmp_path / "far", heads=further).describe().endswith("\nInitialized: heads.4 (6 weights)")
     other = str(byte_pairs(tmp_path / "other"))
     assert error_of(ConfigError, find, folder, other, heads=same) == (
         f"data.tokenizer is '{other}', {label} was trained with 'bytes': set data.tokenizer=bytes"
