@@ -14,6 +14,7 @@ def provenance() -> dict[str, Any]:
     return {
         "processor": processor_name(),
         "cores": usable_cores(),
+        "gpus": gpu_names(),
         "torch": version("torch"),
         "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": checkout_commit(),
@@ -23,18 +24,28 @@ def provenance() -> dict[str, Any]:
 def checkout_commit() -> str | None:
     """Return the commit of the checkout that this package is imported from, such as `9c0a465d1e2f`.
 
-    It ends in `+changes` if tracked files differ from the commit. None without git, or if the package is installed
-    elsewhere, also within another repository.
+    It ends in `+changes` if tracked files differ from the commit, except those of docs/data: a measurement that is
+    redirected to one has emptied it before it starts. None without git, or if the package is installed elsewhere, also
+    within another repository.
     """
     this = Path(__file__)
-    is_tracked = ["ls-files", "--error-unmatch", this.name]
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(["git", *arguments], cwd=this.parent, stderr=subprocess.DEVNULL, text=True)
+
     try:
-        for command in (is_tracked, describe):
-            output = subprocess.check_output(["git", *command], cwd=this.parent, stderr=subprocess.DEVNULL, text=True)
-        return output.strip()
+        commit, _ = git("rev-parse", "HEAD", f"HEAD:./{this.name}").split()
+        changes = git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)docs/data")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return commit[:12] + ("+changes" if changes else "")
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the GPUs that this process may use."""
+    from torch import cuda  # takes seconds to import
+
+    return [cuda.get_device_name(index) for index in range(cuda.device_count())]
 
 
 def usable_cores() -> int:

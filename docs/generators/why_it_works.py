@@ -69,7 +69,7 @@ def _read(name: str) -> Any:
 def _measured(result: dict[str, Any], shown: str) -> str:
     """Return a table with the machine, the time and the commit of its measurement below."""
     at = result["measured"]
-    machine = f"{at['processor']}, {at['cores']} cores, PyTorch {at['torch']}"
+    machine = ", ".join((at["processor"], f"{at['cores']} cores", *at.get("gpus", ()), f"PyTorch {at['torch']}"))
     return f"{shown}\n{machine}; {at['time']}, commit {at['commit']}.\n"
 
 

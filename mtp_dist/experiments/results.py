@@ -16,7 +16,7 @@ from mtp_dist.experiments.schema import Experiment
 from mtp_dist.experiments.statistics import interval, paired_difference, verdict
 from mtp_dist.experiments.tasks import EVALUATION
 from mtp_dist.fs import atomic_write_text
-from mtp_dist.provenance import checkout_commit, processor_name, usable_cores
+from mtp_dist.provenance import checkout_commit, gpu_names, processor_name, usable_cores
 from mtp_dist.versions import installed_versions
 
 ORIGIN = "origin.json"
@@ -81,13 +81,10 @@ def write_origin(folder: Path, continues: bool) -> None:
 
     continues: whether earlier starts ran tasks too. Then their commits come first, such as `9c0a465, 2c531f7`.
     """
-    import torch
-
     file = folder / ORIGIN
     earlier = (_read_json(file)["commit"] or "").split(", ") if continues and file.exists() else []
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     origin = {
-        "machine": {"processor": processor_name(), "cores": usable_cores(), "gpus": gpus},
+        "machine": {"processor": processor_name(), "cores": usable_cores(), "gpus": gpu_names()},
         "time": datetime.now(UTC).isoformat(" ", timespec="seconds"),
         "commit": ", ".join(filter(None, dict.fromkeys([*earlier, checkout_commit()]))) or None,
         "versions": installed_versions(),

@@ -16,8 +16,11 @@ def test_commit_names_changes_of_tracked_files(tmp_path, monkeypatch):
     (tmp_path / "package").mkdir()
     module = shutil.copy(provenance.__file__, tmp_path / "package")
     commit = runpy.run_path(module)["checkout_commit"]
-    (tmp_path / "notes").touch()
-    git("add", "notes")
+    (tmp_path / "docs" / "data").mkdir(parents=True)
+    result = tmp_path / "docs" / "data" / "result.json"
+    for file in (tmp_path / "notes", result):
+        file.touch()
+    git("add", "notes", "docs")
     git("commit", "--quiet", "--message=other")
     assert commit() is None, "it is not a file of the repository that it is installed in"
     git("add", "package")
@@ -26,6 +29,7 @@ def test_commit_names_changes_of_tracked_files(tmp_path, monkeypatch):
     clean = commit()
     assert re.fullmatch("[0-9a-f]{12}", clean)
     (tmp_path / "untracked").touch()
+    result.write_text("measured again")
     assert commit() == clean
     (tmp_path / "notes").write_text("changed")
     assert commit() == f"{clean}+changes"

@@ -49,7 +49,9 @@ def read(*arguments):
 def test_choice_points(folders):
     options = ("choice-points", "--model", folders / "choices", "--tokens", 640)
     found = read(*options)
-    assert set(found["measured"]) == {"processor", "cores", "torch", "time", "commit"} and found["data"] == CHOICES
+    assert (
+        set(found["measured"]) == {"processor", "cores", "gpus", "torch", "time", "commit"} and found["data"] == CHOICES
+    )
     [model] = found["models"]
     # The options are those of the training: a phrase has four words and, in its middle, a free one.
     assert [row["choice"]["terms"] for row in model["rows"]] == pytest.approx([1, 3, 5, 8], abs=0.01)
