@@ -12,10 +12,12 @@ from matplotlib.patches import FancyBboxPatch
 Point = tuple[float, float]
 
 PACKAGES: dict[str, tuple[Point, str]] = {
-    "cli": ((1.6, 8.0), "commands"),
-    "experiments, bench": ((4.75, 8.0), "grids of runs, benchmarks"),
-    "pretrain.py": ((7.9, 8.0), "the training program"),
-    "run.py": ((11.2, 8.0), "one run"),
+    "cli": ((1.6, 9.1), "commands"),
+    "experiments, bench": ((4.75, 9.1), "grids of runs, benchmarks"),
+    "pretrain.py": ((7.9, 9.1), "the training program"),
+    "run.py": ((11.2, 9.1), "one run"),
+    "evaluation": ((4.75, 8.0), "lm-eval, code, synthetic tasks"),
+    "analysis": ((7.9, 8.0), "choice points, information, probes"),
     "verify": ((4.75, 6.9), "selfcheck, preflight, start-up checks"),
     "inference": ((7.9, 6.9), "generation with the heads"),
     "training": ((7.9, 5.8), "the loop, rollback, stop signals"),
@@ -30,10 +32,10 @@ PACKAGES: dict[str, tuple[Point, str]] = {
     "distributed": ((1.6, 2.5), "devices, process groups"),
     "config": ((1.6, 1.4), "every key"),
     "metrics.py": ((4.75, 1.4), "records of a step"),
-    "fs.py, versions.py": ((7.9, 1.4), "files, package versions"),
+    "fs.py, provenance.py, ...": ((7.9, 1.4), "files, machine, versions"),
     "errors.py": ((11.2, 1.4), "below all others"),
 }
-"""Middle and purpose of each box: a row is a layer, except that the top row is five and errors.py one of its own."""
+"""Middle and purpose of each box: a row is a layer, except that the top row is four and errors.py one of its own."""
 WIDTH, HEIGHT = 2.8, 0.7
 BATCH, METRIC, CHECKPOINT = "#1f77b4", "#d62728", "#2ca02c"
 PATHS: list[tuple[str, list[Point], Point]] = [
@@ -62,8 +64,8 @@ def box(axes: Axes, name: str, middle: Point, purpose: str) -> None:
 
 
 def main() -> None:
-    figure, axes = plt.subplots(figsize=(11, 7.2), layout="constrained")
-    axes.set(xlim=(0, 12.8), ylim=(0.5, 8.5))
+    figure, axes = plt.subplots(figsize=(11, 8.1), layout="constrained")
+    axes.set(xlim=(0, 12.8), ylim=(0.5, 9.6))
     axes.axis("off")
     for name, (middle, purpose) in PACKAGES.items():
         box(axes, name, middle, purpose)
