@@ -1,1 +1,1 @@
-"""What the heads' losses consist of, and what the trunk knows about upcoming tokens."""
+"""Measurements of the heads' losses, and of what the trunk's output contains about the next tokens."""

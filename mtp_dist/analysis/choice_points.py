@@ -1,4 +1,4 @@
-"""Loss and gradient that n heads assign to choice points and to inconsequential tokens.
+"""Loss and gradient that n heads assign to choices and to inconsequential tokens.
 
 A choice is a token that cannot be predicted and that determines tokens after it, the position before it is a choice
 point; an inconsequential token neither determines others nor is determined. A loss term is a head k at a position s,
@@ -30,7 +30,7 @@ PROFILE_LENGTH = 32
 def measure_choice_points(
     model: TrainedModel, text: MarkedText, limit: int, on_progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Return loss and gradient of about `limit` positions by what they are about, for the first 1..n heads.
+    """Return loss and gradient of about `limit` positions, divided among choices and other tokens, for heads 1..n.
 
     Raise DataError if the text is too short to contain a choice.
     """
@@ -159,5 +159,5 @@ def _named(values: Tensor, names: Iterable[IntEnum]) -> dict[str, float | None]:
 
 
 def _number(value: float) -> float | None:
-    """Return a value as JSON has it: NaN, the mean of nothing, is None."""
+    """Return the value, None for NaN, which JSON does not have."""
     return None if math.isnan(value) else value

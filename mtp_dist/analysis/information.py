@@ -1,4 +1,4 @@
-"""Loss by distance, and how much of it is mutual information of the tokens in between."""
+"""Loss by distance, and the part of it that is mutual information with the tokens in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text with marked choice points, and what the loss terms of its tokens are about."""
+"""A text with marked choices, and the parts of the loss that belong to them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mtp_dist.errors import DataError
 
 
 class Mark(IntEnum):
-    """What a token is in a text with marked choice points."""
+    """Kind of a token."""
 
     INCONSEQUENTIAL = 0
     CHOICE = 1
     DETERMINED = 2
     """Determined by the last choice."""
     OTHER = 3
-    """Not counted, such as the end of a document."""
+    """The end of a document, say, whose loss terms are not counted."""
 
 
 class Part(IntEnum):
-    """What a loss term is about."""
+    """Kind of a loss term."""
 
     CHOICE = 0
     """A choice, or a token that it determines, at a position before the choice."""
@@ -41,7 +41,7 @@ IGNORED = -1
 
 
 class MarkedText(NamedTuple):
-    """A text and what each of its tokens is."""
+    """A text and the kind of each of its tokens."""
 
     tokens: NDArray[np.integer]
     marks: NDArray[np.uint8]
@@ -49,7 +49,7 @@ class MarkedText(NamedTuple):
 
 
 class TermLabels(NamedTuple):
-    """What the loss terms of one batch are about, and where its positions are."""
+    """Kinds of the loss terms of one batch, and distances of its positions and targets from the last choice."""
 
     parts: Tensor
     """A `Part` or IGNORED per term, `[n, B, S]`."""
@@ -89,7 +89,7 @@ class TextTerms:
         return int(((self.marks == mark) & self.counted).sum())
 
     def labels(self, start: int, shape: torch.Size, device: torch.device) -> TermLabels:
-        """Return what the terms of successive positions from `start` on are about, in a batch of that shape."""
+        """Return the labels of the terms of successive positions from `start` on, in a batch of that shape."""
         stop = start + shape.numel()
         positions, parts, offsets = self.index[start:stop], [], []
         for distance in self.distances:

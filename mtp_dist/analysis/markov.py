@@ -93,8 +93,8 @@ class MarkovSource:
     def distance_information(self, distance: int) -> tuple[float, float]:
         """Return H(x_{t+k} | x_t) and I(x_{t+1..t+k-1}; x_{t+k} | x_t) for the distance k, in nats.
 
-        The tokens in between tell what the last of them tells, so the information is H(x_{t+k} | x_t) minus the entropy
-        of the next token.
+        Given the last of the tokens in between, the others add nothing, so the information is H(x_{t+k} | x_t) minus
+        the entropy of the next token.
         """
         entropy = self._entropy(np.linalg.matrix_power(self.transitions, distance))
         return entropy, entropy - self._entropy(self.transitions)

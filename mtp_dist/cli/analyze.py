@@ -40,9 +40,9 @@ def choice_points(
     tokens: Tokens = 32768,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much of the loss and of the trunk's gradient is about choice points, for the first 1, 2, ... heads.
+    """Measure how much of the loss and of the trunk's gradient is about choices, for the first 1, 2, ... heads.
 
-    The table has the paper's count next to it: n(n+1)/2 loss terms per choice point, n per inconsequential token.
+    The table has the paper's count next to it: n(n+1)/2 loss terms per choice, n per inconsequential token.
     """
     from mtp_dist.analysis.choice_points import measure_choice_points
     from mtp_dist.analysis.text import read_marked_text
@@ -67,7 +67,7 @@ def information(
     tokens: Tokens = 65536,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss by distance, and how much of it is mutual information of the tokens in between.
+    """Measure the loss by distance, and how much of it is mutual information with the tokens in between.
 
     Without a model: the entropies of a small Markov source, enumerated exactly.
     """
