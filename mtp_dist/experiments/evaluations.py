@@ -78,8 +78,8 @@ def synthetic(
 ) -> Metrics:
     """Return head 1's accuracy on each group of answers of a synthetic task, such as `accuracy/path`, and its chance.
 
-    task: such as `induction`. options: parameters of the held-out documents where they differ from those of the
-    training. pools: further groups by name, each with the groups whose answers it has.
+    task: such as `induction`. options: parameters of the held-out documents that differ from those of the training.
+    pools: further groups by name, each with the groups whose answers it has.
     """
     from mtp_dist.evaluation.synthetic import evaluate_synthetic
 

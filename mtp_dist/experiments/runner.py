@@ -18,7 +18,7 @@ from mtp_dist.experiments.tasks import Task
 
 POLL_INTERVAL_S = 0.2
 NICENESS = 10
-"""Lowers the priority of the trainings, so that the machine stays usable."""
+"""Niceness added to the tasks, so that the machine stays usable."""
 LOCK = "experiment.lock"
 LOCK_TIMEOUT_S = 60.0
 """Seconds that the processes of a killed start have to save and end."""
@@ -33,15 +33,15 @@ class Observer(Protocol):
     def on_start(self, task: Task) -> None: ...
 
     def on_poll(self, running: Sequence[Task]) -> None:
-        """Called some times per second."""
+        """Show how far the tasks are; called several times per second."""
 
     def on_end(self, task: Task, failure: str | None) -> None:
-        """failure: why the task has no result."""
+        """Show that a task has ended. failure: why it has no result, if so."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of an experiment's tasks."""
+    """The outcome of an experiment's tasks."""
 
     failures: Mapping[Task, str]
     """Why a task has no result."""
@@ -81,7 +81,8 @@ def device_slots(ranks: int, cores: int, gpus: Sequence[str], runs_per_gpu: int)
 def hold_lock(folder: Path, on_wait: Callable[[], None]) -> Iterator[int]:
     """Hold the lock of an experiment's folder and yield its file descriptor, which the trainings inherit.
 
-    So it is free only when the trainings of a killed start have ended too. Raise LaunchError after a minute.
+    So it is free only when the trainings of a killed start have ended too. Raise LaunchError if it is not within
+    LOCK_TIMEOUT_S.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline, is_waiting = time.monotonic() + LOCK_TIMEOUT_S, False

@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mtp_dist.errors import LaunchError
@@ -28,22 +28,24 @@ def submit(experiment: Experiment, runs: Sequence[Run]) -> list[str]:
     starts = {run.training.start.folder: run.training.start for run in runs if run.training.start}
     jobs: list[str] = []
     for name, trainings in (("pretraining", [*starts.values()]), ("training", [run.training for run in runs])):
-        if unfinished := [training for training in trainings if not is_trained(training)]:
+        # Tasks of an earlier submission may still read their configurations: a training keeps its number.
+        if unfinished := {n: training for n, training in enumerate(trainings) if not is_trained(training)}:
             jobs.append(_submit_array(experiment, name, unfinished, jobs))
     return jobs
 
 
-def _submit_array(experiment: Experiment, name: str, trainings: Sequence[Training], after: Sequence[str]) -> str:
+def _submit_array(experiment: Experiment, name: str, trainings: Mapping[int, Training], after: Sequence[str]) -> str:
+    """Submit an array of trainings by their numbers, in which alone the names of their configurations differ."""
     folder = Path(experiment.output_dir, "slurm", name)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number, training in enumerate(trainings):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, training in trainings.items():
         write_config(training)
-        # The names of an array's configurations differ in the task's number only.
-        (folder / f"{number}.yaml").symlink_to(config_path(training).resolve())
+        link = folder / f"{number}.yaml"
+        link.unlink(missing_ok=True)
+        link.symlink_to(config_path(training).resolve())
     options = [f"--{option}={value}" for option, value in experiment.slurm.items()]
     options += [f"--dependency=afterok:{job}" for job in after]
-    command = ["sbatch", "--parsable", f"--array=0-{len(trainings) - 1}", *options, str(SCRIPT)]
+    command = ["sbatch", "--parsable", f"--array={','.join(map(str, trainings))}", *options, str(SCRIPT)]
     command += ["--config", str(folder / "%a.yaml")]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:

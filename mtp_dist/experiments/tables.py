@@ -57,7 +57,7 @@ def markdown_table(rows: Rows) -> str:
 
 
 def origin(result: Result) -> str:
-    """Return where, when and from which code a result is."""
+    """Return the command, machine, time, commit and versions that a result was made with."""
     machine = result["machine"]
     place = ", ".join(machine["gpus"]) or f"{machine['processor']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)

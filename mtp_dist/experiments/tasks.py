@@ -94,7 +94,8 @@ def is_trained(training: Training) -> bool:
 def resume_from(training: Training) -> str:
     """Return the training's `checkpoint.resume`.
 
-    That is `none` after a kill between the last checkpoint and the summary, which no later start would write.
+    That is `none` after a kill between the last checkpoint and the summary: a run that resumes from its last step
+    writes no summary.
     """
     return "none" if (training.folder / "checkpoints" / f"step_{training.steps:08d}").exists() else "auto"
 

@@ -204,9 +204,9 @@ def test_slurm_gets_an_array_of_the_unfinished_trainings(load, write, tmp_path, 
     folder = tmp_path / "out/slurm"
     common = "--nodes=1 --time=1:00:00"
     last = "launchers/slurm/pretrain.sbatch --config"
-    assert first == f"--parsable --array=0-3 {common} {last} {folder}/pretraining/%a.yaml"
-    assert second == f"--parsable --array=0-1 {common} --dependency=afterok:1 {last} {folder}/training/%a.yaml"
-    config = yaml.safe_load((folder / "training/1.yaml").read_text())
+    assert first == f"--parsable --array=0,1,2,3 {common} {last} {folder}/pretraining/%a.yaml"
+    assert second == f"--parsable --array=1,3 {common} --dependency=afterok:1 {last} {folder}/training/%a.yaml"
+    config = yaml.safe_load((folder / "training/3.yaml").read_text())
     assert config["run"]["output_dir"] == str(runs[3].training.folder)
     assert config["checkpoint"]["initial_weights"] == str(runs[3].training.start.folder)
     (programs / "sbatch").write_text("#!/bin/sh\necho 'error: no partition' >&2\nexit 1\n")
