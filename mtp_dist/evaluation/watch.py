@@ -17,6 +17,7 @@ from typing import Any
 from mtp_dist.checkpoint.find import finished_checkpoints
 from mtp_dist.checkpoint.format import MANIFEST
 from mtp_dist.errors import CheckpointError, DataError
+from mtp_dist.fs import explain_os_errors
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,10 @@ EVALUATIONS = "evaluations.jsonl"
 TENSORBOARD_FOLDER = "evaluation"
 """A folder in the run's own: of several event files in one folder, TensorBoard may follow the newest one only."""
 POLL_SECONDS = 10.0
+LOCK = "run.lock"
+"""A file in the run's folder that exists while the run trains, with a number that it increases every 10 seconds."""
+ENDED_AFTER_S = 900.0
+"""Time without a change of the lock after which the training counts as ended: a restart takes less."""
 
 Metrics = dict[str, float]
 """Values by `<task>/<metric>`."""
@@ -47,14 +52,16 @@ def watch(
     """Evaluate each checkpoint of a run, by step, and yield its result after it has been written, until the run ends.
 
     label: the evaluation and its settings; a checkpoint with a line of this label is not evaluated again. once: end
-    after the checkpoints that exist. Raise DataError if the folder does not contain a run, and what `evaluate` raises,
-    but for checkpoints that are corrupt or deleted meanwhile: these are skipped with a warning.
+    after the checkpoints that exist. Raise DataError if the folder does not contain a run, or if its training has ended
+    before its last step, and what `evaluate` raises, but for checkpoints that are corrupt or deleted meanwhile: these
+    are skipped with a warning.
     """
     if not (run / "run.json").exists():
         raise DataError(
             f"--watch = '{run}' has no run.json: give the folder of a run that has started, such as runs/demo"
         )
     seen = _evaluated(run, label)
+    lock, last_change = _lock(run), time.monotonic()
     while True:
         is_last_pass = once or _has_finished(run)
         for step, folder in reversed(finished_checkpoints(_checkpoint_dir(run)).items()):
@@ -63,11 +70,28 @@ def watch(
                 continue
             seen.add(checkpoint)
             if (metrics := _evaluate(folder, evaluate)) is not None:
-                _write(run, checkpoint, label, metrics)
+                with explain_os_errors(run / EVALUATIONS, "write"):
+                    _write(run, checkpoint, label, metrics)
                 yield Evaluation(step, metrics)
+            last_change = time.monotonic()  # meanwhile the training may have ended and started again
         if is_last_pass:
             return
+        if (now := _lock(run)) != lock:
+            lock, last_change = now, time.monotonic()
+        elif time.monotonic() - last_change > ENDED_AFTER_S:
+            raise DataError(
+                f"--watch = '{run}': its training has not run for {ENDED_AFTER_S / 60:g} minutes and has not reached "
+                "its last step. All its checkpoints are evaluated; repeat this command when the training is resumed"
+            )
         time.sleep(poll_seconds)
+
+
+def _lock(run: Path) -> bytes:
+    """Return the content of the run's lock; empty if the run does not train."""
+    try:
+        return (run / LOCK).read_bytes()
+    except OSError:
+        return b""
 
 
 def _evaluate(folder: Path, evaluate: Callable[[Path], Metrics]) -> Metrics | None:
@@ -85,7 +109,7 @@ def _evaluate(folder: Path, evaluate: Callable[[Path], Metrics]) -> Metrics | No
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return what tells a checkpoint from a later one of the same step, after a rollback; empty if it is deleted."""
+    """Return a hash, other than that of a later checkpoint of the same step after a rollback; empty if it is deleted."""
     try:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
     except OSError:

@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mtp_dist.checkpoint.format import InvalidCheckpointError
-from mtp_dist.errors import ConfigError, UserError
+from mtp_dist.errors import ConfigError, DataError, UserError
+from mtp_dist.evaluation import watch as watch_module
 from mtp_dist.evaluation.watch import Metrics, watch
+from mtp_dist.training.run_lock import LOCK
 from tests.unit.monitoring.test_writers import read_tensorboard
 
 LABEL = "lm-eval --tasks t"
@@ -72,6 +75,33 @@ def test_each_checkpoint_is_evaluated_once(run: Path) -> None:
     save(run, 20, "trained again after a rollback")
     assert steps(run) == [20]
     assert steps(run, label="lm-eval --tasks another") == [10, 20, 25, 28, 30]
+
+
+def test_watch_ends_if_the_training_has_ended(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits during restarts of 10 minutes, also if the second one is over when a slow evaluation ends."""
+    trains = (range(1000), range(1600, 4500), range(5100, 9200))
+    write_json(run / "run.json", config={"train": {"steps": 9999}, "log": {"tensorboard": False}})
+    clock = SimpleNamespace(seconds=0, monotonic=lambda: clock.seconds, sleep=lambda seconds: forward(seconds))
+
+    def forward(seconds: int) -> None:
+        clock.seconds += seconds
+        (run / LOCK).unlink(missing_ok=True)
+        if any(clock.seconds in interval for interval in trains):
+            (run / LOCK).write_text(str(clock.seconds // 10))
+        if clock.seconds in (1020, 9100):
+            save(run, clock.seconds)
+
+    def slowly(folder: Path) -> Metrics:
+        if folder.name == "step_00001020":
+            forward(3600)
+        return evaluate(folder)
+
+    monkeypatch.setattr(watch_module, "time", clock)
+    found = watch(run, LABEL, slowly, poll_seconds=20)
+    assert [next(found).step for _ in range(4)] == [10, 20, 1020, 9100]
+    with pytest.raises(DataError, match="its training has not run for 15 minutes and has not reached its last step"):
+        next(found)
+    assert 10_100 <= clock.seconds <= 10_200
 
 
 def test_results_are_in_tensorboard(run: Path) -> None:
