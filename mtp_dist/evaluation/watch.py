@@ -109,7 +109,7 @@ def _evaluate(folder: Path, evaluate: Callable[[Path], Metrics]) -> Metrics | No
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return a hash, other than that of a later checkpoint of the same step after a rollback; empty if it is deleted."""
+    """Return a hash that differs from those of later checkpoints of the same step; empty if it is deleted."""
     try:
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
     except OSError:
