@@ -20,9 +20,10 @@ def examples(text):
         if not isinstance(function, ast.FunctionDef) or ast.get_docstring(function) is None or len(function.body) < 2:
             continue
         lines = text.splitlines(keepends=True)
-        indent = function.col_offset
+        indent = " " * function.col_offset
         first, body, end = function.lineno - 1, function.body[1].lineno - 1, function.end_lineno
-        prompt, completion = ("".join(line[indent:] for line in part) for part in (lines[first:body], lines[body:end]))
+        parts = (lines[first:body], lines[body:end])
+        prompt, completion = ("".join(line.removeprefix(indent) for line in part) for part in parts)
         if len((prompt + completion).encode()) <= MAX_BYTES:
             yield {"prompt": prompt, "completion": completion}
 
