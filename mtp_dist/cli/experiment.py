@@ -76,8 +76,10 @@ def _list_experiments(as_json: bool) -> None:
 
 def _submit(settings: "Experiment", runs: Sequence["Run"], as_json: bool) -> None:
     from mtp_dist.experiments.slurm import submit
+    from mtp_dist.fs import explain_os_errors
 
-    jobs = submit(settings, runs)
+    with explain_os_errors(Path(settings.output_dir), "write"):
+        jobs = submit(settings, runs)
     text = f"submitted the arrays {', '.join(jobs)}" if jobs else "all trainings are finished"
     show_result({"jobs": jobs}, as_json, Text(f"{text}; then the same command without --slurm evaluates them"))
 
@@ -89,6 +91,7 @@ def _run(path: Path, preset: str, settings: "Experiment", runs: Sequence["Run"],
     from mtp_dist.experiments.results import write_origin
     from mtp_dist.experiments.runner import TaskRunner, device_slots, hold_lock, visible_gpus
     from mtp_dist.experiments.tasks import plan
+    from mtp_dist.fs import explain_os_errors
     from mtp_dist.provenance import usable_cores
     from mtp_dist.training.stopping import exit_status
 
@@ -97,7 +100,7 @@ def _run(path: Path, preset: str, settings: "Experiment", runs: Sequence["Run"],
     slots = device_slots(settings.ranks, usable_cores(), gpus, settings.runs_per_gpu)
     folder = Path(settings.output_dir)
     waits = "waiting for the processes of an earlier start to end"
-    with hold_lock(folder, lambda: typer.echo(waits, err=True)) as lock:
+    with explain_os_errors(folder, "write"), hold_lock(folder, lambda: typer.echo(waits, err=True)) as lock:
         tasks = plan(settings, runs)
         if not all(task.is_done() for task in tasks):
             write_origin(folder, continues=any(task.log.exists() for task in tasks))

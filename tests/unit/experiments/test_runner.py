@@ -214,11 +214,14 @@ def test_slurm_gets_an_array_of_the_unfinished_trainings(load, write, tmp_path, 
         submit(experiment, runs)
 
 
-def test_mistakes_on_the_command_line_are_one_message(write):
+def test_mistakes_on_the_command_line_are_one_message(write, tmp_path):
+    below_a_file = f"{tmp_path}/tiny.yaml/out"
+    no_folder = write(**{"presets/small/output_dir": below_a_file}).rename(tmp_path / "other.yaml")
     path = write(evaluation={"function": "code", "options": {"benchmark": "mbpp"}})
     for arguments, message in (
         ([], "name an experiment, such as"),
         ([str(path)], f"{path}: evaluation.function = 'code' ex"),
+        ([str(no_folder)], f"cannot write {below_a_file} (Not a directory): fix that"),
     ):
         command = [sys.executable, "-m", "mtp_dist.cli", "experiment", *arguments]
         finished = subprocess.run(command, capture_output=True, text=True)
