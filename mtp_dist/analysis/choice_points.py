@@ -66,8 +66,12 @@ def head_gradients(model: TrainedModel, batch: MicroBatch, labels: TermLabels) -
         losses = cross_entropies(logits, targets)
         losses = losses.masked_fill(parts == IGNORED, 0.0)
         sums = [losses.where(parts == part, 0.0).sum() for part in Part]
-        gradients = [torch.autograd.grad(part, z, retain_graph=True, allow_unused=True)[0] for part in sums]
-        yield losses.detach(), torch.stack([torch.zeros_like(z) if grad is None else grad for grad in gradients])
+        # Heads that `heads.detach` separates from the trunk have no gradient.
+        gradients = [
+            torch.autograd.grad(part, z, retain_graph=True)[0] if part.requires_grad else torch.zeros_like(z)
+            for part in sums
+        ]
+        yield losses.detach(), torch.stack(gradients)
 
 
 class Tally:

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 from mtp_dist.analysis.choice_points import NEXT_MARKS, measure_choice_points
 from mtp_dist.analysis.marked_text import Mark, MarkedText
+from mtp_dist.analysis.trained_model import TrainedModel
 from mtp_dist.errors import DataError
 from mtp_dist.model.reference import attention_mask
+from tests.unit.convert.folders import write_model
 
 HEADS, LENGTH, WINDOWS = 4, 16, 7
 POSITIONS = LENGTH * WINDOWS
@@ -92,6 +94,16 @@ def test_terms_nats_and_gradients_are_those_of_each_term(model):
         for name, (together, separate) in norms.items():
             assert row["gradient_share"][name] == pytest.approx(together / all_norms, rel=1e-4)
             assert row["alignment"][name] == pytest.approx(together / separate, rel=1e-4)
+
+
+def test_trunk_of_detached_heads_learns_from_head_1(tmp_path):
+    write_model(tmp_path / "detached", heads={"detach": True})
+    model = TrainedModel.open(tmp_path / "detached")
+    first, *others = measure_choice_points(model, marked_text(), POSITIONS, lambda done, total: None)["rows"]
+    for row in others:
+        assert row["choice"]["gradient"] == pytest.approx(first["choice"]["gradient"])
+        assert row["gradient_share"] == pytest.approx(first["gradient_share"])
+        assert row["choice"]["nats"] > 2 * first["choice"]["nats"]
 
 
 def test_text_without_a_complete_choice_is_rejected(model):
