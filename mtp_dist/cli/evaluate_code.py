@@ -49,7 +49,7 @@ Heads = Annotated[
     typer.Option(metavar="K", help="Number of heads that predict. By default as many as are fastest."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Evaluate the first problems only.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Processor time of a program, in seconds.")]
+Timeout = Annotated[float, typer.Option(min=0.1, max=3600, help="Processor time of a program, in seconds.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Programs that run at once; by default one per core.")]
 Allow = Annotated[
     bool, typer.Option("--allow-code-execution", help="Execute the code that the model has written, in a sandbox.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from mtp_dist.errors import DataError
 from mtp_dist.evaluation.problems import Problem
@@ -21,7 +21,7 @@ class Sample(BaseModel):
 
     task_id: str
     completion: str
-    temperature: float | None = None
+    temperature: FiniteFloat | None = None
     model: str | None = None
     """Identity of the model that wrote it."""
     tokens: int = 0
@@ -30,7 +30,7 @@ class Sample(BaseModel):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What to sample."""
+    """The completions to sample."""
 
     temperatures: Sequence[float]
     samples: int

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -113,6 +114,9 @@ def read_problems(file: Path) -> list[Problem]:
             ) from None
     if not problems:
         raise DataError(f"{file} has no problems")
+    task_id, count = Counter(problem.task_id for problem in problems).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{file} has {count} problems with the task_id {task_id!r}: give each its own")
     return problems
 
 

@@ -147,9 +147,14 @@ def _config(run: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is no file, as while a new run archives those of another."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): restore it, or give --watch another run") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not contain a JSON object: give --watch the folder of a run")
+    return content
 
 
 def _write(run: Path, checkpoint: tuple[int, str], label: str, metrics: Metrics) -> None:

