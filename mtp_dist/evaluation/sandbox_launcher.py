@@ -79,6 +79,7 @@ PIVOT_ROOT = (155, 41)
 MOUNT_SETATTR = 442
 CLONE, CLONE3 = (56, 220), 435
 SOCKETPAIR, AF_UNIX = (53, 199), 1
+PRCTL = (157, 167)
 DENIED = {
     "fork": (57, None),
     "vfork": (58, None),
@@ -217,6 +218,8 @@ def deny_system_calls() -> None:
     program += [(equal, 0, 1, CLONE3), (answer, 0, 0, SECCOMP_RET_ERRNO | ENOSYS)]
     allow = (answer, 0, 0, SECCOMP_RET_ALLOW)
     program += [(equal, 0, 4, CLONE[machine]), (load, 0, 0, 16), (any_bit, 0, 1, CLONE_THREAD), allow, fail]
+    # Without its signal the program could outlive this one, and its time.
+    program += [(equal, 0, 4, PRCTL[machine]), (load, 0, 0, 16), (equal, 1, 0, PR_SET_PDEATHSIG), allow, fail]
     program += [(equal, 0, 4, SOCKETPAIR[machine]), (load, 0, 0, 16), (equal, 0, 1, AF_UNIX), allow, fail, allow]
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
     header = struct.pack("@HP", len(program), ctypes.addressof(code))

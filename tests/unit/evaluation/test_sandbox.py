@@ -62,6 +62,10 @@ LIMITS = {
     "socket": (CONNECT.format("127.0.0.1"), NOT_PERMITTED),
     "pairs of sockets": ("import socket; socket.socketpair(); socket.socketpair(socket.AF_INET)", NOT_PERMITTED),
     "interfaces of the kernel": (CALL, PASSES),
+    "outlive the parent": (
+        "import ctypes; call = ctypes.CDLL(None).prctl; assert (call(1, 0), call(15, b'name')) == (-1, 0)",
+        PASSES,
+    ),
     "control characters": ("raise type('\\x1b[1m', (Exception,), {})('\\n')", "?[1m: ?"),
 }
 """Programs that end the same way with and without namespaces, and how."""
