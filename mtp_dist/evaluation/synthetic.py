@@ -114,14 +114,14 @@ def score_documents(generator: Generator, documents: Sequence[Document], scores:
     ids = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=generator.model.device)
     correct = (generator.model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]).cpu()
     for document, correct_next in zip(documents, correct, strict=True):
-        for group, is_right, chance in _judged(document, correct_next, len(prefix)):
+        for group, is_right, chance in _scored_answers(document, correct_next, len(prefix)):
             score = scores.setdefault(group, Score())
             score.correct += is_right
             score.total += 1
             score.guessed += chance
 
 
-def _judged(document: Document, correct_next: Tensor, prefix: int) -> Iterator[tuple[str, bool, float]]:
+def _scored_answers(document: Document, correct_next: Tensor, prefix: int) -> Iterator[tuple[str, bool, float]]:
     """Yield each answer's group, whether it is right, and its chance.
 
     correct_next: whether the most probable token after each position is right. prefix: number of tokens before the

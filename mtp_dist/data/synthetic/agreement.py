@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_from_split
 
 PEOPLE = tuple("Anna Ben Clara David Emma Felix Greta Hans Ida Jonas Karl Lena".split())
 VERBS = tuple("findet kauft malt sieht sucht verkauft zeichnet".split())
@@ -46,7 +46,7 @@ class Agreement(Task):
     )
 
     def draw(self, random: Random, split: HeldOutSplit) -> Document:
-        facts = draw_of_split(lambda: self._facts(random), lambda drawn: str(sorted(drawn.items())), split)
+        facts = draw_from_split(lambda: self._facts(random), lambda drawn: str(sorted(drawn.items())), split)
         words = [word for person, noun in facts.items() for word in (person, noun, ".")]
         answers = []
         genders = Counter(GENDER[noun] for noun in facts.values())

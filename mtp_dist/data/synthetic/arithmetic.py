@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_from_split
 
 MODULUS = 7
 OPERATORS = ("neg", "+", "*", "o")
@@ -31,7 +31,7 @@ class Arithmetic(Task):
 
     def draw(self, random: Random, split: HeldOutSplit) -> Document:
         operations = random.randint(1, self.operations)
-        expression, value = draw_of_split(
+        expression, value = draw_from_split(
             lambda: self._expression(operations, random), lambda drawn: " ".join(drawn[0]), split
         )
         words = (*expression, "=", *map(str, value))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_from_split
 
 PHRASES = 12
 MAX_BRANCHES = MAX_LENGTH = 16
@@ -32,7 +32,7 @@ class Choices(Task):
     )
 
     def draw(self, random: Random, split: HeldOutSplit) -> Document:
-        chosen = draw_of_split(lambda: random.choices(LETTERS[: self.branches], k=PHRASES), "".join, split)
+        chosen = draw_from_split(lambda: random.choices(LETTERS[: self.branches], k=PHRASES), "".join, split)
         words: list[str] = []
         answers: list[Answer] = []
 

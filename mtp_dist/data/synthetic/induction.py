@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_from_split
 
 SYLLABLES = tuple(consonant + vowel for consonant in "bdkl" for vowel in "aeiou")
 FIRST = tuple(syllable.capitalize() for syllable in SYLLABLES)
@@ -57,7 +57,7 @@ class Induction(Task):
 
     def draw(self, random: Random, split: HeldOutSplit) -> Document:
         new = split == "validation" or random.random() < self.new_names
-        names = draw_of_split(lambda: self._names(new, random), lambda drawn: str(sorted(drawn)), split)
+        names = draw_from_split(lambda: self._names(new, random), lambda drawn: str(sorted(drawn)), split)
         words: list[str] = []
         answers: list[Answer] = []
         for name in names:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
-from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_of_split
+from mtp_dist.data.synthetic.task import Answer, Document, HeldOutSplit, Task, draw_from_split
 
 LABELS = tuple(str(node) for node in range(100))
 
@@ -36,7 +36,7 @@ class StarGraph(Task):
         return None
 
     def draw(self, random: Random, split: HeldOutSplit) -> Document:
-        arms = draw_of_split(lambda: self._arms(random), lambda arms: f"{arms[0]} {sorted(arms)}", split)
+        arms = draw_from_split(lambda: self._arms(random), lambda arms: f"{arms[0]} {sorted(arms)}", split)
         edges = [arm[step : step + 2] for arm in arms for step in range(self.length - 1)]
         random.shuffle(edges)
         path = arms[0]

@@ -23,7 +23,7 @@ class Answer(NamedTuple):
     """Consecutive words of a document that an evaluation counts as right or wrong together."""
 
     group: str
-    """Name of the figure that the answer counts for."""
+    """Name of the accuracy that the answer counts for."""
     start: int
     """Index of its first word."""
     end: int
@@ -58,7 +58,7 @@ class Task(ABC):
         """Return a random document of a split."""
 
 
-def draw_of_split(draw: Callable[[], T], key: Callable[[T], str], split: HeldOutSplit) -> T:
+def draw_from_split(draw: Callable[[], T], key: Callable[[T], str], split: HeldOutSplit) -> T:
     """Return the first of several draws that belongs to the split, as its key decides: so the splits are disjoint.
 
     Raise ConfigError if none does.
