@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -41,12 +42,15 @@ def sample_missing(
     total = len(options.temperatures) * options.samples * len(prompts)
     completed = total - sum(len(tasks) for _, tasks in missing)
     size = options.batch_size or (CPU_BATCH if generator.model.device.type == "cpu" else GPU_BATCH)
+    new_tokens = {
+        task: max(0, min(options.max_new_tokens, generator.positions - len(prompt))) for task, prompt in prompts.items()
+    }
     for temperature, tasks in missing:
         tasks.sort(key=lambda task: len(prompts[task]))  # rows of a batch are padded to the longest
-        for start in range(0, len(tasks), size):
+        for batch in _batches(tasks, size, new_tokens):
             on_progress(completed, total)
-            batch = tasks[start : start + size]
-            completions = _complete(generator, [prompts[task] for task in batch], temperature, benchmark, options)
+            rows = [prompts[task] for task in batch]
+            completions = _complete(generator, rows, temperature, benchmark, options, new_tokens[batch[0]])
             new = [
                 Sample(task_id=task, temperature=temperature, model=model, **vars(completion))
                 for task, completion in zip(batch, completions, strict=True)
@@ -78,6 +82,14 @@ def _missing(
     ]
 
 
+def _batches(tasks: Sequence[str], size: int, new_tokens: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield up to `size` tasks at a time with the same number of new tokens: a longer prompt would leave fewer."""
+    for _, group in groupby(tasks, new_tokens.__getitem__):
+        rest = list(group)
+        for start in range(0, len(rest), size):
+            yield rest[start : start + size]
+
+
 @dataclass
 class _Completion:
     completion: str = ""
@@ -91,24 +103,22 @@ def _complete(
     temperature: float,
     benchmark: Benchmark,
     options: SamplingOptions,
+    new_tokens: int,
 ) -> list[_Completion]:
-    """Sample a completion of each prompt. It is empty if the prompt has as many tokens as the texts of the training."""
+    """Sample a completion of each prompt. It is empty if `new_tokens` is 0: the prompt leaves no position."""
     completions = [_Completion() for _ in prompts]
-    rows = [row for row, prompt in enumerate(prompts) if len(prompt) < generator.positions]
-    if not rows:
+    if not new_tokens:
         return completions
 
     def count(row: int, tokens: Sequence[int], accepted: int) -> None:
-        completions[rows[row]].tokens += len(tokens)
-        completions[rows[row]].forward_passes += 1
+        completions[row].tokens += len(tokens)
+        completions[row].forward_passes += 1
 
-    fitting = [prompts[row] for row in rows]
-    new_tokens = min(options.max_new_tokens, generator.positions - max(map(len, fitting)))
     speculation = Speculation(options.heads, on_tokens=count)
-    texts = generator.generate(fitting, new_tokens, temperature, speculation, stop_strings=benchmark.stop_strings)
-    for row, tokens in zip(rows, texts, strict=True):
-        detokenizer = Detokenizer(generator.tokenizer, prompts[row])
+    texts = generator.generate(prompts, new_tokens, temperature, speculation, stop_strings=benchmark.stop_strings)
+    for completion, prompt, tokens in zip(completions, prompts, texts, strict=True):
+        detokenizer = Detokenizer(generator.tokenizer, prompt)
         text = detokenizer.add(tokens) + detokenizer.end()
         ends = [end for stop in benchmark.stop_strings if (end := text.find(stop)) >= 0]
-        completions[row].completion = text[: min(ends, default=len(text))]
+        completion.completion = text[: min(ends, default=len(text))]
     return completions

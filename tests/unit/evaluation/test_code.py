@@ -4,6 +4,7 @@ import ast
 import gzip
 import json
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -196,12 +197,12 @@ def test_sampling_continues_after_a_kill(generator, problems, tmp_path):
 
     def stop_after_two_batches(done, total):
         progress.append((done, total))
-        if done == 8:
+        if done == 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         sample_missing(generator, benchmark, problems, options, file, stop_after_two_batches)
-    assert progress == [(0, 18), (4, 18), (8, 18)]
+    assert progress == [(0, 18), (4, 18), (6, 18)]
     before = file.read_text()
     file.write_text(before + '{"task_id": "T/0", "compl')  # a power failure
 
@@ -236,6 +237,21 @@ def test_completion_ends_before_a_stop_string(generator, problems, tmp_path, mon
     options = SamplingOptions([1.0], samples=1, max_new_tokens=8, limit=1)
     [sample] = sample_missing(generator, benchmark, problems, options, tmp_path / "samples", ignore)
     assert sample.completion == "    return x\n"
+
+
+def test_completions_do_not_depend_on_their_batch(generator, problems, tmp_path, monkeypatch):
+    """A longer prompt in the batch would leave fewer positions for the others."""
+
+    def generate(self, prompts, max_new_tokens, temperature, speculation, stop_strings):
+        return [[ord("x")] * min(max_new_tokens, self.positions - max(map(len, prompts))) for _ in prompts]
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    problems = [replace(problems[0], task_id=str(length), prompt="p" * length) for length in (5, 10, 40, 50, 70)]
+    options = SamplingOptions([1.0], samples=2, max_new_tokens=30)
+    samples = sample_missing(generator, BENCHMARKS["humaneval"], problems, options, tmp_path / "samples", ignore)
+    room = generator.positions - len(generator.prompt_ids(""))
+    lengths = {(sample.task_id, len(sample.completion)) for sample in samples}
+    assert lengths == {("5", 30), ("10", 30), ("40", room - 40), ("50", room - 50), ("70", 0)}
 
 
 def test_samples_of_another_process_differ(generator, problems, tmp_path):
