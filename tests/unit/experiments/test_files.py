@@ -1,8 +1,13 @@
 """Experiment files: mistakes, presets, and the grid of runs."""
 
+from statistics import fmean
+
 import pytest
 
 from mtp_dist.config import build_config
+from mtp_dist.config.loader import synthetic_options
+from mtp_dist.data.synthetic.task import TaskCorpus
+from mtp_dist.data.synthetic.tasks import build_task, task_kind
 from mtp_dist.errors import ConfigError
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.schema import FOLDER, available, find_experiment, load_experiment, presets
@@ -165,6 +170,24 @@ def test_experiments_of_the_project_are_valid(name, preset):
         heads = config.heads.num_blocks * config.heads.block_layers
         layers.setdefault(others, set()).add(config.model.trunk_layers + heads)
     assert all(len(found) == 1 for found in layers.values()), "the compared models differ in size"
+
+
+@pytest.mark.parametrize(("name", "preset"), EXPERIMENTS)
+def test_a_task_is_learned_20_points_above_chance(name, preset):
+    path = find_experiment(name)
+    experiment = load_experiment(path, preset)
+    compare, options = experiment.compare, experiment.evaluation.options
+    if compare.learned_at is None:
+        return
+    kind = task_kind(options["task"], "task")
+    trained = build_config(expand(path, experiment)[0].training.config).data.train[0].options
+    parameters = (trained.model_dump(exclude_none=True) if trained else {}) | options.get("options", {})
+    task = TaskCorpus(build_task(kind, synthetic_options(parameters), ""), "validation", 0)
+    group = compare.metric.removeprefix("accuracy/")
+    groups = options.get("pools", {}).get(group, [group])
+    answers = [answer for number in range(2000) for answer in task.document(number).answers]
+    chance = fmean(answer.chance for answer in answers if answer.group in groups)
+    assert compare.learned_at == pytest.approx(chance + 0.2, abs=0.01)
 
 
 def test_example_of_the_docs_is_valid(tmp_path):
