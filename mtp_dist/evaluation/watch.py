@@ -60,6 +60,8 @@ def watch(
         raise DataError(
             f"--watch = '{run}' has no run.json: give the folder of a run that has started, such as runs/demo"
         )
+    if (directory := _checkpoint_dir(run)) != run / "checkpoints" and not directory.is_dir():
+        logger.warning("%s does not exist yet; a relative path begins where the training was started", directory)
     seen = _evaluated(run, label)
     lock, last_change = _lock(run), time.monotonic()
     while True:

@@ -113,11 +113,15 @@ def test_results_are_in_tensorboard(run: Path) -> None:
     assert not [path for path in (run / "tensorboard").iterdir() if path.is_file()]
 
 
-def test_runs_without_tensorboard_and_with_another_checkpoint_folder(run: Path, tmp_path: Path) -> None:
+def test_runs_without_tensorboard_and_with_another_checkpoint_folder(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     config = {"train": {"steps": 30}, "checkpoint": {"directory": str(tmp_path / "elsewhere")}}
     write_json(run / "run.json", config=config | {"log": {"tensorboard": False}})
-    assert steps(run) == [10, 20] and not (run / "tensorboard").exists()
+    assert steps(run) == [10, 20] and not (run / "tensorboard").exists() and not caplog.messages
+    write_json(run / "run.json", config={"checkpoint": {"directory": "folder"}})
+    assert steps(run) == [] and caplog.messages[0].startswith("folder does not exist yet; ")
 
 
 @pytest.mark.parametrize(
