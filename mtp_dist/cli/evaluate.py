@@ -1,4 +1,4 @@
-"""`mtp-dist evaluate`: what a trained model can do."""
+"""`mtp-dist evaluate`."""
 
 import typer
 

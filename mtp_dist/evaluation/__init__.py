@@ -1,1 +1,1 @@
-"""What trained models can do: tasks of lm-eval, code that they write, checkpoints of a running training."""
+"""Evaluation of trained models: lm-eval, generated code, synthetic tasks, and the checkpoints of a running training."""

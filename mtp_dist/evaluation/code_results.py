@@ -12,7 +12,7 @@ from mtp_dist.evaluation.problems import Problem
 from mtp_dist.evaluation.sandbox import Outcome, Sandbox, run_programs
 
 KS = (1, 10, 100)
-"""Those of the paper's tables."""
+"""The k of pass@k in the paper's tables."""
 
 
 def execute_samples(

@@ -28,7 +28,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Which examples of the tasks a model sees."""
+    """The examples that each task evaluates, and the solved ones before each."""
 
     num_fewshot: int | None = None
     """Number of solved examples before each question; by default the task's own."""

@@ -66,7 +66,7 @@ class Problem:
 
     task_id: str
     prompt: str
-    """What the model continues."""
+    """Text that the model continues."""
     program: Callable[[str], str]
     """Returns the program that ends without an exception if a completion of the prompt is right."""
 

@@ -46,7 +46,7 @@ class Sandbox:
     memory_bytes: int = 2**30
     """Address space of the program, which is one process."""
     is_isolated: bool = True
-    """Whether namespaces hide files, processes and the network. Otherwise a program may write what the user may."""
+    """True if namespaces hide files, processes and the network. Otherwise a program may write what the user may."""
 
     def check(self) -> None:
         """Raise LaunchError if a program cannot be confined on this machine."""
