@@ -160,6 +160,13 @@ def test_command_prints_and_writes_results(command: Command, tmp_path: Path) -> 
     assert all(word in table for word in ("python_docs_choice", "acc", "standard error"))
 
 
+def test_results_that_cannot_be_written_are_printed(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command(tasks="python_docs_choice", output="/nowhere/r.json", as_json=True)
+    output, errors = capsys.readouterr()
+    assert json.loads(output)["metrics"] and errors.startswith("error: cannot write /nowhere/r.json (No such file")
+
+
 LOCAL_COPY = """
 include: {tasks}/{file}
 task: {name}
