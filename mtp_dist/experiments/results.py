@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from mtp_dist.errors import ConfigError
@@ -130,7 +132,8 @@ def _comparisons(
         baseline = values[cell_label({**cell, compare.axis: compare.baseline})]
         difference = paired_difference(values[cell_label(cell)], baseline)
         effect = entry(compare.effect, cell) if isinstance(compare.effect, dict) else compare.effect
-        judgement, reason = verdict(difference, effect, learned)
+        room = math.inf if compare.ceiling is None or not baseline else abs(compare.ceiling - fmean(baseline.values()))
+        judgement, reason = verdict(difference, effect, learned, room)
         yield {
             "cell": cell,
             "difference": difference and asdict(difference),

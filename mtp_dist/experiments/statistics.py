@@ -64,11 +64,14 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 AS_IN_PAPER, NOT_AS_IN_PAPER, NOT_TESTED = "as in the paper", "not as in the paper", "not tested"
 
 
-def verdict(difference: Interval | None, effect: float | None, learned: bool) -> tuple[str, str]:
+def verdict(
+    difference: Interval | None, effect: float | None, learned: bool, room: float = math.inf
+) -> tuple[str, str]:
     """Return the verdict on the paper's effect and its reason.
 
-    learned: whether the baseline learns the task in one cell at least. An interval that could not have seen half the
-    effect tests nothing, also if it happens to exclude 0: such a difference is mostly noise.
+    learned: whether the baseline learns the task in one cell at least. room: the best possible difference. An interval
+    that could not have seen half the effect tests nothing, also if it happens to exclude 0: such a difference is mostly
+    noise.
     """
     if not effect:
         return NOT_TESTED, "the paper has no such comparison"
@@ -76,6 +79,8 @@ def verdict(difference: Interval | None, effect: float | None, learned: bool) ->
         return NOT_TESTED, "the baseline learns the task in no cell"
     if difference is None or difference.half_width is None:
         return NOT_TESTED, "an interval needs two seeds"
+    if room < abs(effect) / 2:
+        return NOT_TESTED, "the baseline leaves no room for half of the effect"
     if difference.half_width > abs(effect) / 2:
         return NOT_TESTED, "the interval is too wide to see half of the effect"
     if not difference.excludes_zero:

@@ -75,6 +75,11 @@ def test_task_that_no_baseline_learns_is_not_tested(result_of):
     assert result_of(**{"compare/learned_at": 0.91})["comparisons"][0]["verdict"] == "as in the paper"
 
 
+def test_cell_whose_baseline_is_at_the_ceiling_is_not_tested(result_of):
+    little, big = result_of(**{"compare/ceiling": 1.0})["comparisons"]
+    assert (little["verdict"], big["verdict"]) == ("as in the paper", "not tested")
+
+
 def test_effect_may_differ_by_cell(result_of):
     result = result_of(**{"compare/effect": {"big, n=2": 0.5, "little": -0.2}})
     assert [row["effect"] for row in result["comparisons"]] == [-0.2, 0.5]

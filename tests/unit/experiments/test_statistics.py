@@ -54,5 +54,10 @@ def test_verdict(mean, half_width, effect, learned, expected):
     assert verdict(Interval(mean, half_width, 5), effect, learned)[0] == expected
 
 
+def test_a_baseline_at_the_ceiling_tests_nothing():
+    assert verdict(Interval(0.0, 0.01, 5), 0.4, True, room=0.19)[0] == "not tested"
+    assert verdict(Interval(0.0, 0.01, 5), -0.4, True, room=0.2)[0] == "not as in the paper"
+
+
 def test_no_common_seed_is_not_tested():
     assert verdict(None, 0.4, True)[0] == "not tested"
