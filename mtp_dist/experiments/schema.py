@@ -52,8 +52,8 @@ class Comparison(Section):
     """Mean that the baseline must reach in one cell at least, such as chance + 0.2: a task that it learns nowhere tests
     nothing."""
     ceiling: float | None = None
-    """Best possible value of the metric, such as 1 for an accuracy. The verdict is "not tested" in a cell whose baseline
-    is closer to it than half of the effect."""
+    """Best possible value of the metric, such as 1 for an accuracy. The verdict is "not tested" in a cell in which
+    the baseline is closer to it than half of the effect."""
 
 
 class Plot(Section):
