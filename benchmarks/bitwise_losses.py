@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from mtp_dist.provenance import provenance
+
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = "import sys; from mtp_dist.cli import main; main()"
 MEASURED = ("throughput/", "memory/", "time/")
@@ -92,7 +94,7 @@ def main() -> None:
         subprocess.run([*git, "rev-parse", "--short", name], capture_output=True, text=True, check=True).stdout.strip()
         for name in (options.before, "HEAD")
     ]
-    result: dict[str, Any] = {"before": commits[0], "after": commits[1], "runs": {}}
+    result: dict[str, Any] = {"measured": provenance(), "before": commits[0], "after": commits[1], "runs": {}}
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(tree), options.before], check=True)

@@ -41,6 +41,7 @@ from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.tree import choose_tree
 from mtp_dist.model.reference import ReferenceModel
+from mtp_dist.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS: dict[str, list[str]] = {
@@ -218,7 +219,8 @@ def main() -> None:
                 failed |= bool(found)
                 print(f"{kind}, {weights}:", *(found or ["identical"]), ways, flush=True)
     if options.output:
-        options.output.write_text(json.dumps({"versions": versions, **sizes, "kinds": kinds}, indent=1) + "\n")
+        result = {"measured": provenance(), "versions": versions, **sizes, "kinds": kinds}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(failed)
 
 

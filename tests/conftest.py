@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from mtp_dist.provenance import provenance
 from tests.ranks import Ranks
 
 # Before torch is imported: the workers of a suite and the ranks of its jobs share the cores.
@@ -55,7 +56,7 @@ def parity_records(request):
     records = []
     yield records
     if path := request.config.getoption("--parity-json"):
-        path.write_text(json.dumps(records, indent=1) + "\n")
+        path.write_text(json.dumps({"measured": provenance(), "runs": records}, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

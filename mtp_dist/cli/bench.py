@@ -2,9 +2,10 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from mtp_dist.cli.options import AsJson, Overrides, model_folder
 from mtp_dist.cli.progress import head_loss_progress, progress_bar, updates
@@ -19,6 +20,7 @@ from mtp_dist.cli.tables import (
 from mtp_dist.config import load_config
 from mtp_dist.errors import LaunchError, exits_with_user_errors
 from mtp_dist.monitoring.output import silence_import_warnings
+from mtp_dist.provenance import processor_name, provenance, usable_cores
 
 app = typer.Typer(no_args_is_help=True, help="Measure a part of mtp-dist and compare it with baselines.")
 
@@ -53,7 +55,7 @@ def head_loss(
 
     settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
     result = measure_head_loss(settings, head_loss_progress)
-    show_result(result, as_json, head_loss_table(result))
+    _show(result, as_json, head_loss_table(result))
 
 
 @app.command("checkpoint")
@@ -83,7 +85,7 @@ def checkpoint(
     result = measure_checkpoints(job.config, topology, folder, rounds)
     close_topology()
     if topology.rank == 0:
-        show_result(result, as_json, bench_checkpoint_table(result))
+        _show(result, as_json, bench_checkpoint_table(result))
 
 
 @app.command("data")
@@ -101,7 +103,6 @@ def data(
 ) -> None:
     """Measure `prepare` compared with its tokenizer alone, and reading training samples from a corpus."""
     from mtp_dist.bench.data import TRAINED, measure_loader, measure_preparation
-    from mtp_dist.provenance import processor_name, usable_cores
 
     processes = workers or usable_cores()
     preparation = measure_preparation(folder, glob, tokenizer or ["bytes", TRAINED], processes, rounds)
@@ -109,7 +110,7 @@ def data(
     silence_import_warnings()
     loader = measure_loader(rounds)
     result = {"machine": machine, "workers": processes, "preparation": preparation, "loader": loader}
-    show_result(result, as_json, *bench_data_tables(result))
+    _show(result, as_json, *bench_data_tables(result))
 
 
 @app.command("decode")
@@ -160,7 +161,7 @@ def decode(
     subject = trained_subject(trained, settings) if trained else generated_subject(wanted, settings)
     with progress_bar() as bar:
         result = measure_decoding(subject, settings, updates(bar, "decoding"))
-    show_result(result, as_json, *bench_decode_tables(result))
+    _show(result, as_json, *bench_decode_tables(result))
 
 
 @app.command("monitoring")
@@ -188,4 +189,9 @@ def monitoring(
     result = measure_monitoring(job.config, job.sources, topology, rounds)
     close_topology()
     if topology.rank == 0:
-        show_result(result, as_json, monitoring_table(result))
+        _show(result, as_json, monitoring_table(result))
+
+
+def _show(result: dict[str, Any], as_json: bool, *tables: RenderableType) -> None:
+    """Print a measurement as tables, or as JSON with its machine, time and commit."""
+    show_result({"measured": provenance(), **result}, as_json, *tables)

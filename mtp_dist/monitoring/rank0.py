@@ -22,6 +22,7 @@ from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.monitoring.writers.wandb import WandbWriter
 from mtp_dist.monitoring.writers.writer import MetricsWriter
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
+from mtp_dist.provenance import provenance
 from mtp_dist.versions import installed_versions
 
 RUN = "run.json"
@@ -61,13 +62,14 @@ def rank0_callbacks(
 
 
 def _describe_run(config: Config, topology: Topology) -> dict[str, Any]:
-    """Write `run.json` and return its contents: configuration, layout, device, number of parameters and versions."""
+    """Write `run.json` and return its contents: configuration, layout, parameters, versions and provenance."""
     description = {
         "config": config.model_dump(mode="json"),
         "layout": topology.degrees,
         "device": device_name(topology.device),
         "parameters": asdict(parameter_counts(config)),
         "versions": installed_versions(),
+        "measured": provenance(),
     }
     config.output_dir.mkdir(parents=True, exist_ok=True)
     atomic_write_text(config.output_dir / RUN, json.dumps(description, indent=2) + "\n")

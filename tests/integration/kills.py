@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mtp_dist.provenance import provenance
 from tests.integration import jobs
 
 RANKS = 2
@@ -106,4 +107,4 @@ if __name__ == "__main__":
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     with tempfile.TemporaryDirectory() as scratch:
         result = count_kills(Path(scratch), options.kills, options.seed)
-    print(json.dumps(asdict(result) | {"ranks": RANKS, "steps": STEPS}))
+    print(json.dumps({"measured": provenance(), **asdict(result), "ranks": RANKS, "steps": STEPS}))

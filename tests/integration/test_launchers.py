@@ -140,8 +140,10 @@ def test_tensorboard_files(run):
     for name in events.Tags()["scalars"]:
         expected = [(line["step"], np.float32(line[name])) for line in lines if name in line]
         assert [(event.step, np.float32(event.value)) for event in events.Scalars(name)] == expected, name
-    versions = json.loads((run.folder / "run.json").read_text())["versions"]
-    for tag, part in (("configuration", "trunk_layers: 3"), ("run", f"torch: {versions['torch']}")):
+    description = json.loads((run.folder / "run.json").read_text())
+    commit = f"commit: {description['measured']['commit'] or 'null'}"
+    parts = ("configuration", "trunk_layers: 3"), ("run", f"torch: {description['versions']['torch']}"), ("run", commit)
+    for tag, part in parts:
         [event] = events.Tensors(f"{tag}/text_summary")
         text = event.tensor_proto.string_val[0].decode()
         assert text.startswith("```yaml\n") and text.endswith("\n```") and part in text

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mtp_dist.config import Config
+from mtp_dist.provenance import provenance
 from tests.errors import largest_error, norm_error
 from tests.parity.comparison import Layout, layout_config
 from tests.ranks import Ranks
@@ -82,4 +83,4 @@ def measure_all_pairs() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_all_pairs()))
+    print(json.dumps({"rows": measure_all_pairs(), "measured": provenance()}))

@@ -25,7 +25,7 @@ class RunFiles:
     events: Sequence[dict[str, Any]]
     """Lines of `events.jsonl`; empty if there is no such file."""
     description: dict[str, Any]
-    """`run.json`: configuration, layout, device, parameters, versions."""
+    """`run.json`: configuration, layout, device, parameters, versions, machine, time and commit."""
 
     def curve(self, scalar: str) -> Curve:
         """Return the values of a scalar without NaN and Inf."""

@@ -50,4 +50,5 @@ def test_standard_output_is_the_result(tmp_path):
     for command in (["checkpoint", "--to", str(tmp_path / "new")], ["monitoring"]):
         arguments = [*command, "--config", str(config), "--rounds", "1", "--json"]
         result = jobs.run(jobs.plain("-m", "mtp_dist.cli", "bench", *arguments), status=0)
-        assert json.loads(result.stdout)["machine"]["cores"] > 0
+        measured = json.loads(result.stdout)
+        assert measured["machine"]["cores"] > 0 and {"processor", "time", "commit"} <= measured["measured"].keys()
