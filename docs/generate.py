@@ -30,11 +30,16 @@ PICTURES = (decoding, demo, experiments, head_loss, head_runs, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 
+def tables() -> dict[str, str]:
+    """Return the text of every generated section by its name."""
+    return {name: text for module in TABLES for name, text in module.tables().items()}
+
+
 def pages() -> dict[Path, str]:
     """Return the text of every generated page."""
-    tables = {name: text for module in TABLES for name, text in module.tables().items()}
+    sections = tables()
     filled = {
-        path: TABLE.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n{match[3]}", page)
+        path: TABLE.sub(lambda match: f"{match[1]}\n{sections[match[2]]}\n{match[3]}", page)
         for path in sorted(DOCS.glob("*.md"))
         if TABLE.search(page := path.read_text())
     }

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from generators.common import read_json, table
+from generators.common import DATA, read_json, read_json_lines, table, with_origin
 
 from mtp_dist.cli.tables import BENCH_CHECKPOINT_LABELS
 
@@ -11,6 +11,7 @@ from mtp_dist.cli.tables import BENCH_CHECKPOINT_LABELS
 def tables() -> dict[str, str]:
     return {
         "parity": parity_table(*read_json("parity.json")),
+        "gpu-training": gpu_training(read_json("gpu/*.json")),
         "data-speed": data_speed_section(*read_json("data-speed.json")),
         "resume-matrix": resume_matrix(*read_json("resume-matrix.json")),
         "kills": kills_sentence(*read_json("kills.json")),
@@ -19,9 +20,9 @@ def tables() -> dict[str, str]:
     }
 
 
-def parity_table(records: list[dict[str, Any]]) -> str:
+def parity_table(result: dict[str, Any]) -> str:
     """Return one row per layout: the worst error over ZeRO stages, accumulation steps and numbers of heads."""
-    rows = []
+    records, rows = result["runs"], []
     for layout in dict.fromkeys(tuple(record["layout"]) for record in records):
         cells = []
         for precision, quantities in (
@@ -33,12 +34,22 @@ def parity_table(records: list[dict[str, Any]]) -> str:
         tensor, pipeline, data, sequence = layout
         rows.append([f"{tensor} x {pipeline} x {data}", "yes" if sequence else "", *cells])
     header = ["tensor x pipeline x data", "sequence parallel", "losses", "gradient norm", "gradients", "20-step curve"]
-    return table([*header, "20-step curve, bf16"], rows)
+    return with_origin(table([*header, "20-step curve, bf16"], rows), result)
+
+
+def gpu_training(runs: list[dict[str, Any]]) -> str:
+    """Return the lowest and highest speed of each run after its start."""
+    rows = []
+    for run, path in zip(runs, sorted(DATA.glob("gpu/*.jsonl")), strict=True):
+        lines = [line for line in read_json_lines(path) if line["step"] >= 15 and "throughput/mfu" in line]
+        speeds, shares = ([line[f"throughput/{name}"] for line in lines] for name in ("tokens_per_second", "mfu"))
+        cells = f"{min(speeds):,.0f} to {max(speeds):,.0f}", f"{min(shares):.1%} to {max(shares):.1%}"
+        rows.append([run["device"].removeprefix("NVIDIA "), *cells])
+    return with_origin(table(["GPU", "tokens/s from step 15 on", "MFU"], rows), *runs)
 
 
 def data_speed_section(result: dict[str, Any]) -> str:
     """Return the tables of `mtp-dist bench data`."""
-    machine = result["machine"]
     preparation = [
         [
             row["tokenizer"],
@@ -71,49 +82,53 @@ def data_speed_section(result: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"On {machine['processor']}, {result['workers']} workers on {machine['cores']} cores:\n",
-            table(header, preparation),
+            f"{result['workers']} workers:\n",
+            with_origin(table(header, preparation), result),
             "The loader, one process, corpus in the page cache, million tokens per second:\n",
-            table(["sequence length", "samples", "with the targets of 4 heads", "and masked by document"], loader),
+            with_origin(
+                table(["sequence length", "samples", "with the targets of 4 heads", "and masked by document"], loader),
+                result,
+            ),
         ]
     )
 
 
-def resume_matrix(rows: list[dict[str, Any]]) -> str:
+def resume_matrix(result: dict[str, Any]) -> str:
     """Return the worst error of the losses for each pair of layouts."""
+    rows = result["rows"]
     layouts = list(dict.fromkeys(row["before"] for row in rows))
     worst = {
         pair: max(row["losses"] for row in rows if (row["before"], row["after"]) == pair)
         for pair in itertools.product(layouts, layouts)
     }
     lines = [[before, *(f"{worst[before, after]:.1e}" for after in layouts)] for before in layouts]
-    return table(["saved at \\ opened at", *layouts], lines)
+    return with_origin(table(["saved at \\ opened at", *layouts], lines), result)
 
 
-def kills_sentence(counts: dict[str, int]) -> str:
+def kills_sentence(counts: dict[str, Any]) -> str:
     runs = counts["finished_runs"]
-    return (
+    sentence = (
         f"{counts['kills']} kills, {counts['during_a_save']} of them while a checkpoint was unfinished, over "
         f"{counts['starts']} starts and {runs} run{'s' * (runs > 1)} of {counts['steps']} steps on {counts['ranks']} "
         "ranks: every start found a valid checkpoint or started from scratch, and every run ended with the same "
         "metrics, parameters and moments as the run that was not killed, bitwise.\n"
     )
+    return with_origin(sentence, counts)
 
 
 def checkpoint_speed(results: list[dict[str, Any]]) -> str:
     sections = []
     for result in results:
-        layout, machine = result["layout"], result["machine"]
+        layout = result["layout"]
         rows = [
             [label, f"{result['seconds'][way]:.2f}", f"{result['megabytes'] / result['seconds'][way]:,.0f}"]
             for way, label in BENCH_CHECKPOINT_LABELS.items()
         ]
         degrees = f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"
         sections.append(
-            f"{degrees}, {result['megabytes']:,.0f} MB on {machine['processor']}, {machine['cores']} cores; training "
-            f"waits {result['stall_share']:.0%} of a save:\n"
+            f"{degrees}, {result['megabytes']:,.0f} MB; training waits {result['stall_share']:.0%} of a save:\n"
         )
-        sections.append(table(["", "seconds", "MB/s"], rows))
+        sections.append(with_origin(table(["", "seconds", "MB/s"], rows), result))
     return "\n".join(sections)
 
 
@@ -129,7 +144,5 @@ def monitoring_cost(results: list[dict[str, Any]]) -> str:
                 f"{result['ratio'] - 1:+.2%} ({low - 1:+.2%} to {high - 1:+.2%})",
             ]
         )
-    machine = results[0]["machine"]
     header = ["model, tensor x pipeline x data", "seconds per step without", "with", "median ratio, quartiles"]
-    shown = table(header, rows)
-    return f"On {machine['processor']}, {machine['cores']} cores:\n\n{shown}"
+    return with_origin(table(header, rows), *results)

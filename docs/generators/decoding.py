@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from generators.common import IMAGES, pyplot, read_json, table
+from generators.common import IMAGES, pyplot, read_json, table, with_origin
 
 from mtp_dist.cli.tables import DECODE_COLUMNS, bound_cells, decode_cells, decode_machine
 
@@ -46,7 +46,7 @@ def speed(measured: list[dict[str, Any]]) -> str:
             f"{settings['new_tokens']} tokens, {decode_machine(result['machine'])}, medians of {settings['rounds']} "
             "rounds:\n"
         )
-        sections.append(table(DECODE_COLUMNS, map(decode_cells, rows)))
+        sections.append(with_origin(table(DECODE_COLUMNS, map(decode_cells, rows)), result))
     return "\n".join(sections)
 
 
@@ -58,7 +58,7 @@ def bounds(measured: list[dict[str, Any]]) -> str:
         name += "" if device == "CPU" else f", {device.removeprefix('NVIDIA ')}"
         for bound in result["bounds"]:
             rows.append([name, *bound_cells(bound), "yes" if bound["holds"] else "**no**"])
-    return table(["model", "figure", "batch", "measured", "limit", "holds"], rows)
+    return with_origin(table(["model", "figure", "batch", "measured", "limit", "holds"], rows), *measured)
 
 
 def next_to_the_paper(measured: list[dict[str, Any]]) -> str:
@@ -68,14 +68,15 @@ def next_to_the_paper(measured: list[dict[str, Any]]) -> str:
         ["paper, 7B on code", "4", "42", "3.05", "3.50", "0.87"],
         ["paper, 7B on bytes", "8", "16", "6.39", "7.04", "0.91"],
     ]
-    for result in measured:
+    trained = [result for result in measured if result["model"]["source"] != "generated"]
+    for result in trained:
         model = result["model"]
         name = f"ours, {model['parameters'] / 1e6:.1f} M on bytes"
         for row in result["rows"]:
-            if model["source"] != "generated" and row["variant"] in (f"k = {model['heads']}", "adaptive"):
+            if row["variant"] in (f"k = {model['heads']}", "adaptive"):
                 heads = "adaptive" if row["variant"] == "adaptive" else str(model["heads"])
                 rows.append([name, heads, str(row["batch"]), *decode_cells(row)[3:6]])
-    return table(header, rows)
+    return with_origin(table(header, rows), *trained)
 
 
 def draw() -> None:

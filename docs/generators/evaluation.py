@@ -1,6 +1,6 @@
 """The table of pass@k, from `mtp-dist evaluate humaneval`."""
 
-from generators.common import read_json, table
+from generators.common import read_json, table, with_origin
 
 PAPER = {
     "313B bytes, n = 1": ("19.3 / 42.4 / 64.7", "18.1 / 28.2 / 47.8", "0.1 / 0.5 / 2.4"),
@@ -20,11 +20,11 @@ PAPER = {
 
 def tables() -> dict[str, str]:
     rows = [[f"paper, 7B, {name}", *scores] for name, scores in PAPER.items()]
-    for result in read_json("humaneval-*.json"):
+    results = read_json("humaneval-*.json")
+    for result in results:
         scores = " / ".join(f"{100 * oracle['value']:.1f}" for oracle in result["oracle"].values())
-        measured = result["measured"]
         samples = min(row["samples_per_problem"] for row in result["temperatures"])
-        origin = f"{measured['processor']}, {measured['time']}, commit {measured['commit']}"
-        name = f"ours, `{result['model']}`, {result['problems']} problems, {samples} samples each ({origin})"
+        name = f"ours, `{result['model']}`, {result['problems']} problems, {samples} samples each"
         rows.append([name, "", scores, ""])
-    return {"humaneval-paper": table(["model and training", "MBPP", "HumanEval", "APPS, introductory"], rows)}
+    shown = table(["model and training", "MBPP", "HumanEval", "APPS, introductory"], rows)
+    return {"humaneval-paper": with_origin(shown, *results)}

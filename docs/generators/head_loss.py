@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from generators.common import IMAGES, pyplot, read_json, table
+from generators.common import IMAGES, pyplot, read_json, table, with_origin
 
 FILES = {"cpu": "head-loss.png", "cuda": "head-loss-gpu.png"}
 
@@ -19,10 +19,10 @@ def section(result: dict[str, Any]) -> str:
         header += ["collectives", "collective MiB"]
     return "\n".join(
         [
-            f"On {machine['device']}{threads}, PyTorch {machine['torch']}; medians of {settings['rounds']} rounds; the "
-            f"matmuls alone run at {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s:\n",
+            f"On {machine['device']}{threads}; medians of {settings['rounds']} rounds; the matmuls alone run at "
+            f"{result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s:\n",
             f"    mtp-dist bench head-loss {sizes} --heads {heads} \\\n        --modes {modes} --json\n",
-            table(header, [cells(row)[: len(header)] for row in result["rows"]]),
+            with_origin(table(header, [cells(row)[: len(header)] for row in result["rows"]]), result),
             *([image(settings)] if settings["tp"] == 1 else []),
         ]
     )

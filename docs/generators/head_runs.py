@@ -1,6 +1,6 @@
 """The table and picture of a short run of each kind of head."""
 
-from generators.common import DATA, IMAGES, pyplot, read_json_lines, table
+from generators.common import DATA, IMAGES, pyplot, read_json, read_json_lines, table, with_origin
 
 
 def runs() -> dict[str, list[dict[str, float]]]:
@@ -15,7 +15,7 @@ def tables() -> dict[str, str]:
     for name, records in runs().items():
         last = [record for record in records if "validation/loss/head_1" in record][-1]
         rows.append([f"`{name}`", *(f"{last[f'validation/loss/head_{k}']:.3f}" for k in range(1, 5))])
-    return {"head-runs": table(header, rows)}
+    return {"head-runs": with_origin(table(header, rows), *read_json("heads/run.json"))}
 
 
 def draw() -> None:

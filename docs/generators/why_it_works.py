@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from generators.common import IMAGES, pyplot, read_json, table
+from generators.common import IMAGES, pyplot, read_json, table, with_origin
 
 from mtp_dist.cli.analyze_tables import (
     CHOICE_COLUMNS,
@@ -27,10 +27,10 @@ def tables() -> dict[str, str]:
     [model] = choices["models"]
     rows = model["rows"]
     return {
-        "why-terms": _measured(choices, table(CHOICE_COLUMNS, (choice_cells(row, rows[0]) for row in rows))),
-        "why-shares": _measured(choices, table(SHARE_COLUMNS, map(share_cells, rows))),
-        "why-source": _measured(source, _escaped(("nats", *source["decompositions"]), source_cells(source))),
-        "why-distances": _measured(source, _escaped(SOURCE_COLUMNS, map(distance_cells, source["distances"]))),
+        "why-terms": with_origin(table(CHOICE_COLUMNS, (choice_cells(row, rows[0]) for row in rows)), choices),
+        "why-shares": with_origin(table(SHARE_COLUMNS, map(share_cells, rows)), choices),
+        "why-source": with_origin(_escaped(("nats", *source["decompositions"]), source_cells(source)), source),
+        "why-distances": with_origin(_escaped(SOURCE_COLUMNS, map(distance_cells, source["distances"])), source),
         "why-information": "\n".join(information(name) for name in ("information-choices", "information-bytes")),
         "why-probe": probes(_read("probe")),
         "why-scaling": scaling(_read("paper-scaling")),
@@ -47,12 +47,12 @@ def information(name: str) -> str:
     result = _read(name)
     [model] = result["models"]
     text = f"`{result['data']}`, {model['tokens']:,} held-out tokens, nats:\n"
-    return f"{text}\n{_measured(result, table(INFORMATION_COLUMNS, map(information_cells, model['rows'])))}"
+    return f"{text}\n{with_origin(table(INFORMATION_COLUMNS, map(information_cells, model['rows'])), result)}"
 
 
 def probes(result: dict[str, Any]) -> str:
     rows = [[f"n = {model['heads']}", *probe_cells(row)] for model in result["models"] for row in model["rows"]]
-    return _measured(result, table(PROBE_COLUMNS, sorted(rows, key=lambda row: row[1])))
+    return with_origin(table(PROBE_COLUMNS, sorted(rows, key=lambda row: row[1])), result)
 
 
 def scaling(paper: dict[str, Any]) -> str:
@@ -64,13 +64,6 @@ def scaling(paper: dict[str, Any]) -> str:
 def _read(name: str) -> Any:
     [result] = read_json(f"why/{name}.json")
     return result
-
-
-def _measured(result: dict[str, Any], shown: str) -> str:
-    """Return a table with the machine, the time and the commit of its measurement below."""
-    at = result["measured"]
-    machine = ", ".join((at["processor"], f"{at['cores']} cores", *at.get("gpus", ()), f"PyTorch {at['torch']}"))
-    return f"{shown}\n{machine}; {at['time']}, commit {at['commit']}.\n"
 
 
 def draw() -> None:

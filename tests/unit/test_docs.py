@@ -16,6 +16,17 @@ def test_generated_pages_are_up_to_date():
         assert path.read_text() == text, f"{path.name}: run python docs/generate.py"
 
 
+def test_measured_tables_name_machine_time_and_commit():
+    """Results of experiments have their own line, below all of their tables and plots."""
+    sections = runpy.run_path(str(PROJECT / "docs/generate.py"))["tables"]()
+    for name in sections.keys() - {"experiments", "why-scaling", "experiment-results"}:
+        _, *rests = re.split(r"(?m)^\|.*\n(?!\|)", sections[name])
+        assert rests or name == "kills", name
+        for rest in rests or [sections[name].partition("\n")[2]]:
+            origin = r"\n\S.*; (\d{4}-\d\d-\d\d.*, commit|committed \d{4}-\d\d-\d\d as) [0-9a-f]{7,}"
+            assert re.match(origin, rest), f"{name}: {rest[:200]}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
