@@ -1,19 +1,28 @@
-"""The plot of an experiment's result: means with their 95 % intervals."""
+"""The plot of an experiment's result: means with their 95 % intervals, and the single runs."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtp_dist.experiments.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Points = dict[str, Mapping[str, Any]]
-"""Intervals by position on the horizontal axis."""
+
+class Point(NamedTuple):
+    """A cell's value of a metric."""
+
+    interval: Mapping[str, Any]
+    runs: list[float]
+    """Value of each run."""
+
+
+Points = dict[str, Point]
+"""Values by position on the horizontal axis."""
 OFFSET = 0.06
 """Horizontal distance between lines, so that intervals do not cover each other."""
 
@@ -45,7 +54,7 @@ def _axis_lines(result: Result) -> dict[str, Points]:
         label = ", ".join(arm for axis, arm in cell["cell"].items() if axis != plot["x"])
         points = lines.setdefault(label, {})
         if plot["metric"] in cell["metrics"]:
-            points[cell["cell"][plot["x"]]] = cell["metrics"][plot["metric"]]
+            points[cell["cell"][plot["x"]]] = _point(result, cell, plot["metric"])
     return lines
 
 
@@ -54,14 +63,21 @@ def _metric_lines(result: Result) -> dict[str, Points]:
     pattern = re.compile(re.escape(result["plot"]["metric"]).replace(r"\*", "(.+)"))
     return {
         ", ".join(cell["cell"].values()): {
-            match[1]: interval for name, interval in cell["metrics"].items() if (match := pattern.fullmatch(name))
+            match[1]: _point(result, cell, name) for name in cell["metrics"] if (match := pattern.fullmatch(name))
         }
         for cell in result["cells"]
     }
 
 
+def _point(result: Result, cell: Mapping[str, Any], metric: str) -> Point:
+    values = (run["metrics"].get(metric) for run in result["runs"] if run["cell"] == cell["cell"])
+    return Point(cell["metrics"][metric], [value for value in values if value is not None])
+
+
 def _draw_line(axes: Axes, label: str, points: Points, positions: list[str], offset: float) -> None:
     x = [positions.index(position) + offset for position in points]
-    means = [interval["mean"] for interval in points.values()]
-    errors = [interval["half_width"] or 0.0 for interval in points.values()]
-    axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=label)
+    means = [point.interval["mean"] for point in points.values()]
+    errors = [point.interval["half_width"] or 0.0 for point in points.values()]
+    line = axes.errorbar(x, means, errors, fmt="o-", capsize=3, label=label)[0]
+    for position, point in zip(x, points.values(), strict=True):
+        axes.plot([position] * len(point.runs), point.runs, ".", color=line.get_color(), alpha=0.5)

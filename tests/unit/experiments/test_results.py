@@ -109,14 +109,20 @@ def test_tables_show_the_paper_next_to_ours(result_of):
 def test_plot_has_a_line_per_arm_or_cell(result_of, tmp_path, monkeypatch, metric, lines):
     from matplotlib.axes import Axes
 
-    drawn = []
-    errorbar = Axes.errorbar
+    drawn, runs = [], []
+    errorbar, plot = Axes.errorbar, Axes.plot
     monkeypatch.setattr(
         Axes,
         "errorbar",
         lambda self, *args, **options: drawn.append(options["label"]) or errorbar(self, *args, **options),
     )
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda self, x, y, *args, **options: runs.append(len(y)) or plot(self, x, y, *args, **options),
+    )
     draw(result_of(**{"plot/metric": metric}), tmp_path / "plot.png")
+    assert runs.count(3) == 3 and runs.count(2) == 1, "one point per finished run"
     assert drawn == lines and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
