@@ -1,7 +1,7 @@
 """Metrics of a training step and of a validation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class StepMetrics:
     """Number of times that each training source has been read so far, by its name."""
     ranks: Sequence[RankStats]
     """Measurements by rank; empty if the step is not logged."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate of each part of the model that `optimizer.multipliers` names."""
     skipped: str | None = None
     """Reason for which the step changed no parameter; None if it did."""
 

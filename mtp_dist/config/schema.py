@@ -200,6 +200,10 @@ class TrainConfig(Section):
     """Samples per validation set, evenly spaced; all of them if it has fewer."""
 
 
+ModelPart = Literal["trunk", "embedding", "head_1", "unembedding", "heads"]
+"""A part of the model that may have a learning rate of its own, see `OptimizerConfig.multipliers`."""
+
+
 class OptimizerConfig(Section):
     """Optimizer and learning rate."""
 
@@ -219,6 +223,12 @@ class OptimizerConfig(Section):
     """After the warmup: a cosine down to `min_lr_ratio * lr` at the last step, or `lr` throughout."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Floor of the cosine, relative to `lr`."""
+    multipliers: dict[ModelPart, PositiveFloat] = Field(default={})
+    """Factors of the learning rate by part of the model, such as {trunk: 0.1, heads: 1.0}; 1 by default. `trunk`: the
+    model that predicts the next token, which is the embedding, the trunk's layers, head 1, the final norm and the
+    shared unembedding; `embedding`, `head_1`, `unembedding` (the shared one): that part instead of `trunk`; `heads`:
+    heads 2..n, with their own unembeddings, and token-order prediction. Decoupled weight decay, which is proportional
+    to the learning rate, is multiplied too."""
 
 
 class CheckpointConfig(Section):

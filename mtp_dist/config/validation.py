@@ -56,8 +56,28 @@ def incompatible_settings(config: Config) -> Iterator[str]:
     yield from incompatible_head_settings(heads, model.tie_embeddings, train.steps, train.sequence_length)
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
+    yield from _multipliers_without_effect(config)
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _multipliers_without_effect(config: Config) -> Iterator[str]:
+    """Yield one message per key of optimizer.multipliers that names a part without parameters."""
+    heads, tied = config.heads, config.model.tie_embeddings
+    separate = heads.unembedding == "separate"
+    has_parameters = {
+        "head_1": heads.traits.first_head_has_block or separate,
+        "unembedding": not (tied or separate),
+        "heads": heads.count > 1 or heads.token_order,
+    }
+    reasons = {
+        "head_1": f"head 1 of heads.kind = '{heads.kind}' is only the final norm and the shared unembedding",
+        "unembedding": "model.tie_embeddings = true makes it the embedding" if tied else "each head has its own",
+        "heads": "heads.count is 1",
+    }
+    for part in config.optimizer.multipliers:
+        if not has_parameters.get(part, True):
+            yield f"optimizer.multipliers.{part} has no effect, {reasons[part]}: remove it"
 
 
 def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:

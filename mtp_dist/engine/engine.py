@@ -20,7 +20,7 @@ from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
 from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, module_group
 from mtp_dist.engine.hooks import StageTimer
-from mtp_dist.engine.optimizer import build_optimizer
+from mtp_dist.engine.optimizer import build_optimizer, set_learning_rate
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
 from mtp_dist.loss.acceptance import draft_acceptance_rates
@@ -122,8 +122,7 @@ class TrainingEngine:
         stop_signal returns the number of a signal that has reached this rank, or 0; it is called after the backward
         passes.
         """
-        for group in self.pipeline.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.pipeline.optimizer, learning_rate)
         self._begin(batch, schedule, "training")
         self._stop_signal = stop_signal
         self.clock.begin()
@@ -225,7 +224,7 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
         pipeline, *_ = deepspeed.initialize(
             model=stage,
             model_parameters=list(stage.parameters()),
-            optimizer=lambda parameters: build_optimizer(config, parameters, topology.device),
+            optimizer=lambda _: build_optimizer(config, named_weights(stage), topology.device),
             config=deepspeed_config(config, config.micro_batches),
         )
     engine = TrainingEngine(config, topology, stage, pipeline)

@@ -1,4 +1,4 @@
-"""AdamW, by the fastest implementation on this device, and its learning rate."""
+"""AdamW, by the fastest implementation on this device, and its learning rates."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from mtp_dist.config import Config
+from mtp_dist.config.schema import OptimizerConfig
+from mtp_dist.model.parameters import model_part
 
 BuildAdamW = Callable[..., torch.optim.Optimizer]
 
@@ -28,18 +30,39 @@ def learning_rate(config: Config, step: int) -> float:
     return optimizer.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def parameter_groups(config: Config, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return the matrices with weight decay, then norms and biases without."""
-    weights = list(parameters)
+def learning_rate_multiplier(optimizer: OptimizerConfig, name: str) -> float:
+    """Return the factor of the learning rate of a weight, by its global name."""
+    part, multipliers = model_part(name), optimizer.multipliers
+    return multipliers.get(part, 1.0 if part == "heads" else multipliers.get("trunk", 1.0))
+
+
+def parameter_groups(config: Config, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Return the matrices with weight decay, then norms and biases without, for each learning rate a group of its own.
+
+    parameters: by global name. `multiplier` of a group is the factor of its learning rate, see `set_learning_rate`.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in parameters:
+        key = weight.ndim <= 1, learning_rate_multiplier(config.optimizer, name)
+        groups.setdefault(key, []).append(weight)
+    decay = config.optimizer.weight_decay
     return [
-        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.optimizer.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+        {"params": groups[key], "weight_decay": 0.0 if key[0] else decay, "multiplier": key[1]}
+        for key in sorted(groups)
     ]
 
 
-def build_optimizer(config: Config, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """Build AdamW over the parameters."""
-    groups = [group for group in parameter_groups(config, parameters) if group["params"]]
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group to its multiple of `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["multiplier"]
+
+
+def build_optimizer(
+    config: Config, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
+    """Build AdamW over the parameters, given by global name."""
+    groups = parameter_groups(config, parameters)
     return adamw_class(device)(groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps)
 
 

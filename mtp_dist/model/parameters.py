@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config.schema import ModelPart
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -44,6 +45,15 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if config.heads.token_order:
         shapes["token_order.weight"] = (vocab_size, width)
     return shapes
+
+
+def model_part(name: str) -> ModelPart:
+    """Return the part of the model, such as `heads`, to which a weight's global name belongs."""
+    module, _, rest = name.partition(".")
+    if module in ("heads", "unembeddings"):
+        return "head_1" if rest.startswith("1.") else "heads"
+    parts: dict[str, ModelPart] = {"embedding": "embedding", "unembedding": "unembedding", "token_order": "heads"}
+    return parts.get(module, "trunk")
 
 
 def head_key(heads: HeadsConfig, head: int) -> str | None:

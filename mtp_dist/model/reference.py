@@ -60,7 +60,7 @@ class ReferenceModel(nn.Module):
         weight = self.weight(name)
         return weight.detach() if k > 1 and self.config.heads.detach == "full" else weight
 
-    def named_weights(self) -> dict[str, Tensor]:
+    def named_weights(self) -> dict[str, nn.Parameter]:
         return {name.replace("/", "."): weight for name, weight in self.weights.items()}
 
     def forward(self, samples: Tensor, length: int | None = None, documents: Tensor | None = None) -> dict[int, Tensor]:

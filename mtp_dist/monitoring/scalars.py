@@ -89,6 +89,7 @@ def step_scalars(metrics: StepMetrics, window: ThroughputWindow, peak_flops: flo
         "train/grad_norm": metrics.grad_norm,
         **{f"train/grad_norm/{module}": norm for module, norm in metrics.grad_norms_by_module.items()},
         "train/learning_rate": metrics.learning_rate,
+        **{f"train/learning_rate/{part}": rate for part, rate in metrics.learning_rates.items()},
         "throughput/tokens_per_second": window.tokens / window.seconds,
         "throughput/model_flops_per_second": flops_per_second,
         "throughput/mfu": flops_per_second / peak_flops if peak_flops else 0.0,

@@ -184,6 +184,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             grad_norms_by_module=result.grad_norms_by_module,
             learning_rate=rate,
+            learning_rates={part: rate * factor for part, factor in config.optimizer.multipliers.items()},
             tokens=config.train.global_batch_size * config.train.sequence_length,
             seconds=self._clock.lap(),
             epochs=self.datasets.epochs(batches.samples_read),

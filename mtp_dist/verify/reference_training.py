@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
-from mtp_dist.engine.optimizer import parameter_groups
+from mtp_dist.engine.optimizer import parameter_groups, set_learning_rate
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
 from mtp_dist.model.reference import ReferenceModel, reference_losses
@@ -101,7 +101,7 @@ class ReferenceTraining:
         self.rank, self.world_size = rank, world_size
         self.model = ReferenceModel(config).double().to(device)
         self.device = device
-        groups = parameter_groups(config, self.model.parameters())
+        groups = parameter_groups(config, self.model.named_weights().items())
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
@@ -115,8 +115,7 @@ class ReferenceTraining:
             for param in self.model.parameters():
                 if param.grad is not None:
                     param.grad.mul_(scale)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         return ReferenceStep(losses, norm, gradients)
 

@@ -19,6 +19,10 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "bf16": (DATA, {"train": {"precision": "bf16"}}),
     "bf16, all axes, tied": (BOTH, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
     "shared embedding": (PIPELINE, {"heads": {"kind": "sequential"}}),
+    "learning rates by part": (
+        DATA,
+        {"train": {"precision": "bf16"}, "optimizer": {"multipliers": {"trunk": 0.1, "embedding": 0.5}}},
+    ),
     "curriculum": (PIPELINE, {"heads": {"schedule": "forward", "count": 3}, "train": {"steps": END}}),
 }
 

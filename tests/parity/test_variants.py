@@ -20,6 +20,7 @@ ISOLATED = "heads.detach=full"
 CHUNKS = "heads.chunk_tokens=5"
 IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
+RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
 
 
@@ -59,6 +60,10 @@ TWO_STEPS = [
     "tp1-pp2-dp1 heads.kind=causal heads.count=3 heads.prediction_distances=[1,2,4]",
     "tp1-pp2-dp1 heads.auxiliary_weight=[[1,0.3],[2,0.1]]",
     "tp1-pp1-dp2 heads.loss_decay=0.6",
+    # Learning rates by part of the model.
+    f"tp2-pp2-dp1-sp {RATES}",
+    f"tp1-pp2-dp2 {RATES} {SEQUENTIAL} {TIED} {ZERO}",
+    f"tp1-pp2-dp2 {RATES} heads.kind=mlp {BF16}",
     # Distillation and token order.
     f"tp2-pp1-dp1 {DISTILLED}",
     f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.distillation=0.5 heads.distillation_top=500 {RECOMPUTE}",

@@ -33,6 +33,8 @@ run.join_timeout=1e300 => run.join_timeout ... less than or equal to
 parallel.sequence=1 => parallel.sequence = 1 is invalid: it should be a valid boolean
 optimizer.lr=fast => optimizer.lr = 'fast' is invalid: it should be a valid number
 optimizer.lr=.inf => optimizer.lr = inf is invalid: it should be a finite number
+optimizer.multipliers={trnk: 0.1} => optimizer.multipliers ... 'trunk', 'embedding', 'head_1', 'unembedding' or 'heads'
+optimizer.multipliers={trunk: 0} => optimizer.multipliers.trunk = 0 ... greater than 0
 optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equal to 1
 train.precision=fp16 => train.precision = 'fp16' is invalid: it should be 'bf16' or 'fp32'
 train.activation_checkpointing=some => train.activation_checkpointing = 'some' ... 'none', 'selective' or 'full'
@@ -105,6 +107,10 @@ parallel.sequence=true => parallel.sequence = true needs parallel.tensor above 1
 parallel.zero_stage=2 => parallel.zero_stage = 2 is not 0 or 1
 parallel.grad_reduce_dtype=bf16 => parallel.grad_reduce_dtype = 'bf16' needs train.precision = 'bf16', not 'fp32'
 optimizer.betas=[0.9, 1.0] => optimizer.betas = [0.9, 1.0] must lie below 1
+optimizer.multipliers={trunk: 0.1, embedding: 0.2, head_1: 0.3, unembedding: 0.4, heads: 2} => fine
+heads.count=1 & optimizer.multipliers={heads: 2} => optimizer.multipliers.heads ... heads.count is 1: remove it
+heads.kind=mlp & optimizer.multipliers={head_1: 2} => optimizer.multipliers.head_1 ... heads.kind = 'mlp'
+model.tie_embeddings=true & optimizer.multipliers={unembedding: 2} => optimizer.multipliers.unembedding ... tie
 log.profile_steps=[7, 5] => log.profile_steps = [7, 5] must be [first, last] with first <= last
 log.profile_steps=[5, 301] => log.profile_steps = [5, 301] goes beyond train.steps = 300: choose steps within the run
 train.spike_rollback=true & train.spike_deviations=null => train.spike_rollback = true needs train.spike_deviations

@@ -61,7 +61,7 @@ def apex_modules(installed: bool) -> dict[str, ModuleType | None]:
 
 @pytest.mark.parametrize("apex", [False, True])
 def test_a_gpu_has_a_fused_kernel_and_apex_has_precedence(apex: bool) -> None:
-    config, weights = tiny_config(), [nn.Parameter(torch.ones(2, 2))]
+    config, weights = tiny_config(), [("trunk.0.a", nn.Parameter(torch.ones(2, 2)))]
     with patch.dict(sys.modules, apex_modules(apex)):
         on_gpu, on_cpu = (build_optimizer(config, weights, device) for device in (GPU, torch.device("cpu")))
     assert type(on_gpu) is (ApexFusedAdam if apex else torch.optim.AdamW)

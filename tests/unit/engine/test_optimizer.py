@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mtp_dist.engine.optimizer import build_optimizer, learning_rate, parameter_groups
+from mtp_dist.engine.optimizer import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import tiny_config
 
@@ -52,7 +52,7 @@ def test_norms_are_not_decayed(tied: bool) -> None:
     config = tiny_config(model={"tie_embeddings": tied}, optimizer={"weight_decay": 0.3})
     model = ReferenceModel(config)
     names = {id(weight): name for name, weight in model.named_weights().items()}
-    groups = parameter_groups(config, model.parameters())
+    groups = parameter_groups(config, model.named_weights().items())
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     decayed, plain = ({names[id(weight)] for weight in group["params"]} for group in groups)
     assert plain == {name for name in names.values() if "norm" in name} and len(plain) == 17
@@ -62,11 +62,47 @@ def test_norms_are_not_decayed(tied: bool) -> None:
 def test_optimizer() -> None:
     config = tiny_config(optimizer={"lr": 0.5, "betas": [0.8, 0.7], "eps": 1e-6, "weight_decay": 0.1})
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    optimizer = build_optimizer(config, [matrix, vector], CPU)
+    optimizer = build_optimizer(config, [("trunk.0.a", matrix), ("trunk.0.b", vector)], CPU)
     for group in optimizer.param_groups:
         assert (group["lr"], tuple(group["betas"]), group["eps"]) == (0.5, (0.8, 0.7), 1e-6)
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
     optimizer.step()
     assert torch.allclose(matrix, torch.tensor(0.95)) and torch.equal(vector, torch.ones(2)), "decoupled decay"
-    [group] = build_optimizer(config, [vector], CPU).param_groups
+    [group] = build_optimizer(config, [("trunk.0.b", vector)], CPU).param_groups
     assert len(group["params"]) == 1, "no empty group, at which some optimizers fail"
+
+
+NEXT_TOKEN = {"trunk": 0.1, "embedding": 0.1, "final_norm": 0.1, "unembedding": 0.1, "heads.1": 0.1, "heads.2": 1}
+SPECIFIC = {"embedding": 0.2, "head_1": 0.3, "unembedding": 0.4, "heads": 3}
+REPEATED = {"kind": "sequential", "repeated": True, "token_order": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "sections", "expected"),
+    [
+        ({}, {}, dict.fromkeys(NEXT_TOKEN, 1)),
+        ({"trunk": 0.1}, {}, NEXT_TOKEN),
+        ({"heads": 3}, {}, {"trunk": 1, "heads.1": 1, "heads.2": 3, "heads.4": 3, "unembedding": 1}),
+        (
+            {"trunk": 0.1, **SPECIFIC},
+            {},
+            NEXT_TOKEN | {"embedding": 0.2, "heads.1": 0.3, "unembedding": 0.4, "heads.2": 3},
+        ),
+        (
+            {"head_1": 0.3, "heads": 3},
+            {"heads": {"unembedding": "separate"}},
+            {"heads.1": 0.3, "unembeddings.1": 0.3, "unembeddings.2": 3, "final_norm": 1},
+        ),
+        ({"heads": 3}, {"heads": REPEATED}, {"heads.repeated": 3, "token_order": 3, "trunk": 1, "unembedding": 1}),
+        ({"heads": 3}, {"heads": {"count": 12}}, {"heads.1": 1, "heads.10": 3, "heads.11": 3, "heads.12": 3}),
+    ],
+)
+def test_learning_rates_by_part(multipliers: Any, sections: Any, expected: dict[str, float]) -> None:
+    config = tiny_config(optimizer={"lr": 0.5, "multipliers": multipliers}, **sections)
+    model = ReferenceModel(config)
+    optimizer = build_optimizer(config, model.named_weights().items(), CPU)
+    set_learning_rate(optimizer, 0.25)
+    rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    for prefix, multiplier in expected.items():
+        found = {rates[id(weight)] for name, weight in model.named_weights().items() if name.startswith(f"{prefix}.")}
+        assert found == {0.25 * multiplier}, prefix

@@ -19,7 +19,12 @@ RANKS = [RankStats(0, 0.05, 0.1, 0.2, 123_456_789), RankStats(0, 0.01, 0.2, 0.2,
 HEAD_NAMES = {"loss/head_1", "loss/head_2", "loss/total", "accuracy/head_1", "accuracy/head_2"}
 STEP_NAMES = {
     *HEAD_NAMES,
-    *("train/learning_rate", "train/grad_norm", *(f"train/grad_norm/{part}" for part in ("trunk", "head_1", "head_2"))),
+    *(
+        "train/learning_rate",
+        "train/learning_rate/trunk",
+        "train/grad_norm",
+        *(f"train/grad_norm/{part}" for part in ("trunk", "head_1", "head_2")),
+    ),
     *(f"throughput/{name}" for name in ("tokens_per_second", "model_flops_per_second", "mfu", "data_wait_share")),
     *("memory/peak_bytes", "data/epochs/web"),
 }
@@ -30,7 +35,8 @@ VALIDATION_NAMES = {f"validation/{name}" for name in VALIDATION_NAMES}
 
 def step_metrics(step, tokens=100, seconds=0.5, heads=HEADS, ranks=RANKS):
     norms = {"trunk": 0.5, "head_1": 0.3, "head_2": 0.2}
-    return StepMetrics(step, heads, 0.7, norms, 3e-4, tokens, seconds, {"web": step / 8}, ranks)
+    rates = {"trunk": 3e-5}
+    return StepMetrics(step, heads, 0.7, norms, 3e-4, tokens, seconds, {"web": step / 8}, ranks, rates)
 
 
 def records(writer):
