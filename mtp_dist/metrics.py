@@ -20,6 +20,9 @@ class HeadMetrics:
     auxiliary losses; None if no head has a loss."""
     distillation: tuple[float | None, ...] = ()
     """Mean cross-entropy of heads 2, 3, .. to head 1's distribution, in nats; empty without distillation."""
+    total_variation: tuple[float | None, ...] = ()
+    """Mean total variation distance of heads 2, 3, .. to head 1's distribution, from 0 to 1; empty if it is not in the
+    loss."""
     token_order: float | None = None
     """Mean cross-entropy to the order of the upcoming tokens, in nats; None if it is not predicted or head 1 has no
     valid target."""

@@ -126,6 +126,9 @@ class HeadsConfig(Section):
     token (MTP-D). It does not train head 1."""
     distillation_top: PositiveInt = 64
     """Number of most probable tokens that head 1's distribution is truncated to."""
+    total_variation: NonNegativeFloat = 0.0
+    """Weight of an additional loss of each head from head 2 on: the total variation distance to head 1's distribution,
+    which is 1 minus the fraction of the head's drafts that rejection sampling accepts. It does not train head 1."""
     token_order: NonNegativeFloat = 0.0
     """Weight of token-order prediction: an additional unembedding on head 1's hidden states ranks the upcoming
     tokens."""
@@ -232,26 +235,20 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
 def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
     yield from messages_if(
         (
-            heads.distillation and heads.count == 1,
-            "heads.distillation trains the heads from head 2 on, heads.count is 1: remove it",
-        ),
-        (
-            heads.distillation and heads.traits.reads == "next head",
-            f"heads.distillation is incompatible with heads.kind = '{heads.kind}': head 1, the teacher of the others, "
-            "is the last to run",
-        ),
-        (
-            heads.distillation_top != HeadsConfig().distillation_top and not heads.distillation,
-            "heads.distillation_top has no effect without heads.distillation: give it a weight or remove the key",
+            heads.distillation_top != HeadsConfig().distillation_top
+            and not (heads.distillation or heads.total_variation),
+            "heads.distillation_top has no effect without heads.distillation or heads.total_variation: give one of "
+            "them a weight or remove the key",
         ),
         (
             heads.token_order_window != HeadsConfig().token_order_window and not heads.token_order,
             "heads.token_order_window has no effect without heads.token_order: give it a weight or remove the key",
         ),
     )
-    if heads.distillation and heads.count > 1:
-        yield from _incompatible_distillation(heads)
-    used = {"distillation": heads.distillation, "token_order": heads.token_order}
+    for key in ("distillation", "total_variation"):
+        if getattr(heads, key):
+            yield from _incompatible_distillation(heads, f"heads.{key}")
+    used = {key: getattr(heads, key) for key in ("distillation", "total_variation", "token_order")}
     for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
         if heads.loss_mode == "naive":
             yield (
@@ -260,17 +257,26 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             )
 
 
-def _incompatible_distillation(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_distillation(heads: HeadsConfig, key: str) -> Iterator[str]:
+    """Yield one message per setting that is incompatible with a loss to head 1's distribution. key: its weight."""
+    if heads.count == 1:
+        yield f"{key} trains the heads from head 2 on, heads.count is 1: remove it"
+        return
     yield from messages_if(
         (
+            heads.traits.reads == "next head",
+            f"{key} is incompatible with heads.kind = '{heads.kind}': head 1, the teacher of the others, is the last "
+            "to run",
+        ),
+        (
             heads.loss_weights and not heads.loss_weights[0],
-            "heads.distillation has head 1 as its teacher, whose heads.loss_weights is 0, so that it never learns: "
-            "give it a weight above 0",
+            f"{key} has head 1 as its teacher, whose heads.loss_weights is 0, so that it never learns: give it a "
+            "weight above 0",
         ),
         (
             heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])),
-            "heads.distillation is part of the losses of heads 2..n, whose weights are all 0: give one of them a "
-            "weight above 0 or remove heads.distillation",
+            f"{key} is part of the losses of heads 2..n, whose weights are all 0: give one of them a weight above 0 or "
+            f"remove {key}",
         ),
     )
 

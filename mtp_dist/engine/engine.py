@@ -245,23 +245,26 @@ def head_metrics(
     if acceptance_sums is not None:
         rates = draft_acceptance_rates(acceptance_sums[: heads.distances[schedule.active_heads - 1] - 1])
     has_target = (sums.targets[: schedule.active_heads] > 0).tolist()
-    losses, accuracies, distillation = (
+    losses, accuracies, distillation, total_variation = (
         tuple(
             total / target if has else None
             for total, target, has in zip(column.tolist(), sums.targets.tolist(), has_target, strict=False)
         )
-        for column in (sums.cross_entropy, sums.correct, sums.soft_cross_entropy)
+        for column in (sums.cross_entropy, sums.correct, sums.soft_cross_entropy, sums.total_variation)
     )
     token_order = float(sums.soft_cross_entropy[-1] / sums.targets[0].clamp(min=1))
     objective = sum(
-        weight * (loss + heads.distillation * (soft or 0.0))
-        for weight, loss, soft in zip(schedule.loss_weights, losses, distillation, strict=False)
+        weight * (loss + heads.distillation * (soft or 0.0) + heads.total_variation * (distance or 0.0))
+        for weight, loss, soft, distance in zip(
+            schedule.loss_weights, losses, distillation, total_variation, strict=False
+        )
         if loss is not None
     )
     return HeadMetrics(
         losses=losses,
         accuracies=accuracies,
         distillation=distillation[1:] if heads.distillation else (),
+        total_variation=total_variation[1:] if heads.total_variation else (),
         token_order=token_order if heads.token_order and has_target[0] else None,
         total=objective + heads.token_order * token_order if any(has_target) else None,
         draft_acceptance_rates=rates,

@@ -88,8 +88,10 @@ class HeadsWithLoss(PredictionHeads):
         samples, targets, documents = micro_batch
         heads, length = self.config.heads, self.config.train.sequence_length
         distillation, token_order = None, None
-        if heads.distillation:
-            distillation = Distillation(heads.distillation, heads.distillation_top, heads.distances)
+        if heads.distillation or heads.total_variation:
+            distillation = Distillation(
+                heads.distillation, heads.total_variation, heads.distillation_top, heads.distances
+            )
         if heads.token_order:
             valid = targets[0] != IGNORE_INDEX
             ranked = None if self.config.data.loss_across_documents else documents

@@ -1,4 +1,7 @@
-"""Head 1's most probable tokens as soft targets of the other heads (MTP-D, arXiv:2603.23911)."""
+"""Head 1's most probable tokens as soft targets of the other heads.
+
+MTP-D (arXiv:2603.23911) has the cross-entropy to them, Bebop (arXiv:2606.12370) the total variation distance.
+"""
 
 import torch
 import torch.distributed as dist

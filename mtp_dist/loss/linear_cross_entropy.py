@@ -12,6 +12,12 @@ letters are values over all ranks; p is normalized over this rank's tokens, s an
     E = sum(e * exp(m - M))                 likewise: M + log(E) is the log-sum-exp of all logits
     loss = (M - sum(t)) + log(E)            in this order: exact however large the logits are
     d loss / d l = p * s * exp(m - M) / S - (1 at the target)
+
+The total variation distance of the probabilities q = p * s * exp(m - M) / S to a distribution t is sum(max(t - q, 0)):
+1 minus the fraction of drafts from q that rejection sampling accepts for t (Leviathan et al. 2023, arXiv:2211.17192).
+With A, the tokens whose q < t, it takes a second collective, of sum(min(q, t)) and sum(q over A):
+
+    d distance / d l = q * (sum(q over A) - (1 in A))
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +42,8 @@ GPU.
 class GradientBuffers:
     """The memory of the gradients, and the weights in the loss that is differentiated.
 
-    That loss is scale * (cross_entropy + z_loss * log_z_squared + soft_weight * soft_cross_entropy).
+    That loss is scale * (cross_entropy + z_loss * log_z_squared + soft_weight * soft_cross_entropy
+    + total_variation_weight * total_variation).
     """
 
     scale: Tensor
@@ -48,6 +55,7 @@ class GradientBuffers:
     weight: Tensor | None
     """`[V/TP, D]`, fp32 (fp64 from fp64): the gradient is added; None if the weight is frozen."""
     soft_weight: float = 0.0
+    total_variation_weight: float = 0.0
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,6 +144,9 @@ class _Softmax:
         # The probabilities' sum, which torch.sum adds pairwise, is above 1 by as much.
         exponentials = denominator * self.probabilities.sum(1)
         self._reduce([largest, denominator, exponentials, target_logit, best_other, *soft_terms], vocabulary.group)
+        self.total_variation = torch.zeros_like(self.losses)
+        if self.soft and self.soft.total_variation:
+            self._measure_total_variation(self.soft, vocabulary.group)
 
     def _soft_terms(self, logits: Tensor) -> list[Tensor]:
         """Return the largest local logit of the soft targets, their mean distance below it and their mass, `[C]` each.
@@ -173,10 +184,20 @@ class _Softmax:
             above_best = mass * (maximum - best).where(mass > 0, 0.0)
             self.soft_losses = (above_best - below).sum(0) + self.soft_mass * log_total
 
+    def _measure_total_variation(self, soft: SoftTargets, group: dist.ProcessGroup) -> None:
+        """Compute the distance to the soft targets and what its gradient needs: one collective."""
+        chosen = self.probabilities.gather(1, soft.token_ids) * self.local_share.unsqueeze(1)
+        self.below_target = chosen.where(chosen < soft.probabilities, 0.0)
+        """`[C, N]`: probabilities of the soft targets that are too improbable, 0 for the others."""
+        sums = torch.stack([chosen.minimum(soft.probabilities).sum(1), self.below_target.sum(1)])
+        if group.size() > 1:
+            dist.all_reduce(sums, group=group)
+        self.total_variation, self.mass_below_target = self.soft_mass - sums[0], sums[1]
+
     def add_sums(self, row: Tensor) -> None:
         """Add the chunk's sums to a row of HeadSums."""
         terms = torch.stack([self.losses, self.log_z.square(), self.correct.to(self.losses)]).where(self.valid, 0.0)
-        sums = torch.cat([terms, self.soft_losses.unsqueeze(0)]).sum(1)
+        sums = torch.cat([terms, torch.stack([self.soft_losses, self.total_variation])]).sum(1)
         row += torch.cat([sums, self.valid.sum(0, keepdim=True)])
 
     def grad_logits(self, grads: GradientBuffers, out: Tensor) -> Tensor:
@@ -187,9 +208,15 @@ class _Softmax:
         upstream = grads.scale.to(self.losses.dtype)
         scale, soft_scale = upstream * self.valid, upstream * grads.soft_weight
         factor = scale * (1 + 2 * grads.z_loss * self.log_z) + soft_scale * self.soft_mass
+        if self.soft:
+            at_soft_targets = -soft_scale * self.soft.probabilities
+            if self.soft.total_variation:
+                total_variation_scale = upstream * grads.total_variation_weight
+                factor = factor + total_variation_scale * self.mass_below_target
+                at_soft_targets -= total_variation_scale * self.below_target
         factor = (factor * self.local_share).unsqueeze(1)
         if self.soft:
-            self.probabilities.mul_(factor).scatter_add_(1, self.soft.token_ids, -soft_scale * self.soft.probabilities)
+            self.probabilities.mul_(factor).scatter_add_(1, self.soft.token_ids, at_soft_targets)
             self.probabilities.scatter_add_(1, self.column, -(scale * self.is_local).unsqueeze(1))
             return out.copy_(self.probabilities)
         at_target = self.probabilities.gather(1, self.column) * factor - (scale * self.is_local).unsqueeze(1)
@@ -201,7 +228,8 @@ def _localized(soft: SoftTargets, first_token: int, local_vocab_size: int, dtype
     """Return the soft targets by this rank's rows, in a precision; tokens of other ranks get the probability 0."""
     local = soft.token_ids - first_token
     is_local = (local >= 0) & (local < local_vocab_size)
-    return SoftTargets(local.where(is_local, 0), soft.probabilities.where(is_local, 0.0).to(dtype))
+    probabilities = soft.probabilities.where(is_local, 0.0).to(dtype)
+    return soft._replace(token_ids=local.where(is_local, 0), probabilities=probabilities)
 
 
 def _matmul_into(result: Tensor, left: Tensor, right: Tensor) -> None:

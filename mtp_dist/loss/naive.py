@@ -38,7 +38,7 @@ def head_sums(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
     log_z_squared = log_z_squared_sum(logits, valid) if objective.z_loss else logits.new_zeros(())
     losses = vocab_parallel_cross_entropy(logits, targets.where(valid, 0))
     no_soft_targets = losses.new_zeros(())
-    columns = losses.where(valid, 0.0).sum(), log_z_squared, correct, no_soft_targets, valid.sum()
+    columns = losses.where(valid, 0.0).sum(), log_z_squared, correct, *[no_soft_targets] * 2, valid.sum()
     return torch.stack([column.to(losses.dtype) for column in columns])
 
 

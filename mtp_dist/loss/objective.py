@@ -65,9 +65,11 @@ class SoftTargets(NamedTuple):
     """`[T, N]`, int64, over the whole vocabulary. An id that occurs twice counts twice."""
     probabilities: Tensor
     """`[T, N]`, fp32; 0 throughout for a position that does not count."""
+    total_variation: bool = False
+    """Compute the total variation distance to it too; then no id may occur twice."""
 
     def at(self, positions: slice) -> "SoftTargets":
-        return SoftTargets(self.token_ids[positions], self.probabilities[positions])
+        return self._replace(token_ids=self.token_ids[positions], probabilities=self.probabilities[positions])
 
 
 class HeadSums:
@@ -78,16 +80,17 @@ class HeadSums:
     - log_z_squared: squared log of the softmax's denominator, for the z-loss (PaLM, arXiv:2204.02311, section 5);
     - correct: targets more probable than every other token (ties count as wrong);
     - soft_cross_entropy: in nats, over the positions that have soft targets;
+    - total_variation: distance of the prediction to the soft targets, from 0 to 1, over the positions that have them;
     - targets: number of valid targets.
     """
 
-    COLUMNS = ("cross_entropy", "log_z_squared", "correct", "soft_cross_entropy", "targets")
+    COLUMNS = ("cross_entropy", "log_z_squared", "correct", "soft_cross_entropy", "total_variation", "targets")
 
     def __init__(self, tensor: Tensor) -> None:
         """Name the columns of `tensor`, `[n + 1, columns]`."""
         self.tensor = tensor
-        columns = tensor.unbind(-1)
-        self.cross_entropy, self.log_z_squared, self.correct, self.soft_cross_entropy, self.targets = columns
+        self.cross_entropy, self.log_z_squared, self.correct, *others = tensor.unbind(-1)
+        self.soft_cross_entropy, self.total_variation, self.targets = others
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Distillation:
 
     weight: float
     """Weight of the cross-entropy to head 1's distribution, next to that of a head's own targets."""
+    total_variation: float
+    """Weight of the total variation distance to it."""
     top: int
     """Number of head 1's most probable tokens that make up its distribution."""
     distances: Sequence[int]
@@ -106,8 +111,8 @@ class Distillation:
 class Objective:
     """The loss of a micro-batch: the sum over the rows of its HeadSums of `scales` times the row's loss.
 
-    A head's loss is cross_entropy + z_loss * log_z_squared + distillation.weight * soft_cross_entropy; that of token
-    order is its soft_cross_entropy.
+    A head's loss is cross_entropy + z_loss * log_z_squared + distillation.weight * soft_cross_entropy +
+    distillation.total_variation * total_variation; that of token order is its soft_cross_entropy.
     """
 
     targets: Tensor
@@ -132,9 +137,11 @@ class Objective:
         """Return the active heads of a chain."""
         return [head for head in chain if head <= self.active_heads]
 
-    def soft_weight(self, head: int) -> float:
-        """Return the weight of a head's soft targets, those of head 1's distribution."""
-        return self.distillation.weight if self.distillation and head > 1 else 0.0
+    def soft_weights(self, head: int) -> tuple[float, float]:
+        """Return the weights of the cross-entropy and of the total variation distance to head 1's distribution."""
+        if head == 1 or self.distillation is None:
+            return 0.0, 0.0
+        return self.distillation.weight, self.distillation.total_variation
 
     def zero_sums(self, dtype: torch.dtype) -> HeadSums:
         """Return the sums of a micro-batch with hidden states of that dtype before any head has run."""
@@ -143,6 +150,8 @@ class Objective:
 
     def loss(self, sums: HeadSums) -> Tensor:
         """Return the scalar that training minimizes."""
-        soft_weight = self.distillation.weight if self.distillation else 0.0
-        losses = sums.cross_entropy + self.z_loss * sums.log_z_squared + soft_weight * sums.soft_cross_entropy
+        losses = sums.cross_entropy + self.z_loss * sums.log_z_squared
+        if self.distillation:
+            losses = losses + self.distillation.weight * sums.soft_cross_entropy
+            losses = losses + self.distillation.total_variation * sums.total_variation
         return (self.scales * torch.cat([losses[:-1], sums.soft_cross_entropy[-1:]])).sum()

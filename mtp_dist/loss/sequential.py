@@ -156,6 +156,7 @@ class _Losses:
             assert self.teacher, "head 1 runs first"
             valid = targets != objective.vocabulary.ignore_index
             soft = self.teacher.soft_targets(distillation.distances[head - 1], valid)
+            soft = soft._replace(total_variation=distillation.total_variation > 0)
         linear_cross_entropy(
             normalized.flatten(0, 1),
             self.unembeddings[head - 1],
@@ -246,27 +247,30 @@ class _HeadGradients:
         gathered = _gather_sequence(normalized, objective)
         partial = torch.empty_like(gathered, memory_format=torch.contiguous_format)
         unembedding = losses.unembeddings[head - 1]
-        scale, soft_weight = objective.scales[head - 1], objective.soft_weight(head)
-        losses.add_head(head, gathered, self._buffers(scale, soft_weight, partial, unembedding))
+        scale, soft_weights = objective.scales[head - 1], objective.soft_weights(head)
+        losses.add_head(head, gathered, self._buffers(scale, soft_weights, partial, unembedding))
         if sum(other is unembedding for other in losses.unembeddings) == 1:
             self._finish_unembedding(unembedding)
         if head == 1 and objective.token_order:
             assert losses.token_order_weight is not None
             grad_token_order = torch.empty_like(partial)
-            grads = self._buffers(objective.scales[-1], 1.0, grad_token_order, losses.token_order_weight)
+            grads = self._buffers(objective.scales[-1], (1.0, 0.0), grad_token_order, losses.token_order_weight)
             losses.add_token_order(gathered, grads)
             partial += grad_token_order
         return _sum_over_vocabulary(partial, objective)
 
-    def _buffers(self, scale: Tensor, soft_weight: float, grad_hidden: Tensor, unembedding: Tensor) -> GradientBuffers:
+    def _buffers(
+        self, scale: Tensor, soft_weights: tuple[float, float], grad_hidden: Tensor, unembedding: Tensor
+    ) -> GradientBuffers:
         if unembedding.requires_grad and id(unembedding) not in self.grad_unembeddings:
             self.grad_unembeddings[id(unembedding)] = _zeros_like(unembedding)
         return GradientBuffers(
             scale=scale,
             z_loss=self.objective.z_loss,
-            soft_weight=soft_weight,
             hidden=grad_hidden.flatten(0, 1),
             weight=self.grad_unembeddings.get(id(unembedding)),
+            soft_weight=soft_weights[0],
+            total_variation_weight=soft_weights[1],
         )
 
     def finish(self, dtype: torch.dtype) -> None:

@@ -25,4 +25,5 @@ def token_order_targets(
     probabilities = scores.expand(upcoming.shape).masked_fill(unranked, float("-inf")).softmax(-1)
     # Not a product: the softmax of a position without a ranked token is NaN.
     probabilities = probabilities.where(valid.unsqueeze(-1), 0.0)
-    return SoftTargets(*(tensor.transpose(0, 1).flatten(0, 1).contiguous() for tensor in (upcoming, probabilities)))
+    token_ids, probabilities = (x.transpose(0, 1).flatten(0, 1).contiguous() for x in (upcoming, probabilities))
+    return SoftTargets(token_ids, probabilities)

@@ -199,8 +199,11 @@ class ReferenceLosses(NamedTuple):
     """`[n]`: L_k."""
     distillation: Tensor
     """`[n]`: cross-entropies to head 1's distribution; 0 for head 1 itself."""
+    total_variation: Tensor
+    """`[n]`: total variation distances to head 1's distribution; 0 for head 1 itself."""
     objectives: Tensor
-    """`[n]`: each head's part of the minimized loss, with the z-loss and the distillation, before its weight w_k."""
+    """`[n]`: each head's part of the minimized loss, with the z-loss and the losses to head 1's distribution, before
+    its weight w_k."""
     token_order: Tensor
     """Cross-entropy to the order of the upcoming tokens, a scalar, before its weight."""
 
@@ -219,21 +222,21 @@ def reference_losses(
     """
     counts = (targets != IGNORE_INDEX).sum((1, 2)) if counts is None else counts
     heads, data = model.config.heads, model.config.data
-    losses, distillation, objectives = [], [], []
+    losses, soft_losses, objectives = [], [], []
     attended = None if data.attention_across_documents else documents
     logits_by_head, order_logits = model.logits(samples, targets.shape[-1], attended)
     for k, target in enumerate(targets, 1):
         logits, valid = logits_by_head[k], target != IGNORE_INDEX
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         squares = logits.logsumexp(-1).square().where(valid, 0.0).sum()
-        distilled = torch.zeros_like(total)
-        if heads.distillation and k > 1:
-            top, distance = heads.distillation_top, heads.distances[k - 1]
-            distilled = _distillation_sum(logits_by_head[1], logits, valid, distance, top)
+        soft = torch.zeros_like(total).repeat(2)
+        if k > 1 and (heads.distillation or heads.total_variation):
+            soft = _soft_sums(logits_by_head[1], logits, valid, heads.distances[k - 1], heads.distillation_top)
         num_targets = counts[k - 1].clamp(min=1)
         losses.append(total / num_targets)
-        distillation.append(distilled / num_targets)
-        objectives.append((total + heads.z_loss * squares + heads.distillation * distilled) / num_targets)
+        soft_losses.append(soft / num_targets)
+        weighted = heads.z_loss * squares + heads.distillation * soft[0] + heads.total_variation * soft[1]
+        objectives.append((total + weighted) / num_targets)
     order = targets.new_zeros((), dtype=losses[0].dtype)
     if order_logits is not None:
         valid = targets[0] != IGNORE_INDEX
@@ -242,16 +245,23 @@ def reference_losses(
         probabilities = scores.softmax(-1).where(valid.unsqueeze(-1), 0.0)  # NaN if nothing is ranked
         cross_entropies = -(probabilities * order_logits.log_softmax(-1)).sum(-1)
         order = cross_entropies.sum() / counts[0].clamp(min=1)
-    return ReferenceLosses(torch.stack(losses), torch.stack(distillation), torch.stack(objectives), order)
+    distillation, total_variation = torch.stack(soft_losses, 1)
+    return ReferenceLosses(torch.stack(losses), distillation, total_variation, torch.stack(objectives), order)
 
 
-def _distillation_sum(teacher: Tensor, logits: Tensor, valid: Tensor, distance: int, top: int) -> Tensor:
-    """Return the sum of cross-entropies to the teacher's `top` best tokens, at its position with the same target."""
+def _soft_sums(teacher: Tensor, logits: Tensor, valid: Tensor, distance: int, top: int) -> Tensor:
+    """Return the sums of cross-entropies and of total variation distances to the teacher's distribution.
+
+    It is that of the teacher's `top` best tokens, at its position with the same target.
+    """
     later = distance - 1
     best, token_ids = teacher.detach()[:, later:].topk(min(top, teacher.shape[-1]), -1)
     length = token_ids.shape[1]
-    log_probabilities = logits[:, :length].log_softmax(-1).gather(-1, token_ids)
-    return -(best.softmax(-1) * log_probabilities).sum(-1).where(valid[:, :length], 0.0).sum()
+    log_probabilities = logits[:, :length].log_softmax(-1)
+    expected = torch.zeros_like(log_probabilities).scatter(-1, token_ids, best.softmax(-1))
+    cross_entropies = -(expected * log_probabilities).sum(-1)
+    distances = (expected - log_probabilities.exp()).abs().sum(-1) / 2
+    return torch.stack([cross_entropies, distances]).where(valid[:, :length], 0.0).sum((1, 2))
 
 
 def _token_order_scores(samples: Tensor, like: Tensor, window: int, documents: Tensor | None) -> Tensor:

@@ -52,6 +52,7 @@ def head_scalars(heads: HeadMetrics) -> dict[str, float | None]:
     scalars = {f"loss/head_{k}": loss for k, loss in enumerate(heads.losses, 1)}
     scalars["loss/total"] = heads.total
     scalars |= {f"loss/distillation/head_{k}": loss for k, loss in enumerate(heads.distillation, 2)}
+    scalars |= {f"loss/total_variation/head_{k}": loss for k, loss in enumerate(heads.total_variation, 2)}
     if heads.token_order is not None:
         scalars["loss/token_order"] = heads.token_order
     return scalars | {f"accuracy/head_{k}": accuracy for k, accuracy in enumerate(heads.accuracies, 1)}

@@ -73,10 +73,13 @@ def local_batch(config: Config, topology: Topology, samples: Tensor, targets: Te
 
 
 def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
-    """Return `[3, n]`, fp64: the mean cross-entropies, those to head 1's distribution, and, in the last row's first
-    column, that to the order of the upcoming tokens; 0 for a loss that does not exist."""
-    table = torch.zeros(3, heads, dtype=torch.float64)
-    for row, losses in zip(table, (metrics.losses, (None, *metrics.distillation), (metrics.token_order,)), strict=True):
+    """Return `[4, n]`, fp64: the mean cross-entropies, those to head 1's distribution, in the third row's first column
+    that to the order of the upcoming tokens, and the total variation distances to head 1's distribution; 0 for a loss
+    that does not exist."""
+    table = torch.zeros(4, heads, dtype=torch.float64)
+    later_heads = (None, *metrics.distillation), (None, *metrics.total_variation)
+    rows = metrics.losses, later_heads[0], (metrics.token_order,), later_heads[1]
+    for row, losses in zip(table, rows, strict=True):
         row[: len(losses)] = torch.tensor([loss or 0.0 for loss in losses], dtype=torch.float64)
     return table
 
@@ -85,7 +88,7 @@ class ReferenceStep(NamedTuple):
     """Results of one training step of the reference."""
 
     losses: Tensor
-    """`[3, n]` before the update, with the rows of `mean_losses`; 0 for an inactive head."""
+    """`[4, n]` before the update, with the rows of `mean_losses`; 0 for an inactive head."""
     grad_norm: float
     """Global gradient norm before clipping."""
     gradients: dict[str, Tensor]
@@ -125,7 +128,7 @@ class ReferenceTraining:
         counts = (targets != IGNORE_INDEX).sum((1, 2))
         active = torch.arange(len(targets), device=self.device) < schedule.active_heads
         loss_weights = torch.tensor(schedule.loss_weights, dtype=torch.float64, device=self.device)
-        losses = torch.zeros(3, len(targets), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(4, len(targets), dtype=torch.float64, device=self.device)
         size = max(1, TOKENS_AT_ONCE // targets.shape[-1])
         parts = zip(samples.split(size), targets.split(size, 1), strict=True)
         for number, part in enumerate(parts):
@@ -135,8 +138,12 @@ class ReferenceTraining:
             results = reference_losses(self.model, *(tensor.to(self.device) for tensor in batch))
             heads_objective = (results.objectives * loss_weights)[active].sum()
             (heads_objective + self.config.heads.token_order * results.token_order).backward()
-            losses[:2] += torch.stack([results.losses, results.distillation]).detach() * active
+            losses[0] += results.losses.detach() * active
+            if self.config.heads.distillation:
+                losses[1] += results.distillation.detach() * active
             losses[2, 0] += results.token_order.detach()
+            if self.config.heads.total_variation:
+                losses[3] += results.total_variation.detach() * active
         if self.world_size > 1:
             dist.all_reduce(losses)
         return losses

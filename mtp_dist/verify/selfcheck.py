@@ -176,7 +176,7 @@ def sharded_errors(config: Config, topology: Topology, truth: Truth) -> dict[str
     updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared = [set().union(*all_gather_objects(set(tensors))) for tensors in (gradients, updated)]
     assert compared == [set(shapes)] * 2, "every parameter is compared"
-    kinds = ("head", "distillation of head", "token order of head")
+    kinds = ("head", "distillation of head", "token order of head", "total variation of head")
     names = [f"{kind} {k}" for kind in kinds for k in range(1, config.heads.count + 1)]
     computed = mean_losses(result.heads, config.heads.count)
     losses = zip(names, computed.flatten(), truth.step.losses.flatten(), strict=True)

@@ -20,7 +20,7 @@ class Run:
     """What a training of some steps left, in fp64 or fp32."""
 
     losses: Tensor
-    """`[steps, 3, n]`, before each update: see `mean_losses`."""
+    """`[steps, 4, n]`, before each update: see `mean_losses`."""
     norms: Tensor
     """`[steps]`, before clipping."""
     gradients: dict[str, Tensor]
@@ -68,7 +68,7 @@ def merge(stages: list[Run | None]) -> Run:
 
 def losses_of_evaluations(config: Config) -> list[Tensor]:
     """Return the losses of one batch by an evaluation, by the first training step, and by evaluations after it of the
-    batch once and twice over; each `[3, n]`, see `mean_losses`."""
+    batch once and twice over; each `[4, n]`, see `mean_losses`."""
     engine, schedule = open_engine(config), head_schedule(config, 1)
     batch = step_batch(engine)
     twice = TrainBatch([*batch.micro_batches] * 2, 2 * batch.num_micro_batches, 2 * batch.valid_targets)

@@ -14,6 +14,7 @@ RECOMPUTE, NAIVE = "heads.loss_mode=recompute", "heads.loss_mode=naive"
 SEQUENTIAL, TIED, SEPARATE = "heads.kind=sequential", "model.tie_embeddings=true", "heads.unembedding=separate"
 FULL, SELECTIVE = "train.activation_checkpointing=full", "train.activation_checkpointing=selective"
 DISTILLED = "heads.distillation=0.5 heads.distillation_top=5"
+VARIATION = "heads.total_variation=1.5"
 ORDERED = "heads.token_order=0.7 heads.token_order_window=8"
 ZERO, BF16 = "parallel.zero_stage=1", "train.precision=bf16"
 ISOLATED = "heads.detach=full"
@@ -66,10 +67,13 @@ TWO_STEPS = [
     f"tp1-pp2-dp2 {RATES} heads.kind=mlp {BF16}",
     # Distillation and token order.
     f"tp2-pp1-dp1 {DISTILLED}",
-    f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.distillation=0.5 heads.distillation_top=500 {RECOMPUTE}",
+    f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.distillation=0.5 heads.distillation_top=500 {RECOMPUTE} {VARIATION}",
     f"tp2-pp2-dp1 heads.distillation=2.0 heads.distillation_top=3 {LEAPS} {CHUNKS} heads.z_loss=0.01 {SEPARATE}",
     f"tp1-pp2-dp2 {DISTILLED} heads.loss_weights=[1,0.3,0.5,0]",
     f"tp1-pp1-dp2 {SEQUENTIAL} heads.distillation=0.5 {ORDERED}",
+    f"tp2-pp2-dp1 {VARIATION} heads.distillation_top=5 {LEAPS} {CHUNKS} heads.z_loss=0.01 {SEPARATE}",
+    f"tp1-pp2-dp2 {VARIATION} {ORDERED} heads.loss_weights=[1,0.3,0.5,0] {TIED}",
+    f"tp2-pp1-dp1 {VARIATION} heads.distillation_top=5 {BF16}",
     f"tp2-pp2-dp1 {ORDERED}",
     f"tp2-pp1-dp1-sp heads.token_order=1.0 heads.token_order_window=20 {CHUNKS} {RECOMPUTE}",
     # In bf16.

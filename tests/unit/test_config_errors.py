@@ -131,7 +131,11 @@ heads.kind=anticausal & heads.schedule=forward => heads.schedule = 'forward' ...
 heads.kind=anticausal & heads.distillation=0.5 => heads.distillation ... heads.kind = 'anticausal'
 heads.count=1 & heads.distillation=0.5 => heads.distillation ... heads.count is 1: remove it
 heads.count=1 & heads.auxiliary_weight=0.3 => heads.auxiliary_weight ... heads.count is 1: remove it
-heads.distillation_top=5 => heads.distillation_top has no effect without heads.distillation
+heads.distillation_top=5 => heads.distillation_top has no effect without heads.distillation or heads.total_variation
+heads.distillation_top=5 & heads.total_variation=0.5 => fine
+heads.loss_mode=naive & heads.total_variation=0.5 => heads.total_variation ... heads.loss_mode = 'naive' ... use 'eager'
+heads.count=1 & heads.total_variation=0.5 => heads.total_variation ... heads.count is 1: remove it
+heads.kind=anticausal & heads.total_variation=0.5 => heads.total_variation ... heads.kind = 'anticausal'
 heads.token_order_window=5 => heads.token_order_window has no effect without heads.token_order
 heads.prediction_distances=[1, 3] => heads.prediction_distances = [1, 3] has 2 numbers, heads.count is 4: give one
 heads.prediction_distances=[2, 3, 4, 5] => heads.prediction_distances = [2, 3, 4, 5] must increase from 1

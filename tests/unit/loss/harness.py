@@ -86,8 +86,14 @@ def true_sums(logits: Tensor, targets: Tensor, soft: SoftTargets | None = None) 
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     squares = logits.logsumexp(1).square()[valid].sum()
     correct = ((logits[valid] < logits[valid].gather(1, targets[valid, None])).sum(1) == vocab_size - 1).sum()
-    distribution = dense_distribution(*soft, vocab_size) if soft else torch.zeros_like(logits)
-    return torch.stack([loss, squares, correct, F.cross_entropy(logits, distribution, reduction="sum"), valid.sum()])
+    distribution = torch.zeros_like(logits)
+    if soft:
+        distribution = dense_distribution(soft.token_ids, soft.probabilities, vocab_size)
+    soft_loss = F.cross_entropy(logits, distribution, reduction="sum")
+    distance = torch.zeros_like(soft_loss)
+    if soft and soft.total_variation:
+        distance = (distribution - logits.softmax(1)).clamp(min=0).sum()
+    return torch.stack([loss, squares, correct, soft_loss, distance, valid.sum()])
 
 
 @dataclass
@@ -106,10 +112,12 @@ class LinearCase:
     frozen: bool = False
     soft: SoftTargets | None = None
     soft_weight: float = 0.0
+    total_variation_weight: float = 0.0
 
     def objective(self, sums: Tensor) -> Tensor:
         """Return what the gradients are of, from a row of HeadSums."""
-        return self.scale * (sums[0] + self.z_loss * sums[1] + self.soft_weight * sums[3])
+        soft = self.soft_weight * sums[3] + self.total_variation_weight * sums[4]
+        return self.scale * (sums[0] + self.z_loss * sums[1] + soft)
 
     def to(self, dtype: torch.dtype) -> "LinearCase":
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype))
@@ -152,6 +160,7 @@ def kernel_answer(
         hidden=torch.full_like(hidden, float("nan")),
         weight=None if case.frozen else torch.full_like(weight, case.start, dtype=dtype),
         soft_weight=case.soft_weight,
+        total_variation_weight=case.total_variation_weight,
     )
     sums, forward_sums = torch.zeros(2, len(HeadSums.COLUMNS), dtype=dtype)
     inputs = hidden, weight, case.targets, Vocabulary(len(case.weight), IGNORE_INDEX, group)

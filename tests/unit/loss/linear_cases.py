@@ -123,9 +123,38 @@ def soft_cases() -> dict[str, LinearCase]:
     }
 
 
-FP32 = target_cases() | soft_cases()
+def total_variation_cases() -> dict[str, LinearCase]:
+    soft = soft_cases()
+
+    def varied(case: LinearCase, soft_weight: float = 0.0) -> LinearCase:
+        assert case.soft
+        distance = case.soft._replace(total_variation=True)
+        return replace(case, soft=distance, soft_weight=soft_weight, total_variation_weight=2.0)
+
+    names = {
+        "total variation alone": "soft alone",
+        "total variation with targets": "some positions of either",
+        "total variation into padding": "into padding",
+        "total variation, the target among them": "the target among them",
+        "total variation, steep": "soft, steep, with targets",
+        "total variation, chunks of 3": "soft, chunks of 3",
+        "total variation, added": "soft, added",
+    }
+    cases = {name: varied(soft[other]) for name, other in names.items()}
+    alone = cases["total variation alone"]
+    assert alone.soft
+    certain = alone.soft._replace(probabilities=torch.eye(5)[0].expand(TOKENS, 5))
+    first = alone.soft._replace(token_ids=alone.soft.token_ids.argsort(1) * 11)
+    return cases | {
+        "total variation and soft": varied(soft["some positions of either"], 0.25),
+        "total variation to one token": replace(alone, soft=certain),
+        "total variation, one rank has all": replace(alone, soft=first),
+    }
+
+
+FP32 = target_cases() | soft_cases() | total_variation_cases()
 LOW = ["random", "masked, z-loss", "chunks of 3", "confident", "soft alone", "some positions of either"]
-LOW += ["soft, chunks of 3", "tokens twice"]
+LOW += ["soft, chunks of 3", "tokens twice", "total variation with targets", "total variation and soft"]
 CASES = (
     FP32
     | {f"{name} in bf16": FP32[name].to(torch.bfloat16) for name in LOW}

@@ -47,10 +47,10 @@ def assert_equals_fp64(name: str, found: list[LinearAnswer]) -> None:
     sum_bound, gradient_bound = bounds[case.hidden.dtype]
     for answer in found:
         assert torch.equal(answer.sums, found[0].sums), "every rank has the same bits"
-    for index in (0, 1, 3):
+    for index in (0, 1, 3, 4):
         if index != 1 or case.z_loss or found[0].sums[1]:  # the naive mode computes the term only for the z-loss
             assert norm_error(found[0].sums[index], sums[index]) <= sum_bound
-    assert torch.equal(found[0].sums[[2, 4]].double(), sums[[2, 4]]), "correct, targets"
+    assert torch.equal(found[0].sums[[2, 5]].double(), sums[[2, 5]]), "correct, targets"
     hidden = torch.stack([answer.hidden.double() for answer in found]).sum(0)
     assert norm_error(hidden, grad_hidden) <= (STEEP_BOUND if name == "soft, steep, small losses" else gradient_bound)
     assert not hidden[~grad_hidden.any(1)].any(), "positions without any target"
@@ -77,11 +77,12 @@ def test_naive_sums_equal_autograd_in_fp64(ranks: Ranks, size: int) -> None:
 def test_fixtures_are_nontrivial() -> None:
     sums = {name: fp64_truth(case)[0] for name, case in CASES.items()}
     assert sums["ties"][2] == 3, "of 16 targets that no other token is above"
-    assert sums["almost ties"][2] == sums["almost ties"][4] == 16
+    assert sums["almost ties"][2] == sums["almost ties"][5] == 16
     assert sums["steep"][2] == 2 and sums["steep"][0] > 2e4 and sums["soft, steep"][3] > 2e4
     assert 0 < sums["confident"][0] < 0.01 * 2 * 16 and sums["confident"][2] == TOKENS
-    assert sums["random"][0] > 50 and 8 <= sums["masked"][4] < 20 and sums["soft alone"][3] > 50
+    assert sums["random"][0] > 50 and 8 <= sums["masked"][5] < 20 and sums["soft alone"][3] > 50
     assert 0.5 < sums["soft, steep, small losses"][3] < 0.6, "out of logits of 10^4"
+    assert 5 < sums["total variation with targets"][4] < sums["total variation alone"][4] < TOKENS
     assert (~fp64_truth(CASES["some positions of either"])[1].any(1)).any(), "positions with neither"
     for name in ("no valid target", "no positions"):
         assert not any(tensor.any() for tensor in fp64_truth(CASES[name])), "exactly 0, and so is what is compared"
@@ -94,6 +95,9 @@ def test_one_collective_per_chunk(ranks: Ranks, size: int) -> None:
     for name, count in chunks.items():
         expected = {"allgather_base": count} if size > 1 else {}
         assert all(answer.collectives == (expected, expected) for answer in _answers(ranks, size)[name])
+    expected = {"allgather_base": 9, "allreduce": 9} if size > 1 else {}
+    answers = _answers(ranks, size)["total variation, chunks of 3"]
+    assert all(answer.collectives == (expected, expected) for answer in answers), "one more for the total variation"
 
 
 @hypothesis_settings(max_examples=100)

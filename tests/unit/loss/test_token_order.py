@@ -67,7 +67,7 @@ def test_equals_the_definition(
         for position in range(length)
         for index, sample in enumerate(samples.tolist())
     ]
-    found = dense_distribution(*soft, vocab_size)
+    found = dense_distribution(soft.token_ids, soft.probabilities, vocab_size)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-12)
 
 

@@ -134,7 +134,7 @@ def test_losses_are_means_over_the_valid_targets_and_the_z_loss_is_not_reported(
     model, tokens = lively_model(tiny_config(heads={"count": 3, "z_loss": 0.01})), random_tokens(2, 6)
     targets = torch.stack([tokens.roll(-k, 1) for k in (1, 2, 3)])
     targets[1, 0, 2:] = targets[2] = IGNORE_INDEX
-    losses, _, objectives, _ = reference_losses(model, tokens, targets)
+    losses, _, _, objectives, _ = reference_losses(model, tokens, targets)
     for index, logits in enumerate(list(model(tokens).values())[:2]):
         torch.testing.assert_close(losses[index], F.cross_entropy(logits.flatten(0, 1), targets[index].flatten()))
         log_z = logits.logsumexp(-1)[targets[index] != IGNORE_INDEX]

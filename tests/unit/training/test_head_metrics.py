@@ -28,6 +28,7 @@ from tests.unit.monitoring.test_writers import read_tensorboard
 NO_TARGETS = {"cross_entropy": [0.0] * 3, "correct": [0.0] * 3, "targets": [0.0] * 3}
 DISTILLED = {"cross_entropy": [16.0, 12.0, 10.0], "targets": [8.0, 4.0, 2.0]}
 DISTILLED |= {"soft_cross_entropy": [0.0, 20.0, 14.0], "distillation": 0.1}
+VARIED = DISTILLED | {"distillation": 0.0, "total_variation": [0.0, 2.0, 0.5], "total_variation_weight": 3.0}
 ALL_ACCURACIES, LOSS_2, LOSS_3 = (0.25, 0.75, 0.0), 0.5 * (3 + 0.1 * 5), 0.25 * (5 + 0.1 * 7)
 
 
@@ -35,6 +36,7 @@ def metrics_of(active=3, token_order_sum=0.0, acceptance=None, **values):
     """Return the metrics of 3 heads with 8, 4 and no targets. values: columns of the sums, or keys of `heads`."""
     columns = {"cross_entropy": [16.0, 12.0, 0.0], "correct": [2.0, 3.0, 0.0], "targets": [8.0, 4.0, 0.0]} | values
     heads = {key: columns.pop(key) for key in ("distillation", "token_order") if key in columns}
+    heads["total_variation"] = columns.pop("total_variation_weight", 0.0)
     sums = HeadSums(torch.zeros(4, len(HeadSums.COLUMNS), dtype=torch.float64))
     for name, column in columns.items():
         getattr(sums, name)[:-1] = torch.tensor(column)
@@ -54,6 +56,15 @@ CASES = {
     "distillation": (DISTILLED, HeadMetrics((2.0, 3.0, 5.0), ALL_ACCURACIES, 2 + LOSS_2 + LOSS_3, (5.0, 7.0))),
     "distilled head 2": (DISTILLED | {"active": 2}, HeadMetrics((2.0, 3.0), (0.25, 0.75), 2 + LOSS_2, (5.0,))),
     "no distilled head": (DISTILLED | {"active": 1}, HeadMetrics((2.0,), (0.25,), 2.0)),
+    "total variation": (
+        VARIED,
+        HeadMetrics(
+            (2.0, 3.0, 5.0),
+            ALL_ACCURACIES,
+            2 + 0.5 * (3 + 3 * 0.5) + 0.25 * (5 + 3 * 0.25),
+            total_variation=(0.5, 0.25),
+        ),
+    ),
     "token order over the targets of head 1": (
         {"token_order": 0.1, "token_order_sum": 24.0, "active": 1},
         HeadMetrics((2.0,), (0.25,), 2 + 0.1 * 3, token_order=3.0),
@@ -111,7 +122,9 @@ def test_missing_loss_is_null_in_files_and_a_dash_on_the_terminal(tmp_path):
 
 
 def test_validation_scalars_of_auxiliary_losses():
-    scalars = validation_scalars(HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), 4.0), None, 2.0)
+    metrics = HeadMetrics((2.0, 3.0, 5.0), (0.1, 0.2, 0.3), 9.0, (5.0, 7.0), (0.5, 0.25), 4.0)
+    scalars = validation_scalars(metrics, None, 2.0)
     expected = {"head_3": 5.0, "total": 9.0, "token_order": 4.0, "distillation/head_2": 5.0, "distillation/head_3": 7.0}
+    expected |= {"total_variation/head_2": 0.5, "total_variation/head_3": 0.25}
     assert {name: scalars[f"validation/loss/{name}"] for name in expected} == expected
-    assert "validation/loss/distillation/head_1" not in scalars and len(scalars) == 3 + 1 + 2 + 1 + 3 + 3
+    assert "validation/loss/distillation/head_1" not in scalars and len(scalars) == 3 + 1 + 2 + 2 + 1 + 3 + 3
