@@ -45,6 +45,13 @@ def atomic_write_text(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
+def append_durably(path: Path, text: str) -> None:
+    """Append text in one write, so that a kill leaves at most its last line incomplete."""
+    with path.open("ab", buffering=0) as output:
+        output.write(text.encode())
+        os.fsync(output.fileno())
+
+
 @contextmanager
 def explain_os_errors(path: Path, action: str) -> Iterator[None]:
     """Turn OSError into a DataError that names the file: the error's own, or else `path`."""

@@ -93,9 +93,14 @@ def mean_and_interval(values: NDArray[np.float64], block: int) -> tuple[float, f
         np.array([np.nansum(part) for part in blocks]),
         np.array([(~np.isnan(part)).sum() for part in blocks]),
     )
-    mean = sums.sum() / counts.sum()
+    return ratio_and_interval(sums, counts)
+
+
+def ratio_and_interval(sums: NDArray[np.float64], counts: NDArray[np.integer]) -> tuple[float, float | None]:
+    """Return the mean of values of which each block has a sum and a count, and half the width of its 95% interval."""
+    mean, blocks = sums.sum() / counts.sum(), len(sums)
     residuals = sums - mean * counts
-    if len(blocks) < 2:
+    if blocks < 2:
         return float(mean), None
-    variance = len(blocks) / (len(blocks) - 1) * (residuals**2).sum() / counts.sum() ** 2
+    variance = blocks / (blocks - 1) * (residuals**2).sum() / counts.sum() ** 2
     return float(mean), float(NORMAL_95 * np.sqrt(variance))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mtp_dist.analysis.marked_text import Mark, MarkedText
-from mtp_dist.analysis.trained_model import TrainedModel
+from mtp_dist.config.schema import SourceConfig
 from mtp_dist.config.synthetic import SYNTHETIC_PREFIX, SyntheticConfig
 from mtp_dist.data.sources.documents import Fields
 from mtp_dist.data.sources.files_input import FilesInput
@@ -17,14 +18,28 @@ from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, stdlib_files
 from mtp_dist.data.synthetic.choices import Choices
 from mtp_dist.data.synthetic.task import Document, TaskCorpus
 from mtp_dist.data.synthetic.tasks import build_task, task_kind
-from mtp_dist.data.tokenizer import encode_documents
+from mtp_dist.data.tokenizer import Tokenizer, encode_documents
 from mtp_dist.errors import CheckpointError, DataError
 
 MARKS = {"choice": Mark.CHOICE, "determined": Mark.DETERMINED, "free": Mark.INCONSEQUENTIAL}
 """Marks of the words of `synthetic/choices`, by the group of their answers."""
 
 
-def read_tokens(data: str, model: TrainedModel, count: int) -> NDArray[np.integer]:
+class TextReader(Protocol):
+    """A model that reads the text."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def sources(self) -> Sequence[SourceConfig]:
+        """Sources of its training samples, if known."""
+
+
+def read_tokens(data: str, model: TextReader, count: int) -> NDArray[np.integer]:
     """Return at least `count` tokens, or all of a shorter text, with the ends of documents.
 
     Raise UserError if the text cannot be read or encoded.
@@ -46,7 +61,7 @@ def read_tokens(data: str, model: TrainedModel, count: int) -> NDArray[np.intege
     return np.concatenate(parts)
 
 
-def read_marked_text(data: str, model: TrainedModel, count: int) -> MarkedText:
+def read_marked_text(data: str, model: TextReader, count: int) -> MarkedText:
     """Return about `count` tokens of held-out documents with marked choice points.
 
     Raise DataError for another text, CheckpointError if the model's tokenizer splits words.
@@ -70,7 +85,7 @@ def read_marked_text(data: str, model: TrainedModel, count: int) -> MarkedText:
     return MarkedText(np.array(tokens), np.array(marks, dtype=np.uint8))
 
 
-def _documents(data: str, model: TrainedModel) -> Iterator[bytes]:
+def _documents(data: str, model: TextReader) -> Iterator[bytes]:
     if data.startswith(SYNTHETIC_PREFIX):
         yield from (document.text.encode() for document in _task_documents(_task_corpus(data, model)))
         return
@@ -83,10 +98,9 @@ def _documents(data: str, model: TrainedModel) -> Iterator[bytes]:
     yield from (document for _, document in FilesInput(files, Fields()).documents(None))
 
 
-def _task_corpus(data: str, model: TrainedModel) -> TaskCorpus:
+def _task_corpus(data: str, model: TextReader) -> TaskCorpus:
     """Return the held-out documents of a task with the parameters that the model was trained with, or the default."""
-    sources = model.config.data.train
-    options = next((source.options for source in sources if source.path == data), None) or SyntheticConfig()
+    options = next((source.options for source in model.sources if source.path == data), None) or SyntheticConfig()
     task = build_task(task_kind(data, f"--data = '{data}'"), options, "--data")
     return TaskCorpus(task, "validation", options.seed)
 

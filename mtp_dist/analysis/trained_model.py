@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config.schema import SourceConfig
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import CheckpointError, DataError
 from mtp_dist.inference.loading import read_full_weights
@@ -46,6 +47,10 @@ class TrainedModel:
     @property
     def heads(self) -> HeadsConfig:
         return self.config.heads
+
+    @property
+    def sources(self) -> Sequence[SourceConfig]:
+        return self.config.data.train
 
     @property
     def sequence_length(self) -> int:

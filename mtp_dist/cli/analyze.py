@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mtp_dist.cli.analyze_marginalize import marginalize
 from mtp_dist.cli.analyze_tables import choice_point_tables, information_table, probe_table, source_tables
 from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from mtp_dist.analysis.trained_model import TrainedModel
 
 app = typer.Typer(no_args_is_help=True, help="Explain what training with several heads does.")
+app.command("marginalize")(marginalize)
 
 MODEL_HELP = "Folder of a checkpoint, an export or a run; may be repeated to compare models."
 Models = Annotated[list[str], typer.Option("--model", help=MODEL_HELP)]

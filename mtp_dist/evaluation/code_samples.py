@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from mtp_dist.errors import DataError
 from mtp_dist.evaluation.problems import Problem
-from mtp_dist.fs import explain_os_errors
+from mtp_dist.fs import append_durably, explain_os_errors
 
 
 class Sample(BaseModel):
@@ -104,6 +104,4 @@ def append_samples(file: Path, samples: Sequence[Sample]) -> None:
     lines = "".join(sample.model_dump_json() + "\n" for sample in samples)
     with explain_os_errors(file, "write"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab", buffering=0) as output:
-            output.write(lines.encode())
-            os.fsync(output.fileno())
+        append_durably(file, lines)
