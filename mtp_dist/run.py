@@ -30,13 +30,13 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
-from mtp_dist.errors import UserError
+from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
 from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
-from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.planner.flops import parameter_counts, trained_parameters
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.training.run_folder import archive_earlier_run
 from mtp_dist.training.stopping import StopSignals, exit_status
@@ -119,7 +119,15 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
 def _build_engine(
     config: Config, topology: Topology, resumed: ResumePoint | None, initial: InitialWeights | None
 ) -> TrainingEngine:
-    """Build this rank's stage with the weights, and the optimizer with the moments, that the run starts with."""
+    """Build this rank's stage with the weights, and the optimizer with the moments, that the run starts with.
+
+    Raise ConfigError if untrained weights would be frozen.
+    """
+    if config.train.freezes_trunk and not (resumed or initial):
+        raise ConfigError(
+            "train.freeze = [trunk] would freeze random weights: name a trained model in checkpoint.initial_weights, "
+            "or a checkpoint in checkpoint.resume"
+        )
     engine = build_engine(config, topology, initialize=not (resumed or initial))
     if resumed:
         restore(engine, resumed.folder)
@@ -140,9 +148,10 @@ def _log_start(
     for description in datasets.descriptions:
         logger.info(description)
     counts = parameter_counts(config)
+    trained = f"; {trained_parameters(config) / 1e6:.2f} M of them trained" if config.train.freeze else ""
     logger.info(
         f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
-        f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}), {config.heads.count} heads, "
+        f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}{trained}), {config.heads.count} heads, "
         f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
         f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
         f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"

@@ -1,8 +1,8 @@
 """The format of a checkpoint: a folder `step_00000010` of full tensors by global name, which any layout can open.
 
-`model-*.safetensors` contain the fp32 weights and `optimizer-*.safetensors` Adam's moments, one file of each per rank
-that wrote; an index next to them maps tensors to files as Hugging Face's does. `config.json` contains the metadata and
-`manifest.json` the size and SHA-256 of every file.
+`model-*.safetensors` contain the fp32 weights and `optimizer-*.safetensors` Adam's moments of the trained ones, one
+file of each per rank that wrote; an index next to them maps tensors to files as Hugging Face's does. `config.json`
+contains the metadata and `manifest.json` the size and SHA-256 of every file.
 
 A checkpoint is written as `step_00000010.unfinished`; the text file `latest` names the last finished one. An earlier
 checkpoint of the same step is kept as `.replaced`, and remains valid, until the new one has been renamed; `.deleted`

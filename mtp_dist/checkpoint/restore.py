@@ -44,13 +44,14 @@ def restore(engine: TrainingEngine, folder: Path) -> None:
     """Load this rank's shards of a checkpoint's weights and moments. A collective over the data-parallel groups.
 
     A weight that the checkpoint lacks, such as a new head's, gets its initial value. Moments that its index does not
-    list, as in an imported checkpoint, start from 0. Raise CheckpointError if the checkpoint is corrupt.
+    list, as in an imported checkpoint or of weights that were frozen, start from 0. Raise CheckpointError if the
+    checkpoint is corrupt.
     """
     updates = read_metadata(folder).optimizer_updates
     model, optimizer = TensorReader(folder, MODEL), TensorReader(folder, OPTIMIZER) if updates else None
     ensure_state(engine.pipeline)
     for name, weight, shard in _load_weights(engine, model, model.weight_map):
-        for key in MOMENTS:
+        for key in MOMENTS if weight.requires_grad else ():
             if optimizer is None or (moment := f"{key}.{name}") not in optimizer.weight_map:
                 values = torch.zeros(weight.shape, device=weight.device)
             elif kept := owned_rows(weight):

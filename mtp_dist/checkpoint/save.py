@@ -31,7 +31,7 @@ from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer_state import MOMENTS, check_updates, ensure_state, moment
 from mtp_dist.engine.tensor_shards import TensorShard, gather_full_tensors, local_shards, master_weight
 from mtp_dist.fs import sync
-from mtp_dist.model.parameters import parameter_shapes
+from mtp_dist.model.parameters import is_trained, parameter_shapes
 
 Tensors = dict[str, Tensor]
 Shards = dict[str, TensorShard]
@@ -142,7 +142,8 @@ def write_metadata(folder: Path, metadata: CheckpointMetadata, tensor_files: Map
     tensor_files: those of all ranks, by name.
     """
     shapes = parameter_shapes(metadata.config)
-    expected = {MODEL: set(shapes), OPTIMIZER: {f"{key}.{name}" for key in MOMENTS for name in shapes}}
+    trained = [name for name in shapes if is_trained(metadata.config, name)]
+    expected = {MODEL: set(shapes), OPTIMIZER: {f"{key}.{name}" for key in MOMENTS for name in trained}}
     for kind, names in expected.items():
         file_shapes = {name: file.shapes for name, file in sorted(tensor_files.items()) if file.kind == kind}
         if differing := write_index(folder, kind, file_shapes) ^ names:

@@ -186,7 +186,7 @@ def drafting_head(distances: Sequence[int], distance: int) -> int:
 
 
 def incompatible_head_settings(
-    heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int
+    heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int, freezes_trunk: bool
 ) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     if tie_embeddings and heads.unembedding == "separate":
@@ -197,9 +197,11 @@ def incompatible_head_settings(
     if heads.loss_mode == "naive" and heads.chunk_tokens:
         yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
     yield from _incompatible_with_kind(heads)
-    yield from _incompatible_auxiliary_losses(heads)
+    yield from _incompatible_auxiliary_losses(heads, freezes_trunk)
     yield from _incompatible_distances(heads, sequence_length)
     yield from _incompatible_loss_weights(heads, steps)
+    if freezes_trunk:
+        yield from _incompatible_with_frozen_trunk(heads)
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
@@ -232,7 +234,7 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
     )
 
 
-def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_auxiliary_losses(heads: HeadsConfig, freezes_trunk: bool) -> Iterator[str]:
     yield from messages_if(
         (
             heads.distillation_top != HeadsConfig().distillation_top
@@ -247,7 +249,7 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
     )
     for key in ("distillation", "total_variation"):
         if getattr(heads, key):
-            yield from _incompatible_distillation(heads, f"heads.{key}")
+            yield from _incompatible_distillation(heads, f"heads.{key}", freezes_trunk)
     used = {key: getattr(heads, key) for key in ("distillation", "total_variation", "token_order")}
     for key in [key for key, weight in used.items() if weight] + ["schedule"] * (heads.schedule != "constant"):
         if heads.loss_mode == "naive":
@@ -257,7 +259,7 @@ def _incompatible_auxiliary_losses(heads: HeadsConfig) -> Iterator[str]:
             )
 
 
-def _incompatible_distillation(heads: HeadsConfig, key: str) -> Iterator[str]:
+def _incompatible_distillation(heads: HeadsConfig, key: str, freezes_trunk: bool) -> Iterator[str]:
     """Yield one message per setting that is incompatible with a loss to head 1's distribution. key: its weight."""
     if heads.count == 1:
         yield f"{key} trains the heads from head 2 on, heads.count is 1: remove it"
@@ -269,12 +271,12 @@ def _incompatible_distillation(heads: HeadsConfig, key: str) -> Iterator[str]:
             "to run",
         ),
         (
-            heads.loss_weights and not heads.loss_weights[0],
+            heads.loss_weights and not heads.loss_weights[0] and not freezes_trunk,
             f"{key} has head 1 as its teacher, whose heads.loss_weights is 0, so that it never learns: give it a "
             "weight above 0",
         ),
         (
-            heads.auxiliary_weight == 0 or (heads.loss_weights and not any(heads.loss_weights[1:])),
+            _later_weights_are_0(heads),
             f"{key} is part of the losses of heads 2..n, whose weights are all 0: give one of them a weight above 0 or "
             f"remove {key}",
         ),
@@ -338,3 +340,36 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
         starts = [step for step, _ in heads.auxiliary_weight]
         if starts[0] != 1 or sorted(set(starts)) != starts:
             yield f"heads.auxiliary_weight has the steps {starts}: they must increase from 1"
+
+
+def _later_weights_are_0(heads: HeadsConfig) -> bool:
+    """Return whether no loss of heads 2..n counts."""
+    return heads.auxiliary_weight == 0 or (heads.loss_weights is not None and not any(heads.loss_weights[1:]))
+
+
+def _incompatible_with_frozen_trunk(heads: HeadsConfig) -> Iterator[str]:
+    key, detach = "train.freeze = [trunk]", str(heads.detach).lower()
+    yield from messages_if(
+        (
+            heads.traits.reads == "next head",
+            f"{key} is incompatible with heads.kind = '{heads.kind}': head 1 reads the trunk through all other heads, "
+            "so its predictions would change: use another kind",
+        ),
+        (
+            heads.count == 1 and not heads.token_order,
+            f"{key} freezes head 1, heads.count is 1: nothing would be trained, raise heads.count",
+        ),
+        (
+            heads.count > 1 and _later_weights_are_0(heads) and not heads.token_order,
+            f"{key} freezes head 1, and the loss weights of heads 2..n are all 0: nothing would be trained, give one "
+            "of them a weight above 0",
+        ),
+        (
+            heads.detach,
+            f"heads.detach = {detach} has no effect with {key}, to which no head passes a gradient: remove it",
+        ),
+        (
+            heads.schedule != "constant",
+            f"heads.schedule = '{heads.schedule}' has a stage with head 1 alone, which {key} freezes: use 'constant'",
+        ),
+    )

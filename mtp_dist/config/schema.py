@@ -198,6 +198,14 @@ class TrainConfig(Section):
     """Steps between two validations; there is always one at the end."""
     validation_samples: PositiveInt = 128
     """Samples per validation set, evenly spaced; all of them if it has fewer."""
+    freeze: Annotated[tuple[Literal["trunk"], ...], Field(strict=False, max_length=1)] = ()
+    """`[trunk]`: train further heads on a trained model, whose weights stay bitwise the same: embedding, trunk, head 1
+    and the final norm, with the unembedding that heads share or with head 1's own. They get no gradient, moments or
+    master weights; the trunk runs forward only. By default everything is trained."""
+
+    @property
+    def freezes_trunk(self) -> bool:
+        return "trunk" in self.freeze
 
 
 ModelPart = Literal["trunk", "embedding", "head_1", "unembedding", "heads"]

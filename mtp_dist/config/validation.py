@@ -46,6 +46,10 @@ def incompatible_settings(config: Config) -> Iterator[str]:
         )
     if train.spike_rollback and train.spike_deviations is None:
         yield "train.spike_rollback = true needs train.spike_deviations: without it nothing is a spike"
+    if train.spike_rollback and train.freezes_trunk:
+        yield (
+            "train.spike_rollback = true reacts to the loss of head 1, which train.freeze = [trunk] freezes: remove it"
+        )
     if config.checkpoint.initial_weights and config.checkpoint.resume not in ("auto", "none"):
         yield (
             f"checkpoint.initial_weights = '{config.checkpoint.initial_weights}' starts a new run, checkpoint.resume = "
@@ -53,7 +57,9 @@ def incompatible_settings(config: Config) -> Iterator[str]:
         )
     yield from _incompatible_sources(config.data)
     yield from _incompatible_fields(config.data)
-    yield from incompatible_head_settings(heads, model.tie_embeddings, train.steps, train.sequence_length)
+    yield from incompatible_head_settings(
+        heads, model.tie_embeddings, train.steps, train.sequence_length, train.freezes_trunk
+    )
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     yield from _multipliers_without_effect(config)
@@ -62,7 +68,7 @@ def incompatible_settings(config: Config) -> Iterator[str]:
 
 
 def _multipliers_without_effect(config: Config) -> Iterator[str]:
-    """Yield one message per key of optimizer.multipliers that names a part without parameters."""
+    """Yield one message per key of optimizer.multipliers that names a part without trained parameters."""
     heads, tied = config.heads, config.model.tie_embeddings
     separate = heads.unembedding == "separate"
     has_parameters = {
@@ -76,7 +82,9 @@ def _multipliers_without_effect(config: Config) -> Iterator[str]:
         "heads": "heads.count is 1",
     }
     for part in config.optimizer.multipliers:
-        if not has_parameters.get(part, True):
+        if config.train.freezes_trunk and part != "heads":
+            yield f"optimizer.multipliers.{part} has no effect with train.freeze = [trunk]: remove it"
+        elif not has_parameters.get(part, True):
             yield f"optimizer.multipliers.{part} has no effect, {reasons[part]}: remove it"
 
 

@@ -18,16 +18,18 @@ from torch.profiler import record_function
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology, dp_group
 from mtp_dist.engine.deepspeed_config import deepspeed_config
+from mtp_dist.engine.frozen_trunk import use_frozen_trunk_schedule
 from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, module_group
 from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer, set_learning_rate
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
+from mtp_dist.engine.stand_ins import add_zero_gradients
 from mtp_dist.loss.acceptance import draft_acceptance_rates
 from mtp_dist.loss.objective import HeadSums
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
-from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes
+from mtp_dist.model.parameters import initial_weight, is_trained, named_weights, parameter_shapes
 from mtp_dist.model.sharding import shard
 from mtp_dist.model.targets import TrainBatch
 
@@ -39,7 +41,8 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Global norm of the gradient before clipping; not finite if the step was skipped."""
     grad_norms_by_module: dict[str, float]
-    """The same norm per module: `trunk`, `head_1`, ..., `shared` for embeddings and the final norm."""
+    """The same norm per module with trained parameters: `trunk`, `head_1`, ..., `shared` for embeddings and the final
+    norm."""
     skipped: str | None
     """Reason for which the step changed no weight; None if it did."""
     stop_signal: int
@@ -79,7 +82,8 @@ class TrainingEngine:
         self.pipeline.set_batch_fn(stage.load)
         # In fp32 without ZeRO DeepSpeed's norm counts some weights twice and others not at all.
         self.pipeline.clip_fp32_gradients = self._clip
-        modules = tuple(dict.fromkeys(map(module_group, parameter_shapes(config))))
+        trained = (name for name in parameter_shapes(config) if is_trained(config, name))
+        modules = tuple(dict.fromkeys(map(module_group, trained)))
         self.gradient_monitor = GradientMonitor(self.pipeline, self.stage, topology, modules)
         self.pipeline._take_model_step = partial(self._agree_and_update, self.pipeline._take_model_step)
         self._dp_group = dp_group()
@@ -223,10 +227,13 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     with suppress_stdout():
         pipeline, *_ = deepspeed.initialize(
             model=stage,
-            model_parameters=list(stage.parameters()),
-            optimizer=lambda _: build_optimizer(config, named_weights(stage), topology.device),
+            model_parameters=[param for param in stage.parameters() if param.requires_grad],
+            optimizer=lambda _: build_optimizer(config, stage.trained_parameters(), topology.device),
             config=deepspeed_config(config, config.micro_batches),
         )
+    if stage.trunk_is_frozen:
+        use_frozen_trunk_schedule(pipeline)
+    add_zero_gradients(pipeline, list(stage.stand_ins))
     engine = TrainingEngine(config, topology, stage, pipeline)
     if initialize:
         engine.set_initial_weights()

@@ -76,9 +76,12 @@ def before_update(engine: PipelineEngine, inspect: Callable[[], None]) -> Iterat
         engine._take_model_step = take_step
 
 
-def reduced_gradient(weight: nn.Parameter) -> Tensor:
-    """Return this rank's gradient of the global batch in fp32, unsharded over the data-parallel ranks."""
-    return cast(Tensor, safe_get_full_grad(weight))
+def reduced_gradient(weight: nn.Parameter) -> Tensor | None:
+    """Return this rank's gradient of the global batch in fp32, unsharded over the data-parallel ranks.
+
+    None for a frozen weight.
+    """
+    return cast(Tensor, safe_get_full_grad(weight)) if weight.requires_grad else None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,8 @@ class GradientMonitor:
         """Return norms and gradients of the weights that have one."""
         found = ((name, read(weight)) for name, weight in self._weights.items())
         gradients = {name: gradient for name, gradient in found if gradient is not None}
-        return dict(zip(gradients, torch._foreach_norm(list(gradients.values())), strict=True)), gradients
+        norms = torch._foreach_norm(list(gradients.values())) if gradients else ()
+        return dict(zip(gradients, norms, strict=True)), gradients
 
     @torch.no_grad()
     def add_fault(self, fault: Tensor) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.config.schema import OptimizerConfig
@@ -36,15 +36,19 @@ def learning_rate_multiplier(optimizer: OptimizerConfig, name: str) -> float:
     return multipliers.get(part, 1.0 if part == "heads" else multipliers.get("trunk", 1.0))
 
 
-def parameter_groups(config: Config, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+def group_key(config: Config, name: str, ndim: int) -> tuple[bool, float]:
+    """Return whether a weight is exempt from weight decay, and the factor of its learning rate."""
+    return ndim <= 1, learning_rate_multiplier(config.optimizer, name)
+
+
+def parameter_groups(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Return the matrices with weight decay, then norms and biases without, for each learning rate a group of its own.
 
     parameters: by global name. `multiplier` of a group is the factor of its learning rate, see `set_learning_rate`.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, weight in parameters:
-        key = weight.ndim <= 1, learning_rate_multiplier(config.optimizer, name)
-        groups.setdefault(key, []).append(weight)
+        groups.setdefault(group_key(config, name, weight.ndim), []).append(weight)
     decay = config.optimizer.weight_decay
     return [
         {"params": groups[key], "weight_decay": 0.0 if key[0] else decay, "multiplier": key[1]}
@@ -59,7 +63,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def build_optimizer(
-    config: Config, parameters: Iterable[tuple[str, nn.Parameter]], device: torch.device
+    config: Config, parameters: Iterable[tuple[str, Tensor]], device: torch.device
 ) -> torch.optim.Optimizer:
     """Build AdamW over the parameters, given by global name."""
     groups = parameter_groups(config, parameters)

@@ -63,8 +63,13 @@ def set_updates(engine: PipelineEngine, count: int) -> None:
             holder["step"] = count
 
 
-def moment(engine: PipelineEngine, name: str, weight: nn.Parameter) -> Tensor:
-    """Return one of MOMENTS of this rank's weight, fp32. A collective over the data-parallel group."""
+def moment(engine: PipelineEngine, name: str, weight: nn.Parameter) -> Tensor | None:
+    """Return one of MOMENTS of this rank's weight, fp32; None for a frozen one.
+
+    A collective over the data-parallel group.
+    """
+    if not weight.requires_grad:
+        return None
     full: Tensor | None = safe_get_full_optimizer_state(weight, name)
     if full is not None:
         return full

@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
 from mtp_dist.engine.heads_with_loss import HeadsWithLoss
+from mtp_dist.engine.stand_ins import new_stand_in, stand_in_names
 from mtp_dist.model.layers import AttentionInputs, transformer_config
+from mtp_dist.model.parameters import is_trained, named_weights, parameter_shapes
 from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
@@ -67,6 +71,12 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         with suppress_stdout(), torch.no_grad():
             super().__init__(_layer_specs(config), topology=axes)
         tag_shards(self)
+        for name, weight in named_weights(self):
+            weight.requires_grad_(is_trained(config, name))
+        self.trunk_is_frozen = config.train.freezes_trunk
+        shapes = parameter_shapes(config)
+        self.stand_in_names = stand_in_names(config)
+        self.stand_ins = nn.ParameterList(new_stand_in(len(shapes[name])) for name in self.stand_in_names)
         self._rope_angles = rope_angles(config.model, config.train.sequence_length).to(self.device)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -104,6 +114,8 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
         attention = AttentionInputs(self._rope_angles, bias)
         output = inputs if isinstance(inputs, Tensor) else StageOutput(*inputs).hidden
+        if self.trunk_is_frozen:
+            output = output.detach()  # received tensors require a gradient
         for layer in self.forward_funcs:
             if isinstance(layer, TrunkLayer):
                 output = layer(output, attention)
@@ -112,6 +124,15 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
             else:
                 output = layer(output)
         return output if self.holds_loss else StageOutput(output)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters that the optimizer gets, a stand-in by the name of a weight of its group."""
+        yield from ((name, weight) for name, weight in named_weights(self) if weight.requires_grad)
+        yield from zip(self.stand_in_names, self.stand_ins, strict=True)
+
+    def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
+        """Override of DeepSpeed's, which reduces the gradients of these weights: frozen ones have none."""
+        return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
 
     @property
     def heads(self) -> HeadsWithLoss:

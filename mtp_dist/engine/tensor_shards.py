@@ -21,10 +21,10 @@ from mtp_dist.model.sharding import is_sharded, unshard
 def master_weight(weight: nn.Parameter) -> Tensor:
     """Return the fp32 values of a weight of this rank: the optimizer's copy in bf16, the weight itself in fp32.
 
-    A collective over the data-parallel group.
+    A frozen weight has no copy: its bf16 values are converted. A collective over the data-parallel group.
     """
     master: Tensor | None = safe_get_full_fp32_param(weight)
-    return weight.detach() if master is None else master
+    return weight.detach().float() if master is None else master
 
 
 @torch.no_grad()
@@ -32,18 +32,19 @@ def full_tensors(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
-    read: Callable[[nn.Parameter], Tensor],
+    read: Callable[[nn.Parameter], Tensor | None],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield this stage's full tensors one by one by global name, copied to the CPU, on every rank of the stage.
 
-    read returns this rank's shard for one of its weights: its value, its gradient or a moment. A tied weight is yielded
-    on its first stage only.
+    read returns this rank's shard for one of its weights: its value, its gradient or a moment; None for a weight
+    without one. A tied weight is yielded on its first stage only.
     """
     group = tp_group()
     for name, weight in named_weights(stage):
-        shard = read(weight).contiguous()
-        if is_tied_replica(weight):
+        values = read(weight)
+        if values is None or is_tied_replica(weight):
             continue
+        shard = values.contiguous()
         shards = [shard]
         if topology.tp_size > 1 and is_sharded(weight):
             shards = [torch.empty_like(shard) for _ in range(topology.tp_size)]
@@ -85,14 +86,14 @@ def local_shards(
     stage: nn.Module,
     shapes: dict[str, tuple[int, ...]],
     topology: Topology,
-    read: Callable[[nn.Parameter], Tensor],
+    read: Callable[[nn.Parameter], Tensor | None],
 ) -> dict[str, TensorShard]:
     """Return the shards that this rank contributes to its stage's files, by global name. read: see `full_tensors`."""
     writers = _writers(stage, shapes, topology)
     shards: dict[str, TensorShard] = {}
     for name, weight in named_weights(stage):
         values = read(weight)  # also if it is not needed here: it may be a collective
-        if is_tied_replica(weight) or writers[name][0] != topology.dp_rank:
+        if values is None or is_tied_replica(weight) or writers[name][0] != topology.dp_rank:
             continue
         writer = writers[name][1]
         if is_sharded(weight) or writer == topology.tp_rank:

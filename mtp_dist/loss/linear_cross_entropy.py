@@ -49,9 +49,9 @@ class GradientBuffers:
     scale: Tensor
     """Scalar."""
     z_loss: float
-    hidden: Tensor
+    hidden: Tensor | None
     """`[T, D]`, contiguous, in the precision of the hidden states: overwritten with this rank's partial gradient, which
-    is to be summed over the ranks of the vocabulary."""
+    is to be summed over the ranks of the vocabulary; None if they need none."""
     weight: Tensor | None
     """`[V/TP, D]`, fp32 (fp64 from fp64): the gradient is added; None if the weight is frozen."""
     soft_weight: float = 0.0
@@ -104,7 +104,8 @@ def linear_cross_entropy(
         softmax.add_sums(sums)
         if grads is not None:
             grad_logits = softmax.grad_logits(grads, out=rounded[: len(logits)])
-            torch.mm(grad_logits, weight, out=grads.hidden[positions])
+            if grads.hidden is not None:
+                torch.mm(grad_logits, weight, out=grads.hidden[positions])
             if grads.weight is not None:
                 _add_matmul(grads.weight, grad_logits.T, hidden[positions])
 

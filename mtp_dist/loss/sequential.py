@@ -40,7 +40,7 @@ def sequential_heads_loss(
     Each chain of heads, which is one head if the heads are independent, runs from the trunk's output z to the gradient
     of z before the next chain starts. `eager` does that in the forward pass and keeps the gradients for the backward
     pass. `recompute` computes only the sums in the forward pass, keeps only z, and starts again in the backward pass:
-    one more forward pass of the heads.
+    one more forward pass of the heads. What needs no gradient, such as a frozen head, runs forward only.
     """
     micro_batch = _MicroBatch(heads, context, objective)
     if not torch.is_grad_enabled():
@@ -62,11 +62,12 @@ class _SequentialLoss(torch.autograd.Function):
         ctx: Any, mode: str, micro_batch: _MicroBatch, sums: HeadSums, trunk_output: Tensor, *_: Tensor
     ) -> Tensor:
         ctx.gradients = ctx.inputs = None
+        leaf = trunk_output.detach().requires_grad_(ctx.needs_input_grad[3])
         if mode == "eager":
-            ctx.gradients = _differentiate(micro_batch, trunk_output.detach(), sums)
+            ctx.gradients = _differentiate(micro_batch, leaf, sums)
         else:
-            ctx.inputs = micro_batch, trunk_output.detach()
-            _forward(micro_batch, trunk_output.detach(), sums)
+            ctx.inputs = micro_batch, leaf
+            _forward(micro_batch, leaf, sums)
         return micro_batch.objective.loss(sums)
 
     @staticmethod
@@ -193,7 +194,7 @@ class _HeadGradients:
         self.heads, self.context, self.objective = micro_batch
         self.params = self.heads.trained_parameters(self.context)
         self.trained_unembeddings = _trained_unembeddings(micro_batch)
-        self.grad_trunk_output = _zeros_like(trunk_output)
+        self.grad_trunk_output = _zeros_like(trunk_output) if trunk_output.requires_grad else None
         self.grad_params: list[Tensor | None] = [None] * len(self.params)
         self.grad_unembeddings: dict[int, Tensor] = {}
         self.losses = _Losses(micro_batch, sums)
@@ -207,7 +208,7 @@ class _HeadGradients:
         steps = []
         inputs = trunk_output
         for head in chain:
-            leaf = inputs.detach().requires_grad_()
+            leaf = inputs.detach().requires_grad_(inputs.requires_grad)
             with record_function(f"head {head}: forward, loss"):
                 with torch.enable_grad():
                     hidden = self.heads.pre_norm_hidden(head, leaf, self.context)
@@ -217,35 +218,43 @@ class _HeadGradients:
         while steps:
             head, leaf, hidden, grad_hidden = steps.pop()
             with record_function(f"head {head}: backward"):
-                grad_next = self._backward(hidden, leaf, grad_hidden if grad_next is None else grad_hidden + grad_next)
+                if grad_hidden is not None and grad_next is not None:
+                    grad_hidden = grad_hidden + grad_next
+                grad_next = self._backward(hidden, leaf, grad_hidden)
             if head in self.heads.detached:
                 grad_next = None
         if grad_next is not None:
+            assert self.grad_trunk_output is not None
             self.grad_trunk_output += grad_next
 
-    def _grad_pre_norm_hidden(self, head: int, hidden: Tensor) -> Tensor:
-        """Compute a head's loss and return the gradient of its hidden states from that loss alone."""
-        leaf = hidden.detach().requires_grad_()
+    def _grad_pre_norm_hidden(self, head: int, hidden: Tensor) -> Tensor | None:
+        """Compute a head's loss and return the gradient of its hidden states from that loss alone, if they need one."""
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         with torch.enable_grad():
             normalized = self.heads.normalize(head, leaf)
         return self._backward(normalized, leaf, self._grad_normalized(head, normalized))
 
-    def _backward(self, output: Tensor, leaf: Tensor, grad_output: Tensor) -> Tensor:
-        """Return the gradient of `leaf` from that of `output`; add those of the parameters in between."""
-        grad_leaf, *grad_params = torch.autograd.grad(output, [leaf, *self.params], grad_output, allow_unused=True)
-        for index, gradient in enumerate(grad_params):
+    def _backward(self, output: Tensor, leaf: Tensor, grad_output: Tensor | None) -> Tensor | None:
+        """Return the gradient of `leaf` from that of `output`, None if it needs none; add those of the parameters in
+        between."""
+        if grad_output is None:
+            return None
+        needed = [*self.params, leaf] if leaf.requires_grad else self.params
+        gradients = torch.autograd.grad(output, needed, grad_output, allow_unused=True)
+        for index, gradient in enumerate(gradients[: len(self.params)]):
             total = self.grad_params[index]
             if gradient is not None:
                 self.grad_params[index] = (
                     gradient if total is None else gradient.to(accumulation_dtype(total.dtype)) + total
                 )
-        return grad_leaf
+        return gradients[-1] if leaf.requires_grad else None
 
-    def _grad_normalized(self, head: int, normalized: Tensor) -> Tensor:
-        """Compute a head's loss. Return the gradient of its normalized hidden states; add its unembedding's."""
+    def _grad_normalized(self, head: int, normalized: Tensor) -> Tensor | None:
+        """Compute a head's loss. Return the gradient of its normalized hidden states, None if they need none; add its
+        unembedding's."""
         objective, losses = self.objective, self.losses
         gathered = _gather_sequence(normalized, objective)
-        partial = torch.empty_like(gathered, memory_format=torch.contiguous_format)
+        partial = _empty_like(gathered) if normalized.requires_grad else None
         unembedding = losses.unembeddings[head - 1]
         scale, soft_weights = objective.scales[head - 1], objective.soft_weights(head)
         losses.add_head(head, gathered, self._buffers(scale, soft_weights, partial, unembedding))
@@ -253,21 +262,25 @@ class _HeadGradients:
             self._finish_unembedding(unembedding)
         if head == 1 and objective.token_order:
             assert losses.token_order_weight is not None
-            grad_token_order = torch.empty_like(partial)
+            grad_token_order = None if partial is None else _empty_like(partial)
             grads = self._buffers(objective.scales[-1], (1.0, 0.0), grad_token_order, losses.token_order_weight)
             losses.add_token_order(gathered, grads)
-            partial += grad_token_order
-        return _sum_over_vocabulary(partial, objective)
+            if partial is not None and grad_token_order is not None:
+                partial += grad_token_order
+        return None if partial is None else _sum_over_vocabulary(partial, objective)
 
     def _buffers(
-        self, scale: Tensor, soft_weights: tuple[float, float], grad_hidden: Tensor, unembedding: Tensor
-    ) -> GradientBuffers:
+        self, scale: Tensor, soft_weights: tuple[float, float], grad_hidden: Tensor | None, unembedding: Tensor
+    ) -> GradientBuffers | None:
+        """Return where a head's loss adds its gradients; None if nothing needs one."""
+        if grad_hidden is None and not unembedding.requires_grad:
+            return None
         if unembedding.requires_grad and id(unembedding) not in self.grad_unembeddings:
             self.grad_unembeddings[id(unembedding)] = _zeros_like(unembedding)
         return GradientBuffers(
             scale=scale,
             z_loss=self.objective.z_loss,
-            hidden=grad_hidden.flatten(0, 1),
+            hidden=None if grad_hidden is None else grad_hidden.flatten(0, 1),
             weight=self.grad_unembeddings.get(id(unembedding)),
             soft_weight=soft_weights[0],
             total_variation_weight=soft_weights[1],
@@ -275,7 +288,8 @@ class _HeadGradients:
 
     def finish(self, dtype: torch.dtype) -> None:
         """Round the sums to their own precision after the last head; that of z is `dtype`."""
-        self.grad_trunk_output = self.grad_trunk_output.to(dtype)
+        if self.grad_trunk_output is not None:
+            self.grad_trunk_output = self.grad_trunk_output.to(dtype)
         for weight in self.trained_unembeddings:
             self._finish_unembedding(weight)
 
@@ -283,12 +297,12 @@ class _HeadGradients:
         if id(weight) in self.grad_unembeddings:
             self.grad_unembeddings[id(weight)] = self.grad_unembeddings[id(weight)].to(weight.dtype)
 
-    def scaled_by(self, upstream: Tensor) -> list[Tensor]:
+    def scaled_by(self, upstream: Tensor) -> list[Tensor | None]:
         """Return the gradients of z, the parameters and the trained unembeddings, each of which is released here.
 
         Parameters that no active head uses get 0: engines reduce the gradients of all.
         """
-        gradients = [self.grad_trunk_output.mul_(upstream)]
+        gradients = [None if self.grad_trunk_output is None else self.grad_trunk_output.mul_(upstream)]
         for param in self.params:
             gradient = self.grad_params.pop(0)
             # Not in place: autograd may have returned one tensor for several parameters.
@@ -297,6 +311,10 @@ class _HeadGradients:
             total = self.grad_unembeddings.pop(id(weight), None)
             gradients.append(torch.zeros_like(weight) if total is None else total.mul_(upstream))
         return gradients
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _zeros_like(tensor: Tensor) -> Tensor:

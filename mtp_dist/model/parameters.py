@@ -56,6 +56,11 @@ def model_part(name: str) -> ModelPart:
     return parts.get(module, "trunk")
 
 
+def is_trained(config: Config, name: str) -> bool:
+    """Return whether training changes the parameter of that global name."""
+    return not config.train.freezes_trunk or model_part(name) == "heads"
+
+
 def head_key(heads: HeadsConfig, head: int) -> str | None:
     """Return the name of a head's own module, None if the head is only the final norm and the unembedding."""
     if head == 1 and not heads.traits.first_head_has_block:

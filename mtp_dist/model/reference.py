@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.parameters import head_key, initial_weight, parameter_shapes
+from mtp_dist.model.parameters import head_key, initial_weight, is_trained, parameter_shapes
 from mtp_dist.model.rope import rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
 
@@ -50,7 +50,9 @@ class ReferenceModel(nn.Module):
         self.rope_inv_freq = rope_inv_freq(config.model)  # not a buffer: stays fp32 if the weights are cast
         shapes = parameter_shapes(config)
         given = weights or {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
-        self.weights = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(given[name]) for name in shapes})
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): nn.Parameter(given[name], is_trained(config, name)) for name in shapes}
+        )
 
     def weight(self, name: str) -> Tensor:
         return self.weights[name.replace(".", "/")]

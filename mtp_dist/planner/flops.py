@@ -53,14 +53,6 @@ def block_matrices(config: Config) -> int:
     return config.heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
 
 
-def head_matrices(config: Config, active: int) -> int:
-    """Return the parameters of the matrices that multiply a position in heads 1..active; shared ones once per use."""
-    heads = config.heads
-    unembeddings = active + (1 if heads.token_order else 0)
-    blocks = heads.active_blocks(active) * block_matrices(config)
-    return blocks + unembeddings * config.vocab_size * config.model.hidden_size
-
-
 def parameter_counts(config: Config) -> ParameterCounts:
     """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
@@ -74,6 +66,40 @@ def parameter_counts(config: Config) -> ParameterCounts:
     )
 
 
+def trained_parameters(config: Config) -> int:
+    """Return the number of parameters that training changes."""
+    counts, heads = parameter_counts(config), config.heads
+    if not config.train.freezes_trunk:
+        return counts.total
+    blocks = counts.heads - config.model.hidden_size  # without the final norm
+    first_block = blocks // heads.num_blocks if heads.traits.first_head_has_block else 0
+    unembeddings = (heads.count - 1 if heads.unembedding == "separate" else 0) + (1 if heads.token_order else 0)
+    return blocks - first_block + unembeddings * config.vocab_size * config.model.hidden_size
+
+
+def _with_backward(config: Config, active: int, layer: int, block: int, unembedding: int) -> tuple[int, int]:
+    """Return the FLOPs of one trunk layer, and of heads 1..active, with their backward passes.
+
+    layer, block, unembedding: FLOPs of a forward pass. A product's backward pass has two of its size: the gradient of
+    what the matrix reads, and that of the matrix unless it is frozen.
+    """
+    heads, order = config.heads, 1 if config.heads.token_order else 0
+    forward = heads.active_blocks(active) * block + (active + order) * unembedding
+    if not config.train.freezes_trunk:
+        return 3 * layer, 3 * forward
+    trained = active - 1
+    unembedding_products = trained * (2 if heads.unembedding == "separate" else 1) + order
+    return layer, forward + 2 * trained * block + unembedding_products * unembedding
+
+
+def layer_and_head_flops(config: Config) -> tuple[int, int]:
+    """Return the FLOPs of one trunk layer's matrices, and of those of all heads, per position of a training step."""
+    unembedding = 2 * config.vocab_size * config.model.hidden_size
+    return _with_backward(
+        config, config.heads.count, 2 * layer_matrices(config.model), 2 * block_matrices(config), unembedding
+    )
+
+
 def model_flops_per_token(config: Config, active: int) -> int:
     """Return the FLOPs of all matrix products, forward and backward, per trained position while heads 1..active run.
 
@@ -81,12 +107,14 @@ def model_flops_per_token(config: Config, active: int) -> int:
     position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
     although causality needs half of them, as PaLM does, so that the numbers compare with published ones; what
     activation checkpointing computes twice is not counted. Trunk and head layers count alike, the unembedding
-    once per head, the embedding's lookup not at all.
+    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4.
     """
     model = config.model
-    layers = model.trunk_layers + config.heads.active_blocks(active) * config.heads.block_layers
-    matrices = model.trunk_layers * layer_matrices(model) + head_matrices(config, active)
-    return 6 * matrices + 12 * layers * model.hidden_size * config.train.sequence_length
+    attention = 4 * model.hidden_size * config.train.sequence_length
+    block = 2 * block_matrices(config) + config.heads.block_layers * attention
+    unembedding = 2 * config.vocab_size * model.hidden_size
+    layer, heads = _with_backward(config, active, 2 * layer_matrices(model) + attention, block, unembedding)
+    return model.trunk_layers * layer + heads
 
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets (half of the figures "with sparsity"), by the words of the device's name.

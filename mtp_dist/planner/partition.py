@@ -1,14 +1,15 @@
 """Trunk layers of each pipeline stage. The first stage also has the embedding, the last stage all heads."""
 
 from mtp_dist.config import Config
-from mtp_dist.planner.flops import head_matrices, layer_matrices
+from mtp_dist.planner.flops import layer_and_head_flops
 
 
 def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
     """Return the number of trunk layers of each stage, first stage first.
 
     `balanced` makes the slowest stage as fast as possible: one trunk layer costs 1, the last stage also pays for the
-    heads and for one unembedding per head, whose cost relative to a layer is that of their matmuls.
+    heads and for one unembedding per head, whose cost relative to a layer, which runs forward only if it is frozen, is
+    that of their matmuls.
     """
     stages, layers = config.parallel.pipeline, config.model.trunk_layers
     if config.parallel.partition == "uniform":
@@ -17,7 +18,8 @@ def trunk_layers_per_stage(config: Config) -> tuple[int, ...]:
         return config.parallel.partition
     if stages == 1:
         return (layers,)
-    heads_cost = head_matrices(config, config.heads.count) / layer_matrices(config.model)  # in trunk layers
+    layer_flops, head_flops = layer_and_head_flops(config)
+    heads_cost = head_flops / layer_flops  # in trunk layers
 
     def slowest(last_layers: int) -> float:
         others = -(-(layers - last_layers) // (stages - 1))

@@ -92,7 +92,7 @@ class ReferenceStep(NamedTuple):
     grad_norm: float
     """Global gradient norm before clipping."""
     gradients: dict[str, Tensor]
-    """Gradients before clipping, by global parameter name."""
+    """Gradients of the trained parameters before clipping, by global name."""
 
 
 class ReferenceTraining:
@@ -104,18 +104,19 @@ class ReferenceTraining:
         self.rank, self.world_size = rank, world_size
         self.model = ReferenceModel(config).double().to(device)
         self.device = device
-        groups = parameter_groups(config, self.model.named_weights().items())
+        self.trained = {name: param for name, param in self.model.named_weights().items() if param.requires_grad}
+        groups = parameter_groups(config, self.trained.items())
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
     def step(self, samples: Tensor, targets: Tensor, learning_rate: float, schedule: HeadSchedule) -> ReferenceStep:
         """Train on one global batch."""
         losses = self._differentiate(samples, targets, schedule)
-        gradients = {name: self._gradient(param) for name, param in self.model.named_weights().items()}
+        gradients = {name: self._gradient(param) for name, param in self.trained.items()}
         norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
         if self.config.train.grad_clip:
             scale = min(1.0, self.config.train.grad_clip / (norm + 1e-6))
-            for param in self.model.parameters():
+            for param in self.trained.values():
                 if param.grad is not None:
                     param.grad.mul_(scale)
         set_learning_rate(self.optimizer, learning_rate)

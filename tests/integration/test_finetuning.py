@@ -56,3 +56,20 @@ def test_finetuning_starts_where_the_pretraining_ended(tmp_path: Path) -> None:
         "model.ffn_hidden_size=64"
     ]
     assert "Traceback" not in result.output and not (tmp_path / "wrong" / "checkpoints").exists()
+
+
+def test_heads_on_a_frozen_model(tmp_path: Path) -> None:
+    config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})
+    frozen = ["train.freeze=[trunk]", f"run.output_dir={tmp_path / 'new'}"]
+    result = train(config, *frozen, processes=1, status=2)
+    assert "error: train.freeze = [trunk] would freeze random weights: name a trained model in" in result.stderr
+    assert "Traceback" not in result.output
+    train(config, processes=1)
+    frozen += [f"checkpoint.initial_weights={tmp_path / 'out'}", "heads.count=5", "parallel.pipeline=2"]
+    assert " M of them trained), 5 heads" in train(config, *frozen, "train.validate_every=1").output
+    before, *after = (validations(tmp_path / "new", "validation", step) for step in (0, 1, 2))
+    assert all(losses[0] == before[0] for losses in after), "bitwise the same"
+    assert after[-1][4] < before[4]
+    longer = ["train.steps=3", "parallel.pipeline=1", "parallel.tensor=2", "checkpoint.allow_changes=[train.steps]"]
+    assert f"Resuming from step 2 ({tmp_path / 'new'}" in train(config, *frozen, *longer).output
+    assert validations(tmp_path / "new", "validation", 3)[0] == pytest.approx(before[0], rel=1e-6)

@@ -79,7 +79,7 @@ def run_sharded(ranks: Ranks, config: Config, layout: Layout, steps: int) -> Run
 
 def errors_of(run: Run, truth: Run) -> dict[str, float]:
     """Return the largest relative errors of a run."""
-    assert run.gradients.keys() == run.weights.keys() == truth.gradients.keys() == truth.weights.keys()
+    assert run.gradients.keys() == truth.gradients.keys() and run.weights.keys() == truth.weights.keys()
     return {
         "losses": largest_error(run.losses[0], truth.losses[0]),
         "gradient norm": largest_error(run.norms[0], truth.norms[0]),

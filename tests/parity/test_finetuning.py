@@ -77,11 +77,19 @@ def reference(model: ReferenceModel, marked: Tensor) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "heads", "source"),
-    [(ONE, 1, "checkpoint"), (TENSOR, 4, "fp32"), (PIPELINE, 5, "bf16"), (ALL, 2, "checkpoint")],
+    ("layout", "heads", "source", "freeze"),
+    [
+        (ONE, 1, "checkpoint", []),
+        (TENSOR, 4, "fp32", []),
+        (PIPELINE, 5, "bf16", []),
+        (ALL, 2, "checkpoint", []),
+        (PIPELINE, 5, "fp32", ["trunk"]),
+    ],
     ids=str,
 )
-def test_new_run_from_weights(ranks: Ranks, tmp_path: Path, layout: Layout, heads: int, source: str) -> None:
+def test_new_run_from_weights(
+    ranks: Ranks, tmp_path: Path, layout: Layout, heads: int, source: str, freeze: list[str]
+) -> None:
     trained = write_model(tmp_path / "checkpoint", heads={"count": 4}).named_weights()
     if source != "checkpoint":
         export_checkpoint(tmp_path / "checkpoint", tmp_path / source, source)
@@ -95,7 +103,7 @@ def test_new_run_from_weights(ranks: Ranks, tmp_path: Path, layout: Layout, head
         model={"vocab_size": VOCAB_SIZE},
         heads={"count": heads},
         data=sets | {"prompt_field": "ask", "completion_field": "answer"},
-        train={"validation_samples": 7},
+        train={"validation_samples": 7, "freeze": freeze},
     )
     checkpoint = config.checkpoint.model_copy(update={"initial_weights": str(tmp_path / source)})
     config = config.model_copy(update={"checkpoint": checkpoint})

@@ -1,5 +1,6 @@
 """An interrupted training equals the uninterrupted one, at the same layout and at others."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.errors import largest_error, norm_error
 from tests.parity import resuming
 from tests.parity.comparison import Layout
 from tests.parity.resuming import ALL, BOTH, DATA, END, LAYOUTS, MIDDLE, ONE, PIPELINE, at, run
@@ -18,6 +20,7 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "ZeRO": (ALL, {"zero_stage": 1}),
     "bf16": (DATA, {"train": {"precision": "bf16"}}),
     "bf16, all axes, tied": (BOTH, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
+    "frozen trunk": (BOTH, {"train": {"precision": "bf16", "freeze": ["trunk"]}}),
     "shared embedding": (PIPELINE, {"heads": {"kind": "sequential"}}),
     "learning rates by part": (
         DATA,
@@ -39,6 +42,24 @@ def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layou
     whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage)
     errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole)
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
+
+
+def test_frozen_trunk_resumes_at_other_layouts_and_thaws(ranks: Ranks, tmp_path: Path) -> None:
+    frozen = {"train": {"freeze": ["trunk"]}}
+    run(ranks, at(BOTH, tmp_path, **frozen), BOTH, 0, MIDDLE)
+    whole = run(ranks, at(BOTH, tmp_path, **frozen), BOTH, 0, END, None, False)
+    folder = tmp_path / f"step_{MIDDLE:08d}"
+    saved = json.loads((folder / "optimizer.safetensors.index.json").read_text())["weight_map"]
+    assert saved.keys() == whole.moments.keys() == {name for name in saved if ".heads." in name and ".1." not in name}
+    for layout, zero_stage in ((ONE, 0), (ALL, 1)):
+        rest = run(ranks, at(layout, tmp_path, zero_stage, **frozen), layout, MIDDLE, END, folder, False)
+        assert rest.moments.keys() == whole.moments.keys()
+        assert max(norm_error(weight, whole.weights[name]) for name, weight in rest.weights.items()) <= 1e-4
+        assert largest_error(torch.stack(rest.losses), torch.stack(whole.losses[MIDDLE:])) <= 1e-5
+    thawed = run(ranks, at(PIPELINE, tmp_path), PIPELINE, MIDDLE, MIDDLE, folder, False)
+    assert thawed.moments.keys() > saved.keys()
+    for name, moment in thawed.moments.items():
+        assert bool(moment.any()) == (name in saved), name
 
 
 def test_heads_are_added_to_a_trained_trunk(ranks: Ranks, tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ optimizer.multipliers={trnk: 0.1} => optimizer.multipliers ... 'trunk', 'embeddi
 optimizer.multipliers={trunk: 0} => optimizer.multipliers.trunk = 0 ... greater than 0
 optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equal to 1
 train.precision=fp16 => train.precision = 'fp16' is invalid: it should be 'bf16' or 'fp32'
+train.freeze=[heads] => train.freeze.0 = 'heads' is invalid: it should be 'trunk'
+train.freeze=trunk => train.freeze = 'trunk' is invalid
 train.activation_checkpointing=some => train.activation_checkpointing = 'some' ... 'none', 'selective' or 'full'
 checkpoint.directory=~nouser/x => checkpoint.directory = '~nouser/x' ... the home folder of an unknown user
 parallel.partition=balancd => parallel.partition = 'balancd'
@@ -162,6 +164,14 @@ data.train=[{path: a, name: x}, {path: b, name: x}] => data.train has sources wi
 data.train=[{path: a, name: '1'}, {path: b, name: x}] => data.train has sources with the names
 data.validation=[{path: a, name: x}, {path: b}] => data.validation has 2 sets with the names ... give each a different
 data.validation=[{path: a, name: x}, {path: b, name: x}] => data.validation has 2 sets with the names ['x', 'x']
+train.freeze=[trunk] & heads.kind=anticausal => train.freeze = [trunk] ... heads.kind = 'anticausal' ... another kind
+train.freeze=[trunk] & heads.count=1 => train.freeze = [trunk] ... heads.count is 1 ... raise heads.count
+train.freeze=[trunk] & heads.loss_weights=[1, 0, 0, 0] => train.freeze = [trunk] ... are all 0 ... above 0
+train.freeze=[trunk] & heads.auxiliary_weight=0 => train.freeze = [trunk] ... are all 0 ... above 0
+train.freeze=[trunk] & heads.detach=full => heads.detach = full has no effect with train.freeze = [trunk] ... remove it
+train.freeze=[trunk] & optimizer.multipliers={trunk: 0.1} => optimizer.multipliers.trunk ... train.freeze ... remove
+train.freeze=[trunk] & heads.schedule=reverse => heads.schedule = 'reverse' ... train.freeze ... use 'constant'
+train.freeze=[trunk] & train.spike_rollback=true => train.spike_rollback = true ... train.freeze ... remove it
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \
 heads.detach ++ heads.distillation ++ heads.distillation
 train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is invalid ++ train.stps is not a known key

@@ -10,7 +10,15 @@ from mtp_dist.cli import app
 from mtp_dist.config import load_config
 from tests.unit.test_docs import PAGES, PROJECT
 
-PLACEHOLDERS = {"X", "CONFIG", "configs/mine.yaml", "mine.yaml", "configs/sweep/%a.yaml", "runs/demo-imported/run.yaml"}
+PLACEHOLDERS = {
+    "X",
+    "CONFIG",
+    "configs/mine.yaml",
+    "mine.yaml",
+    "configs/sweep/%a.yaml",
+    "runs/demo-imported/run.yaml",
+    "runs/demo-medusa/run.yaml",
+}
 """Configurations that a reader of the docs has and this repository does not."""
 PROGRAMS = ("launchers/pretrain.py", "launchers/slurm/pretrain.sbatch", "launchers/torchrun.sh")
 

@@ -95,13 +95,17 @@ def test_norms_of_modules_make_the_global_one_and_the_rank_is_named(ranks: Ranks
     assert norms == pytest.approx(one.grad_norms_by_module, rel=1e-2 if precision else 1e-5)
 
 
+FROZEN = [f"train.freeze=[trunk] {section}" for section in ("", "parallel.zero_stage=1", "train.precision=bf16")]
+"""The stage before the heads has no gradient of its own."""
+
+
 @pytest.mark.parametrize(
     ("case", "fault", "rank", "origin"),
     [
         ("tp1-pp2-dp2", TRUNK_WEIGHT, 1, f"first on rank 1 (stage 0): the gradient of {TRUNK_WEIGHT}"),
         *(
             (f"tp1-pp2-dp2 {section}", "head 3", None, "first on rank 3 (stage 1): the loss of head 3")
-            for section in ("", "parallel.zero_stage=1", "train.precision=bf16")
+            for section in ("", "parallel.zero_stage=1", "train.precision=bf16", *FROZEN)
         ),
         *(
             (case, "sum", None, "although it is on every rank: the sum over ranks overflowed")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mtp_dist.config import Config
 from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import padded_vocab_size
-from mtp_dist.model.parameters import initial_weight, parameter_shapes
+from mtp_dist.model.parameters import initial_weight, is_trained, parameter_shapes
 from mtp_dist.model.sharding import is_sharded, shard, unshard
-from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, trained_parameters
 from tests.tiny import tiny_config
 
 RANKS = st.sampled_from([1, 2, 4])
@@ -118,6 +118,10 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     matrices += (heads.count + bool(heads.token_order)) * vocab_size * width
     attention = 12 * sum(n.endswith("linear_qkv.weight") for n in used) * width * config.train.sequence_length
     assert model_flops_per_token(config, heads.count) == 6 * matrices + attention
+    if heads.traits.reads != "next head" and (heads.count > 1 or heads.token_order):
+        frozen = config.model_copy(update={"train": config.train.model_copy(update={"freeze": ("trunk",)})})
+        assert trained_parameters(config) == counts.total
+        assert trained_parameters(frozen) == sum(size for name, size in sizes.items() if is_trained(frozen, name))
 
 
 NAME = "trunk.1.mlp.linear_fc1.weight"

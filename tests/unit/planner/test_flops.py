@@ -68,6 +68,17 @@ def test_flops_of_every_matrix_product():
     assert model_flops_per_token(small_config(), 2) == 3 * forward
 
 
+@pytest.mark.parametrize(("unembedding", "products"), [("shared", 2), ("separate", 3)])
+def test_flops_on_a_frozen_trunk(unembedding, products):
+    """Trunk and head 1 run forward only; a frozen unembedding passes head 2's gradient on, and has none itself."""
+    config = small_config(heads={"unembedding": unembedding, "token_order": 1.0})
+    frozen = config.model_copy(update={"train": config.train.model_copy(update={"freeze": ("trunk",)})})
+    layer, vocabulary = 2 * size(*LAYER_MATRICES) + 4 * 32 * 10, 2 * 32 * 101
+    head_2 = 3 * 2 * layer + products * vocabulary
+    token_order = 2 * vocabulary  # the gradient of the matrix, not of what it reads
+    assert model_flops_per_token(frozen, 2) == (3 + 2) * layer + vocabulary + head_2 + token_order
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind):
     for active in (1, 2, 3):

@@ -65,3 +65,7 @@ def test_by_hand():
         (12, 2, "balanced", (8, 4)),
     ):
         assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition)) == expected, (layers, partition)
+    config = config_of(12, 2, 2)
+    train = config.train.model_copy(update={"freeze": ("trunk",)})
+    # Forward passes of a layer and two unembeddings, then twice a layer and one unembedding: 5.63 forward passes.
+    assert trunk_layers_per_stage(config.model_copy(update={"train": train})) == (9, 3)

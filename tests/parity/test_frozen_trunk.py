@@ -1,0 +1,46 @@
+"""Training heads on a frozen trunk equals the plain reference, for every kind of heads, alone and combined."""
+
+import pytest
+
+from tests.parity.comparison import assert_within_bounds, errors_of, parse_case, reference_of, run_sharded
+from tests.parity.test_variants import (
+    APART,
+    BF16,
+    CHUNKS,
+    DISTILLED,
+    FULL,
+    NAIVE,
+    ORDERED,
+    RECOMPUTE,
+    SEPARATE,
+    SEQUENTIAL,
+    TIED,
+    ZERO,
+)
+from tests.ranks import Ranks
+
+FROZEN = "train.freeze=[trunk]"
+CASES = {
+    "one process": "tp1-pp1-dp1",
+    "tensor": "tp2-pp1-dp1",
+    "pipeline": "tp1-pp2-dp1",
+    "both": "tp2-pp2-dp1-sp",
+    "causal": f"tp2-pp2-dp1-sp heads.kind=causal {RECOMPUTE} {FULL}",
+    "linear": f"tp2-pp2-dp1 heads.kind=linear {ORDERED} {CHUNKS} {RECOMPUTE}",
+    "mlp": f"tp2-pp2-dp1 heads.kind=mlp {BF16}",
+    "sequential, tied": f"tp1-pp3-dp1 {SEQUENTIAL} {TIED} {APART}",
+    "repeated": f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.repeated=true {NAIVE} {BF16}",
+    "distillation": f"tp1-pp2-dp2 {SEQUENTIAL} {TIED} {BF16} {DISTILLED} heads.loss_weights=[0,1,1,1]",
+    "no trunk layer on the last stage": f"tp1-pp2-dp2 {ZERO} parallel.partition=[4,0] {NAIVE}",
+    "unembeddings only": f"tp2-pp2-dp1 {SEPARATE} heads.layers_per_head=0 {ZERO}",
+    "separate": f"tp2-pp1-dp2 {SEPARATE} {ORDERED} {BF16}",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_heads_on_a_frozen_trunk_equal_the_reference(ranks: Ranks, name: str) -> None:
+    layout, config = parse_case(f"{CASES[name]} {FROZEN}")
+    truth = reference_of(config, 2)
+    assert_within_bounds(config, errors_of(run_sharded(ranks, config, layout, 2), truth))
+    parts = {".".join(gradient.split(".")[:2]) for gradient in truth.gradients}
+    assert parts and not parts & {"heads.1", "unembedding.weight", "unembeddings.1", "final_norm.weight"}
