@@ -116,17 +116,27 @@ class Ranks:
         used = self.connections[:world_size]
         resolved = [at_world_size(each, world_size) if isinstance(each, Config) else each for each in arguments]
         self._open_group(used, function, resolved)
-        answers, errors = [], []
+        answers, errors, hung = [], [], False
         for rank, connection in enumerate(used):
             # After an error the other ranks may hang: do not wait as long for each of them.
             if not connection.poll(TIMEOUT_SECONDS if not errors else 1):
                 errors.append(f"rank {rank} did not return within {TIMEOUT_SECONDS} s")
+                hung = True
                 continue
             ok, answer = connection.recv()
             (answers if ok else errors).append(answer)
+        if hung:
+            self._kill()  # its answer would be read as that of the next task
         if errors:
             raise RankError(max(errors, key=len))
         return answers
+
+    def _kill(self) -> None:
+        """Kill all ranks; the next task starts new ones."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.connections, self.processes = [], []
 
     def _open_group(self, used: Sequence[Connection], function: Callable[..., Any], arguments: Sequence[Any]) -> None:
         """Send the task to each rank, which starts it when all have opened their process group."""
