@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mtp_dist.config.base import messages_if
-from mtp_dist.config.heads import incompatible_head_settings
+from mtp_dist.config.head_validation import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
 from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, SourceConfig
 from mtp_dist.config.synthetic import SYNTHETIC_PREFIX
