@@ -71,10 +71,11 @@ class TrainedModel:
                 f"--model = '{self.folder}' has one head: the losses of further heads are compared with its loss, give "
                 "a model that was trained with heads.count > 1"
             )
-        if self.heads.traits.embeds_tokens:
+        if self.heads.reads_drafts:
+            key = "kind" if self.heads.traits.embeds_tokens else "condition"
             raise CheckpointError(
-                f"--model = '{self.folder}' has heads of kind '{self.heads.kind}', which read the tokens before their "
-                "target, so that no head predicts past an unknown token: give a model with heads of another kind"
+                f"--model = '{self.folder}' has heads.{key} = '{getattr(self.heads, key)}': its heads read the tokens "
+                "before their target, so that no head predicts past an unknown token: give a model with other heads"
             )
 
     def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -112,4 +113,4 @@ class TrainedModel:
         """Yield the logits `[B, S, V]` of head 1, head 2, ... for the trunk's output z."""
         hidden = self.network.pre_norm_hidden(z, batch.samples, mask)
         for k in range(1, self.heads.count + 1):
-            yield self.network.head_logits(k, hidden[k])
+            yield self.network.head_logits(k, hidden[k], batch.samples)

@@ -8,7 +8,7 @@ from mtp_dist.config.heads import HeadsConfig
 
 
 def incompatible_head_settings(
-    heads: HeadsConfig, tie_embeddings: bool, steps: int, sequence_length: int, freezes_trunk: bool
+    heads: HeadsConfig, hidden_size: int, tie_embeddings: bool, steps: int, sequence_length: int, freezes_trunk: bool
 ) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     if tie_embeddings and heads.unembedding == "separate":
@@ -19,6 +19,7 @@ def incompatible_head_settings(
     if heads.loss_mode == "naive" and heads.chunk_tokens:
         yield "heads.chunk_tokens has no effect with heads.loss_mode = 'naive': remove it or use 'eager' or 'recompute'"
     yield from _incompatible_with_kind(heads)
+    yield from _incompatible_condition(heads, hidden_size)
     yield from _incompatible_auxiliary_losses(heads, freezes_trunk)
     yield from _incompatible_distances(heads, sequence_length)
     yield from _incompatible_loss_weights(heads, steps)
@@ -52,6 +53,30 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
             heads.traits.reads == "next head" and heads.schedule != "constant",
             f"heads.schedule = '{heads.schedule}' is incompatible with heads.kind = '{heads.kind}': head 1 reads the "
             "trunk through all other heads, so none of them can be left out",
+        ),
+    )
+
+
+def _incompatible_condition(heads: HeadsConfig, hidden_size: int) -> Iterator[str]:
+    given = f"heads.condition = '{heads.condition}'"
+    yield from messages_if(
+        (
+            heads.condition != "none" and heads.traits.reads != "trunk",
+            f"{given} is for heads that read the trunk only (kind 'parallel', 'linear' or 'mlp'), heads.kind is "
+            f"'{heads.kind}': remove it",
+        ),
+        (
+            heads.condition != "none" and heads.count == 1,
+            f"{given} changes the heads from head 2 on, heads.count is 1: remove it",
+        ),
+        (
+            heads.condition == "none" and heads.condition_rank is not None,
+            f"heads.condition_rank = {heads.condition_rank} has no effect without heads.condition: set it to "
+            "'previous_token' or remove the key",
+        ),
+        (
+            heads.condition != "none" and (heads.condition_rank or 0) >= hidden_size,
+            f"heads.condition_rank = {heads.condition_rank} is not below model.hidden_size = {hidden_size}: lower it",
         ),
     )
 

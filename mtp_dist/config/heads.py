@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat
 
@@ -104,6 +104,12 @@ class HeadsConfig(Section):
     """Positions ahead that heads 1..n predict, increasing from 1, such as [1, 3, 5, 7]; 1..n by default."""
     unembedding: Literal["shared", "separate"] = "shared"
     """`shared`: all heads share one unembedding; `separate`: each head has its own. All heads share one final norm."""
+    condition: Literal["none", "previous_token"] = "none"
+    """`previous_token`: from head 2 on, add to what the unembedding reads a linear function of low rank of the token
+    before the head's target, which is the true one in training and the drafted one in decoding (DSpark). For kinds
+    `parallel`, `linear` and `mlp`."""
+    condition_rank: PositiveInt | None = None
+    """Rank of that function; by default an eighth of `model.hidden_size`, at most 256."""
     detach: bool | Literal["full"] = False
     """`true`: stop the gradient of heads 2..n before the trunk's layers and those of head 1. Their losses still train
     what all heads share: the final norm, the unembedding, and the embedding if heads read it. `full`: they do not train
@@ -173,6 +179,31 @@ class HeadsConfig(Section):
     def block_layers(self) -> int:
         """Number of transformer layers in one block."""
         return self.layers_per_head if self.traits.has_layers else 0
+
+    @property
+    def reads_drafts(self) -> bool:
+        """True if a head from head 2 on reads the token before its target, in decoding the draft of another head."""
+        return self.count > 1 and (self.traits.embeds_tokens or self.condition != "none")
+
+
+def condition_rank(heads: HeadsConfig, hidden_size: int) -> int:
+    """Return the rank of `heads.condition`; 0 without one."""
+    if heads.condition == "none" or heads.count == 1:
+        return 0
+    return heads.condition_rank or max(1, min(256, hidden_size // 8))
+
+
+def weight_differences(saved: HeadsConfig, wanted: HeadsConfig, hidden_size: int) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the keys that keep heads from having the weights of saved ones, with the saved and the wanted value.
+
+    Heads without a condition can get one, which starts at 0.
+    """
+    weights = ("kind", "layers_per_head", "repeated", "unembedding")
+    keys = {key: (getattr(saved, key), getattr(wanted, key)) for key in weights}
+    if saved.condition != "none" and wanted.count > 1:
+        keys["condition"] = saved.condition, wanted.condition
+        keys["condition_rank"] = condition_rank(saved, hidden_size), condition_rank(wanted, hidden_size)
+    yield from ((key, *values) for key, values in keys.items() if values[0] != values[1])
 
 
 def drafting_head(distances: Sequence[int], distance: int) -> int:

@@ -235,8 +235,8 @@ class OptimizerConfig(Section):
     """Factors of the learning rate by part of the model, such as {trunk: 0.1, heads: 1.0}; 1 by default. `trunk`: the
     model that predicts the next token, which is the embedding, the trunk's layers, head 1, the final norm and the
     shared unembedding; `embedding`, `head_1`, `unembedding` (the shared one): that part instead of `trunk`; `heads`:
-    heads 2..n, with their own unembeddings, and token-order prediction. Decoupled weight decay, which is proportional
-    to the learning rate, is multiplied too."""
+    heads 2..n, with their own unembeddings and their condition, and token-order prediction. Decoupled weight decay,
+    which is proportional to the learning rate, is multiplied too."""
 
 
 class CheckpointConfig(Section):

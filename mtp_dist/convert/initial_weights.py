@@ -12,7 +12,8 @@ from mtp_dist.checkpoint.find import find_named_checkpoint, warn_of_longer_sampl
 from mtp_dist.checkpoint.format import MODEL, InvalidCheckpointError, read_metadata
 from mtp_dist.checkpoint.manifest import check_quickly
 from mtp_dist.checkpoint.reader import TensorReader, WeightReader
-from mtp_dist.config import Config
+from mtp_dist.config import Config, ModelConfig
+from mtp_dist.config.heads import weight_differences
 from mtp_dist.convert.exported import ExportedWeights
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -21,8 +22,6 @@ from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.model.parameters import parameter_shapes
 
 KEY = "checkpoint.initial_weights"
-HEAD_KEYS = ("kind", "layers_per_head", "repeated", "unembedding")
-"""Keys of the section `heads` that define the weights of each head."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +82,25 @@ def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
     )
 
 
-def _architecture(config: Config) -> dict[str, Any]:
-    """Return the keys that define what the weights compute, with their defaults filled in."""
-    model = config.model.model_dump(mode="json", exclude={"init_std", "vocab_size"})
-    model |= {"num_query_groups": config.model.query_groups, "ffn_hidden_size": config.model.ffn_size}
-    heads = config.heads.model_dump(mode="json", include=set(HEAD_KEYS))
-    return {f"model.{key}": value for key, value in model.items()} | {f"heads.{key}": heads[key] for key in HEAD_KEYS}
+def _model_keys(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys that define what the weights of a model compute, with their defaults filled in."""
+    keys = model.model_dump(mode="json", exclude={"init_std", "vocab_size"})
+    return keys | {"num_query_groups": model.query_groups, "ffn_hidden_size": model.ffn_size}
 
 
 def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:
     """Yield a message for each key that keeps the model of a run from having these weights."""
-    before = _architecture(saved)
-    for key, value in _architecture(wanted).items():
-        if value != before[key]:
-            yield (
-                f"{key} is {_shown(value)}, {KEY} = '{folder}' was trained with {_shown(before[key])}: set "
-                f"{key}={_shown(before[key])}"
-            )
+    before = _model_keys(saved.model)
+    differences = [
+        (f"model.{key}", before[key], value) for key, value in _model_keys(wanted.model).items() if value != before[key]
+    ]
+    for key, *values in weight_differences(saved.heads, wanted.heads, saved.model.hidden_size):
+        differences.append((f"heads.{key}", *values))
+    for key, trained, value in differences:
+        yield (
+            f"{key} is {_shown(value)}, {KEY} = '{folder}' was trained with {_shown(trained)}: set "
+            f"{key}={_shown(trained)}"
+        )
     if wanted.vocab_size != saved.vocab_size:
         yield (
             f"model.vocab_size is {wanted.vocab_size}, {KEY} = '{folder}' has {saved.vocab_size} tokens: use its "

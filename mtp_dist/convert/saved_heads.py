@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, saved_config
+from mtp_dist.config.heads import weight_differences
 from mtp_dist.convert.head_layout import PLAIN, head_weights, part_shapes
 from mtp_dist.convert.llama import fuse, fused_rows, llama_weights
 from mtp_dist.convert.llama_config import read_json_object
@@ -69,13 +70,11 @@ class SavedHeads:
         """Raise ConfigError if these are not heads of that kind."""
         if self.config is None or not self.names:
             return
-        for key in ("kind", "layers_per_head", "repeated", "unembedding"):
-            saved, wanted = getattr(self.config.heads, key), getattr(heads, key)
-            if saved != wanted:
-                raise ConfigError(
-                    f"heads.{key} is {wanted!r}, the heads in {self.file} have {saved!r}: keep it, or delete this file "
-                    "to start with new heads"
-                )
+        for key, saved, wanted in weight_differences(self.config.heads, heads, self.config.model.hidden_size):
+            raise ConfigError(
+                f"heads.{key} is {wanted!r}, the heads in {self.file} have {saved!r}: keep it, or delete this file "
+                "to start with new heads"
+            )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a weight as it is stored. Raise CheckpointError if its file is corrupt, or it has another shape."""

@@ -108,7 +108,7 @@ class NonFiniteGradient:
 
 def module_group(name: str) -> str:
     """Return the module, such as `head_2`, to which a weight's global name belongs in logs."""
-    if match := re.match(r"(?:heads|unembeddings)\.(\d+)\.", name):
+    if match := re.match(r"(?:heads|unembeddings|condition)\.(\d+)\.", name):
         return f"head_{match[1]}"
     if name.startswith("heads.repeated."):
         return "repeated_head"

@@ -18,7 +18,7 @@ def candidate_acceptance(model: MTPForCausalLM, token_ids: Tensor, candidates: i
     """Return the frequency with which each candidate is what head 1 would choose, by distance from 2 on and by rank.
 
     token_ids: `[B, S]`, texts as the model will write. Only positions count after whose candidates for all smaller
-    distances one was right. `sequential` heads read the text here instead of drafts, so theirs is an upper estimate.
+    distances one was right. Heads that read drafts read the text here instead, so theirs is an upper estimate.
     """
     length, longest = token_ids.shape[1], model.heads.distances[-1]
     positions = torch.arange(length, device=token_ids.device).expand(len(token_ids), -1)
@@ -31,17 +31,25 @@ def candidate_acceptance(model: MTPForCausalLM, token_ids: Tensor, candidates: i
     for distance, (head, offset) in draft_sources(model.heads).items():
         states = head_hidden(model, head, state).roll(offset, 1)[:, : reached.shape[1]]
         target = chosen[:, distance - 1 : distance - 1 + reached.shape[1]]
-        right = _right_candidates(model, head, states, target, candidates) & reached[..., None]
+        previous = token_ids[:, distance - 1 : distance - 1 + reached.shape[1]]
+        right = _right_candidates(model, head, states, previous, target, candidates) & reached[..., None]
         right[:, :offset] = reached[:, :offset] = False
         acceptance.append((right.sum((0, 1)) / reached.sum().clamp(min=1)).tolist())
         reached = right.any(-1)
     return acceptance
 
 
-def _right_candidates(model: MTPForCausalLM, head: int, states: Tensor, target: Tensor, candidates: int) -> Tensor:
-    """Return `[B, S, candidates]`, True if a head's candidate of that rank is the target `[B, S]`."""
+def _right_candidates(
+    model: MTPForCausalLM, head: int, states: Tensor, previous: Tensor, target: Tensor, candidates: int
+) -> Tensor:
+    """Return `[B, S, candidates]`, True if a head's candidate of that rank is the target `[B, S]`.
+
+    previous: `[B, S]`, the tokens before the targets.
+    """
     parts = []
-    for part, wanted in zip(states.split(CHUNK, 1), target.split(CHUNK, 1), strict=True):
+    for part, before, wanted in zip(*(tensor.split(CHUNK, 1) for tensor in (states, previous, target)), strict=True):
         logits = model.draft_logits([head], part.flatten(0, 1)[:, None])[:, 0].view(*part.shape[:2], -1)
+        if model.draft_condition:
+            logits = logits + model.condition_logits(head, before)
         parts.append(logits.topk(candidates, -1).indices == wanted[..., None])
     return torch.cat(parts, 1)

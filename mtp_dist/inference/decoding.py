@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from mtp_dist.inference.adaptive import AdaptiveLength
 from mtp_dist.inference.cache import PositionCache
-from mtp_dist.inference.drafting import DraftInput, DraftState, draft
+from mtp_dist.inference.drafting import DraftInput, DraftState, draft, draft_after_each
 from mtp_dist.inference.sampling import Drafts, Sampler, Texts
 from mtp_dist.inference.spans import causal_span, tree_span
 from mtp_dist.inference.speculation import Speculation
@@ -183,12 +183,26 @@ class Decoder:
     def _draft_tree(self, tree: DraftTree) -> Tensor:
         """Return the tokens of a tree's nodes `[B, N]`."""
         state, token = self._draft_state(max(tree.depths) + 1)
+        if self.model.draft_condition:
+            return self._draft_conditioned_tree(tree, state, token)
         candidates = [token[:, None]]
         for distance in range(2, max(tree.depths) + 2):
             logits = draft(self.model, distance, state, candidates[-1][:, 0])
             candidates.append(logits.topk(max(tree.ranks) + 1, -1).indices)
         nodes = zip(tree.depths, tree.ranks, strict=True)
         return torch.stack([candidates[depth][:, rank] for depth, rank in nodes], 1)
+
+    def _draft_conditioned_tree(self, tree: DraftTree, state: DraftState, token: Tensor) -> Tensor:
+        """Return the tokens of a tree's nodes `[B, N]`, each a candidate for what follows its parent's token."""
+        tokens = token[:, None].repeat(1, len(tree.parents))
+        for depth in range(1, max(tree.depths) + 1):
+            nodes = [node for node, own in enumerate(tree.depths) if own == depth]
+            parents = sorted({tree.parents[node] for node in nodes})
+            logits = draft_after_each(self.model, depth + 1, state, tokens[:, parents])
+            candidates = logits.topk(max(tree.ranks) + 1, -1).indices
+            for node in nodes:
+                tokens[:, node] = candidates[:, parents.index(tree.parents[node]), tree.ranks[node]]
+        return tokens
 
     def _append(self, tokens: Tensor, accepted: Tensor, longest: int) -> tuple[list[list[int]], list[int], list[bool]]:
         """Append the accepted drafts and the token after them, with which tokens `[b, q]` begin, to each text.

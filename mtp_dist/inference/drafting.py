@@ -61,11 +61,27 @@ class DraftState:
 def draft(model: MTPForCausalLM, distance: int, state: DraftState, previous_token: Tensor) -> Tensor:
     """Return logits `[B, V]` for the token `distance` positions after the last one.
 
-    previous_token: `[B]`, the one before it, which `sequential` heads read.
+    previous_token: `[B]`, the one before it, which `sequential` heads and heads with a condition read.
     """
     state.token_ids.scatter_(1, (state.last + distance - 1)[:, None], previous_token[:, None])
+    if model.draft_condition:
+        return draft_after_each(model, distance, state, previous_token[:, None]).squeeze(1)
+    return _unconditioned_logits(model, distance, state)
+
+
+def draft_after_each(model: MTPForCausalLM, distance: int, state: DraftState, previous_tokens: Tensor) -> Tensor:
+    """Return logits `[B, p, V]` of a head with a condition for the token `distance` positions after the last one.
+
+    previous_tokens: `[B, p]`, candidates for the token before it.
+    """
+    head, _ = draft_sources(model.heads)[distance]
+    logits = _unconditioned_logits(model, distance, state)[:, None]
+    return logits + model.condition_logits(head, previous_tokens)
+
+
+def _unconditioned_logits(model: MTPForCausalLM, distance: int, state: DraftState) -> Tensor:
     if distance not in state.logits:
-        # Heads that read no tokens run at once, so that the unembedding that they share is read once.
+        # Blocks that read no tokens run at once, so that the unembedding that they share is read once.
         last = distance if model.heads.traits.embeds_tokens else state.longest
         sources = draft_sources(model.heads)
         heads, offsets = zip(*(sources[ahead] for ahead in range(distance, last + 1)), strict=True)

@@ -124,8 +124,8 @@ def model_weights(config: Config, weights: Iterable[tuple[str, Tensor]]) -> Iter
 def _draft_names(name: str) -> tuple[str, ...]:
     """Return the names in an MTPForCausalLM that a weight of heads 2..n has, one for each of its parts."""
     group, key, rest = name.split(".", 2)
-    if group == "unembeddings":
-        return (f"draft_unembeddings.{key}.{rest}",)
+    if group in ("unembeddings", "condition"):
+        return (f"draft_{group}.{key}.{rest}",)
     depth, _, weight = rest.removeprefix("layers.").partition(".")
     if weight in LAYER:
         return tuple(f"draft_blocks.{key}.layers.{depth}.{part}" for part in LAYER[weight])

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
+from mtp_dist.config.heads import condition_rank
 from mtp_dist.errors import CheckpointError
 from mtp_dist.inference.adaptive import AdaptiveLength, MeasuredAcceptance
 from mtp_dist.inference.cache import PositionCache
@@ -95,6 +96,12 @@ class MTPForCausalLM(LlamaForCausalLM):
         self.draft_unembeddings = nn.ModuleDict(
             {str(k): nn.Linear(config.hidden_size, config.vocab_size, bias=False) for k in keys} if separate else {}
         )
+        self.draft_condition = nn.ModuleDict()
+        if rank := condition_rank(heads, config.hidden_size):
+            self.draft_condition["embedding"] = nn.Embedding(config.vocab_size, rank)
+            self.draft_condition.update({str(k): nn.Linear(rank, config.hidden_size, bias=False) for k in keys})
+        self._condition_tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        """`[r, V]` by head and place of the weights, see `condition_logits`."""
         self.measured_acceptance = MeasuredAcceptance(heads.distances[-1])
         self.adaptive_lengths: dict[int, AdaptiveLength] = {}
         """The choices of the draft length, by batch size rounded up to a power of two."""
@@ -238,7 +245,10 @@ class MTPForCausalLM(LlamaForCausalLM):
         return self.draft_blocks[str(head_key(self.heads, k))]
 
     def draft_logits(self, heads: Sequence[int], hidden: Tensor) -> Tensor:
-        """Return logits `[B, m, V]` of m heads >= 2 for their hidden states before the final norm `[B, m, D]`."""
+        """Return logits `[B, m, V]` of m heads >= 2 for their hidden states before the final norm `[B, m, D]`.
+
+        Without what `condition_logits` adds to them.
+        """
         norm = self.model.norm
         hidden = norm.norm(hidden) if isinstance(norm, LinearFirstHead) else norm(hidden)
         if self.heads.traits.block_follows_norm:
@@ -248,6 +258,21 @@ class MTPForCausalLM(LlamaForCausalLM):
             logits = [self.draft_unembeddings[str(k)](hidden[:, column]) for column, k in enumerate(heads)]
             return torch.stack(logits, 1)
         return self.lm_head(hidden)
+
+    def condition_logits(self, k: int, previous_tokens: Tensor) -> Tensor:
+        """Return what `heads.condition` adds to logits `[..., V]` of head k after the tokens `[...]`.
+
+        The product of the unembedding and the head's matrix is computed once, so that a draft reads V * r weights, not
+        the unembedding's V * D.
+        """
+        embedding: Any = self.draft_condition["embedding"]
+        key = k, embedding.weight.device, embedding.weight.dtype
+        if key not in self._condition_tables:
+            identity = torch.eye(embedding.embedding_dim).to(embedding.weight)
+            unembedding = self.draft_unembeddings[str(k)] if self.draft_unembeddings else self.lm_head
+            self._condition_tables[key] = unembedding(self.draft_condition[str(k)](identity))
+        table = self._condition_tables[key]
+        return embedding(previous_tokens).to(table.device) @ table
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from torch import Tensor
 class DraftTree:
     """Drafts by node: node 0 is the last known token, node i > 0 one of the candidates for the token after its parent.
 
-    All nodes of one depth choose from the same candidates, those of one head.
+    All nodes of one depth choose from the candidates of one head: the same ones, or with `heads.condition` those that
+    follow their parent's token.
     """
 
     parents: tuple[int, ...]

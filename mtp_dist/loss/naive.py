@@ -21,7 +21,7 @@ def naive_heads_loss(heads: Heads, trunk_output: Tensor, context: Any, objective
         hidden = trunk_output
         for head in objective.active(chain):
             hidden = heads.pre_norm_hidden(head, hidden.detach() if head in heads.detached else hidden, context)
-            logits = heads.logits(head, heads.normalize(head, hidden), context)
+            logits = heads.logits(head, heads.normalize(head, hidden, context), context)
             if objective.on_logits:
                 objective.on_logits(head, slice(None), logits.detach().flatten(0, 1))
             rows[head - 1] = head_sums(logits, objective.targets[head - 1].T.contiguous(), objective)

@@ -28,7 +28,7 @@ class Heads(Protocol):
     def pre_norm_hidden(self, head: int, inputs: Tensor, context: Any) -> Tensor:
         """Return a head's hidden states before the final norm, shaped like its input (see `chains`)."""
 
-    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+    def normalize(self, head: int, hidden: Tensor, context: Any) -> Tensor:
         """Return the normalized hidden states of a head, which its unembedding reads."""
 
     def logits(self, head: int, normalized: Tensor, context: Any) -> Tensor:

@@ -100,7 +100,7 @@ def _forward(micro_batch: _MicroBatch, trunk_output: Tensor, sums: HeadSums) -> 
         hidden = trunk_output
         for head in objective.active(chain):
             hidden = heads.pre_norm_hidden(head, hidden, context)
-            normalized = _gather_sequence(heads.normalize(head, hidden), objective)
+            normalized = _gather_sequence(heads.normalize(head, hidden, context), objective)
             losses.add_head(head, normalized)
             if head == 1 and objective.token_order:
                 losses.add_token_order(normalized)
@@ -231,7 +231,7 @@ class _HeadGradients:
         """Compute a head's loss and return the gradient of its hidden states from that loss alone, if they need one."""
         leaf = hidden.detach().requires_grad_(hidden.requires_grad)
         with torch.enable_grad():
-            normalized = self.heads.normalize(head, leaf)
+            normalized = self.heads.normalize(head, leaf, self.context)
         return self._backward(normalized, leaf, self._grad_normalized(head, normalized))
 
     def _backward(self, output: Tensor, leaf: Tensor, grad_output: Tensor | None) -> Tensor | None:

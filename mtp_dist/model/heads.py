@@ -5,13 +5,13 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
-from mtp_dist.config.heads import KindName
+from mtp_dist.config.heads import KindName, condition_rank
 from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, call_recomputed
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
@@ -100,6 +100,29 @@ _HEADS: dict[KindName, Callable[[Config, TransformerConfig], nn.Module]] = {
 }
 
 
+class PreviousTokenCondition(nn.ModuleDict):
+    """A_k E x for heads k >= 2: E embeds the token x before a head's target in `[r]`, A_k is a matrix `[D, r]`.
+
+    The low-rank term of DSpark's Markov head, whose bias W_2 W_1 x of the logits has W_2 = U A_k here: the unembedding
+    U, which is multiplied anyway, shards it over the vocabulary.
+    """
+
+    def __init__(self, config: Config, megatron: TransformerConfig, rank: int) -> None:
+        super().__init__()
+        self.sequence_parallel = config.parallel.sequence
+        self["embedding"] = VocabParallelEmbedding(
+            config.padded_vocab_size, rank, init_method=nn.init.zeros_, config=megatron
+        )
+        for head in range(2, config.heads.count + 1):
+            self[str(head)] = ReplicatedLinear(megatron, rank, config.model.hidden_size)
+
+    def forward(self, head: int, tokens: Tensor) -> Tensor:
+        """Map tokens `[B, S]` to `[S, B, D]` (`[S/TP, B, D]` under sequence parallelism)."""
+        embedding = self["embedding"]
+        assert isinstance(embedding, VocabParallelEmbedding)
+        return cast(Tensor, self[str(head)](embed_tokens(embedding.weight, tokens, self.sequence_parallel)))
+
+
 class Unembedding(ColumnParallelLinear):  # type: ignore[misc]
     """Hidden `[S, B, D]` -> this rank's logits `[S, B, V/TP]`, -inf at padded tokens, so that nothing predicts them.
 
@@ -180,6 +203,9 @@ class PredictionHeads(nn.Module):
         own = filter(None, dict.fromkeys(self.keys.values()))
         self.heads = nn.ModuleDict({key: _HEADS[config.heads.kind](config, megatron) for key in own})
         self.final_norm = RMSNorm(megatron, config.model.hidden_size, config.model.norm_eps)
+        self.condition: PreviousTokenCondition | None = None
+        if rank := condition_rank(config.heads, config.model.hidden_size):
+            self.condition = PreviousTokenCondition(config, megatron, rank)
         self.separate = config.heads.unembedding == "separate"
         if self.separate:
             self.unembeddings = nn.ModuleDict({str(k): Unembedding(config, megatron) for k in numbers})
@@ -204,15 +230,23 @@ class PredictionHeads(nn.Module):
     def _embed_ahead(self, distance: int, context: HeadContext) -> Tensor:
         """Return the embeddings `[S, B, D]` of the tokens `distance` positions ahead."""
         assert context.embedding_weight is not None, "heads that embed tokens have the embedding on their stage"
-        tokens = context.samples[:, distance : distance + self.config.train.sequence_length]
         weight = context.embedding_weight.detach() if self.isolated else context.embedding_weight
-        return embed_tokens(weight, tokens, self.config.parallel.sequence)
+        return embed_tokens(weight, self._tokens_ahead(distance, context), self.config.parallel.sequence)
 
-    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+    def _tokens_ahead(self, distance: int, context: HeadContext) -> Tensor:
+        """Return the tokens `[B, S]` that are `distance` positions ahead."""
+        return context.samples[:, distance : distance + self.config.train.sequence_length]
+
+    def normalize(self, head: int, hidden: Tensor, context: HeadContext) -> Tensor:
         """Return what the unembedding reads, `[S, B, D]`, from a head's hidden states."""
         normalized: Tensor = self.final_norm(hidden, frozen=head in self.isolated)
         key = self.keys[head]
-        return self.heads[key](normalized) if self.traits.block_follows_norm and key else normalized
+        if self.traits.block_follows_norm and key:
+            normalized = self.heads[key](normalized)
+        if self.condition is None or head == 1:
+            return normalized
+        before_target = self._tokens_ahead(self.config.heads.distances[head - 1] - 1, context)
+        return normalized + cast(Tensor, self.condition(head, before_target))
 
     def logits(self, head: int, normalized: Tensor, context: HeadContext) -> Tensor:
         """Return this rank's logits `[S, B, V/TP]` of the whole sequence, -inf at padded tokens."""
@@ -221,6 +255,7 @@ class PredictionHeads(nn.Module):
     def trained_parameters(self, context: HeadContext) -> list[Tensor]:
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
         params: list[Tensor] = [*self.heads.parameters(), *self.final_norm.parameters()]
+        params += self.condition.parameters() if self.condition is not None else ()
         if self.traits.embeds_tokens and not self.isolated and context.embedding_weight is not None:
             params.append(context.embedding_weight)
         return [param for param in params if param.requires_grad]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 
 
@@ -38,6 +39,9 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for key in filter(None, dict.fromkeys(keys)):
         shapes |= {f"heads.{key}.{name}": shape for name, shape in _head_shapes(config, layer).items()}
     shapes["final_norm.weight"] = (width,)
+    if rank := condition_rank(config.heads, width):
+        shapes["condition.embedding.weight"] = (vocab_size, rank)
+        shapes |= {f"condition.{k}.weight": (width, rank) for k in range(2, config.heads.count + 1)}
     if config.heads.unembedding == "separate":
         shapes |= {f"unembeddings.{k}.weight": (vocab_size, width) for k in range(1, config.heads.count + 1)}
     elif not model.tie_embeddings:
@@ -50,7 +54,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def model_part(name: str) -> ModelPart:
     """Return the part of the model, such as `heads`, to which a weight's global name belongs."""
     module, _, rest = name.partition(".")
-    if module in ("heads", "unembeddings"):
+    if module in ("heads", "unembeddings", "condition"):
         return "head_1" if rest.startswith("1.") else "heads"
     parts: dict[str, ModelPart] = {"embedding": "embedding", "unembedding": "unembedding", "token_order": "heads"}
     return parts.get(module, "trunk")
@@ -82,16 +86,24 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
     """Return the full initial value of a parameter, fp32 on the CPU, as a function of the seed and the name only.
 
     Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
-    GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained.
+    GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained. The matrices of
+    `heads.condition` are 0, so that a head starts without it.
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
+    if starts_at_zero(name):
+        return torch.zeros(*shape)
     std = config.model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * (config.model.trunk_layers + config.heads.layers_per_head))
     digest = hashlib.sha256(f"{config.run.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
+
+
+def starts_at_zero(name: str) -> bool:
+    """Return whether the initial value of a parameter is 0."""
+    return name.startswith("condition.") and name != "condition.embedding.weight"
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -72,22 +72,22 @@ class ReferenceModel(nn.Module):
     def logits(self, samples: Tensor, length: int | None = None, documents: Tensor | None = None) -> ReferenceLogits:
         """Return all logits for samples `[B, S + lookahead]`; S is `length`, by default that of samples.
 
-        Only heads that embed tokens read those beyond S. If documents, shaped like samples, are given, positions attend
-        only to their own document.
+        Only heads that read the tokens before their targets read those beyond S. If documents, shaped like samples, are
+        given, positions attend only to their own document.
         """
         mask = attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
         states = self.pre_norm_hidden(self.trunk(samples[:, :length], mask), samples, mask)
-        logits = {head: self.head_logits(head, hidden) for head, hidden in states.items()}
+        logits = {head: self.head_logits(head, hidden, samples) for head, hidden in states.items()}
         if not self.config.heads.token_order:
             return ReferenceLogits(logits, None)
-        return ReferenceLogits(logits, self._normalize(1, states[1]) @ self.weight("token_order.weight").T)
+        return ReferenceLogits(logits, self._normalize(1, states[1], samples) @ self.weight("token_order.weight").T)
 
     def next_token_logits(self, tokens: Tensor) -> Tensor:
         """Return head 1's logits `[B, S, V]` for tokens `[B, S]`."""
         heads = self.config.heads
         last = heads.count if heads.traits.reads == "next head" else 1
         mask = attention_mask(tokens)
-        return self.head_logits(1, self.pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1])
+        return self.head_logits(1, self.pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1], tokens)
 
     def trunk(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the trunk's output z `[B, S, D]` for tokens `[B, S]`."""
@@ -139,14 +139,19 @@ class ReferenceModel(nn.Module):
             before = self._recomputed_layer(f"{name}.{depth}", before, mask)
         return before
 
-    def head_logits(self, k: int, hidden: Tensor) -> Tensor:
+    def head_logits(self, k: int, hidden: Tensor, samples: Tensor) -> Tensor:
         """Return the logits `[B, S, V]` of head k for its hidden states before the final norm."""
-        return self._normalize(k, hidden) @ self._unembedding(k).T
+        return self._normalize(k, hidden, samples) @ self._unembedding(k).T
 
-    def _normalize(self, k: int, hidden: Tensor) -> Tensor:
+    def _normalize(self, k: int, hidden: Tensor, samples: Tensor) -> Tensor:
         hidden = _rms_norm(hidden, self._shared_weight("final_norm.weight", k), self.config.model.norm_eps)
         if self.config.heads.kind == "mlp" and k > 1:
             hidden = hidden + F.silu(hidden @ self.weight(f"heads.{k}.linear.weight").T)
+        if self.config.heads.condition == "previous_token" and k > 1:
+            target = self.config.heads.distances[k - 1]
+            tokens = samples[:, target - 1 : target - 1 + hidden.shape[1]]
+            embedded = F.embedding(tokens, self.weight("condition.embedding.weight"))
+            hidden = hidden + embedded @ self.weight(f"condition.{k}.weight").T
         return hidden
 
     def _unembedding(self, k: int) -> Tensor:

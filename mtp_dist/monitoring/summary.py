@@ -66,7 +66,7 @@ class SummaryRecorder(Callback):
             tokens_per_second=self._tokens / self._seconds,
             output_dir=config.output_dir,
             validation=[(each, self._last_validation[each.name]) for each in self._validation_sets],
-            upper_estimate=config.heads.traits.embeds_tokens,
+            upper_estimate=config.heads.reads_drafts,
             tensorboard_dir=config.output_dir / "tensorboard" if config.log.tensorboard else None,
             checkpoint=checkpoint,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mtp_dist.config import Config
-from mtp_dist.config.heads import drafting_head
+from mtp_dist.config.heads import condition_rank, drafting_head
 from mtp_dist.planner.flops import block_matrices, layer_matrices
 
 
@@ -77,8 +77,11 @@ class DecodingCosts:
         slot = 2 * model.query_groups * model.head_dim  # a key and a value
         # Drafts that do not depend on one another are one product with the unembedding that they share.
         at_once = heads.unembedding == "shared" and not heads.traits.embeds_tokens
-        read = verifying + unembedding + drafting + (min(drafts, 1) if at_once else drafts) * unembedding
+        # By head, the product of unembedding and condition is one matrix.
+        conditions = drafts * self.config.vocab_size * condition_rank(heads, model.hidden_size)
+        read = verifying + unembedding + drafting + conditions
+        read += (min(drafts, 1) if at_once else drafts) * unembedding
         cached = self.batch_size * context * slot * (layers + draft_layers)
-        products = positions * verifying + gained * drafting + (predictions + drafts) * unembedding
+        products = positions * verifying + gained * drafting + conditions + (predictions + drafts) * unembedding
         attention = 2 * model.hidden_size * context * (positions * layers + gained * draft_layers)
         return PassCost(self.element_bytes * (read + cached), 2 * self.batch_size * (products + attention))

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from mtp_dist.config import Config, ModelConfig
+from mtp_dist.config.heads import condition_rank
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,10 @@ class ParameterCounts:
     trunk: int
     """The trunk's transformer layers."""
     heads: int
-    """The prediction heads' layers and the final norm that they share."""
+    """The prediction heads' layers, the matrices of their condition and the final norm that they share."""
     embeddings: int
-    """Embedding and unembeddings, V*D each: n of them if they are separate, none if they are tied."""
+    """Embedding and unembeddings, V*D each: n of them if they are separate, none if they are tied. The condition's
+    embedding has V*r."""
 
     @property
     def total(self) -> int:
@@ -53,28 +55,42 @@ def block_matrices(config: Config) -> int:
     return config.heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
 
 
+def _condition_matrix(config: Config) -> int:
+    """Return the parameters of the matrix [D, r] that a head from head 2 on has for `heads.condition`."""
+    return condition_rank(config.heads, config.model.hidden_size) * config.model.hidden_size
+
+
+def _block_parameters(config: Config) -> int:
+    """Return the parameters of one head's block."""
+    hidden, weights = config.model.hidden_size, config.heads.traits.weights.values()
+    norms = 2 * config.heads.block_layers + sum(len(shape) == 1 for shape in weights)  # two per layer
+    return block_matrices(config) + norms * hidden
+
+
 def parameter_counts(config: Config) -> ParameterCounts:
     """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
     blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
-    norms = sum(model.hidden_size for shape in config.heads.traits.weights.values() if len(shape) == 1)
+    conditions = (config.heads.count - 1) * _condition_matrix(config)
+    width = (1 + _unembeddings(config)) * model.hidden_size + condition_rank(config.heads, model.hidden_size)
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
-        heads=blocks * (config.heads.block_layers * layer + _extra_matrix(config) + norms) + model.hidden_size,
-        embeddings=(1 + _unembeddings(config)) * config.vocab_size * model.hidden_size,
+        heads=blocks * _block_parameters(config) + conditions + model.hidden_size,
+        embeddings=config.vocab_size * width,
     )
 
 
 def trained_parameters(config: Config) -> int:
     """Return the number of parameters that training changes."""
-    counts, heads = parameter_counts(config), config.heads
+    counts, hidden = parameter_counts(config), config.model.hidden_size
     if not config.train.freezes_trunk:
         return counts.total
-    blocks = counts.heads - config.model.hidden_size  # without the final norm
-    first_block = blocks // heads.num_blocks if heads.traits.first_head_has_block else 0
-    unembeddings = (heads.count - 1 if heads.unembedding == "separate" else 0) + (1 if heads.token_order else 0)
-    return blocks - first_block + unembeddings * config.vocab_size * config.model.hidden_size
+    heads = counts.heads - hidden  # without the final norm
+    if config.heads.traits.first_head_has_block:
+        heads -= _block_parameters(config)
+    frozen_embeddings = 1 if config.model.tie_embeddings else 2  # with head 1's unembedding
+    return heads + counts.embeddings - frozen_embeddings * config.vocab_size * hidden
 
 
 def _with_backward(config: Config, active: int, layer: int, block: int, unembedding: int) -> tuple[int, int]:
@@ -84,12 +100,12 @@ def _with_backward(config: Config, active: int, layer: int, block: int, unembedd
     what the matrix reads, and that of the matrix unless it is frozen.
     """
     heads, order = config.heads, 1 if config.heads.token_order else 0
-    forward = heads.active_blocks(active) * block + (active + order) * unembedding
+    later, condition = active - 1, 2 * _condition_matrix(config)
+    forward = heads.active_blocks(active) * block + later * condition + (active + order) * unembedding
     if not config.train.freezes_trunk:
         return 3 * layer, 3 * forward
-    trained = active - 1
-    unembedding_products = trained * (2 if heads.unembedding == "separate" else 1) + order
-    return layer, forward + 2 * trained * block + unembedding_products * unembedding
+    unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
+    return layer, forward + 2 * later * (block + condition) + unembedding_products * unembedding
 
 
 def layer_and_head_flops(config: Config) -> tuple[int, int]:

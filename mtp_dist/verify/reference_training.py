@@ -9,10 +9,14 @@ from torch import Tensor
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
+from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.optimizer import parameter_groups, set_learning_rate
+from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
+from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, starts_at_zero
 from mtp_dist.model.reference import ReferenceModel, reference_losses
+from mtp_dist.model.sharding import shard
 from mtp_dist.model.targets import (
     IGNORE_INDEX,
     TrainBatch,
@@ -84,6 +88,26 @@ def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
     return table
 
 
+def nonzero_weights(config: Config) -> dict[str, Tensor]:
+    """Return other values, of unit variance, for the weights that start at 0.
+
+    At 0 they would leave the weights before them without a gradient to compare.
+    """
+    shapes = {name: shape for name, shape in parameter_shapes(config).items() if starts_at_zero(name)}
+    std = config.model.init_std
+    return {name: initial_weight(config, f"nonzero.{name}", shape) / std for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def set_nonzero_weights(engine: TrainingEngine) -> None:
+    """Give an engine the values of `nonzero_weights`."""
+    full, topology = nonzero_weights(engine.config), engine.topology
+    for name, weight in named_weights(engine.stage):
+        if name in full:
+            values = shard(full[name], weight, topology.tp_rank, topology.tp_size)
+            set_master_weight(weight, values.to(weight.device))
+
+
 class ReferenceStep(NamedTuple):
     """Results of one training step of the reference."""
 
@@ -96,13 +120,15 @@ class ReferenceStep(NamedTuple):
 
 
 class ReferenceTraining:
-    """The reference model in fp64 with PyTorch's AdamW and clipping, trained step by step."""
+    """The reference model in fp64 with PyTorch's AdamW and clipping, trained step by step from `nonzero_weights`."""
 
     def __init__(self, config: Config, device: torch.device, rank: int = 0, world_size: int = 1) -> None:
         """Share each batch with the other ranks; each has the full model, and their gradients are summed."""
         self.config = config
         self.rank, self.world_size = rank, world_size
         self.model = ReferenceModel(config).double().to(device)
+        for name, weight in nonzero_weights(config).items():
+            self.model.weight(name).data.copy_(weight)
         self.device = device
         self.trained = {name: param for name, param in self.model.named_weights().items() if param.requires_grad}
         groups = parameter_groups(config, self.trained.items())

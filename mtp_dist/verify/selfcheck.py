@@ -22,6 +22,7 @@ from mtp_dist.verify.reference_training import (
     local_batch,
     mean_losses,
     random_batch,
+    set_nonzero_weights,
 )
 
 PARAMETER_LIMIT = 20_000_000
@@ -169,6 +170,7 @@ def all_heads_schedule(config: Config) -> HeadSchedule:
 def sharded_errors(config: Config, topology: Topology, truth: Truth) -> dict[str, dict[str, float]]:
     """Return the relative errors of one step of the sharded model on the same batch, by quantity and name."""
     engine = build_engine(config, topology)
+    set_nonzero_weights(engine)
     shapes = parameter_shapes(config)
     batch = local_batch(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:

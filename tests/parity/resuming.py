@@ -49,16 +49,18 @@ def assert_resume_is_bitwise(train: Callable[..., Part], directory: Path) -> Non
     assert all(torch.equal(tensor, expected[name]) for name, tensor in after.items())
 
 
-def save_in_the_middle(ranks: Ranks, before: Layout, directory: Path, zero_stage: int) -> Part:
+def save_in_the_middle(ranks: Ranks, before: Layout, directory: Path, zero_stage: int, **sections: Any) -> Part:
     """Save a checkpoint at this layout. Return the uninterrupted training."""
-    config = at(before, directory, zero_stage)
+    config = at(before, directory, zero_stage, **sections)
     run(ranks, config, before, 0, MIDDLE)
     return run(ranks, config, before, 0, END, None, False)
 
 
-def resume_errors(ranks: Ranks, after: Layout, directory: Path, zero_stage: int, whole: Part) -> dict[str, float]:
+def resume_errors(
+    ranks: Ranks, after: Layout, directory: Path, zero_stage: int, whole: Part, **sections: Any
+) -> dict[str, float]:
     """Return the largest relative errors of the training that resumes at another layout."""
-    config = at(after, directory, zero_stage)
+    config = at(after, directory, zero_stage, **sections)
     rest = run(ranks, config, after, MIDDLE, END, directory / f"step_{MIDDLE:08d}", False)
     losses, expected = (torch.stack(part.losses[-END + MIDDLE :])[:, 0] for part in (rest, whole))
     return {

@@ -11,7 +11,7 @@ from mtp_dist.engine.tensor_shards import capture_first_gradients, full_tensors,
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.targets import TrainBatch
-from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses
+from mtp_dist.verify.reference_training import ReferenceTraining, mean_losses, set_nonzero_weights
 from tests.engines import global_batch, open_engine, step_batch, take_step
 
 
@@ -45,6 +45,7 @@ def sharded_run(config: Config, steps: int) -> Run | None:
     """Return the run with this stage's gradients and weights; None on ranks that only repeat them."""
     engine, shapes = open_engine(config), parameter_shapes(config)
     topology = engine.topology
+    set_nonzero_weights(engine)
     with capture_first_gradients(engine, shapes) as gradients:
         results = [take_step(engine, step) for step in range(1, steps + 1)]
     weights = {n: w.clone() for n, w in full_tensors(engine.stage, shapes, topology, master_weight)}

@@ -7,6 +7,7 @@ from tests.parity.test_variants import (
     APART,
     BF16,
     CHUNKS,
+    CONDITIONED,
     DISTILLED,
     FULL,
     NAIVE,
@@ -33,6 +34,8 @@ CASES = {
     "distillation": f"tp1-pp2-dp2 {SEQUENTIAL} {TIED} {BF16} {DISTILLED} heads.loss_weights=[0,1,1,1]",
     "no trunk layer on the last stage": f"tp1-pp2-dp2 {ZERO} parallel.partition=[4,0] {NAIVE}",
     "unembeddings only": f"tp2-pp2-dp1 {SEPARATE} heads.layers_per_head=0 {ZERO}",
+    "condition": f"tp1-pp2-dp2 heads.kind=mlp {CONDITIONED} {BF16}",
+    "condition without blocks": f"tp2-pp2-dp1-sp {CONDITIONED} {SEPARATE} heads.layers_per_head=0 {RECOMPUTE}",
     "separate": f"tp2-pp1-dp2 {SEPARATE} {ORDERED} {BF16}",
 }
 

@@ -39,8 +39,9 @@ def test_same_layout_is_bitwise_identical(ranks: Ranks, tmp_path: Path, name: st
 @pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout) -> None:
     zero_stage = LAYOUTS.index(before) % 2
-    whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage)
-    errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole)
+    heads = {"condition": "previous_token", "condition_rank": 6} if before == BOTH else {}
+    whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage, heads=heads)
+    errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole, heads=heads)
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 
@@ -64,11 +65,11 @@ def test_frozen_trunk_resumes_at_other_layouts_and_thaws(ranks: Ranks, tmp_path:
 
 def test_heads_are_added_to_a_trained_trunk(ranks: Ranks, tmp_path: Path) -> None:
     trained = run(ranks, at(ONE, tmp_path, heads={"count": 1}), ONE, 0, MIDDLE)
-    config = at(PIPELINE, tmp_path, heads={"count": 3})
+    config = at(PIPELINE, tmp_path, heads={"count": 3, "condition": "previous_token"})
     wider = run(ranks, config, PIPELINE, MIDDLE, MIDDLE, tmp_path / f"step_{MIDDLE:08d}", False)
     fresh = run(ranks, config, PIPELINE, 0, 0, None, False)
     for name, weight in wider.weights.items():
         expected = trained.weights if name in trained.weights else fresh.weights
         assert torch.equal(weight, expected[name]), name
-    new = {name for name in fresh.weights if name.startswith(("heads.2", "heads.3"))}
+    new = {name for name in fresh.weights if name.startswith(("heads.2", "heads.3", "condition."))}
     assert wider.weights.keys() - trained.weights.keys() == new

@@ -19,6 +19,7 @@ ORDERED = "heads.token_order=0.7 heads.token_order_window=8"
 ZERO, BF16 = "parallel.zero_stage=1", "train.precision=bf16"
 ISOLATED = "heads.detach=full"
 CHUNKS = "heads.chunk_tokens=5"
+CONDITIONED = "heads.condition=previous_token"
 IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
@@ -56,6 +57,15 @@ TWO_STEPS = [
     f"tp2-pp1-dp1 heads.kind=anticausal {NAIVE}",
     f"tp2-pp2-dp1 {SEQUENTIAL} heads.repeated=true {FULL}",
     f"tp1-pp2-dp2 {SEQUENTIAL} {ZERO}",
+    # Heads that read the token before their target.
+    *product("tp2-pp1-dp1-sp tp1-pp2-dp1", *(f"heads.kind={kind} {CONDITIONED}" for kind in ("parallel", "mlp"))),
+    f"tp1-pp1-dp1 heads.kind=linear {CONDITIONED}",
+    f"tp2-pp1-dp1 heads.kind=linear {CONDITIONED} {ISOLATED} {RECOMPUTE}",
+    f"tp2-pp2-dp1-sp {CONDITIONED} {NAIVE} {SEPARATE} heads.layers_per_head=0",
+    f"tp2-pp2-dp1 heads.kind=mlp {CONDITIONED} {NAIVE} heads.detach=true {TIED}",
+    f"tp2-pp2-dp1-sp {CONDITIONED} {RECOMPUTE} {LEAPS} {DISTILLED} {FULL}",
+    f"tp4-pp1-dp1 micro_batches=1 {FOUR_GROUPS} {CONDITIONED} {ZERO} {CHUNKS} {APART}",
+    f"tp2-pp2-dp1-sp heads.kind=linear {CONDITIONED} {BF16}",
     # Distances and weights.
     f"tp2-pp2-dp1 {LEAPS}",
     "tp1-pp2-dp1 heads.kind=causal heads.count=3 heads.prediction_distances=[1,2,4]",

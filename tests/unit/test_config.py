@@ -26,6 +26,7 @@ ROUND_TRIPS = [
     "heads={auxiliary_weight: 0.3, schedule: reverse, kind: causal}",
     "heads={auxiliary_weight: [[1, 0.3], [10, 0]], token_order: 0.5, token_order_window: 8, kind: anticausal}",
     "heads={loss_decay: 0.6, distillation: 1, distillation_top: 7, token_order: 1, z_loss: 1.0e-4, detach: full}",
+    "heads={condition: previous_token, condition_rank: 16, kind: mlp, detach: full}",
     "heads={count: 1, prediction_distances: [1], schedule: forward}",
     "heads={loss_weights: [0, 0, 0, 0], token_order: 1}",
 ]

@@ -128,6 +128,11 @@ heads.kind=causal & heads.unembedding=separate & heads.layers_per_head=0 => head
 heads.kind=mlp & heads.layers_per_head=3 => heads.layers_per_head = 3 ... heads.kind = 'mlp' ... remove it
 heads.kind=anticausal & heads.detach=true => heads.detach = true is incompatible with heads.kind = 'anticausal'
 heads.kind=anticausal & heads.detach=full => heads.detach = full is incompatible with heads.kind = 'anticausal'
+heads.kind=causal & heads.condition=previous_token => heads.condition = 'previous_token' ... 'causal': remove it
+heads.kind=sequential & heads.condition=previous_token => heads.condition ... trunk only ... 'sequential': remove it
+heads.count=1 & heads.condition=previous_token => heads.condition = 'previous_token' ... heads.count is 1: remove it
+heads.condition_rank=8 => heads.condition_rank = 8 has no effect without heads.condition: set it ... or remove the key
+heads.condition=previous_token & heads.condition_rank=512 => heads.condition_rank = 512 ... hidden_size = 128: lower it
 heads.detach=ful => heads.detach = 'ful' is invalid: it should be a valid boolean, or it should be 'full'
 heads.kind=anticausal & heads.schedule=forward => heads.schedule = 'forward' ... heads.kind = 'anticausal'
 heads.kind=anticausal & heads.distillation=0.5 => heads.distillation ... heads.kind = 'anticausal'

@@ -108,7 +108,7 @@ class _NormHeads:
     def pre_norm_hidden(self, head: int, inputs: Tensor, context: None) -> Tensor:
         return inputs
 
-    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+    def normalize(self, head: int, hidden: Tensor, context: None) -> Tensor:
         return self.inputs.hidden(head, hidden)
 
     def logits(self, head: int, normalized: Tensor, context: None) -> Tensor:

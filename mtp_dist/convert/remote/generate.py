@@ -180,11 +180,14 @@ class Heads:
     def norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
         return F.rms_norm(hidden.float(), gain.shape, gain.to(hidden.device).float(), self.eps).to(hidden.dtype)
 
-    def logits(self, head: int, hidden: Tensor) -> Tensor:
-        """Return the logits of a head's output `[1, D]`."""
+    def logits(self, head: int, hidden: Tensor, previous_token: Tensor) -> Tensor:
+        """Return the logits of a head's output `[1, D]`, for the token after `previous_token` `[1]`."""
         hidden = self.norm(hidden, self.model.model.norm.weight)  # without a linear model's matrix of head 1
         if self.kind == "mlp":
             hidden = hidden + F.silu(F.linear(hidden, self.weight(head, "linear")))
+        if f"condition.{head}.weight" in self.weights:
+            embedded = F.embedding(previous_token.to(hidden.device), self.weights["condition.embedding.weight"])
+            hidden = hidden + F.linear(embedded, self.weights[f"condition.{head}.weight"])
         return F.linear(hidden, self.weights.get(f"unembeddings.{head}.weight", self.like))
 
 
@@ -223,7 +226,7 @@ class Drafter:
             recent = self.recent[k] = torch.cat([self.recent.get(k, hidden[:, :0]), hidden], 1)[:, before - distance :]
             for back in range(distance - before, 0, -1):
                 if unbroken := unbroken and back <= recent.shape[1]:
-                    distribution = probabilities(text, heads.logits(k, recent[:, -back]))
+                    distribution = probabilities(text, heads.logits(k, recent[:, -back], text[:, -1]))
                     drafts.append((pick(distribution), distribution))
                     text = torch.cat([text, drafts[-1][0]], 1)
         if heads.kind == "sequential" and heads.count > 2:

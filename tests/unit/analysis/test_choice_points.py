@@ -51,7 +51,8 @@ def brute_force(model, text):
         has_all = [all(part(first + offset, k) for k in range(1, HEADS + 1)) for offset in range(LENGTH)]
         sums, separate = {}, 0
         for k in range(1, HEADS + 1):
-            losses = F.cross_entropy(network.head_logits(k, hidden[k])[0], samples[0, k : k + LENGTH], reduction="none")
+            logits = network.head_logits(k, hidden[k], samples)[0]
+            losses = F.cross_entropy(logits, samples[0, k : k + LENGTH], reduction="none")
             before = sum(nats for _, nats in sums.values())
             for offset in range(LENGTH):
                 name = part(first + offset, k)

@@ -23,6 +23,7 @@ def folders(tmp_path_factory, checkpoint):
     write_model(root / "long", train={"sequence_length": 64})
     write_model(root / "short", train={"sequence_length": 2})
     write_model(root / "sequential", heads={"kind": "sequential"})
+    write_model(root / "conditioned", heads={"condition": "previous_token"})
     source = {"path": CHOICES, "options": {"length": 4, "branches": 2}}
     data = {"tokenizer": CHOICES, "train": [source]}
     write_model(root / "choices", vocab_size=273, data=data, train={"sequence_length": 32})
@@ -109,6 +110,7 @@ def test_compared_models_read_the_same_tokens(folders, checkpoint, names, data, 
         ("choice-points --model one", "has one head"),
         ("information --model one", "has one head"),
         ("information --model sequential", "read the tokens before their target"),
+        ("information --model conditioned", "read the tokens before their target"),
         ("information --model short --data text.txt", "too short for its head at distance 4"),
         ("information --model headless", "is not in mtp_heads.safetensors"),
         ("choice-points --model {checkpoint}", "splits the words of 'synthetic/choices'"),

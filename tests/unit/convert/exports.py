@@ -22,6 +22,7 @@ CUSTOM: dict[str, Heads] = {
     "linear": {"kind": "linear"},
     "mlp, separate": {"kind": "mlp", "unembedding": "separate"},
     "leaps": {"prediction_distances": [1, 3, 5, 8]},
+    "conditioned": {"kind": "linear", "condition": "previous_token", "prediction_distances": [1, 3, 4, 6]},
     "sequential, two layers": {"kind": "sequential", "layers_per_head": 2, "count": 5},
     "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},
     "sequential, separate": {"kind": "sequential", "unembedding": "separate", "count": 3},

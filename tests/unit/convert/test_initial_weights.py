@@ -127,6 +127,30 @@ def test_another_architecture_or_tokenizer_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_condition_is_kept_or_added(tmp_path: Path) -> None:
+    condition = {"count": 3, "condition": "previous_token", "condition_rank": 6}
+    write_model(tmp_path / "plain" / "step_00000007", heads={"count": 3})
+    write_model(folder := tmp_path / "conditioned" / "step_00000007", heads=condition)
+    weights = "condition.embedding.weight, condition.2.weight, condition.3.weight"
+    added = find(tmp_path / "plain", heads=condition)
+    assert not added.unused and added.describe().endswith(f"\nInitialized: {weights}")
+    assert find(folder, heads=condition | {"count": 4}).describe().endswith("heads.4 (6 weights), condition.4.weight")
+    assert {*weights.split(", ")} < {*find(folder, heads={"count": 1}).unused}
+    label = f"checkpoint.initial_weights = '{folder}' was trained with"
+    rank = f"{label} 6: set heads.condition_rank=6"
+    message = error_of(ConfigError, find, folder, heads=condition | {"condition_rank": None})
+    assert message == f"heads.condition_rank is 4, {rank}"
+    with pytest.raises(ConfigError) as raised:
+        find(folder, heads={"count": 3})
+    assert str(raised.value).splitlines() == [
+        f"heads.condition is none, {label} previous_token: set heads.condition=previous_token",
+        f"heads.condition_rank is 0, {rank}",
+    ]
+    export_checkpoint(folder, tmp_path / "hf", "fp32")
+    message = error_of(ConfigError, import_from, tmp_path, "heads.condition_rank=4")
+    assert message.startswith("heads.condition_rank is 4, the heads in ") and " have 6: keep it" in message
+
+
 def test_folders_without_a_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for folder, problem in (
         (tmp_path, "contains neither a checkpoint nor an export"),

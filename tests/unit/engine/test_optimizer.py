@@ -94,6 +94,7 @@ REPEATED = {"kind": "sequential", "repeated": True, "token_order": 0.5}
             {"heads.1": 0.3, "unembeddings.1": 0.3, "unembeddings.2": 3, "final_norm": 1},
         ),
         ({"heads": 3}, {"heads": REPEATED}, {"heads.repeated": 3, "token_order": 3, "trunk": 1, "unembedding": 1}),
+        ({"trunk": 0.1}, {"heads": {"condition": "previous_token"}}, {"heads.1": 0.1, "heads.2": 1, "condition": 1}),
         ({"heads": 3}, {"heads": {"count": 12}}, {"heads.1": 1, "heads.10": 3, "heads.11": 3, "heads.12": 3}),
     ],
 )

@@ -26,6 +26,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "separate": {"kind": "parallel", "unembedding": "separate"},
     "no_layers": {"kind": "parallel", "layers_per_head": 0, "unembedding": "separate"},
     "leap": {"kind": "parallel", "prediction_distances": [1, 3, 5, 7]},
+    "conditioned": {"kind": "mlp", "condition": "previous_token"},
+    "conditioned_leap": {
+        "condition": "previous_token",
+        "condition_rank": 6,
+        "prediction_distances": [1, 3, 4, 7],
+        "unembedding": "separate",
+    },
     "anticausal_leap": {"kind": "anticausal", "prediction_distances": [1, 3, 4, 7]},
 }
 """The section `heads` of each variant, with four heads unless it has another number."""
@@ -54,6 +61,8 @@ def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE
         for name, weight in reference.named_weights().items():
             if name.endswith("norm.weight"):
                 weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+            if name.startswith("condition."):
+                weight.normal_(0.0, 0.5, generator=generator)
     return TinyModel(config, reference, open_weights(config, reference.named_weights()))
 
 

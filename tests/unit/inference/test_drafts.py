@@ -17,7 +17,7 @@ from transformers.generation import GenerationMixin
 
 from mtp_dist.inference import decoding
 from mtp_dist.inference.decoding import Decoder
-from mtp_dist.inference.drafting import DraftState, draft, draft_sources
+from mtp_dist.inference.drafting import DraftState, draft, draft_after_each, draft_sources
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.tree import DraftTree, choose_tree
@@ -78,6 +78,7 @@ class Recorder:
 
         with (
             patch.object(decoding, "draft", self.scripted_draft),
+            patch.object(decoding, "draft_after_each", self.scripted_drafts),
             patch.object(Decoder, "_logits", logits),
             patch.object(Decoder, "_draft_tree", recorded_nodes),
         ):
@@ -89,13 +90,27 @@ class Recorder:
 
     def scripted_draft(self, model: MTPForCausalLM, distance: int, state: DraftState, previous: Tensor) -> Tensor:
         """Compare a draft's logits and return some whose largest ones are as the script wants."""
-        logits = draft(model, distance, state, previous)
+        return self.compare_drafts(draft(model, distance, state, previous), model, distance, state)
+
+    def scripted_drafts(self, model: MTPForCausalLM, distance: int, state: DraftState, previous: Tensor) -> Tensor:
+        """Do the same for several tokens before the draft."""
+        wanted = []
+        for logits, token in zip(draft_after_each(model, distance, state, previous).unbind(1), previous.T, strict=True):
+            state.token_ids.scatter_(1, (state.last + distance - 1)[:, None], token[:, None])
+            wanted.append(self.compare_drafts(logits, model, distance, state))
+        return torch.stack(wanted, 1)
+
+    def compare_drafts(self, logits: Tensor, model: MTPForCausalLM, distance: int, state: DraftState) -> Tensor:
         head, offset = draft_sources(model.config.heads)[distance]
         wanted = torch.zeros_like(logits)
         for row, last in enumerate(state.last.tolist()):
             position = max(0, last - offset)
             read = distance if model.heads.traits.embeds_tokens else 1
-            expected = self.reference(tuple(state.token_ids[row, : last + read].tolist()), last + 1)[head]
+            tokens = state.token_ids[row, : last + read].tolist()
+            if model.draft_condition:
+                ahead = position + model.heads.distances[head - 1] - len(tokens)
+                tokens += [0] * (ahead - 1) + [int(state.token_ids[row, last + distance - 1])]
+            expected = self.reference(tuple(tokens), last + 1)[head]
             self.compare("drafts", logits[row], expected[0, position])
             right = self.texts[self.decoder.text.rows[row]][last + distance]
             wanted[row, right], wanted[row, (right + 1) % VOCAB_SIZE] = (2.0, 1.0) if next(self.script) else (1.0, 2.0)
@@ -193,6 +208,33 @@ def test_trees(tiny: TinyModel, lengths: list[int], script: list[bool]) -> None:
     depth = tiny.config.heads.distances[-1] - 1
     recorder.run(Speculation(tree=choose_tree([[0.5, 0.3, 0.2]] * depth, 9)))
     assert recorder.compared["drafts"] and recorder.compared["verified"]
+
+
+def test_candidates_follow_their_parents() -> None:
+    """Several nodes of one depth have the same rank, and other tokens if the tokens of their parents differ."""
+    tiny, tree = tiny_model("conditioned"), choose_tree([[0.5, 0.4, 0.3]] * 3, 16)
+    recorder, draft_tree = Recorder(tiny, [3, 5], [True]), Decoder._draft_tree
+    recorded: list[tuple[list[int], list[int]]] = []
+
+    def record(decoder: Decoder, tree: DraftTree) -> Tensor:
+        nodes, text = draft_tree(decoder, tree), decoder.text
+        for row, length in enumerate(text.host_lengths):
+            recorded.append((text.token_ids[row, :length].tolist(), nodes[row].tolist()))
+        return nodes
+
+    with patch.object(Decoder, "_draft_tree", record):
+        recorder.generate(Speculation(tree=tree), 6)
+    others = 0
+    for text, nodes in recorded:
+        for node, (parent, rank, depth) in enumerate(zip(tree.parents, tree.ranks, tree.depths, strict=True)):
+            if not node:
+                continue
+            read = (*text[:-1], *[0] * (depth - 1), nodes[parent])
+            candidates = recorder.reference(read, len(text) - 1)[depth + 1][0, -1].topk(rank + 1).indices
+            assert nodes[node] == candidates[rank]
+            twin = next(n for n, key in enumerate(zip(tree.depths, tree.ranks, strict=True)) if key == (depth, rank))
+            others += nodes[node] != nodes[twin]
+    assert others, "the condition changes some candidates"
 
 
 @pytest.mark.parametrize("variant", ["parallel", "sequential"])

@@ -46,7 +46,7 @@ def test_accepted_path_follows_the_choices_of_head_1() -> None:
     ]
 
 
-@pytest.mark.parametrize("variant", ["parallel", "mlp", "separate", "sequential", "leap"])
+@pytest.mark.parametrize("variant", ["parallel", "mlp", "separate", "sequential", "leap", "conditioned_leap"])
 def test_measured_acceptance_counts_the_candidates(variant: str) -> None:
     tiny = tiny_model(variant)
     prompts, _ = padded_prompts([4, 4])

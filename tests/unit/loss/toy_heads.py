@@ -105,7 +105,7 @@ class ToyHeads:
         hidden = inputs + (self.params["a"] + self.params["b"])
         return hidden + torch.tanh(F.linear(self._norm(f"norm.{head}", hidden), self.params[f"matrix.{head}"]))
 
-    def normalize(self, head: int, hidden: Tensor) -> Tensor:
+    def normalize(self, head: int, hidden: Tensor, context: Any = None) -> Tensor:
         self.calls["normalize", head] += 1
         if self.case.batch_first:
             return self._norm("final_norm", hidden.transpose(0, 1).contiguous()).transpose(0, 1)

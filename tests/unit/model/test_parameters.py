@@ -94,6 +94,8 @@ def configs(draw: st.DrawFn) -> Config:
         "unembedding": "separate" if unembedding == "separate" else "shared",
         "token_order": draw(st.sampled_from([0.0, 0.5])),
     }
+    if heads["count"] > 1 and KINDS[heads["kind"]].reads == "trunk" and draw(st.booleans()):
+        heads |= {"condition": "previous_token", "condition_rank": draw(st.sampled_from([None, 3]))}
     return tiny_config(model=model, heads=heads)
 
 
@@ -105,16 +107,19 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     assert sum(sizes.values()) == counts.total
     assert sum(size for name, size in sizes.items() if name.startswith("trunk.")) == counts.trunk
-    assert sum(size for name, size in sizes.items() if name.startswith(("heads.", "final_norm"))) == counts.heads
-    embeddings = [size for name, size in sizes.items() if "embedding" in name or name.startswith("token_order")]
-    assert sum(embeddings) == counts.embeddings and set(embeddings) == {vocab_size * width}
+    embeddings = [name for name in sizes if "embedding" in name or name.startswith("token_order")]
+    assert sum(sizes[name] for name in embeddings) == counts.embeddings
+    assert {shapes[name] for name in embeddings if name != "condition.embedding.weight"} == {(vocab_size, width)}
+    conditions = [name for name in sizes.keys() - embeddings if name.startswith("condition.")]
+    blocks = [*conditions, *(name for name in sizes if name.startswith(("heads.", "final_norm")))]
+    assert sum(sizes[name] for name in blocks) == counts.heads
 
     first = 1 if heads.traits.first_head_has_block else 2
     keys = ["repeated" if heads.repeated else k for k in range(first, heads.count + 1)]
     used = [name for name in shapes if name.startswith("trunk.")]
     used += [name for key in keys for name in shapes if name.startswith(f"heads.{key}.")]
     assert set(used) == {name for name in shapes if name.startswith(("trunk.", "heads."))}
-    matrices = sum(sizes[name] for name in used if len(shapes[name]) == 2)
+    matrices = sum(sizes[name] for name in [*used, *conditions] if len(shapes[name]) == 2)
     matrices += (heads.count + bool(heads.token_order)) * vocab_size * width
     attention = 12 * sum(n.endswith("linear_qkv.weight") for n in used) * width * config.train.sequence_length
     assert model_flops_per_token(config, heads.count) == 6 * matrices + attention
@@ -161,6 +166,16 @@ def test_spread_of_the_initial_weights(name: str, std: float) -> None:
     assert weight.dtype == torch.float32
     assert float(weight.std()) == pytest.approx(std, rel=0.01)
     assert abs(float(weight.mean())) < 0.01 * std
+
+
+def test_condition_starts_at_0() -> None:
+    heads = {"condition": "previous_token"}
+    shapes = parameter_shapes(tiny_config(heads=heads))
+    assert shapes["condition.embedding.weight"] == (131, 4) and "condition.1.weight" not in shapes
+    for k in (2, 3, 4):
+        assert shapes[f"condition.{k}.weight"] == (32, 4)
+        assert not initial(1, f"condition.{k}.weight", heads=heads).any()
+    assert initial(1, "condition.embedding.weight", heads=heads).all()
 
 
 @pytest.mark.parametrize("name", ["final_norm.weight", "trunk.0.input_layernorm.weight"])

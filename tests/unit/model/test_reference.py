@@ -122,6 +122,22 @@ def test_fully_detached_heads_train_only_their_own_weights(kind: str, unembeddin
         assert others == {f"unembeddings.{head}.weight"} & weights.keys()
 
 
+@pytest.mark.parametrize("kind", ["parallel", "linear", "mlp"])
+def test_condition_adds_a_function_of_the_token_before_the_target(kind: str) -> None:
+    heads = {"kind": kind, "count": 3, "prediction_distances": [1, 2, 4]}
+    conditioned = lively_model(tiny_config(heads={**heads, "condition": "previous_token", "condition_rank": 5}))
+    weights, samples = conditioned.named_weights(), random_tokens(2, 16)
+    plain = ReferenceModel(tiny_config(heads=heads), {n: w for n, w in weights.items() if "condition" not in n})
+    with torch.no_grad():
+        expected, found = plain(samples, 12), conditioned(samples, 12)
+    assert torch.equal(found[1], expected[1])
+    for k, distance in ((2, 2), (3, 4)):
+        for position in range(12):
+            embedded = weights["condition.embedding.weight"][samples[:, position + distance - 1]]
+            added = embedded @ weights[f"condition.{k}.weight"].T @ weights["unembedding.weight"].T
+            torch.testing.assert_close(found[k][:, position], expected[k][:, position] + added.detach())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_next_token_logits_are_those_of_head_1(kind: str) -> None:
     model, samples = lively_model(tiny_config(heads={"kind": kind})), random_tokens(1, 12)

@@ -61,6 +61,14 @@ def test_drafting_pass(heads, blocks, first_block, layers, reads):
     assert math.isclose(cost.flops, 2 * BATCH * (products + attended))
 
 
+def test_conditioned_drafts_read_a_table_each():
+    plain, conditioned = costs_of(), costs_of(condition="previous_token", condition_rank=3)
+    assert conditioned.step(1, CONTEXT, 0.0) == plain.step(1, CONTEXT, 0.0)
+    before, after = plain.step(4, CONTEXT, GAINED), conditioned.step(4, CONTEXT, GAINED)
+    assert after.bytes - before.bytes == 4 * 3 * 3 * VOCAB
+    assert math.isclose(after.flops - before.flops, 2 * BATCH * 3 * 3 * VOCAB)
+
+
 def test_anticausal_drafts_are_states_of_head_1():
     """Only their unembedding is read in addition."""
     costs = costs_of(kind="anticausal")

@@ -79,6 +79,24 @@ def test_flops_on_a_frozen_trunk(unembedding, products):
     assert model_flops_per_token(frozen, 2) == (3 + 2) * layer + vocabulary + head_2 + token_order
 
 
+@pytest.mark.parametrize("freeze", [(), ("trunk",)])
+@pytest.mark.parametrize("kind", ["parallel", "linear", "mlp"])
+def test_condition_costs_little(kind, freeze):
+    """At the shape of Llama 3.2 1B with four heads: a matrix of 2048 x 256 for each head from head 2 on."""
+    shape = {"vocab_size": 128_256, "hidden_size": 2048, "num_attention_heads": 32, "ffn_hidden_size": 8192}
+    model = shape | {"trunk_layers": 16, "num_query_groups": 8}
+    train = {"sequence_length": 4096, "freeze": freeze}
+    plain, conditioned = (
+        tiny_config(model=model, heads={"kind": kind, "condition": condition}, train=train)
+        for condition in ("none", "previous_token")
+    )
+    for active in (1, 2, 4):
+        before, after = model_flops_per_token(plain, active), model_flops_per_token(conditioned, active)
+        assert after - before == 6 * (active - 1) * 2048 * 256 and after < 1.02 * before
+    before, after = parameter_counts(plain), parameter_counts(conditioned)
+    assert after.heads - before.heads == 3 * 2048 * 256 and after.embeddings - before.embeddings == 128_256 * 256
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_of_some_heads_are_those_of_a_model_with_so_many(kind):
     for active in (1, 2, 3):
