@@ -61,13 +61,34 @@ def code(
         "temperatures": ",".join(map(str, temperatures)),
         "max-new-tokens": max_new_tokens,
     }
-    command = [sys.executable, "-m", "mtp_dist.cli", "evaluate", benchmark, "--json", "--allow-code-execution"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=end_with_parent)
+    result = _run_command("evaluate", benchmark, "--allow-code-execution", **options)
+    return {f"pass@{k}": 100 * best["value"] for k, best in result["oracle"].items()}
+
+
+def decoding(
+    run: Path, prompts: PositiveInt = 32, prompt_tokens: PositiveInt = 32, new_tokens: PositiveInt = 64
+) -> Metrics:
+    """Return what `validation` returns, and what greedy decoding accepts of the drafts of all heads.
+
+    `mtp-dist bench decode` measures the latter on texts of the standard library: `tokens_per_forward`, and
+    `acceptance/2` and so on, the accepted fraction at each distance of the drafts whose predecessors were accepted.
+    """
+    options = {"model": run, "batch": prompts, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "rounds": 1}
+    result = _run_command("bench", "decode", **options)
+    [row] = [row for row in result["rows"] if row["variant"] == f"k = {result['model']['heads']}"]
+    acceptance = {f"acceptance/{distance}": fraction for distance, fraction in row["acceptance"].items()}
+    return {**validation(run), "tokens_per_forward": row["tokens_per_forward"], **acceptance}
+
+
+def _run_command(*command: str, **options: object) -> Any:
+    """Return the result of a command of mtp-dist that prints JSON. Exit with its status if it fails."""
+    arguments = [*command, "--json", *(f"--{name}={value}" for name, value in options.items())]
+    finished = subprocess.run(
+        [sys.executable, "-m", "mtp_dist.cli", *arguments], stdout=subprocess.PIPE, preexec_fn=end_with_parent
+    )
     if finished.returncode:
         sys.exit(finished.returncode)  # the command has reported the error
-    result = json.loads(finished.stdout)
-    return {f"pass@{k}": 100 * best["value"] for k, best in result["oracle"].items()}
+    return json.loads(finished.stdout)
 
 
 def synthetic(
@@ -98,7 +119,12 @@ def synthetic(
     return {f"{kind}/{name}": group[kind] for kind in ("accuracy", "chance") for name, group in groups.items()}
 
 
-EVALUATIONS: dict[str, Callable[..., Metrics]] = {"code": code, "synthetic": synthetic, "validation": validation}
+EVALUATIONS: dict[str, Callable[..., Metrics]] = {
+    "code": code,
+    "decoding": decoding,
+    "synthetic": synthetic,
+    "validation": validation,
+}
 
 
 def option_errors(function: str, options: Mapping[str, Any]) -> Iterator[str]:

@@ -11,7 +11,7 @@ from mtp_dist.distributed.processes import end_with_parent
 from mtp_dist.errors import ConfigError
 from mtp_dist.evaluation import synthetic as evaluation
 from mtp_dist.experiments import results
-from mtp_dist.experiments.evaluations import code, synthetic, validation
+from mtp_dist.experiments.evaluations import code, decoding, synthetic, validation
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.plot import draw
 from mtp_dist.experiments.results import build_result, entry, write_origin
@@ -160,6 +160,34 @@ def test_code_is_evaluated_by_the_command(tmp_path, monkeypatch):
     assert (given["samples_per_problem"], given["temperatures"], given["max_new_tokens"]) == (10, "0.2,0.8", 512)
     with pytest.raises(SystemExit, match="2"):
         code(tmp_path, "apps")
+
+
+def test_decoding_is_measured_by_the_command(tmp_path, monkeypatch):
+    rows = [
+        {"variant": "plain", "tokens_per_forward": 1.0, "acceptance": {}},
+        {"variant": "k = 2", "tokens_per_forward": 1.5, "acceptance": {"2": 0.5}},
+        {"variant": "k = 3", "tokens_per_forward": 1.75, "acceptance": {"2": 0.5, "3": 0.5}},
+        {"variant": "transformers"},
+    ]
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, json.dumps({"model": {"heads": 3}, "rows": rows}).encode())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    heads = [{"head": 1, "loss": 2.0, "accuracy": 0.5, "bits_per_byte": 3.0}]
+    (tmp_path / "summary.json").write_text(json.dumps({"tokens_per_second": 9.0, "validation": [{"heads": heads}]}))
+    metrics = decoding(tmp_path, prompts=8)
+    assert {name: metrics[name] for name in ("loss", "tokens_per_forward", "acceptance/2", "acceptance/3")} == {
+        "loss": 2.0,
+        "tokens_per_forward": 1.75,
+        "acceptance/2": 0.5,
+        "acceptance/3": 0.5,
+    }
+    assert commands[0][1:5] == ["-m", "mtp_dist.cli", "bench", "decode"]
+    given = typer.main.get_command(app).commands["bench"].commands["decode"].make_context("decode", commands[0][5:])
+    assert (given.params["model"], given.params["batch"], given.params["rounds"]) == (str(tmp_path), "8", 1)
 
 
 def test_pools_of_answers_are_weighted_by_their_number(tmp_path, monkeypatch):
