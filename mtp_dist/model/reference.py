@@ -91,10 +91,14 @@ class ReferenceModel(nn.Module):
 
     def trunk(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the trunk's output z `[B, S, D]` for tokens `[B, S]`."""
-        hidden = F.embedding(tokens, self.weight("embedding.weight"))
+        return self.trunk_states(tokens, mask)[-1]
+
+    def trunk_states(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        """Return the outputs `[B, S, D]` of the embedding and of every trunk layer for tokens `[B, S]`."""
+        states = [F.embedding(tokens, self.weight("embedding.weight"))]
         for index in range(self.config.model.trunk_layers):
-            hidden = self._recomputed_layer(f"trunk.{index}", hidden, mask)
-        return hidden
+            states.append(self._recomputed_layer(f"trunk.{index}", states[-1], mask))
+        return states
 
     def pre_norm_hidden(self, z: Tensor, samples: Tensor, mask: Tensor, last: int | None = None) -> dict[int, Tensor]:
         """Return the hidden states of heads 1..last before the final norm, by the formulas of docs/heads.md."""
