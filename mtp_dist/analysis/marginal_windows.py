@@ -18,7 +18,7 @@ from mtp_dist.analysis.causal_model import CausalModel
 from mtp_dist.analysis.information import ratio_and_interval
 from mtp_dist.analysis.marginalization import Scores, marginals
 from mtp_dist.analysis.window_records import WindowRecords
-from mtp_dist.errors import CheckpointError, DataError
+from mtp_dist.errors import CheckpointError
 from mtp_dist.model.targets import document_ids
 
 POSITION_STRIDE = 16
@@ -75,12 +75,7 @@ def cut_windows(
 
     All targets of a position are in its window, so that every prediction of a token has a part of the same context.
     """
-    length = model.sequence_length
-    count = min((len(tokens) - 1) // length, count)
-    if count < 1:
-        raise DataError(f"--data has {len(tokens)} tokens, one window needs {length + 1}: give a longer text")
-    text = torch.as_tensor(tokens[: count * length + 1].astype(np.int64), device=model.device)
-    windows = text.unfold(0, length + 1, length)
+    windows = model.cut(tokens, count)
     documents = torch.zeros_like(windows)
     if model.data and not model.data.loss_across_documents:
         documents = document_ids(windows, model.tokenizer.end_of_document)

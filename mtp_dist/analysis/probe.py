@@ -1,8 +1,8 @@
 """Linear probes: how well a linear classifier of hidden states predicts the tokens after them.
 
-A probe is a multinomial logistic regression on standardized states, fitted by L-BFGS to the first part of the text and
-measured on the rest. Two baselines show what it would reach without the states: the unigram frequencies of the first
-part, and the same probe on states in a random order.
+There is a probe for each layer and distance, a multinomial logistic regression that is fitted to the first part of the
+text and measured on the rest. Two baselines show what the probe of the trunk's output would reach without the states:
+the unigram frequencies of the first part, and the same probe on states in a random order.
 """
 
 from __future__ import annotations
@@ -12,20 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtp_dist.analysis.information import mean_and_interval, token_losses
-from mtp_dist.analysis.trained_model import TrainedModel
+from mtp_dist.analysis.information import cross_entropies, mean_and_interval
+from mtp_dist.analysis.layer_states import LayeredModel
+from mtp_dist.analysis.linear_probes import ROWS_PER_STEP, SEED, LinearProbes, TokenClasses, num_steps
 from mtp_dist.errors import DataError
+from mtp_dist.model.targets import MicroBatch
 
 HELD_OUT_FRACTION = 0.25
-L2_PENALTY = 1e-4
-"""Weight of the sum of squares of the classifier's matrix, next to the mean cross-entropy in nats."""
-MAX_ITERATIONS = 80
-ROWS_PER_CHUNK = 8192
-SEED = 0
 
 
 class ProbeScore(NamedTuple):
@@ -38,138 +34,153 @@ class ProbeScore(NamedTuple):
     """Nats per token."""
 
 
-class HeldOut(NamedTuple):
-    """Values of successive tokens, the last part of which is held out."""
-
-    train: Tensor
-    held_out: Tensor
-
-    @classmethod
-    def split(cls, values: Tensor, block: int) -> HeldOut:
-        """Split values along their first dimension after a multiple of `block`."""
-        blocks = len(values) // block
-        boundary = (blocks - max(1, round(blocks * HELD_OUT_FRACTION))) * block
-        return cls(values[:boundary], values[boundary:])
-
-
-class LinearProbe:
-    """A linear classifier of hidden states."""
-
-    def __init__(self, states: Tensor, targets: Tensor, num_classes: int) -> None:
-        """Fit states `[N, D]` to targets `[N]`, both of any origin: a trunk's output or that of one of its layers."""
-        self.mean, self.std = states.mean(0), states.std(0).clamp(min=1e-6)
-        inputs = self._inputs(states)
-        # The start is the unigram distribution, so that states without information are no worse.
-        frequencies = unigram(targets, num_classes)
-        self.weight = torch.zeros(inputs.shape[1], num_classes, device=states.device)
-        self.weight[-1] = frequencies.log()
-        self.weight.requires_grad_()
-        optimizer = torch.optim.LBFGS([self.weight], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = L2_PENALTY * self.weight[:-1].square().sum()
-            loss.backward()
-            for rows, wanted in zip(inputs.split(ROWS_PER_CHUNK), targets.split(ROWS_PER_CHUNK), strict=True):
-                part = F.cross_entropy(rows @ self.weight, wanted, reduction="sum") / len(targets)
-                part.backward()
-                loss = loss + part.detach()
-            return loss.detach()
-
-        optimizer.step(closure)
-        self.weight.requires_grad_(False)
-
-    def _inputs(self, states: Tensor) -> Tensor:
-        standardized = (states - self.mean) / self.std
-        return torch.cat([standardized, torch.ones_like(standardized[:, :1])], 1)
-
-    def log_probabilities(self, states: Tensor) -> Tensor:
-        """Return the logarithms of the classes' probabilities, `[M, classes]`."""
-        return (self._inputs(states) @ self.weight).log_softmax(-1)
-
-
-def unigram(targets: Tensor, num_classes: int) -> Tensor:
-    """Return the frequencies `[classes]` of the targets; each class counts one more time than it occurs."""
-    counts = torch.bincount(targets, minlength=num_classes) + 1
-    return counts / counts.sum()
-
-
-def score(log_probabilities: Tensor, targets: Tensor, block: int) -> tuple[ProbeScore, NDArray[np.float64]]:
-    """Return how well `[M, classes]` predict `[M]`, and the cross-entropy of each token. block: tokens per window."""
-    correct = (log_probabilities.argmax(-1) == targets).double()
-    accuracy, half_width = mean_and_interval(correct.cpu().numpy(), block)
-    losses = F.nll_loss(log_probabilities, targets, reduction="none").double().cpu().numpy()
-    return ProbeScore(accuracy, half_width, float(losses.mean())), losses
-
-
 class ProbedModel(NamedTuple):
     """The scores of a model's probes, and the losses that they are made of."""
 
     result: dict[str, Any]
     losses: list[NDArray[np.float64]]
-    """Cross-entropy of the probe on each held-out token, by distance."""
+    """Cross-entropy of the probe of the trunk's output on each held-out token, by distance."""
     block: int
     """Tokens per window."""
 
 
+class TextStates(NamedTuple):
+    """The states of a model at T successive positions of a text."""
+
+    layers: list[str]
+    states: Tensor
+    """`[L, T, D]`, fp32."""
+    own_losses: Tensor
+    """`[n, T]`: cross-entropies of the model's own heads; NaN if a target is masked."""
+
+
 def probe_model(
-    model: TrainedModel,
+    model: LayeredModel,
     text: NDArray[np.integer],
     limit: int,
     max_distance: int,
-    on_progress: Callable[[int, int], None],
+    on_read: Callable[[int, int], None],
+    on_fit: Callable[[int, int], None],
 ) -> ProbedModel:
-    """Return the scores of probes of the trunk's output at about `limit` positions, for distances 1 .. max_distance,
-    next to the loss of the model's own head at that distance.
+    """Return the scores of probes of each layer at about `limit` positions, for distances 1 .. max_distance.
 
-    limit: at most the number of tokens that are followed by `max_distance` others. Raise DataError if the text has no
-    held-out window.
+    Next to them is the loss of the model's own head at that distance. limit: at most the number of tokens that are
+    followed by `max_distance` others. on_read follows the batches that the model reads, on_fit the steps of the probes.
+    Raise DataError if the text has no held-out window.
     """
-    batches = model.windows(text, limit)
-    states = torch.cat([model.trunk(batch)[0].flatten(0, 1) for batch in batches])
-    block = model.sequence_length
-    if len(states) < 2 * block:
+    batches, block = model.windows(text, limit), model.sequence_length
+    positions = sum(batch.targets[0].numel() for batch in batches)
+    if positions < 2 * block:
         raise DataError(
             f"--tokens or --data has fewer than two windows of {block} tokens, one to fit the probe and one to measure "
             "it: give more"
         )
-    tokens = torch.as_tensor(text.astype(np.int64), device=model.device)
-    own_losses = torch.as_tensor(token_losses(model, batches, lambda done, total: None)).T
-    heads = dict(zip(model.heads.distances, HeldOut.split(own_losses, block).held_out.nanmean(0).tolist(), strict=True))
+    layers, states, own_losses = read_states(model, batches, on_read)
+    boundary = fitted_positions(positions, block)
+    standardize(states, boundary)
+    heads = dict(zip(model.distances, own_losses[:, boundary:].nanmean(1).tolist(), strict=True))
+    tokens = torch.as_tensor(text.astype(np.int64), device=states.device)
+    done, total = 0, max_distance * num_steps(boundary)
+
+    def count_step() -> None:
+        nonlocal done
+        done += 1
+        on_fit(done, total)
+
     rows, losses = [], []
     for distance in range(1, max_distance + 1):
-        targets = tokens[distance : distance + len(states)]
-        scores, probe_losses = probe_states(states, targets, model.config.vocab_size, block)
-        rows.append({"distance": distance, "head": heads.get(distance), **scores})
-        losses.append(probe_losses)
-        on_progress(distance, max_distance)
+        targets = tokens[distance : distance + positions]
+        output = layers.index(model.output_layer)
+        probed = probe_states(states, targets, output, model.vocab_size, block, count_step)
+        named = [{"layer": name, **score._asdict()} for name, score in zip(layers, probed.layers, strict=True)]
+        baselines = {name: score._asdict() for name, score in probed.scores.items()}
+        rows.append({"distance": distance, "head": heads.get(distance), **baselines, "layers": named})
+        losses.append(probed.losses)
     result = {
         "model": str(model.folder),
-        "heads": model.heads.count,
-        "trunk_layers": model.config.model.trunk_layers,
-        "positions": len(states),
+        "heads": len(model.distances),
+        "trunk_layers": model.num_layers,
+        "positions": positions,
         "rows": rows,
     }
     return ProbedModel(result, losses, block)
 
 
-def probe_states(
-    states: Tensor, targets: Tensor, num_classes: int, block: int
-) -> tuple[dict[str, Any], NDArray[np.float64]]:
-    """Return the scores of a probe of states `[T, D]` for targets `[T]` and of its baselines, and the probe's losses.
+def read_states(model: LayeredModel, batches: Sequence[MicroBatch], on_read: Callable[[int, int], None]) -> TextStates:
+    """Return the states of all layers on the batches, which the model reads once."""
+    losses, begin, states = [], 0, torch.empty(0)
+    positions = sum(batch.targets[0].numel() for batch in batches)
+    for done, batch in enumerate(batches, 1):
+        named, logits = model.layer_states(batch)
+        end = begin + batch.targets[0].numel()
+        for layer, state in enumerate(named.values()):
+            if not states.numel():  # allocated once: the states of large models would not fit twice
+                states = state.new_empty(len(named), positions, state.shape[-1])
+            states[layer, begin:end] = state.flatten(0, 1)
+        losses.append(torch.stack([cross_entropies(*own) for own in zip(logits, batch.targets, strict=True)]))
+        begin = end
+        on_read(done, len(batches))
+    return TextStates([*named], states, torch.cat([part.flatten(1) for part in losses], 1).double())
 
-    The states are those of successive tokens, at any depth of a model. block: tokens per window.
+
+def fitted_positions(positions: int, block: int) -> int:
+    """Return the number of positions before the held-out ones, a multiple of `block`."""
+    blocks = positions // block
+    return (blocks - max(1, round(blocks * HELD_OUT_FRACTION))) * block
+
+
+def standardize(states: Tensor, count: int) -> None:
+    """Shift and scale each value of the states `[L, T, D]` in place to mean 0 and variance 1 at the first `count`."""
+    for layer in states:
+        std, mean = torch.std_mean(layer[:count], 0)
+        layer.sub_(mean).div_(std.clamp(min=1e-6))
+
+
+class ProbedStates(NamedTuple):
+    """Scores of the probes of one distance."""
+
+    layers: list[ProbeScore]
+    scores: dict[str, ProbeScore]
+    """Scores of the probe of the trunk's output and of its baselines."""
+    losses: NDArray[np.float64]
+    """Cross-entropy of the probe of the trunk's output on each held-out token."""
+
+
+def probe_states(
+    states: Tensor, targets: Tensor, output: int, vocab_size: int, block: int, on_step: Callable[[], None]
+) -> ProbedStates:
+    """Return the scores of probes of standardized states `[L, T, D]` for targets `[T]`.
+
+    The states are those of successive tokens. output: index of the trunk's output among the layers, which the baselines
+    are of. block: tokens per window. on_step: called after each of `num_steps` for the fitted positions.
     """
+    positions = len(targets)
+    boundary = fitted_positions(positions, block)
     generator = torch.Generator().manual_seed(SEED)
-    split, wanted = HeldOut.split(states, block), HeldOut.split(targets, block)
-    shuffled = HeldOut(*(part[torch.randperm(len(part), generator=generator).to(part.device)] for part in split))
-    frequencies = unigram(wanted.train, num_classes).log().expand(len(wanted.held_out), -1)
-    predictions = {"unigram": frequencies}
-    for name, inputs in (("probe", split), ("shuffled", shuffled)):
-        probe = LinearProbe(inputs.train, wanted.train, num_classes)
-        predictions[name] = probe.log_probabilities(inputs.held_out)
-    scores = {name: score(predicted, wanted.held_out, block) for name, predicted in predictions.items()}
-    return {name: found._asdict() for name, (found, _) in scores.items()}, scores["probe"][1]
+    orders = [torch.randperm(rows, generator=generator) for rows in (boundary, positions - boundary)]
+    shuffled = torch.cat([orders[0], boundary + orders[1]]).to(states.device)
+
+    def read(rows: Tensor) -> Tensor:
+        return torch.cat([states[:, rows], states[output, shuffled[rows]][None]])
+
+    classes = TokenClasses(targets[:boundary], vocab_size)
+    probes = LinearProbes(read, targets[:boundary], classes, on_step)
+    losses, correct = [], []
+    for rows in torch.arange(boundary, positions, device=states.device).split(ROWS_PER_STEP):
+        log_probs, wanted = probes.log_probs(read(rows)), targets[rows]
+        log_probs = torch.cat([log_probs, classes.log_frequencies.expand_as(log_probs[:1])])
+        losses.append(classes.token_losses(log_probs, wanted))
+        correct.append(classes.best_tokens(log_probs) == wanted)
+    found = torch.cat(losses, 1).double().cpu().numpy(), torch.cat(correct, 1).double().cpu().numpy()
+    *layers, shuffled_score, unigram = (score(*parts, block) for parts in zip(*found, strict=True))
+    scores = {"unigram": unigram, "probe": layers[output], "shuffled": shuffled_score}
+    return ProbedStates(layers, scores, found[0][output])
+
+
+def score(losses: NDArray[np.float64], correct: NDArray[np.float64], block: int) -> ProbeScore:
+    """Return the score of predictions with these cross-entropies and right answers. block: tokens per window."""
+    accuracy, half_width = mean_and_interval(correct, block)
+    return ProbeScore(accuracy, half_width, float(losses.mean()))
 
 
 def compare_probes(models: Sequence[ProbedModel]) -> list[dict[str, Any]]:

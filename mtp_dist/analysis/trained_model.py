@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mtp_dist.analysis.layer_states import FINAL_NORM, LayerStates, layer_name
 from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.config.schema import SourceConfig
@@ -61,6 +63,22 @@ class TrainedModel:
         return self.heads.lookahead
 
     @property
+    def distances(self) -> Sequence[int]:
+        return self.heads.distances
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.model.trunk_layers
+
+    @property
+    def output_layer(self) -> str:
+        return layer_name(self.num_layers)
+
+    @property
     def name(self) -> str:
         return self.folder.name
 
@@ -80,12 +98,26 @@ class TrainedModel:
 
     def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Return the trunk's output z `[B, S, D]` and the attention mask, which the heads need too."""
+        states, mask = self._trunk_states(batch)
+        return states[-1], mask
+
+    def _trunk_states(self, batch: MicroBatch) -> tuple[list[Tensor], Tensor]:
         length = batch.targets.shape[-1]
         across = self.config.data.attention_across_documents
         documents = None if across or batch.documents is None else batch.documents[:, :length]
         mask = attention_mask(batch.samples[:, :length], documents)
         with torch.no_grad():
-            return self.network.trunk(batch.samples[:, :length], mask), mask
+            return self.network.trunk_states(batch.samples[:, :length], mask), mask
+
+    def layer_states(self, batch: MicroBatch) -> LayerStates:
+        """Return the states of the embedding, of every trunk layer, and of head 1 after the final norm."""
+        states, mask = self._trunk_states(batch)
+        named = {layer_name(index): state for index, state in enumerate(states)}
+        last = None if self.heads.traits.reads == "next head" else 1
+        hidden = self.network.pre_norm_hidden(states[-1], batch.samples, mask, last)[1]
+        gain, eps = self.network.weight("final_norm.weight"), self.config.model.norm_eps
+        named[FINAL_NORM] = F.rms_norm(hidden, gain.shape, gain, eps)
+        return LayerStates(named, self.head_logits(states[-1], batch, mask))
 
     def windows(self, tokens: NDArray[np.integer], limit: int) -> list[MicroBatch]:
         """Return batches of consecutive windows with the targets of every head, in all about `limit` positions.

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtp_dist.cli.analyze_marginalize import marginalize
-from mtp_dist.cli.analyze_tables import choice_point_tables, information_table, probe_table, source_tables
+from mtp_dist.cli.analyze_tables import (
+    choice_point_tables,
+    information_table,
+    layer_table,
+    probe_table,
+    source_tables,
+)
 from mtp_dist.cli.options import AsJson, model_folder
 from mtp_dist.cli.progress import progress_bar, updates
 from mtp_dist.cli.tables import show_result
@@ -17,6 +23,7 @@ from mtp_dist.errors import LaunchError, exits_with_user_errors
 if TYPE_CHECKING:  # torch takes seconds to import
     from rich.progress import Progress
 
+    from mtp_dist.analysis.layer_states import LayeredModel
     from mtp_dist.analysis.trained_model import TrainedModel
 
 app = typer.Typer(no_args_is_help=True, help="Explain what training with several heads does.")
@@ -96,30 +103,39 @@ def information(
 @app.command("probe")
 @exits_with_user_errors
 def probe(
-    model: Models,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of a causal language model of Hugging Face, a checkpoint, an export or a run; may be repeated "
+            "to compare models."
+        ),
+    ],
     data: Text = PYTHON_STDLIB,
     distance: Annotated[int, typer.Option(min=1, help="Largest distance of a token to predict.")] = 4,
     tokens: Tokens = 32768,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well linear classifiers of the trunk's output predict the tokens after it.
+    """Measure how well linear classifiers of the states after each layer predict the next tokens.
 
-    Baselines: the frequencies of the tokens, and the same classifier on states in a random order.
+    Baselines: the frequencies of the tokens, and the classifier of the trunk's output on states in a random order.
     """
     from mtp_dist.analysis.probe import compare_probes, probe_model
     from mtp_dist.analysis.text import read_tokens
     from mtp_dist.provenance import provenance
 
     with progress_bar() as bar:
-        models = _open(model, bar)
+        models = _open_layered(model, bar)
         _check_comparable(models)
         lookahead = max(distance, *(opened.lookahead for opened in models))
         text = read_tokens(data, models[0], tokens + lookahead)
         limit = min(tokens, len(text) - lookahead)  # all models have the targets of these positions
-        probed = [probe_model(opened, text, limit, distance, updates(bar, opened.name)) for opened in models]
+        probed = []
+        for opened in models:
+            progress = (updates(bar, f"{opened.name}: {part}") for part in ("states", "probes"))
+            probed.append(probe_model(opened, text, limit, distance, *progress))
     results = compare_probes(probed)
     result = {"measured": provenance(), "data": data, "models": results}
-    show_result(result, as_json, probe_table(results))
+    show_result(result, as_json, probe_table(results), *map(layer_table, results))
 
 
 def _open(folders: Sequence[str], bar: Progress) -> list[TrainedModel]:
@@ -129,6 +145,13 @@ def _open(folders: Sequence[str], bar: Progress) -> list[TrainedModel]:
     return [TrainedModel.open(model_folder(folder), verified) for folder in folders]
 
 
+def _open_layered(folders: Sequence[str], bar: Progress) -> list[LayeredModel]:
+    from mtp_dist.analysis.causal_model import CausalModel, is_foreign
+
+    paths = map(model_folder, folders)
+    return [CausalModel.open(path) if is_foreign(path) else _open([str(path)], bar)[0] for path in paths]
+
+
 def _open_with_heads(folders: Sequence[str], bar: Progress) -> list[TrainedModel]:
     models = _open(folders, bar)
     for model in models:
@@ -136,13 +159,13 @@ def _open_with_heads(folders: Sequence[str], bar: Progress) -> list[TrainedModel
     return models
 
 
-def _check_comparable(models: Sequence[TrainedModel]) -> None:
+def _check_comparable(models: Sequence[LayeredModel]) -> None:
     """Raise LaunchError unless the models read the same tokens in the same windows."""
     first, *others = models
     for other in others:
         for label, differs in (
             ("tokenizers", other.tokenizer.fingerprint != first.tokenizer.fingerprint),
-            ("values of train.sequence_length", other.sequence_length != first.sequence_length),
+            ("window lengths (train.sequence_length)", other.sequence_length != first.sequence_length),
         ):
             if differs:
                 raise LaunchError(

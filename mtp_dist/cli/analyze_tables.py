@@ -126,6 +126,28 @@ def probe_table(results: Sequence[dict[str, Any]]) -> Table:
     return _table(PROBE_COLUMNS, rows, "Probes of the trunk's output: accuracy, and cross-entropy in nats")
 
 
+def layer_table(result: dict[str, Any]) -> Table:
+    title = f"{result['model']}: probes of each layer, accuracy and cross-entropy in nats by distance"
+    return _table(layer_columns(result), layer_rows(result), title)
+
+
+def layer_columns(result: dict[str, Any]) -> list[str]:
+    columns = [(f"accuracy at {row['distance']}", "cross-entropy") for row in result["rows"]]
+    return ["states", *(column for pair in columns for column in pair)]
+
+
+def layer_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the cells of each layer, and those of the tokens' frequencies alone."""
+    by_distance = [[*row["layers"], {"layer": "chance (unigram)", **row["unigram"]}] for row in result["rows"]]
+    for scores in zip(*by_distance, strict=True):
+        cells = [(_accuracy(one), f"{one['cross_entropy']:.3f}") for one in scores]
+        yield [scores[0]["layer"], *(cell for pair in cells for cell in pair)]
+
+
+def _accuracy(score: dict[str, Any]) -> str:
+    return f"{score['accuracy']:.1%}{_spread(score['accuracy_interval'], '.1%')}"
+
+
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
     table = Table(*columns, title=title)
     for row in rows:

@@ -1,6 +1,7 @@
 """`mtp-dist analyze`: results, tables and errors."""
 
 import json
+import random
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,7 @@ from mtp_dist.analysis.text import read_tokens
 from mtp_dist.analysis.trained_model import TrainedModel
 from mtp_dist.cli import app
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from tests.unit.convert.folders import write_model
+from tests.unit.convert.folders import change_config, write_llama, write_model
 
 CHOICES = "synthetic/choices"
 
@@ -32,6 +33,10 @@ def folders(tmp_path_factory, checkpoint):
     export_checkpoint(checkpoint, root / "export", "fp32")
     export_checkpoint(checkpoint, root / "headless", "fp32")
     (root / "headless/mtp_heads.safetensors").unlink()
+    write_llama(root / "llama")
+    write_llama(root / "encoder")
+    change_config(model_type="unheard-of")(root / "encoder")
+    (root / "tiny.txt").write_text("one")
     (root / "text.txt").write_text("one two three four five six\n" * 30)
     (root / "eight-windows.txt").write_text("x" * (8 * 16 + 1))
     return root
@@ -89,7 +94,38 @@ def test_probe(folders, checkpoint):
     for first, second in zip(found[0]["rows"], found[1]["rows"], strict=True):
         difference = second["probe"]["cross_entropy"] - first["probe"]["cross_entropy"]
         assert second["difference"]["cross_entropy"] == pytest.approx(difference) and "difference" not in first
-    assert "accuracy" in run("probe", *models, *options).stdout
+    for model in found:
+        assert model["trunk_layers"] == 4
+        for row in model["rows"]:
+            *trunk, final = row["layers"]
+            assert [score.pop("layer") for score in trunk] == [
+                "embedding",
+                *(f"layer {index}" for index in range(1, 5)),
+            ]
+            assert final["layer"] == "final norm" and trunk[4] == row["probe"] != trunk[3]
+    table = run("probe", *models, *options).stdout
+    assert "accuracy at 2" in table and "chance (unigram)" in table and "final norm" in table
+
+
+def test_probe_predicts_the_token_at_its_distance(folders, tmp_path):
+    """Of every three letters the first two are drawn from eight each, and the third repeats the first as a capital."""
+    draw = random.Random(0)
+    letters = (draw.choice("abcdefgh") + draw.choice("stuvwxyz") for _ in range(1400))
+    (tmp_path / "text.txt").write_text("".join(pair + pair[0].upper() for pair in letters))
+    found = read("probe", "--model", folders / "one", "--data", tmp_path / "text.txt", "--distance", 3)
+    accuracies = [row["layers"][0]["accuracy"] for row in found["models"][0]["rows"]]
+    assert accuracies == pytest.approx([1 / 8, (1 + 1 / 8 + 1 / 8) / 3, 1 / 8], abs=0.05)
+
+
+def test_probe_of_a_model_of_transformers(folders):
+    """It is read in windows of 64 tokens. The trunk's output is what its unembedding reads."""
+    options = ("--data", folders / "text.txt", "--tokens", 400, "--distance", 2)
+    found, other = (read("probe", "--model", folders / name, *options)["models"][0] for name in ("llama", "long"))
+    assert (found["heads"], found["trunk_layers"]) == (1, 3) and found["positions"] == other["positions"] == 384
+    for row, expected in zip(found["rows"], other["rows"], strict=True):
+        assert [score.pop("layer") for score in row["layers"]] == ["embedding", "layer 1", "layer 2", "final norm"]
+        assert row["layers"][-1] == row["probe"] and row["unigram"] == expected["unigram"]
+    assert found["rows"][0]["head"] > 0 and found["rows"][1]["head"] is None
 
 
 @pytest.mark.parametrize(
@@ -119,7 +155,10 @@ def test_compared_models_read_the_same_tokens(folders, checkpoint, names, data, 
         ("probe --model one --data missing.txt", "--data = 'missing.txt' is not a file"),
         ("probe --model one --data text.txt --tokens 20", "fewer than two windows of 16 tokens"),
         ("probe --model one --model choices", "different tokenizers"),
-        ("probe --model one --model long", "different values of train.sequence_length"),
+        ("probe --model one --model long", "different window lengths (train.sequence_length)"),
+        ("probe --model llama --data tiny.txt", "--data has 4 tokens, one window needs 65"),
+        ("probe --model llama --data text.txt --tokens 100", "fewer than two windows of 64 tokens"),
+        ("probe --model encoder", "is not a causal language model that transformers can open"),
         ("probe --model=", "--model is empty: "),
         ("probe --model text.txt", "--model = 'text.txt' is a file: "),
     ],
