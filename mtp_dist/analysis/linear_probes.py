@@ -10,6 +10,8 @@ from torch import Tensor
 
 MAX_CLASSES = 1024
 """A classifier of every token of a large vocabulary would take hours, and most tokens are too rare to be learned."""
+MAX_SMOOTHING = 0.1
+"""Largest part of the tokens that is added to their counts: tokens that the text lacks are not more probable."""
 LOGIT_VARIANCE = 10
 """Variance of the logits that the penalty expects."""
 EPOCHS = 10
@@ -26,9 +28,10 @@ class TokenClasses:
     """
 
     def __init__(self, targets: Tensor, vocab_size: int, limit: int = MAX_CLASSES) -> None:
-        """Count the targets `[N]`; each token counts one more time than it occurs."""
-        counts = torch.bincount(targets, minlength=vocab_size) + 1
-        frequencies = counts / counts.sum()
+        """Count the targets `[N]`; each token counts one more time, or less so that these add up to MAX_SMOOTHING N."""
+        counts = torch.bincount(targets, minlength=vocab_size)
+        frequencies = counts + min(1.0, MAX_SMOOTHING * len(targets) / vocab_size)
+        frequencies /= frequencies.sum()
         self.tokens = counts.sort(descending=True, stable=True).indices[:limit]
         """`[C]`: the most frequent token of each class."""
         self.of_token = torch.full_like(counts, len(self.tokens) - 1)

@@ -64,14 +64,16 @@ def test_layers_do_not_change_each_other():
 
 def test_rare_tokens_share_a_class():
     """Probabilities of all tokens add up to 1, whatever the number of classes is."""
-    targets = torch.tensor([3] * 9 + [0] * 5 + [2] * 3 + [4] * 2 + [1])  # each counts one more time
+    targets = torch.tensor([3] * 90 + [0] * 50 + [2] * 30 + [4] * 20 + [1] * 10)  # each counts one more time
     classes = TokenClasses(targets, 6, 3)
     assert classes.tokens.tolist() == [3, 0, 2] and classes.of_token.tolist() == [1, 2, 2, 0, 2, 2]
     log_probs = torch.tensor([[[0.05, 0.05, 0.9], [0.3, 0.1, 0.6], [0.1, 0.6, 0.3]]]).log()
     tokens = torch.stack([classes.token_losses(log_probs, torch.full((3,), token)) for token in range(6)], -1)
-    expected = torch.tensor([0.6, 0.3 * 2 / 10, 0.3 * 4 / 10, 0.1, 0.3 * 3 / 10, 0.3 * 1 / 10])
+    expected = torch.tensor([0.6, 0.3 * 11 / 64, 0.3 * 31 / 64, 0.1, 0.3 * 21 / 64, 0.3 * 1 / 64])
     torch.testing.assert_close((-tokens).exp()[0, 2], expected)
     assert classes.best_tokens(log_probs).tolist() == [(-tokens)[0].argmax(-1).tolist()] == [[2, 3, 0]]
     prior = classes.log_frequencies.expand(1, 1, -1)
     losses = [float(classes.token_losses(prior, torch.tensor([token]))) for token in range(6)]
-    assert losses == pytest.approx((-(torch.bincount(targets, minlength=6) + 1).div(26.0).log()).tolist())
+    assert losses == pytest.approx((-(torch.bincount(targets, minlength=6) + 1).div(206.0).log()).tolist())
+    short = TokenClasses(torch.zeros(10, dtype=torch.long), 100)  # unseen tokens have a tenth of its tokens
+    assert float(short.log_frequencies[0].exp()) == pytest.approx(10.01 / 11)
