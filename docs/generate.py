@@ -21,12 +21,13 @@ from generators import (
     experiments,
     head_loss,
     head_runs,
+    probe,
     why_it_works,
 )
 from generators.common import DOCS
 
-TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs, why_it_works)
-PICTURES = (decoding, demo, experiments, head_loss, head_runs, why_it_works)
+TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs, probe, why_it_works)
+PICTURES = (decoding, demo, experiments, head_loss, head_runs, probe, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 
