@@ -66,9 +66,9 @@ def read_marked_text(data: str, model: TextReader, count: int) -> MarkedText:
 
     Raise DataError for another text, CheckpointError if the model's tokenizer splits words.
     """
-    corpus = _task_corpus(data, model)
-    if not isinstance(corpus.task, Choices):
+    if data.removeprefix(SYNTHETIC_PREFIX) != Choices.name:
         raise DataError(f"--data = '{data}' has no marked choice points: use '{SYNTHETIC_PREFIX}{Choices.name}'")
+    corpus = _task_corpus(data, model)
     tokens, marks = list[int](), list[Mark]()
     for document in _task_documents(corpus):
         encoded = model.tokenizer.encode(document.text).tolist()

@@ -29,7 +29,8 @@ def marginalize(
         typer.Option(help="A text file, python-stdlib, or a synthetic task, of which held-out documents are read."),
     ] = "python-stdlib",
     distance: Annotated[
-        str, typer.Option(metavar="D | D..D", help="Distances of the tokens to predict; 1 is the next token.")
+        str,
+        typer.Option(metavar="D | D..D", help="Distances of the tokens to predict, from 2 on; 1 is the next token."),
     ] = "2..4",
     top_k: Annotated[
         str, typer.Option(metavar="K,...", help="Numbers of most probable continuations to sum over.")

@@ -169,7 +169,7 @@ def _next_step(name: str, file: Path) -> Iterator[Text]:
 def _table(result: dict[str, Any]) -> Table:
     names = list(result["oracle"])
     columns = ["temperature", "problems", "samples each", *(f"pass@{k}" for k in names), "tokens per pass"]
-    title = f"{result['benchmark']}, {result['problems']} problems, {result['model'] or result['samples']}"
+    title = f"{result['benchmark']}, {result['model'] or result['samples']}"
     table = Table(*columns, title=title)
     for row in result["temperatures"]:
         temperature, per_pass = ("" if row[key] is None else row[key] for key in ("temperature", "tokens_per_forward"))

@@ -67,7 +67,7 @@ def _list_experiments(as_json: bool) -> None:
     from mtp_dist.experiments.listing import listing
 
     found = listing()
-    table = Table("experiment", "", "paper", "runs by preset")
+    table = Table("experiment", "title", "paper", "runs by preset")
     for row in found:
         counts = ", ".join(f"{preset} {count}" for preset, count in row["runs"].items())
         table.add_row(row["name"], row["title"], row["paper"], counts)

@@ -125,6 +125,17 @@ EVALUATIONS: dict[str, Callable[..., Metrics]] = {
     "synthetic": synthetic,
     "validation": validation,
 }
+VALIDATION_METRICS = (
+    *("loss", "accuracy", "bits_per_byte", "loss/head_*", "accuracy/head_*", "bits_per_byte/head_*"),
+    *("draft_acceptance_rate_*", "expected_tokens_per_forward", "tokens_per_second"),
+)
+METRICS = {
+    "code": ("pass@1", "pass@10", "pass@100"),
+    "decoding": (*VALIDATION_METRICS, "tokens_per_forward", "acceptance/*"),
+    "synthetic": ("accuracy/*", "chance/*"),
+    "validation": VALIDATION_METRICS,
+}
+"""Patterns of each function's metrics, by which a wrong name is found before the trainings."""
 
 
 def option_errors(function: str, options: Mapping[str, Any]) -> Iterator[str]:

@@ -62,9 +62,7 @@ def build_result(path: Path, preset: str, experiment: Experiment, runs: Sequence
 
 def _unknown_metric(experiment: Experiment, known: set[str]) -> str | None:
     """Return a message about a name that is not a metric of the evaluation, or None."""
-    named = {"compare.metric": experiment.compare.metric, "plot.metric": experiment.plot.metric}
-    named |= {f"metrics.{number}": name for number, name in enumerate(experiment.metrics)}
-    for key, name in named.items():
+    for key, name in experiment.metric_names.items():
         matches = fnmatchcase if key == "plot.metric" else str.__eq__
         if not any(matches(metric, name) for metric in known):
             return (

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,7 +14,7 @@ from mtp_dist.config import read_values
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Section
 from mtp_dist.config.messages import describe_errors
 from mtp_dist.errors import ConfigError
-from mtp_dist.experiments.evaluations import EVALUATIONS, option_errors
+from mtp_dist.experiments.evaluations import EVALUATIONS, METRICS, option_errors
 
 PresetName = Literal["small", "gpu", "paper"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
@@ -113,6 +114,12 @@ class Experiment(Section):
     """Runs of one process that share a GPU."""
     slurm: dict[str, str | int] = Field(default_factory=dict)
     """Options of sbatch for `--slurm`, such as `nodes: 1`."""
+
+    @property
+    def metric_names(self) -> dict[str, str]:
+        """The metrics that the file names, by key; that of the plot may have a `*`."""
+        named = {"compare.metric": self.compare.metric, "plot.metric": self.plot.metric}
+        return named | {f"metrics.{number}": name for number, name in enumerate(self.metrics)}
 
 
 def available() -> dict[str, Path]:
@@ -217,7 +224,9 @@ def _inconsistencies(experiment: Experiment) -> Iterator[str]:
     arms = [arm for axis in grid.values() for arm in axis]
     for name in sorted({arm for arm in arms if arms.count(arm) > 1}):
         yield f"grid: the arm '{name}' is in two axes: names must differ, since they stand for a cell"
-    yield from _wrong_evaluation(experiment.evaluation)
+    if compare.effect is not None and not compare.effect_source:
+        yield "compare.effect needs compare.effect_source: name its table, or why this number stands for it"
+    yield from list(_wrong_evaluation(experiment.evaluation)) or _wrong_metrics(experiment)
     if len(set(experiment.seeds)) < len(experiment.seeds):
         yield f"seeds = {list(experiment.seeds)} has a seed twice"
 
@@ -237,6 +246,17 @@ def _wrong_evaluation(evaluation: Evaluation) -> Iterator[str]:
         yield f"evaluation.function = '{name}' is not an evaluation: {remedy}"
         return
     yield from option_errors(name, evaluation.options)
+
+
+def _wrong_metrics(experiment: Experiment) -> Iterator[str]:
+    """Yield one message per name that cannot be a metric of the evaluation."""
+    patterns = METRICS[experiment.evaluation.function]
+    for key, name in experiment.metric_names.items():
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield (
+                f"{key} = '{name}' is not a metric of the evaluation '{experiment.evaluation.function}': give one of "
+                f"{', '.join(patterns)}"
+            )
 
 
 def _names(names: Mapping[str, Any] | Sequence[str]) -> str:

@@ -20,9 +20,15 @@ def metric_rows(result: Result) -> Rows:
         seeds = max((found["count"] for found in metrics.values()), default=0)
         paper = "" if cell["paper"] is None else str(cell["paper"])
         rows.append(
-            [*cell["cell"].values(), *(estimate(metrics.get(name)) for name in result["metrics"]), str(seeds), paper]
+            [*cell["cell"].values(), *(_with_chance(metrics, name) for name in result["metrics"]), str(seeds), paper]
         )
     return [header, *rows]
+
+
+def _with_chance(metrics: Mapping[str, Any], name: str) -> str:
+    """Return a metric's mean and interval, and for an accuracy what guessing reaches if the evaluation measured it."""
+    chance = metrics.get(name.replace("accuracy/", "chance/")) if name.startswith("accuracy/") else None
+    return estimate(metrics.get(name)) + (f" (chance {chance['mean']:.2f})" if chance else "")
 
 
 def comparison_rows(result: Result) -> Rows:

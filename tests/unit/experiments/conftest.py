@@ -29,7 +29,7 @@ VALUES = {
     },
     "seeds": [1, 2, 3],
     "metrics": ["accuracy"],
-    "compare": {"axis": "heads", "baseline": "n=1", "metric": "accuracy", "effect": 0.2},
+    "compare": {"axis": "heads", "baseline": "n=1", "metric": "accuracy", "effect": 0.2, "effect_source": "a guess"},
     "plot": {"metric": "accuracy", "x": "size"},
     "presets": {"small": {}, "gpu": {"seeds": [7], "base": {"train": {"steps": 20}}}},
 }

@@ -87,6 +87,13 @@ MISTAKES = [
         {"pretraining.heads.count": 4},
         "pretraining.heads.count has no effect without `pretraining`: add `pretraining: {}` (in the cell little, n=2)",
     ),
+    ("compare/effect_source", "", "compare.effect needs compare.effect_source: name its table, or why"),
+    (
+        "compare/metric",
+        "los",
+        "compare.metric = 'los' is not a metric of the evaluation 'validation': give one of loss, ",
+    ),
+    ("metrics", ["accuracy/*"], "metrics.0 = 'accuracy/*' is not a metric of the evaluation 'validation': give one of"),
     ("base/heads", 4, "heads should have keys of its own (in the cell little, n=1)"),
     ("presets/small/seedz", [3], "presets.small.seedz is not a known key: did you mean seeds?"),
     ("presets/small/seeds", ["x"], "presets.small.seeds.0 = 'x' is invalid: it should be a valid integer"),

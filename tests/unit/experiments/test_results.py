@@ -37,7 +37,11 @@ def result_of(write, load, tmp_path):
         for run in runs:
             accuracy = ACCURACIES[cell_label(run.cell)][run.seed - 1]
             run.training.folder.mkdir(parents=True, exist_ok=True)
-            record = {"function": "validation", "options": {}, "metrics": {"accuracy": accuracy, "accuracy/a": 1.0}}
+            record = {
+                "function": "validation",
+                "options": {},
+                "metrics": {"accuracy": accuracy, "accuracy/head_1": 1.0},
+            }
             if accuracy is not None:
                 (run.training.folder / EVALUATION).write_text(json.dumps(record))
         write_origin(tmp_path / "out", continues=False)
@@ -87,8 +91,13 @@ def test_effect_may_differ_by_cell(result_of):
 
 
 def test_unknown_metric_is_an_error(result_of):
-    metrics = [("metrics", ["acuracy"]), ("metrics", ["accuracy/*"]), ("plot/metric", "accuracy/head_*")]
-    for key, value in [*metrics, ("compare/metric", "loss"), ("compare/metric", "accuracy*")]:
+    """One that the evaluation may have, so that it is found in its results only."""
+    for key, value in [
+        ("metrics", ["accuracy/head_9"]),
+        ("plot/metric", "loss/head_*"),
+        ("compare/metric", "loss"),
+        ("compare/metric", "accuracy/head_*"),
+    ]:
         with pytest.raises(
             ConfigError, match="is not a metric of the evaluation 'validation': give one of accuracy, acc"
         ):
@@ -100,12 +109,16 @@ def test_tables_show_the_paper_next_to_ours(result_of):
     assert metric_rows(result)[0] == ["size", "heads", "accuracy", "seeds", "paper: points"]
     assert metric_rows(result)[2] == ["little", "n=2", "0.900 ± 0.237", "3", "up"]
     assert comparison_rows(result)[1][:4] == ["little, n=2", "+0.300 ± 0.025", "+0.2", "as in the paper"]
+    result["cells"][0]["metrics"]["accuracy/head_1"] = result["cells"][0]["metrics"]["accuracy"]
+    result["cells"][0]["metrics"]["chance/head_1"] = {"mean": 0.25, "half_width": 0.0, "count": 3}
+    with_chance = metric_rows(result | {"metrics": ["accuracy/head_1"]})
+    assert with_chance[1][2] == "0.600 ± 0.248 (chance 0.25)" and with_chance[2][2] == "1.000 ± 0.000"
     page = markdown(result, "picture.png")
     assert "| little | n=2 | 0.900 ± 0.237 | 3 | up |" in page and "![Tiny](picture.png)" in page
     assert "Without result: big, n=2, seed 3." in page and result["machine"]["processor"] in page
 
 
-@pytest.mark.parametrize(("metric", "lines"), [("accuracy", ["n=1", "n=2"]), ("accuracy/*", list(ACCURACIES))])
+@pytest.mark.parametrize(("metric", "lines"), [("accuracy", ["n=1", "n=2"]), ("accuracy/head_*", list(ACCURACIES))])
 def test_plot_has_a_line_per_arm_or_cell(result_of, tmp_path, monkeypatch, metric, lines):
     from matplotlib.axes import Axes
 
