@@ -38,6 +38,11 @@ class TrainedModel:
     def open(cls, folder: Path, on_verified: ProgressCallback = lambda done, total: None) -> TrainedModel:
         """Open a checkpoint, an export or a run with the errors of `read_full_weights`."""
         read = read_full_weights(folder, on_verified)
+        if read.config.heads.weighted_hidden_states:
+            raise CheckpointError(
+                f"--model = '{folder}' has heads.weighted_hidden_states, so that its later heads read more than the "
+                "trunk's output, which this analysis starts from: give a model that was trained without"
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = ReferenceModel(read.config, {name: weight.float() for name, weight in read.weights}).to(device)
         return cls(folder, network.requires_grad_(False), read.tokenizer, device)

@@ -35,7 +35,7 @@ UNCHECKED_SECTIONS = frozenset({"parallel", "checkpoint", "log", "deepspeed"})
 FIXED_BEFORE_TRAINING = frozenset(
     """
     heads.kind heads.count heads.layers_per_head heads.repeated heads.prediction_distances heads.unembedding
-    heads.condition heads.condition_rank data.tokenizer
+    heads.condition heads.condition_rank heads.weighted_hidden_states data.tokenizer
     """.split()
 )
 """Keys outside `model` that define the weights of a model that no step has trained, such as an imported one."""

@@ -75,7 +75,7 @@ def report_group(name: str) -> str:
     first, second, *_ = name.split(".")
     if first == "heads":
         return "all heads, repeated" if second == "repeated" else f"head {second}"
-    return first if first in ("trunk", "final_norm") else "embeddings"
+    return first if first in ("trunk", "final_norm", "weighted_hidden_states") else "embeddings"
 
 
 def _bytes_by_kind(records: dict[str, FileRecord]) -> dict[str, int]:

@@ -8,7 +8,13 @@ from mtp_dist.config.heads import HeadsConfig
 
 
 def incompatible_head_settings(
-    heads: HeadsConfig, hidden_size: int, tie_embeddings: bool, steps: int, sequence_length: int, freezes_trunk: bool
+    heads: HeadsConfig,
+    hidden_size: int,
+    tie_embeddings: bool,
+    steps: int,
+    sequence_length: int,
+    freezes_trunk: bool,
+    pipeline: int,
 ) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     if tie_embeddings and heads.unembedding == "separate":
@@ -24,7 +30,7 @@ def incompatible_head_settings(
     yield from _incompatible_distances(heads, sequence_length)
     yield from _incompatible_loss_weights(heads, steps)
     if freezes_trunk:
-        yield from _incompatible_with_frozen_trunk(heads)
+        yield from _incompatible_with_frozen_trunk(heads, pipeline)
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
@@ -43,6 +49,15 @@ def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
             heads.layers_per_head == 0 and (heads.kind != "parallel" or heads.unembedding != "separate"),
             f"heads.layers_per_head = 0 needs heads.kind = 'parallel' and heads.unembedding = 'separate', they are "
             f"'{heads.kind}' and '{heads.unembedding}': nothing else would tell the heads apart",
+        ),
+        (
+            heads.weighted_hidden_states and heads.count == 1,
+            "heads.weighted_hidden_states = true is the input of the heads from head 2 on, heads.count is 1: remove it",
+        ),
+        (
+            heads.weighted_hidden_states and heads.traits.reads != "trunk",
+            f"heads.weighted_hidden_states = true is incompatible with heads.kind = '{heads.kind}', whose later heads "
+            "read another head, not the trunk: use 'parallel', 'linear' or 'mlp'",
         ),
         (
             heads.traits.reads == "next head" and heads.detach,
@@ -194,7 +209,7 @@ def _later_weights_are_0(heads: HeadsConfig) -> bool:
     return heads.auxiliary_weight == 0 or (heads.loss_weights is not None and not any(heads.loss_weights[1:]))
 
 
-def _incompatible_with_frozen_trunk(heads: HeadsConfig) -> Iterator[str]:
+def _incompatible_with_frozen_trunk(heads: HeadsConfig, pipeline: int) -> Iterator[str]:
     key, detach = "train.freeze = [trunk]", str(heads.detach).lower()
     yield from messages_if(
         (
@@ -218,5 +233,11 @@ def _incompatible_with_frozen_trunk(heads: HeadsConfig) -> Iterator[str]:
         (
             heads.schedule != "constant",
             f"heads.schedule = '{heads.schedule}' has a stage with head 1 alone, which {key} freezes: use 'constant'",
+        ),
+        (
+            heads.weighted_hidden_states and pipeline > 1,
+            f"heads.weighted_hidden_states = true with {key} needs parallel.pipeline = 1, it is {pipeline}: the "
+            "weights of the hidden states learn on all stages, of which only the last one runs a backward pass on a "
+            "frozen trunk",
         ),
     )

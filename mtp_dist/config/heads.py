@@ -110,6 +110,10 @@ class HeadsConfig(Section):
     `parallel`, `linear` and `mlp`."""
     condition_rank: PositiveInt | None = None
     """Rank of that function; by default an eighth of `model.hidden_size`, at most 256."""
+    weighted_hidden_states: bool = False
+    """Let heads 2..n read, instead of the trunk's output, a learned softmax-weighted sum of the outputs of the
+    embedding and of every trunk layer (`parallel`, `linear` and `mlp`). Its weight of the last layer is 0.99 at first.
+    Head 1 reads the trunk's output."""
     detach: bool | Literal["full"] = False
     """`true`: stop the gradient of heads 2..n before the trunk's layers and those of head 1. Their losses still train
     what all heads share: the final norm, the unembedding, and the embedding if heads read it. `full`: they do not train
@@ -196,13 +200,15 @@ def condition_rank(heads: HeadsConfig, hidden_size: int) -> int:
 def weight_differences(saved: HeadsConfig, wanted: HeadsConfig, hidden_size: int) -> Iterator[tuple[str, Any, Any]]:
     """Yield the keys that keep heads from having the weights of saved ones, with the saved and the wanted value.
 
-    Heads without a condition can get one, which starts at 0.
+    Heads without a condition can get one, which starts at 0, and heads on the trunk's output weighted hidden states.
     """
     weights = ("kind", "layers_per_head", "repeated", "unembedding")
     keys = {key: (getattr(saved, key), getattr(wanted, key)) for key in weights}
     if saved.condition != "none" and wanted.count > 1:
         keys["condition"] = saved.condition, wanted.condition
         keys["condition_rank"] = condition_rank(saved, hidden_size), condition_rank(wanted, hidden_size)
+    if saved.weighted_hidden_states and wanted.count > 1:
+        keys["weighted_hidden_states"] = True, wanted.weighted_hidden_states
     yield from ((key, *values) for key, values in keys.items() if values[0] != values[1])
 
 

@@ -58,7 +58,13 @@ def incompatible_settings(config: Config) -> Iterator[str]:
     yield from _incompatible_sources(config.data)
     yield from _incompatible_fields(config.data)
     yield from incompatible_head_settings(
-        heads, model.hidden_size, model.tie_embeddings, train.steps, train.sequence_length, train.freezes_trunk
+        heads,
+        model.hidden_size,
+        model.tie_embeddings,
+        train.steps,
+        train.sequence_length,
+        train.freezes_trunk,
+        parallel.pipeline,
     )
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"

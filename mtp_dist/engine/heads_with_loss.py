@@ -56,10 +56,19 @@ class HeadsWithLoss(PredictionHeads):
         """The same of `draft_acceptance_sums`; 0 in training."""
 
     def forward(
-        self, inputs: Tensor | tuple[Tensor, Tensor], micro_batch: MicroBatch, attention: AttentionInputs
+        self,
+        inputs: Tensor | tuple[Tensor, Tensor],
+        micro_batch: MicroBatch,
+        attention: AttentionInputs,
+        weighted_sum: Tensor | None = None,
     ) -> Tensor:
-        """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar."""
+        """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar.
+
+        weighted_sum: `[S, B, D]`, that of the trunk's hidden states, which heads 2..n read instead of z.
+        """
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
+        if weighted_sum is not None:
+            trunk_output = torch.stack([trunk_output, weighted_sum])
         if embedding_weight is not None and self.isolated and not self.config.model.tie_embeddings:
             trunk_output = _ZeroGradient.apply(trunk_output, embedding_weight)  # type: ignore[no-untyped-call]
         context = HeadContext(micro_batch.samples, attention, embedding_weight)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Iterator
+from itertools import accumulate, chain, islice
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from mtp_dist.model.parameters import is_trained, named_weights, parameter_shape
 from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
-from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
+from mtp_dist.model.trunk import HiddenStateWeights, TokenEmbedding, TrunkLayer, add_weighted
 from mtp_dist.planner.partition import trunk_layers_per_stage
 
 Phase = Literal["training", "evaluation"]
@@ -41,6 +42,8 @@ class StageOutput(NamedTuple):
 
     hidden: Tensor
     """`[S, B, D]`, `[S/TP, B, D]` under sequence parallelism."""
+    weighted_sum: Tensor | None = None
+    """Weighted sum of the hidden states up to this stage, of the same shape; None, and not sent, without it."""
 
 
 class HeadsInput(NamedTuple):
@@ -69,7 +72,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of tied weights would enter their graph, which warns in every run.
         with suppress_stdout(), torch.no_grad():
-            super().__init__(_layer_specs(config), topology=axes)
+            super().__init__([*chain.from_iterable(_stage_specs(config))], topology=axes)
         tag_shards(self)
         for name, weight in named_weights(self):
             weight.requires_grad_(is_trained(config, name))
@@ -81,7 +84,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
 
     def _partition_layers(self, method: str = "") -> None:
         """Override of DeepSpeed's, which balances parameters or layers and disregards the heads."""
-        self.parts = _stage_bounds(self.config)
+        self.parts = [0, *accumulate(map(len, _stage_specs(self.config)))]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def enqueue(self, batch: TrainBatch, phase: Phase) -> None:
@@ -99,7 +102,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         samples = self.micro_batches[self.phase, self._index].samples
         return samples[:, : self.config.train.sequence_length], ()
 
-    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | StageOutput:
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """Map the tokens `[B, S]`, or another stage's output, to this stage's output; to a scalar if it has the loss.
 
         Override of DeepSpeed's, whose layers get only the output of the layer before. The rest of the micro-batch
@@ -113,17 +116,34 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
             documents = micro_batch.documents[:, : self.config.train.sequence_length]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
         attention = AttentionInputs(self._rope_angles, bias)
-        output = inputs if isinstance(inputs, Tensor) else StageOutput(*inputs).hidden
+        output, weighted_sum = StageOutput(inputs) if isinstance(inputs, Tensor) else StageOutput(*inputs)
         if self.trunk_is_frozen:
             output = output.detach()  # received tensors require a gradient
+        # Once, not per layer: under sequence parallelism their gradient is a collective.
+        weights = next((layer() for layer in self.forward_funcs if isinstance(layer, HiddenStateWeights)), None)
         for layer in self.forward_funcs:
             if isinstance(layer, TrunkLayer):
                 output = layer(output, attention)
-            elif isinstance(layer, HeadsWithLoss):
-                output = layer(output, micro_batch, attention)
-            else:
+                weighted_sum = self._add_state(weighted_sum, output, layer.index + 1, weights)
+            elif isinstance(layer, TokenEmbedding):
                 output = layer(output)
-        return output if self.holds_loss else StageOutput(output)
+                weighted_sum = self._add_state(None, output, 0, weights)
+            elif isinstance(layer, HeadsWithLoss):
+                output = layer(output, micro_batch, attention, weighted_sum)
+            elif not isinstance(layer, HiddenStateWeights):
+                output = layer(output)
+        if self.holds_loss:
+            return output
+        return tuple(tensor for tensor in StageOutput(output, weighted_sum) if tensor is not None)
+
+    def _add_state(self, total: Tensor | None, hidden: Tensor, layer: int, weights: Tensor | None) -> Tensor | None:
+        """Return the weighted sum of the hidden states so far, None at the first, with that of a layer added.
+
+        layer: 0 is the embedding, 1 the trunk's first layer. With `heads.detach` only the weights get a gradient.
+        """
+        if weights is None:
+            return None
+        return add_weighted(total, hidden.detach() if self.config.heads.detach else hidden, weights[layer])
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters that the optimizer gets, a stand-in by the name of a weight of its group."""
@@ -142,25 +162,26 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         return layer
 
 
-def _layer_specs(config: Config) -> list[LayerSpec]:
+def _stage_specs(config: Config) -> list[list[LayerSpec]]:
+    """Return the layers of each stage."""
     megatron = transformer_config(config)
-    trunk = [LayerSpec(TrunkLayer, config, megatron, index) for index in range(config.model.trunk_layers)]
-    heads = LayerSpec(HeadsWithLoss, config, megatron)
-    if not _heads_have_embedding(config):
-        return [LayerSpec(TokenEmbedding, config, megatron), *trunk, heads]
+    trunk = iter([LayerSpec(TrunkLayer, config, megatron, index) for index in range(config.model.trunk_layers)])
+    stages = [list(islice(trunk, layers)) for layers in trunk_layers_per_stage(config)]
+    if config.heads.weighted_hidden_states:
+        for layers in filter(None, stages):
+            layers.insert(
+                0, TiedLayerSpec("state_weights", HiddenStateWeights, config, megatron, tied_weight_attr="logits")
+            )
 
     def tied(**kwargs: object) -> TiedLayerSpec:
         return TiedLayerSpec(
             "embedding", TokenEmbedding, config, megatron, tied_weight_attr=["lookup.weight"], **kwargs
         )
 
-    return [tied(), *trunk, tied(forward_fn=_add_embedding_weight), heads]
-
-
-def _stage_bounds(config: Config) -> list[int]:
-    """Return the index of each stage's first pipeline layer, and after them the number of layers."""
-    bounds = [0]
-    for layers in trunk_layers_per_stage(config):
-        bounds.append(bounds[-1] + layers)
-    last_layers = 2 if _heads_have_embedding(config) else 1
-    return [0, *(bound + 1 for bound in bounds[1:-1]), 1 + config.model.trunk_layers + last_layers]
+    if _heads_have_embedding(config):
+        stages[0].insert(0, tied())
+        stages[-1].append(tied(forward_fn=_add_embedding_weight))
+    else:
+        stages[0].insert(0, LayerSpec(TokenEmbedding, config, megatron))
+    stages[-1].append(LayerSpec(HeadsWithLoss, config, megatron))
+    return stages

@@ -20,7 +20,7 @@ from mtp_dist.convert.to_huggingface import DTYPES
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
-from mtp_dist.model.parameters import parameter_shapes
+from mtp_dist.model.parameters import STATE_WEIGHTS, parameter_shapes
 
 
 class ModelFolder(NamedTuple):
@@ -123,6 +123,8 @@ def model_weights(config: Config, weights: Iterable[tuple[str, Tensor]]) -> Iter
 
 def _draft_names(name: str) -> tuple[str, ...]:
     """Return the names in an MTPForCausalLM that a weight of heads 2..n has, one for each of its parts."""
+    if name == STATE_WEIGHTS:
+        return (name,)
     group, key, rest = name.split(".", 2)
     if group in ("unembeddings", "condition"):
         return (f"draft_{group}.{key}.{rest}",)

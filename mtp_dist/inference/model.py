@@ -102,6 +102,8 @@ class MTPForCausalLM(LlamaForCausalLM):
             self.draft_condition.update({str(k): nn.Linear(rank, config.hidden_size, bias=False) for k in keys})
         self._condition_tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         """`[r, V]` by head and place of the weights, see `condition_logits`."""
+        if heads.weighted_hidden_states:
+            self.weighted_hidden_states = nn.ParameterDict({"logits": torch.zeros(config.trunk_layers + 1)})
         self.measured_acceptance = MeasuredAcceptance(heads.distances[-1])
         self.adaptive_lengths: dict[int, AdaptiveLength] = {}
         """The choices of the draft length, by batch size rounded up to a power of two."""
@@ -194,13 +196,23 @@ class MTPForCausalLM(LlamaForCausalLM):
         cache.span = span
         hidden = self.model.embed_tokens(token_ids)
         rotary = self.model.rotary_emb(hidden, span.positions)
-        read_depths = self._read_depths()
+        read_depths, state_weights = self._read_depths(), self._state_weights()
+        weighted_sum = state_weights[0] * hidden if state_weights else None
         read: list[Tensor] = []
         for depth, layer in enumerate(self.model.layers, 1):
             hidden = layer(hidden, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
+            if weighted_sum is not None and depth < len(state_weights):
+                weighted_sum = weighted_sum.to(hidden.device) + state_weights[depth] * hidden
             if depth in read_depths:
-                read.insert(0, hidden.to(token_ids.device))
+                read.insert(0, (hidden if weighted_sum is None else weighted_sum).to(token_ids.device))
         return hidden, torch.cat(read, -1) if len(read) > 1 else read[0]
+
+    def _state_weights(self) -> list[float]:
+        """Return the weights of the trunk's hidden states in the sum that heads 2..n read; empty if they read z."""
+        if not self.heads.weighted_hidden_states:
+            return []
+        weights: list[float] = self.weighted_hidden_states["logits"].float().softmax(0).tolist()
+        return weights
 
     def _read_depths(self) -> list[int]:
         """Return the numbers of layers of the Llama after which the other heads read its hidden states."""

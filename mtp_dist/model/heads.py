@@ -163,7 +163,7 @@ def chains(heads: HeadsConfig) -> tuple[tuple[int, ...], ...]:
 
 def detached_heads(heads: HeadsConfig) -> frozenset[int]:
     """Return the heads that pass no gradient on to their input."""
-    if not heads.detach:
+    if not heads.detach or heads.weighted_hidden_states:  # the sum that heads 2..n read is separated from the trunk
         return frozenset()
     return frozenset([2]) if heads.traits.reads == "previous head" else frozenset(range(2, heads.count + 1))
 
@@ -215,8 +215,16 @@ class PredictionHeads(nn.Module):
             self.token_order = Unembedding(config, megatron)
 
     def pre_norm_hidden(self, head: int, inputs: Tensor, context: HeadContext) -> Tensor:
-        """Return the hidden states `[S, B, D]` of a head from z or those of the head before it, see `chains`."""
+        """Return the hidden states `[S, B, D]` of a head from z or those of the head before it, see `chains`.
+
+        With weighted hidden states the input is `[2, S, B, D]`: z for head 1, the sum for the others.
+        """
         key = self.keys[head]
+        if self.config.heads.weighted_hidden_states:
+            trunk_output, weighted_sum = inputs
+            if self.config.train.freezes_trunk:
+                trunk_output = trunk_output.detach()  # only the sum has trained weights
+            inputs = trunk_output if head == 1 else weighted_sum
         if key is None or self.traits.block_follows_norm:
             return inputs
         arguments: list[Tensor | AttentionInputs] = [inputs]

@@ -15,6 +15,11 @@ from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 
+STATE_WEIGHTS = "weighted_hidden_states.logits"
+"""Logits of the weights of the trunk's hidden states in the sum that heads 2..n read, the embedding's output first."""
+LAST_STATE_WEIGHT = 0.99
+"""Initial weight of the last trunk layer's output in it; the others share the rest equally."""
+
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every full parameter by global name, in the order of the forward pass.
@@ -35,6 +40,8 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
     for index in range(model.trunk_layers):
         shapes |= {f"trunk.{index}.{name}": shape for name, shape in layer.items()}
+    if config.heads.weighted_hidden_states:
+        shapes[STATE_WEIGHTS] = (model.trunk_layers + 1,)
     keys = (head_key(config.heads, head) for head in range(1, config.heads.count + 1))
     for key in filter(None, dict.fromkeys(keys)):
         shapes |= {f"heads.{key}.{name}": shape for name, shape in _head_shapes(config, layer).items()}
@@ -56,7 +63,9 @@ def model_part(name: str) -> ModelPart:
     module, _, rest = name.partition(".")
     if module in ("heads", "unembeddings", "condition"):
         return "head_1" if rest.startswith("1.") else "heads"
-    parts: dict[str, ModelPart] = {"embedding": "embedding", "unembedding": "unembedding", "token_order": "heads"}
+    if module in ("token_order", "weighted_hidden_states"):
+        return "heads"
+    parts: dict[str, ModelPart] = {"embedding": "embedding", "unembedding": "unembedding"}
     return parts.get(module, "trunk")
 
 
@@ -87,12 +96,16 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
 
     Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
     GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained. The matrices of
-    `heads.condition` are 0, so that a head starts without it.
+    `heads.condition` are 0, so that a head starts without it. STATE_WEIGHTS gives the last layer LAST_STATE_WEIGHT.
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
     if starts_at_zero(name):
         return torch.zeros(*shape)
+    if name == STATE_WEIGHTS:
+        logits = torch.zeros(*shape)
+        logits[-1] = math.log((len(logits) - 1) * LAST_STATE_WEIGHT / (1 - LAST_STATE_WEIGHT))
+        return logits
     std = config.model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std /= math.sqrt(2 * (config.model.trunk_layers + config.heads.layers_per_head))

@@ -4,7 +4,7 @@ It is written from the formulas, with explicit attention and without any of the 
 an error with them. Small checkpoints are sampled with it too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, assert_never
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config
-from mtp_dist.model.parameters import head_key, initial_weight, is_trained, parameter_shapes
+from mtp_dist.model.parameters import STATE_WEIGHTS, head_key, initial_weight, is_trained, parameter_shapes
 from mtp_dist.model.rope import rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
 
@@ -76,7 +76,8 @@ class ReferenceModel(nn.Module):
         given, positions attend only to their own document.
         """
         mask = attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
-        states = self.pre_norm_hidden(self.trunk(samples[:, :length], mask), samples, mask)
+        trunk_states = self.trunk_states(samples[:, :length], mask)
+        states = self.pre_norm_hidden(trunk_states[-1], samples, mask, weighted_sum=self.weighted_sum(trunk_states))
         logits = {head: self.head_logits(head, hidden, samples) for head, hidden in states.items()}
         if not self.config.heads.token_order:
             return ReferenceLogits(logits, None)
@@ -100,7 +101,21 @@ class ReferenceModel(nn.Module):
             states.append(self._recomputed_layer(f"trunk.{index}", states[-1], mask))
         return states
 
-    def pre_norm_hidden(self, z: Tensor, samples: Tensor, mask: Tensor, last: int | None = None) -> dict[int, Tensor]:
+    def weighted_sum(self, trunk_states: Sequence[Tensor]) -> Tensor | None:
+        """Return what heads 2..n read instead of z with `heads.weighted_hidden_states`, None without."""
+        if not self.config.heads.weighted_hidden_states:
+            return None
+        stacked, weights = torch.stack([*trunk_states]), self.weight(STATE_WEIGHTS).softmax(0)
+        return torch.einsum("l,lbsd->bsd", weights, stacked.detach() if self.config.heads.detach else stacked)
+
+    def pre_norm_hidden(
+        self,
+        z: Tensor,
+        samples: Tensor,
+        mask: Tensor,
+        last: int | None = None,
+        weighted_sum: Tensor | None = None,
+    ) -> dict[int, Tensor]:
         """Return the hidden states of heads 1..last before the final norm, by the formulas of docs/heads.md."""
         heads, states = self.config.heads, dict[int, Tensor]()
         numbers = range(1, (last or heads.count) + 1)
@@ -113,7 +128,9 @@ class ReferenceModel(nn.Module):
                 "mlp": z,
                 "sequential": states.get(k - 1, z),
             }[heads.kind]
-            if heads.detach and k > 1 and (k == 2 or before is z):
+            if k > 1 and weighted_sum is not None:
+                before = weighted_sum
+            elif heads.detach and k > 1 and (k == 2 or before is z):
                 before = before.detach()
             states[k] = self._state(k, before, samples, mask)
         return states

@@ -1,4 +1,4 @@
-"""The shared trunk: token embedding and `trunk_layers` transformer layers."""
+"""The shared trunk: token embedding and `trunk_layers` transformer layers, and the weighted sum of their outputs."""
 
 from typing import Any, cast
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
@@ -82,4 +83,51 @@ class TrunkLayer(DecoderLayer):
 
     def __init__(self, config: Config, megatron: TransformerConfig, index: int) -> None:
         super().__init__(config, megatron, layer_number=index + 1)
+        self.index = index
         self.global_prefix = f"trunk.{index}"
+
+
+class HiddenStateWeights(nn.Module):
+    """Softmax weights of the hidden states in the sum that heads 2..n read (ELMo, arXiv:1802.05365, equation 1).
+
+    Every pipeline stage with trunk layers has a replica.
+    """
+
+    global_prefix = "weighted_hidden_states"
+
+    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(config.model.trunk_layers + 1))
+        self.sequence_parallel = megatron.sequence_parallel
+
+    def forward(self) -> Tensor:
+        """Return the weights `[trunk_layers + 1]`, fp64, that of the embedding's output first.
+
+        fp64 because the gradient of a logit is the small difference between a gradient and the weighted mean of all.
+        """
+        logits = self.logits.double()
+        return (copy_to_tensor_model_parallel_region(logits) if self.sequence_parallel else logits).softmax(0)
+
+
+class _AddWeighted(torch.autograd.Function):
+    """total + weight * hidden in fp32, for which only `hidden` is kept, in its own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        term = weight * hidden.float()
+        return (term if total is None else term + total).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        has_total, needs_hidden, _ = ctx.needs_input_grad
+        grad_hidden = (weight * grad.float()).to(hidden.dtype) if needs_hidden else None
+        grad_weight = (grad.float() * hidden).sum(-1).double().sum()
+        return grad if has_total else None, grad_hidden, grad_weight
+
+
+def add_weighted(total: Tensor | None, hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return total, None if it is 0, plus the product of the hidden states and their weight, a scalar in fp64."""
+    result: Tensor = _AddWeighted.apply(total, hidden, weight)  # type: ignore[no-untyped-call]
+    return result

@@ -15,7 +15,8 @@ class ParameterCounts:
     trunk: int
     """The trunk's transformer layers."""
     heads: int
-    """The prediction heads' layers, the matrices of their condition and the final norm that they share."""
+    """The prediction heads' layers, the matrices of their condition, the weights of the hidden states they read and the
+    final norm that they share."""
     embeddings: int
     """Embedding and unembeddings, V*D each: n of them if they are separate, none if they are tied. The condition's
     embedding has V*r."""
@@ -50,6 +51,11 @@ def _extra_matrix(config: Config) -> int:
     return squares * config.model.hidden_size**2
 
 
+def _state_weights(config: Config) -> int:
+    """Return the number of weights of the trunk's hidden states in the sum that heads 2..n read."""
+    return config.model.trunk_layers + 1 if config.heads.weighted_hidden_states else 0
+
+
 def block_matrices(config: Config) -> int:
     """Return the parameters of the matrices of one head's block."""
     return config.heads.block_layers * layer_matrices(config.model) + _extra_matrix(config)
@@ -76,7 +82,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
     width = (1 + _unembeddings(config)) * model.hidden_size + condition_rank(config.heads, model.hidden_size)
     return ParameterCounts(
         trunk=model.trunk_layers * layer,
-        heads=blocks * _block_parameters(config) + conditions + model.hidden_size,
+        heads=blocks * _block_parameters(config) + conditions + _state_weights(config) + model.hidden_size,
         embeddings=config.vocab_size * width,
     )
 
@@ -123,14 +129,17 @@ def model_flops_per_token(config: Config, active: int) -> int:
     position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
     although causality needs half of them, as PaLM does, so that the numbers compare with published ones; what
     activation checkpointing computes twice is not counted. Trunk and head layers count alike, the unembedding
-    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4.
+    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4. A
+    weighted sum of hidden states is a product with one row.
     """
     model = config.model
     attention = 4 * model.hidden_size * config.train.sequence_length
     block = 2 * block_matrices(config) + config.heads.block_layers * attention
     unembedding = 2 * config.vocab_size * model.hidden_size
     layer, heads = _with_backward(config, active, 2 * layer_matrices(model) + attention, block, unembedding)
-    return model.trunk_layers * layer + heads
+    passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
+    weighted_sum = 2 * _state_weights(config) * model.hidden_size * passes
+    return model.trunk_layers * layer + heads + weighted_sum
 
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets (half of the figures "with sparsity"), by the words of the device's name.

@@ -16,6 +16,7 @@ from tests.parity.test_variants import (
     SEPARATE,
     SEQUENTIAL,
     TIED,
+    WEIGHTED,
     ZERO,
 )
 from tests.ranks import Ranks
@@ -37,6 +38,7 @@ CASES = {
     "condition": f"tp1-pp2-dp2 heads.kind=mlp {CONDITIONED} {BF16}",
     "condition without blocks": f"tp2-pp2-dp1-sp {CONDITIONED} {SEPARATE} heads.layers_per_head=0 {RECOMPUTE}",
     "separate": f"tp2-pp1-dp2 {SEPARATE} {ORDERED} {BF16}",
+    "weighted hidden states": f"tp2-pp1-dp1-sp {WEIGHTED} {DISTILLED} {BF16}",
 }
 
 

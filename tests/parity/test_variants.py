@@ -22,6 +22,7 @@ CHUNKS = "heads.chunk_tokens=5"
 CONDITIONED = "heads.condition=previous_token"
 IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
+WEIGHTED = "heads.weighted_hidden_states=true"
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
 
@@ -71,6 +72,13 @@ TWO_STEPS = [
     "tp1-pp2-dp1 heads.kind=causal heads.count=3 heads.prediction_distances=[1,2,4]",
     "tp1-pp2-dp1 heads.auxiliary_weight=[[1,0.3],[2,0.1]]",
     "tp1-pp1-dp2 heads.loss_decay=0.6",
+    # Heads on a weighted sum of all hidden states.
+    f"tp2-pp2-dp1-sp {WEIGHTED}",
+    f"tp1-pp4-dp1 {WEIGHTED} heads.kind=mlp heads.detach=true",
+    f"tp1-pp2-dp2 {WEIGHTED} heads.kind=linear {NAIVE} {ZERO} {TIED}",
+    f"tp2-pp2-dp1 {WEIGHTED} {ISOLATED} {RECOMPUTE} {DISTILLED} parallel.partition=[4,0]",
+    # Detached: bf16 drops the gradients of states of little weight, see docs/heads.md.
+    f"tp1-pp2-dp2 {WEIGHTED} {BF16} {FULL} heads.detach=true",
     # Learning rates by part of the model.
     f"tp2-pp2-dp1-sp {RATES}",
     f"tp1-pp2-dp2 {RATES} {SEQUENTIAL} {TIED} {ZERO}",
@@ -158,10 +166,13 @@ THREE_STEPS = [
     *product("tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2", f"{TIED} {BF16}"),
 ]
 SIX_STEPS = [
-    f"{layout} heads.kind={kind} heads.schedule={schedule} heads.count=3 train.steps=6"
-    for layout in ("tp2-pp1-dp1-sp", f"tp1-pp2-dp1 {ZERO}")
-    for kind in ("parallel", "sequential")
-    for schedule in ("forward", "reverse")
+    f"tp1-pp2-dp1 {WEIGHTED} heads.schedule=forward heads.count=2 train.steps=6",
+    *(
+        f"{layout} heads.kind={kind} heads.schedule={schedule} heads.count=3 train.steps=6"
+        for layout in ("tp2-pp1-dp1-sp", f"tp1-pp2-dp1 {ZERO}")
+        for kind in ("parallel", "sequential")
+        for schedule in ("forward", "reverse")
+    ),
 ]
 STEPS = {2: TWO_STEPS, 3: THREE_STEPS, 6: SIX_STEPS}
 

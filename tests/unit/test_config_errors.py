@@ -126,6 +126,9 @@ heads.kind=linear & heads.layers_per_head=2 => heads.layers_per_head = 2 ... hea
 heads.layers_per_head=0 => heads.layers_per_head = 0 ... heads.unembedding = 'separate' ... 'parallel' and 'shared'
 heads.kind=causal & heads.unembedding=separate & heads.layers_per_head=0 => heads.layers_per_head = 0 ... 'causal'
 heads.kind=mlp & heads.layers_per_head=3 => heads.layers_per_head = 3 ... heads.kind = 'mlp' ... remove it
+heads.kind=mlp & heads.weighted_hidden_states=true & heads.detach=true => fine
+heads.count=1 & heads.weighted_hidden_states=true => heads.weighted_hidden_states ... heads.count is 1: remove it
+heads.kind=causal & heads.weighted_hidden_states=true => heads.weighted_hidden_states ... heads.kind = 'causal'
 heads.kind=anticausal & heads.detach=true => heads.detach = true is incompatible with heads.kind = 'anticausal'
 heads.kind=anticausal & heads.detach=full => heads.detach = full is incompatible with heads.kind = 'anticausal'
 heads.kind=causal & heads.condition=previous_token => heads.condition = 'previous_token' ... 'causal': remove it
@@ -176,6 +179,9 @@ train.freeze=[trunk] & heads.auxiliary_weight=0 => train.freeze = [trunk] ... ar
 train.freeze=[trunk] & heads.detach=full => heads.detach = full has no effect with train.freeze = [trunk] ... remove it
 train.freeze=[trunk] & optimizer.multipliers={trunk: 0.1} => optimizer.multipliers.trunk ... train.freeze ... remove
 train.freeze=[trunk] & heads.schedule=reverse => heads.schedule = 'reverse' ... train.freeze ... use 'constant'
+train.freeze=[trunk] & heads.weighted_hidden_states=true => fine
+train.freeze=[trunk] & heads.weighted_hidden_states=true & parallel.pipeline=2 => \
+heads.weighted_hidden_states = true ... train.freeze = [trunk] needs parallel.pipeline = 1, it is 2
 train.freeze=[trunk] & train.spike_rollback=true => train.spike_rollback = true ... train.freeze ... remove it
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \
 heads.detach ++ heads.distillation ++ heads.distillation

@@ -13,7 +13,7 @@ again from the hidden states at the last accepted position.
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ def decode(
     drafter, drafts = Drafter(model.mtp_heads[place]), list[tuple[Tensor, Tensor]]()
     while True:
         text = torch.cat([input_ids, *(token for token, _ in drafts)], 1)
-        with outputs_of_layers(model, drafter.heads.reads) as outputs:
+        with outputs_of_layers(model, drafter.heads.collected) as outputs:
             new = text[:, cache.get_seq_length() :].to(model.device)
             logits = model(new, cache=cache, use_cache=True, logits_to_keep=len(drafts) + 1).logits
         for index in range(len(drafts) + 1):
@@ -96,7 +96,8 @@ def decode(
         length = input_ids.shape[1]
         rejected = text.shape[1] + 1 - length
         cache.crop(-rejected)
-        accepted = {layer: output[:, : new.shape[1] - rejected] for layer, output in outputs.items()}
+        states = drafter.heads.weigh(outputs)
+        accepted = {layer: output[:, : new.shape[1] - rejected] for layer, output in states.items()}
         drafts = drafter.draft(input_ids, accepted, probabilities)[: generation_config.max_length - length - 1]
 
 
@@ -137,8 +138,22 @@ class Heads:
         between = self.layers_per_head if self.kind == "anticausal" else 0
         self.reads = {k: last - (k - 1) * between for k in range(2, self.count + 1)}
         """Layer of the Llama whose output head k reads, by k."""
+        logits = self.weights.get("weighted_hidden_states.logits", torch.empty(0))
+        self.state_weights: list[float] = logits.float().softmax(0).tolist()
+        """Weights of the outputs of the embedding and of each trunk layer in the sum that heads read; empty without."""
+        self.collected = range(-1, trunk_layers) if self.state_weights else self.reads.values()
+        """Layers of the Llama whose outputs are read; -1 is the embedding."""
         depths = range(self.layers_per_head if self.kind in ("parallel", "causal", "sequential") else 0)
         self.layers = {k: [self._layer(k, depth) for depth in depths] for k in self.reads}
+
+    def weigh(self, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return the states that the heads read by the layer in `reads`, from the outputs of the layers."""
+        if not self.state_weights:
+            return outputs
+        total, last = torch.zeros(()), len(self.state_weights) - 2
+        for weight, layer in zip(self.state_weights, range(-1, last + 1), strict=True):
+            total = total.to(outputs[layer].device) + weight * outputs[layer].float()
+        return {last: total.to(self.like)}
 
     def weight(self, head: int, name: str) -> Tensor:
         return self.weights[f"heads.{'repeated' if self.repeated else head}.{name}.weight"]
@@ -237,15 +252,15 @@ class Drafter:
 
 
 @contextmanager
-def outputs_of_layers(model: Any, numbers: dict[int, int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of the Llama's layers with these numbers while it runs."""
+def outputs_of_layers(model: Any, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of the Llama's layers with these numbers while it runs; -1 is the embedding."""
     outputs: dict[int, Tensor] = {}
 
     def collect(number: int, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         outputs[number] = output
 
-    collectors = {number: functools.partial(collect, number) for number in numbers.values()}
-    hooks = [model.model.layers[number].register_forward_hook(hook) for number, hook in collectors.items()]
+    modules = {number: model.model.layers[number] if number >= 0 else model.model.embed_tokens for number in numbers}
+    hooks = [layer.register_forward_hook(functools.partial(collect, number)) for number, layer in modules.items()]
     try:
         yield outputs
     finally:

@@ -22,6 +22,8 @@ CUSTOM: dict[str, Heads] = {
     "linear": {"kind": "linear"},
     "mlp, separate": {"kind": "mlp", "unembedding": "separate"},
     "leaps": {"prediction_distances": [1, 3, 5, 8]},
+    "weighted, conditioned": {"kind": "mlp", "weighted_hidden_states": True, "condition": "previous_token"},
+    "weighted": {"weighted_hidden_states": True},
     "conditioned": {"kind": "linear", "condition": "previous_token", "prediction_distances": [1, 3, 4, 6]},
     "sequential, two layers": {"kind": "sequential", "layers_per_head": 2, "count": 5},
     "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},

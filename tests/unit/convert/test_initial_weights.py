@@ -127,6 +127,19 @@ def test_another_architecture_or_tokenizer_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_weighted_hidden_states_are_kept_or_added(tmp_path: Path) -> None:
+    weighted = {"weighted_hidden_states": True}
+    write_model(tmp_path / "plain" / "step_00000007")
+    write_model(folder := tmp_path / "weighted" / "step_00000007", heads=weighted)
+    added = find(tmp_path / "plain", heads=weighted)
+    assert not added.unused and added.describe().endswith("\nInitialized: weighted_hidden_states.logits")
+    assert not find(folder, heads=weighted).unused
+    assert error_of(ConfigError, find, folder) == (
+        f"heads.weighted_hidden_states is false, checkpoint.initial_weights = '{folder}' was trained with true: set "
+        "heads.weighted_hidden_states=true"
+    )
+
+
 def test_condition_is_kept_or_added(tmp_path: Path) -> None:
     condition = {"count": 3, "condition": "previous_token", "condition_rank": 6}
     write_model(tmp_path / "plain" / "step_00000007", heads={"count": 3})

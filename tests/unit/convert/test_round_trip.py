@@ -44,6 +44,7 @@ CASES: dict[str, tuple[dict[str, dict[str, Any]], int]] = {
     "linear": ({"heads": {"kind": "linear"}}, 3),
     "separate unembeddings": ({"heads": {"unembedding": "separate", "token_order": 0.1}}, 2),
     "conditioned": ({"heads": {"condition": "previous_token", "condition_rank": 6}}, 2),
+    "weighted hidden states": ({"heads": {"weighted_hidden_states": True}}, 2),
     "separate, mlp": ({"heads": {"kind": "mlp", "unembedding": "separate"}}, 3),
 }
 """Sections of the configuration, and the trunk layers that remain of a Llama of three layers."""

@@ -31,7 +31,7 @@ class Observed(NamedTuple):
     """Loss and accuracy of head 1 on the same batch, before and after."""
     norms: list[dict[str, float]]
     graphs: set[bool]
-    """Whether outputs of trunk layers in training require a gradient."""
+    """Whether outputs of trunk layers and of head 1 in training require a gradient."""
     backward_passes: int
     gradients: set[str]
     """Weights with a gradient before the update."""
@@ -45,8 +45,8 @@ def observe(config: Config) -> Observed:
     """On each rank: train three steps."""
     engine, schedule, shapes = open_engine(config), head_schedule(config, 1), parameter_shapes(config)
     graphs: set[bool] = set()
-    for module in engine.stage.modules():
-        if isinstance(module, TrunkLayer):
+    for name, module in engine.stage.named_modules():
+        if isinstance(module, TrunkLayer) or name.endswith(".heads.1"):
             module.register_forward_hook(lambda layer, _, output: graphs.add(layer.training and output.requires_grad))
 
     def weights() -> dict[str, Tensor]:
@@ -100,6 +100,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "all axes, bf16": (
         "tp2-pp2-dp1-sp train.precision=bf16 heads.kind=mlp model.tie_embeddings=true",
         ("heads.",),
+    ),
+    "weighted hidden states": (
+        "tp2-pp1-dp1-sp heads.weighted_hidden_states=true",
+        ("heads.2.", "heads.3.", "heads.4.", "weighted_hidden_states."),
     ),
     "pipeline": (
         "tp1-pp3-dp1 heads.kind=linear heads.unembedding=separate heads.token_order=1.0 parallel.partition=[2,1,1]",

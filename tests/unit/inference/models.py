@@ -10,6 +10,7 @@ from mtp_dist.config import Config
 from mtp_dist.inference.configuration import generation_model_config
 from mtp_dist.inference.loading import model_weights
 from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.model.parameters import STATE_WEIGHTS
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, tiny_config
 
@@ -25,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "repeated": {"kind": "sequential", "repeated": True},
     "separate": {"kind": "parallel", "unembedding": "separate"},
     "no_layers": {"kind": "parallel", "layers_per_head": 0, "unembedding": "separate"},
+    "weighted": {"kind": "parallel", "weighted_hidden_states": True},
     "leap": {"kind": "parallel", "prediction_distances": [1, 3, 5, 7]},
     "conditioned": {"kind": "mlp", "condition": "previous_token"},
     "conditioned_leap": {
@@ -61,8 +63,10 @@ def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE
         for name, weight in reference.named_weights().items():
             if name.endswith("norm.weight"):
                 weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
-            if name.startswith("condition."):
+            elif name.startswith("condition."):
                 weight.normal_(0.0, 0.5, generator=generator)
+            elif name == STATE_WEIGHTS:
+                weight.copy_(torch.randn(weight.shape, generator=generator))
     return TinyModel(config, reference, open_weights(config, reference.named_weights()))
 
 

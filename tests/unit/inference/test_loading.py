@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mtp_dist.analysis.trained_model import TrainedModel
 from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import TensorReader
@@ -70,6 +71,12 @@ def test_checkpoint_and_exports_are_the_same_model(tmp_path: Path, name: str) ->
         weights = exported.state_dict()
         assert weights.keys() == state.keys()
         assert all(torch.equal(weights[key], state[key].to(rounded)) for key in state)
+
+
+def test_analyses_refuse_weighted_hidden_states(tmp_path: Path) -> None:
+    write_model(tmp_path / "c", heads={"weighted_hidden_states": True})
+    with pytest.raises(CheckpointError, match=r"heads.weighted_hidden_states .* trained without"):
+        TrainedModel.open(tmp_path / "c")
 
 
 def test_precision(tmp_path: Path) -> None:

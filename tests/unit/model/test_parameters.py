@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from mtp_dist.config import Config
 from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import padded_vocab_size
-from mtp_dist.model.parameters import initial_weight, is_trained, parameter_shapes
+from mtp_dist.model.parameters import STATE_WEIGHTS, initial_weight, is_trained, parameter_shapes
 from mtp_dist.model.sharding import is_sharded, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, trained_parameters
 from tests.tiny import tiny_config
 
 RANKS = st.sampled_from([1, 2, 4])
+HEADS = ("heads.", "final_norm", "weighted_hidden_states")
 
 
 def tagged(shape: tuple[int, ...], dim: int, stride: int) -> nn.Parameter:
@@ -94,8 +95,10 @@ def configs(draw: st.DrawFn) -> Config:
         "unembedding": "separate" if unembedding == "separate" else "shared",
         "token_order": draw(st.sampled_from([0.0, 0.5])),
     }
-    if heads["count"] > 1 and KINDS[heads["kind"]].reads == "trunk" and draw(st.booleans()):
-        heads |= {"condition": "previous_token", "condition_rank": draw(st.sampled_from([None, 3]))}
+    if heads["count"] > 1 and KINDS[heads["kind"]].reads == "trunk":
+        if draw(st.booleans()):
+            heads |= {"condition": "previous_token", "condition_rank": draw(st.sampled_from([None, 3]))}
+        heads["weighted_hidden_states"] = draw(st.booleans())
     return tiny_config(model=model, heads=heads)
 
 
@@ -111,7 +114,7 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     assert sum(sizes[name] for name in embeddings) == counts.embeddings
     assert {shapes[name] for name in embeddings if name != "condition.embedding.weight"} == {(vocab_size, width)}
     conditions = [name for name in sizes.keys() - embeddings if name.startswith("condition.")]
-    blocks = [*conditions, *(name for name in sizes if name.startswith(("heads.", "final_norm")))]
+    blocks = [*conditions, *(name for name in sizes if name.startswith(HEADS))]
     assert sum(sizes[name] for name in blocks) == counts.heads
 
     first = 1 if heads.traits.first_head_has_block else 2
@@ -121,12 +124,18 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     assert set(used) == {name for name in shapes if name.startswith(("trunk.", "heads."))}
     matrices = sum(sizes[name] for name in [*used, *conditions] if len(shapes[name]) == 2)
     matrices += (heads.count + bool(heads.token_order)) * vocab_size * width
+    matrices += width * sizes.get(STATE_WEIGHTS, 0)
     attention = 12 * sum(n.endswith("linear_qkv.weight") for n in used) * width * config.train.sequence_length
     assert model_flops_per_token(config, heads.count) == 6 * matrices + attention
     if heads.traits.reads != "next head" and (heads.count > 1 or heads.token_order):
         frozen = config.model_copy(update={"train": config.train.model_copy(update={"freeze": ("trunk",)})})
         assert trained_parameters(config) == counts.total
         assert trained_parameters(frozen) == sum(size for name, size in sizes.items() if is_trained(frozen, name))
+
+
+def test_weights_of_hidden_states_start_at_the_last() -> None:
+    weights = initial_weight(tiny_config(), STATE_WEIGHTS, (5,)).softmax(0)
+    torch.testing.assert_close(weights, torch.tensor([0.0025] * 4 + [0.99]))
 
 
 NAME = "trunk.1.mlp.linear_fc1.weight"

@@ -12,6 +12,7 @@ from mtp_dist.config import Config
 from mtp_dist.config.heads import KINDS
 from mtp_dist.convert.llama import llama_weights, split
 from mtp_dist.convert.to_huggingface import llama_config
+from mtp_dist.model.parameters import STATE_WEIGHTS
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE, VOCAB_SIZE, tiny_config
@@ -136,6 +137,22 @@ def test_condition_adds_a_function_of_the_token_before_the_target(kind: str) -> 
             embedded = weights["condition.embedding.weight"][samples[:, position + distance - 1]]
             added = embedded @ weights[f"condition.{k}.weight"].T @ weights["unembedding.weight"].T
             torch.testing.assert_close(found[k][:, position], expected[k][:, position] + added.detach())
+
+
+def test_later_heads_read_the_weighted_hidden_states() -> None:
+    """With all weight on one layer they read its output, with all on the last one z."""
+    model, tokens = lively_model(tiny_config(heads={"weighted_hidden_states": True})), random_tokens(2, 8)
+    without = ReferenceModel(tiny_config(), model.named_weights()).double()
+    shallow = model.config.model.model_copy(update={"trunk_layers": 2})
+    cut = ReferenceModel(model.config.model_copy(update={"model": shallow, "heads": without.config.heads}))
+    cut.weights.update({name: weight for name, weight in model.weights.items() if name in cut.weights})
+    for layer, other in ((4, without), (2, cut)):
+        with torch.no_grad():
+            model.weight(STATE_WEIGHTS).copy_(torch.eye(5)[layer] * 200)
+        logits, expected = model(tokens), other(tokens)
+        torch.testing.assert_close(logits[1], without(tokens)[1])
+        for head in (2, 3, 4):
+            torch.testing.assert_close(logits[head], expected[head])
 
 
 @pytest.mark.parametrize("kind", KINDS)
