@@ -179,8 +179,8 @@ train.freeze=[trunk] & heads.auxiliary_weight=0 => train.freeze = [trunk] ... ar
 train.freeze=[trunk] & heads.detach=full => heads.detach = full has no effect with train.freeze = [trunk] ... remove it
 train.freeze=[trunk] & optimizer.multipliers={trunk: 0.1} => optimizer.multipliers.trunk ... train.freeze ... remove
 train.freeze=[trunk] & heads.schedule=reverse => heads.schedule = 'reverse' ... train.freeze ... use 'constant'
-train.freeze=[trunk] & heads.weighted_hidden_states=true => fine
-train.freeze=[trunk] & heads.weighted_hidden_states=true & parallel.pipeline=2 => \
+train.freeze=[trunk] & heads.weighted_hidden_states=true & parallel.pipeline=1 => fine
+train.freeze=[trunk] & heads.weighted_hidden_states=true => \
 heads.weighted_hidden_states = true ... train.freeze = [trunk] needs parallel.pipeline = 1, it is 2
 train.freeze=[trunk] & train.spike_rollback=true => train.spike_rollback = true ... train.freeze ... remove it
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \

@@ -75,7 +75,7 @@ def test_checkpoint_and_exports_are_the_same_model(tmp_path: Path, name: str) ->
 
 def test_analyses_refuse_weighted_hidden_states(tmp_path: Path) -> None:
     write_model(tmp_path / "c", heads={"weighted_hidden_states": True})
-    with pytest.raises(CheckpointError, match=r"heads.weighted_hidden_states .* trained without"):
+    with pytest.raises(CheckpointError, match=r"heads.weighted_hidden_states.* trained without"):
         TrainedModel.open(tmp_path / "c")
 
 
