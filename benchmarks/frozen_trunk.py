@@ -60,7 +60,7 @@ def measure(name: str, heads: dict[str, Any]) -> dict[str, Any]:
     batch = {key: local_batch(config, topology, *random_batch(config)) for key, config in configs.items()}
 
     def step(key: str) -> None:
-        engines[key].train_step(batch[key], 1e-4, head_schedule(configs[key], 1))
+        engines[key].train_step(batch[key], 1, 1e-4, head_schedule(configs[key], 1))
 
     steps = {key: lambda key=key: step(key) for key in configs}
     for run in [*steps.values()] * 2:

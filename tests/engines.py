@@ -33,4 +33,4 @@ def take_step(engine: TrainingEngine, step: int = 1, rate: float | None = None) 
     """Train on the batch of a step, at its learning rate unless one is given."""
     config = engine.config
     rate = learning_rate(config, step) if rate is None else rate
-    return engine.train_step(step_batch(engine, step), rate, head_schedule(config, step))
+    return engine.train_step(step_batch(engine, step), step, rate, head_schedule(config, step))

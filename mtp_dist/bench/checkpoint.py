@@ -71,7 +71,7 @@ def measure_checkpoints(config: Config, topology: Topology, folder: Path, rounds
     config = config.model_copy(update={"checkpoint": to_folder})
     engine = build_engine(config, topology)
     batch = local_batch(config, topology, *random_batch(config))
-    engine.train_step(batch, learning_rate(config, STEP), head_schedule(config, STEP))
+    engine.train_step(batch, STEP, learning_rate(config, STEP), head_schedule(config, STEP))
     groups = new_gloo_groups(topology)
     saver = CheckpointSaver(config, engine, groups)
     subject = _Subject(config, engine, groups, saver, folder / f"torch-{topology.rank}.pt")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat
 
 MAX_INTEGER = 2**31 - 1
 """Largest count in a configuration. The product of two of them fits into the 64 bits of PyTorch and NumPy."""
@@ -47,3 +47,22 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_INTEGER)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 """A path in which `~` is expanded to the user's home folder."""
+StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
+"""A step, and the value from that step on."""
+StepValues = Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)]
+"""Values of all steps, which increase from 1."""
+
+
+def value_at_step(values: float | StepValues, step: int) -> float:
+    """Return the number itself, or the value of the last pair that has begun."""
+    if not isinstance(values, tuple):
+        return values
+    return [value for first, value in values if first <= step][-1]
+
+
+def invalid_steps(key: str, values: object) -> Iterator[str]:
+    """Yield a message if the values of a key are StepValues whose steps do not increase from 1."""
+    if isinstance(values, tuple):
+        starts = [step for step, _ in values]
+        if starts[0] != 1 or sorted(set(starts)) != starts:
+            yield f"{key} has the steps {starts}: they must increase from 1"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import pairwise
 
-from mtp_dist.config.base import messages_if
+from mtp_dist.config.base import invalid_steps, messages_if
 from mtp_dist.config.heads import HeadsConfig
 
 
@@ -198,10 +198,7 @@ def _incompatible_loss_weights(heads: HeadsConfig, steps: int) -> Iterator[str]:
             "fewer: train for longer or use fewer heads",
         ),
     )
-    if isinstance(heads.auxiliary_weight, tuple):
-        starts = [step for step, _ in heads.auxiliary_weight]
-        if starts[0] != 1 or sorted(set(starts)) != starts:
-            yield f"heads.auxiliary_weight has the steps {starts}: they must increase from 1"
+    yield from invalid_steps("heads.auxiliary_weight", heads.auxiliary_weight)
 
 
 def _later_weights_are_0(heads: HeadsConfig) -> bool:

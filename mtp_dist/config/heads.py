@@ -7,11 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat
 
-from mtp_dist.config.base import NonNegativeInt, PositiveInt, Section
-
-StepValue = Annotated[tuple[PositiveInt, NonNegativeFloat], Field(strict=False)]
-"""A step, and the value from that step on."""
-
+from mtp_dist.config.base import NonNegativeInt, PositiveInt, Section, StepValues
 
 KindName = Literal["parallel", "causal", "anticausal", "linear", "mlp", "sequential"]
 
@@ -120,9 +116,7 @@ class HeadsConfig(Section):
     these either, only the heads' own weights."""
     loss_weights: Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)] | None = None
     """Weight w_k of each head's loss, head 1 first; by default all 1."""
-    auxiliary_weight: NonNegativeFloat | Annotated[tuple[StepValue, ...], Field(strict=False, min_length=1)] | None = (
-        None
-    )
+    auxiliary_weight: NonNegativeFloat | StepValues | None = None
     """Instead of `loss_weights`: 1 for head 1, and this number divided equally among the others (DeepSeek-V3's
     lambda/D). A list such as [[1, 0.3], [10000, 0.1]] changes it at these steps."""
     loss_decay: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section
+from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section, StepValues
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.rope import RopeScalingConfig
 from mtp_dist.config.synthetic import SyntheticConfig
@@ -231,12 +231,17 @@ class OptimizerConfig(Section):
     """After the warmup: a cosine down to `min_lr_ratio * lr` at the last step, or `lr` throughout."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     """Floor of the cosine, relative to `lr`."""
-    multipliers: dict[ModelPart, PositiveFloat] = Field(default={})
+    multipliers: dict[ModelPart, PositiveFloat | StepValues] = Field(default={})
     """Factors of the learning rate by part of the model, such as {trunk: 0.1, heads: 1.0}; 1 by default. `trunk`: the
     model that predicts the next token, which is the embedding, the trunk's layers, head 1, the final norm and the
     shared unembedding; `embedding`, `head_1`, `unembedding` (the shared one): that part instead of `trunk`; `heads`:
     heads 2..n, with their own unembeddings and their condition, and token-order prediction. Decoupled weight decay,
-    which is proportional to the learning rate, is multiplied too."""
+    which is proportional to the learning rate, is multiplied too. A list such as {trunk: [[1, 0], [500, 0.1]]} changes
+    the factor at these steps; at 0 the weights stay bitwise the same."""
+
+    def multiplier(self, part: ModelPart) -> float | StepValues:
+        """Return the factor of a part."""
+        return self.multipliers.get(part, 1.0 if part == "heads" else self.multipliers.get("trunk", 1.0))
 
 
 class CheckpointConfig(Section):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
-from mtp_dist.config.base import messages_if
+from mtp_dist.config.base import StepValues, invalid_steps, messages_if, value_at_step
 from mtp_dist.config.head_validation import incompatible_head_settings
 from mtp_dist.config.rope import incompatible_rope_settings
-from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, SourceConfig
+from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, ModelPart, SourceConfig
 from mtp_dist.config.synthetic import SYNTHETIC_PREFIX
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
@@ -68,30 +69,56 @@ def incompatible_settings(config: Config) -> Iterator[str]:
     )
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
-    yield from _multipliers_without_effect(config)
+    yield from _incompatible_multipliers(config)
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
 
 
-def _multipliers_without_effect(config: Config) -> Iterator[str]:
-    """Yield one message per key of optimizer.multipliers that names a part without trained parameters."""
+def _incompatible_multipliers(config: Config) -> Iterator[str]:
+    """Yield a message per invalid key of optimizer.multipliers or, if all are valid, per step that trains nothing."""
+    optimizer, untrained = config.optimizer, _untrained_parts(config)
+    messages = []
+    for part, factor in optimizer.multipliers.items():
+        key = f"optimizer.multipliers.{part}"
+        if part in untrained:
+            messages.append(f"{key} has no effect, {untrained[part]}: remove it")
+        elif isinstance(factor, tuple):
+            messages += [*invalid_steps(key, factor)] or _never_above_0(key, factor, config.train.steps)
+    factors = (factor for factor in optimizer.multipliers.values() if isinstance(factor, tuple))
+    starts = {step for factor in factors for step, _ in factor if step <= config.train.steps}
+    trained = [part for part in get_args(ModelPart) if part not in untrained]
+    yield from messages or (
+        f"optimizer.multipliers are all 0 from step {step} on: nothing would be trained, give a part a factor above 0"
+        for step in sorted(starts)
+        if not any(value_at_step(optimizer.multiplier(part), step) for part in trained)
+    )
+
+
+def _never_above_0(key: str, factor: StepValues, steps: int) -> Iterator[str]:
+    """Yield a message if a factor of optimizer.multipliers trains its part at no step."""
+    if not any(value for first, value in factor if first <= steps):
+        freeze = ", or use train.freeze = [trunk], which needs less memory" if key.endswith(".trunk") else ""
+        yield (
+            f"{key} is 0 in each of train.steps = {steps}: give it a factor above 0 from one of these steps on{freeze}"
+        )
+
+
+def _untrained_parts(config: Config) -> dict[ModelPart, str]:
+    """Return the parts of the model without trained parameters, each with the reason."""
     heads, tied = config.heads, config.model.tie_embeddings
     separate = heads.unembedding == "separate"
-    has_parameters = {
-        "head_1": heads.traits.first_head_has_block or separate,
-        "unembedding": not (tied or separate),
-        "heads": heads.count > 1 or heads.token_order,
-    }
-    reasons = {
-        "head_1": f"head 1 of heads.kind = '{heads.kind}' is only the final norm and the shared unembedding",
-        "unembedding": "model.tie_embeddings = true makes it the embedding" if tied else "each head has its own",
-        "heads": "heads.count is 1",
-    }
-    for part in config.optimizer.multipliers:
-        if config.train.freezes_trunk and part != "heads":
-            yield f"optimizer.multipliers.{part} has no effect with train.freeze = [trunk]: remove it"
-        elif not has_parameters.get(part, True):
-            yield f"optimizer.multipliers.{part} has no effect, {reasons[part]}: remove it"
+    reasons: dict[ModelPart, str] = {}
+    if not (heads.traits.first_head_has_block or separate):
+        reasons["head_1"] = f"head 1 of heads.kind = '{heads.kind}' is only the final norm and the shared unembedding"
+    if tied or separate:
+        reasons["unembedding"] = (
+            "model.tie_embeddings = true makes it the embedding" if tied else "each head has its own"
+        )
+    if heads.count == 1 and not heads.token_order:
+        reasons["heads"] = "heads.count is 1"
+    if config.train.freezes_trunk:
+        reasons |= {part: "train.freeze = [trunk] freezes it" for part in get_args(ModelPart) if part != "heads"}
+    return reasons
 
 
 def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterator[str]:

@@ -117,16 +117,18 @@ class TrainingEngine:
     def train_step(
         self,
         batch: TrainBatch,
+        step: int,
         learning_rate: float,
         schedule: HeadSchedule,
         stop_signal: Callable[[], int] = lambda: 0,
     ) -> StepResult:
         """Train on one global batch. If a gradient is not finite, no rank updates its weights.
 
+        step: its number, counted from 1, which decides the factors of `optimizer.multipliers`.
         stop_signal returns the number of a signal that has reached this rank, or 0; it is called after the backward
         passes.
         """
-        set_learning_rate(self.pipeline.optimizer, learning_rate)
+        set_learning_rate(self.pipeline.optimizer, learning_rate, step)
         self._begin(batch, schedule, "training")
         self._stop_signal = stop_signal
         self.clock.begin()

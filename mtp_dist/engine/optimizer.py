@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.config.schema import OptimizerConfig
+from mtp_dist.config.base import StepValues, value_at_step
 from mtp_dist.model.parameters import model_part
 
 BuildAdamW = Callable[..., torch.optim.Optimizer]
@@ -30,23 +30,22 @@ def learning_rate(config: Config, step: int) -> float:
     return optimizer.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def learning_rate_multiplier(optimizer: OptimizerConfig, name: str) -> float:
-    """Return the factor of the learning rate of a weight, by its global name."""
-    part, multipliers = model_part(name), optimizer.multipliers
-    return multipliers.get(part, 1.0 if part == "heads" else multipliers.get("trunk", 1.0))
+GroupKey = tuple[bool, StepValues]
+"""Whether weights are exempt from weight decay, and the factors of their learning rate."""
 
 
-def group_key(config: Config, name: str, ndim: int) -> tuple[bool, float]:
-    """Return whether a weight is exempt from weight decay, and the factor of its learning rate."""
-    return ndim <= 1, learning_rate_multiplier(config.optimizer, name)
+def group_key(config: Config, name: str, ndim: int) -> GroupKey:
+    """Return what the weights of a group of the optimizer have in common, for a weight by its global name."""
+    multiplier = config.optimizer.multiplier(model_part(name))
+    return ndim <= 1, multiplier if isinstance(multiplier, tuple) else ((1, multiplier),)
 
 
 def parameter_groups(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Any]]:
     """Return the matrices with weight decay, then norms and biases without, for each learning rate a group of its own.
 
-    parameters: by global name. `multiplier` of a group is the factor of its learning rate, see `set_learning_rate`.
+    parameters: by global name. `multiplier` of a group are the factors of its learning rate, see `set_learning_rate`.
     """
-    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    groups: dict[GroupKey, list[Tensor]] = {}
     for name, weight in parameters:
         groups.setdefault(group_key(config, name, weight.ndim), []).append(weight)
     decay = config.optimizer.weight_decay
@@ -56,10 +55,10 @@ def parameter_groups(config: Config, parameters: Iterable[tuple[str, Tensor]]) -
     ]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group to its multiple of `rate`."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float, step: int) -> None:
+    """Set the learning rate of every group to its multiple of `rate` at a step, counted from 1."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["multiplier"]
+        group["lr"] = rate * value_at_step(group["multiplier"], step)
 
 
 def build_optimizer(

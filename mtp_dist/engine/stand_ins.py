@@ -12,7 +12,7 @@ from torch import nn
 
 from mtp_dist.config import Config
 from mtp_dist.engine.hooks import RunInstruction, hook_instruction
-from mtp_dist.engine.optimizer import group_key
+from mtp_dist.engine.optimizer import GroupKey, group_key
 from mtp_dist.model.parameters import is_trained, parameter_shapes
 
 
@@ -20,7 +20,7 @@ def stand_in_names(config: Config) -> list[str]:
     """Return the global name of a trained weight of each of the optimizer's groups; none if no rank lacks a group."""
     if not (config.train.freeze or config.optimizer.multipliers):
         return []
-    names: dict[tuple[bool, float], str] = {}
+    names: dict[GroupKey, str] = {}
     for name, shape in parameter_shapes(config).items():
         if is_trained(config, name):
             names.setdefault(group_key(config, name, len(shape)), name)

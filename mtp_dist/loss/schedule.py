@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config.base import value_at_step
 
 
 @dataclass(frozen=True)
@@ -23,18 +24,11 @@ def head_schedule(config: Config, step: int) -> HeadSchedule:
 def _loss_weights(heads: HeadsConfig, step: int) -> tuple[float, ...]:
     if heads.auxiliary_weight is not None:
         others = heads.count - 1
-        return (1.0, *(_at_step(heads.auxiliary_weight, step) / others,) * others)
+        return (1.0, *(value_at_step(heads.auxiliary_weight, step) / others,) * others)
     if heads.loss_decay is not None:
         powers = [heads.loss_decay ** (k - 1) for k in range(1, heads.count + 1)]
         return tuple(power / sum(powers) for power in powers)
     return heads.loss_weights or (1.0,) * heads.count
-
-
-def _at_step(values: float | tuple[tuple[int, float], ...], step: int) -> float:
-    """Return the number itself, or the value of the last (first step, value) pair that has begun."""
-    if not isinstance(values, tuple):
-        return values
-    return [value for first, value in values if first <= step][-1]
 
 
 def _active_heads(config: Config, step: int) -> int:

@@ -17,6 +17,7 @@ from mtp_dist.checkpoint.format import RunState
 from mtp_dist.checkpoint.restore import agree_on_resume_point, restore
 from mtp_dist.checkpoint.saver import CheckpointSaver
 from mtp_dist.config import Config
+from mtp_dist.config.base import value_at_step
 from mtp_dist.data.dataloader import Batches
 from mtp_dist.data.datasets import Datasets
 from mtp_dist.distributed.collectives import all_gather_floats
@@ -175,7 +176,8 @@ class Trainer:
         batch = batches.next_train_batch()
         waited = time.perf_counter() - started
         rate = learning_rate(config, step)
-        result = self.engine.train_step(batch, rate, head_schedule(config, step), lambda: self.stop_signals.received)
+        schedule = head_schedule(config, step)
+        result = self.engine.train_step(batch, step, rate, schedule, lambda: self.stop_signals.received)
         self._seconds += waited, result.busy_seconds, result.schedule_seconds
         due = step == self._first_step or _is_due(step, config.log.every, config.train.steps)
         metrics = StepMetrics(
@@ -184,7 +186,9 @@ class Trainer:
             grad_norm=result.grad_norm,
             grad_norms_by_module=result.grad_norms_by_module,
             learning_rate=rate,
-            learning_rates={part: rate * factor for part, factor in config.optimizer.multipliers.items()},
+            learning_rates={
+                part: rate * value_at_step(factor, step) for part, factor in config.optimizer.multipliers.items()
+            },
             tokens=config.train.global_batch_size * config.train.sequence_length,
             seconds=self._clock.lap(),
             epochs=self.datasets.epochs(batches.samples_read),

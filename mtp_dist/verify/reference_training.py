@@ -135,8 +135,10 @@ class ReferenceTraining:
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
 
-    def step(self, samples: Tensor, targets: Tensor, learning_rate: float, schedule: HeadSchedule) -> ReferenceStep:
-        """Train on one global batch."""
+    def step(
+        self, samples: Tensor, targets: Tensor, step: int, learning_rate: float, schedule: HeadSchedule
+    ) -> ReferenceStep:
+        """Train on one global batch. step: its number, counted from 1."""
         losses = self._differentiate(samples, targets, schedule)
         gradients = {name: self._gradient(param) for name, param in self.trained.items()}
         norm = math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in gradients.values()))
@@ -145,7 +147,7 @@ class ReferenceTraining:
             for param in self.trained.values():
                 if param.grad is not None:
                     param.grad.mul_(scale)
-        set_learning_rate(self.optimizer, learning_rate)
+        set_learning_rate(self.optimizer, learning_rate, step)
         self.optimizer.step()
         return ReferenceStep(losses, norm, gradients)
 

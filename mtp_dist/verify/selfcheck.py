@@ -157,7 +157,7 @@ def reference_truth(config: Config, topology: Topology) -> Truth:
     """Return one step of the reference; the ranks share the work."""
     samples, targets = random_batch(config)
     training = ReferenceTraining(config, topology.device, topology.rank, topology.world_size)
-    step = training.step(samples, targets, config.optimizer.lr, all_heads_schedule(config))
+    step = training.step(samples, targets, 1, config.optimizer.lr, all_heads_schedule(config))
     params = {name: param.detach() for name, param in training.model.named_weights().items()}
     return Truth(samples, targets, step, params)
 
@@ -174,7 +174,7 @@ def sharded_errors(config: Config, topology: Topology, truth: Truth) -> dict[str
     shapes = parameter_shapes(config)
     batch = local_batch(config, topology, truth.samples, truth.targets)
     with capture_first_gradients(engine, shapes) as gradients:
-        result = engine.train_step(batch, config.optimizer.lr, all_heads_schedule(config))
+        result = engine.train_step(batch, 1, config.optimizer.lr, all_heads_schedule(config))
     updated = dict(full_tensors(engine.stage, shapes, topology, master_weight))
     compared = [set().union(*all_gather_objects(set(tensors))) for tensors in (gradients, updated)]
     assert compared == [set(truth.step.gradients), set(shapes)], "every parameter is compared"

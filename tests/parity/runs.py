@@ -33,7 +33,7 @@ def reference_run(config: Config, steps: int) -> Run:
     """Train the reference."""
     training = ReferenceTraining(config, torch.device("cpu"))
     results = [
-        training.step(*global_batch(config, step), learning_rate(config, step), head_schedule(config, step))
+        training.step(*global_batch(config, step), step, learning_rate(config, step), head_schedule(config, step))
         for step in range(1, steps + 1)
     ]
     weights = {name: weight.detach() for name, weight in training.model.named_weights().items()}

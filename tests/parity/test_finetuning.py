@@ -49,7 +49,7 @@ def start_run(config: Config) -> Start:
     weights = {name: weight.clone() for name, weight in tensors}
     batches, schedule = Batches(config, engine.topology, datasets), head_schedule(config, 1)
     validation = engine.evaluate(batches.validation_batch(datasets.validation[0].samples), schedule)
-    step = engine.train_step(batches.next_train_batch(), 1e-3, schedule)
+    step = engine.train_step(batches.next_train_batch(), 1, 1e-3, schedule)
     batches.close()
     return Start(weights, validation.losses, step.heads.losses, step.grad_norm, engine.optimizer_updates)
 

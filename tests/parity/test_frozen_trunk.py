@@ -1,7 +1,13 @@
-"""Training heads on a frozen trunk equals the plain reference, for every kind of heads, alone and combined."""
+"""Training heads on a frozen trunk equals the plain reference; a learning rate of 0 freezes weights too."""
 
 import pytest
+import torch
+from torch import Tensor
 
+from mtp_dist.config import Config
+from mtp_dist.engine.tensor_shards import full_tensors, master_weight
+from mtp_dist.model.parameters import model_part, parameter_shapes
+from tests.engines import open_engine, take_step
 from tests.parity.comparison import assert_within_bounds, errors_of, parse_case, reference_of, run_sharded
 from tests.parity.test_variants import (
     APART,
@@ -49,3 +55,25 @@ def test_heads_on_a_frozen_trunk_equal_the_reference(ranks: Ranks, name: str) ->
     assert_within_bounds(config, errors_of(run_sharded(ranks, config, layout, 2), truth))
     parts = {".".join(gradient.split(".")[:2]) for gradient in truth.gradients}
     assert parts and not parts & {"heads.1", "unembedding.weight", "unembeddings.1", "final_norm.weight"}
+
+
+def weights_of_steps(config: Config, steps: int) -> list[dict[str, Tensor]]:
+    """On each rank: return the stage's fp32 weights before the first step and after each."""
+    engine, shapes = open_engine(config), parameter_shapes(config)
+
+    def weights() -> dict[str, Tensor]:
+        tensors = full_tensors(engine.stage, shapes, engine.topology, master_weight)
+        return {name: weight.clone() for name, weight in tensors}
+
+    return [weights(), *((take_step(engine, step), weights())[1] for step in range(1, steps + 1))]
+
+
+@pytest.mark.parametrize("case", ["tp2-pp2-dp1", f"tp1-pp2-dp1 {BF16}", f"tp1-pp1-dp2 {ZERO}"])
+def test_factor_0_keeps_weights(ranks: Ranks, case: str) -> None:
+    layout, config = parse_case(f'{case} optimizer.multipliers={{"trunk":[[1,0],[3,0.1]],"heads":[[1,1],[3,0]]}}')
+    assert config.optimizer.weight_decay
+    for start, _, second, third in ranks.run(layout.world_size, weights_of_steps, config, 3):
+        for name, weight in second.items():
+            is_head = model_part(name) == "heads"
+            assert torch.equal(weight, start[name]) == (not is_head), name
+            assert torch.equal(weight, third[name]) == is_head, name

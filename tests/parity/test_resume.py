@@ -24,7 +24,10 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "shared embedding": (PIPELINE, {"heads": {"kind": "sequential"}}),
     "learning rates by part": (
         DATA,
-        {"train": {"precision": "bf16"}, "optimizer": {"multipliers": {"trunk": 0.1, "embedding": 0.5}}},
+        {
+            "train": {"precision": "bf16"},
+            "optimizer": {"multipliers": {"trunk": [[1, 0], [MIDDLE + 2, 0.1]], "embedding": 0.5}},
+        },
     ),
     "weighted hidden states": (BOTH, {"heads": {"weighted_hidden_states": True}, "train": {"precision": "bf16"}}),
     "curriculum": (PIPELINE, {"heads": {"schedule": "forward", "count": 3}, "train": {"steps": END}}),

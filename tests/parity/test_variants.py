@@ -24,6 +24,7 @@ IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 """Kinds of heads whose masks of documents are compared in every layout."""
 WEIGHTED = "heads.weighted_hidden_states=true"
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
+CHANGING_RATES = 'optimizer.multipliers={"trunk":[[1,0],[2,0.1]],"heads":5}'
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
 
 
@@ -161,6 +162,8 @@ VARIANTS = [
 THREE_STEPS = [
     *(f"tp2-pp2-dp1-sp micro_batches=2 {variant}" for variant in VARIANTS),
     f"tp4-pp1-dp1-sp micro_batches=2 {FOUR_GROUPS}",  # a rank whose vocabulary is all padding
+    f"tp2-pp2-dp1-sp {CHANGING_RATES}",
+    f"tp1-pp2-dp2 {CHANGING_RATES} {BF16} {ZERO}",
     *product("tp2-pp2-dp1 tp2-pp2-dp1-sp", SELECTIVE, FULL),
     *product("tp1-pp1-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2 tp1-pp4-dp1", TIED, f"{TIED} {ZERO}"),
     *product("tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2", f"{TIED} {BF16}"),

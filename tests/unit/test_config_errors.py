@@ -34,7 +34,8 @@ parallel.sequence=1 => parallel.sequence = 1 is invalid: it should be a valid bo
 optimizer.lr=fast => optimizer.lr = 'fast' is invalid: it should be a valid number
 optimizer.lr=.inf => optimizer.lr = inf is invalid: it should be a finite number
 optimizer.multipliers={trnk: 0.1} => optimizer.multipliers ... 'trunk', 'embedding', 'head_1', 'unembedding' or 'heads'
-optimizer.multipliers={trunk: 0} => optimizer.multipliers.trunk = 0 ... greater than 0
+optimizer.multipliers={trunk: 0} => optimizer.multipliers.trunk = 0 ... greater than 0, or it should be a list
+optimizer.multipliers={trunk: [[1, -1]]} => optimizer.multipliers.trunk.0.1 = -1 ... greater than or equal to 0
 optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equal to 1
 train.precision=fp16 => train.precision = 'fp16' is invalid: it should be 'bf16' or 'fp32'
 train.freeze=[heads] => train.freeze.0 = 'heads' is invalid: it should be 'trunk'
@@ -113,6 +114,14 @@ optimizer.multipliers={trunk: 0.1, embedding: 0.2, head_1: 0.3, unembedding: 0.4
 heads.count=1 & optimizer.multipliers={heads: 2} => optimizer.multipliers.heads ... heads.count is 1: remove it
 heads.kind=mlp & optimizer.multipliers={head_1: 2} => optimizer.multipliers.head_1 ... heads.kind = 'mlp'
 model.tie_embeddings=true & optimizer.multipliers={unembedding: 2} => optimizer.multipliers.unembedding ... tie
+optimizer.multipliers={trunk: [[1, 0], [300, 0.1]], head_1: [[1, 2]]} & train.steps=300 => fine
+optimizer.multipliers.trunk=[[1, 0], [9, 1]] & optimizer.multipliers.heads=[[1, 1], [9, 0]] => fine
+optimizer.multipliers={trunk: [[2, 0]]} => optimizer.multipliers.trunk has the steps [2]: they must increase from 1
+optimizer.multipliers={trunk: [[1, 0], [301, 1]]} => optimizer.multipliers.trunk is 0 in each ... = 300 ... train.freeze
+optimizer.multipliers={heads: [[1, 0]]} => optimizer.multipliers.heads is 0 in each of train.steps = 300: give it
+heads.count=1 & optimizer.multipliers={trunk: [[1, 0], [9, 1]]} => optimizer.multipliers are all 0 from step 1 on
+heads.count=1 & optimizer.multipliers={trunk: [[1, 1], [301, 0]]} => fine
+heads.kind=mlp & optimizer.multipliers={head_1: [[1, 1]]} => optimizer.multipliers.head_1 ... heads.kind = 'mlp'
 log.profile_steps=[7, 5] => log.profile_steps = [7, 5] must be [first, last] with first <= last
 log.profile_steps=[5, 301] => log.profile_steps = [5, 301] goes beyond train.steps = 300: choose steps within the run
 train.spike_rollback=true & train.spike_deviations=null => train.spike_rollback = true needs train.spike_deviations

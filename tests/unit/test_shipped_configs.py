@@ -34,7 +34,7 @@ def train(config: Config) -> list[float]:
 
     engine = open_engine(config)
     batch = step_batch(engine)
-    return [engine.train_step(batch, 1e-3, head_schedule(config, step)).heads.losses[0] or 0.0 for step in (1, 2)]
+    return [engine.train_step(batch, step, 1e-3, head_schedule(config, step)).heads.losses[0] or 0.0 for step in (1, 2)]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)

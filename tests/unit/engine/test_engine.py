@@ -66,7 +66,7 @@ def train_with_silent_head(config: Config) -> tuple[list[HeadMetrics], list[floa
     # One micro-batch of head 1 is empty too, although the head is not.
     targets[0, : config.train.micro_batch_size] = IGNORE_INDEX
     batch = local_batch(config, engine.topology, tokens, targets)
-    results = [engine.train_step(batch, 1e-3, schedule) for _ in range(3)]
+    results = [engine.train_step(batch, step, 1e-3, schedule) for step in (1, 2, 3)]
     assert torch.as_tensor(engine.pipeline.agg_train_loss).isfinite(), "DeepSpeed's loss"
     metrics = [*(result.heads for result in results), engine.evaluate(batch, schedule)]
     full = full_tensors(engine.stage, parameter_shapes(config), engine.topology, master_weight)
@@ -99,7 +99,7 @@ def stop_signals(config: Config, signals: list[int]) -> int:
     """On each rank: return the signal after a step in which each rank has received its own."""
     engine = open_engine(config)
     batch = local_batch(config, engine.topology, *random_batch(config))
-    result = engine.train_step(batch, 1e-3, head_schedule(config, 1), lambda: signals[engine.topology.rank])
+    result = engine.train_step(batch, 1, 1e-3, head_schedule(config, 1), lambda: signals[engine.topology.rank])
     assert take_step(engine).stop_signal == 0
     return result.stop_signal
 

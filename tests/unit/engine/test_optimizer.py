@@ -82,6 +82,7 @@ REPEATED = {"kind": "sequential", "repeated": True, "token_order": 0.5}
     [
         ({}, {}, dict.fromkeys(NEXT_TOKEN, 1)),
         ({"trunk": 0.1}, {}, NEXT_TOKEN),
+        ({"trunk": [[1, 0], [9, 0.1], [10, 1]], "heads": [[1, 1], [10, 0]]}, {}, NEXT_TOKEN),
         ({"heads": 3}, {}, {"trunk": 1, "heads.1": 1, "heads.2": 3, "heads.4": 3, "unembedding": 1}),
         (
             {"trunk": 0.1, **SPECIFIC},
@@ -102,7 +103,7 @@ def test_learning_rates_by_part(multipliers: Any, sections: Any, expected: dict[
     config = tiny_config(optimizer={"lr": 0.5, "multipliers": multipliers}, **sections)
     model = ReferenceModel(config)
     optimizer = build_optimizer(config, model.named_weights().items(), CPU)
-    set_learning_rate(optimizer, 0.25)
+    set_learning_rate(optimizer, 0.25, 9)
     rates = {id(weight): group["lr"] for group in optimizer.param_groups for weight in group["params"]}
     for prefix, multiplier in expected.items():
         found = {rates[id(weight)] for name, weight in model.named_weights().items() if name.startswith(f"{prefix}.")}

@@ -61,6 +61,8 @@ def add_faults(trainer, spikes, skips):
 
     def faulty_step(*arguments):
         metrics, number = train_step(*arguments)
+        rates = {group["lr"] for group in trainer.engine.pipeline.optimizer.param_groups}
+        assert rates == {metrics.learning_rate, *metrics.learning_rates.values()}
         return replace(metrics, skipped="a fault" if next(trained) in skips else None), number
 
     trainer.spikes.update, trainer.train_step = faulty_update, faulty_step
@@ -127,12 +129,16 @@ def train_on(ranks, *arguments):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_rollback_continues_with_new_samples(ranks, tmp_path, stream):
-    run = train_on(ranks, write_config(tmp_path / "a", stream), {5})
+    optimizer = {"multipliers": {"trunk": [[1, 0], [5, 0.5]]}}
+    run = train_on(ranks, write_config(tmp_path / "a", stream, optimizer=optimizer), {5})
     assert run.reason == "LAST_STEP" and run.steps == [1, 2, 3, 4, 5, 5, 6]
     assert run.losses[4] != run.losses[5]
 
     out = tmp_path / "a" / "out"
-    assert [line["step"] for line in jobs.metrics(out) if "loss/total" in line] == [1, 2, 4, 5, 6]
+    steps = [line for line in jobs.metrics(out) if "loss/total" in line]
+    assert [line["step"] for line in steps] == [1, 2, 4, 5, 6]
+    factors = [line["train/learning_rate/trunk"] / line["train/learning_rate"] for line in steps]
+    assert factors == [0, 0, 0, 0.5, 0.5], "a rollback does not change which step has which"
     events = map(json.loads, (out / "events.jsonl").read_text().splitlines())
     spike, rollback = [event for event in events if event["kind"] in ("spike", "rollback")]
     assert (spike["kind"], spike["step"], rollback["step"]) == ("spike", 5, 4)
@@ -141,7 +147,7 @@ def test_rollback_continues_with_new_samples(ranks, tmp_path, stream):
     assert [phase for phase in run.phases if "rollback" in phase] == ["the rollback from step 5 to a checkpoint"]
     assert run.logged == [(1, 1, 2), (2, 1, 2), (4, 2, 4), (5, 1, 2), (6, 1, 2)], "since the last log or rollback"
 
-    again = train_on(ranks, write_config(tmp_path / "b", stream), (), (checkpoint, 5 * BATCH))
+    again = train_on(ranks, write_config(tmp_path / "b", stream, optimizer=optimizer), (), (checkpoint, 5 * BATCH))
     assert again.losses == run.losses[5:], "bitwise as a start from the checkpoint"
     kept = run.losses[:4] + run.losses[5:]
     assert again.recent == run.recent == [losses[0] for _, losses in kept], "the spike detector, too"
