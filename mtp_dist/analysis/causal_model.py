@@ -23,8 +23,9 @@ from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError, DataError
-from mtp_dist.inference.loading import read_folder
+from mtp_dist.inference.loading import read_folder, read_full_weights
 from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.targets import MicroBatch
 
 WINDOW_LENGTH = 256
@@ -48,6 +49,8 @@ class CausalModel:
     """Tokens in front of each window: the one that the tokenizer puts at the beginning of a text, if any."""
     data: DataConfig | None = None
     """Section `data` of a model that was trained here."""
+    with_heads: ReferenceModel | None = None
+    """The same model with its further heads, if it has any that do not read the tokens in between."""
 
     @classmethod
     def open(
@@ -74,8 +77,12 @@ class CausalModel:
     @classmethod
     def _open_own(cls, folder: Path, on_verified: ProgressCallback) -> CausalModel:
         read = read_folder(folder, on_verified)
-        network = _prepare(MTPForCausalLM.from_folder(read, torch.float32))
-        return cls(folder, network, read.tokenizer, read.config.train.sequence_length, data=read.config.data)
+        network, config, with_heads = _prepare(MTPForCausalLM.from_folder(read, torch.float32)), read.config, None
+        if config.heads.count > 1 and not config.heads.reads_drafts:
+            weights = {name: weight.float() for name, weight in read_full_weights(folder).weights}
+            with_heads = ReferenceModel(config, weights).requires_grad_(False).to(network.device)
+        length = config.train.sequence_length
+        return cls(folder, network, read.tokenizer, length, data=config.data, with_heads=with_heads)
 
     @classmethod
     def _open_foreign(cls, folder: Path) -> CausalModel:

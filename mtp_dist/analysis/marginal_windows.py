@@ -23,7 +23,7 @@ from mtp_dist.model.targets import document_ids
 
 POSITION_STRIDE = 16
 """Every 16th position of a window is measured: neighbours have nearly the same context."""
-NEXT_TOKEN, TRUE_PREFIX, ROLLOUT, MARGINAL = "next token", "true prefix", "greedy rollout", "marginal"
+NEXT_TOKEN, TRUE_PREFIX, HEAD, ROLLOUT, MARGINAL = "next token", "true prefix", "head", "greedy rollout", "marginal"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Sums:
 
 def _order(row: tuple[tuple[int, str, int | None], Any]) -> tuple[int, int, int]:
     (distance, prediction, k), _ = row
-    return distance, (NEXT_TOKEN, TRUE_PREFIX, ROLLOUT, MARGINAL).index(prediction), k or 0
+    return distance, (NEXT_TOKEN, TRUE_PREFIX, HEAD, ROLLOUT, MARGINAL).index(prediction), k or 0
 
 
 class WindowMeter:
@@ -130,6 +130,7 @@ class WindowMeter:
         """
         text = torch.cat([window.tokens.new_tensor(self.model.start), window.tokens])
         prefix, sums = read_prefix(self.model, text[:-1], self.by_mask), Sums()
+        self._add_heads(sums, window)
         for positions in window.positions.split(prefix.group_size(1)):
             self._add_references(sums, prefix, window, positions)
         beam = min(self.options.top_k[-1], prefix.log_probs.shape[1])
@@ -137,6 +138,20 @@ class WindowMeter:
             self._add_marginals(sums, prefix, window, positions, MARGINAL, self.options.top_k)
             on_positions(len(positions))
         return sums.rows()
+
+    def _add_heads(self, sums: Sums, window: Window) -> None:
+        """Add the predictions of the model's further heads."""
+        model, positions = self.model.with_heads, window.positions
+        if model is None:
+            return
+        tokens = window.tokens[None, :-1]
+        end = self.model.end_of_attention
+        logits = model.logits(tokens, documents=None if end is None else document_ids(tokens, end)).heads
+        for head, distance in enumerate(model.config.heads.distances, 1):
+            if distance in self.options.distances:
+                log_probs = logits[head][0, positions].log_softmax(-1)
+                scores = Scores.exact(log_probs, window.tokens[positions + distance])
+                sums.add(distance, HEAD, None, scores, window.counts(positions, distance))
 
     def _add_references(self, sums: Sums, prefix: Prefix, window: Window, positions: Tensor) -> None:
         """Add the model's prediction of the next token, and those from the true and from the most probable tokens."""

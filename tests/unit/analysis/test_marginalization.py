@@ -25,6 +25,7 @@ from mtp_dist.analysis.causal_model import CausalModel
 from mtp_dist.analysis.marginal_windows import MarginalizationOptions, WindowMeter, cut_windows
 from mtp_dist.analysis.marginalization import Scores, marginals
 from mtp_dist.config.schema import DataConfig
+from mtp_dist.model.reference import attention_mask
 from mtp_dist.model.targets import document_attention_bias, document_ids
 from tests.unit.inference.models import tiny_model
 
@@ -204,6 +205,27 @@ def test_other_predictions_are_those_of_the_model():
             hits = (found.topk(top).indices == wanted[:, None]).any(1).sum()
             assert row[f"top{top}"] == int(hits)
     assert 0 < rows[3]["kept_mass"] < rows[4]["kept_mass"] < 4
+
+
+def test_further_heads_predict_from_the_same_contexts(checkpoint, model):
+    opened = CausalModel.open(checkpoint)
+    options = MarginalizationOptions((2, 3), (2,), stride=4)
+    text = torch.randint(256, (opened.sequence_length + 1,), generator=torch.Generator().manual_seed(1))
+    [window] = cut_windows(opened, text.numpy(), options, 1)
+    rows = WindowMeter(opened, options).measure(window, lambda positions: None)
+    rows = {row["distance"]: row for row in rows if row["prediction"] == "head"}
+    assert list(rows) == [2, 3] and window.positions.tolist() == [2, 6, 10]
+    for distance, row in rows.items():
+        logits = []
+        for place in window.positions.tolist():
+            context = text[None, : place + 1]
+            mask = attention_mask(context)
+            hidden = model.network.pre_norm_hidden(model.network.trunk(context, mask), context, mask)
+            logits.append(model.network.head_logits(distance, hidden[distance])[0, -1])
+        targets = text[window.positions + distance]
+        nats = torch.nn.functional.cross_entropy(torch.stack(logits), targets, reduction="sum")
+        assert row["nats"] == pytest.approx(float(nats), rel=1e-5) and row["positions"] == row["kept_mass"] == 3
+    assert CausalModel.open(checkpoint).with_heads and not open_network(llama()).with_heads
 
 
 def test_targets_in_other_documents_do_not_count():
