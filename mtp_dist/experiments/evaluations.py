@@ -32,15 +32,21 @@ def validation(run: Path) -> Metrics:
 
     `loss`, `accuracy` and `bits_per_byte` are head 1's; `loss/head_2` and so on belong to every head.
     """
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    if not summary["validation"]:
-        raise DataError(f"{run} has no validation: the experiment's base needs data.validation")
+    summary = _summary(run)
     first = summary["validation"][0]
     metrics: dict[str, float | None] = {name: first["heads"][0][name] for name in ("loss", "accuracy", "bits_per_byte")}
     for head in first["heads"]:
         metrics |= {f"{name}/head_{head['head']}": head[name] for name in ("loss", "accuracy", "bits_per_byte")}
     acceptance = {name: value for name, value in first.items() if name.startswith(("draft_", "expected_"))}
     return metrics | acceptance | {"tokens_per_second": summary["tokens_per_second"]}
+
+
+def _summary(run: Path) -> Any:
+    """Return what the run summarized at its end. Raise DataError if it has no validation."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    if not summary["validation"]:
+        raise DataError(f"{run} has no validation: the experiment's base needs data.validation")
+    return summary
 
 
 def code(
@@ -78,6 +84,35 @@ def decoding(
     [row] = [row for row in result["rows"] if row["variant"] == f"k = {result['model']['heads']}"]
     acceptance = {f"acceptance/{distance}": fraction for distance, fraction in row["acceptance"].items()}
     return {**validation(run), "tokens_per_forward": row["tokens_per_forward"], **acceptance}
+
+
+def adaptation(
+    run: Path, top_k: PositiveInt = 100, tokens: PositiveInt = 4096, new_tokens: PositiveInt = 64
+) -> Metrics:
+    """Return how well a model predicts the next and the second token, and how fast its heads decode.
+
+    `top1`, `top5` and `loss` of the held-out files of Python's standard library: `/next` is head 1's; `/second` is that
+    of the head for this distance or, with one head, `/marginal`: that of the sum over the `top_k` likeliest tokens.
+    Heads that read the token before have no `/second`. `tokens_per_forward` and `speed_up` are those of the fastest
+    number of heads, for one text at a time.
+
+    tokens: approximate number of positions to predict from. new_tokens: tokens of each generated text.
+    """
+    settings = {"data": "python-stdlib", "distance": 2, "top-k": top_k, "tokens": tokens}
+    rows = _run_command("analyze", "marginalize", model=run, **settings)["rows"]
+    found = {row["prediction"]: row for row in rows}
+    has_heads = len(_summary(run)["validation"][0]["heads"]) > 1
+    predictions = {"next": "next token", "second": "head" if has_heads else "marginal", "marginal": "marginal"}
+    metrics: dict[str, float | None] = {
+        f"{metric}/{name}": found.get(prediction, {}).get(key)
+        for name, prediction in predictions.items()
+        for metric, key in (("top1", "top1"), ("top5", "top5"), ("loss", "cross_entropy"))
+    }
+    fastest = {"tokens_per_forward": 1.0, "speed_up": 1.0}
+    if has_heads:
+        decoded = _run_command("bench", "decode", model=run, batch=1, rounds=3, **{"new-tokens": new_tokens})["rows"]
+        fastest = max((row for row in decoded if "tokens_per_forward" in row), key=lambda row: row["speed_up"])
+    return metrics | {name: fastest[name] for name in ("tokens_per_forward", "speed_up")}
 
 
 def _run_command(*command: str, **options: object) -> Any:
@@ -120,6 +155,7 @@ def synthetic(
 
 
 EVALUATIONS: dict[str, Callable[..., Metrics]] = {
+    "adaptation": adaptation,
     "code": code,
     "decoding": decoding,
     "synthetic": synthetic,
@@ -130,6 +166,7 @@ VALIDATION_METRICS = (
     *("draft_acceptance_rate_*", "expected_tokens_per_forward", "tokens_per_second"),
 )
 METRICS = {
+    "adaptation": ("top1/*", "top5/*", "loss/*", "tokens_per_forward", "speed_up"),
     "code": ("pass@1", "pass@10", "pass@100"),
     "decoding": (*VALIDATION_METRICS, "tokens_per_forward", "acceptance/*"),
     "synthetic": ("accuracy/*", "chance/*"),

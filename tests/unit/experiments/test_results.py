@@ -11,7 +11,7 @@ from mtp_dist.distributed.processes import end_with_parent
 from mtp_dist.errors import ConfigError
 from mtp_dist.evaluation import synthetic as evaluation
 from mtp_dist.experiments import results
-from mtp_dist.experiments.evaluations import code, decoding, synthetic, validation
+from mtp_dist.experiments.evaluations import adaptation, code, decoding, synthetic, validation
 from mtp_dist.experiments.grid import cell_label, expand
 from mtp_dist.experiments.plot import draw
 from mtp_dist.experiments.results import build_result, entry, write_origin
@@ -201,6 +201,38 @@ def test_decoding_is_measured_by_the_command(tmp_path, monkeypatch):
     assert commands[0][1:5] == ["-m", "mtp_dist.cli", "bench", "decode"]
     given = typer.main.get_command(app).commands["bench"].commands["decode"].make_context("decode", commands[0][5:])
     assert (given.params["model"], given.params["batch"], given.params["rounds"]) == (str(tmp_path), "8", 1)
+
+
+@pytest.mark.parametrize(("heads", "second"), [(4, 0.6), (4, None), (1, 0.7)])
+def test_adaptation_is_measured_by_two_commands(tmp_path, monkeypatch, heads, second):
+    """The second token is the head's, or else that of the marginalized model, which has nothing to decode with."""
+    (tmp_path / "summary.json").write_text(json.dumps({"validation": [{"heads": [{}] * heads}]}))
+    predictions = {"next token": 0.9, "true prefix": 0.8, "marginal": 0.7} | ({"head": 0.6} if second == 0.6 else {})
+    marginals = [
+        {"prediction": name, "top1": 0, "top5": top5, "cross_entropy": 2} for name, top5 in predictions.items()
+    ]
+    decoded = [
+        {"variant": "transformers", "speed_up": 9.0},
+        {"variant": "2 heads", "speed_up": 1.5, "tokens_per_forward": 1.8},
+        {"variant": "4 heads", "speed_up": 1.2, "tokens_per_forward": 2.5},
+    ]
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        rows = marginals if "marginalize" in command else decoded
+        return subprocess.CompletedProcess(command, 0, json.dumps({"rows": rows}).encode())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    metrics = adaptation(tmp_path, top_k=7)
+    assert (metrics["top5/next"], metrics["top5/second"], metrics["top5/marginal"]) == (0.9, second, 0.7)
+    assert metrics["loss/marginal"] == 2
+    speed = (metrics["speed_up"], metrics["tokens_per_forward"])
+    assert speed == ((1.5, 1.8) if heads > 1 else (1.0, 1.0)) and len(commands) == 1 + (heads > 1)
+    for command in commands:
+        group, name = command[3:5]
+        known = typer.main.get_command(app).commands[group].commands[name]
+        assert known.make_context(name, command[5:]).params["model"] == str(tmp_path)
 
 
 def test_pools_of_answers_are_weighted_by_their_number(tmp_path, monkeypatch):
