@@ -116,7 +116,7 @@ def _subsection(section: Values, name: str) -> Values:
 def _identity(training: Training) -> str:
     """Return what equal trainings have in common: everything but names."""
     run = {key: value for key, value in training.config["run"].items() if key not in ("name", "output_dir")}
-    return json.dumps(training.config | {"run": run})
+    return json.dumps(training.config | {"run": run}, sort_keys=True)
 
 
 def _training(

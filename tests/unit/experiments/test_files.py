@@ -174,7 +174,8 @@ def test_experiments_of_the_project_are_valid(name, preset):
     for run in runs:
         config = build_config((run.training.start or run.training).config)
         others = tuple(arm for axis, arm in run.cell.items() if axis != experiment.compare.axis)
-        heads = config.heads.num_blocks * config.heads.block_layers
+        adds_heads = "trunk_layers" in experiment.base.get("model", {})  # to the trunk that all of them have
+        heads = 0 if adds_heads else config.heads.num_blocks * config.heads.block_layers
         layers.setdefault(others, set()).add(config.model.trunk_layers + heads)
     assert all(len(found) == 1 for found in layers.values()), "the compared models differ in size"
 
