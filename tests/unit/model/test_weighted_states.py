@@ -37,6 +37,8 @@ def test_sum_and_gradients_are_rounded_once(dtype: torch.dtype) -> None:
     found = torch.autograd.grad(total, [weights.logits, *states], grad)
     rounding = torch.finfo(dtype).eps
     assert norm_error(total.detach(), truth) < rounding
+    scale = (total.detach().double() * truth).sum() / truth.square().sum()
+    assert abs(scale - 1) < 3e-4, "roundings of elements cancel, one of a weight does not"
     assert norm_error(found[0], expected[0]) < 1e-4, "fp32 weights leave 1e-3"
     for gradient, wanted in zip(found[1:], expected[1:], strict=True):
         assert gradient.dtype == dtype and norm_error(gradient, wanted) < rounding
