@@ -25,6 +25,8 @@ Points = dict[str, Point]
 """Values by position on the horizontal axis."""
 OFFSET = 0.06
 """Horizontal distance between lines, so that intervals do not cover each other."""
+MAX_TICKS = 16
+"""Largest number of labels on the horizontal axis."""
 
 
 def draw(result: Result, path: Path) -> None:
@@ -38,7 +40,8 @@ def draw(result: Result, path: Path) -> None:
     axes = figure.add_subplot()
     for number, (label, points) in enumerate(lines.items()):
         _draw_line(axes, label, points, positions, (number - (len(lines) - 1) / 2) * OFFSET)
-    axes.set_xticks(range(len(positions)), positions)
+    every = -(-len(positions) // MAX_TICKS)
+    axes.set_xticks(range(0, len(positions), every), positions[::every])
     axes.set(title=result["title"], xlabel=plot["x_label"] or plot["x"] or "", ylabel=plot["label"] or plot["metric"])
     axes.grid(alpha=0.3)
     if len(lines) > 1:
