@@ -221,7 +221,7 @@ def test_further_heads_predict_from_the_same_contexts(checkpoint, model):
             context = text[None, : place + 1]
             mask = attention_mask(context)
             hidden = model.network.pre_norm_hidden(model.network.trunk(context, mask), context, mask)
-            logits.append(model.network.head_logits(distance, hidden[distance])[0, -1])
+            logits.append(model.network.head_logits(distance, hidden[distance], context)[0, -1])
         targets = text[window.positions + distance]
         nats = torch.nn.functional.cross_entropy(torch.stack(logits), targets, reduction="sum")
         assert row["nats"] == pytest.approx(float(nats), rel=1e-5) and row["positions"] == row["kept_mass"] == 3

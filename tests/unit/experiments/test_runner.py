@@ -167,6 +167,11 @@ def test_folder_of_another_configuration_is_an_error(load, write):
         plan(load(**changed), expand(write(**changed), load(**changed)))
 
 
+def all_metrics(name):
+    """Return the changes that let an experiment name one metric only."""
+    return {"metrics": [name], "compare/metric": name, "plot/metric": name}
+
+
 def test_plan_reads_what_is_done(load, write):
     training, evaluation, *_ = plan(load(), expand(write(), load()))
     assert not training.is_done() and training.fraction() == 0 and evaluation.after is training
@@ -175,7 +180,8 @@ def test_plan_reads_what_is_done(load, write):
     (training.folder / "summary.json").write_text("{}")
     (training.folder / EVALUATION).write_text(json.dumps({"function": "validation", "options": {}, "metrics": {}}))
     assert training.is_done() and evaluation.is_done()
-    other = load(evaluation={"function": "synthetic", "options": {"task": "induction"}})
+    evaluation = {"function": "synthetic", "options": {"task": "induction"}}
+    other = load(evaluation=evaluation, **all_metrics("accuracy/known-second"))
     again = plan(other, expand(write(), load()))[1]
     assert not again.is_done(), "it was evaluated by another function"
 
@@ -217,7 +223,7 @@ def test_slurm_gets_an_array_of_the_unfinished_trainings(load, write, tmp_path, 
 def test_mistakes_on_the_command_line_are_one_message(write, tmp_path):
     below_a_file = f"{tmp_path}/tiny.yaml/out"
     no_folder = write(**{"presets/small/output_dir": below_a_file}).rename(tmp_path / "other.yaml")
-    path = write(evaluation={"function": "code", "options": {"benchmark": "mbpp"}})
+    path = write(evaluation={"function": "code", "options": {"benchmark": "mbpp"}}, **all_metrics("pass@1"))
     for arguments, message in (
         ([], "name an experiment, such as"),
         ([str(path)], f"{path}: evaluation.function = 'code' ex"),
