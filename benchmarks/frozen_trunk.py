@@ -1,6 +1,6 @@
 """Measure what training further heads on a frozen trunk costs, next to training everything.
 
-    OMP_NUM_THREADS=1 python benchmarks/frozen_trunk.py > docs/data/frozen-trunk.json
+    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python benchmarks/frozen_trunk.py > docs/data/frozen-trunk.json
 
 In one process on the CPU, for each kind of heads: the seconds of a training step, whose ratio is compared with that of
 the FLOPs; the bytes that stay between steps (weights, gradients, moments); the peak above them within a step.

@@ -19,6 +19,7 @@ from generators import (
     demo,
     evaluation,
     experiments,
+    frozen_trunk,
     head_loss,
     head_runs,
     probe,
@@ -26,7 +27,7 @@ from generators import (
 )
 from generators.common import DOCS
 
-TABLES = (benchmarks, decoding, evaluation, experiments, head_loss, head_runs, probe, why_it_works)
+TABLES = (benchmarks, decoding, evaluation, experiments, frozen_trunk, head_loss, head_runs, probe, why_it_works)
 PICTURES = (decoding, demo, experiments, head_loss, head_runs, probe, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
