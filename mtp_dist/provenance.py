@@ -1,4 +1,4 @@
-"""Where and when a measurement was made, for the files that the docs are generated from."""
+"""Machine, time and commit of a measurement, for the files that the docs are generated from."""
 
 import os
 import platform

@@ -23,7 +23,7 @@ def layer_name(index: int) -> str:
 
 
 class LayerStates(NamedTuple):
-    """What a model computes on a batch."""
+    """States of a model's layers on a batch, and its predictions."""
 
     states: dict[str, Tensor]
     """States `[B, S, D]` by the name of the layer that they come from, in the order of the computation."""

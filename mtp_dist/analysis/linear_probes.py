@@ -16,7 +16,7 @@ LOGIT_VARIANCE = 10
 """Variance of the logits that the penalty expects."""
 EPOCHS = 10
 LOGIT_STEP = 0.3
-"""How far Adam's first steps move a logit, about; the learning rate falls to 0."""
+"""Approximate distance that Adam's first steps move a logit; the learning rate falls to 0."""
 ROWS_PER_STEP = 256
 SEED = 0
 

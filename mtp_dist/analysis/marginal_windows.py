@@ -28,7 +28,7 @@ NEXT_TOKEN, TRUE_PREFIX, HEAD, ROLLOUT, MARGINAL = "next token", "true prefix", 
 
 @dataclass(frozen=True)
 class MarginalizationOptions:
-    """What to predict, and from how many continuations."""
+    """Distances to predict, and numbers of continuations to sum over."""
 
     distances: tuple[int, ...]
     """Distances of the predicted tokens, each at least 2, ascending."""

@@ -56,7 +56,7 @@ class TermLabels(NamedTuple):
     offsets: Tensor
     """Distance of each term's target from the last choice, `[n, B, S]`."""
     counted: Tensor
-    """Whether all terms of a position are counted, `[B, S]`."""
+    """True if all terms of a position are counted, `[B, S]`."""
     next_marks: Tensor
     """The `Mark` of each position's next token, `[B, S]`."""
     since_choice: Tensor
@@ -79,7 +79,7 @@ class TextTerms:
         others = F.pad((self.marks == Mark.OTHER).cumsum(0), (1, 0))
         between = others[last.clamp(max=positions) + 1] - others[(owner - reach).clamp(min=0)]
         self.counted = (owner >= reach) & (last <= positions) & (between == 0)
-        """Whether all terms of a token, or of the choice that it belongs to, are at the measured positions, and no
+        """True if all terms of a token, or of the choice that it belongs to, are at the measured positions, and no
         `Mark.OTHER` is among their positions and targets."""
         self.choices, self.inconsequential = self._count(Mark.CHOICE), self._count(Mark.INCONSEQUENTIAL)
         if not self.choices:

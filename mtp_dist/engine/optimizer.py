@@ -31,7 +31,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 GroupKey = tuple[bool, StepValues]
-"""Whether weights are exempt from weight decay, and the factors of their learning rate."""
+"""Exemption of weights from weight decay, and the factors of their learning rate."""
 
 
 def group_key(config: Config, name: str, ndim: int) -> GroupKey:

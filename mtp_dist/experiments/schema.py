@@ -48,7 +48,7 @@ class Comparison(Section):
     """Difference that the paper finds, by arm or by cell such as `1M, n=2`. The verdict is "not tested" if the interval
     is wider than half of it, or if it is absent."""
     effect_source: str = ""
-    """Where the effect is from, or why this number stands for one that the paper does not print."""
+    """Source of the effect, or the reason for this number if the paper does not print one."""
     learned_at: float | None = None
     """Mean that the baseline must reach in one cell at least, such as chance + 0.2: a task that it learns nowhere tests
     nothing."""
@@ -87,7 +87,7 @@ class Experiment(Section):
     title: str
     """Title of the experiment in tables and plots."""
     question: str
-    """What the experiment asks, in one or two sentences."""
+    """Question that the experiment answers, in one or two sentences."""
     paper: Paper
     base: dict[str, Any]
     """Sections of a run's configuration that all runs share."""

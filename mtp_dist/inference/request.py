@@ -1,4 +1,4 @@
-"""What may be generated: the rules of the arguments, and the tokens of a prompt.
+"""Requests of a text to generate: the rules of the arguments, and the tokens of a prompt.
 
 Nothing here imports torch, so that a command can check its options before it does.
 """
