@@ -123,9 +123,10 @@ def _build_engine(
 
     Raise ConfigError if untrained weights would be frozen.
     """
-    if config.train.freezes_trunk and not (resumed or initial):
+    if config.train.freezes_weights and not (resumed or initial):
+        key = "train.low_rank" if config.train.low_rank else "train.freeze = [trunk]"
         raise ConfigError(
-            "train.freeze = [trunk] would freeze random weights: name a trained model in checkpoint.initial_weights, "
+            f"{key} would freeze random weights: name a trained model in checkpoint.initial_weights, "
             "or a checkpoint in checkpoint.resume"
         )
     engine = build_engine(config, topology, initialize=not (resumed or initial))
@@ -148,7 +149,7 @@ def _log_start(
     for description in datasets.descriptions:
         logger.info(description)
     counts = parameter_counts(config)
-    trained = f"; {trained_parameters(config) / 1e6:.2f} M of them trained" if config.train.freeze else ""
+    trained = f"; {trained_parameters(config) / 1e6:.2f} M of them trained" if config.train.freezes_weights else ""
     logger.info(
         f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
         f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}{trained}), {config.heads.count} heads, "

@@ -39,6 +39,8 @@ FIXED_BEFORE_TRAINING = frozenset(
     """.split()
 )
 """Keys outside `model` that define the weights of a model that no step has trained, such as an imported one."""
+LOW_RANK = "train.low_rank"
+"""Key that cannot change at a resume: adapters may only be merged, which `checkpoint.initial_weights` does."""
 _FINISHED = re.compile(r"step_(\d{8,})(\.replaced)?")
 
 logger = logging.getLogger(__name__)
@@ -241,7 +243,7 @@ def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Ite
     before, now = _keys(saved.config), _keys(wanted)
     allowed = wanted.checkpoint.allow_changes
     for key in allowed:
-        if key not in now or key.startswith("model."):
+        if key not in now or key.startswith("model.") or key == LOW_RANK:
             yield f"checkpoint.allow_changes names {key}, which is not a key that may change at a resume"
     for key, value in now.items():
         if (
@@ -259,6 +261,8 @@ def _differences(saved: CheckpointMetadata, wanted: Config, folder: Path) -> Ite
         difference = f"{key} is {texts[0]}, {folder} was trained with {texts[1]}: "
         if key.startswith("model."):
             yield difference + "set it back, or start from scratch with checkpoint.resume=none"
+        elif key == LOW_RANK:
+            yield difference + f"set it back, or start a new run with checkpoint.initial_weights={folder}"
         else:
             yield (
                 difference + "set it back, start from scratch with checkpoint.resume=none, or resume with the new "

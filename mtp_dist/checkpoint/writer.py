@@ -31,13 +31,13 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, option: str = "--to") -> Iterator[Path]:
     """Yield a staging directory that is renamed to `target` at the end, when all of it is on the disk.
 
-    Raise CheckpointError if `target` exists or cannot be written.
+    option: the one that names the target. Raise CheckpointError if `target` exists or cannot be written.
     """
     if target.exists():
-        raise CheckpointError(f"--to = '{target}' exists: delete it, or name another folder")
+        raise CheckpointError(f"{option} = '{target}' exists: delete it, or name another folder")
     # Hidden: a run deletes leftovers such as step_00000010.unfinished from its folder of checkpoints.
     staging = target.with_name(f".{target.name}{UNFINISHED}")
     try:
@@ -49,7 +49,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         staging.rename(target)
         sync(target.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot write --to = '{target}': {error.strerror or error}") from None
+        raise CheckpointError(f"cannot write {option} = '{target}': {error.strerror or error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

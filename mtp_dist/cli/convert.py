@@ -28,6 +28,10 @@ def export(
             help="llama: for all programs; transformers: with code that drafts with the other heads.",
         ),
     ] = "llama",
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Also write the low-rank adapters alone as this new folder, for peft on the base model."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder: trunk and head 1 as a Llama, the other heads in a separate file."""
@@ -37,7 +41,13 @@ def export(
     with progress_bar() as bar:
         verifying, writing = updates(bar, "verifying"), updates(bar, "writing")
         exported = export_checkpoint(
-            Path(checkpoint).expanduser(), Path(to).expanduser(), dtype, writing, verifying, engine
+            Path(checkpoint).expanduser(),
+            Path(to).expanduser(),
+            dtype,
+            writing,
+            verifying,
+            engine,
+            Path(adapter).expanduser() if adapter else None,
         )
     print(json.dumps(asdict(exported)) if as_json else exported.describe(), flush=True)
 

@@ -7,6 +7,7 @@ rejected before any rank does work.
 from mtp_dist.config.base import Section
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.loader import build_config, load_config, override_values, read_values
+from mtp_dist.config.low_rank import LowRankConfig
 from mtp_dist.config.migration import config_to_save, saved_config
 from mtp_dist.config.resolve import resolve
 from mtp_dist.config.rope import RopeScalingConfig
@@ -15,6 +16,7 @@ from mtp_dist.config.schema import Config, ModelConfig, SourceConfig
 __all__ = [
     "Config",
     "HeadsConfig",
+    "LowRankConfig",
     "ModelConfig",
     "RopeScalingConfig",
     "Section",

@@ -179,6 +179,11 @@ class HeadsConfig(Section):
         return self.layers_per_head if self.traits.has_layers else 0
 
     @property
+    def adapted_layers(self) -> int:
+        """Number of head 1's own transformer layers, which `train.low_rank` adapts like those of the trunk."""
+        return self.block_layers if self.traits.first_head_has_block else 0
+
+    @property
     def reads_drafts(self) -> bool:
         """True if a head from head 2 on reads the token before its target, in decoding the draft of another head."""
         return self.count > 1 and (self.traits.embeds_tokens or self.condition != "none")

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section, StepValues
 from mtp_dist.config.heads import HeadsConfig
+from mtp_dist.config.low_rank import LowRankConfig
 from mtp_dist.config.rope import RopeScalingConfig
 from mtp_dist.config.synthetic import SyntheticConfig
 
@@ -202,10 +203,17 @@ class TrainConfig(Section):
     """`[trunk]`: train further heads on a trained model, whose weights stay bitwise the same: embedding, trunk, head 1
     and the final norm, with the unembedding that heads share or with head 1's own. They get no gradient, moments or
     master weights; the trunk runs forward only. By default everything is trained."""
+    low_rank: LowRankConfig | None = None
+    """Adapt a trained model that predicts the next token by low-rank adapters on the layers of trunk and head 1; its
+    own weights are frozen. Heads 2..n are trained too. By default there are no adapters."""
 
     @property
     def freezes_trunk(self) -> bool:
         return "trunk" in self.freeze
+
+    @property
+    def freezes_weights(self) -> bool:
+        return self.freezes_trunk or self.low_rank is not None
 
 
 ModelPart = Literal["trunk", "embedding", "head_1", "unembedding", "heads"]
@@ -295,7 +303,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    """All sections of a run. The properties below `checkpoint_dir` exist after `resolve`."""
+    """All sections of a run. The properties below `without_adapters` exist after `resolve`."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -318,6 +326,10 @@ class Config(Section):
     def checkpoint_dir(self) -> Path:
         given = self.checkpoint.directory
         return Path(given) if given else self.output_dir / "checkpoints"
+
+    def without_adapters(self) -> Config:
+        """Return the configuration of the same model with its low-rank adapters merged."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"low_rank": None})})
 
     @property
     def vocab_size(self) -> int:

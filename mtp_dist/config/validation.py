@@ -70,8 +70,32 @@ def incompatible_settings(config: Config) -> Iterator[str]:
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
     yield from _incompatible_multipliers(config)
+    yield from _incompatible_low_rank(config)
     for owned in sorted(DERIVED_DEEPSPEED_KEYS & config.deepspeed.keys()):
         yield f"deepspeed.{owned} is derived from the other sections: remove it"
+
+
+def _incompatible_low_rank(config: Config) -> Iterator[str]:
+    low_rank, heads, width = config.train.low_rank, config.heads, config.model.hidden_size
+    if low_rank is None:
+        return
+    yield from messages_if(
+        (
+            config.train.freezes_trunk,
+            "train.freeze = [trunk] keeps the trunk as it is, train.low_rank adapts it: remove one of them; the "
+            "trunk's own weights are frozen with train.low_rank too",
+        ),
+        (
+            low_rank.rank > width,
+            f"train.low_rank.rank = {low_rank.rank} exceeds model.hidden_size = {width}, the largest rank that a "
+            "matrix of a layer has: lower it",
+        ),
+        (
+            heads.traits.reads == "next head",
+            f"train.low_rank is incompatible with heads.kind = '{heads.kind}': head 1 reads the trunk through all "
+            "other heads, which are trained in full: use another kind",
+        ),
+    )
 
 
 def _incompatible_multipliers(config: Config) -> Iterator[str]:
@@ -118,6 +142,9 @@ def _untrained_parts(config: Config) -> dict[ModelPart, str]:
         reasons["heads"] = "heads.count is 1"
     if config.train.freezes_trunk:
         reasons |= {part: "train.freeze = [trunk] freezes it" for part in get_args(ModelPart) if part != "heads"}
+    if config.train.low_rank:
+        adapted = {"trunk", "heads", "head_1"} if heads.adapted_layers else {"trunk", "heads"}
+        reasons |= {part: "train.low_rank freezes it" for part in get_args(ModelPart) if part not in adapted}
     return reasons
 
 

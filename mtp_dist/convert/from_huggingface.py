@@ -55,7 +55,8 @@ def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda 
     be written; ConfigError if the configuration does not fit the Llama.
     """
     llama, saved = LlamaFolder(request.source), SavedHeads(request.source)
-    config = import_config(request, llama, saved)
+    training = import_config(request, llama, saved)
+    config = training.without_adapters()
     saved.check_fits(config.heads)
     in_llama = llama_weights(config)
     source_shapes, shapes = part_shapes(config, llama_weights(config).items()), parameter_shapes(config)
@@ -83,6 +84,6 @@ def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda 
         )
         CheckpointMetadata(0, 0, config).write(folder)
         write_manifest(folder, {name: record_of(folder / name) for name in (*written, METADATA_FILE)})
-        values = config.model_dump(mode="json", exclude_defaults=True)
+        values = training.model_dump(mode="json", exclude_defaults=True)
         (folder / RUN).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     return Imported(request.target, config, unused)

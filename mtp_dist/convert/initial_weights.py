@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.checkpoint.find import find_named_checkpoint, warn_of_longer_samples
-from mtp_dist.checkpoint.format import MODEL, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.format import InvalidCheckpointError
 from mtp_dist.checkpoint.manifest import check_quickly
-from mtp_dist.checkpoint.reader import TensorReader, WeightReader
+from mtp_dist.checkpoint.merged import MergedWeights
+from mtp_dist.checkpoint.reader import WeightReader
 from mtp_dist.config import Config, ModelConfig
 from mtp_dist.config.heads import weight_differences
 from mtp_dist.convert.exported import ExportedWeights
@@ -19,7 +20,7 @@ from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.data.tokenizer import ByteTokenizer, Tokenizer
 from mtp_dist.errors import ConfigError, UserError
-from mtp_dist.model.parameters import parameter_shapes
+from mtp_dist.model.parameters import LORA_A, LORA_B, parameter_shapes
 
 KEY = "checkpoint.initial_weights"
 
@@ -41,7 +42,7 @@ class InitialWeights:
 
     def open(self) -> WeightReader:
         """Open its files. Raise CheckpointError if one is corrupt."""
-        return ExportedWeights(self.folder, KEY) if self.is_export else TensorReader(self.folder, MODEL)
+        return ExportedWeights(self.folder, KEY) if self.is_export else MergedWeights(self.folder)
 
     def describe(self) -> str:
         """Return what is loaded, what is left out and what is initialized."""
@@ -65,8 +66,8 @@ def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
         export = ExportedWeights(folder, KEY)
         saved, shapes, unknown = export.config, export.shapes(), export.unknown
     else:
-        saved, unknown = read_metadata(folder).config, []
-        shapes = TensorReader(folder, MODEL).shapes()
+        checkpoint = MergedWeights(folder)
+        saved, shapes, unknown = checkpoint.config, checkpoint.shapes(), []
         if shapes.items() - parameter_shapes(saved).items():
             raise InvalidCheckpointError(folder, "its weights are not those of its configuration")
     if problems := [*_differences(saved, config, folder), *_tokenizer_problems(saved, folder, is_export, tokenizer)]:
@@ -160,8 +161,12 @@ def _shown(value: object) -> str:
 
 
 def _grouped(names: Iterable[str]) -> str:
-    """Return the names, those of one head together with their number."""
-    groups = Counter(
-        ".".join(name.split(".")[:2]) if name.startswith(("heads.", "unembeddings.")) else name for name in names
-    )
+    """Return the names, those of one head together with their number, and those of all low-rank adapters."""
+    groups = Counter(map(_group, names))
     return ", ".join(f"{name} ({number} weights)" if number > 1 else name for name, number in groups.items())
+
+
+def _group(name: str) -> str:
+    if name.endswith((LORA_A, LORA_B)):
+        return "low-rank adapters"
+    return ".".join(name.split(".")[:2]) if name.startswith(("heads.", "unembeddings.")) else name

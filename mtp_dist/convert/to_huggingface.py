@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.find import find_valid_checkpoint
-from mtp_dist.checkpoint.format import MODEL, read_metadata
 from mtp_dist.checkpoint.manifest import ProgressCallback
-from mtp_dist.checkpoint.reader import TensorReader
+from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
 from mtp_dist.convert.card import model_card
@@ -30,6 +29,7 @@ from mtp_dist.convert.head_layout import (
     transformers_architecture,
 )
 from mtp_dist.convert.llama import llama_layers, llama_weights, split
+from mtp_dist.convert.peft_adapter import write_adapter
 from mtp_dist.convert.rope import rope_to_llama
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
@@ -57,14 +57,20 @@ class Exported:
     """Global names of the weights in mtp_heads.safetensors."""
     drafts_with: str | None = None
     """The call that drafts with the other heads, if the folder is opened with trust_remote_code=True."""
+    adapter: str | None = None
+    """Folder with the low-rank adapters alone, if it was written too."""
 
     def describe(self) -> str:
         others = f", {len(self.head_weights)} more weights in {HEADS}" if self.head_weights else ""
-        drafts = f"\nOpened with trust_remote_code=True, model.{self.drafts_with} drafts with the other heads"
-        return (
+        lines = [
             f"{self.folder}: step {self.step} as a Llama of {self.layers} layers and {self.parameters / 1e6:.2f} M "
-            f"parameters in {self.dtype}{others}{drafts if self.drafts_with else ''}"
-        )
+            f"parameters in {self.dtype}{others}"
+        ]
+        if self.drafts_with:
+            lines.append(f"Opened with trust_remote_code=True, model.{self.drafts_with} drafts with the other heads")
+        if self.adapter:
+            lines.append(f"{self.adapter}: the low-rank adapters alone, for peft")
+        return "\n".join(lines)
 
 
 def export_checkpoint(
@@ -74,29 +80,22 @@ def export_checkpoint(
     on_progress: ProgressCallback = lambda done, total: None,
     on_verified: ProgressCallback = lambda done, total: None,
     engine: str = "llama",
+    adapter: Path | None = None,
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
 
+    Low-rank adapters are merged, and also written as a new folder `adapter` for peft if one is given.
+
     dtype: that of the training if None. `on_verified` follows the verification of the weights' files in bytes,
     `on_progress` counts the weights written. Raise CheckpointError if there is no checkpoint, if it has a weight that
-    an export has no place for, if no model of the engine computes its head 1, if the folder exists or cannot be
-    written, or if it does not contain the checkpoint's weights when it is read again.
+    an export has no place for, if no model of the engine computes its head 1, if there are no adapters to write, if a
+    folder exists or cannot be written, or if it does not contain the checkpoint's weights when it is read again.
     """
-    if dtype and dtype not in DTYPES:
-        raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
-    if engine not in ENGINES:
-        raise ConfigError(f"--for = '{engine}' is not one of {', '.join(ENGINES)}")
-    source = find_valid_checkpoint(checkpoint, on_verified)
-    if source is None:
-        raise CheckpointError(
-            f"--checkpoint = '{checkpoint}' has no checkpoint: give a run's folder, or a checkpoint such as "
-            "step_00000010"
-        )
-    metadata, reader = read_metadata(source), TensorReader(source, MODEL)
-    _check_exportable(source, metadata.config, reader, engine)
-    architecture = PLAIN if engine == "llama" else transformers_architecture(metadata.config.heads)
+    weights = _open_source(checkpoint, dtype, engine, adapter, on_verified)
+    metadata, low_rank = weights.metadata, weights.metadata.config.train.low_rank
+    architecture = PLAIN if engine == "llama" else transformers_architecture(weights.config.heads)
     config, read = (
-        fold_final_norm(metadata.config, reader.read) if architecture == MTP else (metadata.config, reader.read)
+        fold_final_norm(weights.config, weights.read) if architecture == MTP else (weights.config, weights.read)
     )
     dtype = dtype or config.train.precision
     with new_folder(target) as folder:
@@ -110,23 +109,52 @@ def export_checkpoint(
         saved = {"step": metadata.step, "vocab_size": config.vocab_size, **config_to_save(config)}
         _write_json(folder / HEADS_CONFIG, saved)
         drafts_with = _copy_code(folder, config, architecture) if engine == "transformers" else None
-        card = model_card(target.name, source, metadata, dtype, end_token, others, architecture, drafts_with)
+        card = model_card(target.name, weights.folder, metadata, dtype, end_token, others, architecture, drafts_with)
         (folder / "README.md").write_text(card, encoding="utf-8")
         check_export(folder, config, architecture, lambda name: read(name).to(DTYPES[dtype]))
+        if adapter and low_rank:
+            with new_folder(adapter, "--adapter") as adapter_folder:
+                write_adapter(adapter_folder, weights, low_rank)
     shapes = part_shapes(config, llama_weights(config).items())
     parameters = sum(map(math.prod, shapes.values()))
-    return Exported(str(target), metadata.step, dtype, len(llama_layers(config)), parameters, others, drafts_with)
+    return Exported(
+        folder=str(target),
+        step=metadata.step,
+        dtype=dtype,
+        layers=len(llama_layers(config)),
+        parameters=parameters,
+        head_weights=others,
+        drafts_with=drafts_with,
+        adapter=str(adapter) if adapter else None,
+    )
 
 
-def _check_exportable(source: Path, config: Config, reader: TensorReader, engine: str) -> None:
-    """Raise CheckpointError if no model of the engine computes head 1, or if a weight has no place in an export."""
-    if engine == "llama" and not config.heads.traits.exportable:
+def _open_source(
+    checkpoint: Path, dtype: str | None, engine: str, adapter: Path | None, on_verified: ProgressCallback
+) -> MergedWeights:
+    """Return the weights to export. Raise what `export_checkpoint` raises before it writes."""
+    if dtype and dtype not in DTYPES:
+        raise ConfigError(f"--dtype = '{dtype}' is not one of {', '.join(DTYPES)}")
+    if engine not in ENGINES:
+        raise ConfigError(f"--for = '{engine}' is not one of {', '.join(ENGINES)}")
+    source = find_valid_checkpoint(checkpoint, on_verified)
+    if source is None:
         raise CheckpointError(
-            f"{source} has heads.kind = '{config.heads.kind}': its head 1 multiplies the trunk's output by a matrix "
+            f"--checkpoint = '{checkpoint}' has no checkpoint: give a run's folder, or a checkpoint such as "
+            "step_00000010"
+        )
+    weights = MergedWeights(source)
+    heads = weights.config.heads
+    if engine == "llama" and not heads.traits.exportable:
+        raise CheckpointError(
+            f"{source} has heads.kind = '{heads.kind}': its head 1 multiplies the trunk's output by a matrix "
             "before the final norm, where a Llama has none: export it with --for transformers"
         )
-    if unknown := sorted(reader.weight_map.keys() - parameter_shapes(config).keys()):
+    if unknown := sorted(weights.shapes().keys() - parameter_shapes(weights.config).keys()):
         raise CheckpointError(f"{source} has the weight {unknown[0]}, which an export has no place for")
+    if adapter and weights.metadata.config.train.low_rank is None:
+        raise CheckpointError(f"{source} has no low-rank adapters (train.low_rank): leave out --adapter")
+    return weights
 
 
 def _write_weights(

@@ -2,7 +2,8 @@
 
 DeepSpeed builds no optimizer without parameters, the norm of ZeRO has a collective per group over all stages, and that
 of BF16_Optimizer needs a gradient on each rank. On a frozen trunk stages before the heads train nothing, and what heads
-without layers train counts on tensor-parallel rank 0 only; with `optimizer.multipliers` stages have different groups.
+without layers train counts on tensor-parallel rank 0 only; with `train.low_rank` or `optimizer.multipliers` stages have
+different groups.
 """
 
 import torch
@@ -18,7 +19,7 @@ from mtp_dist.model.parameters import is_trained, parameter_shapes
 
 def stand_in_names(config: Config) -> list[str]:
     """Return the global name of a trained weight of each of the optimizer's groups; none if no rank lacks a group."""
-    if not (config.train.freeze or config.optimizer.multipliers):
+    if not (config.train.freezes_weights or config.optimizer.multipliers):
         return []
     names: dict[GroupKey, str] = {}
     for name, shape in parameter_shapes(config).items():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mtp_dist.checkpoint.find import find_named_checkpoint
-from mtp_dist.checkpoint.format import MODEL, InvalidCheckpointError, read_metadata
+from mtp_dist.checkpoint.format import InvalidCheckpointError
 from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights
-from mtp_dist.checkpoint.reader import TensorReader
+from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.config import Config
 from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.llama import LAYER, llama_weights, split
@@ -28,7 +28,7 @@ class ModelFolder(NamedTuple):
 
     path: Path
     config: Config
-    """Configuration of the run that trained the model."""
+    """Configuration of the run that trained the model, without its low-rank adapters, which are merged."""
     tokenizer: Tokenizer
     weights: Iterator[tuple[str, Tensor]]
     """Weights by global name, or by that in an MTPForCausalLM, read one by one."""
@@ -70,7 +70,8 @@ def _open_export(folder: Path) -> ModelFolder:
 
 def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder:
     checkpoint = find_named_checkpoint(folder, f"--model = '{folder}'", lambda found: check_weights(found, on_verified))
-    config = read_metadata(checkpoint).config
+    weights = MergedWeights(checkpoint)
+    config = weights.config
     try:
         tokenizer = build_tokenizer(config.data.tokenizer)
     except ConfigError as error:
@@ -79,18 +80,17 @@ def _open_checkpoint(folder: Path, on_verified: ProgressCallback) -> ModelFolder
             "path begins in the current folder), or give an export, which contains its tokenizer"
         ) from None
     return ModelFolder(
-        folder, config, tokenizer, _checkpoint_weights(checkpoint, config), DTYPES[config.train.precision]
+        folder, config, tokenizer, _checkpoint_weights(checkpoint, weights), DTYPES[config.train.precision]
     )
 
 
-def _checkpoint_weights(checkpoint: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
-    reader = TensorReader(checkpoint, MODEL)
-    found = reader.shapes()
-    for name, shape in parameter_shapes(config).items():
+def _checkpoint_weights(checkpoint: Path, weights: MergedWeights) -> Iterator[tuple[str, Tensor]]:
+    found = weights.shapes()
+    for name, shape in parameter_shapes(weights.config).items():
         if found.get(name) != shape:
             problem = f"{name} is {found.get(name, 'missing')}, its configuration requires {shape}"
             raise InvalidCheckpointError(checkpoint, problem)
-        yield name, reader.read(name)
+        yield name, weights.read(name)
 
 
 def _finite(weights: Iterable[tuple[str, Tensor]], label: str, is_export: bool) -> Iterator[tuple[str, Tensor]]:

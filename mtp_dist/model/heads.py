@@ -6,32 +6,15 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.config.heads import KindName, condition_rank
 from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, call_recomputed
+from mtp_dist.model.linear import ReplicatedLinear
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
-
-
-class ReplicatedLinear(nn.Module):
-    """A matrix `[out, in]` without bias that every tensor-parallel rank holds in full: `[..., in]` -> `[..., out]`.
-
-    Under sequence parallelism each rank multiplies its own part of the sequence, and the copy-to-region mapping sums
-    the weight's gradient over the ranks (see RMSNorm).
-    """
-
-    def __init__(self, megatron: TransformerConfig, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.sequence_parallel = megatron.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        weight = copy_to_tensor_model_parallel_region(self.weight) if self.sequence_parallel else self.weight
-        return F.linear(hidden, weight)
 
 
 class TransformerHead(nn.ModuleList):
@@ -201,7 +184,10 @@ class PredictionHeads(nn.Module):
         numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
         own = filter(None, dict.fromkeys(self.keys.values()))
-        self.heads = nn.ModuleDict({key: _HEADS[config.heads.kind](config, megatron) for key in own})
+        others = config.without_adapters()  # low-rank adapters are for trunk and head 1
+        self.heads = nn.ModuleDict(
+            {key: _HEADS[config.heads.kind](config if key == "1" else others, megatron) for key in own}
+        )
         self.final_norm = RMSNorm(megatron, config.model.hidden_size, config.model.norm_eps)
         self.condition: PreviousTokenCondition | None = None
         if rank := condition_rank(config.heads, config.model.hidden_size):

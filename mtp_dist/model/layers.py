@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, LowRankConfig
+from mtp_dist.model.linear import AdaptedColumnLinear, AdaptedRowLinear
 
 
 def call_recomputed(is_enabled: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,20 +84,36 @@ class CausalAttention(nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-LAYER_SUBMODULES = TransformerLayerSubmodules(
-    input_layernorm=RMSNorm,
-    self_attention=ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear, core_attention=CausalAttention, linear_proj=RowParallelLinear
+def layer_submodules(low_rank: LowRankConfig | None) -> TransformerLayerSubmodules:
+    """Return the parts of a layer. Matrices that low_rank targets have an adapter."""
+
+    def linear(name: str, plain: type[nn.Module], adapted: type[nn.Module]) -> ModuleSpec:
+        if low_rank is None or name not in low_rank.targets:
+            return ModuleSpec(module=plain)
+        return ModuleSpec(module=adapted, params={"low_rank": low_rank})
+
+    return TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=linear("linear_qkv", ColumnParallelLinear, AdaptedColumnLinear),
+                core_attention=CausalAttention,
+                linear_proj=linear("linear_proj", RowParallelLinear, AdaptedRowLinear),
+            ),
         ),
-    ),
-    self_attn_bda=get_bias_dropout_add,
-    pre_mlp_layernorm=RMSNorm,
-    mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
-    mlp_bda=get_bias_dropout_add,
-)
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(
+                linear_fc1=linear("linear_fc1", ColumnParallelLinear, AdaptedColumnLinear),
+                linear_fc2=linear("linear_fc2", RowParallelLinear, AdaptedRowLinear),
+            ),
+        ),
+        mlp_bda=get_bias_dropout_add,
+    )
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -137,7 +154,7 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """
 
     def __init__(self, config: Config, megatron: TransformerConfig, layer_number: int) -> None:
-        super().__init__(megatron, LAYER_SUBMODULES, layer_number=layer_number)
+        super().__init__(megatron, layer_submodules(config.train.low_rank), layer_number=layer_number)
         self.activation_checkpointing = config.train.activation_checkpointing
 
     def forward(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:

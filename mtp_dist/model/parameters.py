@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config import Config, HeadsConfig
+from mtp_dist.config import Config, HeadsConfig, LowRankConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 
@@ -19,13 +19,16 @@ STATE_WEIGHTS = "weighted_hidden_states.logits"
 """Logits of the weights of the trunk's hidden states in the sum that heads 2..n read, the embedding's output first."""
 LAST_STATE_WEIGHT = 0.99
 """Initial weight of the last trunk layer's output in it; the others share the rest equally."""
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+"""Ends of the names of a low-rank adapter's matrices."""
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every full parameter by global name, in the order of the forward pass.
 
     `linear_qkv` has Megatron's order of rows: for each query group its queries, then its key, then its value.
-    `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor.
+    `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor. A matrix with a low-rank adapter is
+    followed by its A and B, named as in peft.
     """
     model, vocab_size = config.model, config.vocab_size
     width, ffn = model.hidden_size, model.ffn_size
@@ -37,14 +40,16 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "mlp.linear_fc1.weight": (2 * ffn, width),
         "mlp.linear_fc2.weight": (width, ffn),
     }
+    adapted_layer = _with_adapters(layer, config.train.low_rank)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
     for index in range(model.trunk_layers):
-        shapes |= {f"trunk.{index}.{name}": shape for name, shape in layer.items()}
+        shapes |= {f"trunk.{index}.{name}": shape for name, shape in adapted_layer.items()}
     if config.heads.weighted_hidden_states:
         shapes[STATE_WEIGHTS] = (model.trunk_layers + 1,)
     keys = (head_key(config.heads, head) for head in range(1, config.heads.count + 1))
     for key in filter(None, dict.fromkeys(keys)):
-        shapes |= {f"heads.{key}.{name}": shape for name, shape in _head_shapes(config, layer).items()}
+        head_shapes = _head_shapes(config, adapted_layer if key == "1" else layer)
+        shapes |= {f"heads.{key}.{name}": shape for name, shape in head_shapes.items()}
     shapes["final_norm.weight"] = (width,)
     if rank := condition_rank(config.heads, width):
         shapes["condition.embedding.weight"] = (vocab_size, rank)
@@ -71,7 +76,7 @@ def model_part(name: str) -> ModelPart:
 
 def is_trained(config: Config, name: str) -> bool:
     """Return whether training changes the parameter of that global name."""
-    return not config.train.freezes_trunk or model_part(name) == "heads"
+    return not config.train.freezes_weights or model_part(name) == "heads" or name.endswith((LORA_A, LORA_B))
 
 
 def head_key(heads: HeadsConfig, head: int) -> str | None:
@@ -79,6 +84,18 @@ def head_key(heads: HeadsConfig, head: int) -> str | None:
     if head == 1 and not heads.traits.first_head_has_block:
         return None
     return "repeated" if heads.repeated else str(head)
+
+
+def _with_adapters(layer: Mapping[str, tuple[int, ...]], low_rank: LowRankConfig | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a transformer layer with those of its low-rank adapters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in layer.items():
+        shapes[name] = shape
+        matrix = name.removesuffix(".weight")
+        if low_rank and matrix.endswith(low_rank.targets):
+            shapes[f"{matrix}.{LORA_A}"] = (low_rank.rank, shape[1])
+            shapes[f"{matrix}.{LORA_B}"] = (shape[0], low_rank.rank)
+    return shapes
 
 
 def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -96,7 +113,8 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
 
     Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
     GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained. The matrices of
-    `heads.condition` are 0, so that a head starts without it. STATE_WEIGHTS gives the last layer LAST_STATE_WEIGHT.
+    `heads.condition` are 0, so that a head starts without it, and so is B of a low-rank adapter, whose A is uniform as
+    in peft. STATE_WEIGHTS gives the last layer LAST_STATE_WEIGHT.
     """
     if name.endswith("norm.weight"):
         return torch.ones(*shape)
@@ -111,12 +129,15 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
         std /= math.sqrt(2 * (config.model.trunk_layers + config.heads.layers_per_head))
     digest = hashlib.sha256(f"{config.run.seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if name.endswith(LORA_A):
+        bound = shape[1] ** -0.5
+        return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(*shape).normal_(0.0, std, generator=generator)
 
 
 def starts_at_zero(name: str) -> bool:
     """Return whether the initial value of a parameter is 0."""
-    return name.startswith("condition.") and name != "condition.embedding.weight"
+    return name.endswith(LORA_B) or (name.startswith("condition.") and name != "condition.embedding.weight")
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -192,14 +192,23 @@ class ReferenceModel(nn.Module):
         normed = _rms_norm(hidden, self.weight(f"{name}.input_layernorm.weight"), eps)
         hidden = hidden + self._attention(name, normed, mask)
         normed = _rms_norm(hidden, self.weight(f"{name}.pre_mlp_layernorm.weight"), eps)
-        gate, linear = (normed @ self.weight(f"{name}.mlp.linear_fc1.weight").T).chunk(2, -1)
-        return hidden + (F.silu(gate) * linear) @ self.weight(f"{name}.mlp.linear_fc2.weight").T
+        gate, linear = self._linear(f"{name}.mlp.linear_fc1", normed).chunk(2, -1)
+        return hidden + self._linear(f"{name}.mlp.linear_fc2", F.silu(gate) * linear)
+
+    def _linear(self, name: str, hidden: Tensor) -> Tensor:
+        """Return W x, with a low-rank adapter W x + (alpha / rank) B A x."""
+        output = hidden @ self.weight(f"{name}.weight").T
+        low_rank = self.config.train.low_rank
+        if low_rank is None or f"{name}/lora_A/weight".replace(".", "/") not in self.weights:
+            return output
+        adapter = self.weight(f"{name}.lora_B.weight") @ self.weight(f"{name}.lora_A.weight")
+        return output + low_rank.alpha / low_rank.rank * hidden @ adapter.T
 
     def _attention(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
         model = self.config.model
         batch, length, _ = hidden.shape
         queries = model.num_attention_heads // model.query_groups
-        fused = hidden @ self.weight(f"{name}.self_attention.linear_qkv.weight").T
+        fused = self._linear(f"{name}.self_attention.linear_qkv", hidden)
         fused = fused.view(batch, length, model.query_groups, queries + 2, model.head_dim)
         query, key, value = fused.split([queries, 1, 1], 3)
         query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), self.rope_inv_freq)
@@ -207,7 +216,7 @@ class ReferenceModel(nn.Module):
         value = value.squeeze(3).transpose(1, 2).repeat_interleave(queries, 1)
         scores = query @ key.transpose(-1, -2) * model.head_dim**-0.5
         context = scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
-        return context.transpose(1, 2).flatten(2) @ self.weight(f"{name}.self_attention.linear_proj.weight").T
+        return self._linear(f"{name}.self_attention.linear_proj", context.transpose(1, 2).flatten(2))
 
 
 def attention_mask(tokens: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ def tag_shards(module: nn.Module) -> None:
     """Tag every parameter that tensor parallelism shards, with Megatron's attributes.
 
     The engine reads `tensor_model_parallel` to count each parameter once in the gradient norm; `partition_dim` and
-    `partition_stride` describe the shards (stride 2: SwiGLU's two halves are sharded one by one).
+    `partition_stride` describe the shards (stride 2: SwiGLU's two halves are sharded one by one, also
+    those of an adapter's B).
     """
     for name, child in module.named_modules():
         if isinstance(child, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
@@ -19,7 +20,7 @@ def tag_shards(module: nn.Module) -> None:
                 continue
             child.weight.tensor_model_parallel = True
             child.weight.partition_dim = int(isinstance(child, RowParallelLinear))
-            child.weight.partition_stride = 2 if name.endswith("linear_fc1") else 1
+            child.weight.partition_stride = 2 if name.removesuffix(".lora_B").endswith("linear_fc1") else 1
 
 
 def is_sharded(weight: nn.Parameter) -> bool:

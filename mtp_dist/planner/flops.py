@@ -37,6 +37,20 @@ def layer_matrices(model: ModelConfig) -> int:
     return query_key_value + hidden * hidden + 3 * hidden * model.ffn_size
 
 
+def adapter_parameters(config: Config) -> int:
+    """Return the parameters of one layer's low-rank adapters."""
+    model, low_rank = config.model, config.train.low_rank
+    if low_rank is None:
+        return 0
+    sides = {
+        "linear_qkv": 2 * model.hidden_size + 2 * model.query_groups * model.head_dim,
+        "linear_proj": 2 * model.hidden_size,
+        "linear_fc1": model.hidden_size + 2 * model.ffn_size,
+        "linear_fc2": model.ffn_size + model.hidden_size,
+    }
+    return low_rank.rank * sum(sides[name] for name in set(low_rank.targets))
+
+
 def _unembeddings(config: Config) -> int:
     """Return the number of unembedding matrices, without one that is the embedding's."""
     token_order = 1 if config.heads.token_order else 0
@@ -77,12 +91,17 @@ def parameter_counts(config: Config) -> ParameterCounts:
     """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
     layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
+    adapters = adapter_parameters(config)
     blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
     conditions = (config.heads.count - 1) * _condition_matrix(config)
     width = (1 + _unembeddings(config)) * model.hidden_size + condition_rank(config.heads, model.hidden_size)
     return ParameterCounts(
-        trunk=model.trunk_layers * layer,
-        heads=blocks * _block_parameters(config) + conditions + _state_weights(config) + model.hidden_size,
+        trunk=model.trunk_layers * (layer + adapters),
+        heads=blocks * _block_parameters(config)
+        + config.heads.adapted_layers * adapters
+        + conditions
+        + _state_weights(config)
+        + model.hidden_size,
         embeddings=config.vocab_size * width,
     )
 
@@ -90,36 +109,43 @@ def parameter_counts(config: Config) -> ParameterCounts:
 def trained_parameters(config: Config) -> int:
     """Return the number of parameters that training changes."""
     counts, hidden = parameter_counts(config), config.model.hidden_size
-    if not config.train.freezes_trunk:
+    if not config.train.freezes_weights:
         return counts.total
-    heads = counts.heads - hidden  # without the final norm
+    base = parameter_counts(config.without_adapters())
+    heads = base.heads - hidden  # without the final norm
     if config.heads.traits.first_head_has_block:
         heads -= _block_parameters(config)
     frozen_embeddings = 1 if config.model.tie_embeddings else 2  # with head 1's unembedding
-    return heads + counts.embeddings - frozen_embeddings * config.vocab_size * hidden
+    embeddings = base.embeddings - frozen_embeddings * config.vocab_size * hidden
+    return heads + embeddings + counts.total - base.total
 
 
-def _with_backward(config: Config, active: int, layer: int, block: int, unembedding: int) -> tuple[int, int]:
+def _step_flops(config: Config, active: int, attention: int) -> tuple[int, int]:
     """Return the FLOPs of one trunk layer, and of heads 1..active, with their backward passes.
 
-    layer, block, unembedding: FLOPs of a forward pass. A product's backward pass has two of its size: the gradient of
-    what the matrix reads, and that of the matrix unless it is frozen.
+    attention: FLOPs of the attention's two products in one layer's forward pass. A product's backward pass has two of
+    its size: the gradient of what the matrix reads, and that of the matrix unless it is frozen.
     """
     heads, order = config.heads, 1 if config.heads.token_order else 0
+    matrices, blocks = 2 * layer_matrices(config.model), 2 * block_matrices(config)
+    layer, block = matrices + attention, blocks + heads.block_layers * attention
+    unembedding = 2 * config.vocab_size * config.model.hidden_size
     later, condition = active - 1, 2 * _condition_matrix(config)
     forward = heads.active_blocks(active) * block + later * condition + (active + order) * unembedding
-    if not config.train.freezes_trunk:
+    if config.train.freezes_trunk:
+        unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
+        return layer, forward + 2 * later * (block + condition) + unembedding_products * unembedding
+    if config.train.low_rank is None:
         return 3 * layer, 3 * forward
-    unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
-    return layer, forward + 2 * later * (block + condition) + unembedding_products * unembedding
+    adapters = 3 * 2 * adapter_parameters(config)
+    frozen_head_products = blocks if heads.traits.first_head_has_block else 0
+    frozen_head_products += (1 if heads.unembedding == "separate" else active) * unembedding
+    return 3 * layer - matrices + adapters, 3 * forward - frozen_head_products + heads.adapted_layers * adapters
 
 
 def layer_and_head_flops(config: Config) -> tuple[int, int]:
     """Return the FLOPs of one trunk layer's matrices, and of those of all heads, per position of a training step."""
-    unembedding = 2 * config.vocab_size * config.model.hidden_size
-    return _with_backward(
-        config, config.heads.count, 2 * layer_matrices(config.model), 2 * block_matrices(config), unembedding
-    )
+    return _step_flops(config, config.heads.count, attention=0)
 
 
 def model_flops_per_token(config: Config, active: int) -> int:
@@ -129,14 +155,12 @@ def model_flops_per_token(config: Config, active: int) -> int:
     position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
     although causality needs half of them, as PaLM does, so that the numbers compare with published ones; what
     activation checkpointing computes twice is not counted. Trunk and head layers count alike, the unembedding
-    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4. A
-    weighted sum of hidden states is a product with one row.
+    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4;
+    with `train.low_rank` a frozen matrix has the gradient of what it reads: 4 and 12. A weighted sum of hidden states
+    is a product with one row.
     """
     model = config.model
-    attention = 4 * model.hidden_size * config.train.sequence_length
-    block = 2 * block_matrices(config) + config.heads.block_layers * attention
-    unembedding = 2 * config.vocab_size * model.hidden_size
-    layer, heads = _with_backward(config, active, 2 * layer_matrices(model) + attention, block, unembedding)
+    layer, heads = _step_flops(config, active, attention=4 * model.hidden_size * config.train.sequence_length)
     passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
     weighted_sum = 2 * _state_weights(config) * model.hidden_size * passes
     return model.trunk_layers * layer + heads + weighted_sum

@@ -14,7 +14,7 @@ from mtp_dist.engine.optimizer import parameter_groups, set_learning_rate
 from mtp_dist.engine.optimizer_state import set_master_weight
 from mtp_dist.loss.schedule import HeadSchedule
 from mtp_dist.metrics import HeadMetrics
-from mtp_dist.model.parameters import initial_weight, named_weights, parameter_shapes, starts_at_zero
+from mtp_dist.model.parameters import LORA_B, initial_weight, named_weights, parameter_shapes, starts_at_zero
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.sharding import shard
 from mtp_dist.model.targets import (
@@ -89,13 +89,16 @@ def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
 
 
 def nonzero_weights(config: Config) -> dict[str, Tensor]:
-    """Return other values, of unit variance, for the weights that start at 0.
+    """Return other values for the weights that start at 0, of unit variance unless they are a low-rank adapter's.
 
     At 0 they would leave the weights before them without a gradient to compare.
     """
-    shapes = {name: shape for name, shape in parameter_shapes(config).items() if starts_at_zero(name)}
-    std = config.model.init_std
-    return {name: initial_weight(config, f"nonzero.{name}", shape) / std for name, shape in shapes.items()}
+    weights = {}
+    for name, shape in parameter_shapes(config).items():
+        if starts_at_zero(name):
+            normal = initial_weight(config, f"nonzero.{name.removesuffix('.weight')}", shape)
+            weights[name] = normal if name.endswith(LORA_B) else normal / config.model.init_std
+    return weights
 
 
 @torch.no_grad()
