@@ -77,18 +77,18 @@ def reference(model: ReferenceModel, marked: Tensor) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "heads", "source", "freeze"),
+    ("layout", "heads", "source", "train"),
     [
-        (ONE, 1, "checkpoint", []),
-        (TENSOR, 4, "fp32", []),
-        (PIPELINE, 5, "bf16", []),
-        (ALL, 2, "checkpoint", []),
-        (PIPELINE, 5, "fp32", ["trunk"]),
+        (ONE, 1, "checkpoint", {}),
+        (TENSOR, 4, "fp32", {"low_rank": {"rank": 2}}),
+        (PIPELINE, 5, "bf16", {}),
+        (ALL, 2, "checkpoint", {}),
+        (PIPELINE, 5, "fp32", {"freeze": ["trunk"]}),
     ],
     ids=str,
 )
 def test_new_run_from_weights(
-    ranks: Ranks, tmp_path: Path, layout: Layout, heads: int, source: str, freeze: list[str]
+    ranks: Ranks, tmp_path: Path, layout: Layout, heads: int, source: str, train: dict[str, Any]
 ) -> None:
     trained = write_model(tmp_path / "checkpoint", heads={"count": 4}).named_weights()
     if source != "checkpoint":
@@ -103,7 +103,7 @@ def test_new_run_from_weights(
         model={"vocab_size": VOCAB_SIZE},
         heads={"count": heads},
         data=sets | {"prompt_field": "ask", "completion_field": "answer"},
-        train={"validation_samples": 7, "freeze": freeze},
+        train={"validation_samples": 7} | train,
     )
     checkpoint = config.checkpoint.model_copy(update={"initial_weights": str(tmp_path / source)})
     config = config.model_copy(update={"checkpoint": checkpoint})
@@ -114,15 +114,16 @@ def test_new_run_from_weights(
         expected = trained[name].detach() if name in trained else initial_weight(config, name, tuple(weight.shape))
         rounded = expected.bfloat16().float() if source == "bf16" and name in trained else expected
         assert torch.equal(weight, rounded), name
-    assert {name for name in weights if name not in trained} == {n for n in weights if n.startswith("heads.5")}
+    new = {name for name in weights if name.startswith("heads.5") or ".lora_" in name}
+    assert {name for name in weights if name not in trained} == new
     assert ("heads.2.0.mlp.linear_fc1.weight" in weights) == (heads > 1)
 
     model = ReferenceModel(config, weights).double()
     datasets = load_datasets(config)
     validation = torch.stack([torch.from_numpy(sample) for sample in datasets.validation[0].samples])
-    train = torch.from_numpy(datasets.train.read(0, config.train.global_batch_size))
+    first_batch = torch.from_numpy(datasets.train.read(0, config.train.global_batch_size))
     for start in starts:
-        for found, marked in ((start.validation, validation), (start.losses, train)):
+        for found, marked in ((start.validation, validation), (start.losses, first_batch)):
             losses, norm = reference(model, marked)
             torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), losses, rtol=1e-5, atol=0)
         assert start.grad_norm == pytest.approx(norm, rel=1e-5) and start.updates == 1

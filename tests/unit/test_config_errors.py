@@ -40,6 +40,9 @@ optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equa
 train.precision=fp16 => train.precision = 'fp16' is invalid: it should be 'bf16' or 'fp32'
 train.freeze=[heads] => train.freeze.0 = 'heads' is invalid: it should be 'trunk'
 train.freeze=trunk => train.freeze = 'trunk' is invalid
+train.low_rank={rank: 0} => train.low_rank.rank = 0 is invalid: it should be greater than 0
+train.low_rank={targets: [q_proj]} => train.low_rank.targets.0 = 'q_proj' is invalid ... 'linear_qkv', 'linear_proj'
+train.low_rank={targets: []} => train.low_rank.targets = []
 train.activation_checkpointing=some => train.activation_checkpointing = 'some' ... 'none', 'selective' or 'full'
 checkpoint.directory=~nouser/x => checkpoint.directory = '~nouser/x' ... the home folder of an unknown user
 parallel.partition=balancd => parallel.partition = 'balancd'
@@ -192,6 +195,12 @@ train.freeze=[trunk] & heads.weighted_hidden_states=true & parallel.pipeline=1 =
 train.freeze=[trunk] & heads.weighted_hidden_states=true => \
 heads.weighted_hidden_states = true ... train.freeze = [trunk] needs parallel.pipeline = 1, it is 2
 train.freeze=[trunk] & train.spike_rollback=true => train.spike_rollback = true ... train.freeze ... remove it
+train.low_rank={} & train.freeze=[trunk] => train.freeze = [trunk] ... train.low_rank adapts it: remove one of them
+train.low_rank={rank: 65} & model.hidden_size=64 => train.low_rank.rank = 65 exceeds model.hidden_size = 64 ... lower it
+train.low_rank={} & heads.kind=anticausal => train.low_rank ... heads.kind = 'anticausal' ... use another kind
+train.low_rank={} & optimizer.multipliers={embedding: 2} => optimizer.multipliers.embedding ... train.low_rank freezes
+train.low_rank={} & heads.kind=linear & optimizer.multipliers={head_1: 2} => optimizer.multipliers.head_1 ... remove it
+train.low_rank={} & optimizer.multipliers={trunk: 3, head_1: 2, heads: 1} & heads.schedule=forward => fine
 heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distillation=1 => \
 heads.detach ++ heads.distillation ++ heads.distillation
 train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is invalid ++ train.stps is not a known key

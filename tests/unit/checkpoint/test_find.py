@@ -158,6 +158,11 @@ def test_model_must_stay(directory: Path) -> None:
     for key in ("model.ffn_hidden_size", "heads.kinds"):
         with pytest.raises(ConfigError, match=rf"checkpoint\.allow_changes names {key}, which is not a key"):
             find.find_resume_point(config_in(directory, allow_changes=[key], **changed))
+    adapted = {"train": {"low_rank": {"rank": 2}}}
+    with pytest.raises(ConfigError, match=r"train\.low_rank is {.*: set it back, or start a new run with .*_weights="):
+        find.find_resume_point(config_in(directory, **adapted))
+    with pytest.raises(ConfigError, match=r"checkpoint\.allow_changes names train\.low_rank, which is not a key"):
+        find.find_resume_point(config_in(directory, allow_changes=["train.low_rank"], **adapted))
     with pytest.raises(ConfigError, match="vocabulary of 131 tokens, this run one of 257"):
         find.find_resume_point(config_in(directory, model={"vocab_size": 257}))
 

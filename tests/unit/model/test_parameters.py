@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, LowRankConfig
 from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import padded_vocab_size
 from mtp_dist.model.parameters import STATE_WEIGHTS, initial_weight, is_trained, parameter_shapes
@@ -102,6 +102,29 @@ def configs(draw: st.DrawFn) -> Config:
     return tiny_config(model=model, heads=heads)
 
 
+@st.composite
+def low_ranks(draw: st.DrawFn) -> LowRankConfig:
+    targets = draw(st.lists(st.sampled_from(LowRankConfig().targets), min_size=1))
+    return LowRankConfig(rank=draw(st.integers(1, 8)), targets=tuple(targets))
+
+
+@given(config=configs().filter(lambda config: config.heads.kind != "anticausal"), low_rank=low_ranks())
+def test_planner_counts_adapters(config: Config, low_rank: LowRankConfig) -> None:
+    """Each product with a frozen matrix lacks the gradient of that matrix, which is a third of its FLOPs."""
+    adapted = config.model_copy(update={"train": config.train.model_copy(update={"low_rank": low_rank})})
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(adapted).items()}
+    assert sum(sizes.values()) == parameter_counts(adapted).total
+    trained = {name: size for name, size in sizes.items() if is_trained(adapted, name)}
+    assert trained_parameters(adapted) == sum(trained.values())
+    heads, vocabulary = config.heads, config.vocab_size * config.model.hidden_size
+    adapters = sum(size for name, size in trained.items() if ".lora_" in name)
+    products = [name for name, shape in parameter_shapes(config).items() if len(shape) == 2]
+    frozen = sum(sizes[name] for name in products if name not in trained and name.startswith(("trunk.", "heads.")))
+    frozen += (1 if heads.unembedding == "separate" else heads.count) * vocabulary
+    change = 6 * adapters - 2 * frozen
+    assert model_flops_per_token(adapted, heads.count) == model_flops_per_token(config, heads.count) + change
+
+
 @given(config=configs())
 def test_planner_counts_the_parameters_and_products(config: Config) -> None:
     """A position multiplies each layer's matrices once, those of a repeated block once per head, and n unembeddings."""
@@ -190,3 +213,12 @@ def test_condition_starts_at_0() -> None:
 @pytest.mark.parametrize("name", ["final_norm.weight", "trunk.0.input_layernorm.weight"])
 def test_norms_start_at_1(name: str) -> None:
     assert torch.equal(initial(1, name), torch.ones(40, 40))
+
+
+def test_adapters_start_as_those_of_peft() -> None:
+    """A as by kaiming_uniform_(a=sqrt(5)), which is uniform up to 1 / sqrt(columns), and B 0."""
+    a = initial(1, "trunk.0.mlp.linear_fc2.lora_A.weight", 100)
+    assert float(a.abs().max()) == pytest.approx(0.1, rel=1e-3) and float(a.std()) == pytest.approx(
+        0.1 / 3**0.5, rel=0.02
+    )
+    assert not initial(1, "trunk.0.mlp.linear_fc2.lora_B.weight").any()
