@@ -81,6 +81,15 @@ KINDS: dict[KindName, HeadKind] = {
 }
 
 
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Memory for the logits of one chunk, in bytes, by type of device.
+
+Each chunk reads the weight and its gradient once more. That costs little if it is small compared with the chunk's
+matmuls, which takes more positions the more FLOPs a device does per byte it reads: hundreds on a CPU, thousands on a
+GPU.
+"""
+
+
 class HeadsConfig(Section):
     """The prediction heads."""
 

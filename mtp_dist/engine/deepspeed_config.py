@@ -4,9 +4,7 @@ import sys
 from typing import Any
 
 from mtp_dist.config import Config
-
-REDUCE_BUCKET = 50_000_000
-"""Elements per gradient reduction. DeepSpeed's default of 500 million allocates 2 GB for the smallest model."""
+from mtp_dist.planner.memory import REDUCE_BUCKET
 
 
 def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
 from mtp_dist.model.trunk import HiddenStateWeights, TokenEmbedding, TrunkLayer, add_weighted
 from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.weights import heads_have_embedding
 
 Phase = Literal["training", "evaluation"]
 
@@ -30,11 +31,6 @@ Phase = Literal["training", "evaluation"]
 def suppress_stdout() -> contextlib.AbstractContextManager[object]:
     """Suppress what DeepSpeed prints while it builds: its topology, partition and memory."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _heads_have_embedding(config: Config) -> bool:
-    """Return whether the heads' stage has the embedding too, as output layer or to embed tokens that heads read."""
-    return config.model.tie_embeddings or config.heads.traits.embeds_tokens
 
 
 class StageOutput(NamedTuple):
@@ -178,7 +174,7 @@ def _stage_specs(config: Config) -> list[list[LayerSpec]]:
             "embedding", TokenEmbedding, config, megatron, tied_weight_attr=["lookup.weight"], **kwargs
         )
 
-    if _heads_have_embedding(config):
+    if heads_have_embedding(config):
         stages[0].insert(0, tied())
         stages[-1].append(tied(forward_fn=_add_embedding_weight))
     else:

@@ -7,7 +7,8 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.planner.memory import min_parameter_bytes, step_token_bytes
+from mtp_dist.planner.memory import rank_memory, step_token_bytes
+from mtp_dist.planner.partition import trunk_layers_per_stage
 
 
 def check_memory(config: Config, device: torch.device) -> None:
@@ -17,12 +18,16 @@ def check_memory(config: Config, device: torch.device) -> None:
     """
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
-    if (needed := min_parameter_bytes(config)) > memory:
+    states = (
+        rank_memory(config, stage, layers, in_flight=1).state
+        for stage, layers in enumerate(trunk_layers_per_stage(config))
+    )
+    if (needed := max(states)) > memory:
         total = parameter_counts(config).total
         raise ConfigError(
             f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "
-            f"parallel.pipeline = {config.parallel.pipeline} each rank needs {_gigabytes(needed)} for its shard and "
-            f"the optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
+            f"parallel.pipeline = {config.parallel.pipeline} a rank needs {_gigabytes(needed)} for its shard and the "
+            f"optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
         )
     if (needed := step_token_bytes(config)) > host:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Names, shapes, initial values and shards of the parameters."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from mtp_dist.config import Config, LowRankConfig
 from mtp_dist.config.heads import KINDS
 from mtp_dist.config.schema import padded_vocab_size
-from mtp_dist.model.parameters import STATE_WEIGHTS, initial_weight, is_trained, parameter_shapes
+from mtp_dist.model.parameters import STATE_WEIGHTS, initial_weight, is_trained, model_part, parameter_shapes
 from mtp_dist.model.sharding import is_sharded, shard, unshard
 from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, trained_parameters
+from mtp_dist.planner.weights import stage_weights
 from tests.tiny import tiny_config
 
 RANKS = st.sampled_from([1, 2, 4])
@@ -154,6 +156,15 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
         frozen = config.model_copy(update={"train": config.train.model_copy(update={"freeze": ("trunk",)})})
         assert trained_parameters(config) == counts.total
         assert trained_parameters(frozen) == sum(size for name, size in sizes.items() if is_trained(frozen, name))
+
+
+@given(config=configs())
+def test_planner_lists_the_weights_of_one_stage(config: Config) -> None:
+    """The planner cannot import PyTorch, and so has a list of its own."""
+    padded = config.model.model_copy(update={"vocab_size": 64 * config.vocab_size})
+    config = config.model_copy(update={"model": padded})
+    expected = Counter((shape, model_part(name)) for name, shape in parameter_shapes(config).items())
+    assert Counter(stage_weights(config, 0, config.model.trunk_layers)) == expected
 
 
 def test_weights_of_hidden_states_start_at_the_last() -> None:
