@@ -95,6 +95,12 @@ def _incompatible_low_rank(config: Config) -> Iterator[str]:
             f"train.low_rank is incompatible with heads.kind = '{heads.kind}': head 1 reads the trunk through all "
             "other heads, which are trained in full: use another kind",
         ),
+        (
+            config.parallel.pipeline > config.model.trunk_layers + 1
+            or (config.parallel.pipeline > 1 and config.parallel.partition[:1] == (0,)),
+            "train.low_rank freezes the embedding, so the first pipeline stage needs a trunk layer to train: lower "
+            "parallel.pipeline or give it a layer in parallel.partition",
+        ),
     )
 
 
@@ -167,23 +173,23 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
             "in fp32 are summed in fp32",
         ),
         (
-            parallel.pipeline > model.trunk_layers,
-            f"parallel.pipeline = {parallel.pipeline} stages are more than model.trunk_layers = {model.trunk_layers} "
-            f"layers: use at most {model.trunk_layers} stages",
+            parallel.pipeline > model.trunk_layers + 2,
+            f"parallel.pipeline = {parallel.pipeline} stages are too many for model.trunk_layers = "
+            f"{model.trunk_layers}: all but the first and the last need a layer, use at most {model.trunk_layers + 2}",
         ),
     )
     if parallel.partition == "uniform":
         yield from _indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
-    elif parallel.partition != "balanced":
+    elif not isinstance(parallel.partition, str):
         if len(parallel.partition) != parallel.pipeline or sum(parallel.partition) != model.trunk_layers:
             yield (
                 f"parallel.partition = {list(parallel.partition)} must list parallel.pipeline = {parallel.pipeline} "
                 f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
             )
-        if 0 in parallel.partition[:-1]:
+        if 0 in parallel.partition[1:-1]:
             yield (
-                f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the last "
-                "stage, which has the heads, may have 0 trunk layers"
+                f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the first "
+                "stage, which has the embedding, and the last one, which has the heads, can have 0 trunk layers"
             )
 
 

@@ -164,10 +164,11 @@ def _stage_specs(config: Config) -> list[list[LayerSpec]]:
     trunk = iter([LayerSpec(TrunkLayer, config, megatron, index) for index in range(config.model.trunk_layers)])
     stages = [list(islice(trunk, layers)) for layers in trunk_layers_per_stage(config)]
     if config.heads.weighted_hidden_states:
-        for layers in filter(None, stages):
-            layers.insert(
-                0, TiedLayerSpec("state_weights", HiddenStateWeights, config, megatron, tied_weight_attr="logits")
-            )
+        for stage, layers in enumerate(stages):
+            if layers or stage == 0:
+                layers.insert(
+                    0, TiedLayerSpec("state_weights", HiddenStateWeights, config, megatron, tied_weight_attr="logits")
+                )
 
     def tied(**kwargs: object) -> TiedLayerSpec:
         return TiedLayerSpec(

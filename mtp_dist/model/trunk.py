@@ -90,7 +90,7 @@ class TrunkLayer(DecoderLayer):
 class HiddenStateWeights(nn.Module):
     """Softmax weights of the hidden states in the sum that heads 2..n read (ELMo, arXiv:1802.05365, equation 1).
 
-    Every pipeline stage with trunk layers has a replica.
+    Every pipeline stage with the embedding or trunk layers has a replica.
     """
 
     global_prefix = "weighted_hidden_states"

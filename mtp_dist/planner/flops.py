@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mtp_dist.config import Config, ModelConfig
 from mtp_dist.config.heads import condition_rank
@@ -120,13 +121,21 @@ def trained_parameters(config: Config) -> int:
     return heads + embeddings + counts.total - base.total
 
 
-def _step_flops(config: Config, active: int, attention: int) -> tuple[int, int]:
-    """Return the FLOPs of one trunk layer, and of heads 1..active, with their backward passes.
+class PassFlops(NamedTuple):
+    """FLOPs of a forward and of a backward pass."""
 
-    attention: FLOPs of the attention's two products in one layer's forward pass. A product's backward pass has two of
-    its size: the gradient of what the matrix reads, and that of the matrix unless it is frozen.
+    forward: int
+    backward: int
+
+
+def layer_and_head_flops(config: Config, active: int) -> tuple[PassFlops, PassFlops]:
+    """Return the FLOPs of one trunk layer, and of heads 1..active, per position of a training step.
+
+    A product's backward pass has two of its size: the gradient of what the matrix reads, and that of the matrix unless
+    it is frozen.
     """
     heads, order = config.heads, 1 if config.heads.token_order else 0
+    attention = 4 * config.model.hidden_size * config.train.sequence_length
     matrices, blocks = 2 * layer_matrices(config.model), 2 * block_matrices(config)
     layer, block = matrices + attention, blocks + heads.block_layers * attention
     unembedding = 2 * config.vocab_size * config.model.hidden_size
@@ -134,18 +143,18 @@ def _step_flops(config: Config, active: int, attention: int) -> tuple[int, int]:
     forward = heads.active_blocks(active) * block + later * condition + (active + order) * unembedding
     if config.train.freezes_trunk:
         unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
-        return layer, forward + 2 * later * (block + condition) + unembedding_products * unembedding
+        backward = 2 * later * (block + condition) + unembedding_products * unembedding
+        return PassFlops(layer, 0), PassFlops(forward, backward)
     if config.train.low_rank is None:
-        return 3 * layer, 3 * forward
-    adapters = 3 * 2 * adapter_parameters(config)
+        return PassFlops(layer, 2 * layer), PassFlops(forward, 2 * forward)
+    adapters = 2 * adapter_parameters(config)
+    adapted = heads.adapted_layers * adapters
     frozen_head_products = blocks if heads.traits.first_head_has_block else 0
     frozen_head_products += (1 if heads.unembedding == "separate" else active) * unembedding
-    return 3 * layer - matrices + adapters, 3 * forward - frozen_head_products + heads.adapted_layers * adapters
-
-
-def layer_and_head_flops(config: Config) -> tuple[int, int]:
-    """Return the FLOPs of one trunk layer's matrices, and of those of all heads, per position of a training step."""
-    return _step_flops(config, config.heads.count, attention=0)
+    return (
+        PassFlops(layer + adapters, 2 * layer - matrices + 2 * adapters),
+        PassFlops(forward + adapted, 2 * forward - frozen_head_products + 2 * adapted),
+    )
 
 
 def model_flops_per_token(config: Config, active: int) -> int:
@@ -159,11 +168,10 @@ def model_flops_per_token(config: Config, active: int) -> int:
     with `train.low_rank` a frozen matrix has the gradient of what it reads: 4 and 12. A weighted sum of hidden states
     is a product with one row.
     """
-    model = config.model
-    layer, heads = _step_flops(config, active, attention=4 * model.hidden_size * config.train.sequence_length)
+    layer, heads = (sum(passes) for passes in layer_and_head_flops(config, active))
     passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
-    weighted_sum = 2 * _state_weights(config) * model.hidden_size * passes
-    return model.trunk_layers * layer + heads + weighted_sum
+    weighted_sum = 2 * _state_weights(config) * config.model.hidden_size * passes
+    return config.model.trunk_layers * layer + heads + weighted_sum
 
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets (half of the figures "with sparsity"), by the words of the device's name.

@@ -36,7 +36,7 @@ CASES = {
     "causal": f"tp2-pp2-dp1-sp heads.kind=causal {RECOMPUTE} {FULL}",
     "linear": f"tp2-pp2-dp1 heads.kind=linear {ORDERED} {CHUNKS} {RECOMPUTE}",
     "mlp": f"tp2-pp2-dp1 heads.kind=mlp {BF16}",
-    "sequential, tied": f"tp1-pp3-dp1 {SEQUENTIAL} {TIED} {APART}",
+    "sequential, tied": f"tp1-pp3-dp1 {SEQUENTIAL} {TIED} {APART} parallel.partition=[0,4,0]",
     "repeated": f"tp2-pp2-dp1-sp {SEQUENTIAL} heads.repeated=true {NAIVE} {BF16}",
     "distillation": f"tp1-pp2-dp2 {SEQUENTIAL} {TIED} {BF16} {DISTILLED} heads.loss_weights=[0,1,1,1]",
     "no trunk layer on the last stage": f"tp1-pp2-dp2 {ZERO} parallel.partition=[4,0] {NAIVE}",

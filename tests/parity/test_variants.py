@@ -76,6 +76,7 @@ TWO_STEPS = [
     # Heads on a weighted sum of all hidden states.
     f"tp2-pp2-dp1-sp {WEIGHTED}",
     f"tp1-pp4-dp1 {WEIGHTED} heads.kind=mlp heads.detach=true",
+    f"tp1-pp3-dp1 {WEIGHTED} parallel.partition=[0,4,0]",
     f"tp1-pp2-dp2 {WEIGHTED} heads.kind=linear {NAIVE} {ZERO} {TIED}",
     f"tp2-pp2-dp1 {WEIGHTED} {ISOLATED} {RECOMPUTE} {DISTILLED} parallel.partition=[4,0]",
     # Detached: bf16 drops the gradients of states of little weight, see docs/heads.md.
@@ -155,7 +156,7 @@ VARIANTS = [
         f"model.rope_scaling={json.dumps(scaling, separators=(',', ':'))} model.init_std=0.2"
         for scaling in (LINEAR_ROPE, LLAMA3_ROPE)
     ),
-    *(f"parallel.partition={partition}" for partition in ("[3,1]", "uniform", "[4,0]")),
+    *(f"parallel.partition={partition}" for partition in ("[3,1]", "uniform", "[4,0]", "[0,4]")),
     "train.grad_clip=0.0",
     "train.grad_clip=0.05",
 ]

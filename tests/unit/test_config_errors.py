@@ -89,7 +89,7 @@ data.train=[ => the value of the override 'data.train=[' is not valid YAML
 INCOMPATIBLE = """
 parallel.tensor=8 & model.num_query_groups=8 & model.num_attention_heads=8 & parallel.pipeline=4 => fine
 parallel.tensor=2 & train.sequence_length=255 & parallel.pipeline=3 & heads.unembedding=separate => fine
-parallel.tensor=2 & parallel.sequence=true & parallel.zero_stage=1 & parallel.partition=[4, 0] => fine
+parallel.tensor=2 & parallel.sequence=true & parallel.zero_stage=1 & parallel.partition=[0, 4] => fine
 parallel.grad_reduce_dtype=bf16 & train.precision=bf16 & model.tie_embeddings=true & LLAMA3 => fine
 checkpoint.keep_last=2 & checkpoint.keep_every=100 & heads.loss_mode=recompute & heads.chunk_tokens=64 => fine
 heads.loss_mode=naive & model.rope_scaling={rope_type: linear, factor: 2} => fine
@@ -103,11 +103,11 @@ model.num_query_groups=3 => model.num_attention_heads = 4 is not divisible by mo
 parallel.tensor=3 => model.num_attention_heads = 4 ... tensor = 3 ++ model.num_query_groups = 2 ... tensor = 3
 parallel.tensor=4 => model.num_query_groups = 2 is not divisible by parallel.tensor = 4: change one of the two
 parallel.tensor=2 & model.ffn_hidden_size=385 => model.ffn_hidden_size = 385 is not divisible by parallel.tensor = 2
-parallel.pipeline=5 => parallel.pipeline = 5 stages ... model.trunk_layers = 4 layers: use at most 4 stages
+parallel.pipeline=7 => parallel.pipeline = 7 stages ... model.trunk_layers = 4: ... use at most 6
 parallel.pipeline=3 & parallel.partition=uniform => model.trunk_layers = 4 is not divisible by parallel.pipeline = 3
 parallel.partition=[2, 1] => parallel.partition = [2, 1] must list parallel.pipeline = 2 numbers with the sum ... 4
 parallel.partition=[2, 1, 1] => parallel.partition = [2, 1, 1] must list parallel.pipeline = 2 numbers
-parallel.partition=[0, 4] => parallel.partition = [0, 4] leaves a stage without a layer: only the last stage
+parallel.pipeline=3 & parallel.partition=[4, 0, 0] => parallel.partition = [4, 0, 0] leaves a stage without a layer
 parallel.tensor=2 & parallel.sequence=true & train.sequence_length=255 => train.sequence_length = 255 ... tensor = 2
 parallel.sequence=true => parallel.sequence = true needs parallel.tensor above 1
 parallel.zero_stage=2 => parallel.zero_stage = 2 is not 0 or 1
@@ -198,6 +198,7 @@ train.freeze=[trunk] & train.spike_rollback=true => train.spike_rollback = true 
 train.low_rank={} & train.freeze=[trunk] => train.freeze = [trunk] ... train.low_rank adapts it: remove one of them
 train.low_rank={rank: 65} & model.hidden_size=64 => train.low_rank.rank = 65 exceeds model.hidden_size = 64 ... lower it
 train.low_rank={} & heads.kind=anticausal => train.low_rank ... heads.kind = 'anticausal' ... use another kind
+train.low_rank={} & parallel.partition=[0, 4] => train.low_rank freezes the embedding ... needs a trunk layer to train
 train.low_rank={} & optimizer.multipliers={embedding: 2} => optimizer.multipliers.embedding ... train.low_rank freezes
 train.low_rank={} & heads.kind=linear & optimizer.multipliers={head_1: 2} => optimizer.multipliers.head_1 ... remove it
 train.low_rank={} & optimizer.multipliers={trunk: 3, head_1: 2, heads: 1} & heads.schedule=forward => fine
