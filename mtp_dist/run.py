@@ -30,6 +30,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.flight_recorder import FLIGHT_RECORDER
 from mtp_dist.distributed.topology import Topology, close_topology, initialize_topology, new_gloo_groups
 from mtp_dist.engine.engine import TrainingEngine, build_engine
+from mtp_dist.engine.measured_partition import with_measured_partition
 from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.monitoring.callback import CallbackList, StopReason
 from mtp_dist.monitoring.profiling import begin_memory_history, profiling_callbacks
@@ -77,8 +78,8 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     samples_read = _restore_samples(datasets, resumed, config)
 
     initial = None if resumed else _agree_on_initial_weights(config, datasets.tokenizer, topology, gloo_groups.all)
+    config = with_measured_partition(config, topology)
     engine = _build_engine(config, topology, resumed, initial)
-
     stop_signals.defer()  # the collective below keeps all ranks from training until each has done so
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)
     summary = SummaryRecorder(config, datasets.validation)

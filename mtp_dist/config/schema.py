@@ -93,10 +93,12 @@ class ParallelConfig(Section):
     schedule: Literal["1f1b"] = "1f1b"
     """Pipeline schedule."""
     partition: (
-        Literal["balanced", "uniform"] | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
+        Literal["balanced", "measured", "uniform"]
+        | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
     ) = "balanced"
-    """Trunk layers per stage: `balanced` accounts for the cost of the heads, `uniform` gives every stage the same
-    number, a list such as [4, 4, 3, 1] sets each stage."""
+    """Trunk layers per stage: `balanced` makes the slowest stage as fast as possible by the FLOPs of layers and heads,
+    `measured` does so by their times, measured for about a second at the start; `uniform` gives every stage the same
+    number, a list such as [4, 4, 3, 1] sets each stage. Only the first and the last stage can have 0."""
 
 
 MAX_TEXT_LOSS = 0.01

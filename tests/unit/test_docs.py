@@ -17,9 +17,9 @@ def test_generated_pages_are_up_to_date():
 
 
 def test_measured_tables_name_machine_time_and_commit():
-    """Results of experiments have their own line, below all of their tables and plots."""
+    """Results of experiments have their own line, below all of their tables and plots; `balance` is computed."""
     sections = runpy.run_path(str(PROJECT / "docs/generate.py"))["tables"]()
-    for name in sections.keys() - {"experiments", "why-scaling", "experiment-results"}:
+    for name in sections.keys() - {"balance", "experiments", "why-scaling", "experiment-results"}:
         _, *rests = re.split(r"(?m)^\|.*\n(?!\|)", sections[name])
         assert rests or name == "kills", name
         for rest in rests or [sections[name].partition("\n")[2]]:
@@ -47,7 +47,7 @@ def test_readme_stays_under_two_screens():
 TYPES = {
     "Checkpoint.allow_changes": "list of text",
     "Log.profile_steps": "[integer > 0, integer > 0]",
-    "Parallel.partition": "`balanced` / `uniform` / list of integer >= 0",
+    "Parallel.partition": "`balanced` / `measured` / `uniform` / list of integer >= 0",
     "Heads.auxiliary_weight": "number >= 0 / list of [integer > 0, number >= 0]",
     "Optimizer.min_lr_ratio": "number >= 0, <= 1",
     "Parallel.zero_stage": "`0` / `1`",
