@@ -22,13 +22,25 @@ from generators import (
     frozen_trunk,
     head_loss,
     head_runs,
+    planning,
     probe,
     why_it_works,
 )
 from generators.common import DOCS
 
-TABLES = (benchmarks, decoding, evaluation, experiments, frozen_trunk, head_loss, head_runs, probe, why_it_works)
-PICTURES = (decoding, demo, experiments, head_loss, head_runs, probe, why_it_works)
+TABLES = (
+    benchmarks,
+    decoding,
+    evaluation,
+    experiments,
+    frozen_trunk,
+    head_loss,
+    head_runs,
+    planning,
+    probe,
+    why_it_works,
+)
+PICTURES = (decoding, demo, experiments, head_loss, head_runs, planning, probe, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 
