@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from mtp_dist.cli.options import AsJson, Overrides, model_folder
 from mtp_dist.cli.progress import head_loss_progress, progress_bar, updates
 from mtp_dist.cli.tables import (
+    bench_balance_table,
     bench_checkpoint_table,
     bench_data_tables,
     bench_decode_tables,
@@ -86,6 +87,43 @@ def checkpoint(
     close_topology()
     if topology.rank == 0:
         _show(result, as_json, bench_checkpoint_table(result))
+
+
+@app.command("balance")
+@exits_with_user_errors
+def balance(
+    config: Annotated[str, typer.Option(help="YAML file of the run whose pipeline is measured.")],
+    overrides: Overrides = None,
+    sleep: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="MILLISECONDS",
+            help="Let each trunk layer sleep so long per forward pass, and heads in proportion to their FLOPs: a tiny "
+            "model checks the schedule on more processes than there are cores.",
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Measure training steps with uniform and balanced pipeline stages, compared with the planner's prediction.
+
+    Start it like training: under torchrun or deepspeed with all ranks. It needs no data.
+    """
+    from mtp_dist.verify.startup import check_startup
+
+    job = check_startup(load_config(config, overrides or []), needs_data=False, log_level=logging.WARNING)
+    if job.config.parallel.pipeline == 1:
+        raise LaunchError("parallel.pipeline is 1, which has nothing to balance: raise it, and start as many processes")
+    silence_import_warnings()
+    from mtp_dist.bench.balance import measure_balance
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
+
+    topology = initialize_topology(job.config, job.device)
+    result = measure_balance(job.config, topology, rounds, sleep)
+    close_topology()
+    if topology.rank == 0:
+        _show(result, as_json, bench_balance_table(result))
 
 
 @app.command("data")

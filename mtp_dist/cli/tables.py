@@ -163,6 +163,20 @@ def bench_checkpoint_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def bench_balance_table(result: dict[str, Any]) -> Table:
+    by_flops, by_times = (f"{result['predicted_speedup'][name]:.2f}" for name in ("by FLOPs", "by times"))
+    sleeping = f", layers sleep {result['sleep_milliseconds']:g} ms" if result["sleep_milliseconds"] else ""
+    title = (
+        f"Balanced stages are {result['speedup']:.2f} times as fast, predicted {by_flops} by FLOPs, {by_times} by "
+        f"times; {result['micro_batches']} micro-batches{sleeping}"
+    )
+    table = Table("partition", "trunk layers per stage", "seconds per step", "predicted", title=title)
+    for row in result["rows"]:
+        layers = " ".join(map(str, row["trunk_layers"]))
+        table.add_row(row["partition"], layers, f"{row['seconds']:.3f}", f"{row['predicted_seconds']:.3f}")
+    return table
+
+
 def bench_data_tables(result: dict[str, Any]) -> list[Table]:
     """Return a table with one row per tokenizer, and one with one row per sequence length."""
     workers, processor = result["workers"], result["machine"]["processor"]

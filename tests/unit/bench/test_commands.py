@@ -1,15 +1,18 @@
-"""A small measurement by `bench data` and `bench monitoring` has all results that their tables show."""
+"""A small measurement by `bench balance`, `data` and `monitoring` has all results that their tables show."""
 
 import json
 
+import pytest
+
+from mtp_dist.bench.balance import measure_balance
 from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
 from mtp_dist.bench.monitoring import measure_monitoring
-from mtp_dist.cli.tables import bench_data_tables, monitoring_table
+from mtp_dist.cli.tables import bench_balance_table, bench_data_tables, monitoring_table
 from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.topology import initialize_topology
 from tests.integration import jobs
-from tests.tiny import load_resolved
+from tests.tiny import load_resolved, tiny_config
 
 
 def test_prepare_is_compared_with_its_tokenizer(tmp_path):
@@ -27,6 +30,26 @@ def test_prepare_is_compared_with_its_tokenizer(tmp_path):
     assert all(row["samples_tokens_per_second"] > 0 < row["with_targets_tokens_per_second"] for row in loader)
     result = {"machine": {"processor": "x", "cores": 2}, "workers": 1, "preparation": rows, "loader": loader}
     assert [table.row_count for table in bench_data_tables(result)] == [2, 3]
+
+
+def balanced(config, sleep_ms):
+    """On each rank: return the result of one round."""
+    return measure_balance(config, initialize_topology(config, select_device(config)), rounds=1, sleep_ms=sleep_ms)
+
+
+@pytest.mark.parametrize("sleep_ms", [None, 2.0])
+def test_balanced_stages_are_compared_with_uniform_ones(ranks, sleep_ms):
+    config = tiny_config(parallel={"pipeline": 2})
+    for result in ranks.run(2, balanced, config, sleep_ms):
+        rows = {row["partition"]: row for row in result["rows"]}
+        assert {name: row["trunk_layers"] for name, row in rows.items()} == {"uniform": [2, 2], "balanced": [4, 0]}
+        assert all(row["seconds"] > 0 < row["predicted_seconds"] for row in rows.values())
+        # Heads of 5.9 layers on two stages: (7.9 m + 2) / (5.9 m + 4) for m = 4 micro-batches.
+        assert result["predicted_speedup"]["by FLOPs"] == pytest.approx(1.22, abs=0.01) and result["speedup"] > 0
+        if sleep_ms:
+            assert result["predicted_speedup"]["by times"] == pytest.approx(result["predicted_speedup"]["by FLOPs"])
+            assert rows["balanced"]["seconds"] >= rows["balanced"]["predicted_seconds"], "layers sleep at least so long"
+        assert bench_balance_table(result).row_count == 2
 
 
 def monitored(path):
