@@ -1,7 +1,8 @@
 """Generate parts of the docs from code and committed data: `python docs/generate.py` writes, `--check` compares.
 
 configuration.md is generated from the configuration's JSON schema, the tables between `<!-- begin NAME -->` and
-`<!-- end NAME -->` of any page from data/. Pictures are drawn without --check only, because pixels depend on fonts.
+`<!-- end NAME -->` of any page from data/ and ../configs/models/. Pictures are drawn without --check only, because
+pixels depend on fonts.
 To add a table or a picture, write a module in generators/ and add it to TABLES or PICTURES.
 """
 
@@ -22,6 +23,7 @@ from generators import (
     frozen_trunk,
     head_loss,
     head_runs,
+    layouts,
     planning,
     probe,
     why_it_works,
@@ -36,6 +38,7 @@ TABLES = (
     frozen_trunk,
     head_loss,
     head_runs,
+    layouts,
     planning,
     probe,
     why_it_works,

@@ -1,28 +1,71 @@
-"""Every configuration that ships is valid at the size of its job, and trains when it is shrunk."""
+"""Every configuration that ships is valid with the overrides that it names, and trains when it is shrunk."""
 
+import re
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from mtp_dist.config import Config, build_config, load_config, resolve
+from mtp_dist.config.heads import weight_differences
+from mtp_dist.data.build_tokenizer import build_tokenizer
+from mtp_dist.experiments.grid import expand
+from mtp_dist.experiments.schema import find_experiment, load_experiment
+from mtp_dist.planner.flops import parameter_counts
+from mtp_dist.planner.partition import fits_memory, trunk_layers_per_stage
 from tests.ranks import Ranks
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-RANKS = {"demo": 2, "codecontests": 8, "bytes-7b": 32}
-"""Processes of those that need more than one."""
-OVERRIDES = {"finetune": ["heads.count=1"], "codecontests": ["heads.count=1"], "bytes-7b": ["heads.count=32"]}
-"""Those that a comment in the file names."""
+PROJECT = Path(__file__).parents[2]
+CONFIGS = PROJECT / "configs"
+PATHS = sorted(CONFIGS.rglob("*.yaml"))
+LAYOUTS = runpy.run_path(str(PROJECT / "docs/generate.py"))["layouts"]
+GPU_BYTES = 75_000_000_000
+"""Memory of a GPU of 80 GB, without what CUDA, NCCL and the allocator's gaps take."""
 SMALL_MODEL = {"hidden_size": 32, "trunk_layers": 2, "num_attention_heads": 4, "num_query_groups": 2}
 SMALL_TRAINING = {"steps": 2, "global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 16}
+LEARNED = ("steps", "global_batch_size", "sequence_length", "precision", "grad_clip")
+"""Keys of `train` that decide what a model learns."""
+
+
+class Variant(NamedTuple):
+    """A configuration that a file describes: its own values, or those with overrides from its first comment."""
+
+    path: Path
+    name: str
+    config: Config
+    world_sizes: list[int]
+
+    def resolved(self) -> Iterator[Config]:
+        """Yield the configuration at each world size."""
+        tokenizer = self.config.data.tokenizer
+        built_in = tokenizer == "bytes" or tokenizer.startswith("synthetic/")
+        vocab_size = build_tokenizer(tokenizer).vocab_size if built_in else LAYOUTS.VOCAB_SIZE
+        return (resolve(self.config, vocab_size, world_size) for world_size in self.world_sizes)
+
+
+def variants(path: Path) -> list[Variant]:
+    """Return the configurations of a file, first the one without overrides.
+
+    Those for other numbers of GPUs have these numbers, the others those of the file itself.
+    """
+    config, overrides = load_config(path), LAYOUTS.overrides_by_name(path)
+    assert len(overrides) == path.read_text().count("\n#   "), "a line of overrides has another form"
+    own = [size for name, words in overrides.items() if not words for size in LAYOUTS.gpu_counts(name)]
+    own = own or [config.parallel.tensor * config.parallel.pipeline]
+    found = [Variant(path, f"n = {config.heads.count}", config, own)]
+    for name, words in overrides.items():
+        found.append(Variant(path, name, load_config(path, words), LAYOUTS.gpu_counts(name) or own))
+    return found
 
 
 def shrunk(config: Config) -> Config:
-    """Return the same kind of training for one process and a moment."""
+    """Return the same kind of training for a moment, on at most two ranks of each axis."""
     values: dict[str, Any] = config.model_dump()
     values["model"] |= SMALL_MODEL | {"ffn_hidden_size": 48}
     values["train"] |= SMALL_TRAINING
-    values["parallel"] = {"zero_stage": config.parallel.zero_stage}
+    values["parallel"] |= {axis: min(2, values["parallel"][axis]) for axis in ("tensor", "pipeline")}
     values["run"]["device"] = "cpu"
     return build_config(values)
 
@@ -37,11 +80,79 @@ def train(config: Config) -> list[float]:
     return [engine.train_step(batch, step, 1e-3, head_schedule(config, step)).heads.losses[0] or 0.0 for step in (1, 2)]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_config(ranks: Ranks, path: Path) -> None:
-    for overrides in ([], OVERRIDES.get(path.stem, [])):
-        config = load_config(path, overrides)
-        resolved = resolve(config, 257 if config.data.tokenizer == "bytes" else 32_000, RANKS.get(path.stem, 1))
-        assert resolved.micro_batches > 0 and resolved.run.name not in ("run", "")
-    first, second = ranks.run(1, train, shrunk(config))[0]
-    assert second < first
+    for config in (config for variant in variants(path) for config in variant.resolved()):
+        assert config.micro_batches > 0
+        fits = fits_memory(config, GPU_BYTES)
+        assert all(fits(stage, layers) for stage, layers in enumerate(trunk_layers_per_stage(config)))
+    config = shrunk(load_config(path))
+    losses = ranks.run(config.parallel.tensor * config.parallel.pipeline, train, config)
+    assert all(second < first for first, second in losses)
+
+
+def test_runs_have_names_of_their_own() -> None:
+    """Two models of one name would share a folder, and the second would be refused its checkpoints."""
+    models: dict[str, set[tuple[Path, str]]] = {}
+    for variant in (each for path in PATHS for each in variants(path) if not LAYOUTS.gpu_counts(each.name)):
+        models.setdefault(variant.config.run.name, set()).add((variant.path, variant.config.model_dump_json()))
+    assert "run" not in models
+    assert not {name for name, found in models.items() if len(found) > 1}
+
+
+def models_by_size() -> dict[tuple[Path, str], dict[int, Config]]:
+    """Return, by file and size, the models whose names differ in the number of heads, such as `1M, n = 2`."""
+    found: dict[tuple[Path, str], dict[int, Config]] = {}
+    for variant in (each for path in PATHS for each in variants(path)):
+        match = re.fullmatch(r"(?:(\S+), )?n = (\d+)", variant.name)
+        size = match and (match[1] or variant.path.stem.rpartition("-")[2])
+        if match and size and re.fullmatch(r"[\d.]+[mbMB]", size):
+            assert variant.config.heads.count == int(match[2]), variant.name
+            found.setdefault((variant.path, size), {})[int(match[2])] = next(variant.resolved())
+    return found
+
+
+MODELS = models_by_size()
+
+
+@pytest.mark.parametrize(
+    ("path", "size"), MODELS, ids=[f"{path.parent.name}-{path.stem}-{size}" for path, size in MODELS]
+)
+def test_models_of_one_size_are_matched(path: Path, size: str) -> None:
+    """Heads take layers from the trunk, so models with other numbers of heads have as many parameters."""
+    models = MODELS[path, size]
+    counts = [parameter_counts(config) for config in models.values()]
+    assert len(counts) > 1
+    assert len({each.trunk + each.heads for each in counts}) == 1
+    if models[1].heads.unembedding == "shared":
+        assert len({each.embeddings for each in counts}) == 1
+    for each in counts:
+        assert each.total == pytest.approx(LAYOUTS.nominal_size(size), rel=0.12)
+
+
+@pytest.mark.parametrize("name", ["scaling", "induction", "arithmetic"])
+def test_paper_models_are_those_of_the_experiments(name: str) -> None:
+    """The preset `paper` of `mtp-dist experiment scaling` trains the models of 0.3b.yaml to 13b.yaml, for example."""
+    path = find_experiment(name)
+    for run in expand(path, load_experiment(path, "paper")):
+        size = run.cell["size"].lower() if name == "scaling" else run.cell["size"]
+        file = CONFIGS / "paper" / f"{size if name == 'scaling' else name}.yaml"
+        found = MODELS[file, size][int(run.cell["heads"].removeprefix("n="))]
+        expected = build_config(run.training.config)
+        assert found.model.model_copy(update={"vocab_size": None}) == expected.model, run.cell
+        assert (found.heads, found.optimizer) == (expected.heads, expected.optimizer), run.cell
+        assert [getattr(found.train, key) for key in LEARNED] == [getattr(expected.train, key) for key in LEARNED]
+
+
+def test_finetuning_starts_from_models_that_ship() -> None:
+    """Another architecture, kind of heads or tokenizer than that of the trained model would be refused."""
+    all_variants = [each.config for path in PATHS for each in variants(path)]
+    trained = {str(config.output_dir): config for config in all_variants}
+    starts = [config for config in all_variants if config.checkpoint.initial_weights]
+    assert {config.run.name for config in starts} >= {"finetuned", "chat", "codecontests", "codecontests-n1-n1"}
+    for config in starts:
+        start = trained[config.checkpoint.initial_weights or ""]
+        exclude = {"init_std", "vocab_size"}
+        assert config.model.model_dump(exclude=exclude) == start.model.model_dump(exclude=exclude), config.run.name
+        assert not [*weight_differences(start.heads, config.heads, config.model.hidden_size)]
+        assert config.data.tokenizer == start.data.tokenizer
