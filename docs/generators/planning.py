@@ -1,6 +1,8 @@
-"""The table of balance and the picture of schedules on planning.md, computed by the planner."""
+"""Tables and picture of planning.md: what the planner computes, and results of `mtp-dist bench balance`."""
 
-from generators.common import IMAGES, table
+from typing import Any
+
+from generators.common import IMAGES, read_json, table, with_origin
 
 from mtp_dist.cli.timeline import draw_timelines
 from mtp_dist.config import build_config, resolve
@@ -16,12 +18,36 @@ NAMES = {
     "balanced, split heads": "1F1B, split heads",
     "dualpipev, split heads": "DualPipeV, split heads",
 }
+MEASURED_COLUMNS = (
+    "stages",
+    "uniform",
+    "balanced",
+    "uniform: seconds per step / predicted",
+    "balanced: seconds per step / predicted",
+    "speed-up",
+    "predicted by times",
+    "by FLOPs",
+)
 DRAWN_STAGES, DRAWN_MICRO_BATCHES = 4, 12
 
 
 def tables() -> dict[str, str]:
     rows = [cells(ranks, vocabulary) for ranks in STAGES for vocabulary in VOCABULARIES]
-    return {"balance": table(["PP", "V", *NAMES.values(), "optimum"], rows)}
+    measured = read_json("balance-*.json")
+    return {
+        "balance": table(["PP", "V", *NAMES.values(), "optimum"], rows),
+        "balance-measured": with_origin(table(MEASURED_COLUMNS, map(measured_cells, measured)), *measured),
+    }
+
+
+def measured_cells(result: dict[str, Any]) -> list[str]:
+    """Return a row with the times of uniform and of balanced stages, and how much faster these are."""
+    sleep = result["sleep_milliseconds"]
+    steps = (f"{row['seconds']:.2f} / {row['predicted_seconds']:.2f}" for row in result["rows"])
+    layers = (" ".join(map(str, row["trunk_layers"])) for row in result["rows"])
+    predicted = (f"{result['predicted_speedup'][name]:.2f}" for name in ("by times", "by FLOPs"))
+    what = f"layers sleep {sleep:g} ms" if sleep else "computation"
+    return [f"{result['layout']['pipeline']}, {what}", *layers, *steps, f"{result['speedup']:.2f}", *predicted]
 
 
 def cells(ranks: int, vocabulary: int) -> list[str]:
