@@ -157,6 +157,7 @@ def _log_start(
         f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
         f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
         f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
+        f"{'' if topology.schedule == '1f1b' else f', schedule {topology.schedule}'}"
     )
     start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"
     if initial:

@@ -66,12 +66,13 @@ def _serve(rank: int, connection: Connection) -> None:
 def _close_groups() -> None:
     import deepspeed
     import torch.distributed as dist
+    from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from megatron.core import parallel_state
 
     # C++ hooks keep every engine alive, and with it its process groups and their threads: empty it explicitly.
     for thing in gc.get_objects():
-        if type(thing) is PipelineEngine:
+        if type(thing) in (PipelineEngine, DualPipeVEngine):
             thing.optimizer.__dict__.clear()
             for module in list(thing.module.modules()):
                 module.__dict__.clear()

@@ -8,7 +8,7 @@ def resolve(config: Config, vocab_size: int, world_size: int) -> Config:
     """Return the configuration with `model.vocab_size` and everything that follows from the world size.
 
     vocab_size: number of tokens of the tokenizer. Raise ConfigError if the model has fewer, if the ranks do not fit
-    the layout, or if the global batch is not divisible among them.
+    the layout, or if the global batch is not divisible among them or has too few micro-batches for the schedule.
     """
     _check_layout(config, world_size)
     model = config.model
@@ -37,4 +37,11 @@ def _check_layout(config: Config, world_size: int) -> None:
             f"train.global_batch_size = {train.global_batch_size} is not divisible by "
             f"train.micro_batch_size * data-parallel degree = {train.micro_batch_size} * {world_size // ranks} = "
             f"{samples}: change one of the two batch sizes"
+        )
+    if (micro_batches := train.global_batch_size // samples) < parallel.min_micro_batches:
+        raise ConfigError(
+            f"parallel.schedule = '{parallel.schedule}' with parallel.pipeline = {parallel.pipeline} needs at least "
+            f"{parallel.min_micro_batches} micro-batches per step, train.global_batch_size = "
+            f"{train.global_batch_size} has {micro_batches} of {samples} samples: raise it to "
+            f"{parallel.min_micro_batches * samples}, lower train.micro_batch_size or use '1f1b'"
         )

@@ -82,7 +82,7 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Tensor-parallel degree: ranks that share each layer's matrices and the vocabulary."""
     pipeline: PositiveInt = 1
-    """Pipeline-parallel degree: stages that share the layers; the heads are on the last one."""
+    """Pipeline-parallel degree: ranks that share the layers, in stages of which the last one has the heads."""
     sequence: bool = False
     """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
     zero_stage: Annotated[NonNegativeInt, Field(json_schema_extra={"enum": [0, 1]})] = 0
@@ -90,15 +90,30 @@ class ParallelConfig(Section):
     grad_reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which the data-parallel ranks sum gradients. `bf16`, only with `train.precision: bf16`, halves the
     traffic and rounds each gradient, and the sum at each rank, to 8 bits."""
-    schedule: Literal["1f1b"] = "1f1b"
-    """Pipeline schedule."""
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """Pipeline schedule. `1f1b`: one stage per rank. `dualpipev`: two, so that rank r of p has stages r and 2p - 1 - r,
+    rank 0 the embedding and the heads; a step needs at least 2p micro-batches."""
     partition: (
         Literal["balanced", "measured", "uniform"]
         | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
     ) = "balanced"
-    """Trunk layers per stage: `balanced` makes the slowest stage as fast as possible by the FLOPs of layers and heads,
+    """Trunk layers per stage: `balanced` makes the slowest rank as fast as possible by the FLOPs of layers and heads,
     `measured` does so by their times, measured for about a second at the start; `uniform` gives every stage the same
     number, a list such as [4, 4, 3, 1] sets each stage. Only the first and the last stage can have 0."""
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pipeline * (2 if self.schedule == "dualpipev" else 1)
+
+    def rank_stages(self, rank: int) -> tuple[int, ...]:
+        """Return the stages of a pipeline rank, in the order in which a micro-batch passes through them."""
+        return (rank,) if self.schedule == "1f1b" else (rank, self.stages - 1 - rank)
+
+    @property
+    def min_micro_batches(self) -> int:
+        """Smallest number of micro-batches per training step, and per validation, that the schedule can run."""
+        return self.stages if self.schedule == "dualpipev" else 1
 
 
 MAX_TEXT_LOSS = 0.01

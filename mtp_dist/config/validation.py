@@ -96,8 +96,11 @@ def _incompatible_low_rank(config: Config) -> Iterator[str]:
             "other heads, which are trained in full: use another kind",
         ),
         (
-            config.parallel.pipeline > config.model.trunk_layers + 1
-            or (config.parallel.pipeline > 1 and config.parallel.partition[:1] == (0,)),
+            config.parallel.schedule == "1f1b"  # with dualpipev the rank of the first stage has the heads to train
+            and (
+                config.parallel.pipeline > config.model.trunk_layers + 1
+                or (config.parallel.pipeline > 1 and config.parallel.partition[:1] == (0,))
+            ),
             "train.low_rank freezes the embedding, so the first pipeline stage needs a trunk layer to train: lower "
             "parallel.pipeline or give it a layer in parallel.partition",
         ),
@@ -161,6 +164,8 @@ def _indivisible(key: str, value: int, divisor_key: str, divisor: int) -> Iterat
 
 def _incompatible_parallelism(config: Config) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
+    dualpipev = parallel.schedule == "dualpipev"
+    stages_key = "2 * parallel.pipeline" if dualpipev else "parallel.pipeline"
     yield from messages_if(
         (
             parallel.zero_stage > 1,
@@ -173,17 +178,26 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
             "in fp32 are summed in fp32",
         ),
         (
-            parallel.pipeline > model.trunk_layers + 2,
-            f"parallel.pipeline = {parallel.pipeline} stages are too many for model.trunk_layers = "
-            f"{model.trunk_layers}: all but the first and the last need a layer, use at most {model.trunk_layers + 2}",
+            parallel.stages > model.trunk_layers + 2,
+            f"{stages_key} = {parallel.stages} stages are too many for model.trunk_layers = {model.trunk_layers}: all "
+            f"but the first and the last need a layer, use at most {model.trunk_layers + 2}",
+        ),
+        (
+            dualpipev and parallel.pipeline == 1,
+            "parallel.schedule = 'dualpipev' needs parallel.pipeline above 1: remove it",
+        ),
+        (
+            dualpipev and train.freezes_trunk,
+            "parallel.schedule = 'dualpipev' runs forward and backward passes of the trunk in turn, with "
+            "train.freeze = [trunk] there is no backward pass: use '1f1b'",
         ),
     )
     if parallel.partition == "uniform":
-        yield from _indivisible("model.trunk_layers", model.trunk_layers, "parallel.pipeline", parallel.pipeline)
+        yield from _indivisible("model.trunk_layers", model.trunk_layers, stages_key, parallel.stages)
     elif not isinstance(parallel.partition, str):
-        if len(parallel.partition) != parallel.pipeline or sum(parallel.partition) != model.trunk_layers:
+        if len(parallel.partition) != parallel.stages or sum(parallel.partition) != model.trunk_layers:
             yield (
-                f"parallel.partition = {list(parallel.partition)} must list parallel.pipeline = {parallel.pipeline} "
+                f"parallel.partition = {list(parallel.partition)} must list {stages_key} = {parallel.stages} "
                 f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
             )
         if 0 in parallel.partition[1:-1]:

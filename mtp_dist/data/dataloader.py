@@ -86,10 +86,13 @@ class Batches:
     def validation_batch(self, samples: ValidationSamples) -> TrainBatch:
         """Return this data-parallel rank's part of a validation set.
 
-        Each sample counts once at every layout: the samples that fill the last micro-batches have no valid target.
+        Each sample counts once at every layout: the samples that fill the last micro-batches, or up to the number that
+        the schedule needs, have no valid target.
         """
         size = self.config.train.micro_batch_size
-        num_micro_batches = -(-len(samples) // self._samples_per_micro_batch)
+        num_micro_batches = max(
+            -(-len(samples) // self._samples_per_micro_batch), self.config.parallel.min_micro_batches
+        )
         if not self.needs_data:
             return self._empty_batch(num_micro_batches)
         first = self.topology.dp_rank * num_micro_batches * size

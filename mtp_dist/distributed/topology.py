@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,8 @@ class Topology:
     pp_rank: int
     dp_rank: int
     device: torch.device
+    schedule: Literal["1f1b", "dualpipev"] = "1f1b"
+    """Pipeline schedule, which decides where the last stage is."""
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -53,7 +56,7 @@ class Topology:
     @cached_property
     def holds_loss(self) -> bool:
         """True if this rank has the heads and computes their losses."""
-        return self.pp_rank == self.pp_size - 1
+        return self.pp_rank == (0 if self.schedule == "dualpipev" else self.pp_size - 1)
 
     @property
     def world_size(self) -> int:
@@ -64,7 +67,7 @@ class Topology:
         return self.tp_rank + self.tp_size * (self.dp_rank + self.dp_size * self.pp_rank)
 
     def pipeline_stage(self, rank: int) -> int:
-        """Return the pipeline stage of a rank."""
+        """Return the first pipeline stage of a rank; `dualpipev` has two."""
         return rank // (self.tp_size * self.dp_size)
 
 
@@ -90,6 +93,7 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
+        schedule=config.parallel.schedule,
     )
     assert topology.rank == dist.get_rank()
     return topology

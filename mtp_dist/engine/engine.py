@@ -23,7 +23,7 @@ from mtp_dist.engine.gradients import GradientMonitor, clip_by_global_norm, modu
 from mtp_dist.engine.hooks import StageTimer
 from mtp_dist.engine.optimizer import build_optimizer, set_learning_rate
 from mtp_dist.engine.optimizer_state import set_master_weight
-from mtp_dist.engine.pipeline_module import MultiTokenPipeline, Phase, suppress_stdout
+from mtp_dist.engine.pipeline_module import MultiTokenPipeline, TwoStagePipeline, suppress_stdout
 from mtp_dist.engine.stand_ins import add_zero_gradients
 from mtp_dist.loss.acceptance import draft_acceptance_rates
 from mtp_dist.loss.objective import HeadSums
@@ -129,7 +129,7 @@ class TrainingEngine:
         passes.
         """
         set_learning_rate(self.pipeline.optimizer, learning_rate, step)
-        self._begin(batch, schedule, "training")
+        self._begin(batch, schedule)
         self._stop_signal = stop_signal
         self.clock.begin()
         with record_function("training step"):
@@ -155,8 +155,11 @@ class TrainingEngine:
 
     def evaluate(self, batch: TrainBatch, schedule: HeadSchedule) -> HeadMetrics:
         """Evaluate a batch and return the active heads' metrics."""
-        self._begin(batch, schedule, "evaluation")
-        self.pipeline.eval_batch(repeat(None), num_micro_batches=batch.num_micro_batches, bcast_loss=False)
+        self._begin(batch, schedule)
+        # Not the parameter num_micro_batches: DualPipeV places its buffers by the engine's number.
+        training_micro_batches, self.pipeline.micro_batches = self.pipeline.micro_batches, batch.num_micro_batches
+        self.pipeline.eval_batch(repeat(None), bcast_loss=False)
+        self.pipeline.micro_batches = training_micro_batches
         distances = self.config.heads.distances[-1] - 1
         self._sum_over_ranks(self.stage.heads.acceptance_sums if self._has_sums else self._zeros(distances, 2))
         head_sums, acceptance_sums = (total.cpu() for total in self._totals)
@@ -177,13 +180,13 @@ class TrainingEngine:
         monitor.add_fault(totals.fault + 0 * totals.head_sums.sum())  # 0 * NaN and 0 * inf are NaN
         update(*args)
 
-    def _begin(self, batch: TrainBatch, schedule: HeadSchedule, phase: Phase) -> None:
+    def _begin(self, batch: TrainBatch, schedule: HeadSchedule) -> None:
         """Enqueue the micro-batches. Scale head k's loss by w_k over its number of valid targets in the GLOBAL batch.
 
         DeepSpeed averages over micro-batches and data-parallel ranks, so the scale undoes that. The count has a
         collective of its own, over the data-parallel ranks, because the first loss needs it.
         """
-        self.stage.enqueue(batch, phase)
+        self.stage.enqueue(batch)
         if not self.topology.holds_loss:
             return
         counts = batch.valid_targets.to(self.topology.device, non_blocking=True, copy=True)
@@ -225,7 +228,7 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    stage = MultiTokenPipeline(config, topology)
+    stage = (TwoStagePipeline if config.parallel.schedule == "dualpipev" else MultiTokenPipeline)(config, topology)
     with suppress_stdout():
         pipeline, *_ = deepspeed.initialize(
             model=stage,

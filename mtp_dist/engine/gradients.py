@@ -200,7 +200,8 @@ class GradientMonitor:
         if topology.holds_loss:
             finite_losses = self._stage.heads.sums.cross_entropy[:-1].isfinite().tolist()
             losses = tuple(head for head, finite in enumerate(finite_losses, 1) if not finite)
-        local = NonFiniteGradient(topology.rank, topology.pp_rank, weight, losses) if weight or losses else None
+        stage = self._stage.stage_of(weight) if weight and not losses else self._stage.phase_stages[-1]
+        local = NonFiniteGradient(topology.rank, stage, weight, losses) if weight or losses else None
         found = [origin for origin in all_gather_objects(local) if origin]
         last_stage = max((origin.stage for origin in found), default=0)
         return next((origin for origin in found if origin.stage == last_stage), NonFiniteGradient(None))

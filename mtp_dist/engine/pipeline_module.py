@@ -3,11 +3,11 @@
 import contextlib
 import io
 from collections.abc import Iterator
-from itertools import accumulate, chain, islice
-from typing import Literal, NamedTuple
+from itertools import accumulate, chain, islice, product
+from typing import NamedTuple
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -24,8 +24,6 @@ from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bi
 from mtp_dist.model.trunk import HiddenStateWeights, TokenEmbedding, TrunkLayer, add_weighted
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.planner.weights import heads_have_embedding
-
-Phase = Literal["training", "evaluation"]
 
 
 def suppress_stdout() -> contextlib.AbstractContextManager[object]:
@@ -57,14 +55,18 @@ def _add_embedding_weight(embedding: TokenEmbedding, hidden: Tensor) -> HeadsInp
 class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     """The layers of this rank's stage. Their weights are uninitialized until the engine sets them."""
 
+    num_phases = 1
+    """Stages of this rank, through which each micro-batch passes one after the other."""
+    active_phase = 0
+    """Index of the stage that runs."""
+
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config = config
         self.device = topology.device
-        self.holds_loss = topology.holds_loss
-        self.phase: Phase = "training"
-        self.micro_batches: dict[tuple[Phase, int], MicroBatch] = {}
-        """Micro-batches that wait for their forward pass, by phase and index."""
-        self._index = 0
+        self.micro_batches: dict[tuple[int, int], MicroBatch] = {}
+        """Micro-batches that wait for a forward pass, by phase and index."""
+        self._indices = [0] * self.num_phases
+        """Index of the next micro-batch, by phase."""
         axes = PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
         # Without no_grad the broadcast of tied weights would enter their graph, which warns in every run.
         with suppress_stdout(), torch.no_grad():
@@ -83,19 +85,29 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         self.parts = [0, *accumulate(map(len, _stage_specs(self.config)))]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def enqueue(self, batch: TrainBatch, phase: Phase) -> None:
-        """Let the micro-batches wait for the forward passes of a phase."""
+    @property
+    def phase_stages(self) -> tuple[int, ...]:
+        """Stages of this rank, by phase."""
+        return self.config.parallel.rank_stages(self.stage_id)
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage of this rank that has a weight, given by global name; the last one of a weight in both."""
+        return self.stage_id
+
+    def enqueue(self, batch: TrainBatch) -> None:
+        """Let the micro-batches wait for their forward passes, of which each phase runs them in this order."""
         assert not self.micro_batches, "micro-batches of the last batch were never used"
-        self.phase, self._index = phase, 0
-        self.micro_batches = {(phase, index): part.to(self.device) for index, part in enumerate(batch.micro_batches)}
+        self._indices = [0] * self.num_phases
+        waiting = product(range(self.num_phases), enumerate([part.to(self.device) for part in batch.micro_batches]))
+        self.micro_batches = {(phase, index): part for phase, (index, part) in waiting}
 
     def load(self, _: None) -> tuple[Tensor, tuple[()]]:
         """Return the tokens `[B, S]` of the next forward pass, in the form of DeepSpeed's `batch_fn`.
 
-        DeepSpeed calls it before each forward pass of the first and the last stage. Its data iterator yields
-        placeholders only: the waiting micro-batches are the one way into the model.
+        DeepSpeed calls it before each forward pass of the first and the last stage, with `dualpipev` of the first one
+        only. Its data iterator yields placeholders only: the waiting micro-batches are the one way into the model.
         """
-        samples = self.micro_batches[self.phase, self._index].samples
+        samples = self.micro_batches[0, self._indices[0]].samples
         return samples[:, : self.config.train.sequence_length], ()
 
     def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -104,8 +116,9 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         Override of DeepSpeed's, whose layers get only the output of the layer before. The rest of the micro-batch
         does not travel through the pipeline, whose receive buffers ignore dtype.
         """
-        micro_batch = self.micro_batches.pop((self.phase, self._index), None)
-        self._index += 1
+        phase = self.active_phase
+        micro_batch = self.micro_batches.pop((phase, self._indices[phase]), None)
+        self._indices[phase] += 1
         bias = None
         if not self.config.data.attention_across_documents:
             assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
@@ -125,11 +138,11 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
                 output = layer(output)
                 weighted_sum = self._add_state(None, output, 0, weights)
             elif isinstance(layer, HeadsWithLoss):
-                output = layer(output, micro_batch, attention, weighted_sum)
+                return layer(output, micro_batch, attention, weighted_sum)
             elif not isinstance(layer, HiddenStateWeights):
                 output = layer(output)
-        if self.holds_loss:
-            return output
+        if torch.is_grad_enabled() and not self.trunk_is_frozen:
+            output.requires_grad_()  # DeepSpeed runs backward through a frozen embedding alone, too
         return tuple(tensor for tensor in StageOutput(output, weighted_sum) if tensor is not None)
 
     def _add_state(self, total: Tensor | None, hidden: Tensor, layer: int, weights: Tensor | None) -> Tensor | None:
@@ -152,10 +165,25 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
 
     @property
     def heads(self) -> HeadsWithLoss:
-        """The heads, on the stage that has them."""
-        layer = self.forward_funcs[-1]
-        assert isinstance(layer, HeadsWithLoss), "topology.holds_loss is False"
-        return layer
+        """The heads, on the rank that has them."""
+        return next(layer for layer in self.children() if isinstance(layer, HeadsWithLoss))
+
+
+class TwoStagePipeline(MultiTokenPipeline, DualPipeVModule):  # type: ignore[misc]
+    """The layers of rank r's stages r and 2p - 1 - r of DualPipeV: micro-batches pass through stages 0..p-1 on ranks
+    0..p-1 in phase 0, and through stages p..2p-1 on ranks p-1..0 in phase 1."""
+
+    num_phases = 2
+
+    def _partition_layers(self, method: str = "") -> None:
+        super()._partition_layers()
+        self.num_stages *= 2  # read by DeepSpeed's methods of the module; its engine counts the pipeline's ranks
+        self.phase_bounds = [(self.parts[stage], self.parts[stage + 1]) for stage in self.phase_stages]
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage of this rank that has a weight, given by global name; the last one of a weight in both."""
+        layers = (layer for layer in self.phase_funcs[1] if isinstance(layer, nn.Module))
+        return self.phase_stages[any(name == other for layer in layers for other, _ in named_weights(layer))]
 
 
 def _stage_specs(config: Config) -> list[list[LayerSpec]]:

@@ -70,7 +70,7 @@ def rank_memory(
     size, bf16 = element_bytes(config), config.train.precision == "bf16"
     sharded = bf16 or config.parallel.zero_stage == 1
     held = sum(group // (config.dp_size if sharded else 1) for group in _groups(config, trained))
-    is_last = stage == config.parallel.pipeline - 1
+    is_last = stage == config.parallel.stages - 1
     trained_elements = _elements(trained)
     return RankMemory(
         parameters=size * _elements(weights),

@@ -79,24 +79,25 @@ def fits_memory(config: Config, device_bytes: int, device: Literal["cpu", "cuda"
 def trunk_layers_per_stage(
     config: Config, parts: Parts | None = None, fits: StageFits | None = None
 ) -> tuple[int, ...]:
-    """Return the number of trunk layers of each stage, first stage first.
+    """Return the number of trunk layers of each stage, first stage first. `dualpipev` has two stages per rank.
 
     parts: costs that `balanced` and `measured` split by; by default FLOPs, with which `measured` is `balanced` until
     the run has measured. fits: such as `fits_memory`; by default every stage does. Raise ConfigError if no split fits.
     """
-    stages, layers = config.parallel.pipeline, config.model.trunk_layers
+    stages, layers = config.parallel.stages, config.model.trunk_layers
     if config.parallel.partition == "uniform":
         return (layers // stages,) * stages
     if not isinstance(config.parallel.partition, str):
         return config.parallel.partition
-    costs = parts or part_flops(config)
+    costs, fits = parts or part_flops(config), fits or (lambda stage, count: True)
 
     def cost(stage: int, count: int) -> float:
         return costs.stage(Stage(count, costs.num_heads * (stage == stages - 1)), stage == 0).total
 
-    split = split_layers(
-        layers, fewest_layers(stages, config.train.low_rank is None), cost, fits or (lambda stage, count: True)
-    )
+    if config.parallel.schedule == "dualpipev":
+        split = split_dual_pipe_v(costs, layers, [costs.num_heads, *[0] * (config.parallel.pipeline - 1)], fits)
+    else:
+        split = split_layers(layers, fewest_layers(stages, config.train.low_rank is None), cost, fits)
     if split is None:
         raise ConfigError(
             f"no split of model.trunk_layers = {layers} over parallel.pipeline = {stages} stages fits the memory: "

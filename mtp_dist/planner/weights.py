@@ -27,10 +27,11 @@ class Weight(NamedTuple):
 def stage_weights(config: Config, stage: int, trunk_layers: int) -> Iterator[Weight]:
     """Yield the weights of one rank of a pipeline stage, counted from 0, that holds so many trunk layers.
 
-    An embedding that the last stage needs too, for tokens that heads read or as a tied unembedding, counts on both.
+    An embedding that the last stage needs too, for tokens that heads read or as a tied unembedding, counts on both
+    unless both are on one rank.
     """
-    is_first, is_last = stage == 0, stage == config.parallel.pipeline - 1
-    if is_first or (is_last and heads_have_embedding(config)):
+    is_first, is_last = stage == 0, stage == config.parallel.stages - 1
+    if is_first or (is_last and heads_have_embedding(config) and config.parallel.schedule == "1f1b"):
         yield Weight((local_vocab_size(config), config.model.hidden_size), "embedding")
     if config.heads.weighted_hidden_states and trunk_layers:
         yield Weight((config.model.trunk_layers + 1,), "heads")

@@ -18,11 +18,13 @@ def check_memory(config: Config, device: torch.device) -> None:
     """
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
-    states = (
+    states = [
         rank_memory(config, stage, layers, in_flight=1).state
         for stage, layers in enumerate(trunk_layers_per_stage(config))
-    )
-    if (needed := max(states)) > memory:
+    ]
+    parallel = config.parallel
+    rank_states = (sum(states[stage] for stage in parallel.rank_stages(rank)) for rank in range(parallel.pipeline))
+    if (needed := max(rank_states)) > memory:
         total = parameter_counts(config).total
         raise ConfigError(
             f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "

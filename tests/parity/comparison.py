@@ -16,19 +16,21 @@ from tests.tiny import tiny_config
 
 
 class Layout(NamedTuple):
-    """Degrees of the axes, and whether activations are sequence-parallel."""
+    """Degrees of the axes, whether activations are sequence-parallel, and whether the schedule is DualPipeV."""
 
     tensor: int
     pipeline: int
     data: int
     sequence: bool = False
+    dualpipev: bool = False
 
     @property
     def world_size(self) -> int:
         return self.tensor * self.pipeline * self.data
 
     def __str__(self) -> str:
-        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}{'-sp' if self.sequence else ''}"
+        options = f"{'-sp' if self.sequence else ''}{'-v' if self.dualpipev else ''}"
+        return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}{options}"
 
 
 def parse_case(text: str) -> tuple[Layout, Config]:
@@ -37,9 +39,9 @@ def parse_case(text: str) -> tuple[Layout, Config]:
     Keys are those of the configuration, and `micro_batches` (default 4).
     """
     name, *words = text.split()
-    match = re.fullmatch(r"tp(\d)-pp(\d)-dp(\d)(-sp)?", name)
+    match = re.fullmatch(r"tp(\d)-pp(\d)-dp(\d)(-sp)?(-v)?", name)
     assert match, text
-    layout = Layout(*map(int, match.groups()[:3]), bool(match[4]))
+    layout = Layout(*map(int, match.groups()[:3]), bool(match[4]), bool(match[5]))
     values = dict(word.split("=", 1) for word in words)
     micro_batches = int(values.pop("micro_batches", 4))
     sections: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -51,8 +53,9 @@ def parse_case(text: str) -> tuple[Layout, Config]:
 
 def layout_config(layout: Layout, micro_batches: int, zero_stage: int = 0, **sections: Any) -> Config:
     """Build a configuration at a layout with that many micro-batches per step."""
-    tensor, pipeline, data, sequence = layout
+    tensor, pipeline, data, sequence, dualpipev = layout
     parallel = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence, "zero_stage": zero_stage}
+    parallel["schedule"] = "dualpipev" if dualpipev else "1f1b"
     sections["parallel"] = parallel | sections.get("parallel", {})
     sections["train"] = {"micro_batch_size": 8 // data // micro_batches} | sections.get("train", {})
     return tiny_config(**sections)

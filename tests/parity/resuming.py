@@ -23,12 +23,14 @@ from tests.unit.checkpoint.on_ranks import Part, train_part
 MIDDLE, END = 3, 6
 """Step of the checkpoint, and the last one."""
 ONE, TENSOR, PIPELINE = Layout(1, 1, 1), Layout(2, 1, 1, True), Layout(1, 2, 1)
-BOTH, DATA, ALL = Layout(2, 2, 1), Layout(1, 1, 2), Layout(2, 1, 2)
-LAYOUTS = [ONE, TENSOR, PIPELINE, BOTH, DATA, ALL]
+BOTH, DATA, ALL, DUALPIPEV = Layout(2, 2, 1), Layout(1, 1, 2), Layout(2, 1, 2), Layout(1, 2, 1, dualpipev=True)
+LAYOUTS = [ONE, TENSOR, PIPELINE, DUALPIPEV, BOTH, DATA, ALL]
 
 
 def at(layout: Layout, directory: Path, zero_stage: int = 0, **sections: Any) -> Config:
-    return layout_config(layout, 2, zero_stage, checkpoint={"directory": str(directory)}, **sections)
+    return layout_config(
+        layout, 4 if layout.dualpipev else 2, zero_stage, checkpoint={"directory": str(directory)}, **sections
+    )
 
 
 def run(ranks: Ranks, config: Config, layout: Layout, *arguments: Any) -> Part:

@@ -42,7 +42,7 @@ def second_document_losses(config: Config) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("kind", ["parallel", "sequential"])
-@pytest.mark.parametrize("name", ["tp1-pp3-dp1", "tp2-pp2-dp1-sp"])
+@pytest.mark.parametrize("name", ["tp1-pp3-dp1", "tp2-pp2-dp1-sp", "tp1-pp2-dp1-v"])
 def test_losses_do_not_depend_on_the_document_before(ranks: Ranks, name: str, kind: str, across: bool) -> None:
     layout, config = parse_case(f"{name} heads.kind={kind} data.attention_across_documents={str(across).lower()}")
     for before, after in ranks.run(layout.world_size, second_document_losses, config):

@@ -21,6 +21,7 @@ CASES = {
     "both": f"tp2-pp2-dp1-sp heads.weighted_hidden_states=true {ADAPTED}",
     "ZeRO": f"tp1-pp2-dp2 heads.kind=mlp {ZERO} {RECOMPUTE} {ADAPTED} parallel.partition=[4,0]",
     "bf16": f"tp2-pp2-dp1-sp heads.kind=causal {BF16} {FULL} {ADAPTED}",
+    "no layer behind the embedding": f"tp1-pp2-dp1-v {BF16} {ADAPTED} parallel.partition=[0,1,3,0]",
     "some matrices": "tp2-pp1-dp2 " + SEPARATE + ' train.low_rank={"rank":3,"targets":[linear_fc1,linear_proj]}',
 }
 

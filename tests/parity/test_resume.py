@@ -11,7 +11,7 @@ import torch
 from tests.errors import largest_error, norm_error
 from tests.parity import resuming
 from tests.parity.comparison import Layout
-from tests.parity.resuming import ALL, BOTH, DATA, END, LAYOUTS, MIDDLE, ONE, PIPELINE, at, run
+from tests.parity.resuming import ALL, BOTH, DATA, DUALPIPEV, END, LAYOUTS, MIDDLE, ONE, PIPELINE, at, run
 from tests.ranks import Ranks
 
 SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
@@ -20,6 +20,7 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "ZeRO": (ALL, {"zero_stage": 1}),
     "bf16": (DATA, {"train": {"precision": "bf16"}}),
     "bf16, all axes, tied": (BOTH, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
+    "DualPipeV, bf16, tied": (DUALPIPEV, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
     "frozen trunk": (BOTH, {"train": {"precision": "bf16", "freeze": ["trunk"]}}),
     "shared embedding": (PIPELINE, {"heads": {"kind": "sequential"}}),
     "learning rates by part": (

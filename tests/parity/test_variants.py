@@ -125,6 +125,18 @@ TWO_STEPS = [
     f"tp4-pp1-dp1 {FOUR_GROUPS} {RECOMPUTE} heads.z_loss=0.01 {SELECTIVE}",
     f"tp2-pp2-dp1-sp {ZERO} {SEPARATE} heads.z_loss=0.01 {NAIVE}",
     f"tp1-pp2-dp2 {NAIVE} {TIED}",
+    # DualPipeV: all kinds of heads, ways to the loss and masks.
+    f"tp1-pp2-dp1-v parallel.partition=uniform {RATES}",
+    f"tp1-pp2-dp1-v micro_batches=8 heads.kind=causal {APART} {ZERO}",
+    f"tp1-pp2-dp1-v heads.kind=anticausal {RECOMPUTE} parallel.partition=[0,1,2,1]",
+    f"tp1-pp2-dp1-v heads.kind=linear {CHUNKS} {SEPARATE} {DISTILLED} {LEAPS}",
+    f"tp1-pp2-dp2-v heads.kind=mlp {CONDITIONED} {TIED} {ZERO} {ORDERED}",
+    f"tp2-pp2-dp1-sp-v {SEQUENTIAL} {APART} {FULL}",
+    f"tp2-pp2-dp1-v {SEQUENTIAL} {TIED} {BF16} {VARIATION}",
+    f"tp1-pp2-dp1-v {SEQUENTIAL} heads.repeated=true {ISOLATED} {NAIVE}",
+    f"tp1-pp3-dp1-v micro_batches=8 {APART} {BF16} {SEPARATE}",
+    f"tp1-pp4-dp1-v micro_batches=8 model.trunk_layers=6 {WEIGHTED} {BF16} heads.detach=true {TIED}",
+    f"tp1-pp2-dp2-v {WEIGHTED} parallel.partition=[0,1,2,1]",
     # Documents that stop attention and targets.
     *product(
         "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp3-dp1 tp1-pp1-dp2",

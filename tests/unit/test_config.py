@@ -149,6 +149,7 @@ def test_resolved_values(base):
         (["parallel.tensor=2"], 6, r"2 \* 2 = 4 does not divide the world size 6: start a multiple of 4 processes"),
         ([], 6, r"train\.global_batch_size = 32 .* 4 \* 3 = 12: change one of the two batch sizes"),
         ([], 32, r"train\.global_batch_size = 32 .* 4 \* 16 = 64: change one of the two batch sizes"),
+        (["parallel.schedule=dualpipev"], 16, r"least 4 micro-batches .* has 1 of 32 samples: raise it to 128"),
         (["model.vocab_size=100"], 2, r"model\.vocab_size = 100 is below the 257 tokens of data\.tokenizer = 'bytes'"),
     ],
 )

@@ -108,6 +108,16 @@ parallel.pipeline=3 & parallel.partition=uniform => model.trunk_layers = 4 is no
 parallel.partition=[2, 1] => parallel.partition = [2, 1] must list parallel.pipeline = 2 numbers with the sum ... 4
 parallel.partition=[2, 1, 1] => parallel.partition = [2, 1, 1] must list parallel.pipeline = 2 numbers
 parallel.pipeline=3 & parallel.partition=[4, 0, 0] => parallel.partition = [4, 0, 0] leaves a stage without a layer
+parallel.schedule=dualpipev & parallel.partition=[0, 1, 3, 0] => fine
+parallel.schedule=dualpipev & parallel.pipeline=3 & heads.weighted_hidden_states=true => fine
+parallel.schedule=dualpipev & parallel.pipeline=1 => parallel.schedule = 'dualpipev' needs parallel.pipeline above 1
+parallel.schedule=dualpipev & parallel.pipeline=4 => 2 * parallel.pipeline = 8 stages ... layers = 4: ... use at most 6
+parallel.schedule=dualpipev & parallel.pipeline=3 & parallel.partition=uniform => \
+model.trunk_layers = 4 is not divisible by 2 * parallel.pipeline = 6
+parallel.schedule=dualpipev & parallel.partition=[2, 2] => parallel.partition = [2, 2] must list 2 * ... = 4 numbers
+parallel.schedule=dualpipev & parallel.partition=[2, 0, 1, 1] => \
+parallel.partition = [2, 0, 1, 1] leaves a stage without a layer
+parallel.schedule=dualpipev & train.freeze=[trunk] => parallel.schedule = 'dualpipev' ... train.freeze ... use '1f1b'
 parallel.tensor=2 & parallel.sequence=true & train.sequence_length=255 => train.sequence_length = 255 ... tensor = 2
 parallel.sequence=true => parallel.sequence = true needs parallel.tensor above 1
 parallel.zero_stage=2 => parallel.zero_stage = 2 is not 0 or 1

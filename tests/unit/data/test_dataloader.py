@@ -41,17 +41,23 @@ class NumberedSamples:
         return {"read": self.last}
 
 
-def config_of(global_batch, micro_batch, tensor=1, pipeline=1, **data):
+SCHEDULES = {1: "1f1b", 3: "dualpipev"}
+"""Schedules by pipeline-parallel degree."""
+
+
+def config_of(global_batch, micro_batch, tensor=1, pipeline=1, schedule="1f1b", **data):
     return tiny_config(
         train={"global_batch_size": global_batch, "micro_batch_size": micro_batch, "sequence_length": LENGTH},
+        model={"trunk_layers": 6},
         heads={"count": HEADS},
-        parallel={"tensor": tensor, "pipeline": pipeline},
+        parallel={"tensor": tensor, "pipeline": pipeline, "schedule": schedule},
         data=data,
     )
 
 
 def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, device=CPU, tp_rank=0, pp_rank=0):
-    topology = Topology(config.parallel.tensor, config.parallel.pipeline, data, tp_rank, pp_rank, dp_rank, device)
+    degrees = config.parallel.tensor, config.parallel.pipeline, data
+    topology = Topology(*degrees, tp_rank, pp_rank, dp_rank, device, config.parallel.schedule)
     tokenizer = SimpleNamespace(end_of_document=103)
     datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), (), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)
@@ -83,14 +89,15 @@ def test_train_batches_read_the_global_batch_in_order(data, micro_batch, accumul
     assert read == list(range((step - 1) * size, step * size)), "at every layout"
 
 
-@given(data=st.integers(1, 5), micro_batch=st.integers(1, 4), samples=st.integers(1, 40))
-def test_validation_counts_each_sample_once(data, micro_batch, samples):
-    config = config_of(micro_batch * data, micro_batch)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.sampled_from([1, 3]))
+def test_validation_counts_each_sample_once(data, micro_batch, samples, pipeline):
+    config = config_of(micro_batch * data * 2 * pipeline, micro_batch, pipeline=pipeline, schedule=SCHEDULES[pipeline])
     counted = []
     valid_targets = 0.0
     for rank in range(data):
         batch = batches_of(config, data, rank).validation_batch(NumberedSamples(samples))
-        assert len(batch.micro_batches) == batch.num_micro_batches == -(-samples // (micro_batch * data))
+        least = 1 if pipeline == 1 else 2 * pipeline
+        assert len(batch.micro_batches) == batch.num_micro_batches == max(-(-samples // (micro_batch * data)), least)
         valid_targets += float(batch.valid_targets[-1])
         for tokens, targets, _ in batch.micro_batches:
             assert tokens.shape == (micro_batch, LENGTH + HEADS)
@@ -103,11 +110,13 @@ def test_validation_counts_each_sample_once(data, micro_batch, samples):
 
 @pytest.mark.parametrize("data", [{}, {"loss_across_documents": False}, {"attention_across_documents": False}])
 @pytest.mark.parametrize("pp_rank", range(4))
-def test_middle_stages_read_for_their_attention_only(pp_rank, data):
-    config = config_of(4, 2, pipeline=4, **data)
-    needs_data = pp_rank in (0, 3) or "attention_across_documents" in data
+@pytest.mark.parametrize(("schedule", "readers", "counts"), [("1f1b", (0, 3), (8, 4)), ("dualpipev", (0,), (8, 8))])
+def test_middle_stages_read_for_their_attention_only(schedule, readers, counts, pp_rank, data):
+    config = config_of(16, 2, pipeline=4, schedule=schedule, **data)
+    needs_data = pp_rank in readers or "attention_across_documents" in data
     batches = batches_of(config, pp_rank=pp_rank)
-    for batch, count in ((batches.next_train_batch(), 2), (batches.validation_batch(NumberedSamples(7)), 4)):
+    read = batches.next_train_batch(), batches.validation_batch(NumberedSamples(7))
+    for batch, count in zip(read, counts, strict=True):
         assert batch.num_micro_batches == count
         assert len(batch.micro_batches) == (count if needs_data else 0)
         assert batch.valid_targets.shape == (HEADS,) and bool(batch.valid_targets.all()) == needs_data

@@ -24,8 +24,8 @@ HEAD_WEIGHT, TRUNK_WEIGHT = "heads.2.0.mlp.linear_fc1.weight", "trunk.0.mlp.line
 def step_with_fault(config: Config, rank: int, fault: str) -> tuple[StepResult, StepResult, bool]:
     """On each rank: return a good step, a step with a fault on one rank, and whether that changed no weight.
 
-    fault: the name of a weight whose gradient is NaN, `head K` for an infinite loss, or `sum` for a NaN after the
-    reduction of the gradients.
+    fault: the name of a weight whose gradient is NaN, `head K` for an infinite loss, `states` for a NaN in the gradient
+    of the hidden states that the heads read, or `sum` for one after the reduction of the gradients.
     """
     engine = open_engine(config)
     good = take_step(engine, rate=1e-3)
@@ -40,6 +40,9 @@ def step_with_fault(config: Config, rank: int, fault: str) -> tuple[StepResult, 
         gradient.view(-1)[-1] = float("nan")
         execute()
 
+    def break_gradient(_: object, inputs: tuple[Tensor, ...]) -> None:
+        inputs[0].register_hook(lambda gradient: gradient * float("nan"))
+
     if is_faulty and fault == "sum":
         hook_instruction(engine.pipeline, schedule.OptimizerStep, break_sum)
     elif is_faulty and fault.startswith("head "):
@@ -52,6 +55,8 @@ def step_with_fault(config: Config, rank: int, fault: str) -> tuple[StepResult, 
             return loss
 
         heads.forward = forward_with_infinite_loss  # type: ignore[method-assign]
+    elif is_faulty and fault == "states":
+        engine.stage.heads.register_forward_pre_hook(break_gradient)
     elif is_faulty:
         weights[fault].register_hook(lambda gradient: gradient * float("nan"))
     bad = take_step(engine, rate=1e-3)
@@ -103,6 +108,20 @@ FROZEN = [f"train.freeze=[trunk] {section}" for section in ("", "parallel.zero_s
     ("case", "fault", "rank", "origin"),
     [
         ("tp1-pp2-dp2", TRUNK_WEIGHT, 1, f"first on rank 1 (stage 0): the gradient of {TRUNK_WEIGHT}"),
+        # The gradients of all layers before the heads are NaN, on both ranks and in both stages of each.
+        (
+            "tp1-pp2-dp1-v train.precision=bf16 parallel.partition=uniform",
+            "states",
+            0,
+            "first on rank 0 (stage 3): the gradient of trunk.3.mlp.linear_fc2.weight",
+        ),
+        (
+            "tp1-pp2-dp1-v parallel.partition=uniform",
+            TRUNK_WEIGHT,
+            0,
+            f"first on rank 0 (stage 0): the gradient of {TRUNK_WEIGHT}",
+        ),
+        ("tp1-pp2-dp1-v", "head 3", 0, "first on rank 0 (stage 3): the loss of head 3"),
         *(
             (f"tp1-pp2-dp2 {section}", "head 3", None, "first on rank 3 (stage 1): the loss of head 3")
             for section in ("", "parallel.zero_stage=1", "train.precision=bf16", *FROZEN)

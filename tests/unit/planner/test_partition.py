@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mtp_dist.config.low_rank import LowRankConfig
 from mtp_dist.errors import ConfigError
+from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.partition import (
     fewest_layers,
@@ -20,12 +21,15 @@ from mtp_dist.planner.partition import (
     trunk_layers_per_stage,
 )
 from mtp_dist.planner.parts import Parts, Passes
+from mtp_dist.planner.weights import stage_weights
 from tests.tiny import tiny_config
 
 
-def config_of(layers, stages, heads=4, depth=1, partition="balanced", vocab_size=131):
-    model, parallel = {"trunk_layers": layers, "vocab_size": vocab_size}, {"pipeline": stages, "partition": partition}
-    return tiny_config(model=model, parallel=parallel, heads={"count": heads, "layers_per_head": depth})
+def config_of(layers, stages, heads=4, depth=1, partition="balanced", vocab_size=131, schedule="1f1b"):
+    model = {"trunk_layers": layers, "vocab_size": vocab_size}
+    parallel = {"pipeline": stages, "partition": partition, "schedule": schedule}
+    train = {"micro_batch_size": 1}
+    return tiny_config(model=model, parallel=parallel, heads={"count": heads, "layers_per_head": depth}, train=train)
 
 
 def partitions(layers, stages):
@@ -98,6 +102,27 @@ def test_a_thousand_layers_on_64_stages_take_a_moment():
     assert sum(split) == 1000 and max(split[:-1]) - min(split[:-1]) <= 1
 
 
+@pytest.mark.parametrize("heads_cost", [0.4, 2.96, 30])
+def test_ranks_of_dualpipev_are_as_fast_as_any(heads_cost):
+    for ranks, layers in itertools.product((2, 3, 4), range(6, 12)):
+        config = config_of(layers, ranks, schedule="dualpipev")
+        stages = trunk_layers_per_stage(config, parts(0, 1, heads_cost))
+        assert len(stages) == 2 * ranks and sum(stages) == layers and 0 not in stages[1:-1]
+        chosen = [sum(stages[stage] for stage in config.parallel.rank_stages(rank)) for rank in range(ranks)]
+        every = (each for each in itertools.product(range(layers + 1), repeat=ranks) if sum(each) == layers)
+        allowed = [each for each in every if min(each[1:]) >= 2]
+        assert max(chosen[0] + heads_cost, *chosen[1:]) == min(max(n + heads_cost, *rest) for n, *rest in allowed)
+
+
+def test_rank_with_the_first_and_the_last_stage_has_one_embedding():
+    for tied in (True, False):
+        heads, parallel = {"kind": "sequential"}, {"pipeline": 2, "schedule": "dualpipev"}
+        config = tiny_config(model={"tie_embeddings": tied, "vocab_size": 128}, heads=heads, parallel=parallel)
+        stages = enumerate(trunk_layers_per_stage(config))
+        elements = sum(weight.elements for stage in stages for weight in stage_weights(config, *stage))
+        assert elements == parameter_counts(config).total
+
+
 def test_by_hand():
     for layers, stages, partition, expected in (
         (12, 4, "uniform", (3, 3, 3, 3)),
@@ -113,6 +138,14 @@ def test_by_hand():
         (12, 2, "measured", (7, 5)),
     ):
         assert trunk_layers_per_stage(config_of(layers, stages, 2, 1, partition)) == expected, (layers, partition)
+    for layers, ranks, partition, expected in (
+        (12, 3, "uniform", (2, 2, 2, 2, 2, 2)),
+        (4, 2, [0, 1, 3, 0], (0, 1, 3, 0)),
+        (12, 2, "balanced", (4, 3, 4, 1)),
+        (12, 2, "measured", (4, 3, 4, 1)),
+    ):
+        config = config_of(layers, ranks, 2, 1, partition, schedule="dualpipev")
+        assert trunk_layers_per_stage(config) == expected, (layers, partition)
     config = config_of(12, 2, 2)
     for key, value, expected in (
         # Forward passes of two layers and unembeddings, then twice a layer and one unembedding, in all 5.44 of a layer.

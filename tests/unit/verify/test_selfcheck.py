@@ -52,6 +52,8 @@ def check_reduction(config):
         ({"tensor": 8, "pipeline": 8, "partition": [4, 4, 4, 4, 4, 4, 3, 1]}, {}),
         *((parallel, {}) for parallel in ({}, {"pipeline": 28}, {"pipeline": 4, "partition": [10, 9, 9, 0]})),
         ({"tensor": 2, "pipeline": 7, "partition": "uniform"}, {}),
+        ({"tensor": 2, "pipeline": 7, "schedule": "dualpipev", "partition": "uniform"}, {}),
+        ({"pipeline": 8, "schedule": "dualpipev"}, {}),
         ({"tensor": 8}, {"num_query_groups": None, "ffn_hidden_size": None}),
     ],
 )
