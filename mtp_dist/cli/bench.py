@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
+from mtp_dist.cli.memory_tables import bench_plan_table
 from mtp_dist.cli.options import AsJson, Overrides, model_folder
-from mtp_dist.cli.progress import head_loss_progress, progress_bar, updates
+from mtp_dist.cli.progress import bench_progress, progress_bar, updates
 from mtp_dist.cli.tables import (
     bench_balance_table,
     bench_checkpoint_table,
@@ -55,7 +56,7 @@ def head_loss(
     from mtp_dist.bench.head_loss.settings import read_settings
 
     settings = read_settings(heads, tp, modes, device, tokens=tokens, hidden=hidden, vocab=vocab, dtype=dtype)
-    result = measure_head_loss(settings, head_loss_progress)
+    result = measure_head_loss(settings, bench_progress)
     _show(result, as_json, head_loss_table(result))
 
 
@@ -228,6 +229,19 @@ def monitoring(
     close_topology()
     if topology.rank == 0:
         _show(result, as_json, monitoring_table(result))
+
+
+@app.command("plan")
+@exits_with_user_errors
+def plan(as_json: AsJson = False) -> None:
+    """Measure the memory of a training step for small configurations of every kind, compared with the planner's.
+
+    Starts up to four processes on the CPU.
+    """
+    from mtp_dist.bench.plan import measure_plans
+
+    result = measure_plans(bench_progress)
+    _show(result, as_json, bench_plan_table(result))
 
 
 def _show(result: dict[str, Any], as_json: bool, *tables: RenderableType) -> None:

@@ -36,8 +36,8 @@ def updates(bar: Progress, title: str) -> Callable[[float, float], None]:
     return update
 
 
-def head_loss_progress(is_first: bool) -> Progress:
-    """Return the bar of `mtp-dist bench head-loss`, which only the first rank shows."""
+def bench_progress(is_first: bool) -> Progress:
+    """Return the bar of a benchmark that starts ranks, which only the first one shows."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(None),

@@ -123,8 +123,13 @@ def _collective_timeout(config: Config) -> timedelta:
 
 def close_topology() -> None:
     """Close every process group."""
-    parallel_state.destroy_model_parallel()
+    close_axes()
     dist.destroy_process_group()
+
+
+def close_axes() -> None:
+    """Close the groups of the axes, so that this process can open another layout."""
+    parallel_state.destroy_model_parallel()
 
 
 def tp_group() -> dist.ProcessGroup:

@@ -177,6 +177,7 @@ class GradientMonitor:
         """
         if self._in_norm is not None:
             self._in_norm[(0,) * self._in_norm.dim()] += fault
+        self._in_norm = None  # it would keep the gradient, with ZeRO its bucket, until the next update
 
     def _index(self, modules: tuple[int, ...]) -> Tensor:
         # Cached: a copy to the GPU waits for all of its queued work.

@@ -1,6 +1,15 @@
-"""Bytes that the forward pass of a transformer layer and of a stage keeps for the backward pass."""
+"""Bytes that the forward pass of a transformer layer and of a stage keeps, and those that the passes need besides.
+
+They are those of `mtp_dist.model` under PyTorch's autograd: a product keeps what it reads, a norm what `Norm` lists.
+"""
 
 from mtp_dist.config import Config
+from mtp_dist.config.low_rank import AdaptedMatrix
+from mtp_dist.config.schema import ModelPart
+from mtp_dist.planner.weights import layer_weights, local_vocab_size
+
+TOKEN_BYTES = 25
+"""Bytes per token of the first stage's int64 ids, of the rows of the embedding and of the mask of other ranks' rows."""
 
 
 def element_bytes(config: Config) -> int:
@@ -8,61 +17,131 @@ def element_bytes(config: Config) -> int:
     return 2 if config.train.precision == "bf16" else 4
 
 
+def micro_batch_tokens(config: Config) -> int:
+    """Return the tokens of a micro-batch."""
+    return config.train.micro_batch_size * config.train.sequence_length
+
+
+def local_tokens(config: Config) -> int:
+    """Return the tokens of a micro-batch whose hidden states a rank holds between the layers."""
+    return micro_batch_tokens(config) // (config.parallel.tensor if config.parallel.sequence else 1)
+
+
 def hidden_bytes(config: Config) -> int:
     """Return the bytes of a micro-batch's hidden states on one rank."""
     return element_bytes(config) * local_tokens(config) * config.model.hidden_size
 
 
-def local_tokens(config: Config) -> int:
-    """Return the tokens of a micro-batch whose hidden states a rank holds between the layers."""
-    shards = config.parallel.tensor if config.parallel.sequence else 1
-    return config.train.micro_batch_size * config.train.sequence_length // shards
+def norm_keeps_input(config: Config, device: str) -> bool:
+    """Return whether a norm keeps its input: PyTorch's for bf16 on a CPU keeps an fp32 copy of it instead."""
+    return device == "cuda" or config.train.precision == "fp32"
 
 
-def layer_activations(config: Config, device: str) -> int:
-    """Return the bytes that a transformer layer keeps without activation checkpointing, its input included."""
-    return _attention_activations(config, device) + _mlp_activations(config, device)
+def norm_activations(config: Config, device: str, frozen: bool = False) -> int:
+    """Return the bytes that an RMSNorm keeps, its output included. frozen: its weight is.
+
+    A GPU's kernel keeps its input and one number per position. PyTorch's norm for CPUs is made of products, which keep
+    the input in fp32 and, for the weight's gradient, the normalized input.
+    """
+    copy = 4 * local_tokens(config) * config.model.hidden_size
+    kept = hidden_bytes(config) + 4 * local_tokens(config)
+    if norm_keeps_input(config, device):
+        kept += hidden_bytes(config)
+    else:
+        kept += copy
+    return kept + (copy if device == "cpu" and not frozen else 0)
 
 
-def kept_activations(config: Config, device: str) -> int:
-    """Return the bytes that a transformer layer keeps under `train.activation_checkpointing`, its input included."""
-    kept = {
-        "none": layer_activations(config, device),
-        "selective": _attention_activations(config, device) + hidden_bytes(config),
-        "full": hidden_bytes(config),
-    }
-    return kept[config.train.activation_checkpointing]
+def attention_activations(config: Config, device: str, part: ModelPart) -> int:
+    """Return the bytes that a layer's attention keeps: norm, query-key-value, rotated queries and keys, output."""
+    model, tokens, size = config.model, micro_batch_tokens(config), element_bytes(config)
+    keys = model.query_groups * model.head_dim
+    inner = (model.hidden_size + 2 * keys) + model.hidden_size + keys + model.hidden_size
+    if not config.data.attention_across_documents:
+        # Keys and values are repeated for each query; the query-key-value product is no longer needed.
+        inner = 4 * model.hidden_size
+    log_sum_exp = 4 * tokens * model.num_attention_heads
+    rope = 4 * size * config.train.sequence_length * model.head_dim  # cosines and sines for queries and for keys
+    return (
+        _norm_and_adapter(config, device, part, "linear_qkv")
+        + (size * tokens * inner + log_sum_exp) // config.parallel.tensor
+        + rope
+    )
+
+
+def mlp_activations(config: Config, device: str, part: ModelPart) -> int:
+    """Return the bytes that a layer's MLP keeps: norm, both factors, SiLU, a copy of the other factor, product."""
+    inner = (5 if _keeps_input(config, part, "linear_fc2") else 4) * config.model.ffn_size // config.parallel.tensor
+    return (
+        _norm_and_adapter(config, device, part, "linear_fc1")
+        + element_bytes(config) * micro_batch_tokens(config) * inner
+    )
+
+
+def _norm_and_adapter(config: Config, device: str, part: ModelPart, matrix: AdaptedMatrix) -> int:
+    """Return the bytes that a norm keeps, with its output if the matrix that reads it has a gradient or an adapter."""
+    kept = norm_activations(config, device, frozen=_is_frozen(config, part))
+    return kept if _keeps_input(config, part, matrix) else kept - hidden_bytes(config)
+
+
+def _is_frozen(config: Config, part: ModelPart) -> bool:
+    return config.train.freezes_weights and part != "heads"
+
+
+def _keeps_input(config: Config, part: ModelPart, matrix: AdaptedMatrix) -> bool:
+    low_rank = config.train.low_rank
+    return not _is_frozen(config, part) or (low_rank is not None and matrix in low_rank.targets)
+
+
+def layer_activations(config: Config, device: str, part: ModelPart) -> int:
+    """Return the bytes that a transformer layer of a part of the model keeps without activation checkpointing."""
+    return attention_activations(config, device, part) + mlp_activations(config, device, part)
+
+
+def kept_activations(config: Config, device: str, part: ModelPart) -> int:
+    """Return the bytes that a transformer layer keeps under `train.activation_checkpointing`."""
+    if config.train.activation_checkpointing == "full":
+        return hidden_bytes(config)
+    if config.train.activation_checkpointing == "selective":
+        return attention_activations(config, device, part) + hidden_bytes(config)
+    return layer_activations(config, device, part)
+
+
+def layer_workspace(config: Config, device: str, part: ModelPart) -> int:
+    """Return the bytes that a layer's backward pass needs besides what is kept: recomputed activations, gradients."""
+    recomputed = 0
+    if config.train.activation_checkpointing == "selective":
+        recomputed = mlp_activations(config, device, part)
+    elif config.train.activation_checkpointing == "full":
+        recomputed = layer_activations(config, device, part)
+    size, tokens = element_bytes(config), micro_batch_tokens(config)
+    grads = size * tokens * 2 * config.model.ffn_size // config.parallel.tensor + 2 * hidden_bytes(config)
+    if config.parallel.sequence:
+        grads += size * tokens * config.model.hidden_size
+    grad_weight = size * max(weight.elements for weight in layer_weights(config, part))
+    return recomputed + grads + grad_weight
 
 
 def stage_activations(config: Config, stage: int, trunk_layers: int, device: str) -> int:
     """Return the bytes that one micro-batch keeps on a stage until its backward pass."""
-    return trunk_layers * kept_activations(config, device) + hidden_bytes(config)
+    is_first, is_last = stage == 0, stage == config.parallel.stages - 1
+    states = 2 if config.heads.weighted_hidden_states else 1  # tensors that stages exchange
+    ends = states * hidden_bytes(config) * ((not is_first) + (not is_last))
+    if is_last and not is_first and not trunk_layers:
+        ends += 2 * states * hidden_bytes(config)  # DeepSpeed's copy, and the next micro-batch, which arrives early
+    ids = TOKEN_BYTES * micro_batch_tokens(config) if is_first else 0
+    if config.train.freezes_trunk:
+        return ends + ids
+    layers = trunk_layers * kept_activations(config, device, "trunk")
+    if config.heads.weighted_hidden_states and not norm_keeps_input(config, device):
+        layers += trunk_layers * hidden_bytes(config)
+    if not config.data.attention_across_documents:
+        layers += element_bytes(config) * micro_batch_tokens(config) * config.train.sequence_length
+    return layers + ends + ids
 
 
-def _attention_activations(config: Config, device: str) -> int:
-    """Return the bytes that a layer's attention keeps: input, its norm, queries, keys, values, output."""
-    model, tokens = config.model, config.train.micro_batch_size * config.train.sequence_length
-    keys = model.query_groups * model.head_dim
-    inner = 3 * model.hidden_size + 3 * keys  # query-key-value, rotated queries and keys, output
-    log_sum_exp = 4 * tokens * model.num_attention_heads
-    return (
-        _norm_activations(config, device)
-        + 2 * hidden_bytes(config)
-        + (element_bytes(config) * tokens * inner + log_sum_exp) // config.parallel.tensor
-    )
-
-
-def _mlp_activations(config: Config, device: str) -> int:
-    """Return the bytes that a layer's MLP keeps: its input, its norm, SwiGLU's two factors, SiLU, the product."""
-    tokens = config.train.micro_batch_size * config.train.sequence_length
-    inner = 4 * config.model.ffn_size // config.parallel.tensor
-    return _norm_activations(config, device) + 2 * hidden_bytes(config) + element_bytes(config) * tokens * inner
-
-
-def _norm_activations(config: Config, device: str) -> int:
-    """Return the bytes that an RMSNorm keeps besides its input. PyTorch's for CPUs keeps fp32 intermediates."""
-    statistics = 4 * local_tokens(config)
-    if device == "cuda":
-        return statistics
-    copies = 2 if config.train.precision == "bf16" else 1
-    return statistics + copies * 4 * local_tokens(config) * config.model.hidden_size
+def embedding_workspace(config: Config) -> int:
+    """Return the bytes of the embedding's backward pass: fp32 gradients of its output and of its weight, rounded."""
+    weight = local_vocab_size(config) * config.model.hidden_size
+    rounded = 2 * weight if config.train.precision == "bf16" else 0
+    return 4 * micro_batch_tokens(config) * config.model.hidden_size + 4 * weight + rounded

@@ -10,18 +10,16 @@ from mtp_dist.config.schema import ModelPart
 
 
 class Weight(NamedTuple):
-    """A parameter on one rank, tensor-parallel sharding and vocabulary padding included."""
+    """A parameter on one rank, with tensor-parallel sharding and the padding of the vocabulary."""
 
     shape: tuple[int, ...]
     part: ModelPart
+    is_trained: bool
+    """False if it is frozen."""
 
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
-
-    def is_trained(self, config: Config) -> bool:
-        """Return whether training changes it."""
-        return not config.train.freezes_trunk or self.part == "heads"
 
 
 def stage_weights(config: Config, stage: int, trunk_layers: int) -> Iterator[Weight]:
@@ -32,9 +30,9 @@ def stage_weights(config: Config, stage: int, trunk_layers: int) -> Iterator[Wei
     """
     is_first, is_last = stage == 0, stage == config.parallel.stages - 1
     if is_first or (is_last and heads_have_embedding(config) and config.parallel.schedule == "1f1b"):
-        yield Weight((local_vocab_size(config), config.model.hidden_size), "embedding")
+        yield _weight(config, "embedding", local_vocab_size(config), config.model.hidden_size)
     if config.heads.weighted_hidden_states and trunk_layers:
-        yield Weight((config.model.trunk_layers + 1,), "heads")
+        yield _weight(config, "heads", config.model.trunk_layers + 1)
     for _ in range(trunk_layers):
         yield from layer_weights(config, "trunk")
     if is_last:
@@ -52,21 +50,22 @@ def heads_have_embedding(config: Config) -> bool:
 
 
 def layer_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
-    """Yield the weights of one transformer layer."""
+    """Yield the weights of one transformer layer. Those of trunk and head 1 have the low-rank adapters."""
     model, shards = config.model, config.parallel.tensor
-    hidden, ffn = model.hidden_size, model.ffn_size // shards
-    yield Weight((hidden,), part)
-    yield Weight(((hidden + 2 * model.query_groups * model.head_dim) // shards, hidden), part)
-    yield Weight((hidden, hidden // shards), part)
-    yield Weight((hidden,), part)
-    yield Weight((2 * ffn, hidden), part)
-    yield Weight((hidden, ffn), part)
+    hidden, ffn = model.hidden_size, model.ffn_size
+    query_key_value = hidden + 2 * model.query_groups * model.head_dim
+    yield _weight(config, part, hidden)
+    yield from _matrix(config, part, "linear_qkv", query_key_value // shards, hidden)
+    yield from _matrix(config, part, "linear_proj", hidden, hidden // shards)
+    yield _weight(config, part, hidden)
+    yield from _matrix(config, part, "linear_fc1", 2 * ffn // shards, hidden)
+    yield from _matrix(config, part, "linear_fc2", hidden, ffn // shards)
 
 
 def block_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
     """Yield the weights of one head's block. Those that are not in transformer layers are not sharded."""
     for shape in config.heads.traits.weights.values():
-        yield Weight(tuple(config.model.hidden_size * size for size in shape), part)
+        yield _weight(config, part, *(config.model.hidden_size * size for size in shape))
     for _ in range(config.heads.block_layers):
         yield from layer_weights(config, part)
 
@@ -79,16 +78,29 @@ def _heads_stage_weights(config: Config) -> Iterator[Weight]:
         yield from block_weights(config, "head_1")
     for _ in range(min(1, heads.count - 1) if heads.repeated else heads.count - 1):
         yield from block_weights(config, "heads")
-    yield Weight((hidden,), "trunk")  # the final norm
+    yield _weight(config, "trunk", hidden)  # the final norm
     if rank := condition_rank(heads, hidden):
-        yield Weight((local_vocab_size(config), rank), "heads")
+        yield _weight(config, "heads", local_vocab_size(config), rank)
         for _ in range(heads.count - 1):
-            yield Weight((hidden, rank), "heads")
+            yield _weight(config, "heads", hidden, rank)
     if heads.unembedding == "separate":
-        yield Weight(unembedding, "head_1")
+        yield _weight(config, "head_1", *unembedding)
         for _ in range(heads.count - 1):
-            yield Weight(unembedding, "heads")
+            yield _weight(config, "heads", *unembedding)
     elif not config.model.tie_embeddings:
-        yield Weight(unembedding, "unembedding")
+        yield _weight(config, "unembedding", *unembedding)
     if heads.token_order:
-        yield Weight(unembedding, "heads")
+        yield _weight(config, "heads", *unembedding)
+
+
+def _matrix(config: Config, part: ModelPart, name: str, rows: int, columns: int) -> Iterator[Weight]:
+    """Yield a matrix of a layer and those of its low-rank adapter, of which the inner dimension is the rank."""
+    yield _weight(config, part, rows, columns)
+    low_rank = config.train.low_rank
+    if low_rank and name in low_rank.targets and part != "heads":
+        yield Weight((low_rank.rank, columns), part, is_trained=True)
+        yield Weight((rows, low_rank.rank), part, is_trained=True)
+
+
+def _weight(config: Config, part: ModelPart, *shape: int) -> Weight:
+    return Weight(shape, part, is_trained=part == "heads" or not config.train.freezes_weights)

@@ -12,7 +12,7 @@ from mtp_dist.bench.head_loss.baselines import BASELINES
 from mtp_dist.bench.head_loss.measurement import measure_on_rank
 from mtp_dist.bench.head_loss.settings import read_settings
 from mtp_dist.cli import app
-from mtp_dist.cli.progress import head_loss_progress
+from mtp_dist.cli.progress import bench_progress
 from mtp_dist.cli.tables import head_loss_table
 from tests.integration import jobs
 
@@ -36,7 +36,7 @@ def check_rows(result, modes, largest_error):
 def head_loss(dtype, modes=None):
     """On each rank: run a tiny benchmark, by default of all modes that run on a CPU and compile nothing."""
     settings = read_settings("2,1", 1, modes, "cpu", tokens=64, hidden=32, vocab=300, dtype=dtype)
-    return measure_on_rank(settings, head_loss_progress)
+    return measure_on_rank(settings, bench_progress)
 
 
 def head_loss_without_memory_for_pytorch():

@@ -158,12 +158,17 @@ def test_planner_counts_the_parameters_and_products(config: Config) -> None:
         assert trained_parameters(frozen) == sum(size for name, size in sizes.items() if is_trained(frozen, name))
 
 
-@given(config=configs())
-def test_planner_lists_the_weights_of_one_stage(config: Config) -> None:
+@given(config=configs(), low_rank=st.none() | low_ranks(), freeze=st.sampled_from([(), ("trunk",)]))
+def test_planner_lists_the_weights_of_one_stage(
+    config: Config, low_rank: LowRankConfig | None, freeze: tuple[str, ...]
+) -> None:
     """The planner cannot import PyTorch, and so has a list of its own."""
     padded = config.model.model_copy(update={"vocab_size": 64 * config.vocab_size})
-    config = config.model_copy(update={"model": padded})
-    expected = Counter((shape, model_part(name)) for name, shape in parameter_shapes(config).items())
+    train = config.train.model_copy(update={"low_rank": low_rank, "freeze": freeze})
+    config = config.model_copy(update={"model": padded, "train": train})
+    expected = Counter(
+        (shape, model_part(name), is_trained(config, name)) for name, shape in parameter_shapes(config).items()
+    )
     assert Counter(stage_weights(config, 0, config.model.trunk_layers)) == expected
 
 

@@ -1,0 +1,169 @@
+"""Predicted and measured peak memory of a training step, and its FLOPs, on every stage of small configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from rich.progress import Progress
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mtp_dist.bench.plan_cases import CASES, case_sections
+from mtp_dist.config import Config, build_config, resolve
+from mtp_dist.distributed.device import select_device
+from mtp_dist.distributed.launcher import env_rank, env_world_size
+from mtp_dist.errors import LaunchError
+from mtp_dist.monitoring.output import silence_import_warnings
+from mtp_dist.planner.memory import rank_memory
+from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.stage_cost import stage_cost
+from mtp_dist.provenance import processor_name, usable_cores
+
+if TYPE_CHECKING:
+    from mtp_dist.distributed.topology import Topology
+
+Row = dict[str, Any]
+NewProgress = Callable[[bool], Progress]
+"""Function of a module, called on each rank with whether it is the first one, which shows its progress bar."""
+LARGE = 0.05
+"""Part of the total from which on a component counts as large."""
+
+
+def measure_plans(new_progress: NewProgress) -> dict[str, Any]:
+    """Measure all cases on processes that this starts, those with the same number of ranks on the same ones.
+
+    Raise LaunchError if a rank fails.
+    """
+    if env_world_size() > 1:
+        raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts the ranks itself")
+    rows: dict[str, list[Row]] = {}
+    for ranks in sorted({ranks for ranks, _ in CASES.values()}):
+        rows |= _launch(ranks, [name for name in CASES if CASES[name][0] == ranks], len(rows), new_progress)
+    machine = {"processor": processor_name(), "cores": usable_cores(), "torch": torch.__version__}
+    return {"machine": machine, "rows": [row for name in CASES for row in rows[name]]}
+
+
+def _launch(ranks: int, names: Sequence[str], done: int, new_progress: NewProgress) -> dict[str, list[Row]]:
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id="plan",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        results: dict[int, dict[str, list[Row]]] = elastic_launch(launch, _measure_on_rank)(names, done, new_progress)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise LaunchError(f"rank {rank} ended with status {failure.exitcode}: its output is above") from None
+    return results[0]
+
+
+def _measure_on_rank(names: Sequence[str], done: int, new_progress: NewProgress) -> dict[str, list[Row]]:
+    """Return the rows of each case, on every rank. done: number of cases that are measured already."""
+    silence_import_warnings()
+    torch.set_num_threads(1)
+    from mtp_dist.distributed.topology import close_axes, close_topology, initialize_topology
+
+    rows: dict[str, list[Row]] = {}
+    with new_progress(env_rank() == 0) as progress:
+        task = progress.add_task("memory", total=len(CASES), completed=done)
+        for name in names:
+            config = case_config(name)
+            topology = initialize_topology(config, select_device(config))
+            rows[name] = measure_case(name, config, topology)
+            close_axes()
+            progress.advance(task)
+    close_topology()
+    return rows
+
+
+def case_config(name: str) -> Config:
+    config = build_config(case_sections(name))
+    return resolve(config, config.vocab_size, CASES[name][0])
+
+
+def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
+    """Return a row per stage: predicted and measured bytes by component, and FLOPs of the passes of a micro-batch.
+
+    A collective over all ranks.
+    """
+    from mtp_dist.engine.engine import build_engine
+    from mtp_dist.engine.memory_tracker import Component, track_memory
+    from mtp_dist.engine.optimizer import learning_rate
+    from mtp_dist.loss.schedule import head_schedule
+    from mtp_dist.verify.reference_training import local_batch, random_batch
+
+    before = _resident_bytes("VmRSS")
+    _reset_peak()
+    engine = build_engine(config, topology)
+    batch = local_batch(config, topology, *random_batch(config))
+    engine.train_step(batch, 1, learning_rate(config, 1), head_schedule(config, 1))  # which makes the moments
+    with track_memory(engine) as tracker:
+        engine.train_step(batch, 2, learning_rate(config, 2), head_schedule(config, 2))
+    measured = {component.value: peak for component, peak in tracker.peaks.items()} | {"total": tracker.total}
+    resident = _resident_bytes("VmHWM") - before
+    flops = [
+        tracker.flops[component] / config.micro_batches for component in (Component.ACTIVATIONS, Component.WORKSPACE)
+    ]
+    local = (topology.pp_rank, topology.tp_rank, topology.dp_rank), measured, flops, resident
+    gathered: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(gathered, local)
+    return [
+        _row(name, config, stage, measured, flops, resident)
+        for (stage, tp_rank, dp_rank), measured, flops, resident in gathered
+        if tp_rank == dp_rank == 0
+    ]
+
+
+def _row(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
+    layers = trunk_layers_per_stage(config)[stage]
+    in_flight = min(config.micro_batches, config.parallel.pipeline - stage)
+    predicted = asdict(rank_memory(config, stage, layers, in_flight, "cpu"))
+    # What the heads' loss allocates and what a layer's backward pass does cannot be told apart.
+    predicted["workspace"] = max(predicted["workspace"], predicted.pop("head_loss"))
+    measured = {component: measured[component] for component in predicted}
+    cost = stage_cost(config, stage, layers)
+    return {
+        "case": name,
+        "stages": config.parallel.pipeline,
+        "stage": stage,
+        "predicted": predicted,
+        "measured": measured,
+        "error": largest_error(predicted, measured),
+        "predicted_flops": [cost.forward_flops, cost.backward_flops],
+        "measured_flops": flops,
+        "resident": resident,
+    }
+
+
+def largest_error(predicted: dict[str, int], measured: dict[str, int]) -> float:
+    """Return the largest relative error of the total and of each component that is a large part of it."""
+    large = LARGE * measured["total"]
+    return max(
+        abs(predicted[name] / measured[name] - 1) if measured[name] else float("inf")
+        for name in predicted
+        if max(predicted[name], measured[name]) > large
+    )
+
+
+def _resident_bytes(field: str) -> int:
+    """Return the process's resident memory, VmRSS, or its peak, VmHWM."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no {field} in /proc/self/status")
+
+
+def _reset_peak() -> None:
+    """Let VmHWM begin again at the resident memory of now, if the kernel allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

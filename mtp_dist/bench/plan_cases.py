@@ -1,0 +1,71 @@
+"""Small configurations of every kind whose predicted memory is compared with the measured one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Sections = Mapping[str, Mapping[str, Any]]
+
+BASE: Sections = {
+    "run": {"device": "cpu"},
+    "model": {
+        "hidden_size": 64,
+        "trunk_layers": 4,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 176,
+        "vocab_size": 1024,
+    },
+    "heads": {"count": 3},
+    "data": {"train": [{"path": "python-stdlib"}]},
+    "train": {"steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 128},
+}
+"""Three parallel heads in bf16 on one rank; activations, weights and logits are of similar size."""
+
+_FP32 = {"precision": "fp32"}
+CASES: dict[str, tuple[int, Sections]] = {
+    "parallel": (1, {}),
+    "parallel, fp32": (1, {"train": _FP32}),
+    "causal": (1, {"heads": {"kind": "causal"}}),
+    "anticausal, fp32": (1, {"heads": {"kind": "anticausal"}, "train": _FP32}),
+    "linear, fp32": (1, {"heads": {"kind": "linear"}, "train": _FP32}),
+    "mlp": (1, {"heads": {"kind": "mlp"}}),
+    "sequential": (1, {"heads": {"kind": "sequential"}}),
+    "repeated block, fp32": (1, {"heads": {"kind": "sequential", "repeated": True}, "train": _FP32}),
+    "separate unembeddings": (1, {"heads": {"unembedding": "separate"}}),
+    "selective checkpointing": (1, {"train": {"activation_checkpointing": "selective"}}),
+    "full checkpointing, fp32": (1, {"train": {"activation_checkpointing": "full", **_FP32}}),
+    "recompute, fp32": (1, {"heads": {"loss_mode": "recompute"}, "train": _FP32}),
+    "naive": (1, {"heads": {"loss_mode": "naive"}}),
+    "naive, fp32": (1, {"heads": {"loss_mode": "naive"}, "train": _FP32}),
+    "frozen trunk": (1, {"train": {"freeze": ["trunk"]}}),
+    "low-rank adapters": (1, {"train": {"low_rank": {"rank": 4}}}),
+    "weighted hidden states": (1, {"heads": {"weighted_hidden_states": True}}),
+    "condition, fp32": (1, {"heads": {"condition": "previous_token"}, "train": _FP32}),
+    "distillation, fp32": (1, {"heads": {"distillation": 0.5, "total_variation": 0.1}, "train": _FP32}),
+    "token order": (1, {"heads": {"token_order": 0.5}}),
+    "separate documents": (1, {"data": {"attention_across_documents": False}}),
+    "chunks of 64 tokens": (1, {"heads": {"chunk_tokens": 64}}),
+    "tensor 2, fp32": (2, {"parallel": {"tensor": 2}, "train": _FP32}),
+    "tensor 2, sequence": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "data 2": (2, {}),
+    "data 2, ZeRO 1, fp32": (2, {"parallel": {"zero_stage": 1}, "train": _FP32}),
+    "pipeline 2, tied, fp32": (2, {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}, "train": _FP32}),
+    "pipeline 2, full checkpointing": (
+        2,
+        {"parallel": {"pipeline": 2}, "train": {"activation_checkpointing": "full"}},
+    ),
+    "pipeline 2, weighted hidden states": (
+        2,
+        {"parallel": {"pipeline": 2}, "heads": {"weighted_hidden_states": True}},
+    ),
+    "pipeline 4": (4, {"parallel": {"pipeline": 4, "partition": [1, 1, 1, 1]}}),
+    "tensor 2, pipeline 2, sequence": (4, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),
+}
+"""Number of ranks and sections of each case, in addition to BASE."""
+
+
+def case_sections(name: str) -> dict[str, Any]:
+    """Return all sections of a case."""
+    _, sections = CASES[name]
+    names = dict.fromkeys((*BASE, *sections))
+    return {section: {**BASE.get(section, {}), **sections.get(section, {})} for section in names}
