@@ -1,9 +1,10 @@
-"""Tables and picture of planning.md: what the planner computes, and results of `mtp-dist bench balance`."""
+"""Tables and picture of planning.md: what the planner computes, and results of `mtp-dist bench balance` and `plan`."""
 
 from typing import Any
 
 from generators.common import IMAGES, read_json, table, with_origin
 
+from mtp_dist.cli.memory_tables import PLAN_COLUMNS, bench_plan_cells
 from mtp_dist.cli.timeline import draw_timelines
 from mtp_dist.config import build_config, resolve
 from mtp_dist.planner.balance import arrangements, optimum
@@ -37,6 +38,7 @@ def tables() -> dict[str, str]:
     return {
         "balance": table(["PP", "V", *NAMES.values(), "optimum"], rows),
         "balance-measured": with_origin(table(MEASURED_COLUMNS, map(measured_cells, measured)), *measured),
+        "memory": memory(*read_json("plan/memory.json")),
     }
 
 
@@ -48,6 +50,11 @@ def measured_cells(result: dict[str, Any]) -> list[str]:
     predicted = (f"{result['predicted_speedup'][name]:.2f}" for name in ("by times", "by FLOPs"))
     what = f"layers sleep {sleep:g} ms" if sleep else "computation"
     return [f"{result['layout']['pipeline']}, {what}", *layers, *steps, f"{result['speedup']:.2f}", *predicted]
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Return one row per stage of each configuration, in MB."""
+    return with_origin(table(PLAN_COLUMNS, map(bench_plan_cells, result["rows"])), result)
 
 
 def cells(ranks: int, vocabulary: int) -> list[str]:

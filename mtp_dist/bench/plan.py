@@ -118,13 +118,14 @@ def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
     gathered: list[Any] = [None] * topology.world_size
     dist.all_gather_object(gathered, local)
     return [
-        _row(name, config, stage, measured, flops, resident)
+        row_of(name, config, stage, measured, flops, resident)
         for (stage, tp_rank, dp_rank), measured, flops, resident in gathered
         if tp_rank == dp_rank == 0
     ]
 
 
-def _row(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
+def row_of(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
+    """Return what is predicted next to what was measured, on a stage."""
     layers = trunk_layers_per_stage(config)[stage]
     in_flight = min(config.micro_batches, config.parallel.pipeline - stage)
     predicted = asdict(rank_memory(config, stage, layers, in_flight, "cpu"))

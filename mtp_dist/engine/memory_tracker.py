@@ -135,7 +135,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
         return flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
         batch, heads, length, channels = args[0].shape
-        is_causal, products = args[4], 2
+        is_causal, products = args[4:5] == (True,), 2
     elif func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
         batch, heads, length, channels = args[1].shape
         is_causal, products = args[7], 5

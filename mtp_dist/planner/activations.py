@@ -115,11 +115,12 @@ def layer_workspace(config: Config, device: str, part: ModelPart) -> int:
     elif config.train.activation_checkpointing == "full":
         recomputed = layer_activations(config, device, part)
     size, tokens = element_bytes(config), micro_batch_tokens(config)
-    grads = size * tokens * 2 * config.model.ffn_size // config.parallel.tensor + 2 * hidden_bytes(config)
-    if config.parallel.sequence:
-        grads += size * tokens * config.model.hidden_size
+    inner = size * tokens * config.model.ffn_size // config.parallel.tensor
     grad_weight = size * max(weight.elements for weight in layer_weights(config, part))
-    return recomputed + grads + grad_weight
+    # The gradients of SwiGLU's two factors; or of their product, with that of a matrix and of the layer's output.
+    grads = max(2 * inner, inner + hidden_bytes(config) + grad_weight)
+    gathered = size * tokens * config.model.hidden_size if config.parallel.sequence else 0
+    return recomputed + grads + gathered
 
 
 def stage_activations(config: Config, stage: int, trunk_layers: int, device: str) -> int:

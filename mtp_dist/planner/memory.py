@@ -135,9 +135,9 @@ def _groups(config: Config, trained: list[Weight]) -> list[int]:
 def _buffers(config: Config, is_first: bool, is_last: bool) -> int:
     """Return the bytes of the buffers that stay from step to step."""
     states = 2 if config.heads.weighted_hidden_states else 1
-    received = states * hidden_bytes(config) * ((not is_first) + (not is_last))
-    if config.train.freezes_trunk:
-        received = states * hidden_bytes(config) * (not is_first)
+    # Activations and gradients arrive in the same buffers.
+    receives = not is_first or not (is_last or config.train.freezes_trunk)
+    received = states * hidden_bytes(config) if receives else 0
     if config.parallel.sequence:
         received += element_bytes(config) * micro_batch_tokens(config) * config.model.hidden_size
     return received

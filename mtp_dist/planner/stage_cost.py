@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, LowRankConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 from mtp_dist.planner.activations import element_bytes, hidden_bytes, local_tokens, micro_batch_tokens
@@ -68,10 +68,14 @@ def stage_cost(config: Config, stage: int, trunk_layers: int) -> StageCost:
     trunk = _layer(config, layer_weights(config, "trunk")) * trunk_layers
     if is_first:
         trunk += _embedding_work(config)
+        if config.train.low_rank and trunk_layers:
+            trunk += _Work(backward=-_first_input_flops(config, config.train.low_rank))
     if config.train.freezes_trunk:
         trunk = trunk.without_backward()
-    forward, backward = trunk.forward, trunk.backward + trunk.recomputed
-    forward_bytes, backward_bytes = trunk.forward_bytes, trunk.backward_bytes + trunk.recomputed_bytes
+    # DeepSpeed differentiates the tensors that a stage sends one by one, all the way to the stage's begin.
+    passes = 2 if config.heads.weighted_hidden_states and not config.heads.detach and not is_last else 1
+    forward, backward = trunk.forward, passes * (trunk.backward + trunk.recomputed)
+    forward_bytes, backward_bytes = trunk.forward_bytes, passes * (trunk.backward_bytes + trunk.recomputed_bytes)
     if is_last:
         heads = _heads(config)
         both = heads.forward + heads.backward + heads.recomputed
@@ -126,6 +130,16 @@ def _layer(config: Config, weights: Iterable[Weight]) -> _Work:
         backward_bytes=backward_bytes,
         recomputed_bytes={"none": 0, "selective": 2, "full": 4}[config.train.activation_checkpointing] * collective,
     )
+
+
+def _first_input_flops(config: Config, low_rank: LowRankConfig) -> float:
+    """Return the FLOPs of the gradient of what the first layer's query-key-value matrix and its adapter read.
+
+    They are not needed behind a frozen embedding.
+    """
+    _, matrix, adapter, *_ = layer_weights(config, "trunk")
+    read = matrix.elements + (adapter.elements if "linear_qkv" in low_rank.targets else 0)
+    return 2 * micro_batch_tokens(config) * read
 
 
 def _mlp_weights(weights: list[Weight]) -> int:
