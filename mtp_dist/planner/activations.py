@@ -128,17 +128,17 @@ def stage_activations(config: Config, stage: int, trunk_layers: int, device: str
     is_first, is_last = stage == 0, stage == config.parallel.stages - 1
     states = 2 if config.heads.weighted_hidden_states else 1  # tensors that stages exchange
     ends = states * hidden_bytes(config) * ((not is_first) + (not is_last))
-    if is_last and not is_first and not trunk_layers:
-        ends += 2 * states * hidden_bytes(config)  # DeepSpeed's copy, and the next micro-batch, which arrives early
     ids = TOKEN_BYTES * micro_batch_tokens(config) if is_first else 0
+    # DeepSpeed's copy of what arrives, which a layer would keep, and the next micro-batch, which arrives early.
+    fewest = 2 * states * hidden_bytes(config) if is_last and not is_first else 0
     if config.train.freezes_trunk:
-        return ends + ids
+        return ends + ids + fewest
     layers = trunk_layers * kept_activations(config, device, "trunk")
     if config.heads.weighted_hidden_states and not norm_keeps_input(config, device):
         layers += trunk_layers * hidden_bytes(config)
     if not config.data.attention_across_documents:
         layers += element_bytes(config) * micro_batch_tokens(config) * config.train.sequence_length
-    return layers + ends + ids
+    return max(layers, fewest) + ends + ids
 
 
 def embedding_workspace(config: Config) -> int:
