@@ -21,7 +21,8 @@ from mtp_dist.monitoring.writers.progress import ProgressBar
 from mtp_dist.monitoring.writers.tensorboard import TensorBoardWriter
 from mtp_dist.monitoring.writers.wandb import WandbWriter
 from mtp_dist.monitoring.writers.writer import MetricsWriter
-from mtp_dist.planner.flops import model_flops_per_token, parameter_counts, peak_flops
+from mtp_dist.planner.devices import peak_flops
+from mtp_dist.planner.flops import model_flops_per_token, parameter_counts
 from mtp_dist.provenance import provenance
 from mtp_dist.versions import installed_versions
 

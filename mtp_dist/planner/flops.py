@@ -1,7 +1,6 @@
-"""Parameters of a model, FLOPs per trained position, and peak FLOP/s of GPUs."""
+"""Parameters of a model, and FLOPs per trained position."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -172,29 +171,3 @@ def model_flops_per_token(config: Config, active: int) -> int:
     passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
     weighted_sum = 2 * _state_weights(config) * config.model.hidden_size * passes
     return config.model.trunk_layers * layer + heads + weighted_sum
-
-
-# Dense bf16 FLOP/s from NVIDIA's data sheets (half of the figures "with sparsity"), by the words of the device's name.
-# A word that names a slower variant is part of the key, so that a variant without an entry has no peak.
-_BF16_PEAKS = {
-    frozenset({"a100"}): 312e12,
-    frozenset({"a100", "pcie"}): 312e12,
-    frozenset({"h100"}): 989e12,
-    frozenset({"h100", "pcie"}): 756e12,
-    frozenset({"h200"}): 989e12,
-    frozenset({"b200"}): 2250e12,
-    frozenset({"l40s"}): 362e12,
-    frozenset({"4090"}): 165e12,
-}
-_VARIANT_WORDS = frozenset().union(*_BF16_PEAKS) | {"nvl", "mig", "laptop", "d"}
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the dense matrix FLOP/s of a device by the name from `torch.cuda.get_device_name`; None if unknown.
-
-    Only `bf16` has peaks: that of fp32 depends on whether the run allows TF32.
-    """
-    if precision != "bf16":
-        return None
-    words = re.findall(r"[a-z0-9]+", device_name.lower())
-    return _BF16_PEAKS.get(_VARIANT_WORDS.intersection(words))
