@@ -100,6 +100,8 @@ class ParallelConfig(Section):
     """Trunk layers per stage: `balanced` makes the slowest rank as fast as possible by the FLOPs of layers and heads,
     `measured` does so by their times, measured for about a second at the start; `uniform` gives every stage the same
     number, a list such as [4, 4, 3, 1] sets each stage. Only the first and the last stage can have 0."""
+    check_memory: bool = True
+    """Refuse, before anything is built, a run whose estimated memory exceeds the device's. `false`: start it anyway."""
 
     @property
     def stages(self) -> int:
@@ -360,10 +362,15 @@ class Config(Section):
         return padded_vocab_size(self.vocab_size, self.parallel.tensor)
 
     @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        assert self._world_size is not None, "the configuration is resolved"
+        return self._world_size
+
+    @property
     def dp_size(self) -> int:
         """Data-parallel degree: world size / (tensor * pipeline)."""
-        assert self._world_size is not None, "the configuration is resolved"
-        return self._world_size // (self.parallel.tensor * self.parallel.pipeline)
+        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
     def micro_batches(self) -> int:

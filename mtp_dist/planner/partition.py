@@ -66,7 +66,7 @@ def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: Sta
     return (*(count - behind for count, behind in zip(split, second, strict=True)), *reversed(second))
 
 
-def fits_memory(config: Config, device_bytes: int, device: Literal["cpu", "cuda"] = "cuda") -> StageFits:
+def fits_memory(config: Config, device_bytes: float, device: Literal["cpu", "cuda"] = "cuda") -> StageFits:
     """Return whether a stage of 1F1B fits the memory of its device, with the micro-batches that it has in flight."""
 
     def fits(stage: int, layers: int) -> bool:

@@ -1,0 +1,79 @@
+"""Search of the fastest layouts, and proposals for pipelines that cannot be balanced."""
+
+import itertools
+import time
+
+import pytest
+
+from mtp_dist.config import build_config, resolve
+from mtp_dist.errors import ConfigError
+from mtp_dist.planner.advice import balance_advice
+from mtp_dist.planner.estimate import estimate
+from mtp_dist.planner.fit import fit
+from mtp_dist.planner.layouts import SCHEDULES, layout, with_layout
+from mtp_dist.planner.search import search
+from tests.unit.planner.models import SHAPE_70B, cluster, on_ranks, unresolved
+
+
+def all_steps(config, world_size, hardware):
+    """Yield every layout in powers of two that fits, with its full time."""
+    powers = (1, 2, 4, 8)
+    for tensor, pipeline, schedule, sequence, checkpointing, micro_batch in itertools.product(
+        powers, powers, SCHEDULES, (False, True), ("none", "selective", "full"), powers
+    ):
+        changes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.schedule": schedule}
+        changes |= {"parallel.sequence": sequence, "train.activation_checkpointing": checkpointing}
+        candidate = with_layout(config, changes | {"train.micro_batch_size": micro_batch}, world_size)
+        if candidate and (needed := fit(candidate)).binding.memory.total <= hardware.usable_bytes:
+            yield estimate(needed, hardware)
+
+
+@pytest.mark.parametrize("batch", [16, 64])
+def test_fastest_of_all_layouts_is_found(batch):
+    config, hardware = unresolved(batch=batch), cluster("a100-40gb")
+    found = search(config, hardware, 8)
+    times = sorted(step.seconds for step in all_steps(config, 8, hardware))
+    assert found.fastest[0].seconds == pytest.approx(times[0], rel=1e-9)
+    seconds = [step.seconds for step in found.fastest]
+    assert seconds == sorted(seconds) and 1 < len(seconds) <= 5
+
+
+def test_search_over_1024_gpus_takes_seconds_and_its_layouts_are_valid():
+    config, hardware = unresolved(SHAPE_70B, vocab_size=128_256, batch=2048), cluster()
+    started = time.process_time()
+    found = search(config, hardware, 1024)
+    assert time.process_time() - started < 5
+    degrees = [(step.fit.config.parallel.tensor, step.fit.config.parallel.pipeline) for step in found.fastest]
+    assert len(degrees) == 5 and found.fitting > 100
+    for step in found.fastest:
+        values = config.model_dump(mode="json")
+        for key, value in layout(step.fit.config).items():
+            section, name = key.split(".")
+            values[section][name] = value
+        pasted = resolve(build_config(values), config.vocab_size, 1024)
+        assert fit(pasted).binding.memory.total == step.fit.binding.memory.total <= 72e9
+        assert pasted.parallel.tensor <= 8, "within a node"
+
+
+def test_search_in_fp32_can_shard_the_optimizer():
+    found = search(unresolved(precision="fp32", batch=16), cluster(precision="fp32"), 16, count=100)
+    assert {step.fit.config.parallel.zero_stage for step in found.fastest} == {0, 1}
+
+
+def test_search_without_a_result_names_the_reason():
+    with pytest.raises(ConfigError, match=r"no layout divides --gpus = 37: .*global_batch_size = 1024"):
+        search(unresolved(), cluster(), 37)
+    with pytest.raises(ConfigError, match=r"no layout of --gpus = 1 fits 90% of the 80 GB .* GB are .*: use more GPUs"):
+        search(unresolved(SHAPE_70B), cluster(), 1)
+
+
+def test_advice_for_pipelines_that_heads_unbalance():
+    hardware = cluster()
+
+    def advice(**layout):
+        return balance_advice(estimate(fit(on_ranks(unresolved(vocab_size=128_256), 64, **layout)), hardware))
+
+    assert advice(pipeline=2) is None
+    text = advice(pipeline=16)
+    assert "no split of 28 layers and 4 heads" in text
+    assert "parallel.pipeline=2" in text and "parallel.tensor=8" in text
