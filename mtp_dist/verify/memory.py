@@ -4,39 +4,46 @@ import psutil
 import torch
 
 from mtp_dist.config import Config
+from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.errors import ConfigError
-from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.planner.memory import rank_memory, step_token_bytes
-from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.fit import COMPONENTS, PipelineRank, fit, remedies
+from mtp_dist.planner.layouts import overrides
+from mtp_dist.planner.memory import step_token_bytes
 
 
 def check_memory(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if this rank's parameters, or the samples of one step, are larger than its memory.
+    """Raise ConfigError if a rank of the pipeline, or the samples of one step, need more than this rank's memory.
 
-    Only the minimum is counted, so a run that passes may still run out of memory.
+    The estimate leaves out what the libraries need, so a run that passes may still run out of memory.
     """
+    if not config.parallel.check_memory:
+        return
+    on_gpu = device.type == "cuda"
     host = psutil.virtual_memory().total // (local_ranks() or 1)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
-    states = [
-        rank_memory(config, stage, layers, in_flight=1).state
-        for stage, layers in enumerate(trunk_layers_per_stage(config))
-    ]
-    parallel = config.parallel
-    rank_states = (sum(states[stage] for stage in parallel.rank_stages(rank)) for rank in range(parallel.pipeline))
-    if (needed := max(rank_states)) > memory:
-        total = parameter_counts(config).total
-        raise ConfigError(
-            f"the model has {total:,} parameters; with parallel.tensor = {config.parallel.tensor} and "
-            f"parallel.pipeline = {config.parallel.pipeline} a rank needs {_gigabytes(needed)} for its shard and the "
-            f"optimizer, but has {_gigabytes(memory)} of memory: raise one of the two, or make the model smaller"
-        )
+    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host
+    binding = fit(config, "cuda" if on_gpu else "cpu").binding
+    if binding.memory.total > memory:
+        raise ConfigError(_too_large(config, binding, device, memory))
     if (needed := step_token_bytes(config)) > host:
         raise ConfigError(
             f"train.global_batch_size = {config.train.global_batch_size} gives each data-parallel rank "
             f"{_gigabytes(needed)} of token ids per step, which does not fit into {_gigabytes(host)} of memory: "
             "lower it or train.sequence_length"
         )
+
+
+def _too_large(config: Config, binding: PipelineRank, device: torch.device, memory: int) -> str:
+    largest = binding.largest_component
+    options = remedies(config, memory, "cuda" if device.type == "cuda" else "cpu")
+    advice = [f"{overrides(changes)} ({_gigabytes(needed)})" for changes, needed in options]
+    remedy = f"use {' or '.join(advice)}" if advice else "start more ranks or make the model smaller"
+    return (
+        f"with parallel.tensor = {config.parallel.tensor} and parallel.pipeline = {config.parallel.pipeline} the ranks "
+        f"at position {binding.rank} of the pipeline need {_gigabytes(binding.memory.total)}, of which "
+        f"{_gigabytes(getattr(binding.memory, largest))} are {COMPONENTS[largest]}, but {device_name(device)} has "
+        f"{_gigabytes(memory)} of memory per rank: {remedy}. parallel.check_memory=false starts the run anyway"
+    )
 
 
 def _gigabytes(size: int) -> str:

@@ -43,7 +43,7 @@ log.profile_ranks=[1] => log.profile_ranks = [1] ... no rank 1
 model.vocab_size=100 => model.vocab_size = 100 ... 257
 run.output_dir=~nouser/x => run.output_dir = '~nouser/x' ... unknown user
 run.step_timeout=1e300 => run.step_timeout = 1e+300 ... less than
-model.hidden_size=134217728 => parameters ... parallel.tensor ... parallel.pipeline ... GB of memory
+model.hidden_size=134217728 => parallel.tensor ... parallel.pipeline ... GB of memory ... parallel.check_memory=false
 train.global_batch_size=2147483640 train.micro_batch_size=1 => train.global_batch_size = 2147483640 ... GB of memory
 data.train=[{path: /no/such}] => data.train.0.path = '/no/such' ... does not exist
 data.train=[{path: ~/nowhere}] => data.train.0.path = '/ ... does not exist
