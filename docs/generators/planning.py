@@ -1,16 +1,24 @@
 """Tables and picture of planning.md: what the planner computes, and results of `mtp-dist bench balance` and `plan`."""
 
+import io
 from typing import Any
 
-from generators.common import IMAGES, read_json, table, with_origin
+from generators.common import DOCS, IMAGES, read_json, table, with_origin
+from rich.console import Console
+from rich.text import Text
 
 from mtp_dist.cli.memory_tables import PLAN_COLUMNS, bench_plan_cells
+from mtp_dist.cli.plan import plan_run
+from mtp_dist.cli.plan_tables import plan_parts
 from mtp_dist.cli.timeline import draw_timelines
-from mtp_dist.config import build_config, resolve
+from mtp_dist.config import build_config, load_config, resolve
 from mtp_dist.planner.balance import arrangements, optimum
+from mtp_dist.planner.devices import assumed_rates, find_accelerator
 from mtp_dist.planner.parts import Parts, part_flops
 from mtp_dist.planner.schedule import simulate
+from mtp_dist.planner.stage_times import Cluster
 
+CONFIGS = DOCS.parent / "configs"
 LAYERS, STAGES, VOCABULARIES = 28, (4, 8, 16), (32_000, 131_072, 262_144)
 NAMES = {
     "uniform": "1F1B, uniform",
@@ -37,9 +45,24 @@ def tables() -> dict[str, str]:
     measured = read_json("balance-*.json")
     return {
         "balance": table(["PP", "V", *NAMES.values(), "optimum"], rows),
+        "plan": plan_output(64, search_all=True),
+        "plan-advice": plan_output(64, search_all=False, overrides=("parallel.pipeline=8",), last_lines=1),
         "balance-measured": with_origin(table(MEASURED_COLUMNS, map(measured_cells, measured)), *measured),
         "memory": memory(*read_json("plan/memory.json")),
     }
+
+
+def plan_output(gpus: int, search_all: bool, overrides: tuple[str, ...] = (), last_lines: int = 0) -> str:
+    """Return what `mtp-dist plan` prints for the 7B model on H100s; all of it, or its last parts."""
+    config = load_config(CONFIGS / "models/7b.yaml", ["model.vocab_size=128256", *overrides])
+    h100 = find_accelerator("h100")
+    cluster = Cluster(h100, assumed_rates(h100, config.train.precision))
+    _, result = plan_run(config, cluster, gpus, 200e9, search_all)
+    console = Console(file=io.StringIO(), width=116)
+    for part in [*plan_parts(result | {"preflight": None})][-last_lines:]:
+        console.print(part, soft_wrap=isinstance(part, Text))
+    lines = console.file.getvalue().splitlines()
+    return "".join(f"    {line}".rstrip() + "\n" for line in lines)
 
 
 def measured_cells(result: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mtp_dist.cli import analyze, bench, convert, data, evaluate, experiment, generate, train
+from mtp_dist.cli import analyze, bench, convert, data, evaluate, experiment, generate, plan, train
 from mtp_dist.monitoring.logs import configure_logging
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -26,6 +26,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="evaluate")
 app.command("launch", context_settings={"ignore_unknown_options": True})(train.launch)
 app.command("selfcheck")(train.selfcheck)
+app.command("plan")(plan.plan)
 app.command("prepare")(data.prepare)
 app.command("inspect")(data.inspect)
 app.command("export")(convert.export)
