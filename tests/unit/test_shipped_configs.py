@@ -13,8 +13,12 @@ from mtp_dist.config.heads import weight_differences
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.experiments.grid import expand
 from mtp_dist.experiments.schema import find_experiment, load_experiment
+from mtp_dist.planner.devices import assumed_rates, find_accelerator
+from mtp_dist.planner.estimate import estimate
+from mtp_dist.planner.fit import fit
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import fits_memory, trunk_layers_per_stage
+from mtp_dist.planner.stage_times import Cluster
 from tests.ranks import Ranks
 
 PROJECT = Path(__file__).parents[2]
@@ -86,6 +90,9 @@ def test_config(ranks: Ranks, path: Path) -> None:
         assert config.micro_batches > 0
         fits = fits_memory(config, GPU_BYTES)
         assert all(fits(stage, layers) for stage, layers in enumerate(trunk_layers_per_stage(config)))
+        h100 = find_accelerator("h100")
+        planned = estimate(fit(config), Cluster(h100, assumed_rates(h100, config.train.precision)))
+        assert planned.fit.binding.memory.total <= GPU_BYTES and 0 < planned.mfu < 0.6
     config = shrunk(load_config(path))
     losses = ranks.run(config.parallel.tensor * config.parallel.pipeline, train, config)
     assert all(second < first for first, second in losses)
