@@ -1,25 +1,18 @@
 """Time of a training step, and what it goes into."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from mtp_dist.config import Config
 from mtp_dist.config.schema import ParallelConfig
-from mtp_dist.planner.activations import hidden_bytes
 from mtp_dist.planner.fit import Fit
 from mtp_dist.planner.flops import model_flops_per_token
+from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.parts import Passes
 from mtp_dist.planner.schedule import ScheduleName, Timeline, instructions, simulate
-from mtp_dist.planner.stage_times import (
-    Cluster,
-    axis_rates,
-    data_parallel_bytes,
-    gradient_sum_bytes,
-    part_seconds,
-    stage_passes,
-    update_bytes,
-)
+from mtp_dist.planner.stage_cost import stage_cost
+from mtp_dist.planner.stage_times import Cluster, axis_rates, flop_seconds, stage_seconds, update_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class StepEstimate:
     @property
     def balance(self) -> float:
         """Mean work of the pipeline ranks relative to the slowest one's: no rank can work for more of the time."""
-        work = _rank_seconds(self.passes, self.fit.config.parallel)
+        work = _rank_sums([each.total for each in self.passes], self.fit.config.parallel)
         return sum(work) / (len(work) * max(work))
 
 
@@ -70,12 +63,12 @@ def estimate(fit: Fit, cluster: Cluster, simulated: bool = True) -> StepEstimate
     first micro-batch passes all stages, then the slowest rank never waits. For 1F1B it is a lower bound.
     """
     config, rates = fit.config, axis_rates(fit.config, cluster)
-    passes = tuple(stage_passes(fit, cluster))
-    transfer = hidden_bytes(config) / rates.pipeline if config.parallel.pipeline > 1 else 0.0
+    passes = tuple(seconds.passes for seconds in stage_seconds(fit, cluster))
+    transfer = max(cost.next_stage_bytes for cost in fit.costs) / rates.pipeline
     if simulated:
         pipeline = _simulated_seconds(config, passes, transfer)
     else:
-        slowest = max(_rank_seconds(passes, config.parallel))
+        slowest = max(_rank_sums([each.total for each in passes], config.parallel))
         pipeline = sum(each.total for each in passes) + (config.micro_batches - 1) * slowest
     return StepEstimate(
         fit,
@@ -83,7 +76,7 @@ def estimate(fit: Fit, cluster: Cluster, simulated: bool = True) -> StepEstimate
         passes,
         transfer,
         pipeline,
-        data=max(data_parallel_bytes(config, rank.memory.gradients) for rank in fit.kinds.values()) / rates.data,
+        data=max(_rank_sums([cost.data_bytes for cost in fit.costs], config.parallel)) / rates.data,
         update=max(update_bytes(rank.memory) for rank in fit.kinds.values()) / cluster.rates.memory,
     )
 
@@ -105,29 +98,27 @@ def _simulated_seconds(config: Config, passes: Sequence[Passes], transfer: float
     return after_more + (micro_batches - more) * (after_more - after_few) / (more - few)
 
 
-def _rank_seconds(passes: Sequence[Passes], parallel: ParallelConfig) -> list[float]:
-    """Return the time of each pipeline rank per micro-batch."""
-    return [sum(passes[stage].total for stage in parallel.rank_stages(rank)) for rank in range(parallel.pipeline)]
+def _rank_sums(by_stage: Sequence[float], parallel: ParallelConfig) -> list[float]:
+    """Return the sum over the stages of each pipeline rank."""
+    return [sum(by_stage[stage] for stage in parallel.rank_stages(rank)) for rank in range(parallel.pipeline)]
 
 
 def time_by_part(step: StepEstimate) -> dict[str, float]:
     """Return what a step's seconds go into, as the mean over the ranks of the pipeline."""
-    config, cluster = step.fit.config, step.cluster
+    fit, config = step.fit, step.fit.config
     ranks, micro_batches = config.parallel.pipeline, config.micro_batches
-    each = micro_batches / ranks
-    parts = part_seconds(config, cluster)
-    without = part_seconds(_without_recomputation(config), cluster)
-    layers = config.model.trunk_layers
-    trunk, heads = layers * without.compute.layer.total, without.compute.heads.total
-    all_compute = layers * parts.compute.layer.total + parts.compute.heads.total
+    stages, once = stage_seconds(fit, step.cluster), _without_recomputation(fit)
+    compute = sum(stage.compute.total for stage in stages)
+    needed = sum(stage.compute.total for stage in stage_seconds(once, step.cluster))
+    last = stage_cost(once.config, config.parallel.stages - 1, trunk_layers=0)
+    heads = flop_seconds(step.cluster) * (last.forward_flops + last.backward_flops)
+    per_rank = micro_batches / ranks
     seconds = {
-        "trunk layers": each * trunk,
-        "heads and their loss": each * heads,
-        "recomputation": each * (all_compute - trunk - heads),
-        "tensor-parallel communication": each * (layers * parts.tensor.layer.total + parts.tensor.heads.total),
-        "sums of gradients over micro-batches": each
-        * sum(gradient_sum_bytes(step.fit.alike(rank).memory) for rank in range(ranks))
-        / cluster.rates.memory,
+        "trunk layers": per_rank * (needed - heads),
+        "heads and their loss": per_rank * heads,
+        "recomputation": per_rank * (compute - needed),
+        "tensor-parallel communication": per_rank * sum(stage.tensor.total for stage in stages),
+        "sums of gradients over micro-batches": per_rank * sum(stage.sums for stage in stages),
         "transfers between stages": step.transfer * _mean_transfers(config.parallel.schedule, ranks, micro_batches),
     }
     return seconds | {
@@ -137,14 +128,10 @@ def time_by_part(step: StepEstimate) -> dict[str, float]:
     }
 
 
-def _without_recomputation(config: Config) -> Config:
-    loss_mode = "eager" if config.heads.loss_mode == "recompute" else config.heads.loss_mode
-    return config.model_copy(
-        update={
-            "train": config.train.model_copy(update={"activation_checkpointing": "none"}),
-            "heads": config.heads.model_copy(update={"loss_mode": loss_mode}),
-        }
-    )
+def _without_recomputation(fit: Fit) -> Fit:
+    loss_mode = "eager" if fit.config.heads.loss_mode == "recompute" else fit.config.heads.loss_mode
+    changes = {"train.activation_checkpointing": "none", "heads.loss_mode": loss_mode}
+    return replace(fit, config=replace_values(fit.config, changes))
 
 
 @cache

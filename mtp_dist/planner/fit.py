@@ -3,8 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields
-from functools import cache
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 from mtp_dist.config import Config
@@ -13,6 +13,7 @@ from mtp_dist.planner.layouts import Changes, replace_values, with_layout
 from mtp_dist.planner.memory import RankMemory, rank_memory
 from mtp_dist.planner.partition import fits_memory, trunk_layers_per_stage
 from mtp_dist.planner.schedule import ScheduleName, instructions
+from mtp_dist.planner.stage_cost import StageCost, stage_cost
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -94,7 +95,8 @@ def in_flight_peaks(schedule: ScheduleName, rank: int, ranks: int, micro_batches
     return [a for a in peaks if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in peaks)]
 
 
-class Fit(NamedTuple):
+@dataclass(frozen=True)
+class Fit:
     """A layout, how it splits the trunk, and what it needs."""
 
     config: Config
@@ -108,6 +110,22 @@ class Fit(NamedTuple):
     def binding(self) -> PipelineRank:
         """The rank that needs the most memory."""
         return max(self.kinds.values(), key=lambda rank: rank.memory.total)
+
+    @property
+    def halves(self) -> bool:
+        """True if each rank has two stages."""
+        return self.config.parallel.stages > self.config.parallel.pipeline
+
+    @cached_property
+    def costs(self) -> list[StageCost]:
+        """The work of each stage per micro-batch, and its bytes to the data-parallel ranks per step."""
+        last = len(self.split) - 1
+        kinds = [(stage == 0, stage == last, layers) for stage, layers in enumerate(self.split)]
+        found: dict[tuple[bool, bool, int], StageCost] = {}
+        for stage, kind in enumerate(kinds):
+            if kind not in found:
+                found[kind] = stage_cost(self.config, stage, self.split[stage])
+        return [found[kind] for kind in kinds]
 
     def alike(self, rank: int) -> PipelineRank:
         """Return a rank with the same weights."""

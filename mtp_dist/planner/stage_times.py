@@ -1,14 +1,12 @@
 """Time that one micro-batch takes on each stage of a pipeline: FLOPs and bytes over the rates of a cluster."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from mtp_dist.config import Config
-from mtp_dist.planner.activations import element_bytes
 from mtp_dist.planner.devices import LAYER_FRACTION, Accelerator, Rates
 from mtp_dist.planner.fit import DeviceType, Fit
 from mtp_dist.planner.memory import RankMemory
-from mtp_dist.planner.parts import Parts, Passes, Stage, part_flops
+from mtp_dist.planner.parts import Passes
 
 USABLE_FRACTION = 0.9
 """Fraction of the memory that a proposed layout may need: estimates are within 10% of what was measured."""
@@ -54,68 +52,44 @@ def axis_rates(config: Config, cluster: Cluster) -> AxisRates:
     )
 
 
-class PartSeconds(NamedTuple):
-    """Seconds of the parts of a model on one rank per micro-batch, by what takes them."""
+class StageSeconds(NamedTuple):
+    """Seconds of one rank of a stage per micro-batch, by what takes them."""
 
-    compute: Parts
-    tensor: Parts
+    compute: Passes
+    tensor: Passes
     """Tensor-parallel communication."""
+    sums: float
+    """Adding the gradients to those of other micro-batches, in the backward pass."""
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(
+            self.compute.forward + self.tensor.forward, self.compute.backward + self.tensor.backward + self.sums
+        )
 
 
-def part_seconds(config: Config, cluster: Cluster) -> PartSeconds:
-    """Return the time of each part of the model."""
-    train, flops = config.train, part_flops(config)
-    positions = train.micro_batch_size * train.sequence_length / config.parallel.tensor
-    layer, heads = tensor_parallel_bytes(config)
-    sent = Parts(Passes(0, 0), layer, heads, flops.num_heads)
-    return PartSeconds(
-        flops.scaled(positions / (LAYER_FRACTION * cluster.rates.matmul)),
-        sent.scaled(1 / axis_rates(config, cluster).tensor),
-    )
+def flop_seconds(cluster: Cluster) -> float:
+    """Return the seconds per FLOP of a layer."""
+    return 1 / (LAYER_FRACTION * cluster.rates.matmul)
 
 
-def stage_passes(fit: Fit, cluster: Cluster) -> Iterator[Passes]:
-    """Yield the seconds of each stage per micro-batch."""
-    config, parts = fit.config, part_seconds(fit.config, cluster)
-    ranks, stages = config.parallel.pipeline, config.parallel.stages
-    for index, layers in enumerate(fit.split):
-        stage = Stage(layers, parts.compute.num_heads * (index == stages - 1))
-        compute, tensor = (each.stage(stage, index == 0) for each in parts)
-        rank = index if index < ranks else stages - 1 - index
+def stage_seconds(fit: Fit, cluster: Cluster) -> list[StageSeconds]:
+    """Return the time of each stage per micro-batch."""
+    config, rates = fit.config, cluster.rates
+    per_flop, per_byte = flop_seconds(cluster), 1 / axis_rates(config, cluster).tensor
+    seconds = []
+    for stage, cost in enumerate(fit.costs):
+        memory = fit.alike(min(stage, config.parallel.stages - 1 - stage) if fit.halves else stage).memory
         # Of a rank's two stages each sums about half of its gradients.
-        sums = gradient_sum_bytes(fit.alike(rank).memory) * ranks / stages / cluster.rates.memory
-        yield Passes(compute.forward + tensor.forward, compute.backward + tensor.backward + sums)
-
-
-def tensor_parallel_bytes(config: Config) -> tuple[Passes, Passes]:
-    """Return the bytes that a rank sends per micro-batch for one trunk layer, and for all heads.
-
-    An all-reduce over t ranks sends 2 (t - 1) / t of the hidden states. With sequence parallelism it is split into
-    reduce-scatter and all-gather, and the backward pass gathers its input once more.
-    """
-    heads, size, train = config.heads, config.parallel.tensor, config.train
-    hidden = element_bytes(config) * train.micro_batch_size * train.sequence_length * config.model.hidden_size
-    all_reduce = 2 * (size - 1) / size * hidden
-    recomputed = {"none": 0, "selective": 1, "full": 2}[train.activation_checkpointing]
-    forward, backward = 2 * all_reduce, ((3 if config.parallel.sequence else 2) + recomputed) * all_reduce
-    blocks = heads.num_blocks * heads.block_layers
-    unembeddings = heads.count * all_reduce
-    # The heads' backward passes are in the forward pass, or recompute it.
-    heads_backward = blocks * (backward + (forward if heads.loss_mode == "recompute" else 0)) + unembeddings
-    in_forward = heads_backward if heads.loss_mode == "eager" else 0
-    layer = Passes(forward, 0 if train.freezes_trunk else backward)
-    return layer, Passes(blocks * forward + in_forward, heads_backward - in_forward)
-
-
-def data_parallel_bytes(config: Config, gradients: int) -> float:
-    """Return the bytes that a rank sends to sum its gradients and, if the optimizer is sharded, to gather the weights.
-
-    gradients: bytes of a rank's gradients, which are as large as its trained weights.
-    """
-    size, bf16 = config.dp_size, config.train.precision == "bf16"
-    reduced = gradients * (2 if bf16 and config.parallel.grad_reduce_dtype == "fp32" else 1)
-    gathered = gradients if bf16 or config.parallel.zero_stage else 0
-    return (size - 1) / size * (2 * reduced + gathered)
+        sums = gradient_sum_bytes(memory) / rates.memory / (2 if fit.halves else 1)
+        seconds.append(
+            StageSeconds(
+                Passes(cost.forward_flops, cost.backward_flops).scaled(per_flop),
+                Passes(cost.forward_tensor_bytes, cost.backward_tensor_bytes).scaled(per_byte),
+                sums,
+            )
+        )
+    return seconds
 
 
 def update_bytes(memory: RankMemory) -> int:
