@@ -38,7 +38,7 @@ from mtp_dist.monitoring.rank0 import rank0_callbacks
 from mtp_dist.monitoring.rank_logs import tee_output
 from mtp_dist.monitoring.summary import SummaryRecorder, print_summary, write_summary
 from mtp_dist.planner.flops import parameter_counts, trained_parameters
-from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.partition import pipeline_stages
 from mtp_dist.training.run_folder import archive_earlier_run
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
@@ -149,14 +149,15 @@ def _log_start(
     """Log what was read of the sources, the size of the model, the layout and where the run starts."""
     for description in datasets.descriptions:
         logger.info(description)
-    counts = parameter_counts(config)
+    counts, stages = parameter_counts(config), pipeline_stages(config)
+    heads = "heads on the last" if config.heads.stages == 1 else f"heads {[stage.heads for stage in stages]}"
     trained = f"; {trained_parameters(config) / 1e6:.2f} M of them trained" if config.train.freezes_weights else ""
     logger.info(
         f"{config.run.name}: {counts.total / 1e6:.2f} M parameters (trunk {counts.trunk / 1e6:.2f}, heads "
         f"{counts.heads / 1e6:.2f}, embeddings {counts.embeddings / 1e6:.2f}{trained}), {config.heads.count} heads, "
         f"{config.train.precision} on {device_name(topology.device)}, {optimizer_name}\n"
         f"tensor {topology.tp_size} x pipeline {topology.pp_size} x data {topology.dp_size}, trunk layers per stage "
-        f"{[*trunk_layers_per_stage(config)]} + heads on the last, {config.micro_batches} micro-batches per step"
+        f"{[stage.layers for stage in stages]} + {heads}, {config.micro_batches} micro-batches per step"
         f"{'' if topology.schedule == '1f1b' else f', schedule {topology.schedule}'}"
     )
     start = f"Resuming from step {resumed.step} ({resumed.folder})" if resumed else "Starting from scratch"

@@ -15,6 +15,7 @@ def incompatible_head_settings(
     sequence_length: int,
     freezes_trunk: bool,
     pipeline: int,
+    dualpipev: bool,
 ) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     if tie_embeddings and heads.unembedding == "separate":
@@ -31,6 +32,8 @@ def incompatible_head_settings(
     yield from _incompatible_loss_weights(heads, steps)
     if freezes_trunk:
         yield from _incompatible_with_frozen_trunk(heads, pipeline)
+    if heads.stages > 1:
+        yield from _incompatible_with_stages(heads, pipeline, dualpipev)
 
 
 def _incompatible_with_kind(heads: HeadsConfig) -> Iterator[str]:
@@ -224,6 +227,11 @@ def _incompatible_with_frozen_trunk(heads: HeadsConfig, pipeline: int) -> Iterat
             "of them a weight above 0",
         ),
         (
+            heads.stages > 1,
+            f"{key} is incompatible with heads.stages = {heads.stages}: only the last stage runs a backward pass on a "
+            "frozen trunk, set it to 1",
+        ),
+        (
             heads.detach,
             f"heads.detach = {detach} has no effect with {key}, to which no head passes a gradient: remove it",
         ),
@@ -238,3 +246,43 @@ def _incompatible_with_frozen_trunk(heads: HeadsConfig, pipeline: int) -> Iterat
             "frozen trunk",
         ),
     )
+
+
+def _incompatible_with_stages(heads: HeadsConfig, pipeline: int, dualpipev: bool) -> Iterator[str]:
+    key = f"heads.stages = {heads.stages}"
+    yield from messages_if(
+        (heads.stages > heads.count, f"{key} exceeds heads.count = {heads.count}: each of these stages needs a head"),
+        (
+            heads.stages > pipeline,
+            f"{key} exceeds parallel.pipeline = {pipeline}: lower it or use more pipeline stages",
+        ),
+        (
+            heads.traits.reads != "trunk",
+            f"{key} is incompatible with heads.kind = '{heads.kind}', whose heads read each other: only 'parallel', "
+            "'linear' and 'mlp' heads can be on different stages",
+        ),
+        (
+            dualpipev,
+            f"{key} is incompatible with parallel.schedule = 'dualpipev', which starts the backward passes from one "
+            "loss on rank 0: use '1f1b'",
+        ),
+        (
+            heads.loss_mode == "naive",
+            f"{key} is incompatible with heads.loss_mode = 'naive', a reference: use 'recompute' or 'eager'",
+        ),
+        (
+            heads.condition != "none",
+            f"{key} is incompatible with heads.condition = '{heads.condition}', whose embedding heads 2..n share: "
+            "remove one of them",
+        ),
+        (
+            heads.weighted_hidden_states,
+            f"{key} is incompatible with heads.weighted_hidden_states = true: only the trunk's output reaches all of "
+            "these stages, remove one of them",
+        ),
+    )
+    for name in ("distillation", "total_variation"):
+        if getattr(heads, name):
+            yield f"{key} is incompatible with heads.{name}, for which head 1 and the others share a stage: remove one"
+    if heads.token_order:
+        yield f"{key} is incompatible with heads.token_order, an additional loss of head 1's stage: remove one of them"

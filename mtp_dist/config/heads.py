@@ -154,6 +154,9 @@ class HeadsConfig(Section):
     kinds also keep the activations of their blocks, not their logits); `recompute` does so in the backward pass, at the
     cost of one more forward pass of the heads, and keeps nothing until then; `naive`, a reference, keeps the logits of
     all heads until the backward pass."""
+    stages: PositiveInt = 1
+    """Number of last pipeline stages that have some of the heads each, head 1 on the first of them, on which the trunk
+    ends (`parallel`, `linear` and `mlp`). How many each has is chosen as `parallel.partition` is by `balanced`."""
     chunk_tokens: PositiveInt | None = None
     """Number of tokens whose logits are in memory at once in `eager` and `recompute`; by default as many as fit into
     64 MiB on a CPU and 1 GiB on a GPU."""

@@ -66,6 +66,7 @@ def incompatible_settings(config: Config) -> Iterator[str]:
         train.sequence_length,
         train.freezes_trunk,
         parallel.pipeline,
+        parallel.schedule == "dualpipev",
     )
     if max(config.optimizer.betas) >= 1:
         yield f"optimizer.betas = {list(config.optimizer.betas)} must lie below 1"
@@ -94,6 +95,11 @@ def _incompatible_low_rank(config: Config) -> Iterator[str]:
             heads.traits.reads == "next head",
             f"train.low_rank is incompatible with heads.kind = '{heads.kind}': head 1 reads the trunk through all "
             "other heads, which are trained in full: use another kind",
+        ),
+        (
+            heads.stages > 1,
+            f"train.low_rank is incompatible with heads.stages = {heads.stages}: what the heads' stages share is "
+            "frozen, set it to 1",
         ),
         (
             config.parallel.schedule == "1f1b"  # with dualpipev the rank of the first stage has the heads to train
@@ -166,6 +172,10 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
     model, parallel, train = config.model, config.parallel, config.train
     dualpipev = parallel.schedule == "dualpipev"
     stages_key = "2 * parallel.pipeline" if dualpipev else "parallel.pipeline"
+    # The trunk ends on the first stage with heads.
+    trunk_stages, trunk_stages_key = max(1, parallel.stages - config.heads.stages + 1), stages_key
+    if config.heads.stages > 1:
+        trunk_stages_key = "parallel.pipeline - heads.stages + 1"
     yield from messages_if(
         (
             parallel.zero_stage > 1,
@@ -178,9 +188,9 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
             "in fp32 are summed in fp32",
         ),
         (
-            parallel.stages > model.trunk_layers + 2,
-            f"{stages_key} = {parallel.stages} stages are too many for model.trunk_layers = {model.trunk_layers}: all "
-            f"but the first and the last need a layer, use at most {model.trunk_layers + 2}",
+            trunk_stages > model.trunk_layers + 2,
+            f"{trunk_stages_key} = {trunk_stages} stages are too many for model.trunk_layers = {model.trunk_layers}: "
+            f"all but the first and the last need a layer, use at most {model.trunk_layers + 2}",
         ),
         (
             dualpipev and parallel.pipeline == 1,
@@ -193,18 +203,28 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
         ),
     )
     if parallel.partition == "uniform":
-        yield from _indivisible("model.trunk_layers", model.trunk_layers, stages_key, parallel.stages)
+        yield from _indivisible("model.trunk_layers", model.trunk_layers, trunk_stages_key, trunk_stages)
     elif not isinstance(parallel.partition, str):
         if len(parallel.partition) != parallel.stages or sum(parallel.partition) != model.trunk_layers:
             yield (
                 f"parallel.partition = {list(parallel.partition)} must list {stages_key} = {parallel.stages} "
                 f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
             )
-        if 0 in parallel.partition[1:-1]:
+        if any(parallel.partition[trunk_stages:]):
+            yield (
+                f"parallel.partition = {list(parallel.partition)} gives layers to stages behind the first one with "
+                f"heads: with heads.stages = {config.heads.stages} the last {config.heads.stages - 1} have 0"
+            )
+        if 0 in parallel.partition[1 : trunk_stages - 1]:
             yield (
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the first "
                 "stage, which has the embedding, and the last one, which has the heads, can have 0 trunk layers"
             )
+    elif parallel.partition == "measured" and config.heads.stages > 1:
+        yield (
+            f"parallel.partition = 'measured' is incompatible with heads.stages = {config.heads.stages}: it measures "
+            "all heads as one, use 'balanced'"
+        )
 
 
 def _incompatible_rope(model: ModelConfig) -> Iterator[str]:

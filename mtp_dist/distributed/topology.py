@@ -42,6 +42,8 @@ class Topology:
     device: torch.device
     schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     """Pipeline schedule, which decides where the last stage is."""
+    head_stages: int = 1
+    """Number of last stages that have heads."""
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -55,8 +57,10 @@ class Topology:
 
     @cached_property
     def holds_loss(self) -> bool:
-        """True if this rank has the heads and computes their losses."""
-        return self.pp_rank == (0 if self.schedule == "dualpipev" else self.pp_size - 1)
+        """True if this rank has heads and computes their losses."""
+        if self.schedule == "dualpipev":
+            return self.pp_rank == 0
+        return self.pp_rank >= self.pp_size - self.head_stages
 
     @property
     def world_size(self) -> int:
@@ -94,6 +98,7 @@ def initialize_topology(config: Config, device: torch.device) -> Topology:
         dp_rank=parallel_state.get_data_parallel_rank(),
         device=device,
         schedule=config.parallel.schedule,
+        head_stages=config.heads.stages,
     )
     assert topology.rank == dist.get_rank()
     return topology

@@ -156,10 +156,14 @@ class TrainingEngine:
     def evaluate(self, batch: TrainBatch, schedule: HeadSchedule) -> HeadMetrics:
         """Evaluate a batch and return the active heads' metrics."""
         self._begin(batch, schedule)
+        if self.config.heads.stages > 1:
+            self.pipeline.reset_activation_shape()  # stages with heads also send tokens
         # Not the parameter num_micro_batches: DualPipeV places its buffers by the engine's number.
         training_micro_batches, self.pipeline.micro_batches = self.pipeline.micro_batches, batch.num_micro_batches
         self.pipeline.eval_batch(repeat(None), bcast_loss=False)
         self.pipeline.micro_batches = training_micro_batches
+        if self.config.heads.stages > 1:
+            self.pipeline.reset_activation_shape()
         distances = self.config.heads.distances[-1] - 1
         self._sum_over_ranks(self.stage.heads.acceptance_sums if self._has_sums else self._zeros(distances, 2))
         head_sums, acceptance_sums = (total.cpu() for total in self._totals)
@@ -208,7 +212,7 @@ class TrainingEngine:
 
     @property
     def _has_sums(self) -> bool:
-        """True on the one rank of a replica whose heads' sums count."""
+        """True on the one rank of a stage with heads whose sums count."""
         return self.topology.holds_loss and self.topology.tp_rank == 0
 
     def _zeros(self, *shape: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""The heads as the pipeline's last layer."""
+"""The heads as the pipeline's last layer, or as the last layers of several stages."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -31,6 +32,17 @@ class _ZeroGradient(torch.autograd.Function):
         return grad_trunk_output, torch.zeros_like(ctx.weight)
 
 
+class EarlierHeads(NamedTuple):
+    """What the heads of a stage receive from those of the stages before, in addition to z."""
+
+    loss: Tensor
+    """Sum of their losses, a scalar in fp32. The last stage adds it to its own, so that the scale of the whole loss
+    comes back to their stages as a gradient."""
+    token_ids: Tensor | None = None
+    """Their most probable tokens in an evaluation, see `GreedyTokens`. In fp32, which has the ids of any vocabulary,
+    because DeepSpeed's receive buffers have gradients."""
+
+
 class HeadsWithLoss(PredictionHeads):
     """The heads as the pipeline's last layer: z in, the loss of a micro-batch out.
 
@@ -38,8 +50,8 @@ class HeadsWithLoss(PredictionHeads):
     in `loss_fn`.
     """
 
-    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
-        super().__init__(config, megatron)
+    def __init__(self, config: Config, megatron: TransformerConfig, numbers: Sequence[int] = ()) -> None:
+        super().__init__(config, megatron, numbers)
         self.vocabulary = Vocabulary(config.vocab_size, IGNORE_INDEX, tp_group())
         self.distances = config.heads.distances
         self.begin(torch.zeros(config.heads.count + 1), config.heads.count)
@@ -61,18 +73,34 @@ class HeadsWithLoss(PredictionHeads):
         micro_batch: MicroBatch,
         attention: AttentionInputs,
         weighted_sum: Tensor | None = None,
-    ) -> Tensor:
+        earlier: EarlierHeads | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Map z `[S, B, D]`, or (z, the embedding's weight `[V/TP, D]`), to the loss, a scalar.
 
         weighted_sum: `[S, B, D]`, that of the trunk's hidden states, which heads 2..n read instead of z.
+        earlier: of the heads on earlier stages.
         """
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
         if weighted_sum is not None:
             trunk_output = torch.stack([trunk_output, weighted_sum])
-        if embedding_weight is not None and self.isolated and not self.config.model.tie_embeddings:
-            trunk_output = _ZeroGradient.apply(trunk_output, embedding_weight)  # type: ignore[no-untyped-call]
+        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch, earlier)
+        loss = self._loss(trunk_output, embedding_weight, micro_batch, attention, greedy)
+        if greedy:
+            self._add_acceptance(greedy, micro_batch)
+        return loss if earlier is None else loss + earlier.loss
+
+    def _loss(
+        self,
+        trunk_output: Tensor,
+        embedding_weight: Tensor | None,
+        micro_batch: MicroBatch,
+        attention: AttentionInputs,
+        greedy: GreedyTokens | None,
+    ) -> Tensor:
+        """Return the loss of this stage's heads and add to `sums`."""
+        if (weight := self._tied_weight_without_loss(embedding_weight)) is not None:
+            trunk_output = _ZeroGradient.apply(trunk_output, weight)  # type: ignore[no-untyped-call]
         context = HeadContext(micro_batch.samples, attention, embedding_weight)
-        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch)
         mode, objective = self.config.heads.loss_mode, self._objective(micro_batch, greedy)
         sums = objective.zero_sums(trunk_output.dtype)
         if mode == "naive":
@@ -80,13 +108,21 @@ class HeadsWithLoss(PredictionHeads):
         else:
             loss = sequential_heads_loss(mode, self, trunk_output, context, objective, sums)
         self.sums.tensor.add_(sums.tensor)
-        if greedy:
-            self._add_acceptance(greedy, micro_batch)
         return loss
 
-    def _greedy_tokens(self, micro_batch: MicroBatch) -> GreedyTokens:
+    def _tied_weight_without_loss(self, embedding_weight: Tensor | None) -> Tensor | None:
+        """Return the weight that this stage has in common with another one and that no loss of its heads trains."""
+        if self.isolated.issuperset(self.keys) and not self.separate:  # heads 2..n only
+            return embedding_weight if self.config.model.tie_embeddings else self.unembedding.weight
+        return embedding_weight if self.isolated and not self.config.model.tie_embeddings else None
+
+    def _greedy_tokens(self, micro_batch: MicroBatch, earlier: EarlierHeads | None) -> GreedyTokens:
         heads, batch, length = micro_batch.targets.shape
-        return GreedyTokens(heads, length, batch, self.vocabulary, self.scales.device)
+        greedy = GreedyTokens(heads, length, batch, self.vocabulary, self.scales.device)
+        if earlier is not None:
+            assert earlier.token_ids is not None, "an evaluation"
+            greedy.token_ids += earlier.token_ids.long()
+        return greedy
 
     def _add_acceptance(self, greedy: GreedyTokens, micro_batch: MicroBatch) -> None:
         valid = (micro_batch.targets != IGNORE_INDEX).transpose(1, 2)
@@ -117,3 +153,42 @@ class HeadsWithLoss(PredictionHeads):
             token_order=token_order,
             on_logits=greedy.record if greedy else None,
         )
+
+
+class _WithTrunkGradient(torch.autograd.Function):
+    """The loss of a stage's heads, whose backward pass gives z also the gradient that z's copy got before."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, trunk_output: Tensor, sent: Tensor) -> Tensor:
+        ctx.sent = sent
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_trunk_output, ctx.sent.grad = ctx.sent.grad, None
+        return grad_loss, grad_trunk_output, None
+
+
+class InnerHeadsWithLoss(HeadsWithLoss):
+    """The heads of a stage that sends z and the loss to a stage with other heads."""
+
+    def forward(
+        self,
+        inputs: Tensor | tuple[Tensor, Tensor],
+        micro_batch: MicroBatch,
+        attention: AttentionInputs,
+        weighted_sum: Tensor | None = None,
+        earlier: EarlierHeads | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Map z to itself and the fields of EarlierHeads for the next stage."""
+        trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
+        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch, earlier)
+        loss = self._loss(trunk_output, embedding_weight, micro_batch, attention, greedy)
+        if earlier is not None:
+            loss = loss + earlier.loss
+        if greedy:
+            return trunk_output, loss, greedy.token_ids.float()
+        # DeepSpeed runs backward from each of the tensors that a stage sends, in this order: from z as it is, it would
+        # run through the trunk's layers twice.
+        sent = trunk_output.detach().requires_grad_()
+        return sent, _WithTrunkGradient.apply(loss, trunk_output, sent)  # type: ignore[no-untyped-call]

@@ -4,17 +4,18 @@ import contextlib
 import io
 from collections.abc import Iterator
 from itertools import accumulate, chain, islice, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from mtp_dist.config import Config
 from mtp_dist.distributed.topology import Topology
-from mtp_dist.engine.heads_with_loss import HeadsWithLoss
+from mtp_dist.engine.heads_with_loss import EarlierHeads, HeadsWithLoss, InnerHeadsWithLoss
 from mtp_dist.engine.stand_ins import new_stand_in, stand_in_names
 from mtp_dist.model.layers import AttentionInputs, transformer_config
 from mtp_dist.model.parameters import is_trained, named_weights, parameter_shapes
@@ -22,7 +23,7 @@ from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.sharding import tag_shards
 from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
 from mtp_dist.model.trunk import HiddenStateWeights, TokenEmbedding, TrunkLayer, add_weighted
-from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.partition import head_numbers, pipeline_stages
 from mtp_dist.planner.weights import heads_have_embedding
 
 
@@ -38,6 +39,18 @@ class StageOutput(NamedTuple):
     """`[S, B, D]`, `[S/TP, B, D]` under sequence parallelism."""
     weighted_sum: Tensor | None = None
     """Weighted sum of the hidden states up to this stage, of the same shape; None, and not sent, without it."""
+    earlier: EarlierHeads | None = None
+    """Results of this stage's and earlier heads; None, and not sent, without heads."""
+
+    @classmethod
+    def received(cls, tensors: Tensor | tuple[Tensor, ...], has_weighted_sum: bool) -> "StageOutput":
+        """Return the output of the stage before, of which the first one has tokens instead."""
+        if isinstance(tensors, Tensor):
+            return cls(tensors)
+        hidden, *others = tensors
+        if has_weighted_sum:
+            return cls(hidden, weighted_sum=others[0])
+        return cls(hidden, earlier=EarlierHeads(*others) if others else None)
 
 
 class HeadsInput(NamedTuple):
@@ -125,7 +138,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
             documents = micro_batch.documents[:, : self.config.train.sequence_length]
             bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
         attention = AttentionInputs(self._rope_angles, bias)
-        output, weighted_sum = StageOutput(inputs) if isinstance(inputs, Tensor) else StageOutput(*inputs)
+        output, weighted_sum, earlier = StageOutput.received(inputs, self.config.heads.weighted_hidden_states)
         if self.trunk_is_frozen:
             output = output.detach()  # received tensors require a gradient
         # Once, not per layer: under sequence parallelism their gradient is a collective.
@@ -138,12 +151,12 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
                 output = layer(output)
                 weighted_sum = self._add_state(None, output, 0, weights)
             elif isinstance(layer, HeadsWithLoss):
-                return layer(output, micro_batch, attention, weighted_sum)
+                return layer(output, micro_batch, attention, weighted_sum, earlier)
             elif not isinstance(layer, HiddenStateWeights):
                 output = layer(output)
         if torch.is_grad_enabled() and not self.trunk_is_frozen:
             output.requires_grad_()  # DeepSpeed runs backward through a frozen embedding alone, too
-        return tuple(tensor for tensor in StageOutput(output, weighted_sum) if tensor is not None)
+        return (output,) if weighted_sum is None else (output, weighted_sum)
 
     def _add_state(self, total: Tensor | None, hidden: Tensor, layer: int, weights: Tensor | None) -> Tensor | None:
         """Return the weighted sum of the hidden states so far, None at the first, with that of a layer added.
@@ -159,6 +172,15 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         yield from ((name, weight) for name, weight in named_weights(self) if weight.requires_grad)
         yield from zip(self.stand_in_names, self.stand_ins, strict=True)
 
+    def _index_tied_modules(self) -> dict[str, Any]:
+        """Override of DeepSpeed's, which takes every weight of a tied module for a replica; heads have others, too."""
+        comms: dict[str, Any] = super()._index_tied_modules()
+        for comm in comms.values():
+            tied = [comm["module"].get_parameter(name) for name in comm["weight_attr"]]
+            for param in comm["module"].parameters():
+                param.ds_pipe_replicated &= any(param is weight for weight in tied)
+        return comms
+
     def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, ProcessGroup]]:
         """Override of DeepSpeed's, which reduces the gradients of these weights: frozen ones have none."""
         return [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
@@ -166,7 +188,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
     @property
     def heads(self) -> HeadsWithLoss:
         """The heads, on the rank that has them."""
-        return next(layer for layer in self.children() if isinstance(layer, HeadsWithLoss))
+        return next(layer for layer in self.modules() if isinstance(layer, HeadsWithLoss))
 
 
 class TwoStagePipeline(MultiTokenPipeline, DualPipeVModule):  # type: ignore[misc]
@@ -190,7 +212,8 @@ def _stage_specs(config: Config) -> list[list[LayerSpec]]:
     """Return the layers of each stage."""
     megatron = transformer_config(config)
     trunk = iter([LayerSpec(TrunkLayer, config, megatron, index) for index in range(config.model.trunk_layers)])
-    stages = [list(islice(trunk, layers)) for layers in trunk_layers_per_stage(config)]
+    parts = pipeline_stages(config)
+    stages = [list(islice(trunk, stage.layers)) for stage in parts]
     if config.heads.weighted_hidden_states:
         for stage, layers in enumerate(stages):
             if layers or stage == 0:
@@ -205,8 +228,23 @@ def _stage_specs(config: Config) -> list[list[LayerSpec]]:
 
     if heads_have_embedding(config):
         stages[0].insert(0, tied())
-        stages[-1].append(tied(forward_fn=_add_embedding_weight))
     else:
         stages[0].insert(0, LayerSpec(TokenEmbedding, config, megatron))
-    stages[-1].append(LayerSpec(HeadsWithLoss, config, megatron))
+    for layers, numbers in zip(stages, head_numbers(parts), strict=True):
+        if numbers and heads_have_embedding(config):
+            layers.append(tied(forward_fn=_add_embedding_weight))
+        if numbers:
+            layers.append(_heads_spec(config, megatron, numbers))
     return stages
+
+
+def _heads_spec(config: Config, megatron: TransformerConfig, numbers: range) -> LayerSpec:
+    """Return the heads of a stage. Those of several stages share the final norm and, unless it is separate or tied to
+    the embedding, the unembedding."""
+    if config.heads.stages == 1:
+        return LayerSpec(HeadsWithLoss, config, megatron)
+    shared = ["final_norm.weight"]
+    if config.heads.unembedding == "shared" and not config.model.tie_embeddings:
+        shared.append("unembedding.weight")
+    heads = HeadsWithLoss if config.heads.count in numbers else InnerHeadsWithLoss
+    return TiedLayerSpec("heads", heads, config, megatron, numbers, tied_weight_attr=shared)

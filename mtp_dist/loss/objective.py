@@ -1,6 +1,6 @@
 """The parts of a micro-batch's loss: the heads, their targets, their loss weights and their sums."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Heads(Protocol):
-    """Prediction heads 1..n as their loss sees them; `mtp_dist.model.heads.PredictionHeads` is the implementation.
+    """Prediction heads as their loss sees them, all or some of heads 1..n; `mtp_dist.model.heads.PredictionHeads` is
+    the implementation.
 
     Hidden states `[S, B, D]` are `[S/TP, B, D]` under sequence parallelism. `context` is what the heads need of the
     micro-batch; the loss only passes it on.
@@ -37,8 +38,8 @@ class Heads(Protocol):
     def trained_parameters(self, context: Any) -> list[Tensor]:
         """Return the parameters of `pre_norm_hidden` and `normalize` that training changes."""
 
-    def unembedding_weights(self, context: Any) -> list[Tensor]:
-        """Return this rank's rows `[V/TP, D]` for heads 1..n: the same tensor for all that share and train it, one that
+    def unembedding_weights(self, context: Any) -> Mapping[int, Tensor]:
+        """Return this rank's rows `[V/TP, D]` by head: the same tensor for all that share and train it, one that
         requires no gradient for a head that does not train it."""
 
     @property

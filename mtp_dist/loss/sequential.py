@@ -84,7 +84,7 @@ class _SequentialLoss(torch.autograd.Function):
 
 
 def _trained_unembeddings(micro_batch: _MicroBatch) -> list[Tensor]:
-    weights = [*micro_batch.heads.unembedding_weights(micro_batch.context)]
+    weights = [*micro_batch.heads.unembedding_weights(micro_batch.context).values()]
     if (token_order := micro_batch.heads.token_order_weight) is not None:
         weights.append(token_order)
     distinct = {id(weight): weight for weight in weights}
@@ -160,7 +160,7 @@ class _Losses:
             soft = soft._replace(total_variation=distillation.total_variation > 0)
         linear_cross_entropy(
             normalized.flatten(0, 1),
-            self.unembeddings[head - 1],
+            self.unembeddings[head],
             targets,
             objective.vocabulary,
             self.rows[head - 1],
@@ -255,10 +255,10 @@ class _HeadGradients:
         objective, losses = self.objective, self.losses
         gathered = _gather_sequence(normalized, objective)
         partial = _empty_like(gathered) if normalized.requires_grad else None
-        unembedding = losses.unembeddings[head - 1]
+        unembedding = losses.unembeddings[head]
         scale, soft_weights = objective.scales[head - 1], objective.soft_weights(head)
         losses.add_head(head, gathered, self._buffers(scale, soft_weights, partial, unembedding))
-        if sum(other is unembedding for other in losses.unembeddings) == 1:
+        if sum(other is unembedding for other in losses.unembeddings.values()) == 1:
             self._finish_unembedding(unembedding)
         if head == 1 and objective.token_order:
             assert losses.token_order_weight is not None

@@ -1,6 +1,6 @@
 """The prediction heads on the trunk's output (Gloeckle et al. 2024, section 2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -169,19 +169,21 @@ class HeadContext(NamedTuple):
 class PredictionHeads(nn.Module):
     """n heads of one kind, then ONE final norm and the unembedding, shared or each head's own.
 
-    They meet `mtp_dist.loss.objective.Heads`, so that their loss can run them one by one.
+    They meet `mtp_dist.loss.objective.Heads`, so that their loss can run them one by one. Some of the heads have norm
+    and unembedding of their own, which are tied to those of the others.
     """
 
     global_prefix = ""
 
-    def __init__(self, config: Config, megatron: TransformerConfig) -> None:
+    def __init__(self, config: Config, megatron: TransformerConfig, numbers: Sequence[int] = ()) -> None:
+        """numbers: those of the heads, by default 1..n. Only heads that read the trunk can be some of them."""
         super().__init__()
         self.config = config
-        self.chains = chains(config.heads)
+        numbers = numbers or range(1, config.heads.count + 1)
+        self.chains = tuple(chain for chain in chains(config.heads) if chain[0] in numbers)
         self.detached = detached_heads(config.heads)
         self.isolated = isolated_heads(config.heads)
         self.traits = config.heads.traits
-        numbers = range(1, config.heads.count + 1)
         self.keys = {head: head_key(config.heads, head) for head in numbers}
         own = filter(None, dict.fromkeys(self.keys.values()))
         others = config.without_adapters()  # low-rank adapters are for trunk and head 1
@@ -254,9 +256,9 @@ class PredictionHeads(nn.Module):
             params.append(context.embedding_weight)
         return [param for param in params if param.requires_grad]
 
-    def unembedding_weights(self, context: HeadContext) -> list[Tensor]:
-        """Return this rank's rows `[V/TP, D]` for heads 1..n, see `mtp_dist.loss.objective.Heads`."""
-        return [self._unembedding_weight(head, context) for head in self.keys]
+    def unembedding_weights(self, context: HeadContext) -> dict[int, Tensor]:
+        """Return this rank's rows `[V/TP, D]` by head, see `mtp_dist.loss.objective.Heads`."""
+        return {head: self._unembedding_weight(head, context) for head in self.keys}
 
     @property
     def token_order_weight(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mtp_dist.planner.partition import fewest_layers, split_dual_pipe_v, split_layers
+from mtp_dist.planner.partition import fewest_layers, split_dual_pipe_v, split_heads, split_layers
 from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.schedule import ScheduleName
 
@@ -76,11 +76,9 @@ def _heads_on_last_stages(parts: Parts, layers: int, heads_by_stage: Iterable[Se
 
 
 def _split_heads(heads: int, ranks: int) -> Iterator[list[int]]:
-    """Yield the heads of each stage of 1F1B: any number on the first one with heads, equal ones on those behind it."""
-    for behind in range(min(heads, ranks)):
-        for first in [heads] if behind == 0 else range(1, heads - behind + 1):
-            share, odd = divmod(heads - first, max(1, behind))
-            yield [*[0] * (ranks - behind - 1), first, *(share + (index < odd) for index in range(behind))]
+    """Yield the heads of each stage of 1F1B, on any number of last stages."""
+    for holders in range(1, min(heads, ranks) + 1):
+        yield from split_heads(heads, ranks, holders)
 
 
 def _dual_pipe_v(parts: Parts, layers: int, heads_by_rank: Iterable[Sequence[int]]) -> list[Arrangement]:

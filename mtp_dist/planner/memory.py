@@ -64,21 +64,28 @@ class RankMemory:
 
 
 def rank_memory(
-    config: Config, stage: int, trunk_layers: int, in_flight: int, device: Literal["cpu", "cuda"] = "cuda"
+    config: Config,
+    stage: int,
+    trunk_layers: int,
+    in_flight: int,
+    device: Literal["cpu", "cuda"] = "cuda",
+    heads: int | None = None,
 ) -> RankMemory:
     """Return the memory of a rank of a pipeline stage, counted from 0, that holds so many trunk layers.
 
-    in_flight: micro-batches whose activations the stage keeps at once. The libraries' own memory, such as that of
-    the CUDA context and of NCCL, is not counted.
+    in_flight: micro-batches whose activations the stage keeps at once. heads: number of the stage's heads; by default
+    all on the last stage. The libraries' own memory, such as that of the CUDA context and of NCCL, is not counted.
     """
-    weights = list(stage_weights(config, stage, trunk_layers))
+    if heads is None:
+        heads = config.heads.count if stage == config.parallel.stages - 1 else 0
+    weights = list(stage_weights(config, stage, trunk_layers, heads))
     trained = [weight for weight in weights if weight.is_trained]
     size, bf16 = element_bytes(config), config.train.precision == "bf16"
     sharded = bf16 or config.parallel.zero_stage == 1
     partitions = [group // (config.dp_size if sharded else 1) for group in _groups(config, trained)]
     is_first, is_last = stage == 0, stage == config.parallel.stages - 1
     activations = stage_activations(config, stage, trunk_layers, device)
-    head_loss = head_loss_memory(config, device) if is_last else None
+    head_loss = head_loss_memory(_with_heads(config, heads), device) if heads else None
     workspace = layer_workspace(config, device, "trunk") if trunk_layers and not config.train.freezes_trunk else 0
     if is_first and not config.train.freezes_weights:
         workspace = max(workspace, embedding_workspace(config) - activations)
@@ -90,6 +97,8 @@ def rank_memory(
     owned = [weight for weight in trained if is_first or weight.part != "embedding"]
     update = _update_bytes(config, trained, owned, partitions, device)
     peak_extra = max(workspace + (head_loss.waiting if head_loss else 0), head_loss.peak if head_loss else 0)
+    if head_loss and not is_last:
+        peak_extra += (in_flight - 1) * head_loss.waiting  # each micro-batch's, until its backward pass
     passes = in_flight * activations + gradients + peak_extra
     if config.micro_batches <= in_flight:  # the first backward pass, which makes the gradients, frees a micro-batch
         passes = max(in_flight * activations + peak_extra, passes - activations)
@@ -110,6 +119,10 @@ def rank_memory(
         + communication
         + max(buckets + passes, 2 * buckets + (max(gradients, update) if buckets else gradients + update)),
     )
+
+
+def _with_heads(config: Config, heads: int) -> Config:
+    return config.model_copy(update={"heads": config.heads.model_copy(update={"count": heads})})
 
 
 def step_token_bytes(config: Config) -> int:

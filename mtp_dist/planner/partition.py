@@ -1,7 +1,8 @@
-"""Trunk layers of each pipeline stage. The first stage also has the embedding, the last stage all heads."""
+"""Trunk layers and heads of each pipeline stage. The first stage also has the embedding, the last ones the heads."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Literal
 
 from mtp_dist.config import Config
@@ -11,11 +12,13 @@ from mtp_dist.planner.parts import Parts, Stage, part_flops
 
 StageCost = Callable[[int, int], float]
 """Cost of a stage, counted from 0, that holds so many trunk layers; more layers never cost less."""
-StageFits = Callable[[int, int], bool]
+LayersFit = Callable[[int, int], bool]
 """Whether a stage with so many trunk layers fits the memory; if it does, fewer layers fit too."""
+StageFits = Callable[[int, Stage], bool]
+"""Whether a stage, counted from 0, fits the memory with these parts."""
 
 
-def split_layers(layers: int, fewest: Sequence[int], cost: StageCost, fits: StageFits) -> tuple[int, ...] | None:
+def split_layers(layers: int, fewest: Sequence[int], cost: StageCost, fits: LayersFit) -> tuple[int, ...] | None:
     """Return the layers of each stage that make the slowest stage as fast as possible; None if no split fits.
 
     fewest: smallest number of layers of each stage. Each further layer goes to the stage that is the fastest with it.
@@ -46,7 +49,22 @@ def fewest_layers(stages: int, trained_embedding: bool = True) -> list[int]:
     return [int(stage not in others) for stage in range(stages)]
 
 
-def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: StageFits) -> tuple[int, ...] | None:
+def split_heads(heads: int, stages: int, holders: int) -> Iterator[list[int]]:
+    """Yield the heads of each stage if the last `holders` ones have some: any number on the first of them, on which the
+    trunk ends, equal ones on those behind it."""
+    behind = holders - 1
+    for first in range(1, heads - behind + 1) if behind else [heads]:
+        share, odd = divmod(heads - first, max(1, behind))
+        yield [*[0] * (stages - holders), first, *(share + (index < odd) for index in range(behind))]
+
+
+def head_numbers(stages: Sequence[Stage]) -> list[range]:
+    """Return the numbers of each stage's heads, in their order."""
+    ends = accumulate(stage.heads for stage in stages)
+    return [range(end - stage.heads + 1, end + 1) for end, stage in zip(ends, stages, strict=True)]
+
+
+def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: LayersFit) -> tuple[int, ...] | None:
     """Return the trunk layers of each of 2p stages, of which rank r of p has r and 2p - 1 - r; None if none fits.
 
     heads: number of heads on each rank, all on its second stage, those with heads first. fits: for ranks. A rank's
@@ -69,9 +87,9 @@ def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: Sta
 def fits_memory(config: Config, device_bytes: float, device: Literal["cpu", "cuda"] = "cuda") -> StageFits:
     """Return whether a stage of 1F1B fits the memory of its device, with the micro-batches that it has in flight."""
 
-    def fits(stage: int, layers: int) -> bool:
+    def fits(stage: int, parts: Stage) -> bool:
         in_flight = min(config.parallel.pipeline - stage, config.micro_batches)
-        return rank_memory(config, stage, layers, in_flight, device).total <= device_bytes
+        return rank_memory(config, stage, parts.layers, in_flight, device, parts.heads).total <= device_bytes
 
     return fits
 
@@ -79,28 +97,50 @@ def fits_memory(config: Config, device_bytes: float, device: Literal["cpu", "cud
 def trunk_layers_per_stage(
     config: Config, parts: Parts | None = None, fits: StageFits | None = None
 ) -> tuple[int, ...]:
-    """Return the number of trunk layers of each stage, first stage first. `dualpipev` has two stages per rank.
+    """Return the number of trunk layers of each stage, see `pipeline_stages`."""
+    return tuple(stage.layers for stage in pipeline_stages(config, parts, fits))
+
+
+def pipeline_stages(config: Config, parts: Parts | None = None, fits: StageFits | None = None) -> tuple[Stage, ...]:
+    """Return the trunk layers and heads of each stage, first stage first. `dualpipev` has two stages per rank.
 
     parts: costs that `balanced` and `measured` split by; by default FLOPs, with which `measured` is `balanced` until
-    the run has measured. fits: such as `fits_memory`; by default every stage does. Raise ConfigError if no split fits.
+    the run has measured. Heads are split by them at every partition. fits: such as `fits_memory`; by default every
+    stage does. Raise ConfigError if no split fits.
     """
-    stages, layers = config.parallel.stages, config.model.trunk_layers
-    if config.parallel.partition == "uniform":
-        return (layers // stages,) * stages
-    if not isinstance(config.parallel.partition, str):
-        return config.parallel.partition
-    costs, fits = parts or part_flops(config), fits or (lambda stage, count: True)
+    parallel, layers = config.parallel, config.model.trunk_layers
+    costs, fits = parts or part_flops(config), fits or (lambda stage, parts: True)
 
-    def cost(stage: int, count: int) -> float:
-        return costs.stage(Stage(count, costs.num_heads * (stage == stages - 1)), stage == 0).total
+    def slowest(stages: Sequence[Stage]) -> float:
+        return max(costs.stage(stage, index == 0).total for index, stage in enumerate(stages))
 
-    if config.parallel.schedule == "dualpipev":
-        split = split_dual_pipe_v(costs, layers, [costs.num_heads, *[0] * (config.parallel.pipeline - 1)], fits)
-    else:
-        split = split_layers(layers, fewest_layers(stages, config.train.low_rank is None), cost, fits)
-    if split is None:
+    splits = []
+    for heads in split_heads(costs.num_heads, parallel.stages, config.heads.stages):
+        if split := _split_trunk(config, costs, heads, fits):
+            splits.append(tuple(map(Stage, split, heads)))
+    if not splits:
         raise ConfigError(
-            f"no split of model.trunk_layers = {layers} over parallel.pipeline = {stages} stages fits the memory: "
-            "raise parallel.pipeline or parallel.tensor, or lower train.micro_batch_size"
+            f"no split of model.trunk_layers = {layers} over parallel.pipeline = {parallel.stages} stages fits the "
+            "memory: raise parallel.pipeline or parallel.tensor, or lower train.micro_batch_size"
         )
-    return split
+    return min(splits, key=slowest)
+
+
+def _split_trunk(config: Config, costs: Parts, heads: Sequence[int], fits: StageFits) -> tuple[int, ...] | None:
+    """Return the trunk layers of each stage with so many heads; None if no split fits."""
+    parallel, layers = config.parallel, config.model.trunk_layers
+    trunk_stages = parallel.stages - config.heads.stages + 1
+    behind = [0] * (config.heads.stages - 1)
+    if parallel.partition == "uniform":
+        return (*[layers // trunk_stages] * trunk_stages, *behind)
+    if not isinstance(parallel.partition, str):
+        return parallel.partition
+    if parallel.schedule == "dualpipev":
+        by_rank = [costs.num_heads, *[0] * (parallel.pipeline - 1)]
+        return split_dual_pipe_v(costs, layers, by_rank, lambda rank, n: fits(rank, Stage(n, by_rank[rank])))
+    return split_layers(
+        layers,
+        [*fewest_layers(trunk_stages, config.train.low_rank is None), *behind],
+        lambda stage, n: costs.stage(Stage(n, heads[stage]), stage == 0).total,
+        lambda stage, n: (stage < trunk_stages or n == 0) and fits(stage, Stage(n, heads[stage])),
+    )

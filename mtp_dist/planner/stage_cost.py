@@ -58,13 +58,17 @@ class _Work:
         return _Work(forward=self.forward, forward_bytes=self.forward_bytes)
 
 
-def stage_cost(config: Config, stage: int, trunk_layers: int) -> StageCost:
+def stage_cost(config: Config, stage: int, trunk_layers: int, heads: int | None = None) -> StageCost:
     """Return the work of a rank of a pipeline stage, counted from 0, that holds so many trunk layers.
+
+    heads: number of the stage's heads; by default all on the last stage.
 
     FLOPs are those of the matrix products. The attention's are those of the causal half, unless documents are kept
     apart, which takes a mask; its backward pass has five products for the forward pass's two, as in FlashAttention.
     """
     is_first, is_last = stage == 0, stage == config.parallel.stages - 1
+    if heads is None:
+        heads = config.heads.count if is_last else 0
     trunk = _layer(config, layer_weights(config, "trunk")) * trunk_layers
     if is_first:
         trunk += _embedding_work(config)
@@ -76,16 +80,16 @@ def stage_cost(config: Config, stage: int, trunk_layers: int) -> StageCost:
     passes = 2 if config.heads.weighted_hidden_states and not config.heads.detach and not is_last else 1
     forward, backward = trunk.forward, passes * (trunk.backward + trunk.recomputed)
     forward_bytes, backward_bytes = trunk.forward_bytes, passes * (trunk.backward_bytes + trunk.recomputed_bytes)
-    if is_last:
-        heads = _heads(config)
-        both = heads.forward + heads.backward + heads.recomputed
-        both_bytes = heads.forward_bytes + heads.backward_bytes + heads.recomputed_bytes
+    if heads:
+        work = _heads(config, stage == config.parallel.stages - config.heads.stages, heads)
+        both = work.forward + work.backward + work.recomputed
+        both_bytes = work.forward_bytes + work.backward_bytes + work.recomputed_bytes
         mode = config.heads.loss_mode
-        forward += both if mode == "eager" else heads.forward
-        forward_bytes += both_bytes if mode == "eager" else heads.forward_bytes
+        forward += both if mode == "eager" else work.forward
+        forward_bytes += both_bytes if mode == "eager" else work.forward_bytes
         if mode != "eager":
-            backward += both if mode == "recompute" else both - heads.forward
-            backward_bytes += both_bytes if mode == "recompute" else both_bytes - heads.forward_bytes
+            backward += both if mode == "recompute" else both - work.forward
+            backward_bytes += both_bytes if mode == "recompute" else both_bytes - work.forward_bytes
     sent = hidden_bytes(config) * (2 if config.heads.weighted_hidden_states else 1)
     return StageCost(
         forward_flops=forward,
@@ -94,7 +98,7 @@ def stage_cost(config: Config, stage: int, trunk_layers: int) -> StageCost:
         backward_tensor_bytes=backward_bytes,
         next_stage_bytes=0 if is_last else sent,
         previous_stage_bytes=0 if is_first or config.train.freezes_trunk else sent,
-        data_bytes=_data_bytes(config, stage, trunk_layers),
+        data_bytes=_data_bytes(config, stage, trunk_layers, heads),
     )
 
 
@@ -158,8 +162,8 @@ def _embedding_work(config: Config) -> _Work:
     return _Work(forward_bytes=2 * collective)
 
 
-def _heads(config: Config) -> _Work:
-    """Return the work of all heads and their losses."""
+def _heads(config: Config, has_head_1: bool, count: int) -> _Work:
+    """Return the work of so many heads and their losses."""
     heads = config.heads
     first = _unembedding(config, is_first=True)
     if heads.traits.first_head_has_block:
@@ -171,7 +175,7 @@ def _heads(config: Config) -> _Work:
     if rank := condition_rank(heads, config.model.hidden_size):
         condition = Weight((config.model.hidden_size, rank), "heads", is_trained=True)
         other += _products([condition], local_tokens(config))
-    work = first + other * (heads.count - 1)
+    work = first * has_head_1 + other * (count - has_head_1)
     if heads.token_order:
         order = _unembedding(config, is_first=False, is_trained=True)
         if config.train.freezes_trunk:  # its gradient ends at the matrix
@@ -209,9 +213,9 @@ def _unembedding(config: Config, is_first: bool, is_trained: bool | None = None)
     )
 
 
-def _data_bytes(config: Config, stage: int, trunk_layers: int) -> float:
+def _data_bytes(config: Config, stage: int, trunk_layers: int, heads: int) -> float:
     """Return the bytes to the data-parallel ranks per step."""
-    weights = list(stage_weights(config, stage, trunk_layers))
+    weights = list(stage_weights(config, stage, trunk_layers, heads))
     trained = sum(weight.elements for weight in weights if weight.is_trained)
     bf16 = config.train.precision == "bf16"
     reduced = 2 if bf16 and config.parallel.grad_reduce_dtype == "bf16" else 4
@@ -219,9 +223,11 @@ def _data_bytes(config: Config, stage: int, trunk_layers: int) -> float:
     if bf16 or config.parallel.zero_stage == 1:
         ring += _ring_bytes(element_bytes(config) * trained, config.dp_size)
     tied = [weight for weight in weights if weight.part == "embedding" and weight.is_trained]
-    if config.parallel.pipeline > 1 and stage in (0, config.parallel.stages - 1) and heads_have_embedding(config):
-        ring += sum(2 * _ring_bytes(4 * weight.elements, 2) for weight in tied)
-    return ring
+    if config.parallel.pipeline > 1 and (stage == 0 or heads) and heads_have_embedding(config):
+        stages = min(1 + config.heads.stages, config.parallel.pipeline)
+        ring += sum(2 * _ring_bytes(4 * weight.elements, stages) for weight in tied)
+    shared = [weight for weight in weights if weight.part == "unembedding" and weight.is_trained]
+    return ring + sum(2 * _ring_bytes(4 * weight.elements, config.heads.stages) for weight in shared)
 
 
 def _ring_bytes(size: float, ranks: int) -> float:

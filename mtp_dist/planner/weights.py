@@ -22,21 +22,24 @@ class Weight(NamedTuple):
         return math.prod(self.shape)
 
 
-def stage_weights(config: Config, stage: int, trunk_layers: int) -> Iterator[Weight]:
+def stage_weights(config: Config, stage: int, trunk_layers: int, heads: int | None = None) -> Iterator[Weight]:
     """Yield the weights of one rank of a pipeline stage, counted from 0, that holds so many trunk layers.
 
-    An embedding that the last stage needs too, for tokens that heads read or as a tied unembedding, counts on both
-    unless both are on one rank.
+    heads: number of its heads, see `rank_memory`. An embedding that a stage with heads needs too, for tokens that they
+    read or as a tied unembedding, counts on both unless both are on one rank.
     """
-    is_first, is_last = stage == 0, stage == config.parallel.stages - 1
-    if is_first or (is_last and heads_have_embedding(config) and config.parallel.schedule == "1f1b"):
+    if heads is None:
+        heads = config.heads.count if stage == config.parallel.stages - 1 else 0
+    is_first = stage == 0
+    if is_first or (heads and heads_have_embedding(config) and config.parallel.schedule == "1f1b"):
         yield _weight(config, "embedding", local_vocab_size(config), config.model.hidden_size)
     if config.heads.weighted_hidden_states and trunk_layers:
         yield _weight(config, "heads", config.model.trunk_layers + 1)
     for _ in range(trunk_layers):
         yield from layer_weights(config, "trunk")
-    if is_last:
-        yield from _heads_stage_weights(config)
+    if heads:
+        has_head_1 = stage == config.parallel.stages - config.heads.stages
+        yield from _heads_stage_weights(config, has_head_1, heads - has_head_1)
 
 
 def local_vocab_size(config: Config) -> int:
@@ -70,22 +73,24 @@ def block_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
         yield from layer_weights(config, part)
 
 
-def _heads_stage_weights(config: Config) -> Iterator[Weight]:
-    """Yield the weights of all heads, the final norm and the unembeddings, without an unembedding that is tied."""
+def _heads_stage_weights(config: Config, has_head_1: bool, later: int) -> Iterator[Weight]:
+    """Yield the weights of head 1 and of so many later heads, the final norm and the unembeddings, without an
+    unembedding that is tied to the embedding."""
     heads, hidden = config.heads, config.model.hidden_size
     unembedding = local_vocab_size(config), hidden
-    if heads.traits.first_head_has_block:
+    if heads.traits.first_head_has_block and has_head_1:
         yield from block_weights(config, "head_1")
-    for _ in range(min(1, heads.count - 1) if heads.repeated else heads.count - 1):
+    for _ in range(min(1, later) if heads.repeated else later):
         yield from block_weights(config, "heads")
     yield _weight(config, "trunk", hidden)  # the final norm
     if rank := condition_rank(heads, hidden):
         yield _weight(config, "heads", local_vocab_size(config), rank)
-        for _ in range(heads.count - 1):
+        for _ in range(later):
             yield _weight(config, "heads", hidden, rank)
     if heads.unembedding == "separate":
-        yield _weight(config, "head_1", *unembedding)
-        for _ in range(heads.count - 1):
+        for _ in range(has_head_1):
+            yield _weight(config, "head_1", *unembedding)
+        for _ in range(later):
             yield _weight(config, "heads", *unembedding)
     elif not config.model.tie_embeddings:
         yield _weight(config, "unembedding", *unembedding)

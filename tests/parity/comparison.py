@@ -72,7 +72,7 @@ def reference_of(config: Config, steps: int) -> Run:
     train = plain.train.model_copy(
         update={"micro_batch_size": 1, "precision": "fp32", "activation_checkpointing": "none"}
     )
-    heads = plain.heads.model_copy(update={"loss_mode": "eager", "chunk_tokens": None})
+    heads = plain.heads.model_copy(update={"loss_mode": "eager", "chunk_tokens": None, "stages": 1})
     return _reference(plain.model_copy(update={"train": train, "heads": heads}).model_dump_json(), steps)
 
 

@@ -21,6 +21,10 @@ SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "bf16": (DATA, {"train": {"precision": "bf16"}}),
     "bf16, all axes, tied": (BOTH, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
     "DualPipeV, bf16, tied": (DUALPIPEV, {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}}),
+    "heads on two stages, bf16, tied": (
+        PIPELINE,
+        {"train": {"precision": "bf16"}, "model": {"tie_embeddings": True}, "heads": {"stages": 2}},
+    ),
     "frozen trunk": (BOTH, {"train": {"precision": "bf16", "freeze": ["trunk"]}}),
     "shared embedding": (PIPELINE, {"heads": {"kind": "sequential"}}),
     "learning rates by part": (

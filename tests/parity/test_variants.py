@@ -25,6 +25,7 @@ IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
 WEIGHTED = "heads.weighted_hidden_states=true"
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
 CHANGING_RATES = 'optimizer.multipliers={"trunk":[[1,0],[2,0.1]],"heads":5}'
+SPLIT = "heads.stages"
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
 
 
@@ -137,6 +138,15 @@ TWO_STEPS = [
     f"tp1-pp3-dp1-v micro_batches=8 {APART} {BF16} {SEPARATE}",
     f"tp1-pp4-dp1-v micro_batches=8 model.trunk_layers=6 {WEIGHTED} {BF16} heads.detach=true {TIED}",
     f"tp1-pp2-dp2-v {WEIGHTED} parallel.partition=[0,1,2,1]",
+    # Heads on several stages.
+    f"tp1-pp2-dp1 {SPLIT}=2",
+    f"tp1-pp2-dp1 {SPLIT}=2 heads.kind=linear {TIED} {RECOMPUTE} {CHUNKS} {APART}",
+    f"tp1-pp2-dp1 {SPLIT}=2 heads.kind=mlp {BF16} {RECOMPUTE} heads.detach=true",
+    f"tp1-pp2-dp2 {SPLIT}=2 {ZERO} {SEPARATE} heads.layers_per_head=0 parallel.partition=[4,0]",
+    f"tp2-pp2-dp1-sp {SPLIT}=2 {BF16} {TIED} {LEAPS} {FULL}",
+    f"tp1-pp3-dp1 {SPLIT}=2 {ISOLATED} {ZERO} heads.z_loss=0.01",
+    f"tp1-pp4-dp1 {SPLIT}=3 heads.kind=mlp {TIED} {ISOLATED} {BF16} {RATES}",
+    f"tp1-pp4-dp1 {SPLIT}=2 model.trunk_layers=6 parallel.partition=uniform heads.loss_weights=[1,0,0.5,0]",
     # Documents that stop attention and targets.
     *product(
         "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp3-dp1 tp1-pp1-dp2",
@@ -182,6 +192,7 @@ THREE_STEPS = [
     *product("tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp2-dp2", f"{TIED} {BF16}"),
 ]
 SIX_STEPS = [
+    f"tp1-pp2-dp1 {SPLIT}=2 heads.schedule=forward heads.count=3 train.steps=6",
     f"tp1-pp2-dp1 {WEIGHTED} heads.schedule=forward heads.count=2 train.steps=6",
     *(
         f"{layout} heads.kind={kind} heads.schedule={schedule} heads.count=3 train.steps=6"

@@ -117,8 +117,8 @@ class _NormHeads:
     def trained_parameters(self, context: None) -> list[Tensor]:
         return self.inputs.norms
 
-    def unembedding_weights(self, context: None) -> list[Tensor]:
-        return [self.inputs.unembedding] * len(self.chains)
+    def unembedding_weights(self, context: None) -> dict[int, Tensor]:
+        return {head: self.inputs.unembedding for [head] in self.chains}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def config_of(global_batch, micro_batch, tensor=1, pipeline=1, schedule="1f1b", 
 
 def batches_of(config, data=1, dp_rank=0, completed_steps=0, samples=10**6, device=CPU, tp_rank=0, pp_rank=0):
     degrees = config.parallel.tensor, config.parallel.pipeline, data
-    topology = Topology(*degrees, tp_rank, pp_rank, dp_rank, device, config.parallel.schedule)
+    topology = Topology(*degrees, tp_rank, pp_rank, dp_rank, device, config.parallel.schedule, config.heads.stages)
     tokenizer = SimpleNamespace(end_of_document=103)
     datasets = Datasets(tokenizer, NumberedSamples(samples), ("a",), ("f",), (), ())
     return Batches(config, topology, datasets, completed_steps, completed_steps * config.train.global_batch_size)

@@ -114,13 +114,14 @@ class ToyHeads:
     def logits(self, head: int, normalized: Tensor, context: Any = None) -> Tensor:
         copy, gather = mappings.copy_to_tensor_model_parallel_region, mappings.gather_from_sequence_parallel_region
         hidden = (gather if self.sequence else copy)(normalized)
-        return naive_logits(hidden, self.unembedding_weights()[head - 1], self.group, self.case.vocab_size)
+        return naive_logits(hidden, self.unembedding_weights()[head], self.group, self.case.vocab_size)
 
     def trained_parameters(self, context: Any = None) -> list[Tensor]:
         return [p for name, p in self.params.items() if not name.startswith("unembedding") and p.requires_grad]
 
-    def unembedding_weights(self, context: Any = None) -> list[Tensor]:
-        return [self.params[f"unembedding.{k if self.case.separate else 0}"] for k in range(1, self.case.heads + 1)]
+    def unembedding_weights(self, context: Any = None) -> dict[int, Tensor]:
+        numbers = range(1, self.case.heads + 1)
+        return {k: self.params[f"unembedding.{k if self.case.separate else 0}"] for k in numbers}
 
     def gradients(self) -> dict[str, Tensor | None]:
         return {name: param.grad for name, param in self.params.items()}
@@ -152,7 +153,7 @@ def toy_truth(case: ToyCase) -> ToyAnswer:
             for head in [head for head in chain if head <= case.active_heads]:
                 hidden = heads.pre_norm_hidden(head, hidden.detach() if head in case.detached else hidden)
                 normalized = heads.normalize(head, hidden).transpose(0, 1)
-                logits = F.linear(normalized, heads.unembedding_weights()[head - 1])
+                logits = F.linear(normalized, heads.unembedding_weights()[head])
                 sums = true_sums(logits.flatten(0, 1), targets[head - 1].flatten())
                 loss = loss + case.scales.double()[head - 1] * (sums[0] + case.z_loss * sums[1])
                 answer.sums[head - 1] += sums.detach()

@@ -16,6 +16,8 @@ from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.partition import (
     fewest_layers,
     fits_memory,
+    head_numbers,
+    pipeline_stages,
     split_dual_pipe_v,
     split_layers,
     trunk_layers_per_stage,
@@ -160,6 +162,57 @@ def test_by_hand():
     assert trunk_layers_per_stage(adapted) == (1, 1, 1, 0)
 
 
+def heads_and_layers(layers, stages, holders, heads):
+    """Yield the parts of the stages in every way with heads on so many last stages, of which the first has any number
+    and the others equal ones."""
+    for first in range(1, heads + 1 - (holders - 1)) if holders > 1 else [heads]:
+        share, odd = divmod(heads - first, max(1, holders - 1))
+        behind = [(0, share + (index < odd)) for index in range(holders - 1)]
+        for split in partitions(layers, stages - holders + 1):
+            yield [*((n, 0) for n in split[:-1]), (split[-1], first), *behind]
+
+
+@pytest.mark.parametrize("heads_cost", [1.5, 6, 30])
+@pytest.mark.parametrize("holders", [2, 3])
+def test_heads_of_several_stages_are_split_as_well_as_possible(heads_cost, holders):
+    for stages, layers in itertools.product((3, 4, 5), (3, 4, 9)):
+        config = config_of(layers, stages)
+        config = config.model_copy(update={"heads": config.heads.model_copy(update={"stages": holders})})
+
+        def slowest(split):
+            return max(n + heads_cost * k / 4 + 0.5 * (index == 0) for index, (n, k) in enumerate(split))
+
+        found = pipeline_stages(config, parts(0.5, 1, heads_cost))
+        every = [*heads_and_layers(layers, stages, holders, 4)]
+        assert [*map(tuple, found)] in every
+        assert slowest(found) == min(map(slowest, every)), (stages, layers)
+        numbers = head_numbers(found)
+        assert [head for each in numbers for head in each] == [1, 2, 3, 4]
+        assert [index for index, each in enumerate(numbers) if each] == [*range(stages - holders, stages)]
+
+
+def test_heads_of_several_stages_with_given_layers_and_memory():
+    config = tiny_config(
+        model={"trunk_layers": 6}, parallel={"pipeline": 4, "partition": "uniform"}, heads={"stages": 3}
+    )
+    assert [*map(tuple, pipeline_stages(config, parts(0, 1, 4)))] == [(3, 0), (3, 1), (0, 2), (0, 1)]
+    given = config.model_copy(update={"parallel": config.parallel.model_copy(update={"partition": (6, 0, 0, 0)})})
+    assert [*map(tuple, pipeline_stages(given, parts(0, 1, 4)))] == [(6, 0), (0, 1), (0, 2), (0, 1)]
+    free = config.model_copy(update={"parallel": config.parallel.model_copy(update={"partition": "balanced"})})
+    assert [*map(tuple, pipeline_stages(free, parts(0, 1, 40)))] == [(6, 0), (0, 1), (0, 2), (0, 1)]
+    one_head = pipeline_stages(free, parts(0, 1, 0.04), lambda stage, parts: parts.heads < 2 or stage == 1)
+    assert [stage.heads for stage in one_head] == [0, 2, 1, 1]
+    for kind, unembedding in (("mlp", "separate"), ("parallel", "shared"), ("linear", "shared")):
+        heads = free.heads.model_copy(update={"kind": kind, "unembedding": unembedding})
+        config = free.model_copy(update={"heads": heads, "vocab_size": 128})
+        stages = enumerate(pipeline_stages(config))
+        weights = [weight for stage, parts in stages for weight in stage_weights(config, stage, *parts)]
+        norm, shared = config.model.hidden_size, config.padded_vocab_size * config.model.hidden_size
+        copies = 2 * (norm + (unembedding == "shared") * shared)
+        assert sum(weight.elements for weight in weights) == parameter_counts(config).total + copies
+        assert len([w for w in weights if w.part == "head_1"]) == {"mlp": 1, "parallel": 6, "linear": 1}[kind]
+
+
 def test_two_stages_per_rank_by_hand():
     def split(layers, heads, heads_cost=2.96):
         return split_dual_pipe_v(parts(0, 1, heads_cost), layers, heads, lambda rank, n: True)
@@ -173,7 +226,7 @@ def test_two_stages_per_rank_by_hand():
 
 def test_memory_bounds_the_split():
     config = config_of(12, 3, 2)
-    assert trunk_layers_per_stage(config, fits=lambda stage, layers: layers <= 6 - 2 * (stage == 0)) == (4, 5, 3)
+    assert trunk_layers_per_stage(config, fits=lambda stage, parts: parts.layers <= 6 - 2 * (stage == 0)) == (4, 5, 3)
     free = trunk_layers_per_stage(config)
     needed = [rank_memory(config, stage, layers, 3 - stage).total for stage, layers in enumerate(free)]
     assert needed[0] == max(needed), "the first stage has the most micro-batches in flight"
