@@ -21,7 +21,7 @@ from mtp_dist.distributed.launcher import env_rank, env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
 from mtp_dist.planner.memory import rank_memory
-from mtp_dist.planner.partition import trunk_layers_per_stage
+from mtp_dist.planner.partition import pipeline_stages
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.provenance import processor_name, usable_cores
 
@@ -126,13 +126,13 @@ def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
 
 def row_of(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
     """Return what is predicted next to what was measured, on a stage."""
-    layers = trunk_layers_per_stage(config)[stage]
+    parts = pipeline_stages(config)[stage]
     in_flight = min(config.micro_batches, config.parallel.pipeline - stage)
-    predicted = asdict(rank_memory(config, stage, layers, in_flight, "cpu"))
+    predicted = asdict(rank_memory(config, stage, parts.layers, in_flight, "cpu", parts.heads))
     # What the heads' loss allocates and what a layer's backward pass does cannot be told apart.
     predicted["workspace"] = max(predicted["workspace"], predicted.pop("head_loss"))
     measured = {component: measured[component] for component in predicted}
-    cost = stage_cost(config, stage, layers)
+    cost = stage_cost(config, stage, parts.layers, parts.heads)
     return {
         "case": name,
         "stages": config.parallel.pipeline,

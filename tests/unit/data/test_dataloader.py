@@ -122,6 +122,12 @@ def test_middle_stages_read_for_their_attention_only(schedule, readers, counts, 
         assert batch.valid_targets.shape == (HEADS,) and bool(batch.valid_targets.all()) == needs_data
 
 
+def test_every_stage_with_heads_reads():
+    config = config_of(16, 2, pipeline=4)
+    config = config.model_copy(update={"heads": config.heads.model_copy(update={"stages": 2})})
+    assert [batches_of(config, pp_rank=rank).needs_data for rank in range(4)] == [True, False, True, True]
+
+
 def test_state_is_that_after_the_step_however_far_ahead_is_read():
     batches = batches_of(config_of(4, 2), 2, 0)
     for step in range(1, 6):

@@ -122,6 +122,7 @@ FROZEN = [f"train.freeze=[trunk] {section}" for section in ("", "parallel.zero_s
             f"first on rank 0 (stage 0): the gradient of {TRUNK_WEIGHT}",
         ),
         ("tp1-pp2-dp1-v", "head 3", 0, "first on rank 0 (stage 3): the loss of head 3"),
+        ("tp1-pp2-dp1 heads.stages=2", "head 1", 0, "first on rank 0 (stage 0): the loss of head 1"),
         *(
             (f"tp1-pp2-dp2 {section}", "head 3", None, "first on rank 3 (stage 1): the loss of head 3")
             for section in ("", "parallel.zero_stage=1", "train.precision=bf16", *FROZEN)
