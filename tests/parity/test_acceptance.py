@@ -38,7 +38,7 @@ CASES = [
     f"tp1-pp2-dp2 heads.count=3 heads.prediction_distances=[1,2,4] {APART} {SEPARATE}",
     f"tp2-pp1-dp1-sp heads.kind=anticausal {NAIVE}",
     f"tp1-pp2-dp1-v heads.kind=mlp {APART}",
-    f"tp2-pp2-dp1-sp heads.stages=2 heads.kind=mlp {APART}",
+    "tp2-pp2-dp1-sp heads.stages=2 heads.kind=mlp",
     f"tp4-pp1-dp1 {FOUR_GROUPS} heads.distillation=0.5",
 ]
 

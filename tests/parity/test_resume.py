@@ -54,6 +54,17 @@ def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layou
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 
+@pytest.mark.parametrize(("before", "after"), [((PIPELINE, 2), (ONE, 1)), ((DATA, 1), (PIPELINE, 2))], ids=str)
+def test_heads_on_two_stages_and_on_one(
+    ranks: Ranks, tmp_path: Path, before: tuple[Layout, int], after: tuple[Layout, int]
+) -> None:
+    """Pairs of a layout and a number of stages with heads."""
+    (layout, stages), (other_layout, other_stages) = before, after
+    whole = resuming.save_in_the_middle(ranks, layout, tmp_path, 1, heads={"stages": stages})
+    errors = resuming.resume_errors(ranks, other_layout, tmp_path, 0, whole, heads={"stages": other_stages})
+    assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
+
+
 def test_frozen_trunk_resumes_at_other_layouts_and_thaws(ranks: Ranks, tmp_path: Path) -> None:
     frozen = {"train": {"freeze": ["trunk"]}}
     run(ranks, at(BOTH, tmp_path, **frozen), BOTH, 0, MIDDLE)
