@@ -30,7 +30,7 @@ def balance_advice(step: StepEstimate) -> str | None:
 def _better_balanced(step: StepEstimate) -> Iterator[tuple[Changes, float]]:
     """Yield well-balanced layouts that fit, with a smaller pipeline, without and with more tensor parallelism for it.
 
-    Yield the other schedule too if it balances better.
+    Yield the other schedule, and heads on more stages, if they balance better.
     """
     config, parallel = step.fit.config, step.fit.config.parallel
     powers = [2**power for power in range(1, parallel.pipeline.bit_length())]
@@ -42,6 +42,7 @@ def _better_balanced(step: StepEstimate) -> Iterator[tuple[Changes, float]]:
         (smaller, WELL_BALANCED),
         (more_tensor, WELL_BALANCED),
         ([{"parallel.schedule": name} for name in SCHEDULES], step.balance + 0.05),
+        ([{"heads.stages": count} for count in range(2, config.heads.count + 1)], step.balance + 0.05),
     ):
         for changes in several:
             changed = with_layout(config, {"parallel.partition": "balanced"} | changes)

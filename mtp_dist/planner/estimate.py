@@ -110,8 +110,9 @@ def time_by_part(step: StepEstimate) -> dict[str, float]:
     stages, once = stage_seconds(fit, step.cluster), _without_recomputation(fit)
     compute = sum(stage.compute.total for stage in stages)
     needed = sum(stage.compute.total for stage in stage_seconds(once, step.cluster))
-    last = stage_cost(once.config, config.parallel.stages - 1, trunk_layers=0)
-    heads = flop_seconds(step.cluster) * (last.forward_flops + last.backward_flops)
+    with_heads = ((stage, parts.heads) for stage, parts in enumerate(fit.stages) if parts.heads)
+    costs = [stage_cost(once.config, stage, 0, heads) for stage, heads in with_heads]
+    heads = flop_seconds(step.cluster) * sum(cost.forward_flops + cost.backward_flops for cost in costs)
     per_rank = micro_batches / ranks
     seconds = {
         "trunk layers": per_rank * (needed - heads),

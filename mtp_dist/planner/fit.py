@@ -11,7 +11,8 @@ from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.layouts import Changes, replace_values, with_layout
 from mtp_dist.planner.memory import RankMemory, rank_memory
-from mtp_dist.planner.partition import fits_memory, trunk_layers_per_stage
+from mtp_dist.planner.partition import fits_memory, pipeline_stages, trunk_layers_per_stage
+from mtp_dist.planner.parts import Stage
 from mtp_dist.planner.schedule import ScheduleName, instructions
 from mtp_dist.planner.stage_cost import StageCost, stage_cost
 
@@ -52,16 +53,19 @@ class PipelineRank(NamedTuple):
         return max(COMPONENTS, key=lambda name: getattr(self.memory, name))
 
 
-def pipeline_rank(config: Config, split: Sequence[int], rank: int, device: DeviceType) -> PipelineRank:
-    """Return the memory of a pipeline rank. split: trunk layers of each stage."""
+def pipeline_rank(config: Config, split: Sequence[Stage], rank: int, device: DeviceType) -> PipelineRank:
+    """Return the memory of a pipeline rank. split: the parts of each stage."""
     parallel, stages = config.parallel, config.parallel.rank_stages(rank)
     few = min(config.micro_batches, 3 * parallel.pipeline)
     peaks = in_flight_peaks(parallel.schedule, rank, parallel.pipeline, few)
     in_flight = max(map(sum, peaks))
-    layers = tuple(split[stage] for stage in stages)
+    layers = tuple(split[stage].layers for stage in stages)
     if len(stages) == 1:
-        return PipelineRank(rank, layers, in_flight, rank_memory(config, rank, layers[0], in_flight, device))
-    first, second = (rank_memory(config, stage, split[stage], 1, device) for stage in stages)
+        memory = rank_memory(config, rank, layers[0], in_flight, device, split[rank].heads)
+        return PipelineRank(rank, layers, in_flight, memory)
+    first, second = (
+        rank_memory(config, stage, split[stage].layers, 1, device, split[stage].heads) for stage in stages
+    )
     activations = max(count * first.activations + more * second.activations for count, more in peaks)
     return PipelineRank(rank, layers, in_flight, _on_one_rank(first, second, activations))
 
@@ -97,14 +101,18 @@ def in_flight_peaks(schedule: ScheduleName, rank: int, ranks: int, micro_batches
 
 @dataclass(frozen=True)
 class Fit:
-    """A layout, how it splits the trunk, and what it needs."""
+    """A layout, how it splits trunk and heads, and what it needs."""
 
     config: Config
-    split: tuple[int, ...]
-    """Trunk layers of each stage."""
+    stages: tuple[Stage, ...]
     device: DeviceType
-    kinds: dict[tuple[int, ...], PipelineRank]
+    kinds: dict[tuple[object, ...], PipelineRank]
     """The first of the ranks with the same weights, of which later ones keep fewer activations."""
+
+    @property
+    def split(self) -> tuple[int, ...]:
+        """Trunk layers of each stage."""
+        return tuple(stage.layers for stage in self.stages)
 
     @property
     def binding(self) -> PipelineRank:
@@ -119,36 +127,40 @@ class Fit:
     @cached_property
     def costs(self) -> list[StageCost]:
         """The work of each stage per micro-batch, and its bytes to the data-parallel ranks per step."""
-        last = len(self.split) - 1
-        kinds = [(stage == 0, stage == last, layers) for stage, layers in enumerate(self.split)]
-        found: dict[tuple[bool, bool, int], StageCost] = {}
+        last, first_with_heads = len(self.stages) - 1, len(self.stages) - self.config.heads.stages
+        kinds = [
+            (stage == 0, stage == first_with_heads, stage == last, parts) for stage, parts in enumerate(self.stages)
+        ]
+        found: dict[tuple[object, ...], StageCost] = {}
         for stage, kind in enumerate(kinds):
             if kind not in found:
-                found[kind] = stage_cost(self.config, stage, self.split[stage])
+                found[kind] = stage_cost(self.config, stage, *self.stages[stage])
         return [found[kind] for kind in kinds]
 
     def alike(self, rank: int) -> PipelineRank:
         """Return a rank with the same weights."""
-        return self.kinds[_kind(self.config, self.split, rank)]
+        return self.kinds[_kind(self.config, self.stages, rank)]
 
     @property
     def ranks(self) -> list[PipelineRank]:
         """All ranks of the pipeline."""
         return [
-            pipeline_rank(self.config, self.split, rank, self.device) for rank in range(self.config.parallel.pipeline)
+            pipeline_rank(self.config, self.stages, rank, self.device) for rank in range(self.config.parallel.pipeline)
         ]
 
 
-def _kind(config: Config, split: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Return what the weights of a pipeline rank depend on: whether it is an end of the pipeline, and its layers."""
+def _kind(config: Config, split: Sequence[Stage], rank: int) -> tuple[object, ...]:
+    """Return what the weights of a pipeline rank depend on: whether it is an end of the pipeline, whether it has
+    head 1, and its parts."""
     ends = (rank == 0) + 2 * (rank == config.parallel.pipeline - 1)
-    return ends, *(split[stage] for stage in config.parallel.rank_stages(rank))
+    has_head_1 = rank == config.parallel.stages - config.heads.stages
+    return ends, has_head_1, *(split[stage] for stage in config.parallel.rank_stages(rank))
 
 
 def fit(config: Config, device: DeviceType = "cuda") -> Fit:
     """Return the memory that training needs with the split that it uses."""
-    split = trunk_layers_per_stage(config)
-    kinds: dict[tuple[int, ...], PipelineRank] = {}
+    split = pipeline_stages(config)
+    kinds: dict[tuple[object, ...], PipelineRank] = {}
     for rank in range(config.parallel.pipeline):
         if (kind := _kind(config, split, rank)) not in kinds:
             kinds[kind] = pipeline_rank(config, split, rank, device)

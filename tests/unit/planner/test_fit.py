@@ -5,6 +5,7 @@ import pytest
 from mtp_dist.planner.fit import fit, in_flight_peaks, longest_sequence, pipeline_rank, remedies
 from mtp_dist.planner.layouts import with_layout
 from mtp_dist.planner.memory import rank_memory
+from mtp_dist.planner.parts import Stage
 from mtp_dist.planner.parts import Passes
 from mtp_dist.planner.schedule import simulate
 from tests.unit.planner.models import SHAPE_70B, on_ranks, unresolved
@@ -34,10 +35,10 @@ def test_dualpipev_keeps_as_many_as_its_timeline(ranks):
 
 def test_rank_has_the_memory_of_its_stage():
     config = on_ranks(unresolved(), 16, tensor=2, pipeline=4)
-    split = (8, 9, 9, 2)
+    split = (Stage(8), Stage(9), Stage(9), Stage(2, config.heads.count))
     ranks = [pipeline_rank(config, split, rank, "cuda") for rank in range(4)]
     assert [rank.in_flight for rank in ranks] == [4, 3, 2, 1]
-    for stage, (layers, rank) in enumerate(zip(split, ranks, strict=True)):
+    for stage, (layers, rank) in enumerate(zip((8, 9, 9, 2), ranks, strict=True)):
         assert rank.memory == rank_memory(config, stage, layers, 4 - stage) and rank.trunk_layers == (layers,)
     found = fit(config)
     assert found.binding.memory.total == max(rank.memory.total for rank in found.ranks)
@@ -45,9 +46,25 @@ def test_rank_has_the_memory_of_its_stage():
     assert [(found.alike(rank).memory.parameters, found.alike(rank).trunk_layers) for rank in range(4)] == weights
 
 
+def test_ranks_with_heads_of_several_stages():
+    """The middle one of three has two micro-batches in flight: `eager` keeps the gradients of both from forward to
+    backward."""
+    for mode, waiting in (("eager", 1), ("recompute", 0)):
+        config = on_ranks(unresolved(stages=2, loss_mode=mode), 3, pipeline=3)
+        found = fit(config)
+        assert [stage.heads > 0 for stage in found.stages] == [False, True, True]
+        inner, alone = (
+            rank_memory(config, 1, found.split[1], in_flight, heads=found.stages[1].heads) for in_flight in (2, 1)
+        )
+        assert found.ranks[1].memory == inner and inner.head_loss > 0 == found.ranks[0].memory.head_loss
+        added = inner.total - alone.total - (inner.activations - alone.activations)
+        assert (added > inner.head_loss / 2) == waiting
+
+
 def test_dualpipev_rank_has_both_of_its_stages():
     config = on_ranks(unresolved(), 4, pipeline=2, schedule="dualpipev", partition=[9, 8, 8, 3])
-    first, second = (pipeline_rank(config, (9, 8, 8, 3), rank, "cuda") for rank in range(2))
+    split = (Stage(9), Stage(8), Stage(8), Stage(3, config.heads.count))
+    first, second = (pipeline_rank(config, split, rank, "cuda") for rank in range(2))
     assert first.trunk_layers == (9, 3) and second.trunk_layers == (8, 8)
     one, other = rank_memory(config, 0, 9, 1), rank_memory(config, 3, 3, 1)
     assert first.memory.optimizer == one.optimizer + other.optimizer
