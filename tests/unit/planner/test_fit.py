@@ -50,7 +50,8 @@ def test_ranks_with_heads_of_several_stages():
     """The middle one of three has two micro-batches in flight: `eager` keeps the gradients of both from forward to
     backward."""
     for mode, waiting in (("eager", 1), ("recompute", 0)):
-        config = on_ranks(unresolved(stages=2, loss_mode=mode), 3, pipeline=3)
+        config = on_ranks(unresolved(heads={"loss_mode": mode}), 3, pipeline=3)
+        config = config.model_copy(update={"heads": config.heads.model_copy(update={"stages": 2})})
         found = fit(config)
         assert [stage.heads > 0 for stage in found.stages] == [False, True, True]
         inner, alone = (
