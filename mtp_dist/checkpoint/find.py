@@ -25,8 +25,9 @@ from mtp_dist.errors import CheckpointError, ConfigError
 UNCHECKED_KEYS = frozenset(
     """
     run.name run.output_dir run.device run.step_timeout run.join_timeout heads.loss_mode heads.chunk_tokens
-    data.validation data.max_text_loss train.micro_batch_size train.activation_checkpointing train.deterministic
-    train.validate_every train.validation_samples train.max_skipped_steps train.spike_deviations train.spike_rollback
+    heads.stages data.validation data.max_text_loss train.micro_batch_size train.activation_checkpointing
+    train.deterministic train.validate_every train.validation_samples train.max_skipped_steps train.spike_deviations
+    train.spike_rollback
     """.split()
 )
 """Keys that may differ at a resume: they set reports, speed, rounding or the reaction to a fault."""

@@ -63,9 +63,7 @@ def pipeline_rank(config: Config, split: Sequence[Stage], rank: int, device: Dev
     if len(stages) == 1:
         memory = rank_memory(config, rank, layers[0], in_flight, device, split[rank].heads)
         return PipelineRank(rank, layers, in_flight, memory)
-    first, second = (
-        rank_memory(config, stage, split[stage].layers, 1, device, split[stage].heads) for stage in stages
-    )
+    first, second = (rank_memory(config, stage, split[stage].layers, 1, device, split[stage].heads) for stage in stages)
     activations = max(count * first.activations + more * second.activations for count, more in peaks)
     return PipelineRank(rank, layers, in_flight, _on_one_rank(first, second, activations))
 

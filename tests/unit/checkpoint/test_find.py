@@ -170,5 +170,6 @@ def test_model_must_stay(directory: Path) -> None:
 def test_layout_and_reports_may_change(directory: Path) -> None:
     parallel = {"tensor": 2, "pipeline": 2, "sequence": True, "zero_stage": 1}
     train = {"micro_batch_size": 1, "activation_checkpointing": "full", "validate_every": 3}
-    others = {"heads": {"loss_mode": "recompute", "chunk_tokens": 3}, "run": {"name": "other", "output_dir": "else"}}
+    heads = {"loss_mode": "recompute", "chunk_tokens": 3, "stages": 2}
+    others = {"heads": heads, "run": {"name": "other", "output_dir": "else"}}
     assert find.find_resume_point(config_in(directory, parallel=parallel, train=train, log={"every": 1}, **others))

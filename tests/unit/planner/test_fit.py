@@ -5,8 +5,7 @@ import pytest
 from mtp_dist.planner.fit import fit, in_flight_peaks, longest_sequence, pipeline_rank, remedies
 from mtp_dist.planner.layouts import with_layout
 from mtp_dist.planner.memory import rank_memory
-from mtp_dist.planner.parts import Stage
-from mtp_dist.planner.parts import Passes
+from mtp_dist.planner.parts import Passes, Stage
 from mtp_dist.planner.schedule import simulate
 from tests.unit.planner.models import SHAPE_70B, on_ranks, unresolved
 
