@@ -192,9 +192,8 @@ def test_heads_of_several_stages_are_split_as_well_as_possible(heads_cost, holde
 
 
 def test_heads_of_several_stages_with_given_layers_and_memory():
-    config = tiny_config(
-        model={"trunk_layers": 6}, parallel={"pipeline": 4, "partition": "uniform"}, heads={"stages": 3}
-    )
+    model = {"trunk_layers": 6, "vocab_size": 128}
+    config = tiny_config(model=model, parallel={"pipeline": 4, "partition": "uniform"}, heads={"stages": 3})
     assert [*map(tuple, pipeline_stages(config, parts(0, 1, 4)))] == [(3, 0), (3, 1), (0, 2), (0, 1)]
     given = config.model_copy(update={"parallel": config.parallel.model_copy(update={"partition": (6, 0, 0, 0)})})
     assert [*map(tuple, pipeline_stages(given, parts(0, 1, 4)))] == [(6, 0), (0, 1), (0, 2), (0, 1)]
@@ -204,7 +203,7 @@ def test_heads_of_several_stages_with_given_layers_and_memory():
     assert [stage.heads for stage in one_head] == [0, 2, 1, 1]
     for kind, unembedding in (("mlp", "separate"), ("parallel", "shared"), ("linear", "shared")):
         heads = free.heads.model_copy(update={"kind": kind, "unembedding": unembedding})
-        config = free.model_copy(update={"heads": heads, "vocab_size": 128})
+        config = free.model_copy(update={"heads": heads})
         stages = enumerate(pipeline_stages(config))
         weights = [weight for stage, parts in stages for weight in stage_weights(config, stage, *parts)]
         norm, shared = config.model.hidden_size, config.padded_vocab_size * config.model.hidden_size
