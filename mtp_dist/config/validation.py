@@ -218,7 +218,7 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
         if 0 in parallel.partition[1 : trunk_stages - 1]:
             yield (
                 f"parallel.partition = {list(parallel.partition)} leaves a stage without a layer: only the first "
-                "stage, which has the embedding, and the last one, which has the heads, can have 0 trunk layers"
+                "stage, which has the embedding, and the first one with heads can have 0 trunk layers"
             )
     elif parallel.partition == "measured" and config.heads.stages > 1:
         yield (

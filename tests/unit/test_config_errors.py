@@ -118,7 +118,7 @@ parallel.schedule=dualpipev & parallel.partition=[2, 2] => parallel.partition = 
 parallel.schedule=dualpipev & parallel.partition=[2, 0, 1, 1] => \
 parallel.partition = [2, 0, 1, 1] leaves a stage without a layer
 heads.stages=2 & heads.kind=mlp & heads.detach=full & heads.schedule=forward & parallel.partition=[4, 0] => fine
-heads.stages=3 & parallel.pipeline=8 & parallel.partition=[1, 1, 1, 1, 0, 0, 0, 0] => fine
+heads.stages=3 & parallel.pipeline=8 & parallel.partition=[0, 1, 1, 1, 1, 0, 0, 0] => fine
 heads.stages=2 & parallel.pipeline=1 => heads.stages = 2 exceeds parallel.pipeline = 1
 heads.stages=3 & heads.count=2 & parallel.pipeline=3 => heads.stages = 3 exceeds heads.count = 2
 heads.stages=2 & heads.kind=causal => heads.stages = 2 is incompatible with heads.kind = 'causal', ... read each other
@@ -133,7 +133,8 @@ heads.stages=2 & parallel.partition=measured => parallel.partition = 'measured' 
 heads.stages=2 & train.freeze=[trunk] => train.freeze = [trunk] is incompatible with heads.stages = 2
 heads.stages=2 & train.low_rank={} => train.low_rank is incompatible with heads.stages = 2
 heads.stages=2 & parallel.partition=[2, 2] => parallel.partition = [2, 2] gives layers to stages behind the first one
-heads.stages=2 & parallel.pipeline=4 & parallel.partition=[4, 0, 0, 0] => ... = [4, 0, 0, 0] leaves a stage without
+heads.stages=2 & parallel.pipeline=4 & parallel.partition=[4, 0, 0, 0] => \
+parallel.partition = [4, 0, 0, 0] leaves a stage without a layer
 heads.stages=2 & parallel.pipeline=8 => parallel.pipeline - heads.stages + 1 = 7 stages are too many ... at most 6
 heads.stages=2 & parallel.pipeline=4 & parallel.partition=uniform => \
 model.trunk_layers = 4 is not divisible by parallel.pipeline - heads.stages + 1 = 3
