@@ -210,7 +210,7 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
                 f"parallel.partition = {list(parallel.partition)} must list {stages_key} = {parallel.stages} "
                 f"numbers with the sum model.trunk_layers = {model.trunk_layers}"
             )
-        if any(parallel.partition[trunk_stages:]):
+        if any(parallel.partition[trunk_stages : parallel.stages]):
             yield (
                 f"parallel.partition = {list(parallel.partition)} gives layers to stages behind the first one with "
                 f"heads: with heads.stages = {config.heads.stages} the last {config.heads.stages - 1} have 0"
