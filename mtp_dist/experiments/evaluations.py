@@ -80,23 +80,32 @@ def decoding(
     `acceptance/2` and so on, the accepted fraction at each distance of the drafts whose predecessors were accepted.
     """
     options = {"model": run, "batch": prompts, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens, "rounds": 1}
-    result = _run_command("bench", "decode", **options)
-    [row] = [row for row in result["rows"] if row["variant"] == f"k = {result['model']['heads']}"]
+    return {**validation(run), **_accepted(_run_command("bench", "decode", **options))}
+
+
+def _accepted(result: Any) -> Metrics:
+    """Return what decoding with the drafts of all heads accepts, at the largest batch that was measured."""
+    *_, row = [row for row in result["rows"] if row["variant"] == f"k = {result['model']['heads']}"]
     acceptance = {f"acceptance/{distance}": fraction for distance, fraction in row["acceptance"].items()}
-    return {**validation(run), "tokens_per_forward": row["tokens_per_forward"], **acceptance}
+    return {"tokens_per_forward": row["tokens_per_forward"], **acceptance}
 
 
 def adaptation(
-    run: Path, top_k: PositiveInt = 100, tokens: PositiveInt = 4096, new_tokens: PositiveInt = 64
+    run: Path,
+    top_k: PositiveInt = 100,
+    tokens: PositiveInt = 4096,
+    prompts: PositiveInt = 32,
+    new_tokens: PositiveInt = 64,
 ) -> Metrics:
     """Return how well a model predicts the next and the second token, and how fast its heads decode.
 
     `top1`, `top5` and `loss` of the held-out files of Python's standard library: `/next` is head 1's; `/second` is that
     of the head for this distance or, with one head, `/marginal`: that of the sum over the `top_k` likeliest tokens.
-    Heads that read the token before have no `/second`. `tokens_per_forward` and `speed_up` are those of the fastest
-    number of heads, for one text at a time.
+    Heads that read the token before have no `/second`. `tokens_per_forward` and `acceptance/2` and so on are those of
+    the drafts of all heads, `speed_up` that of the fastest number of heads, or no heads, for one text at a time.
 
-    tokens: approximate number of positions to predict from. new_tokens: tokens of each generated text.
+    tokens: approximate number of positions to predict from. prompts, new_tokens: number of generated texts and tokens
+    of each.
     """
     settings = {"data": "python-stdlib", "distance": 2, "top-k": top_k, "tokens": tokens}
     rows = _run_command("analyze", "marginalize", model=run, **settings)["rows"]
@@ -108,11 +117,12 @@ def adaptation(
         for name, prediction in predictions.items()
         for metric, key in (("top1", "top1"), ("top5", "top5"), ("loss", "cross_entropy"))
     }
-    fastest = {"tokens_per_forward": 1.0, "speed_up": 1.0}
-    if has_heads:
-        decoded = _run_command("bench", "decode", model=run, batch=1, rounds=3, **{"new-tokens": new_tokens})["rows"]
-        fastest = max((row for row in decoded if "tokens_per_forward" in row), key=lambda row: row["speed_up"])
-    return metrics | {name: fastest[name] for name in ("tokens_per_forward", "speed_up")}
+    if not has_heads:
+        return metrics | {"tokens_per_forward": 1.0, "speed_up": 1.0}
+    options = {"batch": f"1,{prompts}", "prompt-tokens": 32, "new-tokens": new_tokens, "rounds": 3}
+    decoded = _run_command("bench", "decode", model=run, **options)
+    alone = [row for row in decoded["rows"] if row["batch"] == 1 and "tokens_per_forward" in row]
+    return {**metrics, **_accepted(decoded), "speed_up": max(row["speed_up"] for row in alone)}
 
 
 def _run_command(*command: str, **options: object) -> Any:
@@ -166,7 +176,7 @@ VALIDATION_METRICS = (
     *("draft_acceptance_rate_*", "expected_tokens_per_forward", "tokens_per_second"),
 )
 METRICS = {
-    "adaptation": ("top1/*", "top5/*", "loss/*", "tokens_per_forward", "speed_up"),
+    "adaptation": ("top1/*", "top5/*", "loss/*", "tokens_per_forward", "acceptance/*", "speed_up"),
     "code": ("pass@1", "pass@10", "pass@100"),
     "decoding": (*VALIDATION_METRICS, "tokens_per_forward", "acceptance/*"),
     "synthetic": ("accuracy/*", "chance/*"),

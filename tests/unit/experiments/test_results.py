@@ -212,23 +212,24 @@ def test_adaptation_is_measured_by_two_commands(tmp_path, monkeypatch, heads, se
         {"prediction": name, "top1": 0, "top5": top5, "cross_entropy": 2} for name, top5 in predictions.items()
     ]
     decoded = [
-        {"variant": "transformers", "speed_up": 9.0},
-        {"variant": "2 heads", "speed_up": 1.5, "tokens_per_forward": 1.8},
-        {"variant": "4 heads", "speed_up": 1.2, "tokens_per_forward": 2.5},
+        {"batch": 1, "variant": "transformers", "speed_up": 9.0},
+        {"batch": 1, "variant": "k = 2", "speed_up": 1.5, "tokens_per_forward": 1.8, "acceptance": {"2": 0.8}},
+        {"batch": 1, "variant": "k = 4", "speed_up": 1.2, "tokens_per_forward": 2.5, "acceptance": {"2": 0.8}},
+        {"batch": 8, "variant": "k = 4", "speed_up": 7.0, "tokens_per_forward": 2.4, "acceptance": {"2": 0.7}},
     ]
     commands = []
 
     def run(command, **_):
         commands.append(command)
         rows = marginals if "marginalize" in command else decoded
-        return subprocess.CompletedProcess(command, 0, json.dumps({"rows": rows}).encode())
+        return subprocess.CompletedProcess(command, 0, json.dumps({"model": {"heads": 4}, "rows": rows}).encode())
 
     monkeypatch.setattr(subprocess, "run", run)
     metrics = adaptation(tmp_path, top_k=7)
     assert (metrics["top5/next"], metrics["top5/second"], metrics["top5/marginal"]) == (0.9, second, 0.7)
     assert metrics["loss/marginal"] == 2
-    speed = (metrics["speed_up"], metrics["tokens_per_forward"])
-    assert speed == ((1.5, 1.8) if heads > 1 else (1.0, 1.0)) and len(commands) == 1 + (heads > 1)
+    decoding = (metrics["speed_up"], metrics["tokens_per_forward"], metrics.get("acceptance/2"))
+    assert decoding == ((1.5, 2.4, 0.7) if heads > 1 else (1.0, 1.0, None)) and len(commands) == 1 + (heads > 1)
     for command in commands:
         group, name = command[3:5]
         known = typer.main.get_command(app).commands[group].commands[name]
