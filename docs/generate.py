@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # absent when runpy runs this file, as in tests
 
 from generators import (
+    adaptation,
     benchmarks,
     configuration,
     decoding,
@@ -31,6 +32,7 @@ from generators import (
 from generators.common import DOCS
 
 TABLES = (
+    adaptation,
     benchmarks,
     decoding,
     evaluation,
@@ -43,7 +45,7 @@ TABLES = (
     probe,
     why_it_works,
 )
-PICTURES = (decoding, demo, experiments, head_loss, head_runs, planning, probe, why_it_works)
+PICTURES = (adaptation, decoding, demo, experiments, head_loss, head_runs, planning, probe, why_it_works)
 TABLE = re.compile(r"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)".replace("{name}", "([a-z-]+)"), re.DOTALL)
 
 

@@ -5,13 +5,18 @@ from typing import Any
 from generators.common import IMAGES, read_json, table
 
 from mtp_dist.experiments.listing import listing
-from mtp_dist.experiments.tables import markdown
+from mtp_dist.experiments.tables import markdown, markdown_table, metric_rows
 
 PRESET_ORDER = ("small", "gpu", "paper")
 
 
 def tables() -> dict[str, str]:
-    return {"experiments": experiments(), "experiment-results": sections()}
+    [condition] = (result for result in results() if result["experiment"] == "condition")
+    return {
+        "condition": markdown_table(metric_rows(condition)),
+        "experiments": experiments(),
+        "experiment-results": sections(),
+    }
 
 
 def experiments() -> str:
