@@ -5,7 +5,7 @@ from typing import Any
 from generators.common import IMAGES, read_json, table
 
 from mtp_dist.experiments.listing import listing
-from mtp_dist.experiments.tables import markdown, markdown_table, metric_rows
+from mtp_dist.experiments.tables import markdown, markdown_table, metric_rows, origin
 
 PRESET_ORDER = ("small", "gpu", "paper")
 
@@ -13,7 +13,7 @@ PRESET_ORDER = ("small", "gpu", "paper")
 def tables() -> dict[str, str]:
     [condition] = (result for result in results() if result["experiment"] == "condition")
     return {
-        "condition": markdown_table(metric_rows(condition)),
+        "condition": f"{markdown_table(metric_rows(condition))}\n{origin(condition)}\n",
         "experiments": experiments(),
         "experiment-results": sections(),
     }

@@ -31,7 +31,7 @@ def test_measured_tables_name_machine_time_and_commit():
         _, *rests = re.split(r"(?m)^\|.*\n(?!\|)", sections[name])
         assert rests or name == "kills", name
         for rest in rests or [sections[name].partition("\n")[2]]:
-            origin = r"\n\S.*; (\d{4}-\d\d-\d\d.*, commit|committed \d{4}-\d\d-\d\d as) [0-9a-f]{7,}"
+            origin = r"\n\S.*; (\d{4}-\d\d-\d\d.*[,;] commit|committed \d{4}-\d\d-\d\d as) [0-9a-f]{7,}"
             assert re.match(origin, rest), f"{name}: {rest[:200]}"
 
 
