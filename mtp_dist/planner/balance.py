@@ -1,11 +1,19 @@
 """Arrangements of layers and heads over the ranks of a pipeline, and how well each of them shares the work."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mtp_dist.planner.partition import fewest_layers, split_dual_pipe_v, split_heads, split_layers
 from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.schedule import ScheduleName
+
+IntArray = NDArray[np.int64]
+NO_ROOM = -(2**31)
+"""Layers of a rank that has no room for its heads, or for its fewest layers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,9 @@ def arrangements(parts: Parts, layers: int, ranks: int) -> dict[str, Arrangement
         "balanced": _heads_on_last_stages(parts, layers, [[*no_heads, parts.num_heads]]),
         "balanced, split heads": _heads_on_last_stages(parts, layers, _split_heads(parts.num_heads, ranks)),
         "dualpipev": _dual_pipe_v(parts, layers, [[parts.num_heads, *no_heads]]),
-        "dualpipev, split heads": _dual_pipe_v(parts, layers, _shares(parts.num_heads, ranks)),
+        "dualpipev, split heads": _dual_pipe_v(
+            parts, layers, _shares(parts, layers, ranks, lambda rank, holders: (rank > 0) + (rank >= holders))
+        ),
     }
     return {name: max(several, key=lambda each: each.balance(parts)) for name, several in found.items() if several}
 
@@ -57,7 +67,7 @@ def arrangements(parts: Parts, layers: int, ranks: int) -> dict[str, Arrangement
 def optimum(parts: Parts, layers: int, ranks: int) -> float:
     """Return the best balance of whole layers and heads over ranks, if they could be in any order."""
     best = 0.0
-    for heads in _shares(parts.num_heads, ranks):
+    for heads in _shares(parts, layers, ranks, lambda rank, holders: 0):
         split = _split(parts, layers, heads, [0] * ranks)
         assert split, "no rank needs a layer"
         best = max(best, Arrangement(tuple(map(Stage, split, heads))).balance(parts))
@@ -99,15 +109,49 @@ def _split(parts: Parts, layers: int, heads: Sequence[int], fewest: Sequence[int
     )
 
 
-def _shares(heads: int, ranks: int) -> Iterator[list[int]]:
-    """Yield the ways to share heads among ranks, in descending order and with zeros."""
-    yield from ([*some, *[0] * (ranks - len(some))] for some in _summands(heads, ranks, heads))
+def _shares(parts: Parts, layers: int, ranks: int, fewest: Callable[[int, int], int]) -> Iterator[list[int]]:
+    """Yield the heads of each rank that make the slowest rank as fast as possible, for each number of ranks with heads.
+
+    Those are the first ones. fewest: smallest number of layers of a rank, given with the number of ranks with heads.
+    The slowest rank's cost is that of some layers and heads: bisection finds the smallest that suffices.
+    """
+    every, numbers = range(parts.num_heads + 1), np.arange(parts.num_heads + 1)
+    first, other = (
+        np.array([[parts.stage(Stage(n, heads), is_first).total for n in range(layers + 1)] for heads in every])
+        for is_first in (True, False)
+    )
+    candidates = np.unique(np.concatenate([first, other], axis=None))
+    for holders in range(1, min(parts.num_heads, ranks) + 1):
+
+        def shares(slowest: float, holders: int = holders) -> list[int] | None:
+            rooms = []
+            for rank in range(ranks):
+                room = ((other if rank else first) <= slowest).sum(axis=1) - 1  # more layers cost more
+                allowed = (room >= fewest(rank, holders)) & ((numbers > 0) == (rank < holders))
+                rooms.append(np.where(allowed, room, NO_ROOM))
+            return _most_room(rooms, layers)
+
+        index = bisect_left(candidates, True, key=lambda slowest: shares(slowest) is not None)
+        if index < len(candidates) and (found := shares(candidates[index])):
+            yield [found[0], *sorted(found[1:], reverse=True)]
 
 
-def _summands(total: int, most: int, largest: int) -> Iterator[tuple[int, ...]]:
-    """Yield the ways to write a number as a sum of at most so many, in descending order and none above the largest."""
-    if total == 0:
-        yield ()
-    elif most:
-        for first in range(min(total, largest), 0, -1):
-            yield from ((first, *rest) for rest in _summands(total - first, most - 1, first))
+def _most_room(rooms: Sequence[IntArray], layers: int) -> list[int] | None:
+    """Return the heads of each rank that leave room for the most layers; None if it is less than so many.
+
+    rooms: for each rank the largest number of layers by its number of heads.
+    """
+    numbers = np.arange(len(rooms[0]))
+    rest = numbers[:, None] - numbers  # heads of the ranks before, by heads of all and of the rank
+    most, choices = rooms[0], []
+    for room in rooms[1:]:
+        totals = np.where(rest >= 0, most[rest] + room, NO_ROOM)
+        choices.append(totals.argmax(axis=1))
+        most = totals.max(axis=1)
+    if most[-1] < layers:
+        return None
+    left, heads = len(numbers) - 1, []
+    for choice in reversed(choices):
+        heads.append(int(choice[left]))
+        left -= heads[-1]
+    return [left, *reversed(heads)]

@@ -1,6 +1,7 @@
 """Costs of the parts of a model, and their arrangements over ranks."""
 
 import itertools
+import time
 
 import pytest
 
@@ -83,6 +84,13 @@ def test_arrangements_are_the_best_of_all(head, embedding, layers, heads, ranks)
     assert optimum(costs, layers, ranks) >= max(found.values()) - 1e-9
     if not embedding:  # else the rank with the embedding should not always have the most heads
         assert optimum(costs, layers, ranks) == pytest.approx(mean / min(map(slowest, everything)))
+
+
+def test_many_heads_are_shared_in_seconds():
+    started = time.process_time()
+    assert optimum(parts(1.0, 64), 64, 16) == pytest.approx(1), "eight layers or heads on each rank"
+    assert len(arrangements(parts(1.0, 64), 64, 16)) == 5
+    assert time.process_time() - started < 5
 
 
 def test_arrangements_hold_the_whole_model():
