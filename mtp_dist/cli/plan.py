@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mtp_dist.planner.stage_times import Cluster
 
 PICTURES = (".svg", ".png")
+MOST_GPUS = 1_000_000
 MICRO_BATCHES_DRAWN = 4
 """Micro-batches per pipeline rank in a picture."""
 SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -26,7 +28,9 @@ SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @exits_with_user_errors
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs, one rank each; of --gpu cpu number of ranks.")],
+    gpus: Annotated[
+        int, typer.Option(min=1, max=MOST_GPUS, help="Number of GPUs, one rank each; of --gpu cpu number of ranks.")
+    ],
     gpu: Annotated[str, typer.Option(help="Type of GPU: a100, a100-40gb, h100, h200, b200, mi300x, cpu, ...")],
     overrides: Overrides = None,
     search_all: Annotated[
@@ -89,9 +93,9 @@ def plan_run(
 
 
 def read_tokens(text: str) -> float:
-    """Return the number of a text such as 200B. Raise LaunchError if it is not a positive number."""
+    """Return the number of a text such as 200B. Raise LaunchError if it is not a positive, finite number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
-    if match and (number := float(match[1]) * SUFFIXES[match[2].upper()]) >= 1:
+    if match and (number := float(match[1]) * SUFFIXES[match[2].upper()]) >= 1 and number < math.inf:
         return number
     raise LaunchError(f"--tokens = '{text}' is not a number of tokens: write it as 200B, 1.5T or 2e11")
 

@@ -1,6 +1,7 @@
 """Measured rates of a cluster, from the `preflight.json` that a training with --preflight has written."""
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,35 +18,32 @@ def measured_rates(rates: Rates, path: str | Path) -> Rates:
 
     A rate is the median over all ranks, links or groups.
     """
-    ranks = _read_ranks(path)
-    hosts = {rank["rank"]: rank["host"] for rank in ranks}
-    links, networks = [], []
-    for rank in ranks:
-        for rate, ranks_per_host in _transfers(rank, hosts):
-            if ranks_per_host is None:
-                links.append(rate)
-            else:
-                networks.append(rate / ranks_per_host)
+    matmuls, transfers = _read_measurements(path)
+    links = [rate for rate, ranks_per_host in transfers if ranks_per_host is None]
+    networks = [rate / ranks_per_host for rate, ranks_per_host in transfers if ranks_per_host is not None]
     return replace(
         rates,
-        matmul=1e12 * statistics.median(rank["values"]["matmul"] for rank in ranks),
+        matmul=1e12 * statistics.median(matmuls),
         link=statistics.median(links) if links else rates.link,
         network=statistics.median(networks) if networks else rates.network,
     )
 
 
-def _read_ranks(path: str | Path) -> list[dict[str, Any]]:
+def _read_measurements(path: str | Path) -> tuple[list[float], list[tuple[float, int | None]]]:
+    """Return the TFLOP/s of all ranks, and the bytes per second of their transfers as in `_transfers`."""
     try:
         ranks = json.loads(Path(path).read_text(encoding="utf-8"))["ranks"]
-        if ranks and all(rank["values"]["matmul"] > 0 and rank["host"] and rank["groups"] for rank in ranks):
-            return ranks
+        hosts = {rank["rank"]: rank["host"] for rank in ranks}
+        if ranks and all(0 < rate < math.inf for rank in ranks for rate in rank["values"].values()):
+            transfers = [transfer for rank in ranks for transfer in _transfers(rank, hosts)]
+            return [rank["values"]["matmul"] for rank in ranks], transfers
     except OSError as error:
         raise LaunchError(f"--preflight = '{path}' cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise LaunchError(
-        f"--preflight = '{path}' is not a valid preflight.json: give the file that a training with --preflight has "
-        "written into its output folder"
+        f"--preflight = '{path}' is not a valid preflight.json with a rate above 0 of each measurement: give the "
+        "file that a training with --preflight has written into its output folder"
     )
 
 

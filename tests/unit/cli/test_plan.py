@@ -81,7 +81,7 @@ def test_preflight_and_timeline(config, tmp_path):
     path.write_text(json.dumps({"ranks": [rank]}))
     slow = read(config, *LAYOUT, "--preflight", str(path), "--timeline", str(picture))
     assert slow["rates"]["matmul"] == 346e12 and slow["step_seconds"] > 1.5 * read(config, *LAYOUT)["step_seconds"]
-    assert "16 of 128 micro-batches" in picture.read_text() or "<svg" in picture.read_text()
+    assert "16 of 128 micro-batches" in picture.read_text()
     assert f"measured by {path}" in run(config, *LAYOUT, "--preflight", str(path)).stdout.replace("\n", "")
 
 
@@ -104,6 +104,8 @@ def test_cpu_and_a_tokenizer(tmp_path):
         ({"gpus": 1}, ("--search", "train.sequence_length=1048576"), "no layout of --gpus = 1 fits"),
         ({}, ("--tokens", "many"), "--tokens = 'many' is not a number of tokens: write it as 200B"),
         ({}, ("--tokens", "0"), "--tokens = '0' is not a number of tokens"),
+        ({}, ("--tokens", "1e999"), "--tokens = '1e999' is not a number of tokens"),
+        ({"gpus": 10**11}, ("--search",), "Invalid value for '--gpus'"),
         ({}, ("--timeline", "out.pdf"), "--timeline = 'out.pdf' does not end with .svg or .png"),
         ({}, ("--preflight", "missing.json"), "--preflight = 'missing.json' cannot be read"),
         (

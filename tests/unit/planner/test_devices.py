@@ -62,10 +62,24 @@ def test_preflight_replaces_the_rates_that_it_measured(tmp_path):
     assert measured_rates(rates, path) == Rates(501.5e12, 2.0, 305e9, 40e9)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"ranks": []}', '{"ranks": [{"rank": 0}]}'])
+INVALID = [
+    [rank(0, "a", tensor=([0, 1], 300))],
+    [rank(0, "a", tensor=([0], 0))],
+    [rank(0, "a") | {"groups": {}, "values": {"matmul": 500, "to the next stage": 45}}],
+]
+"""Ranks of a group that are not in the file, a rate of 0, a rate without its group."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["{", "[]", '{"ranks": []}', '{"ranks": [{"rank": 0}]}'],
+        *(json.dumps({"ranks": ranks}) for ranks in INVALID),
+    ],
+)
 def test_other_files_are_no_preflights(tmp_path, text):
     (tmp_path / "other.json").write_text(text)
-    with pytest.raises(LaunchError, match=r"other.json' is not a valid preflight.json: give the file"):
+    with pytest.raises(LaunchError, match=r"other.json' is not a valid preflight.json .*: give the file"):
         measured_rates(Rates(1, 1, 1, 1), tmp_path / "other.json")
     with pytest.raises(LaunchError, match=r"missing' cannot be read"):
         measured_rates(Rates(1, 1, 1, 1), tmp_path / "missing")
