@@ -33,7 +33,7 @@ def stage_weights(config: Config, stage: int, trunk_layers: int, heads: int | No
     is_first = stage == 0
     if is_first or (heads and heads_have_embedding(config) and config.parallel.schedule == "1f1b"):
         yield _weight(config, "embedding", local_vocab_size(config), config.model.hidden_size)
-    if config.heads.weighted_hidden_states and trunk_layers:
+    if config.heads.weighted_hidden_states and (trunk_layers or is_first):
         yield _weight(config, "heads", config.model.trunk_layers + 1)
     for _ in range(trunk_layers):
         yield from layer_weights(config, "trunk")

@@ -10,6 +10,7 @@ from mtp_dist.bench.plan_cases import CASES
 from mtp_dist.distributed.device import select_device
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.stage_cost import stage_cost
+from mtp_dist.planner.weights import Weight, stage_weights
 from tests.tiny import tiny_config
 
 COMMITTED = json.loads((Path(__file__).parents[3] / "docs/data/plan/memory.json").read_text(encoding="utf-8"))["rows"]
@@ -96,6 +97,13 @@ def test_traffic_by_hand():
     assert sharded.data_bytes == 6 * elements
     _, rounded = cost(0, 4, 2, train={"precision": "bf16"}, parallel={"grad_reduce_dtype": "bf16"})
     assert rounded.data_bytes == 3 * elements
+
+
+def test_first_stage_without_layers_has_the_weights_of_hidden_states():
+    config = tiny_config(heads={"weighted_hidden_states": True}, parallel={"pipeline": 2})
+    logits = [Weight((5,), "heads", is_trained=True)]
+    for stage, layers in ((0, 0), (0, 1), (1, 4)):
+        assert [each for each in stage_weights(config, stage, layers) if each.shape == (5,)] == logits
 
 
 def test_micro_batches_in_flight_multiply_the_activations():
