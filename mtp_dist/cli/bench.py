@@ -116,6 +116,15 @@ def balance(
     job = check_startup(load_config(config, overrides or []), needs_data=False, log_level=logging.WARNING)
     if job.config.parallel.pipeline == 1:
         raise LaunchError("parallel.pipeline is 1, which has nothing to balance: raise it, and start as many processes")
+    if job.config.parallel.schedule != "1f1b" or job.config.heads.stages > 1:
+        raise LaunchError(
+            "bench balance measures 1f1b with all heads on the last stage: set parallel.schedule=1f1b heads.stages=1"
+        )
+    if job.config.model.trunk_layers < job.config.parallel.pipeline - 1:
+        raise LaunchError(
+            f"model.trunk_layers is {job.config.model.trunk_layers}, a uniform partition over parallel.pipeline = "
+            f"{job.config.parallel.pipeline} stages needs {job.config.parallel.pipeline - 1}: lower parallel.pipeline"
+        )
     silence_import_warnings()
     from mtp_dist.bench.balance import measure_balance
     from mtp_dist.distributed.topology import close_topology, initialize_topology

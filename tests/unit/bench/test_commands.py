@@ -1,12 +1,15 @@
 """A small measurement by `bench balance`, `data` and `monitoring` has all results that their tables show."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
 from mtp_dist.bench.balance import measure_balance
 from mtp_dist.bench.data import SEQUENCE_LENGTHS, TRAINED, measure_loader, measure_preparation
 from mtp_dist.bench.monitoring import measure_monitoring
+from mtp_dist.cli import app
 from mtp_dist.cli.tables import bench_balance_table, bench_data_tables, monitoring_table
 from mtp_dist.data.run_sources import RunSources
 from mtp_dist.distributed.device import select_device
@@ -50,6 +53,20 @@ def test_balanced_stages_are_compared_with_uniform_ones(ranks, sleep_ms):
             assert result["predicted_speedup"]["by times"] == pytest.approx(result["predicted_speedup"]["by FLOPs"])
             assert rows["balanced"]["seconds"] >= rows["balanced"]["predicted_seconds"], "layers sleep at least so long"
         assert bench_balance_table(result).row_count == 2
+
+
+@pytest.mark.parametrize(
+    ("parallel", "text"),
+    [
+        ({"pipeline": 2, "schedule": "dualpipev"}, "set parallel.schedule=1f1b"),
+        ({"pipeline": 6}, "model.trunk_layers is 4, a uniform partition over parallel.pipeline = 6 stages needs 5"),
+    ],
+)
+def test_pipelines_that_cannot_be_compared(monkeypatch, tmp_path, parallel, text):
+    job = SimpleNamespace(config=tiny_config(parallel=parallel))
+    monkeypatch.setattr("mtp_dist.verify.startup.check_startup", lambda *_, **__: job)
+    result = CliRunner().invoke(app, ["bench", "balance", "--config", str(jobs.write_config(tmp_path))])
+    assert result.exit_code == 2 and text in " ".join(result.stderr.split()), result.output
 
 
 def monitored(path):
