@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
-from mtp_dist.planner.layouts import Changes, replace_values, with_layout
+from mtp_dist.planner.layouts import Changes, replace_values, stays_within_nodes, with_layout
 from mtp_dist.planner.memory import RankMemory, rank_memory
 from mtp_dist.planner.partition import fits_memory, pipeline_stages, trunk_layers_per_stage
 from mtp_dist.planner.parts import Stage
@@ -176,10 +176,13 @@ def longest_sequence(config: Config, memory_bytes: float, device: DeviceType = "
     return SEQUENCE_BLOCK * bisect_left(blocks, True, key=lambda block: not fits(block))
 
 
-def remedies(config: Config, memory_bytes: float, device: DeviceType = "cuda") -> list[tuple[Changes, int]]:
+def remedies(
+    config: Config, memory_bytes: float, device: DeviceType = "cuda", per_node: int = 8
+) -> list[tuple[Changes, int]]:
     """Return changes of keys with which every rank fits, and the bytes that the largest one then needs.
 
     Single changes, each the smallest of its kind that suffices, or if none does changes together. The world size stays.
+    per_node: number of ranks per node, in which groups of tensor-parallel ranks stay.
     """
 
     def first_fit(several: Iterable[Changes]) -> Iterator[tuple[Changes, int]]:
@@ -189,7 +192,7 @@ def remedies(config: Config, memory_bytes: float, device: DeviceType = "cuda") -
                 yield changes, needed
                 return
 
-    savers, degrees = _savers(config), list(_degrees(config))
+    savers, degrees = _savers(config), list(_degrees(config, per_node))
     splits = list(_splits_that_fit(config, memory_bytes, device))
     if single := [found for several in [splits, *savers, *degrees] for found in first_fit(several)]:
         return single
@@ -224,9 +227,10 @@ def _savers(config: Config) -> list[list[Changes]]:
     return [several for several in savers if several]
 
 
-def _degrees(config: Config) -> Iterator[list[Changes]]:
+def _degrees(config: Config, per_node: int) -> Iterator[list[Changes]]:
     """Yield changes to higher degrees of tensor and of pipeline parallelism, at the cost of data parallelism."""
     parallel, powers = config.parallel, [2**power for power in range(1, 11)]
-    yield [{"parallel.tensor": n, "parallel.sequence": True} for n in powers if n > parallel.tensor]
+    tensor = [n for n in powers if n > parallel.tensor and stays_within_nodes(n, config.world_size, per_node)]
+    yield [{"parallel.tensor": n, "parallel.sequence": True} for n in tensor]
     balanced: Changes = {} if isinstance(parallel.partition, str) else {"parallel.partition": "balanced"}
     yield [{"parallel.pipeline": n} | balanced for n in powers if n > parallel.pipeline]

@@ -1,6 +1,7 @@
 """Other layouts of the same training."""
 
 import json
+import shlex
 from collections import defaultdict
 from typing import Any, get_args
 
@@ -34,8 +35,14 @@ def layout(config: Config) -> Changes:
 
 
 def overrides(changes: Changes) -> str:
-    """Return the values as arguments of a command."""
-    return " ".join(f"{key}={json.dumps(value).strip(chr(34))}" for key, value in changes.items())
+    """Return the values as arguments of a command in a shell."""
+    texts = {key: json.dumps(value, separators=(",", ":")).strip('"') for key, value in changes.items()}
+    return shlex.join(f"{key}={text}" for key, text in texts.items())
+
+
+def stays_within_nodes(ranks: int, world_size: int, per_node: int) -> bool:
+    """Return whether no group of so many neighbouring ranks is on two nodes."""
+    return world_size <= per_node or per_node % ranks == 0
 
 
 def replace_values(config: Config, changes: Changes) -> Config:

@@ -41,7 +41,9 @@ def plan(step: StepEstimate, tokens: float) -> dict[str, Any]:
             ],
             "remedies": [
                 {"changes": changes, "total": total}
-                for changes, total in ([] if fits else remedies(config, cluster.usable_bytes, cluster.device))
+                for changes, total in (
+                    [] if fits else remedies(config, cluster.usable_bytes, cluster.device, accelerator.per_node)
+                )
             ],
         },
         "parts": time_by_part(step),

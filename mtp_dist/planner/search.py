@@ -8,7 +8,7 @@ from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.estimate import StepEstimate, estimate
 from mtp_dist.planner.fit import COMPONENTS, Fit, fit
-from mtp_dist.planner.layouts import LAYOUT_KEYS, SCHEDULES, layout, overrides, with_layout
+from mtp_dist.planner.layouts import LAYOUT_KEYS, SCHEDULES, layout, overrides, stays_within_nodes, with_layout
 from mtp_dist.planner.stage_times import USABLE_FRACTION, Cluster
 
 SIMULATED = 12
@@ -69,9 +69,9 @@ def _layouts(config: Config, cluster: Cluster, world_size: int) -> Iterator[tupl
 
     Tensor parallelism stays within a node, where its links are.
     """
-    unsharded = config.train.precision == "fp32"
-    for tensor, pipeline in product(_divisors(world_size, cluster.accelerator.per_node), _divisors(world_size)):
-        if world_size % (tensor * pipeline):
+    unsharded, per_node = config.train.precision == "fp32", cluster.accelerator.per_node
+    for tensor, pipeline in product(_divisors(world_size, per_node), _divisors(world_size)):
+        if world_size % (tensor * pipeline) or not stays_within_nodes(tensor, world_size, per_node):
             continue
         dp_size = world_size // (tensor * pipeline)
         micro_batches = _divisors(config.train.global_batch_size // dp_size, LARGEST_MICRO_BATCH)

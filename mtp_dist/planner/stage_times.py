@@ -5,6 +5,7 @@ from typing import NamedTuple
 from mtp_dist.config import Config
 from mtp_dist.planner.devices import LAYER_FRACTION, Accelerator, Rates
 from mtp_dist.planner.fit import DeviceType, Fit
+from mtp_dist.planner.layouts import stays_within_nodes
 from mtp_dist.planner.memory import RankMemory
 from mtp_dist.planner.parts import Passes
 
@@ -43,11 +44,12 @@ def axis_rates(config: Config, cluster: Cluster) -> AxisRates:
     A group with several ranks per node has the network of all of them.
     """
     tp_size, rates, per_node = config.parallel.tensor, cluster.rates, cluster.accelerator.per_node
+    world_size = config.world_size
     return AxisRates(
-        tensor=rates.link if tp_size <= per_node else rates.network,
-        pipeline=rates.link if config.world_size <= per_node else rates.network,
+        tensor=rates.link if stays_within_nodes(tp_size, world_size, per_node) else rates.network,
+        pipeline=rates.link if world_size <= per_node else rates.network,
         data=rates.link
-        if tp_size * config.dp_size <= per_node
+        if stays_within_nodes(tp_size * config.dp_size, world_size, per_node)
         else min(rates.link, rates.network * max(1, per_node // tp_size)),
     )
 

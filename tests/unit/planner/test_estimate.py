@@ -71,8 +71,13 @@ def test_links_of_the_axes():
         (64, {"tensor": 4}, (link, network, 2 * network)),
         (64, {}, (link, network, 8 * network)),
         (64, {"tensor": 16}, (network, network, network)),
+        (12, {"tensor": 4, "pipeline": 3}, (link, network, link)),
+        (24, {"pipeline": 8}, (link, network, min(link, 8 * network))),
     ):
-        assert axis_rates(on_ranks(unresolved(), ranks, **layout), nodes) == pytest.approx(expected), (ranks, layout)
+        assert axis_rates(on_ranks(unresolved(batch=1536), ranks, **layout), nodes) == pytest.approx(expected), (
+            ranks,
+            layout,
+        )
 
 
 def test_faster_hardware_is_faster():

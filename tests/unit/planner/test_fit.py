@@ -96,6 +96,8 @@ def test_remedies_fit_and_milder_ones_do_not():
     assert {"train.micro_batch_size", "train.activation_checkpointing", "parallel.tensor"} <= found.keys()
     for changes, total in found.values():
         assert needed(with_layout(config, changes)) == total <= 80 * GB
+    tensor = [changes for changes, _ in remedies(config, 80 * GB, per_node=3) if "parallel.tensor" in changes]
+    assert tensor == [], "no degree above 1 divides a node of three ranks"
     size = found["train.micro_batch_size"][0]["train.micro_batch_size"]
     assert 1 <= size < 8 and needed(with_layout(config, {"train.micro_batch_size": 2 * size})) > 80 * GB
 
