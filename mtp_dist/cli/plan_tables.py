@@ -12,6 +12,7 @@ from rich.text import Text
 from mtp_dist.cli.tables import fact_lines
 from mtp_dist.planner.fit import COMPONENTS
 from mtp_dist.planner.layouts import overrides
+from mtp_dist.planner.stage_times import USABLE_FRACTION
 
 MFU_CONVENTION = "6 FLOPs per parameter and position, attention over all keys, nothing for recomputation"
 
@@ -49,7 +50,8 @@ def _facts(result: Mapping[str, Any]) -> dict[str, str]:
         "speed": f"{result['tokens_per_second']:,.0f} tokens/s, {result['step_seconds']:.3g} s per step, MFU "
         f"{result['mfu']:.1%} ({MFU_CONVENTION})",
         "cost": f"{_tokens(result['tokens'])} tokens: {result['days']:,.3g} days, {result['gpu_hours']:,.0f} GPU hours",
-        "longest": f"sequences of {result['longest_sequence']:,} tokens fit with this layout",
+        "longest": f"sequences of {result['longest_sequence']:,} tokens fit {USABLE_FRACTION:.0%} of the memory "
+        "with this layout",
     }
 
 

@@ -50,10 +50,16 @@ class StepEstimate:
         return self.tokens_per_second * model_flops_per_token(config, config.heads.count) / peak
 
     @property
+    def rank_work(self) -> list[float]:
+        """Seconds of each pipeline rank per micro-batch."""
+        return _rank_sums([each.total for each in self.passes], self.fit.config.parallel)
+
+    @property
     def balance(self) -> float:
-        """Mean work of the pipeline ranks relative to the slowest one's: no rank can work for more of the time."""
-        work = _rank_sums([each.total for each in self.passes], self.fit.config.parallel)
-        return sum(work) / (len(work) * max(work))
+        """Mean work of the pipeline ranks relative to that of the rank with the most: the largest fraction of time in
+        which they can work.
+        """
+        return sum(self.rank_work) / (len(self.rank_work) * max(self.rank_work))
 
 
 def estimate(fit: Fit, cluster: Cluster, simulated: bool = True) -> StepEstimate:

@@ -1,6 +1,8 @@
 """Search of the fastest layouts, and proposals for pipelines that cannot be balanced."""
 
 import itertools
+import re
+import shlex
 import time
 
 import pytest
@@ -10,9 +12,10 @@ from mtp_dist.errors import ConfigError
 from mtp_dist.planner.advice import balance_advice
 from mtp_dist.planner.estimate import estimate
 from mtp_dist.planner.fit import fit
-from mtp_dist.planner.layouts import SCHEDULES, layout, with_layout
+from mtp_dist.planner.layouts import SCHEDULES, layout, overrides, stays_within_nodes, with_layout
 from mtp_dist.planner.search import search
-from tests.unit.planner.models import SHAPE_70B, cluster, on_ranks, unresolved
+from mtp_dist.planner.stage_times import axis_rates
+from tests.unit.planner.models import SHAPE_7B, SHAPE_70B, cluster, on_ranks, unresolved
 
 
 def all_steps(config, world_size, hardware):
@@ -67,6 +70,23 @@ def test_search_without_a_result_names_the_reason():
         search(unresolved(SHAPE_70B), cluster(), 1)
 
 
+def test_tensor_parallel_groups_stay_in_nodes():
+    model = SHAPE_7B | {"num_attention_heads": 24, "hidden_size": 4032, "ffn_hidden_size": 12288}
+    config, nodes = unresolved(model, vocab_size=32_256, batch=96), cluster()
+    found = search(config, nodes, 24, count=100)
+    assert {step.fit.config.parallel.tensor for step in found.fastest} <= {1, 2, 4, 8}
+    rates = [axis_rates(on_ranks(config, ranks, tensor=3), nodes).tensor for ranks in (6, 24)]
+    assert rates == [nodes.rates.link, nodes.rates.network]
+    assert stays_within_nodes(3, 6, 8) and not stays_within_nodes(3, 9, 8)
+
+
+def test_overrides_are_words_of_a_shell():
+    changes = {"parallel.partition": (7, 9, 9, 3), "parallel.sequence": True, "parallel.schedule": "1f1b"}
+    words = shlex.split(overrides(changes))
+    assert words == ["parallel.partition=[7,9,9,3]", "parallel.sequence=true", "parallel.schedule=1f1b"]
+    assert overrides(changes).startswith("'parallel.partition=[7,9,9,3]' ")
+
+
 def test_advice_for_pipelines_that_heads_unbalance():
     hardware = cluster()
 
@@ -77,3 +97,8 @@ def test_advice_for_pipelines_that_heads_unbalance():
     text = advice(pipeline=16)
     assert "no split of 28 layers and 4 heads" in text
     assert "parallel.pipeline=2" in text and "parallel.tensor=8" in text
+    assert re.match(r"the 16 pipeline ranks can work at most \d+% of the time, rank 15 has the most work, and no", text)
+    for partition in ("uniform", [6, 8, 8, 6]):
+        text = advice(pipeline=4, partition=partition)
+        assert "parallel.partition=balanced (" in text and "parallel.pipeline=2 parallel.partition" not in text
+        assert "parallel.partition=balanced parallel.pipeline=2 (" in text and "schedule=1f1b" not in text
