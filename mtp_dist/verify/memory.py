@@ -7,14 +7,16 @@ from mtp_dist.config import Config
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.errors import ConfigError
-from mtp_dist.planner.fit import COMPONENTS, PipelineRank, fit, remedies
+from mtp_dist.planner.fit import COMPONENTS, DeviceType, PipelineRank, fit, remedies
 from mtp_dist.planner.layouts import overrides
 from mtp_dist.planner.memory import step_token_bytes
+from mtp_dist.planner.stage_times import USABLE_FRACTION
 
 
 def check_memory(config: Config, device: torch.device) -> None:
     """Raise ConfigError if a rank of the pipeline, or the samples of one step, need more than this rank's memory.
 
+    If all ranks are on this machine and share its memory, they may need different amounts of it.
     The estimate leaves out what the libraries need, so a run that passes may still run out of memory.
     """
     if not config.parallel.check_memory:
@@ -22,8 +24,10 @@ def check_memory(config: Config, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     host = psutil.virtual_memory().total // (local_ranks() or 1)
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host
-    binding = fit(config, "cuda" if on_gpu else "cpu").binding
-    if binding.memory.total > memory:
+    found = fit(config, "cuda" if on_gpu else "cpu")
+    binding, is_shared = found.binding, not on_gpu and local_ranks() == config.world_size
+    mean = sum(rank.memory.total for rank in found.ranks) / config.parallel.pipeline
+    if (mean if is_shared else binding.memory.total) > memory:
         raise ConfigError(_too_large(config, binding, device, memory))
     if (needed := step_token_bytes(config)) > host:
         raise ConfigError(
@@ -35,7 +39,9 @@ def check_memory(config: Config, device: torch.device) -> None:
 
 def _too_large(config: Config, binding: PipelineRank, device: torch.device, memory: int) -> str:
     largest = binding.largest_component
-    options = remedies(config, memory, "cuda" if device.type == "cuda" else "cpu")
+    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    per_node = local_ranks() or 1
+    options = remedies(config, USABLE_FRACTION * memory, device_type, per_node)
     advice = [f"{overrides(changes)} ({_gigabytes(needed)})" for changes, needed in options]
     remedy = f"use {' or '.join(advice)}" if advice else "start more ranks or make the model smaller"
     return (

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mtp_dist.errors import ConfigError
+from mtp_dist.planner.fit import fit
 from mtp_dist.verify.memory import check_memory
 from tests.unit.planner.models import on_ranks, unresolved
 
@@ -37,8 +38,22 @@ def test_refusal_names_the_largest_component_and_what_would_fit(monkeypatch):
     needed, largest, memory = map(float, sizes.groups())
     assert needed > memory == 100 and largest < needed
     size, fitting = re.search(r"use train.micro_batch_size=(\d+) \(([\d.]+) GB\)", text).groups()
-    assert int(size) < 16 and float(fitting) <= 100
+    assert int(size) < 16 and float(fitting) <= 90
     assert "train.activation_checkpointing=" in text and "parallel.check_memory=false starts the run anyway" in text
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    config = on_ranks(unresolved(precision="fp32", batch=2), 2, pipeline=2, partition=[27, 1])
+    sizes = [rank.memory.total / 1e9 for rank in fit(config, "cpu").ranks]
+    assert sizes[0] > 1.5 * sizes[1]
+    with_memory(monkeypatch, sum(sizes) + 0.1, ranks=2)
+    check_memory(config, CPU)
+    with_memory(monkeypatch, sum(sizes) - 0.1, ranks=2)
+    message(config)
+    with_memory(monkeypatch, sum(sizes) + 0.1, ranks=1)
+    check_memory(config, CPU)
+    with_memory(monkeypatch, (sizes[0] - 0.1) * 4, ranks=4)
+    message(config)
 
 
 def test_check_can_be_switched_off(monkeypatch):
