@@ -70,7 +70,8 @@ def test_search_without_a_result_names_the_reason():
         search(unresolved(SHAPE_70B), cluster(), 1)
 
 
-def test_tensor_parallel_groups_stay_in_nodes():
+def test_tensor_parallel_groups_stay_in_nodes(monkeypatch):
+    monkeypatch.setattr("mtp_dist.planner.search.SIMULATED", 100)
     model = SHAPE_7B | {"num_attention_heads": 24, "hidden_size": 4032, "ffn_hidden_size": 12288}
     config, nodes = unresolved(model, vocab_size=32_256, batch=96), cluster()
     found = search(config, nodes, 24, count=100)
