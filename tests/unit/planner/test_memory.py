@@ -7,6 +7,7 @@ import pytest
 
 from mtp_dist.bench.plan import case_config, measure_case, row_of
 from mtp_dist.bench.plan_cases import CASES
+from mtp_dist.cli.memory_tables import bench_plan_table
 from mtp_dist.distributed.device import select_device
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.stage_cost import stage_cost
@@ -39,6 +40,7 @@ def test_predictions_equal_committed_measurements(row):
 
 def test_all_cases_are_committed():
     assert {row["case"] for row in COMMITTED} == set(CASES) and len(CASES) >= 20
+    assert bench_plan_table({"rows": COMMITTED}).row_count == len(COMMITTED)
 
 
 def measure(names):
