@@ -92,7 +92,8 @@ def test_config(ranks: Ranks, path: Path) -> None:
         assert all(fits(stage, parts) for stage, parts in enumerate(pipeline_stages(config)))
         h100 = find_accelerator("h100")
         planned = estimate(fit(config), Cluster(h100, assumed_rates(h100, config.train.precision)))
-        assert planned.fit.binding.memory.total <= GPU_BYTES and 0 < planned.mfu < 0.6
+        # Layers reach 52.5 % of the peak, and the MFU counts 12 / 7 of the attention's FLOPs: those of all keys.
+        assert planned.fit.binding.memory.total <= GPU_BYTES and 0 < planned.mfu < 0.525 * 12 / 7
     config = shrunk(load_config(path))
     losses = ranks.run(config.parallel.tensor * config.parallel.pipeline, train, config)
     assert all(second < first for first, second in losses)
