@@ -11,12 +11,16 @@ PRESET_ORDER = ("small", "gpu", "paper")
 
 
 def tables() -> dict[str, str]:
-    [condition] = (result for result in results() if result["experiment"] == "condition")
-    return {
-        "condition": f"{markdown_table(metric_rows(condition))}\n{origin(condition)}\n",
+    return {name: cells(name) for name in ("adaptation", "condition")} | {
         "experiments": experiments(),
         "experiment-results": sections(),
     }
+
+
+def cells(name: str) -> str:
+    """Return the means of an experiment's cells, for the page of what it compares."""
+    [result] = (result for result in results() if result["experiment"] == name)
+    return f"{markdown_table(metric_rows(result))}\n{origin(result)}\n"
 
 
 def experiments() -> str:
