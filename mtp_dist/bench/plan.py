@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from rich.progress import Progress
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtp_dist.bench.plan_cases import CASES, case_sections
+from mtp_dist.bench.ranks import NewProgress, run_on_ranks
 from mtp_dist.config import Config, build_config, resolve
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_rank, env_world_size
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from mtp_dist.distributed.topology import Topology
 
 Row = dict[str, Any]
-NewProgress = Callable[[bool], Progress]
-"""Function of a module, called on each rank with whether it is the first one, which shows its progress bar."""
 LARGE = 0.05
 """Part of the total from which on a component counts as large."""
 
@@ -44,27 +40,10 @@ def measure_plans(new_progress: NewProgress) -> dict[str, Any]:
         raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts the ranks itself")
     rows: dict[str, list[Row]] = {}
     for ranks in sorted({ranks for ranks, _ in CASES.values()}):
-        rows |= _launch(ranks, [name for name in CASES if CASES[name][0] == ranks], len(rows), new_progress)
+        names = [name for name in CASES if CASES[name][0] == ranks]
+        rows |= run_on_ranks(ranks, "plan", _measure_on_rank, names, len(rows), new_progress)
     machine = {"processor": processor_name(), "cores": usable_cores(), "torch": torch.__version__}
     return {"machine": machine, "rows": [row for name in CASES for row in rows[name]]}
-
-
-def _launch(ranks: int, names: Sequence[str], done: int, new_progress: NewProgress) -> dict[str, list[Row]]:
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="plan",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    try:
-        results: dict[int, dict[str, list[Row]]] = elastic_launch(launch, _measure_on_rank)(names, done, new_progress)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise LaunchError(f"rank {rank} ended with status {failure.exitcode}: its output is above") from None
-    return results[0]
 
 
 def _measure_on_rank(names: Sequence[str], done: int, new_progress: NewProgress) -> dict[str, list[Row]]:

@@ -1,8 +1,9 @@
 """`mtp-dist bench`: measurements of the user's own machine."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -23,6 +24,10 @@ from mtp_dist.config import load_config
 from mtp_dist.errors import LaunchError, exits_with_user_errors
 from mtp_dist.monitoring.output import silence_import_warnings
 from mtp_dist.provenance import processor_name, provenance, usable_cores
+
+if TYPE_CHECKING:
+    from mtp_dist.distributed.topology import Topology
+    from mtp_dist.verify.startup import CheckedJob
 
 app = typer.Typer(no_args_is_help=True, help="Measure a part of mtp-dist and compare it with baselines.")
 
@@ -81,13 +86,10 @@ def checkpoint(
         raise LaunchError(f"--to = '{to}' exists: name a new folder")
     silence_import_warnings()
     from mtp_dist.bench.checkpoint import measure_checkpoints
-    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
-    topology = initialize_topology(job.config, job.device)
-    result = measure_checkpoints(job.config, topology, folder, rounds)
-    close_topology()
-    if topology.rank == 0:
-        _show(result, as_json, bench_checkpoint_table(result))
+    _measure(
+        job, lambda topology: measure_checkpoints(job.config, topology, folder, rounds), as_json, bench_checkpoint_table
+    )
 
 
 @app.command("balance")
@@ -127,13 +129,8 @@ def balance(
         )
     silence_import_warnings()
     from mtp_dist.bench.balance import measure_balance
-    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
-    topology = initialize_topology(job.config, job.device)
-    result = measure_balance(job.config, topology, rounds, sleep)
-    close_topology()
-    if topology.rank == 0:
-        _show(result, as_json, bench_balance_table(result))
+    _measure(job, lambda topology: measure_balance(job.config, topology, rounds, sleep), as_json, bench_balance_table)
 
 
 @app.command("data")
@@ -231,13 +228,10 @@ def monitoring(
     job = check_startup(load_config(config, overrides or []), log_level=logging.WARNING)
     silence_import_warnings()
     from mtp_dist.bench.monitoring import measure_monitoring
-    from mtp_dist.distributed.topology import close_topology, initialize_topology
 
-    topology = initialize_topology(job.config, job.device)
-    result = measure_monitoring(job.config, job.sources, topology, rounds)
-    close_topology()
-    if topology.rank == 0:
-        _show(result, as_json, monitoring_table(result))
+    _measure(
+        job, lambda topology: measure_monitoring(job.config, job.sources, topology, rounds), as_json, monitoring_table
+    )
 
 
 @app.command("plan")
@@ -251,6 +245,22 @@ def plan(as_json: AsJson = False) -> None:
 
     result = measure_plans(bench_progress)
     _show(result, as_json, bench_plan_table(result))
+
+
+def _measure(
+    job: "CheckedJob",
+    measure: Callable[["Topology"], dict[str, Any]],
+    as_json: bool,
+    table: Callable[[dict[str, Any]], RenderableType],
+) -> None:
+    """Measure on all ranks and print the result on rank 0."""
+    from mtp_dist.distributed.topology import close_topology, initialize_topology
+
+    topology = initialize_topology(job.config, job.device)
+    result = measure(topology)
+    close_topology()
+    if topology.rank == 0:
+        _show(result, as_json, table(result))
 
 
 def _show(result: dict[str, Any], as_json: bool, *tables: RenderableType) -> None:

@@ -2,19 +2,16 @@
 
 import gc
 import statistics
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import Progress
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mtp_dist.bench.head_loss.baselines import BASELINES, Inputs, gradient
 from mtp_dist.bench.head_loss.settings import DTYPES, Settings
 from mtp_dist.bench.measure import CollectiveCounter, Step, paired_seconds, peak_bytes
+from mtp_dist.bench.ranks import NewProgress, run_on_ranks
 from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_world_size
 from mtp_dist.errors import LaunchError
@@ -31,8 +28,6 @@ MATMULS = "matmuls"
 """Name of the step with the three matmuls of one head and nothing else."""
 
 Result = dict[str, Any]
-NewProgress = Callable[[bool], Progress]
-"""Function of a module, called on each rank with whether it is the first one, which shows its progress bar."""
 
 
 def measure_head_loss(settings: Settings, new_progress: NewProgress) -> Result:
@@ -41,21 +36,7 @@ def measure_head_loss(settings: Settings, new_progress: NewProgress) -> Result:
         raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts those of --tp itself")
     if settings.tp == 1:
         return measure_on_rank(settings, new_progress)
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=settings.tp,
-        run_id="head-loss",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    try:
-        results: dict[int, Result] = elastic_launch(launch, measure_on_rank)(settings, new_progress)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise LaunchError(f"rank {rank} ended with status {failure.exitcode}: its output is above") from None
-    return results[0]
+    return run_on_ranks(settings.tp, "head-loss", measure_on_rank, settings, new_progress)
 
 
 def measure_on_rank(settings: Settings, new_progress: NewProgress) -> Result:
