@@ -20,6 +20,7 @@ from mtp_dist.engine.optimizer import learning_rate
 from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.trunk import TrunkLayer
 from mtp_dist.planner.balance import Arrangement, arrangements
+from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.parts import Parts, Passes, part_flops
 from mtp_dist.planner.schedule import simulate
 from mtp_dist.provenance import processor_name, usable_cores
@@ -81,8 +82,7 @@ def _step_seconds(arrangement: Arrangement, parts: Parts, config: Config) -> flo
 def _build(config: Config, topology: Topology, arrangement: Arrangement, sleep: Parts | None) -> TrainingEngine:
     """Build the engine of an arrangement whose layers and heads sleep so many seconds, if given."""
     partition = tuple(stage.layers for stage in arrangement.stages)
-    parallel = config.parallel.model_copy(update={"partition": partition})
-    engine = build_engine(config.model_copy(update={"parallel": parallel}), topology)
+    engine = build_engine(replace_values(config, {"parallel.partition": partition}), topology)
     if sleep:
         for layer in engine.stage.modules():
             if isinstance(layer, TrunkLayer):

@@ -83,11 +83,23 @@ class HeadsWithLoss(PredictionHeads):
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
         if weighted_sum is not None:
             trunk_output = torch.stack([trunk_output, weighted_sum])
-        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch, earlier)
-        loss = self._loss(trunk_output, embedding_weight, micro_batch, attention, greedy)
+        loss, greedy = self._run(trunk_output, embedding_weight, micro_batch, attention, earlier)
         if greedy:
             self._add_acceptance(greedy, micro_batch)
-        return loss if earlier is None else loss + earlier.loss
+        return loss
+
+    def _run(
+        self,
+        trunk_output: Tensor,
+        embedding_weight: Tensor | None,
+        micro_batch: MicroBatch,
+        attention: AttentionInputs,
+        earlier: EarlierHeads | None,
+    ) -> tuple[Tensor, GreedyTokens | None]:
+        """Return the loss of the heads up to this stage and, in an evaluation, their most probable tokens."""
+        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch, earlier)
+        loss = self._loss(trunk_output, embedding_weight, micro_batch, attention, greedy)
+        return loss if earlier is None else loss + earlier.loss, greedy
 
     def _loss(
         self,
@@ -182,10 +194,7 @@ class InnerHeadsWithLoss(HeadsWithLoss):
     ) -> tuple[Tensor, ...]:
         """Map z to itself and the fields of EarlierHeads for the next stage."""
         trunk_output, embedding_weight = inputs if isinstance(inputs, tuple) else (inputs, None)
-        greedy = None if torch.is_grad_enabled() else self._greedy_tokens(micro_batch, earlier)
-        loss = self._loss(trunk_output, embedding_weight, micro_batch, attention, greedy)
-        if earlier is not None:
-            loss = loss + earlier.loss
+        loss, greedy = self._run(trunk_output, embedding_weight, micro_batch, attention, earlier)
         if greedy:
             return trunk_output, loss, greedy.token_ids.float()
         # DeepSpeed runs backward from each of the tensors that a stage sends, in this order: from z as it is, it would

@@ -19,6 +19,7 @@ from mtp_dist.model.parameters import is_trained, named_weights
 from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.targets import MicroBatch, document_attention_bias, head_targets
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
+from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.planner.parts import Parts, Passes
 from mtp_dist.planner.weights import heads_have_embedding
@@ -46,7 +47,7 @@ def with_measured_partition(config: Config, topology: Topology) -> Config:
         "Measured per micro-batch: embedding %s, trunk layer %s, heads %s; trunk layers per stage %s",
         *(embedding, layer, heads, [*split]),
     )
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"partition": split})})
+    return replace_values(config, {"parallel.partition": split})
 
 
 def measure_parts(config: Config, topology: Topology) -> Parts:

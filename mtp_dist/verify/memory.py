@@ -8,7 +8,7 @@ from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.launcher import local_ranks
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.fit import COMPONENTS, DeviceType, PipelineRank, fit, remedies
-from mtp_dist.planner.layouts import overrides
+from mtp_dist.planner.layouts import Changes, overrides
 from mtp_dist.planner.memory import step_token_bytes
 from mtp_dist.planner.stage_times import USABLE_FRACTION
 
@@ -21,27 +21,29 @@ def check_memory(config: Config, device: torch.device) -> None:
     """
     if not config.parallel.check_memory:
         return
-    on_gpu = device.type == "cuda"
-    host = psutil.virtual_memory().total // (local_ranks() or 1)
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else host
-    found = fit(config, "cuda" if on_gpu else "cpu")
-    binding, is_shared = found.binding, not on_gpu and local_ranks() == config.world_size
-    mean = sum(rank.memory.total for rank in found.ranks) / config.parallel.pipeline
-    if (mean if is_shared else binding.memory.total) > memory:
-        raise ConfigError(_too_large(config, binding, device, memory))
-    if (needed := step_token_bytes(config)) > host:
+    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    per_node = local_ranks() or 1
+    host = psutil.virtual_memory().total // per_node
+    memory = torch.cuda.get_device_properties(device).total_memory if device_type == "cuda" else host
+    found = fit(config, device_type)
+    needed: float = found.binding.memory.total
+    if device_type == "cpu" and per_node == config.world_size:
+        needed = sum(rank.memory.total for rank in found.ranks) / config.parallel.pipeline
+    if needed > memory:
+        options = remedies(config, USABLE_FRACTION * memory, device_type, per_node)
+        raise ConfigError(_too_large(config, found.binding, options, device, memory))
+    if (tokens := step_token_bytes(config)) > host:
         raise ConfigError(
             f"train.global_batch_size = {config.train.global_batch_size} gives each data-parallel rank "
-            f"{_gigabytes(needed)} of token ids per step, which does not fit into {_gigabytes(host)} of memory: "
+            f"{_gigabytes(tokens)} of token ids per step, which does not fit into {_gigabytes(host)} of memory: "
             "lower it or train.sequence_length"
         )
 
 
-def _too_large(config: Config, binding: PipelineRank, device: torch.device, memory: int) -> str:
+def _too_large(
+    config: Config, binding: PipelineRank, options: list[tuple[Changes, int]], device: torch.device, memory: int
+) -> str:
     largest = binding.largest_component
-    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
-    per_node = local_ranks() or 1
-    options = remedies(config, USABLE_FRACTION * memory, device_type, per_node)
     advice = [f"{overrides(changes)} ({_gigabytes(needed)})" for changes, needed in options]
     remedy = f"use {' or '.join(advice)}" if advice else "start more ranks or make the model smaller"
     return (
