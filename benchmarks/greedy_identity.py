@@ -30,8 +30,8 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging as transformers_logging
 
 from mtp_dist.config import Config, load_config, resolve
-from mtp_dist.convert.llama import llama_weights, split
-from mtp_dist.convert.to_huggingface import export_checkpoint, llama_config
+from mtp_dist.convert.plain_weights import plain_weights, split
+from mtp_dist.convert.to_huggingface import export_checkpoint, plain_config
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.inference.acceptance import candidate_acceptance
 from mtp_dist.inference.configuration import generation_model_config
@@ -109,11 +109,11 @@ def random_models(kind: str) -> tuple[MTPForCausalLM, PreTrainedModel]:
     ).eval()
     if not config.heads.traits.exportable:
         return model, model
-    in_llama = llama_weights(config)
-    parts = [zip(in_llama[name], split(name, weights[name], config.model), strict=True) for name in in_llama]
-    plain_config = LlamaConfig(**llama_config(config, end, "fp32"))
+    in_plain = plain_weights(config)
+    parts = [zip(in_plain[name], split(name, weights[name], config.model), strict=True) for name in in_plain]
+    llama_config = LlamaConfig(**plain_config(config, end, "fp32"))
     state = {name: weight for part in parts for name, weight in part}
-    return model, LlamaForCausalLM.from_pretrained(None, config=plain_config, state_dict=state).eval()
+    return model, LlamaForCausalLM.from_pretrained(None, config=llama_config, state_dict=state).eval()
 
 
 def code_prompts(count: int) -> list[list[int]]:

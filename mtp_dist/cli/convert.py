@@ -24,17 +24,17 @@ def export(
         str,
         typer.Option(
             "--for",
-            metavar="[llama|transformers]",
-            help="llama: for all programs; transformers: with code that drafts with the other heads.",
+            metavar="[plain|transformers]",
+            help="plain: for all programs; transformers: with code that drafts with the other heads.",
         ),
-    ] = "llama",
+    ] = "plain",
     adapter: Annotated[
         str | None,
         typer.Option(help="Also write the low-rank adapters alone as this new folder, for peft on the base model."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder: trunk and head 1 as a Llama, the other heads in a separate file."""
+    """Write a checkpoint as a Hugging Face folder: trunk and head 1 as one model, the other heads next to it."""
     silence_import_warnings()
     from mtp_dist.convert.to_huggingface import export_checkpoint
 
@@ -55,7 +55,7 @@ def export(
 @exits_with_user_errors
 def import_(
     source: Annotated[
-        str, typer.Option("--from", help="Hugging Face folder with a Llama, or with an export of mtp-dist.")
+        str, typer.Option("--from", help="Hugging Face folder with a model, or with an export of mtp-dist.")
     ],
     to: Annotated[str, typer.Option(help="New checkpoint folder to write, for checkpoint.resume.")],
     config: Annotated[str | None, typer.Option(help="YAML file of the run that will train the model.")] = None,
@@ -63,18 +63,18 @@ def import_(
     copy_heads: Annotated[bool, typer.Option("--copy-heads", help="Initialize new heads as copies of head 1.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Convert a Hugging Face folder to a checkpoint to train from, whose head 1 computes what the Llama computes.
+    """Convert a Hugging Face folder to a checkpoint to train from, whose head 1 computes what the model computes.
 
-    The layers that head 1 does not share with the other heads are the last ones of the Llama. The other heads come
+    The layers that head 1 does not share with the other heads are the last ones of the model. The other heads come
     from an export of mtp-dist or are new.
     """
     silence_import_warnings()
-    from mtp_dist.convert.from_huggingface import import_llama
+    from mtp_dist.convert.from_huggingface import import_model
     from mtp_dist.convert.import_config import ImportRequest
 
     request = ImportRequest(
         Path(source).expanduser(), Path(to).expanduser(), config, overrides or [], heads, copy_heads
     )
     with progress_bar() as bar:
-        imported = import_llama(request, updates(bar, "weights"))
+        imported = import_model(request, updates(bar, "weights"))
     print(imported.describe(), flush=True)

@@ -1,1 +1,1 @@
-"""Conversion of checkpoints to and from Hugging Face's Llama."""
+"""Conversion of checkpoints to and from models of Hugging Face's transformers."""

@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from mtp_dist.checkpoint.format import CheckpointMetadata
-from mtp_dist.convert.head_layout import LINEAR, MTP, PLAIN
+from mtp_dist.convert.architectures.registry import architecture_of
+from mtp_dist.convert.head_layout import LINEAR, MTP
 
 TEMPLATE = """\
 ---
@@ -39,7 +40,7 @@ document does. Samples were {{ config.train.sequence_length }} tokens long. The 
 
 {{ losses }}{% if others %}## The other heads
 
-`mtp_heads.safetensors` contains what a Llama cannot hold, by the global names of mtp_dist:
+`mtp_heads.safetensors` contains what {{ plain }} cannot hold, by the global names of mtp_dist:
 
 {{ others }}
 
@@ -71,14 +72,8 @@ logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabula
 """
 
 ARCHITECTURES = {
-    PLAIN: "a plain Llama",
     MTP: "a plain Llama, next to which the other heads are MTP layers",
     LINEAR: "a Llama with a matrix in front of the final norm",
-}
-WITHOUT_CODE = {
-    PLAIN: "Without `trust_remote_code` the folder is a plain Llama.",
-    MTP: "Without `trust_remote_code` the folder is a plain Llama.",
-    LINEAR: "Without `trust_remote_code` it cannot be opened.",
 }
 METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 """Columns of the table of losses, by their key in summary.json."""
@@ -98,7 +93,7 @@ def model_card(
 
     others: global names of the weights that are not in the model's files. drafts_with: see Exported.
     """
-    config = metadata.config
+    config, plain = metadata.config, f"a {architecture_of(metadata.config.model).title}"
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
     shown = {"model": config.model.model_dump(mode="json"), "heads": config.heads.model_dump(mode="json")}
     card: ModelCard = ModelCard.from_template(
@@ -112,8 +107,10 @@ def model_card(
         step=metadata.step,
         config=config,
         dtype=dtype,
-        architecture=ARCHITECTURES[architecture],
-        without_code=WITHOUT_CODE[architecture],
+        plain=plain,
+        architecture=ARCHITECTURES.get(architecture, plain.replace(" ", " plain ")),
+        without_code="Without `trust_remote_code` "
+        + ("it cannot be opened." if architecture == LINEAR else f"the folder is {plain.replace(' ', ' plain ')}."),
         drafts_with=drafts_with,
         needs_code=drafts_with or architecture == LINEAR,
         is_linear=architecture == LINEAR,

@@ -9,7 +9,7 @@ from torch import Tensor
 from mtp_dist.config import Config
 from mtp_dist.convert.fold import ReadWeight
 from mtp_dist.convert.head_layout import model_weights, part_shapes
-from mtp_dist.convert.llama import fuse, fused_rows, llama_weights, split
+from mtp_dist.convert.plain_weights import fuse, fused_rows, plain_weights, split
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG, SavedHeads
 from mtp_dist.convert.weight_folder import WeightFolder
 from mtp_dist.errors import CheckpointError
@@ -27,13 +27,13 @@ class ExportedWeights:
         self._saved = SavedHeads(folder, option)
         if self._saved.config is None:
             raise CheckpointError(f"{option} = '{folder}' is not an export of mtp-dist: it has no {HEADS_CONFIG}")
-        self.config, self._llama = self._saved.config, WeightFolder(folder, option)
-        self._in_llama, self._shapes = llama_weights(self.config), parameter_shapes(self.config)
-        parts = part_shapes(self.config, self._in_llama.items())
-        self._llama.check_shapes(parts)
-        self._saved.check_shapes({name: shape for name, shape in self._shapes.items() if name not in self._in_llama})
+        self.config, self._model = self._saved.config, WeightFolder(folder, option)
+        self._in_plain, self._shapes = plain_weights(self.config), parameter_shapes(self.config)
+        parts = part_shapes(self.config, self._in_plain.items())
+        self._model.check_shapes(parts)
+        self._saved.check_shapes({name: shape for name, shape in self._shapes.items() if name not in self._in_plain})
         in_model = parts.keys() | self._saved.model_parts
-        self.unknown = sorted(self._llama.shapes.keys() - in_model | self._saved.names - self._shapes.keys())
+        self.unknown = sorted(self._model.shapes.keys() - in_model | self._saved.names - self._shapes.keys())
         """Names of tensors that the export's configuration has no place for."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -42,18 +42,18 @@ class ExportedWeights:
 
     def read(self, name: str) -> Tensor:
         """Return a full weight in the precision of the files. Raise CheckpointError if its data is corrupt."""
-        if name not in self._in_llama:
+        if name not in self._in_plain:
             return self._saved.read(name, self._shapes[name])
-        return fuse(name, [self._llama.read(part) for part in self._in_llama[name]], self.config.model)
+        return fuse(name, [self._model.read(part) for part in self._in_plain[name]], self.config.model)
 
     def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
         """Return a block of a weight, fp32 on the CPU. Raise CheckpointError if its data is corrupt."""
-        if name not in self._in_llama:
+        if name not in self._in_plain:
             return self._saved.read_block(name, block).float()
         rows, *columns = block
         parts = fused_rows(name, rows.start, rows.stop, self.config.model)
-        in_llama = self._in_llama[name]
-        return torch.cat([self._llama.read_block(in_llama[part], (piece, *columns)) for part, piece in parts]).float()
+        in_plain = self._in_plain[name]
+        return torch.cat([self._model.read_block(in_plain[part], (piece, *columns)) for part, piece in parts]).float()
 
 
 def exported_weights(folder: Path, option: str = "--model") -> tuple[Config, Iterator[tuple[str, Tensor]]]:

@@ -1,4 +1,4 @@
-"""Import of a Llama as a checkpoint at step 0 whose head 1 computes the same as the Llama."""
+"""Import of a model of transformers as a checkpoint at step 0 whose head 1 computes the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from mtp_dist.checkpoint.manifest import ProgressCallback, record_of, write_mani
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_weights
 from mtp_dist.config import Config
 from mtp_dist.convert.head_layout import part_shapes
+from mtp_dist.convert.huggingface_folder import HuggingFaceFolder
 from mtp_dist.convert.import_config import ImportRequest, import_config
-from mtp_dist.convert.llama import fuse, llama_weights
-from mtp_dist.convert.llama_folder import LlamaFolder
 from mtp_dist.convert.new_heads import NewHeads
+from mtp_dist.convert.plain_weights import fuse, plain_weights
 from mtp_dist.convert.saved_heads import SavedHeads
 from mtp_dist.convert.tokenizer_files import copy_tokenizer, find_tokenizer
 from mtp_dist.model.parameters import parameter_shapes
@@ -47,30 +47,30 @@ class Imported:
         return "\n".join(lines)
 
 
-def import_llama(request: ImportRequest, on_progress: ProgressCallback = lambda done, total: None) -> Imported:
+def import_model(request: ImportRequest, on_progress: ProgressCallback = lambda done, total: None) -> Imported:
     """Write the new checkpoint folder `request.target`.
 
-    Head 1's own layers, if it has any, are the last layers of the Llama. `on_progress` counts weights. Raise
-    CheckpointError if the folder has no Llama, or one that mtp_dist does not support, or if the target exists or cannot
-    be written; ConfigError if the configuration does not fit the Llama.
+    Head 1's own layers, if it has any, are the last layers of the source. `on_progress` counts weights. Raise
+    CheckpointError if the folder has no model, or one that mtp_dist does not support, or if the target exists or cannot
+    be written; ConfigError if the configuration does not fit the model.
     """
-    llama, saved = LlamaFolder(request.source), SavedHeads(request.source)
-    training = import_config(request, llama, saved)
+    source, saved = HuggingFaceFolder(request.source), SavedHeads(request.source)
+    training = import_config(request, source, saved)
     config = training.without_adapters()
     saved.check_fits(config.heads)
-    in_llama = llama_weights(config)
-    source_shapes, shapes = part_shapes(config, llama_weights(config).items()), parameter_shapes(config)
-    llama.check_shapes(source_shapes)
-    unused = [*llama.unused(source_shapes.keys() | saved.model_parts), *sorted(saved.names - shapes.keys())]
+    in_plain = plain_weights(config)
+    source_shapes, shapes = part_shapes(config, plain_weights(config).items()), parameter_shapes(config)
+    source.check_shapes(source_shapes)
+    unused = [*source.unused(source_shapes.keys() | saved.model_parts), *sorted(saved.names - shapes.keys())]
 
-    def from_llama(name: str) -> Tensor:
-        return fuse(name, [llama.read(part).float() for part in in_llama[name]], config.model)
+    def from_source(name: str) -> Tensor:
+        return fuse(name, [source.read(part).float() for part in in_plain[name]], config.model)
 
-    new = NewHeads(config, request.copy_heads, from_llama)
+    new = NewHeads(config, request.copy_heads, from_source)
 
     def tensor(name: str) -> Tensor:
-        if name in in_llama:
-            return from_llama(name)
+        if name in in_plain:
+            return from_source(name)
         if name in saved.names:
             return saved.read(name, shapes[name]).float()
         return new.weight(name)

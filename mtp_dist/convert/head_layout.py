@@ -2,7 +2,7 @@
 
 | architecture | in the model's files | other heads draft by |
 | --- | --- | --- |
-| LlamaForCausalLM | trunk and head 1 | custom_generate/generate.py |
+| LlamaForCausalLM and other plain ones | trunk and head 1 | custom_generate/generate.py |
 | MtpLlamaForCausalLM | also the blocks of heads 2..n | `generate(use_mtp=True)` |
 | MtpLinearLlamaForCausalLM | also head 1's matrix | custom_generate/generate.py |
 """
@@ -11,46 +11,49 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from mtp_dist.config import Config, HeadsConfig
-from mtp_dist.convert.llama import LAYER, llama_layers, llama_weights, split
+from mtp_dist.config import Config
+from mtp_dist.convert.architectures.llama import LLAMA
+from mtp_dist.convert.architectures.registry import architecture_of
+from mtp_dist.convert.plain_weights import plain_layers, plain_weights, split
 from mtp_dist.model.parameters import head_key, parameter_shapes
 
-PLAIN, MTP, LINEAR = "LlamaForCausalLM", "MtpLlamaForCausalLM", "MtpLinearLlamaForCausalLM"
-MODEL_TYPES = {PLAIN: "llama", MTP: "llama", LINEAR: "mtp_linear_llama"}
+MTP, LINEAR = "MtpLlamaForCausalLM", "MtpLinearLlamaForCausalLM"
+MODEL_TYPES = {MTP: "llama", LINEAR: "mtp_linear_llama"}
 """The `model_type` in config.json by architecture; a Llama's if a program without remote code computes the same."""
 
 WeightParts = tuple[str, tuple[str, ...]]
 """A weight's global name, and the names of the model's weights that it consists of."""
 
 
-def transformers_architecture(heads: HeadsConfig) -> str:
+def transformers_architecture(config: Config) -> str:
     """Return the architecture of an export for transformers.
 
     transformers' own MTP layers have one layer each, share the unembedding and predict successive tokens.
     """
+    heads, plain = config.heads, architecture_of(config.model)
     if heads.kind == "linear":
         return LINEAR
     is_mtp = heads.kind == "sequential" and heads.layers_per_head == 1 and heads.unembedding == "shared"
-    return MTP if is_mtp and heads.count > 1 else PLAIN
+    return MTP if is_mtp and heads.count > 1 and plain is LLAMA else plain.name
 
 
 def model_weights(config: Config, architecture: str) -> list[WeightParts]:
     """Return the weights in the model's files, in forward order. A global name stands there once per copy of it."""
-    return [*llama_weights(config).items(), *head_weights(config, architecture)]
+    return [*plain_weights(config).items(), *head_weights(config, architecture)]
 
 
 def head_weights(config: Config, architecture: str) -> Iterator[WeightParts]:
-    """Yield the weights of heads in the model's files, except what a plain Llama has too."""
+    """Yield the weights of heads in the model's files, except what the plain model has too."""
     if architecture == LINEAR:
         yield "heads.1.linear.weight", ("model.norm.linear.weight",)
     if architecture != MTP:
         return
-    for number, head in enumerate(range(2, config.heads.count + 1), len(llama_layers(config))):
+    for number, head in enumerate(range(2, config.heads.count + 1), len(plain_layers(config))):
         block, layer = f"heads.{head_key(config.heads, head)}", f"model.layers.{number}"
         for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight"):
             yield f"{block}.{name}", (f"{layer}.{name}",)
-        for name, parts in LAYER.items():
-            yield f"{block}.layers.0.{name}", tuple(f"{layer}.{part}" for part in parts)
+        for name in LLAMA.layer:
+            yield f"{block}.layers.0.{name}", LLAMA.layer_parts(number, name)
         yield "final_norm.weight", (f"{layer}.shared_head.norm.weight",)
 
 

@@ -1,4 +1,4 @@
-"""Initial values of the heads' weights that an imported Llama does not have."""
+"""Initial values of the heads' weights that an imported model does not have."""
 
 import re
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config
-from mtp_dist.convert.llama import llama_layers, llama_weights
+from mtp_dist.convert.plain_weights import plain_layers, plain_weights
 from mtp_dist.errors import ConfigError
 from mtp_dist.model.parameters import initial_weight, parameter_shapes
 
@@ -21,15 +21,15 @@ class NewHeads:
         """Raise ConfigError if there is nothing to copy. read: returns a weight of trunk or head 1."""
         self.config, self.copy, self.read = config, copy, read
         self.shapes = parameter_shapes(config)
-        new = self.shapes.keys() - llama_weights(config).keys()
+        new = self.shapes.keys() - plain_weights(config).keys()
         if copy and not any(self._copied_weight(name) for name in new):
             raise ConfigError(
                 f"--copy-heads has nothing to copy: heads.kind = '{config.heads.kind}' with heads.count = "
-                f"{config.heads.count} has no head with layers that a Llama has: leave it out"
+                f"{config.heads.count} has no head with layers that the model has: leave it out"
             )
 
     def weight(self, name: str) -> Tensor:
-        if name == "heads.1.linear.weight":  # head 1 must compute what the Llama computes
+        if name == "heads.1.linear.weight":  # head 1 must compute what the imported model computes
             return torch.eye(self.config.model.hidden_size)
         if self.copy and (model := self._copied_weight(name)):
             return self.read(model)
@@ -43,4 +43,4 @@ class NewHeads:
         if match is None:
             return None
         depth, part = int(match[1]), match[2]
-        return f"{llama_layers(self.config)[depth - self.config.heads.layers_per_head]}.{part}"
+        return f"{plain_layers(self.config)[depth - self.config.heads.layers_per_head]}.{part}"

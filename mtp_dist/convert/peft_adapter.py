@@ -8,18 +8,18 @@ from torch import Tensor
 
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.config import LowRankConfig
-from mtp_dist.convert.llama import llama_weights, split
+from mtp_dist.convert.plain_weights import plain_weights, split
 from mtp_dist.model.parameters import LORA_A, LORA_B
 
 
 def write_adapter(folder: Path, weights: MergedWeights, low_rank: LowRankConfig) -> None:
     """Write adapter_config.json and adapter_model.safetensors, in fp32.
 
-    The Llama's matrices that one matrix here consists of, such as q_proj, k_proj and v_proj, each get its A, and their
+    The model's matrices that one matrix here consists of, such as q_proj, k_proj and v_proj, each get its A, and their
     rows of its B.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parts in llama_weights(weights.config).items():
+    for name, parts in plain_weights(weights.config).items():
         if adapter := weights.adapter(name):
             a, b = map(weights.tensors.read, adapter)
             for part, rows in zip(parts, split(name, b, weights.config.model), strict=True):

@@ -13,7 +13,7 @@ KEYS: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "llama
 """Keys of each supported rope type."""
 
 
-def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
+def read_rope(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     """Return the rotary keys of the section `model`. Raise CheckpointError if mtp_dist does not support them."""
     # In the order in which transformers 5 looks them up.
     written = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -40,7 +40,7 @@ def rope_from_llama(values: Mapping[str, Any], source: Path) -> dict[str, Any]:
     return {"rope_theta": float(known["rope_theta"]), "rope_scaling": scaling if KEYS[kind] else None}
 
 
-def rope_to_llama(model: ModelConfig) -> dict[str, Any]:
+def write_rope(model: ModelConfig) -> dict[str, Any]:
     """Return the rotary keys of config.json, for transformers of any version."""
     scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}
     original = "original_max_position_embeddings"

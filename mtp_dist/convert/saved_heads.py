@@ -1,4 +1,4 @@
-"""The heads that an export of mtp_dist contains in addition to its Llama."""
+"""The heads that an export of mtp_dist contains in addition to its plain model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, saved_config
 from mtp_dist.config.heads import weight_differences
-from mtp_dist.convert.head_layout import PLAIN, head_weights, part_shapes
-from mtp_dist.convert.llama import fuse, fused_rows, llama_weights
-from mtp_dist.convert.llama_config import read_json_object
+from mtp_dist.convert.head_layout import head_weights, part_shapes
+from mtp_dist.convert.json_file import read_json_object
+from mtp_dist.convert.plain_weights import fuse, fused_rows, plain_weights
 from mtp_dist.convert.weight_folder import WeightFolder
 from mtp_dist.errors import CheckpointError, ConfigError, UserError
 
@@ -25,7 +25,7 @@ class SavedHeads:
     config: Config | None = None
     names: frozenset[str] = frozenset()
     model_parts: frozenset[str] = frozenset()
-    """Names of the weights in the model's files that are not a Llama's."""
+    """Names of the weights in the model's files that the plain model does not have."""
 
     def __init__(self, source: Path, option: str = "--from") -> None:
         """Raise CheckpointError if its files are corrupt. option: the one that names the folder."""
@@ -50,14 +50,14 @@ class SavedHeads:
 
     def _find_in_model(self, config: Config, option: str) -> None:
         """Find the weights of heads in the model's files. Raise CheckpointError if copies of one weight differ."""
-        [architecture, *_] = read_json_object(self.source / "config.json", self.label).get("architectures") or [PLAIN]
+        [architecture, *_] = read_json_object(self.source / "config.json", self.label).get("architectures") or [""]
         if not (weights := list(head_weights(config, architecture))):
             return
         self.model, shapes = WeightFolder(self.source, option), part_shapes(config, weights)
         self.model.check_shapes(shapes)
-        self.model_parts, in_llama = frozenset(shapes), llama_weights(config)
+        self.model_parts, in_plain = frozenset(shapes), plain_weights(config)
         for name, parts in weights:
-            first = in_llama.get(name) or self._in_model.setdefault(name, parts)
+            first = in_plain.get(name) or self._in_model.setdefault(name, parts)
             for part, other in zip(first, parts, strict=True):
                 if part != other and not torch.equal(self.model.read(part), self.model.read(other)):
                     raise CheckpointError(

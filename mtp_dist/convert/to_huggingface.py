@@ -1,4 +1,4 @@
-"""Export: trunk and head 1 as a Llama that any program opens, and the other heads for programs that draft."""
+"""Export: trunk and head 1 as a model that any program opens, and the other heads for programs that draft."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
+from mtp_dist.convert.architectures.registry import architecture_of
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.exported import check_export
 from mtp_dist.convert.fold import ReadWeight, fold_final_norm
@@ -23,14 +24,12 @@ from mtp_dist.convert.head_layout import (
     LINEAR,
     MODEL_TYPES,
     MTP,
-    PLAIN,
     model_weights,
     part_shapes,
     transformers_architecture,
 )
-from mtp_dist.convert.llama import llama_layers, llama_weights, split
 from mtp_dist.convert.peft_adapter import write_adapter
-from mtp_dist.convert.rope import rope_to_llama
+from mtp_dist.convert.plain_weights import plain_layers, plain_weights, split
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -38,8 +37,8 @@ from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.parameters import parameter_shapes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-ENGINES = ("llama", "transformers")
-"""Programs that an export is for: those that open a Llama, or transformers, which drafts with the other heads too."""
+ENGINES = ("plain", "transformers")
+"""Programs that an export is for: those that open a plain model, or transformers, which drafts with other heads."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,14 @@ class Exported:
     """A Hugging Face folder that was written."""
 
     folder: str
+    title: str
+    """Name of the plain model's architecture."""
     step: int
     dtype: str
     layers: int
-    """Number of the Llama's layers."""
+    """Number of the plain model's layers."""
     parameters: int
-    """Number of the Llama's parameters."""
+    """Number of the plain model's parameters."""
     head_weights: list[str]
     """Global names of the weights in mtp_heads.safetensors."""
     drafts_with: str | None = None
@@ -63,8 +64,8 @@ class Exported:
     def describe(self) -> str:
         others = f", {len(self.head_weights)} more weights in {HEADS}" if self.head_weights else ""
         lines = [
-            f"{self.folder}: step {self.step} as a Llama of {self.layers} layers and {self.parameters / 1e6:.2f} M "
-            f"parameters in {self.dtype}{others}"
+            f"{self.folder}: step {self.step} as a {self.title} of {self.layers} layers and "
+            f"{self.parameters / 1e6:.2f} M parameters in {self.dtype}{others}"
         ]
         if self.drafts_with:
             lines.append(f"Opened with trust_remote_code=True, model.{self.drafts_with} drafts with the other heads")
@@ -79,7 +80,7 @@ def export_checkpoint(
     dtype: str | None,
     on_progress: ProgressCallback = lambda done, total: None,
     on_verified: ProgressCallback = lambda done, total: None,
-    engine: str = "llama",
+    engine: str = "plain",
     adapter: Path | None = None,
 ) -> Exported:
     """Write the checkpoint, or the newest of a folder of them, as a new Hugging Face folder `target`.
@@ -93,7 +94,8 @@ def export_checkpoint(
     """
     weights = _open_source(checkpoint, dtype, engine, adapter, on_verified)
     metadata, low_rank = weights.metadata, weights.metadata.config.train.low_rank
-    architecture = PLAIN if engine == "llama" else transformers_architecture(weights.config.heads)
+    plain = architecture_of(weights.config.model)
+    architecture = plain.name if engine == "plain" else transformers_architecture(weights.config)
     config, read = (
         fold_final_norm(weights.config, weights.read) if architecture == MTP else (weights.config, weights.read)
     )
@@ -102,7 +104,7 @@ def export_checkpoint(
         others = _write_weights(folder, config, read, architecture, DTYPES[dtype], on_progress)
         end = build_tokenizer(config.data.tokenizer).end_of_document
         # Before the tokenizer: AutoTokenizer opens it by config.json, and asks about one that names code.
-        _write_json(folder / "config.json", llama_config(config, end, dtype))
+        _write_json(folder / "config.json", plain_config(config, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "config.json", model_config(config, end, dtype, architecture))
         _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
@@ -115,13 +117,14 @@ def export_checkpoint(
         if adapter and low_rank:
             with new_folder(adapter, "--adapter") as adapter_folder:
                 write_adapter(adapter_folder, weights, low_rank)
-    shapes = part_shapes(config, llama_weights(config).items())
+    shapes = part_shapes(config, plain_weights(config).items())
     parameters = sum(map(math.prod, shapes.values()))
     return Exported(
         folder=str(target),
+        title=plain.title,
         step=metadata.step,
         dtype=dtype,
-        layers=len(llama_layers(config)),
+        layers=len(plain_layers(config)),
         parameters=parameters,
         head_weights=others,
         drafts_with=drafts_with,
@@ -145,10 +148,11 @@ def _open_source(
         )
     weights = MergedWeights(source)
     heads = weights.config.heads
-    if engine == "llama" and not heads.traits.exportable:
+    if engine == "plain" and not heads.traits.exportable:
         raise CheckpointError(
             f"{source} has heads.kind = '{heads.kind}': its head 1 multiplies the trunk's output by a matrix "
-            "before the final norm, where a Llama has none: export it with --for transformers"
+            f"before the final norm, where a {architecture_of(weights.config.model).title} has none: export it with "
+            "--for transformers"
         )
     if unknown := sorted(weights.shapes().keys() - parameter_shapes(weights.config).keys()):
         raise CheckpointError(f"{source} has the weight {unknown[0]}, which an export has no place for")
@@ -193,18 +197,18 @@ AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausa
 
 def model_config(config: Config, end_of_document: int, dtype: str, architecture: str) -> dict[str, Any]:
     """Return the content of config.json."""
-    llama = llama_config(config, end_of_document, dtype)
-    if architecture == PLAIN:
-        return llama
+    keys = plain_config(config, end_of_document, dtype)
+    if architecture not in MODELING:
+        return keys
     if architecture == LINEAR:  # whose rope_parameters transformers would replace by the older keys
-        del llama["rope_theta"], llama["rope_scaling"]
+        del keys["rope_theta"], keys["rope_scaling"]
     prefix = f"{MODELING[architecture]}.{architecture.removesuffix('ForCausalLM')}"
-    keys: dict[str, Any] = {
+    keys |= {
         "architectures": [architecture],
         "model_type": MODEL_TYPES[architecture],
         "auto_map": {auto_class: prefix + end for auto_class, end in AUTO_CLASSES.items()},
     }
-    return llama | keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
+    return keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
 
 
 def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
@@ -224,26 +228,20 @@ def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
 GENERATION_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def llama_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:
-    """Return the content of config.json for a plain Llama, for transformers of any version."""
-    model = config.model
+def plain_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:
+    """Return the content of config.json of the plain model, for transformers of any version."""
+    model, architecture = config.model, architecture_of(config.model)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
-        "num_hidden_layers": len(llama_layers(config)),
+        "num_hidden_layers": len(plain_layers(config)),
         "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.query_groups,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
         "max_position_embeddings": config.train.sequence_length,
-        "rms_norm_eps": model.norm_eps,
-        **rope_to_llama(model),
+        **architecture.config_json(config),
         "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
         "initializer_range": model.init_std,
         # Documents follow one another in training, so the token that ends one precedes the next.
         "bos_token_id": end_of_document,

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_dist.convert.llama_config import read_json_object
+from mtp_dist.convert.json_file import read_json_object
 from mtp_dist.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from mtp_dist.config import Config, HeadsConfig
-from mtp_dist.convert.to_huggingface import llama_config
+from mtp_dist.convert.to_huggingface import plain_config
 from mtp_dist.inference.attention import GROUPED_SDPA
 
 
@@ -26,10 +26,10 @@ class MTPConfig(LlamaConfig):
 
 def generation_model_config(config: Config, end_of_document: int, dtype: str) -> MTPConfig:
     """Return the configuration of a trained model. dtype: fp32 or bf16."""
-    llama = llama_config(config, end_of_document, dtype)
-    del llama["architectures"], llama["model_type"]
+    keys = plain_config(config, end_of_document, dtype)
+    del keys["architectures"], keys["model_type"]
     result = MTPConfig(
-        **llama,
+        **keys,
         pad_token_id=end_of_document,
         mtp_heads=config.heads.model_dump(mode="json"),
         trunk_layers=config.model.trunk_layers,

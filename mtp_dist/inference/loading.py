@@ -13,8 +13,9 @@ from mtp_dist.checkpoint.format import InvalidCheckpointError
 from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.config import Config
+from mtp_dist.convert.architectures.llama import LAYER
 from mtp_dist.convert.exported import exported_weights
-from mtp_dist.convert.llama import LAYER, llama_weights, split
+from mtp_dist.convert.plain_weights import plain_weights, split
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.to_huggingface import DTYPES
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -106,12 +107,12 @@ def _finite(weights: Iterable[tuple[str, Tensor]], label: str, is_export: bool) 
 
 def model_weights(config: Config, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of an MTPForCausalLM, made of the full weights by global name."""
-    in_llama = llama_weights(config)
+    in_plain = plain_weights(config)
     linear = config.heads.kind == "linear"
     for name, weight in weights:
         if name == "token_order.weight":
             continue
-        parts = in_llama.get(name) or _draft_names(name)
+        parts = in_plain.get(name) or _draft_names(name)
         if linear:
             replaced = {
                 "model.norm.weight": "model.norm.norm.weight",

@@ -16,7 +16,7 @@ from mtp_dist.bench.decode.generated import cycle_tokens, generated_weights
 from mtp_dist.bench.decode.settings import DTYPES, GeneratedModel, Settings, check_memory
 from mtp_dist.config import Config
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
-from mtp_dist.convert.to_huggingface import export_checkpoint, llama_config
+from mtp_dist.convert.to_huggingface import export_checkpoint, plain_config
 from mtp_dist.data.sources.python_stdlib import stdlib_files
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import LaunchError
@@ -127,7 +127,7 @@ def _llama(model: MTPForCausalLM, config: Config, settings: Settings) -> LlamaFo
         if isinstance(module, PackedLinear) and not name.startswith("draft_"):
             weights[f"{name}.weight"] = module.packed.to_dense()
     llama: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        None, config=LlamaConfig(**llama_config(config, 0, settings.dtype)), state_dict=weights
+        None, config=LlamaConfig(**plain_config(config, 0, settings.dtype)), state_dict=weights
     )
     _prepare(llama, settings)
     return llama

@@ -15,7 +15,7 @@ from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.checkpoint.writer import write_weights
-from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.from_huggingface import import_model
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.tokenizer_files import write_tokenizer
 from mtp_dist.convert.weight_folder import SINGLE
@@ -92,7 +92,7 @@ def change_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
 
 def import_from(folder: Path, *overrides: str, to: str = "c", **options: Any) -> Path:
     """Import `folder/hf`."""
-    import_llama(ImportRequest(folder / "hf", folder / to, overrides=overrides, **options))
+    import_model(ImportRequest(folder / "hf", folder / to, overrides=overrides, **options))
     return folder / to
 
 

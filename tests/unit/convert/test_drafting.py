@@ -247,7 +247,7 @@ def test_drafts_of_a_trained_model_are_accepted(tmp_path: Path, heads: Heads) ->
     model = save_model(tmp_path / "c", train_on_cycles(heads))
     export_checkpoint(tmp_path / "c", tmp_path / "hf", "fp32", engine="transformers")
     llama = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    is_native = transformers_architecture(model.config.heads) == MTP
+    is_native = transformers_architecture(model.config) == MTP
     ids = torch.arange(4)[None]
     with forward_passes(llama) as passes:
         text = llama.generate(ids, do_sample=False, max_new_tokens=30, **({"use_mtp": True} if is_native else {}))

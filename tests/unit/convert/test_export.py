@@ -140,7 +140,7 @@ def test_errors_leave_nothing(tmp_path: Path) -> None:
             export_checkpoint(tmp_path / source, target, dtype)
     with pytest.raises(ConfigError, match=r"^--dtype = 'fp16' is not one of bf16, fp32$"):
         export_checkpoint(tmp_path / "c", tmp_path / "out", "fp16")
-    with pytest.raises(ConfigError, match=r"^--for = 'vllm' is not one of llama, transformers$"):
+    with pytest.raises(ConfigError, match=r"^--for = 'vllm' is not one of plain, transformers$"):
         export_checkpoint(tmp_path / "c", tmp_path / "out", None, engine="vllm")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d", "truncated"], "no staging directory remains"
 

@@ -12,7 +12,7 @@ from mtp_dist.checkpoint.find import find_resume_point
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.cli import app
 from mtp_dist.config import build_config, load_config
-from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.from_huggingface import import_model
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError, ConfigError
@@ -40,7 +40,7 @@ def test_users_configuration_counts(tmp_path: Path) -> None:
     values = load_weights(import_from(tmp_path))[0].model_dump(mode="json")
     values["model"], values["train"]["steps"] = {"init_std": 0.5}, 77
     file.write_text(yaml.safe_dump(values))
-    config = import_llama(ImportRequest(tmp_path / "hf", tmp_path / "d", str(file), ["heads.count=2"])).config
+    config = import_model(ImportRequest(tmp_path / "hf", tmp_path / "d", str(file), ["heads.count=2"])).config
     assert (config.train.steps, config.heads.count, config.model.init_std) == (77, 2, 0.5)
     assert load_weights(tmp_path / "d")[0] == config == build_config(config.model_dump(mode="json"))
     values["model"] = {"hidden_size": 64}

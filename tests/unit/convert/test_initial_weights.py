@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mtp_dist.config import build_config
 from mtp_dist.convert.exported import ExportedWeights
 from mtp_dist.convert.initial_weights import InitialWeights, find_initial_weights
-from mtp_dist.convert.llama import QKV, fuse, fused_rows, split
+from mtp_dist.convert.plain_weights import QKV, fuse, fused_rows, split
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
@@ -68,7 +68,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", EXPORTS)
 def test_blocks_of_an_export_are_those_of_its_full_weights(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "step_00000007", **EXPORTS[name])
-    engine = "transformers" if name in ("sequential", "linear") else "llama"
+    engine = "transformers" if name in ("sequential", "linear") else "plain"
     export_checkpoint(tmp_path, tmp_path / "hf", None, engine=engine)
     export = ExportedWeights(tmp_path / "hf")
     assert export.unknown == []

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
-from mtp_dist.convert.from_huggingface import import_llama
+from mtp_dist.convert.from_huggingface import import_model
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -56,7 +56,7 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     kind = request.param
     if kind == "imported Llama":
         llama_with_bos(folder / "llama")
-        import_llama(ImportRequest(folder / "llama", folder / "c"))
+        import_model(ImportRequest(folder / "llama", folder / "c"))
         model, name = open_model(folder / "c"), str(folder / "c")
     else:
         options = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -172,7 +172,7 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
 
 @every_export
 def test_import_has_the_tokenizer_of_the_training(export: Export, tmp_path: Path) -> None:
-    imported = import_llama(ImportRequest(export.folder, tmp_path / "c")).config
+    imported = import_model(ImportRequest(export.folder, tmp_path / "c")).config
     assert build_tokenizer(imported.data.tokenizer).fingerprint == export.tokenizer.fingerprint
 
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.cli import app
+from mtp_dist.convert.architectures.llama import LAYER
 from mtp_dist.convert.exported import exported_weights
-from mtp_dist.convert.llama import LAYER
 from mtp_dist.convert.remote import generate as remote
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.errors import CheckpointError
@@ -109,7 +109,7 @@ def test_damaged_exports_are_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(export_checkpoint.__globals__, "write_weights", damage)
     for engine, message in (
-        ("llama", r"^nothing was exported: lm_head\.weight would not be unembedding\.weight of the checkpoint$"),
+        ("plain", r"^nothing was exported: lm_head\.weight would not be unembedding\.weight of the checkpoint$"),
         ("transformers", r"model\.layers\.6\.shared_head\.norm\.weight would not be final_norm\.weight of the checkp"),
     ):
         with pytest.raises(CheckpointError, match=message):

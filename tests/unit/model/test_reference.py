@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mtp_dist.config import Config
 from mtp_dist.config.heads import KINDS
-from mtp_dist.convert.llama import llama_weights, split
-from mtp_dist.convert.to_huggingface import llama_config
+from mtp_dist.convert.plain_weights import plain_weights, split
+from mtp_dist.convert.to_huggingface import plain_config
 from mtp_dist.model.parameters import STATE_WEIGHTS
 from mtp_dist.model.reference import ReferenceModel, reference_losses
 from mtp_dist.model.targets import IGNORE_INDEX
@@ -35,14 +35,14 @@ def lively_model(config: Config) -> ReferenceModel:
 
 def llama_names(model: ReferenceModel, distance: int) -> dict[str, tuple[str, ...]]:
     """Return the Llama's names of the weights of the trunk and one head."""
-    names = llama_weights(model.config)
+    names = plain_weights(model.config)
     return {name.replace("heads.1.", f"heads.{distance}."): parts for name, parts in names.items()}
 
 
 def as_llama(model: ReferenceModel, distance: int) -> LlamaForCausalLM:
     """Return Hugging Face's Llama with the layers of trunk and one head as one stack."""
     shape = model.config.model
-    config = LlamaConfig(**llama_config(model.config, 0, "fp32"), attn_implementation="eager")
+    config = LlamaConfig(**plain_config(model.config, 0, "fp32"), attn_implementation="eager")
     llama = LlamaForCausalLM(config).double()
     ours, theirs = model.named_weights(), dict[str, Tensor]()
     for name, parts in llama_names(model, distance).items():

@@ -1,4 +1,4 @@
-"""The mapping between the trunk with head 1 and a Llama: which weights of the two correspond.
+"""The weights of the plain model: trunk and head 1 as a model of transformers that has no other heads.
 
 Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings), so no rows are permuted for it.
 """
@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
+from mtp_dist.convert.architectures.registry import architecture_of
 from mtp_dist.model.parameters import head_key
 
 QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
-LAYER: dict[str, tuple[str, ...]] = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    QKV: ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-    GATE_AND_UP: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
-}
-"""The Llama's weights that each weight of a layer consists of."""
 
 
 def layers_after_trunk(heads: HeadsConfig) -> list[str]:
@@ -30,27 +22,29 @@ def layers_after_trunk(heads: HeadsConfig) -> list[str]:
     return [f"heads.{key}.{depth}" for key in keys for depth in range(heads.block_layers)]
 
 
-def llama_layers(config: Config) -> list[str]:
+def plain_layers(config: Config) -> list[str]:
     """Return the global names of the layers of trunk and head 1, in forward order."""
     return [f"trunk.{index}" for index in range(config.model.trunk_layers)] + layers_after_trunk(config.heads)
 
 
-def llama_weights(config: Config) -> dict[str, tuple[str, ...]]:
-    """Return the Llama's weights that each weight of trunk and head 1 consists of, by global name in forward order."""
-    names: dict[str, tuple[str, ...]] = {"embedding.weight": ("model.embed_tokens.weight",)}
-    for index, layer in enumerate(llama_layers(config)):
-        names |= {
-            f"{layer}.{name}": tuple(f"model.layers.{index}.{part}" for part in parts) for name, parts in LAYER.items()
-        }
-    names["final_norm.weight"] = ("model.norm.weight",)
+def plain_weights(config: Config) -> dict[str, tuple[str, ...]]:
+    """Return the plain model's weights that each weight of trunk and head 1 consists of.
+
+    The keys are global names in forward order.
+    """
+    architecture = architecture_of(config.model)
+    names: dict[str, tuple[str, ...]] = {"embedding.weight": (architecture.embedding,)}
+    for number, layer in enumerate(plain_layers(config)):
+        names |= {f"{layer}.{name}": architecture.layer_parts(number, name) for name in architecture.layer}
+    names["final_norm.weight"] = (architecture.final_norm,)
     if not config.model.tie_embeddings:
         separate = config.heads.unembedding == "separate"
-        names["unembeddings.1.weight" if separate else "unembedding.weight"] = ("lm_head.weight",)
+        names["unembeddings.1.weight" if separate else "unembedding.weight"] = (architecture.unembedding,)
     return names
 
 
 def split(name: str, weight: Tensor, model: ModelConfig) -> Sequence[Tensor]:
-    """Return the Llama's weights that the weight of that global name consists of."""
+    """Return the plain model's weights that the weight of that global name consists of."""
     if name.endswith(GATE_AND_UP):
         return weight.chunk(2)
     if not name.endswith(QKV):
@@ -61,7 +55,7 @@ def split(name: str, weight: Tensor, model: ModelConfig) -> Sequence[Tensor]:
 
 
 def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    """Return the weight of that global name, made of the Llama's weights: the inverse of `split`."""
+    """Return the weight of that global name, made of the plain model's weights: the inverse of `split`."""
     if name.endswith(QKV):
         groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
         return torch.cat(groups, 1).flatten(0, 2)

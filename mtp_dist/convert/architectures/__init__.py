@@ -1,0 +1,1 @@
+"""The architectures of transformers that can be imported and exported, a module per architecture."""
