@@ -22,6 +22,21 @@ LLAMA3_ROPE = {
 }
 """With the tiny model's wavelengths, 6, 63, 628 and 6283 positions, the first stays and the second is between."""
 
+BLOCKS: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "kv_channels": 12},
+    "neox": {
+        "num_query_groups": 4,
+        "linear_bias": True,
+        "normalization": "layernorm",
+        "mlp": "gelu",
+        "parallel_residual": True,
+        "rotary_percent": 0.5,
+    },
+    "mistral": {"sliding_window": 5},
+}
+"""Section `model` of a tiny model with the building blocks of each architecture."""
+
 
 TINY = yaml.safe_load("""
 run: {device: cpu}

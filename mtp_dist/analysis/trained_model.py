@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from mtp_dist.config.schema import SourceConfig
 from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import CheckpointError, DataError
 from mtp_dist.inference.loading import read_full_weights
-from mtp_dist.model.reference import ReferenceModel, attention_mask
+from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.targets import MicroBatch, document_ids, head_targets
 
 TOKENS_PER_BATCH = 4096
@@ -110,7 +109,7 @@ class TrainedModel:
         length = batch.targets.shape[-1]
         across = self.config.data.attention_across_documents
         documents = None if across or batch.documents is None else batch.documents[:, :length]
-        mask = attention_mask(batch.samples[:, :length], documents)
+        mask = self.network.attention_mask(batch.samples[:, :length], documents)
         with torch.no_grad():
             return self.network.trunk_states(batch.samples[:, :length], mask), mask
 
@@ -120,8 +119,7 @@ class TrainedModel:
         named = {layer_name(index): state for index, state in enumerate(states)}
         last = None if self.heads.traits.reads == "next head" else 1
         hidden = self.network.pre_norm_hidden(states[-1], batch.samples, mask, last)[1]
-        gain, eps = self.network.weight("final_norm.weight"), self.config.model.norm_eps
-        named[FINAL_NORM] = F.rms_norm(hidden, gain.shape, gain, eps)
+        named[FINAL_NORM] = self.network.final_norm(hidden)
         return LayerStates(named, self.head_logits(states[-1], batch, mask))
 
     def windows(self, tokens: NDArray[np.integer], limit: int) -> list[MicroBatch]:

@@ -9,9 +9,10 @@ from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.loader import build_config, load_config, override_values, read_values
 from mtp_dist.config.low_rank import LowRankConfig
 from mtp_dist.config.migration import config_to_save, saved_config
+from mtp_dist.config.model import ModelConfig
 from mtp_dist.config.resolve import resolve
 from mtp_dist.config.rope import RopeScalingConfig
-from mtp_dist.config.schema import Config, ModelConfig, SourceConfig
+from mtp_dist.config.schema import Config, SourceConfig
 
 __all__ = [
     "Config",

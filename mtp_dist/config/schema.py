@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section, StepValues
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.low_rank import LowRankConfig
-from mtp_dist.config.rope import RopeScalingConfig
+from mtp_dist.config.model import ModelConfig
 from mtp_dist.config.synthetic import SyntheticConfig
 
 
@@ -32,48 +32,6 @@ class RunConfig(Section):
     join_timeout: Seconds = 600.0
     """Seconds that the ranks wait for one another at the start. After that the run ends with status 2 and names the
     missing ranks."""
-
-
-class ModelConfig(Section):
-    """The architecture."""
-
-    hidden_size: PositiveInt
-    """Width D of the trunk."""
-    trunk_layers: Annotated[PositiveInt, Field(le=10_000)]
-    """Transformer layers of the trunk. A parameter-matched comparison of models with heads of one layer
-    keeps `trunk_layers + heads.count` constant."""
-    num_attention_heads: PositiveInt
-    """Query heads of each attention layer."""
-    num_query_groups: PositiveInt | None = None
-    """Key-value heads (grouped-query attention); by default as many as `num_attention_heads`."""
-    ffn_hidden_size: PositiveInt | None = None
-    """Width of the SwiGLU layer; by default 8/3 of `hidden_size`, rounded up to a multiple of 64."""
-    vocab_size: PositiveInt | None = None
-    """Vocabulary size, in tokens, before padding; by default the tokenizer's."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary position embedding's wavelengths."""
-    rope_scaling: RopeScalingConfig | None = None
-    """Scaling of the wavelengths, for texts longer than those of an earlier training; by default none."""
-    norm_eps: PositiveFloat = 1e-5
-    """Epsilon of RMSNorm."""
-    tie_embeddings: bool = False
-    """Share the weight of the embedding with the unembedding."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream use it divided by sqrt(2 *
-    depth)."""
-
-    @property
-    def query_groups(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def ffn_size(self) -> int:
-        return self.ffn_hidden_size or -(-8 * self.hidden_size // (3 * 64)) * 64
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 class ParallelConfig(Section):

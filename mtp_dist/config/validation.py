@@ -7,8 +7,8 @@ from typing import get_args
 
 from mtp_dist.config.base import StepValues, invalid_steps, messages_if, value_at_step
 from mtp_dist.config.head_validation import incompatible_head_settings
-from mtp_dist.config.rope import incompatible_rope_settings
-from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelConfig, ModelPart, SourceConfig
+from mtp_dist.config.model import incompatible_model_settings
+from mtp_dist.config.schema import Config, DataConfig, LogConfig, ModelPart, SourceConfig
 from mtp_dist.config.synthetic import SYNTHETIC_PREFIX
 
 DERIVED_DEEPSPEED_KEYS = frozenset(
@@ -21,13 +21,7 @@ DERIVED_DEEPSPEED_KEYS = frozenset(
 def incompatible_settings(config: Config) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     model, heads, parallel, train = config.model, config.heads, config.parallel, config.train
-    yield from _indivisible(
-        "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
-    )
-    yield from _indivisible(
-        "model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.query_groups
-    )
-    yield from _incompatible_rope(model)
+    yield from incompatible_model_settings(model)
     for key, value in (
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.query_groups),
@@ -225,16 +219,6 @@ def _incompatible_parallelism(config: Config) -> Iterator[str]:
             f"parallel.partition = 'measured' is incompatible with heads.stages = {config.heads.stages}: it measures "
             "all heads as one, use 'balanced'"
         )
-
-
-def _incompatible_rope(model: ModelConfig) -> Iterator[str]:
-    if model.hidden_size % model.num_attention_heads == 0 and model.head_dim % 2:
-        yield (
-            f"model.hidden_size / model.num_attention_heads = {model.head_dim} is odd: rotary embeddings need an "
-            "even number of channels in an attention head"
-        )
-    if model.rope_scaling:
-        yield from incompatible_rope_settings(model.rope_scaling)
 
 
 def _incompatible_profile(log: LogConfig, steps: int) -> Iterator[str]:

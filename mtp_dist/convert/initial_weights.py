@@ -86,7 +86,14 @@ def find_initial_weights(config: Config, tokenizer: Tokenizer) -> InitialWeights
 def _model_keys(model: ModelConfig) -> dict[str, Any]:
     """Return the keys that define what the weights of a model compute, with their defaults filled in."""
     keys = model.model_dump(mode="json", exclude={"init_std", "vocab_size"})
-    return keys | {"num_query_groups": model.query_groups, "ffn_hidden_size": model.ffn_size}
+    derived: dict[str, Any] = {
+        "num_query_groups": model.query_groups,
+        "ffn_hidden_size": model.ffn_size,
+        "qkv_bias": model.has_qkv_bias,
+    }
+    if model.attention_size == model.hidden_size:
+        derived["kv_channels"] = None
+    return keys | derived
 
 
 def _differences(saved: Config, wanted: Config, folder: Path) -> Iterator[str]:

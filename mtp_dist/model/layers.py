@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_dist.config import Config, LowRankConfig
+from mtp_dist.config import Config, LowRankConfig, ModelConfig
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.linear import AdaptedColumnLinear, AdaptedRowLinear
 
 
@@ -116,9 +117,22 @@ def layer_submodules(low_rank: LowRankConfig | None) -> TransformerLayerSubmodul
     )
 
 
+BUILDING_BLOCKS = (
+    "kv_channels qkv_bias qk_norm normalization linear_bias rotary_percent parallel_residual mlp sliding_window".split()
+)
+
+
 def transformer_config(config: Config) -> TransformerConfig:
-    """Return Megatron-core's description of all layers: RMSNorm, RoPE, SwiGLU, grouped queries, no biases."""
+    """Return Megatron-core's description of all layers: RMSNorm, RoPE, SwiGLU, grouped queries, no biases.
+
+    Raise ConfigError if the model has other building blocks.
+    """
     model = config.model
+    if blocks := [key for key in BUILDING_BLOCKS if getattr(model, key) != ModelConfig.model_fields[key].default]:
+        raise ConfigError(
+            f"model.{blocks[0]} = {getattr(model, blocks[0])} cannot be trained yet: only models with the layers of a "
+            "Llama can"
+        )
     return TransformerConfig(
         num_layers=model.trunk_layers,
         hidden_size=model.hidden_size,

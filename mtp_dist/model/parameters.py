@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config import Config, HeadsConfig, LowRankConfig
+from mtp_dist.config import Config, HeadsConfig, LowRankConfig, ModelConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 
@@ -27,19 +27,12 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every full parameter by global name, in the order of the forward pass.
 
     `linear_qkv` has Megatron's order of rows: for each query group its queries, then its key, then its value.
-    `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor. A matrix with a low-rank adapter is
-    followed by its A and B, named as in peft.
+    `linear_fc1` has the rows of SwiGLU's gate, then those of its other factor; without a gate only the latter. A matrix
+    with a low-rank adapter is followed by its A and B, named as in peft.
     """
     model, vocab_size = config.model, config.vocab_size
-    width, ffn = model.hidden_size, model.ffn_size
-    layer = {
-        "input_layernorm.weight": (width,),
-        "self_attention.linear_qkv.weight": (width + 2 * model.query_groups * model.head_dim, width),
-        "self_attention.linear_proj.weight": (width, width),
-        "pre_mlp_layernorm.weight": (width,),
-        "mlp.linear_fc1.weight": (2 * ffn, width),
-        "mlp.linear_fc2.weight": (width, ffn),
-    }
+    width = model.hidden_size
+    layer = _layer_shapes(model)
     adapted_layer = _with_adapters(layer, config.train.low_rank)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
     for index in range(model.trunk_layers):
@@ -50,7 +43,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for key in filter(None, dict.fromkeys(keys)):
         head_shapes = _head_shapes(config, adapted_layer if key == "1" else layer)
         shapes |= {f"heads.{key}.{name}": shape for name, shape in head_shapes.items()}
-    shapes["final_norm.weight"] = (width,)
+    shapes |= _norm_shapes("final_norm", model)
     if rank := condition_rank(config.heads, width):
         shapes["condition.embedding.weight"] = (vocab_size, rank)
         shapes |= {f"condition.{k}.weight": (width, rank) for k in range(2, config.heads.count + 1)}
@@ -61,6 +54,29 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if config.heads.token_order:
         shapes["token_order.weight"] = (vocab_size, width)
     return shapes
+
+
+def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one transformer layer's parameters."""
+    shapes = _norm_shapes("input_layernorm", model)
+    shapes |= _linear_shapes("self_attention.linear_qkv", model.qkv_size, model.hidden_size, model.has_qkv_bias)
+    if model.qk_norm:
+        shapes |= {f"self_attention.{name}_layernorm.weight": (model.head_dim,) for name in ("q", "k")}
+    bias = model.linear_bias
+    shapes |= _linear_shapes("self_attention.linear_proj", model.hidden_size, model.attention_size, bias)
+    shapes |= _norm_shapes("pre_mlp_layernorm", model)
+    shapes |= _linear_shapes("mlp.linear_fc1", model.fc1_size, model.hidden_size, bias)
+    return shapes | _linear_shapes("mlp.linear_fc2", model.hidden_size, model.ffn_size, bias)
+
+
+def _norm_shapes(name: str, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a norm of hidden states."""
+    parameters = ("weight", "bias") if model.normalization == "layernorm" else ("weight",)
+    return {f"{name}.{parameter}": (model.hidden_size,) for parameter in parameters}
+
+
+def _linear_shapes(name: str, outputs: int, inputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
 
 
 def model_part(name: str) -> ModelPart:
@@ -100,8 +116,12 @@ def _with_adapters(layer: Mapping[str, tuple[int, ...]], low_rank: LowRankConfig
 
 def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of one head's own parameters. layer: shapes of a transformer layer."""
-    weights = config.heads.traits.weights
-    shapes = {name: tuple(config.model.hidden_size * size for size in shape) for name, shape in weights.items()}
+    weights, shapes = config.heads.traits.weights, dict[str, tuple[int, ...]]()
+    for name, shape in weights.items():
+        if name.endswith("norm.weight"):
+            shapes |= _norm_shapes(name.removesuffix(".weight"), config.model)
+        else:
+            shapes[name] = tuple(config.model.hidden_size * size for size in shape)
     prefix = "layers." if weights else ""
     return shapes | {
         f"{prefix}{depth}.{name}": shape for depth in range(config.heads.block_layers) for name, shape in layer.items()
@@ -111,8 +131,8 @@ def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[s
 def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
     """Return the full initial value of a parameter, fp32 on the CPU, as a function of the seed and the name only.
 
-    Normal with `init_std`; norms are 1; projections into the residual stream are smaller by sqrt(2 * depth) as in
-    GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained. The matrices of
+    Normal with `init_std`; norms are 1, biases 0; projections into the residual stream are smaller by sqrt(2 * depth)
+    as in GPT-2. depth counts the trunk's layers and those of one head, also if heads are chained. The matrices of
     `heads.condition` are 0, so that a head starts without it, and so is B of a low-rank adapter, whose A is uniform as
     in peft. STATE_WEIGHTS gives the last layer LAST_STATE_WEIGHT.
     """
@@ -137,7 +157,7 @@ def initial_weight(config: Config, name: str, shape: Sequence[int]) -> Tensor:
 
 def starts_at_zero(name: str) -> bool:
     """Return whether the initial value of a parameter is 0."""
-    return name.endswith(LORA_B) or (name.startswith("condition.") and name != "condition.embedding.weight")
+    return name.endswith((LORA_B, ".bias")) or (name.startswith("condition.") and name != "condition.embedding.weight")
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

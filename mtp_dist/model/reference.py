@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, ModelConfig
 from mtp_dist.model.parameters import STATE_WEIGHTS, head_key, initial_weight, is_trained, parameter_shapes
-from mtp_dist.model.rope import rope_inv_freq
+from mtp_dist.model.rope import rope_attention_factor, rope_inv_freq
 from mtp_dist.model.targets import IGNORE_INDEX
 
 
@@ -22,13 +22,24 @@ def _rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def _rotate(x: Tensor, inv_freq: Tensor) -> Tensor:
-    """Apply RoPE to `[B, heads, S, head_dim]`: channels i and i + head_dim/2 are rotated as a pair."""
-    positions = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)
-    angles = torch.outer(positions, inv_freq.to(x.device))
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+def _layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    centered = hidden - hidden.mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x * 0.5**0.5)) / 2
+
+
+def _rotate(x: Tensor, model: ModelConfig) -> Tensor:
+    """Apply RoPE to `[B, heads, S, head_dim]`: of the first `rotary_dim` channels i and i + rotary_dim/2 are a pair."""
+    length, factor = x.shape[-2], rope_attention_factor(model)
+    positions = torch.arange(length, device=x.device, dtype=torch.float32)
+    angles = torch.outer(positions, rope_inv_freq(model, length).to(x.device))
+    cos, sin = (angles.cos() * factor).to(x.dtype), (angles.sin() * factor).to(x.dtype)
+    rotated, kept = x[..., : model.rotary_dim], x[..., model.rotary_dim :]
+    first, second = rotated.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, kept], -1)
 
 
 class ReferenceLogits(NamedTuple):
@@ -47,7 +58,6 @@ class ReferenceModel(nn.Module):
         """Use weights given by global name; by default the initial ones for `config.run.seed`."""
         super().__init__()
         self.config = config
-        self.rope_inv_freq = rope_inv_freq(config.model)  # not a buffer: stays fp32 if the weights are cast
         shapes = parameter_shapes(config)
         given = weights or {name: initial_weight(config, name, shape) for name, shape in shapes.items()}
         self.weights = nn.ParameterDict(
@@ -75,7 +85,7 @@ class ReferenceModel(nn.Module):
         Only heads that read the tokens before their targets read those beyond S. If documents, shaped like samples, are
         given, positions attend only to their own document.
         """
-        mask = attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
+        mask = self.attention_mask(samples[:, :length], None if documents is None else documents[:, :length])
         trunk_states = self.trunk_states(samples[:, :length], mask)
         states = self.pre_norm_hidden(trunk_states[-1], samples, mask, weighted_sum=self.weighted_sum(trunk_states))
         logits = {head: self.head_logits(head, hidden, samples) for head, hidden in states.items()}
@@ -87,8 +97,21 @@ class ReferenceModel(nn.Module):
         """Return head 1's logits `[B, S, V]` for tokens `[B, S]`."""
         heads = self.config.heads
         last = heads.count if heads.traits.reads == "next head" else 1
-        mask = attention_mask(tokens)
+        mask = self.attention_mask(tokens)
         return self.head_logits(1, self.pre_norm_hidden(self.trunk(tokens, mask), tokens, mask, last)[1], tokens)
+
+    def attention_mask(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Return `[S, S]` or `[B, 1, S, S]`, True if attention is masked: later positions, those that have left the
+        window of `model.sliding_window`, and other documents.
+
+        Positions do not restart with a document: RoPE depends only on the distance of two positions.
+        """
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        distances = positions[:, None] - positions
+        masked, window = distances < 0, self.config.model.sliding_window
+        if window is not None:
+            masked |= distances >= window
+        return masked if documents is None else masked | (documents[:, None, :, None] != documents[:, None, None, :])
 
     def trunk(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Return the trunk's output z `[B, S, D]` for tokens `[B, S]`."""
@@ -136,7 +159,7 @@ class ReferenceModel(nn.Module):
         return states
 
     def _state(self, k: int, before: Tensor, samples: Tensor, mask: Tensor) -> Tensor:
-        heads, eps = self.config.heads, self.config.model.norm_eps
+        heads = self.config.heads
         name = f"heads.{head_key(heads, k)}"
         match heads.kind:
             case "parallel" | "causal" | "anticausal":
@@ -150,8 +173,8 @@ class ReferenceModel(nn.Module):
                     return before
                 tokens = samples[:, k - 1 : k - 1 + before.shape[1]]
                 embedded = F.embedding(tokens, self._shared_weight("embedding.weight", k))
-                embedded = _rms_norm(embedded, self.weight(f"{name}.enorm.weight"), eps)
-                before = _rms_norm(before, self.weight(f"{name}.hnorm.weight"), eps)
+                embedded = self._norm(f"{name}.enorm", embedded)
+                before = self._norm(f"{name}.hnorm", before)
                 before = torch.cat([embedded, before], -1) @ self.weight(f"{name}.eh_proj.weight").T
                 name += ".layers"
             case _:
@@ -164,8 +187,19 @@ class ReferenceModel(nn.Module):
         """Return the logits `[B, S, V]` of head k for its hidden states before the final norm."""
         return self._normalize(k, hidden, samples) @ self._unembedding(k).T
 
+    def final_norm(self, hidden: Tensor, k: int = 1) -> Tensor:
+        """Return the norm of head k's hidden states `[B, S, D]`."""
+        return self._norm("final_norm", hidden, k)
+
+    def _norm(self, name: str, hidden: Tensor, k: int = 1) -> Tensor:
+        """Return the norm of that name. k: the head, if its weights are those that head k shares with head 1."""
+        weight, eps = self._shared_weight(f"{name}.weight", k), self.config.model.norm_eps
+        if self.config.model.normalization == "rmsnorm":
+            return _rms_norm(hidden, weight, eps)
+        return _layer_norm(hidden, weight, self._shared_weight(f"{name}.bias", k), eps)
+
     def _normalize(self, k: int, hidden: Tensor, samples: Tensor) -> Tensor:
-        hidden = _rms_norm(hidden, self._shared_weight("final_norm.weight", k), self.config.model.norm_eps)
+        hidden = self.final_norm(hidden, k)
         if self.config.heads.kind == "mlp" and k > 1:
             hidden = hidden + F.silu(hidden @ self.weight(f"heads.{k}.linear.weight").T)
         if self.config.heads.condition == "previous_token" and k > 1:
@@ -188,16 +222,21 @@ class ReferenceModel(nn.Module):
         return output
 
     def _layer(self, name: str, hidden: Tensor, mask: Tensor) -> Tensor:
-        eps = self.config.model.norm_eps
-        normed = _rms_norm(hidden, self.weight(f"{name}.input_layernorm.weight"), eps)
-        hidden = hidden + self._attention(name, normed, mask)
-        normed = _rms_norm(hidden, self.weight(f"{name}.pre_mlp_layernorm.weight"), eps)
-        gate, linear = self._linear(f"{name}.mlp.linear_fc1", normed).chunk(2, -1)
-        return hidden + self._linear(f"{name}.mlp.linear_fc2", F.silu(gate) * linear)
+        attended = hidden + self._attention(name, self._norm(f"{name}.input_layernorm", hidden), mask)
+        mlp_input = hidden if self.config.model.parallel_residual else attended
+        inner = self._linear(f"{name}.mlp.linear_fc1", self._norm(f"{name}.pre_mlp_layernorm", mlp_input))
+        if self.config.model.mlp == "swiglu":
+            gate, linear = inner.chunk(2, -1)
+            inner = F.silu(gate) * linear
+        else:
+            inner = _gelu(inner)
+        return attended + self._linear(f"{name}.mlp.linear_fc2", inner)
 
     def _linear(self, name: str, hidden: Tensor) -> Tensor:
-        """Return W x, with a low-rank adapter W x + (alpha / rank) B A x."""
+        """Return W x, plus the bias if there is one and (alpha / rank) B A x with a low-rank adapter."""
         output = hidden @ self.weight(f"{name}.weight").T
+        if f"{name}.bias".replace(".", "/") in self.weights:
+            output = output + self.weight(f"{name}.bias")
         low_rank = self.config.train.low_rank
         if low_rank is None or f"{name}/lora_A/weight".replace(".", "/") not in self.weights:
             return output
@@ -211,22 +250,15 @@ class ReferenceModel(nn.Module):
         fused = self._linear(f"{name}.self_attention.linear_qkv", hidden)
         fused = fused.view(batch, length, model.query_groups, queries + 2, model.head_dim)
         query, key, value = fused.split([queries, 1, 1], 3)
-        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), self.rope_inv_freq)
-        key = _rotate(key.squeeze(3).transpose(1, 2), self.rope_inv_freq).repeat_interleave(queries, 1)
+        if model.qk_norm:
+            query = _rms_norm(query, self.weight(f"{name}.self_attention.q_layernorm.weight"), model.norm_eps)
+            key = _rms_norm(key, self.weight(f"{name}.self_attention.k_layernorm.weight"), model.norm_eps)
+        query = _rotate(query.reshape(batch, length, -1, model.head_dim).transpose(1, 2), model)
+        key = _rotate(key.squeeze(3).transpose(1, 2), model).repeat_interleave(queries, 1)
         value = value.squeeze(3).transpose(1, 2).repeat_interleave(queries, 1)
         scores = query @ key.transpose(-1, -2) * model.head_dim**-0.5
         context = scores.masked_fill(mask, float("-inf")).softmax(-1) @ value
         return self._linear(f"{name}.self_attention.linear_proj", context.transpose(1, 2).flatten(2))
-
-
-def attention_mask(tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Return `[S, S]` or `[B, 1, S, S]`, True if attention is masked: later positions and other documents.
-
-    Positions do not restart with a document: RoPE depends only on the distance of two positions.
-    """
-    length = tokens.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
-    return later if documents is None else later | (documents[:, None, :, None] != documents[:, None, None, :])
 
 
 class ReferenceLosses(NamedTuple):

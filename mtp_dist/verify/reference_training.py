@@ -89,15 +89,15 @@ def mean_losses(metrics: HeadMetrics, heads: int) -> Tensor:
 
 
 def nonzero_weights(config: Config) -> dict[str, Tensor]:
-    """Return other values for the weights that start at 0, of unit variance unless they are a low-rank adapter's.
+    """Return other values for the weights that start at 0, of unit variance unless they are an adapter's or biases.
 
-    At 0 they would leave the weights before them without a gradient to compare.
+    At 0 they would leave the weights before them without a gradient to compare, and biases without an effect.
     """
     weights = {}
     for name, shape in parameter_shapes(config).items():
         if starts_at_zero(name):
-            normal = initial_weight(config, f"nonzero.{name.removesuffix('.weight')}", shape)
-            weights[name] = normal if name.endswith(LORA_B) else normal / config.model.init_std
+            normal = initial_weight(config, f"nonzero.{name.removesuffix('.weight').removesuffix('.bias')}", shape)
+            weights[name] = normal if name.endswith((LORA_B, ".bias")) else normal / config.model.init_std
     return weights
 
 

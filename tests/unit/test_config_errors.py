@@ -50,7 +50,13 @@ parallel.partition=4 => parallel.partition = 4
 parallel.partition=[2, x] => parallel.partition.1 = 'x' ... valid integer
 parallel.partition=[] => parallel.partition = []
 model.rope_scaling=llama3 => model.rope_scaling = 'llama3' is invalid: it should have keys of its own
-model.rope_scaling={rope_type: yarn, factor: 2} => model.rope_scaling.rope_type = 'yarn' ... 'linear' or 'llama3'
+model.rope_scaling={rope_type: su, factor: 2} => model.rope_scaling.rope_type = 'su' ... 'llama3', 'yarn' or 'dynamic'
+model.kv_channels=0 => model.kv_channels = 0 ... greater than 0
+model.rotary_percent=0 => model.rotary_percent = 0 ... greater than 0
+model.rotary_percent=1.5 => model.rotary_percent = 1.5 ... less than or equal to 1
+model.sliding_window=0 => model.sliding_window = 0 ... greater than 0
+model.mlp=relu => model.mlp = 'relu' is invalid: it should be 'swiglu' or 'gelu'
+model.normalization=batchnorm => model.normalization = 'batchnorm' ... 'rmsnorm' or 'layernorm'
 model.rope_scaling={rope_type: linear, factor: 0.5} => model.rope_scaling.factor = 0.5 ... greater than or equal to 1
 heads.loss_weights=[1, x, 1, 1] => heads.loss_weights.1 = 'x' is invalid: it should be a valid number
 heads.z_loss=-1e-4 => heads.z_loss = -0.0001 ... greater than or equal to 0
@@ -85,7 +91,7 @@ train.steps.x=1 => in 'train.steps.x=1' train.steps has no keys of its own: set 
 data.train=[ => the value of the override 'data.train=[' is not valid YAML
 """
 # The base has 4 attention heads, 2 query groups, ffn_hidden_size 384, 4 trunk layers, 4 heads, 2 stages, 300 steps,
-# sequences of 256. LLAMA3 is a complete scaling.
+# sequences of 256. LLAMA3, YARN and DYNAMIC are complete scalings.
 INCOMPATIBLE = """
 parallel.tensor=8 & model.num_query_groups=8 & model.num_attention_heads=8 & parallel.pipeline=4 => fine
 parallel.tensor=2 & train.sequence_length=255 & parallel.pipeline=3 & heads.unembedding=separate => fine
@@ -95,6 +101,18 @@ checkpoint.keep_last=2 & checkpoint.keep_every=100 & heads.loss_mode=recompute &
 heads.loss_mode=naive & model.rope_scaling={rope_type: linear, factor: 2} => fine
 model.hidden_size=130 => model.hidden_size = 130 is not divisible by model.num_attention_heads = 4: change one
 model.hidden_size=132 => model.hidden_size / model.num_attention_heads = 33 is odd
+model.hidden_size=130 & model.kv_channels=16 & model.qk_norm=true & YARN => fine
+model.linear_bias=true & model.qkv_bias=true & model.rotary_percent=0.25 & model.sliding_window=1 => fine
+model.kv_channels=33 => model.kv_channels = 33 is odd
+model.rotary_percent=0.4 & model.kv_channels=64 => model.kv_channels * model.rotary_percent = 64 * 0.4 = 25 is odd
+model.rotary_percent=0.01 => model.hidden_size / ... * model.rotary_percent = 32 * 0.01 = 0 is too small
+YARN & model.rope_scaling.original_max_position_embeddings=null => ....original_max_position_embeddings is missing
+YARN & model.rope_scaling.beta_slow=40 => ....beta_slow = 40 must lie below ....beta_fast = 32
+YARN & model.rope_scaling.mscale=0.7 => ....mscale and ....mscale_all_dim belong together: give both or neither
+YARN & model.rope_scaling.low_freq_factor=2 => ....low_freq_factor = 2.0 has no effect ... or use 'llama3'
+YARN & model.rope_theta=1 => model.rope_scaling.rope_type = 'yarn' needs model.rope_theta above 1
+DYNAMIC & model.rotary_percent=0.0625 => model.rope_scaling.rope_type = 'dynamic' needs more than 2 rotated channels
+DYNAMIC & model.rope_scaling.truncate=true => ....truncate = True has no effect ... remove it or use 'yarn'
 model.rope_scaling={rope_type: linear, factor: 2, high_freq_factor: 4.0} => ....high_freq_factor = 4.0 ... remove it
 LLAMA3 & model.rope_scaling.original_max_position_embeddings=null => ....original_max_position_embeddings is missing
 LLAMA3 & model.rope_scaling.low_freq_factor=4 => ....low_freq_factor = 4.0 must lie below ....high_freq_factor = 4.0
@@ -237,7 +255,12 @@ heads.kind=anticausal & heads.detach=true & heads.loss_mode=naive & heads.distil
 heads.detach ++ heads.distillation ++ heads.distillation
 train.stps=3 & optimizer.lr=-1 => optimizer.lr = -1 is invalid ++ train.stps is not a known key
 """.replace("\\\n", "")
-LLAMA3 = "{rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, original_max_position_embeddings: 64}"
+SCALINGS = {
+    "LLAMA3": "{rope_type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
+    "original_max_position_embeddings: 64}",
+    "YARN": "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64}",
+    "DYNAMIC": "{rope_type: dynamic, factor: 4, original_max_position_embeddings: 64}",
+}
 
 
 def message_of(path, overrides=()):
@@ -249,7 +272,9 @@ def message_of(path, overrides=()):
 @pytest.mark.parametrize("case", [*filter(None, (VALUES + INCOMPATIBLE).split("\n"))])
 def test_error_names_key_and_remedy(base, case):
     settings, expected = case.split(" => ")
-    overrides = settings.replace("LLAMA3", f"model.rope_scaling={LLAMA3}").split(" & ")
+    for name, scaling in SCALINGS.items():
+        settings = settings.replace(name, f"model.rope_scaling={scaling}")
+    overrides = settings.split(" & ")
     if expected == "fine":
         load_config(base, overrides)
         return

@@ -9,7 +9,6 @@ from mtp_dist.analysis.choice_points import NEXT_MARKS, measure_choice_points
 from mtp_dist.analysis.marked_text import Mark, MarkedText
 from mtp_dist.analysis.trained_model import TrainedModel
 from mtp_dist.errors import DataError
-from mtp_dist.model.reference import attention_mask
 from tests.unit.convert.folders import write_model
 
 HEADS, LENGTH, WINDOWS = 4, 16, 7
@@ -45,7 +44,7 @@ def brute_force(model, text):
     for window in range(WINDOWS):
         first = window * LENGTH
         samples = torch.as_tensor(text.tokens[None, first : first + LENGTH + HEADS])
-        mask = attention_mask(samples[:, :LENGTH])
+        mask = network.attention_mask(samples[:, :LENGTH])
         z = network.trunk(samples[:, :LENGTH], mask).detach().requires_grad_()
         hidden = network.pre_norm_hidden(z, samples, mask)
         has_all = [all(part(first + offset, k) for k in range(1, HEADS + 1)) for offset in range(LENGTH)]

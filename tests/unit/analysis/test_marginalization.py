@@ -25,7 +25,6 @@ from mtp_dist.analysis.causal_model import CausalModel
 from mtp_dist.analysis.marginal_windows import MarginalizationOptions, WindowMeter, cut_windows
 from mtp_dist.analysis.marginalization import Scores, marginals
 from mtp_dist.config.schema import DataConfig
-from mtp_dist.model.reference import attention_mask
 from mtp_dist.model.targets import document_attention_bias, document_ids
 from tests.unit.inference.models import tiny_model
 
@@ -219,7 +218,7 @@ def test_further_heads_predict_from_the_same_contexts(checkpoint, model):
         logits = []
         for place in window.positions.tolist():
             context = text[None, : place + 1]
-            mask = attention_mask(context)
+            mask = model.network.attention_mask(context)
             hidden = model.network.pre_norm_hidden(model.network.trunk(context, mask), context, mask)
             logits.append(model.network.head_logits(distance, hidden[distance], context)[0, -1])
         targets = text[window.positions + distance]
