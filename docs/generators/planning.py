@@ -14,8 +14,9 @@ from mtp_dist.cli.timeline import draw_timelines
 from mtp_dist.config import build_config, load_config, resolve
 from mtp_dist.planner.balance import arrangements, optimum
 from mtp_dist.planner.devices import assumed_rates, find_accelerator
-from mtp_dist.planner.parts import Parts, part_flops
+from mtp_dist.planner.parts import Parts
 from mtp_dist.planner.schedule import simulate
+from mtp_dist.planner.stage_cost import part_flops
 from mtp_dist.planner.stage_times import Cluster
 
 CONFIGS = DOCS.parent / "configs"

@@ -21,8 +21,9 @@ from mtp_dist.loss.schedule import head_schedule
 from mtp_dist.model.trunk import TrunkLayer
 from mtp_dist.planner.balance import Arrangement, arrangements
 from mtp_dist.planner.layouts import replace_values
-from mtp_dist.planner.parts import Parts, Passes, part_flops
+from mtp_dist.planner.parts import Parts, Passes
 from mtp_dist.planner.schedule import simulate
+from mtp_dist.planner.stage_cost import part_flops
 from mtp_dist.provenance import processor_name, usable_cores
 from mtp_dist.verify.reference_training import local_batch, random_batch
 

@@ -22,6 +22,7 @@ from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
 from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.planner.parts import Parts, Passes
+from mtp_dist.planner.stage_cost import backward_passes
 from mtp_dist.planner.weights import heads_have_embedding
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def measure_parts(config: Config, topology: Topology) -> Parts:
     if topology.device.type == "cuda":
         del passes
         torch.cuda.empty_cache()  # training's tensors have other sizes
-    return Parts(embedding, layer, heads, config.heads.count)
+    head = heads.scaled(1 / config.heads.count)  # one stage has all heads
+    return Parts(embedding, layer, head, head, config.heads.count, backward_passes(config))
 
 
 class _PartPasses:

@@ -6,7 +6,7 @@ from mtp_dist.planner.balance import optimum
 from mtp_dist.planner.estimate import StepEstimate, estimate
 from mtp_dist.planner.fit import fit
 from mtp_dist.planner.layouts import SCHEDULES, Changes, layout, overrides, stays_within_nodes, with_layout
-from mtp_dist.planner.parts import part_flops
+from mtp_dist.planner.stage_cost import part_flops
 
 WELL_BALANCED = 0.9
 """Mean work of the pipeline ranks, relative to that of the rank with the most, below which others are proposed."""

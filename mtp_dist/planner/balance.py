@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from mtp_dist.planner.partition import fewest_layers, split_dual_pipe_v, split_h
 from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.schedule import ScheduleName
 
+FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 NO_ROOM = -(2**31)
 """Layers of a rank that has no room for its heads, or for its fewest layers."""
@@ -30,7 +32,7 @@ class Arrangement:
 
     def passes(self, parts: Parts) -> list[Passes]:
         """Return the costs of each stage."""
-        return [parts.stage(stage, is_first=index == 0) for index, stage in enumerate(self.stages)]
+        return parts.stages(self.stages)
 
     def rank_costs(self, parts: Parts) -> list[float]:
         """Return the cost of each rank's stages."""
@@ -41,8 +43,7 @@ class Arrangement:
 
     def balance(self, parts: Parts) -> float:
         """Return the mean cost of the ranks relative to the slowest one: the largest fraction of time they can work."""
-        costs = self.rank_costs(parts)
-        return sum(costs) / (len(costs) * max(costs))
+        return _balance(self.rank_costs(parts))
 
 
 def arrangements(parts: Parts, layers: int, ranks: int) -> dict[str, Arrangement]:
@@ -68,10 +69,17 @@ def optimum(parts: Parts, layers: int, ranks: int) -> float:
     """Return the best balance of whole layers and heads over ranks, if they could be in any order."""
     best = 0.0
     for heads in _shares(parts, layers, ranks, lambda rank, holders: 0):
-        split = _split(parts, layers, heads, [0] * ranks)
+        with_head_1 = sum(count > 0 for count in heads) - 1
+        split = _split(parts, layers, heads, [0] * ranks, with_head_1)
         assert split, "no rank needs a layer"
-        best = max(best, Arrangement(tuple(map(Stage, split, heads))).balance(parts))
+        stages = enumerate(map(Stage, split, heads))
+        best = max(best, _balance([parts.stage(each, rank == 0, rank == with_head_1).total for rank, each in stages]))
     return best
+
+
+def _balance(costs: Sequence[float]) -> float:
+    """Return the mean of the ranks' costs relative to the largest one."""
+    return sum(costs) / (len(costs) * max(costs))
 
 
 def _heads_on_last_stages(parts: Parts, layers: int, heads_by_stage: Iterable[Sequence[int]]) -> list[Arrangement]:
@@ -79,7 +87,7 @@ def _heads_on_last_stages(parts: Parts, layers: int, heads_by_stage: Iterable[Se
     found = []
     for heads in heads_by_stage:
         trunk_stages = sum(count == 0 for count in heads) + 1
-        split = _split(parts, layers, heads[:trunk_stages], fewest_layers(trunk_stages))
+        split = _split(parts, layers, heads[:trunk_stages], fewest_layers(trunk_stages), trunk_stages - 1)
         if split:
             found.append(Arrangement(tuple(map(Stage, [*split, *[0] * (len(heads) - trunk_stages)], heads))))
     return found
@@ -102,42 +110,55 @@ def _dual_pipe_v(parts: Parts, layers: int, heads_by_rank: Iterable[Sequence[int
     return found
 
 
-def _split(parts: Parts, layers: int, heads: Sequence[int], fewest: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the layers of each stage or rank with so many heads that balance best; None if there are too few."""
-    return split_layers(
-        layers, fewest, lambda rank, n: parts.stage(Stage(n, heads[rank]), rank == 0).total, lambda rank, n: True
-    )
+def _split(
+    parts: Parts, layers: int, heads: Sequence[int], fewest: Sequence[int], with_head_1: int
+) -> tuple[int, ...] | None:
+    """Return the layers of each stage or rank, given its heads, that balance best; None if there are too few.
+
+    with_head_1: index of the one that has head 1.
+    """
+
+    def cost(index: int, count: int) -> float:
+        return parts.stage(Stage(count, heads[index]), index == 0, index == with_head_1).total
+
+    return split_layers(layers, fewest, cost, lambda index, count: True)
 
 
 def _shares(parts: Parts, layers: int, ranks: int, fewest: Callable[[int, int], int]) -> Iterator[list[int]]:
     """Yield the heads of each rank that make the slowest rank as fast as possible, for each number of ranks with heads.
 
-    Those are the first ones. fewest: smallest number of layers of a rank, given with the number of ranks with heads.
-    The slowest rank's cost is that of some layers and heads: bisection finds the smallest that suffices.
+    Those are the first ones, and the last of them has head 1. fewest: smallest number of layers of a rank, given with
+    the number of ranks with heads. The slowest rank's cost is that of some layers and heads: bisection finds the
+    smallest that suffices.
     """
-    every, numbers = range(parts.num_heads + 1), np.arange(parts.num_heads + 1)
-    first, other = (
-        np.array([[parts.stage(Stage(n, heads), is_first).total for n in range(layers + 1)] for heads in every])
-        for is_first in (True, False)
-    )
-    candidates = np.unique(np.concatenate([first, other], axis=None))
+    numbers = np.arange(parts.num_heads + 1)
+    costs = {kind: _cost_table(parts, layers, *kind) for kind in product((False, True), repeat=2)}
+    candidates = np.unique(np.concatenate([*costs.values()], axis=None))
     for holders in range(1, min(parts.num_heads, ranks) + 1):
 
         def shares(slowest: float, holders: int = holders) -> list[int] | None:
             rooms = []
             for rank in range(ranks):
-                room = ((other if rank else first) <= slowest).sum(axis=1) - 1  # more layers cost more
+                cost = costs[rank == 0, rank == holders - 1]
+                room = (cost <= slowest).sum(axis=1) - 1  # more layers cost more
                 allowed = (room >= fewest(rank, holders)) & ((numbers > 0) == (rank < holders))
                 rooms.append(np.where(allowed, room, NO_ROOM))
             return _most_room(rooms, layers)
 
         index = bisect_left(candidates, True, key=lambda slowest: shares(slowest) is not None)
         if index < len(candidates) and (found := shares(candidates[index])):
-            yield [found[0], *sorted(found[1:], reverse=True)]
+            yield found
+
+
+def _cost_table(parts: Parts, layers: int, is_first: bool, has_head_1: bool) -> FloatArray:
+    """Return the costs of a rank by its number of heads and of layers, `[heads + 1, layers + 1]`."""
+    numbers = product(range(parts.num_heads + 1), range(layers + 1))
+    costs = [parts.stage(Stage(count, heads), is_first, has_head_1).total for heads, count in numbers]
+    return np.array(costs).reshape(parts.num_heads + 1, layers + 1)
 
 
 def _most_room(rooms: Sequence[IntArray], layers: int) -> list[int] | None:
-    """Return the heads of each rank that leave room for the most layers; None if it is less than so many.
+    """Return the heads of each rank that leave room for the most layers; None if those are fewer than `layers`.
 
     rooms: for each rank the largest number of layers by its number of heads.
     """

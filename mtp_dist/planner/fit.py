@@ -14,7 +14,7 @@ from mtp_dist.planner.memory import RankMemory, rank_memory
 from mtp_dist.planner.partition import fits_memory, pipeline_stages, trunk_layers_per_stage
 from mtp_dist.planner.parts import Stage
 from mtp_dist.planner.schedule import ScheduleName, instructions
-from mtp_dist.planner.stage_cost import StageCost, stage_cost
+from mtp_dist.planner.stage_cost import StageCost, stage_costs
 
 DeviceType = Literal["cpu", "cuda"]
 
@@ -125,15 +125,7 @@ class Fit:
     @cached_property
     def costs(self) -> list[StageCost]:
         """The work of each stage per micro-batch, and its bytes to the data-parallel ranks per step."""
-        last, first_with_heads = len(self.stages) - 1, len(self.stages) - self.config.heads.stages
-        kinds = [
-            (stage == 0, stage == first_with_heads, stage == last, parts) for stage, parts in enumerate(self.stages)
-        ]
-        found: dict[tuple[object, ...], StageCost] = {}
-        for stage, kind in enumerate(kinds):
-            if kind not in found:
-                found[kind] = stage_cost(self.config, stage, *self.stages[stage])
-        return [found[kind] for kind in kinds]
+        return stage_costs(self.config, self.stages)
 
     def alike(self, rank: int) -> PipelineRank:
         """Return a rank with the same weights."""

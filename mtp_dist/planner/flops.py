@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mtp_dist.config import Config, ModelConfig
 from mtp_dist.config.heads import condition_rank
@@ -120,42 +119,6 @@ def trained_parameters(config: Config) -> int:
     return heads + embeddings + counts.total - base.total
 
 
-class PassFlops(NamedTuple):
-    """FLOPs of a forward and of a backward pass."""
-
-    forward: int
-    backward: int
-
-
-def layer_and_head_flops(config: Config, active: int) -> tuple[PassFlops, PassFlops]:
-    """Return the FLOPs of one trunk layer, and of heads 1..active, per position of a training step.
-
-    A product's backward pass has two of its size: the gradient of what the matrix reads, and that of the matrix unless
-    it is frozen.
-    """
-    heads, order = config.heads, 1 if config.heads.token_order else 0
-    attention = 4 * config.model.hidden_size * config.train.sequence_length
-    matrices, blocks = 2 * layer_matrices(config.model), 2 * block_matrices(config)
-    layer, block = matrices + attention, blocks + heads.block_layers * attention
-    unembedding = 2 * config.vocab_size * config.model.hidden_size
-    later, condition = active - 1, 2 * _condition_matrix(config)
-    forward = heads.active_blocks(active) * block + later * condition + (active + order) * unembedding
-    if config.train.freezes_trunk:
-        unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
-        backward = 2 * later * (block + condition) + unembedding_products * unembedding
-        return PassFlops(layer, 0), PassFlops(forward, backward)
-    if config.train.low_rank is None:
-        return PassFlops(layer, 2 * layer), PassFlops(forward, 2 * forward)
-    adapters = 2 * adapter_parameters(config)
-    adapted = heads.adapted_layers * adapters
-    frozen_head_products = blocks if heads.traits.first_head_has_block else 0
-    frozen_head_products += (1 if heads.unembedding == "separate" else active) * unembedding
-    return (
-        PassFlops(layer + adapters, 2 * layer - matrices + 2 * adapters),
-        PassFlops(forward + adapted, 2 * forward - frozen_head_products + 2 * adapted),
-    )
-
-
 def model_flops_per_token(config: Config, active: int) -> int:
     """Return the FLOPs of all matrix products, forward and backward, per trained position while heads 1..active run.
 
@@ -167,7 +130,36 @@ def model_flops_per_token(config: Config, active: int) -> int:
     with `train.low_rank` a frozen matrix has the gradient of what it reads: 4 and 12. A weighted sum of hidden states
     is a product with one row.
     """
-    layer, heads = (sum(passes) for passes in layer_and_head_flops(config, active))
+    matrices, attention = 2 * layer_matrices(config.model), 4 * config.model.hidden_size * config.train.sequence_length
+    layer = matrices + attention
     passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
     weighted_sum = 2 * _state_weights(config) * config.model.hidden_size * passes
-    return config.model.trunk_layers * layer + heads + weighted_sum
+    if config.train.freezes_trunk:
+        trunk_layer = layer
+    else:
+        trunk_layer = 3 * layer
+        if config.train.low_rank:
+            trunk_layer += 3 * 2 * adapter_parameters(config) - matrices
+    return config.model.trunk_layers * trunk_layer + _head_flops(config, active, attention) + weighted_sum
+
+
+def _head_flops(config: Config, active: int, attention: int) -> int:
+    """Return the FLOPs of heads 1..active per position of a training step. attention: forward FLOPs of one layer's.
+
+    The backward pass of a product has two of its size: the gradient of what the matrix reads, and that of the matrix
+    unless it is frozen.
+    """
+    heads, order = config.heads, 1 if config.heads.token_order else 0
+    blocks = 2 * block_matrices(config)
+    block = blocks + heads.block_layers * attention
+    unembedding = 2 * config.vocab_size * config.model.hidden_size
+    later, condition = active - 1, 2 * _condition_matrix(config)
+    forward = heads.active_blocks(active) * block + later * condition + (active + order) * unembedding
+    if config.train.freezes_trunk:
+        unembedding_products = later * (2 if heads.unembedding == "separate" else 1) + order
+        return forward + 2 * later * (block + condition) + unembedding_products * unembedding
+    if config.train.low_rank is None:
+        return 3 * forward
+    frozen_products = blocks if heads.traits.first_head_has_block else 0
+    frozen_products += (1 if heads.unembedding == "separate" else active) * unembedding
+    return 3 * (forward + 2 * heads.adapted_layers * adapter_parameters(config)) - frozen_products

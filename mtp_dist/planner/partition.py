@@ -8,17 +8,18 @@ from typing import Literal
 from mtp_dist.config import Config
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.memory import rank_memory
-from mtp_dist.planner.parts import Parts, Stage, part_flops
+from mtp_dist.planner.parts import Parts, Stage
+from mtp_dist.planner.stage_cost import part_flops
 
-StageCost = Callable[[int, int], float]
-"""Cost of a stage, counted from 0, that holds so many trunk layers; more layers never cost less."""
+LayersCost = Callable[[int, int], float]
+"""Cost of a stage, counted from 0, by its number of trunk layers; more layers never cost less."""
 LayersFit = Callable[[int, int], bool]
-"""Whether a stage with so many trunk layers fits the memory; if it does, fewer layers fit too."""
+"""Whether a stage, counted from 0, fits the memory with a number of trunk layers; if it does, fewer layers fit too."""
 StageFits = Callable[[int, Stage], bool]
 """Whether a stage, counted from 0, fits the memory with these parts."""
 
 
-def split_layers(layers: int, fewest: Sequence[int], cost: StageCost, fits: LayersFit) -> tuple[int, ...] | None:
+def split_layers(layers: int, fewest: Sequence[int], cost: LayersCost, fits: LayersFit) -> tuple[int, ...] | None:
     """Return the layers of each stage that make the slowest stage as fast as possible; None if no split fits.
 
     fewest: smallest number of layers of each stage. Each further layer goes to the stage that is the fastest with it.
@@ -71,17 +72,24 @@ def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: Lay
     layers are split so that both of its stages take equally long.
     """
     holders = sum(count > 0 for count in heads)
-    # The trunk ends on the first stage with heads: ranks before that have no layer behind.
+
+    def halves(rank: int, count: int) -> tuple[Stage, Stage]:
+        # The trunk ends on the first stage with heads: ranks before that one have no layer behind it.
+        worth = parts.stage(Stage(0, heads[rank])).total / parts.stage(Stage(1)).total
+        most = 0 if rank < holders - 1 else count - (rank > 0)
+        second = min(most, max(int(rank >= holders), int((count - worth + 1) // 2)))
+        return Stage(count - second), Stage(second, heads[rank])
+
+    def cost(rank: int, count: int) -> float:
+        first, second = halves(rank, count)
+        return parts.stage(first, rank == 0).total + parts.stage(second, has_head_1=rank == holders - 1).total
+
     fewest = [(rank > 0) + (rank >= holders) for rank in range(len(heads))]
-    split = split_layers(layers, fewest, lambda rank, n: parts.stage(Stage(n, heads[rank]), rank == 0).total, fits)
+    split = split_layers(layers, fewest, cost, fits)
     if split is None:
         return None
-    second = []
-    for rank, (count, heads_of_rank) in enumerate(zip(split, heads, strict=True)):
-        worth = parts.stage(Stage(0, heads_of_rank), is_first=False).total / parts.layer.total
-        most = 0 if rank < holders - 1 else count - (rank > 0)
-        second.append(min(most, max(int(rank >= holders), int((count - worth + 1) // 2))))
-    return (*(count - behind for count, behind in zip(split, second, strict=True)), *reversed(second))
+    firsts, seconds = zip(*(halves(rank, count) for rank, count in enumerate(split)), strict=True)
+    return tuple(stage.layers for stage in (*firsts, *reversed(seconds)))
 
 
 def fits_memory(config: Config, device_bytes: float, device: Literal["cpu", "cuda"] = "cuda") -> StageFits:
@@ -112,7 +120,7 @@ def pipeline_stages(config: Config, parts: Parts | None = None, fits: StageFits 
     costs, fits = parts or part_flops(config), fits or (lambda stage, parts: True)
 
     def slowest(stages: Sequence[Stage]) -> float:
-        return max(costs.stage(stage, index == 0).total for index, stage in enumerate(stages))
+        return max(passes.total for passes in costs.stages(stages))
 
     splits = []
     for heads in split_heads(costs.num_heads, parallel.stages, config.heads.stages):
@@ -141,6 +149,6 @@ def _split_trunk(config: Config, costs: Parts, heads: Sequence[int], fits: Stage
     return split_layers(
         layers,
         [*fewest_layers(trunk_stages, config.train.low_rank is None), *behind],
-        lambda stage, n: costs.stage(Stage(n, heads[stage]), stage == 0).total,
+        lambda stage, n: costs.stage(Stage(n, heads[stage]), stage == 0, stage == trunk_stages - 1).total,
         lambda stage, n: (stage < trunk_stages or n == 0) and fits(stage, Stage(n, heads[stage])),
     )

@@ -1,11 +1,9 @@
-"""The parts of a pipeline's stages and their costs: FLOPs, or measured seconds."""
+"""The costs of a pipeline's stages, from those of their parts: FLOPs, bytes, or measured seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
-
-from mtp_dist.config import Config
-from mtp_dist.planner.flops import layer_and_head_flops
 
 
 class Passes(NamedTuple):
@@ -36,42 +34,46 @@ class Parts(NamedTuple):
     embedding: Passes
     layer: Passes
     """One layer of the trunk."""
-    heads: Passes
-    """All heads with their losses."""
+    head_1: Passes
+    """Head 1 with its losses."""
+    later_head: Passes
+    """Each head from head 2 on."""
     num_heads: int
+    backward_passes: int = 1
+    """Backward passes through a stage without heads: one for each tensor that it sends."""
+    input_grad: float = 0
+    """What the backward pass of the first layer spares if it is on the first stage, where nothing before it is trained:
+    the gradient of its input."""
+
+    @property
+    def heads(self) -> Passes:
+        """All heads."""
+        return self.stage(Stage(0, self.num_heads))
 
     def scaled(self, factor: float) -> Parts:
         """Return the costs in another unit."""
-        embedding, layer, heads = (each.scaled(factor) for each in (self.embedding, self.layer, self.heads))
-        return Parts(embedding, layer, heads, self.num_heads)
-
-    def stage(self, stage: Stage, is_first: bool) -> Passes:
-        """Return the costs of a stage. Some of the heads cost their share of all."""
-        share = stage.heads / self.num_heads
-        return Passes(
-            *(
-                is_first * embedding + stage.layers * layer + share * heads
-                for embedding, layer, heads in zip(self.embedding, self.layer, self.heads, strict=True)
-            )
+        return self._replace(
+            embedding=self.embedding.scaled(factor),
+            layer=self.layer.scaled(factor),
+            head_1=self.head_1.scaled(factor),
+            later_head=self.later_head.scaled(factor),
+            input_grad=self.input_grad * factor,
         )
 
+    def stage(self, stage: Stage, is_first: bool = False, has_head_1: bool = True) -> Passes:
+        """Return the costs of a stage. has_head_1: whether head 1 is one of its heads, if it has heads."""
+        layers, heads = stage
+        head_1 = 1 if has_head_1 and heads else 0
+        later = heads - head_1
+        forward = is_first * self.embedding.forward + layers * self.layer.forward
+        forward += head_1 * self.head_1.forward + later * self.later_head.forward
+        trunk = is_first * self.embedding.backward + layers * self.layer.backward
+        if is_first and layers:
+            trunk -= self.input_grad
+        passes = 1 if heads else self.backward_passes
+        return Passes(forward, passes * trunk + head_1 * self.head_1.backward + later * self.later_head.backward)
 
-def part_flops(config: Config) -> Parts:
-    """Return the FLOPs per position as they are executed, with what the backward pass recomputes.
-
-    The embedding looks rows up. `heads.loss_mode: eager` runs the backward pass of the heads in the forward pass.
-    """
-    model, heads, train = config.model, config.heads, config.train
-    layer, all_heads = layer_and_head_flops(config, heads.count)
-    recomputed = {"none": 0, "selective": 6 * model.hidden_size * model.ffn_size, "full": layer.forward}[
-        train.activation_checkpointing
-    ]
-    blocks = heads.num_blocks - (train.freezes_trunk and heads.traits.first_head_has_block)
-    backward = all_heads.backward + blocks * heads.block_layers * recomputed
-    by_mode = {
-        "eager": Passes(all_heads.forward + backward, 0),
-        "recompute": Passes(all_heads.forward, all_heads.forward + backward),
-        "naive": Passes(all_heads.forward, backward),
-    }
-    trained_layer = 0 if train.freezes_trunk else layer.backward + recomputed
-    return Parts(Passes(0, 0), Passes(layer.forward, trained_layer), by_mode[heads.loss_mode], heads.count)
+    def stages(self, stages: Sequence[Stage]) -> list[Passes]:
+        """Return the costs of all stages of a pipeline. Head 1 is on the first stage with heads."""
+        with_head_1 = next(index for index, stage in enumerate(stages) if stage.heads)
+        return [self.stage(stage, index == 0, index == with_head_1) for index, stage in enumerate(stages)]

@@ -1,12 +1,13 @@
 """Work of one rank of a pipeline stage: FLOPs of each pass of a micro-batch and bytes that it sends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mtp_dist.config import Config, LowRankConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
 from mtp_dist.planner.activations import element_bytes, hidden_bytes, local_tokens, micro_batch_tokens
+from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.weights import Weight, heads_have_embedding, layer_weights, local_vocab_size, stage_weights
 
 
@@ -57,53 +58,98 @@ class _Work:
         """Return the work of a part that is frozen and passes no gradient on."""
         return _Work(forward=self.forward, forward_bytes=self.forward_bytes)
 
+    def in_loss_mode(self, mode: str) -> "_Work":
+        """Return the work of heads under `heads.loss_mode`."""
+        if mode == "naive":
+            return self
+        both = self.forward + self.backward + self.recomputed
+        both_bytes = self.forward_bytes + self.backward_bytes + self.recomputed_bytes
+        if mode == "eager":
+            return _Work(forward=both, forward_bytes=both_bytes)
+        return _Work(self.forward, both, forward_bytes=self.forward_bytes, backward_bytes=both_bytes)
 
-def stage_cost(config: Config, stage: int, trunk_layers: int, heads: int | None = None) -> StageCost:
-    """Return the work of a rank of a pipeline stage, counted from 0, that holds so many trunk layers.
+    @property
+    def flops(self) -> Passes:
+        return Passes(self.forward, self.backward + self.recomputed)
 
-    heads: number of the stage's heads; by default all on the last stage.
+    @property
+    def bytes(self) -> Passes:
+        return Passes(self.forward_bytes, self.backward_bytes + self.recomputed_bytes)
+
+
+def part_flops(config: Config) -> Parts:
+    """Return the FLOPs of one rank for a micro-batch, see `part_work`."""
+    return part_work(config)[0]
+
+
+def part_work(config: Config) -> tuple[Parts, Parts]:
+    """Return the FLOPs of one rank for a micro-batch, and its bytes to the tensor-parallel ranks.
 
     FLOPs are those of the matrix products. The attention's are those of the causal half, unless documents are kept
     apart, which takes a mask; its backward pass has five products for the forward pass's two, as in FlashAttention.
     """
-    is_first, is_last = stage == 0, stage == config.parallel.stages - 1
-    if heads is None:
-        heads = config.heads.count if is_last else 0
-    trunk = _layer(config, layer_weights(config, "trunk")) * trunk_layers
-    if is_first:
-        trunk += _embedding_work(config)
-        if config.train.low_rank and trunk_layers:
-            trunk += _Work(backward=-_first_input_flops(config, config.train.low_rank))
+    layer, embedding = _layer(config, layer_weights(config, "trunk")), _embedding_work(config)
     if config.train.freezes_trunk:
-        trunk = trunk.without_backward()
-    # DeepSpeed differentiates the tensors that a stage sends one by one, all the way to the stage's begin.
-    passes = 2 if config.heads.weighted_hidden_states and not config.heads.detach and not is_last else 1
-    forward, backward = trunk.forward, passes * (trunk.backward + trunk.recomputed)
-    forward_bytes, backward_bytes = trunk.forward_bytes, passes * (trunk.backward_bytes + trunk.recomputed_bytes)
-    if heads:
-        work = _heads(config, stage == config.parallel.stages - config.heads.stages, heads)
-        both = work.forward + work.backward + work.recomputed
-        both_bytes = work.forward_bytes + work.backward_bytes + work.recomputed_bytes
-        mode = config.heads.loss_mode
-        forward += both if mode == "eager" else work.forward
-        forward_bytes += both_bytes if mode == "eager" else work.forward_bytes
-        if mode != "eager":
-            backward += both if mode == "recompute" else both - work.forward
-            backward_bytes += both_bytes if mode == "recompute" else both_bytes - work.forward_bytes
+        layer, embedding = layer.without_backward(), embedding.without_backward()
+    head_1, later_head = (work.in_loss_mode(config.heads.loss_mode) for work in (_head_1(config), _later_head(config)))
+    count, passes, low_rank = config.heads.count, backward_passes(config), config.train.low_rank
+    input_grad = _first_input_flops(config, low_rank) if low_rank else 0
+    return (
+        Parts(embedding.flops, layer.flops, head_1.flops, later_head.flops, count, passes, input_grad),
+        Parts(embedding.bytes, layer.bytes, head_1.bytes, later_head.bytes, count, passes),
+    )
+
+
+def backward_passes(config: Config) -> int:
+    """Return how often a stage without heads runs backward for a micro-batch.
+
+    DeepSpeed differentiates the tensors that a stage sends one by one, all the way to the beginning of the stage.
+    """
+    return 2 if config.heads.weighted_hidden_states and not config.heads.detach else 1
+
+
+def stage_cost(config: Config, stage: int, trunk_layers: int, heads: int | None = None) -> StageCost:
+    """Return the work of one rank of a pipeline stage, counted from 0, with a number of trunk layers.
+
+    heads: number of the stage's heads; by default all on the last stage.
+    """
+    if heads is None:
+        heads = config.heads.count if stage == config.parallel.stages - 1 else 0
+    return _stage_cost(config, part_work(config), stage, Stage(trunk_layers, heads))
+
+
+def stage_costs(config: Config, stages: Sequence[Stage]) -> list[StageCost]:
+    """Return the work of one rank of each stage."""
+    work, last, with_head_1 = part_work(config), len(stages) - 1, len(stages) - config.heads.stages
+    found: dict[object, StageCost] = {}
+    costs = []
+    for index, stage in enumerate(stages):
+        kind = stage, index == 0, index == with_head_1, index == last
+        if kind not in found:
+            found[kind] = _stage_cost(config, work, index, stage)
+        costs.append(found[kind])
+    return costs
+
+
+def _stage_cost(config: Config, work: tuple[Parts, Parts], index: int, stage: Stage) -> StageCost:
+    """Return the work of a stage from that of its parts."""
+    is_first, is_last = index == 0, index == config.parallel.stages - 1
+    has_head_1 = index == config.parallel.stages - config.heads.stages
+    flops, tensor_bytes = (parts.stage(stage, is_first, has_head_1) for parts in work)
     sent = hidden_bytes(config) * (2 if config.heads.weighted_hidden_states else 1)
     return StageCost(
-        forward_flops=forward,
-        backward_flops=backward,
-        forward_tensor_bytes=forward_bytes,
-        backward_tensor_bytes=backward_bytes,
+        forward_flops=flops.forward,
+        backward_flops=flops.backward,
+        forward_tensor_bytes=tensor_bytes.forward,
+        backward_tensor_bytes=tensor_bytes.backward,
         next_stage_bytes=0 if is_last else sent,
         previous_stage_bytes=0 if is_first or config.train.freezes_trunk else sent,
-        data_bytes=_data_bytes(config, stage, trunk_layers, heads),
+        data_bytes=_data_bytes(config, index, stage.layers, stage.heads),
     )
 
 
 def _products(weights: Iterable[Weight], tokens: int) -> _Work:
-    """Return the work of multiplying so many positions with each matrix; a frozen matrix has no gradient itself."""
+    """Return the work of multiplying each matrix with `tokens` positions; a frozen matrix has no gradient itself."""
     matrices = [weight for weight in weights if len(weight.shape) == 2]
     forward = sum(2 * tokens * weight.elements for weight in matrices)
     trained = sum(2 * tokens * weight.elements for weight in matrices if weight.is_trained)
@@ -162,25 +208,28 @@ def _embedding_work(config: Config) -> _Work:
     return _Work(forward_bytes=2 * collective)
 
 
-def _heads(config: Config, has_head_1: bool, count: int) -> _Work:
-    """Return the work of so many heads and their losses."""
+def _head_1(config: Config) -> _Work:
+    """Return the work of head 1 and its losses."""
     heads = config.heads
-    first = _unembedding(config, is_first=True)
+    work = _unembedding(config, is_first=True)
     if heads.traits.first_head_has_block:
-        first += _block(config, "head_1")
+        work += _block(config, "head_1")
     if config.train.freezes_trunk:
-        first = first.without_backward()
-    other = _unembedding(config, is_first=False)
-    other += _block(config, "heads")
-    if rank := condition_rank(heads, config.model.hidden_size):
-        condition = Weight((config.model.hidden_size, rank), "heads", is_trained=True)
-        other += _products([condition], local_tokens(config))
-    work = first * has_head_1 + other * (count - has_head_1)
+        work = work.without_backward()
     if heads.token_order:
         order = _unembedding(config, is_first=False, is_trained=True)
         if config.train.freezes_trunk:  # its gradient ends at the matrix
             order = _Work(order.forward, order.forward, forward_bytes=order.forward_bytes)
         work += order
+    return work
+
+
+def _later_head(config: Config) -> _Work:
+    """Return the work of one of heads 2..n and its losses."""
+    work = _unembedding(config, is_first=False) + _block(config, "heads")
+    if rank := condition_rank(config.heads, config.model.hidden_size):
+        condition = Weight((config.model.hidden_size, rank), "heads", is_trained=True)
+        work += _products([condition], local_tokens(config))
     return work
 
 

@@ -29,7 +29,7 @@ def measure(config: Config, fake: bool) -> tuple[list[tuple[float, ...]], tuple[
         parts = measured_partition.measure_parts(config, topology)
         measured = measured_partition.with_measured_partition(config, topology)
     measured_partition.logger.removeHandler(handler)
-    return [tuple(each) for each in parts[:3]], measured.parallel.partition, logged
+    return [tuple(each) for each in (parts.embedding, parts.layer, parts.heads)], measured.parallel.partition, logged
 
 
 MEASURED = "parallel.partition=measured"
