@@ -12,6 +12,9 @@ from mtp_dist.convert.head_layout import LINEAR, MODEL_TYPES, MTP
 from mtp_dist.convert.json_file import read_json_object
 from mtp_dist.errors import CheckpointError
 
+EXPERT_KEYS = {"num_experts", "num_local_experts", "n_routed_experts"}
+"""Keys of config.json with the number of experts."""
+
 
 def read_config_json(source: Path) -> tuple[Architecture, ConfigKeys]:
     """Return the architecture of a folder's model and its keys in config.json.
@@ -35,7 +38,8 @@ def _architecture(raw: dict[str, Any], source: Path) -> Architecture:
     # Exports for transformers are Llamas, whose further weights mtp_config.json explains.
     architecture = LLAMA if name in (MTP, LINEAR) else ARCHITECTURES.get(name)
     if architecture is None:
-        raise CheckpointError(f"--from = '{source}' has a {name}: only {_listed(ARCHITECTURES)} can be imported")
+        kind = ", a mixture of experts" if raw.keys() & EXPERT_KEYS else ""
+        raise CheckpointError(f"--from = '{source}' has a {name}{kind}: only {_listed(ARCHITECTURES)} can be imported")
     expected = MODEL_TYPES.get(name, architecture.model_type)
     if model_type not in (None, expected):
         raise CheckpointError(

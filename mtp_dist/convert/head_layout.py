@@ -48,12 +48,14 @@ def head_weights(config: Config, architecture: str) -> Iterator[WeightParts]:
         yield "heads.1.linear.weight", ("model.norm.linear.weight",)
     if architecture != MTP:
         return
+    shapes = parameter_shapes(config)
     for number, head in enumerate(range(2, config.heads.count + 1), len(plain_layers(config))):
         block, layer = f"heads.{head_key(config.heads, head)}", f"model.layers.{number}"
         for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight"):
             yield f"{block}.{name}", (f"{layer}.{name}",)
-        for name in LLAMA.layer:
-            yield f"{block}.layers.0.{name}", LLAMA.layer_parts(number, name)
+        prefix = f"{block}.layers.0."
+        for name in (each.removeprefix(prefix) for each in shapes if each.startswith(prefix)):
+            yield f"{prefix}{name}", LLAMA.layer_parts(number, name)
         yield "final_norm.weight", (f"{layer}.shared_head.norm.weight",)
 
 

@@ -29,7 +29,7 @@ class HuggingFaceFolder(WeightFolder):
         self.architecture, self.config = read_config_json(path)
         self.model: dict[str, Any] = self.config.model_section(path)
         """The keys of mtp_dist's section `model`, except the number of layers."""
-        super().__init__(path)
+        super().__init__(path, renamed=self.architecture.renamed)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -56,7 +56,7 @@ class HuggingFaceFolder(WeightFolder):
                 continue
             if name == self.architecture.unembedding:
                 yield f"{name} ({self._check_tied()})"
-            elif name.endswith("rotary_emb.inv_freq"):
+            elif name.endswith(self.architecture.buffers):
                 yield f"{name} (computed from config.json)"
             else:
                 raise CheckpointError(f"{self.label} has weights that mtp_dist does not support, such as {name}")

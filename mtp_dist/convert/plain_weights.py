@@ -1,6 +1,7 @@
 """The weights of the plain model: trunk and head 1 as a model of transformers that has no other heads.
 
-Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings), so no rows are permuted for it.
+Both rotate channel i of an attention head with channel i + C/2 (rotary embeddings, C rotated channels), so no rows are
+permuted for it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from mtp_dist.config import Config, HeadsConfig, ModelConfig
 from mtp_dist.convert.architectures.registry import architecture_of
-from mtp_dist.model.parameters import head_key
+from mtp_dist.model.parameters import head_key, parameter_shapes
 
-QKV, GATE_AND_UP = "self_attention.linear_qkv.weight", "mlp.linear_fc1.weight"
+QKV, FC1 = ".self_attention.linear_qkv.", ".mlp.linear_fc1."
+"""Parts of the global names of weights and biases that several of a plain model may form."""
 
 
 def layers_after_trunk(heads: HeadsConfig) -> list[str]:
@@ -32,45 +34,56 @@ def plain_weights(config: Config) -> dict[str, tuple[str, ...]]:
 
     The keys are global names in forward order.
     """
-    architecture = architecture_of(config.model)
+    architecture, shapes = architecture_of(config.model), parameter_shapes(config)
     names: dict[str, tuple[str, ...]] = {"embedding.weight": (architecture.embedding,)}
     for number, layer in enumerate(plain_layers(config)):
-        names |= {f"{layer}.{name}": architecture.layer_parts(number, name) for name in architecture.layer}
-    names["final_norm.weight"] = (architecture.final_norm,)
+        own = (name.removeprefix(f"{layer}.") for name in shapes if name.startswith(f"{layer}."))
+        names |= {
+            f"{layer}.{name}": architecture.layer_parts(number, name) for name in own if architecture.has_part(name)
+        }
+    for kind in ("weight", "bias"):
+        if f"final_norm.{kind}" in shapes:
+            names[f"final_norm.{kind}"] = (f"{architecture.final_norm}.{kind}",)
     if not config.model.tie_embeddings:
         separate = config.heads.unembedding == "separate"
         names["unembeddings.1.weight" if separate else "unembedding.weight"] = (architecture.unembedding,)
     return names
 
 
+def _layout(name: str, rows: int, model: ModelConfig) -> tuple[int, list[int]]:
+    """Return the number of groups of rows in the weight of that global name, and the rows per part in each of them.
+
+    rows: number of rows if the weight is a single one of the plain model.
+    """
+    is_split = any(len(parts) > 1 for parts in architecture_of(model).layer.values())
+    if QKV in name and is_split:
+        queries = model.num_attention_heads // model.query_groups
+        return model.query_groups, [queries * model.head_dim, model.head_dim, model.head_dim]
+    if FC1 in name and is_split:
+        return 1, [model.ffn_size, model.ffn_size]
+    return 1, [rows]
+
+
 def split(name: str, weight: Tensor, model: ModelConfig) -> Sequence[Tensor]:
     """Return the plain model's weights that the weight of that global name consists of."""
-    if name.endswith(GATE_AND_UP):
-        return weight.chunk(2)
-    if not name.endswith(QKV):
+    groups, sizes = _layout(name, weight.shape[0], model)
+    if len(sizes) == 1:
         return [weight]
-    queries = model.num_attention_heads // model.query_groups
-    groups = weight.view(model.query_groups, queries + 2, model.head_dim, -1)
-    return [part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1)]
+    return [part.flatten(0, 1) for part in weight.unflatten(0, (groups, sum(sizes))).split(sizes, 1)]
 
 
 def fuse(name: str, parts: Sequence[Tensor], model: ModelConfig) -> Tensor:
     """Return the weight of that global name, made of the plain model's weights: the inverse of `split`."""
-    if name.endswith(QKV):
-        groups = [part.view(model.query_groups, -1, model.head_dim, part.shape[-1]) for part in parts]
-        return torch.cat(groups, 1).flatten(0, 2)
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    groups, sizes = _layout(name, sum(map(len, parts)), model)
+    in_groups = [part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)]
+    return torch.cat(in_groups, 1).flatten(0, 1)
 
 
 def fused_rows(name: str, first: int, last: int, model: ModelConfig) -> Iterator[tuple[int, slice]]:
     """Yield rows first to last - 1 of what `fuse` returns, in order: the number of a part and a range of its rows."""
-    if name.endswith(QKV):
-        queries = model.num_attention_heads // model.query_groups
-        groups, sizes = model.query_groups, [queries * model.head_dim, model.head_dim, model.head_dim]
-    elif name.endswith(GATE_AND_UP):
-        groups, sizes = 1, [model.ffn_size, model.ffn_size]
-    else:
-        groups, sizes = 1, [last]
+    groups, sizes = _layout(name, last, model)
     position = 0
     for group in range(groups):
         for part, size in enumerate(sizes):

@@ -16,6 +16,8 @@ from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
+from mtp_dist.convert.architectures.gpt_neox import GPT_NEOX
+from mtp_dist.convert.architectures.llama import LLAMA
 from mtp_dist.convert.architectures.registry import architecture_of
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.exported import check_export
@@ -154,11 +156,29 @@ def _open_source(
             f"before the final norm, where a {architecture_of(weights.config.model).title} has none: export it with "
             "--for transformers"
         )
+    if engine == "transformers":
+        _check_drafting(source, weights.config)
     if unknown := sorted(weights.shapes().keys() - parameter_shapes(weights.config).keys()):
         raise CheckpointError(f"{source} has the weight {unknown[0]}, which an export has no place for")
     if adapter and weights.metadata.config.train.low_rank is None:
         raise CheckpointError(f"{source} has no low-rank adapters (train.low_rank): leave out --adapter")
     return weights
+
+
+def _check_drafting(source: Path, config: Config) -> None:
+    """Raise CheckpointError if transformers does not draft with the heads of this model."""
+    plain = architecture_of(config.model)
+    reasons = {
+        f"has linear heads on a {plain.title}": config.heads.kind == "linear" and plain is not LLAMA,
+        "has layers of GPT-NeoX": plain is GPT_NEOX,
+        "attends to a window of positions (model.sliding_window)": config.model.sliding_window is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise CheckpointError(
+                f"{source} {reason}: an export --for transformers does not draft with these: leave out --for, and "
+                "draft with mtp-dist generate"
+            )
 
 
 def _write_weights(
@@ -240,7 +260,7 @@ def plain_config(config: Config, end_of_document: int, dtype: str) -> dict[str, 
         "num_hidden_layers": len(plain_layers(config)),
         "num_attention_heads": model.num_attention_heads,
         "max_position_embeddings": config.train.sequence_length,
-        **architecture.config_json(config),
+        **architecture.config_json(model),
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         # Documents follow one another in training, so the token that ends one precedes the next.

@@ -19,9 +19,13 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class WeightFolder:
     """A folder of safetensors files. Its weights are those that transformers would read."""
 
-    def __init__(self, path: Path, option: str = "--from") -> None:
-        """Raise CheckpointError if it has none, or if a file is corrupt. option: the one that names the folder."""
+    def __init__(self, path: Path, option: str = "--from", renamed: Mapping[str, str] | None = None) -> None:
+        """Raise CheckpointError if it has none, or if a file is corrupt.
+
+        option: the one that names the folder. renamed: new names of weights by their names in the files.
+        """
         self.path, self.label = path, f"{option} = '{path}'"
+        self._renamed, self._names = renamed or {}, dict[str, str]()
         self.files = self._weight_files()
         self.weight_map: dict[str, str] = {}
         self.shapes: dict[str, list[int]] = {}
@@ -56,13 +60,14 @@ class WeightFolder:
         """List the tensors of all files, whichever file the index names for them, as transformers does."""
         for file in self.files:
             with self._open(file) as opened:
-                for name in opened.keys():  # noqa: SIM118, not a dict
+                for stored in opened.keys():  # noqa: SIM118, not a dict
+                    name = self._renamed.get(stored, stored)
                     if name in self.weight_map:
                         raise CheckpointError(
                             f"{self.label} has {name} in {self.weight_map[name]} and in {file}: remove one"
                         )
-                    self.weight_map[name] = file
-                    self.shapes[name] = opened.get_slice(name).get_shape()
+                    self.weight_map[name], self._names[name] = file, stored
+                    self.shapes[name] = opened.get_slice(stored).get_shape()
 
     def _open(self, name: str) -> Any:
         try:
@@ -83,7 +88,7 @@ class WeightFolder:
     def read(self, name: str) -> Tensor:
         """Return a weight as it is stored. Raise CheckpointError if it is corrupt or not in floating point."""
         with self._open(self.weight_map[name]) as file:
-            return self._checked(name, lambda: file.get_tensor(name))
+            return self._checked(name, lambda: file.get_tensor(self._names[name]))
 
     def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
         """Return a block of a weight as it is stored. Its file stays open for further blocks.
@@ -93,7 +98,7 @@ class WeightFolder:
         file = self.weight_map[name]
         if file not in self._opened:
             self._opened[file] = self._open(file)
-        return self._checked(name, lambda: self._opened[file].get_slice(name)[block])
+        return self._checked(name, lambda: self._opened[file].get_slice(self._names[name])[block])
 
     def _checked(self, name: str, read: Callable[[], Tensor]) -> Tensor:
         try:

@@ -13,7 +13,9 @@ from mtp_dist.checkpoint.format import InvalidCheckpointError
 from mtp_dist.checkpoint.manifest import ProgressCallback, check_weights
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.config import Config
-from mtp_dist.convert.architectures.llama import LAYER
+from mtp_dist.convert.architectures.base import Architecture
+from mtp_dist.convert.architectures.llama import LLAMA
+from mtp_dist.convert.architectures.registry import architecture_of
 from mtp_dist.convert.exported import exported_weights
 from mtp_dist.convert.plain_weights import plain_weights, split
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
@@ -107,22 +109,25 @@ def _finite(weights: Iterable[tuple[str, Tensor]], label: str, is_export: bool) 
 
 def model_weights(config: Config, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights of an MTPForCausalLM, made of the full weights by global name."""
-    in_plain = plain_weights(config)
-    linear = config.heads.kind == "linear"
+    in_plain, architecture = plain_weights(config), architecture_of(config.model)
+    norm = LLAMA.final_norm
+    renamed = {  # an MTPForCausalLM has the names of a Llama, except in its layers
+        architecture.embedding: LLAMA.embedding,
+        f"{architecture.layers}.": f"{LLAMA.layers}.",
+        f"{architecture.final_norm}.": f"{norm}.norm." if config.heads.kind == "linear" else f"{norm}.",
+        architecture.unembedding: LLAMA.unembedding,
+        "draft_blocks.1.linear.": f"{norm}.linear.",
+    }
     for name, weight in weights:
         if name == "token_order.weight":
             continue
-        parts = in_plain.get(name) or _draft_names(name)
-        if linear:
-            replaced = {
-                "model.norm.weight": "model.norm.norm.weight",
-                "draft_blocks.1.linear.weight": "model.norm.linear.weight",
-            }
-            parts = tuple(replaced.get(part, part) for part in parts)
+        parts = in_plain.get(name) or _draft_names(name, architecture)
+        for name_there, name_here in renamed.items():
+            parts = tuple(part.replace(name_there, name_here) for part in parts)
         yield from zip(parts, split(name, weight, config.model), strict=True)
 
 
-def _draft_names(name: str) -> tuple[str, ...]:
+def _draft_names(name: str, architecture: Architecture) -> tuple[str, ...]:
     """Return the names in an MTPForCausalLM that a weight of heads 2..n has, one for each of its parts."""
     if name == STATE_WEIGHTS:
         return (name,)
@@ -130,6 +135,6 @@ def _draft_names(name: str) -> tuple[str, ...]:
     if group in ("unembeddings", "condition"):
         return (f"draft_{group}.{key}.{rest}",)
     depth, _, weight = rest.removeprefix("layers.").partition(".")
-    if weight in LAYER:
-        return tuple(f"draft_blocks.{key}.layers.{depth}.{part}" for part in LAYER[weight])
+    if architecture.has_part(weight):
+        return architecture.layer_parts(int(depth), weight, f"draft_blocks.{key}.layers")
     return (f"draft_blocks.{key}.{rest}",)

@@ -1,4 +1,4 @@
-"""Trunk and heads for generation: a Llama of transformers, and the blocks of heads 2..n."""
+"""Trunk and heads for generation: a model of transformers, and the blocks of heads 2..n."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 from transformers.utils import logging as transformers_logging
 
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.errors import CheckpointError
 from mtp_dist.inference.adaptive import AdaptiveLength, MeasuredAcceptance
+from mtp_dist.inference.backbone import BACKBONES, new_norm
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.configuration import MTPConfig, generation_model_config
 from mtp_dist.inference.decoding import decode
@@ -46,12 +46,12 @@ ONLY_TRANSFORMERS = (
 
 
 class LinearFirstHead(nn.Module):
-    """The matrix and the final norm of head 1 of kind `linear`, in the place of the Llama's final norm."""
+    """The matrix and the final norm of head 1 of kind `linear`, in the place of the final norm."""
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = new_norm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.norm(self.linear(hidden))
@@ -64,26 +64,26 @@ class DraftBlock(nn.Module):
         super().__init__()
         width, kind = config.hidden_size, config.heads.traits
         # Their places in the cache are set before each call: a repeated block has one for each head.
-        self.layers = nn.ModuleList(LlamaDecoderLayer(config, 0) for _ in range(config.heads.block_layers))
+        _, layer = BACKBONES[config.backbone]
+        self.layers = nn.ModuleList(layer(config, 0) for _ in range(config.heads.block_layers))
         for name, shape in kind.weights.items():
-            module = (
-                LlamaRMSNorm(width, config.rms_norm_eps)
-                if len(shape) == 1
-                else nn.Linear(shape[1] * width, shape[0] * width, bias=False)
-            )
+            module = new_norm(config) if len(shape) == 1 else nn.Linear(shape[1] * width, shape[0] * width, bias=False)
             self.add_module(name.removesuffix(".weight"), module)
 
 
 class MTPForCausalLM(LlamaForCausalLM):
     """A trained model of any kind of heads: called and generated from like a Llama, it predicts with head 1.
 
-    The Llama's layers are those of the trunk, then those of head 1.
+    The layers of `model`, of the class that the architecture has, are those of the trunk, then those of head 1.
     """
 
     config_class = MTPConfig
+    _no_split_modules = [layer.__name__ for _, layer in BACKBONES.values()]  # noqa: RUF012, as transformers has it
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__(config)
+        if config.backbone != "llama":
+            self.model = BACKBONES[config.backbone][0](config)
         self.heads = heads = config.heads
         kind = heads.traits
         keys = {k: str(head_key(heads, k)) for k in range(2, heads.count + 1)}
@@ -179,7 +179,7 @@ class MTPForCausalLM(LlamaForCausalLM):
 
     @property
     def num_cache_layers(self) -> int:
-        """Number of transformer layers with keys and values: the Llama's, then those of heads 2..n."""
+        """Number of transformer layers with keys and values: the model's, then those of heads 2..n."""
         return self.config.num_hidden_layers + self.num_draft_layers
 
     @property
@@ -195,12 +195,12 @@ class MTPForCausalLM(LlamaForCausalLM):
         """
         cache.span = span
         hidden = self.model.embed_tokens(token_ids)
-        rotary = self.model.rotary_emb(hidden, span.positions)
+        rotary, mask = self.model.rotary_emb(hidden, span.positions), span.mask_within(self.config.sliding_window)
         read_depths, state_weights = self._read_depths(), self._state_weights()
         weighted_sum = state_weights[0] * hidden if state_weights else None
         read: list[Tensor] = []
         for depth, layer in enumerate(self.model.layers, 1):
-            hidden = layer(hidden, attention_mask=span.mask, position_embeddings=rotary, cache=cache)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cache=cache)
             if weighted_sum is not None and depth < len(state_weights):
                 weighted_sum = weighted_sum.to(hidden.device) + state_weights[depth] * hidden
             if depth in read_depths:
@@ -215,7 +215,7 @@ class MTPForCausalLM(LlamaForCausalLM):
         return weights
 
     def _read_depths(self) -> list[int]:
-        """Return the numbers of layers of the Llama after which the other heads read its hidden states."""
+        """Return the numbers of layers of the model after which the other heads read its hidden states."""
         heads, trunk = self.heads, self.config.trunk_layers
         match heads.traits.reads:
             case "trunk":
@@ -247,10 +247,11 @@ class MTPForCausalLM(LlamaForCausalLM):
             before = block.eh_proj(torch.cat([block.enorm(embedded), block.hnorm(before)], -1))
         state.cache.span = state.span
         state.rotary = state.rotary or self.model.rotary_emb(before, state.span.positions)
+        mask = state.span.mask_within(self.config.sliding_window)
         first = self.config.num_hidden_layers + (k - 2) * heads.block_layers
         for index, layer in enumerate(block.layers, first):
             layer.self_attn.layer_idx = index
-            before = layer(before, attention_mask=state.span.mask, position_embeddings=state.rotary, cache=state.cache)
+            before = layer(before, attention_mask=mask, position_embeddings=state.rotary, cache=state.cache)
         return before
 
     def _block(self, k: int) -> Any:

@@ -29,6 +29,16 @@ class Span:
     mask: Tensor | None
     """`[B or 1, 1, q, end]`, True if a token attends to a slot; None if each attends to all up to its own."""
 
+    def mask_within(self, window: int | None) -> Tensor | None:
+        """Return `mask`, and nothing attended to that is `window` positions or more before the token."""
+        if window is None:
+            return self.mask
+        slots = torch.arange(self.end, device=self.positions.device)
+        mask = (slots <= self.positions[..., None])[:, None] if self.mask is None else self.mask
+        # The drafts of a tree are in slots that are not their positions.
+        in_slots = slots.repeat(len(self.positions), 1).scatter(1, self.slots, self.positions)
+        return mask & (self.positions[..., None] - in_slots[:, None] < window)[:, None]
+
 
 def causal_span(positions: Tensor, firsts: Sequence[int]) -> Span:
     """Return the span of consecutive positions `[B, q]`, which begin with `firsts`."""

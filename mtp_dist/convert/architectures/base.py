@@ -1,14 +1,13 @@
 """What the conversion needs of an architecture: its keys in config.json and the names of its weights."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 
-from mtp_dist.config import Config
-from mtp_dist.convert.rope import read_rope
+from mtp_dist.config import ModelConfig
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 
@@ -23,7 +22,6 @@ class ConfigKeys(BaseModel):
     num_attention_heads: Size
     num_hidden_layers: Size
     vocab_size: Size
-    head_dim: Size | None = None
     max_position_embeddings: Size = 2048
     rope_theta: PositiveFloat | None = None
     partial_rotary_factor: float | None = None
@@ -45,23 +43,15 @@ class ConfigKeys(BaseModel):
             "num_attention_heads": self.num_attention_heads,
             "ffn_hidden_size": self.intermediate_size,
             "vocab_size": self.vocab_size,
-            **read_rope(self.model_dump(), source),
             "tie_embeddings": bool(self.tie_word_embeddings),
         }
 
     def unsupported(self) -> dict[str, str | None]:
-        """Return why mtp_dist does not support the value of a key, or None if it does."""
-        head_dim = self.hidden_size / self.num_attention_heads
+        """Return, by key, why mtp_dist does not support its value, or None if it does."""
         return {
-            "head_dim": f"only hidden_size / num_attention_heads = {head_dim:g} is supported"
-            if (self.head_dim or head_dim) != head_dim
-            else None,
             "quantization_config": None
             if self.quantization_config is None
             else "only weights in floating point can be imported",
-            "partial_rotary_factor": None
-            if self.partial_rotary_factor in (None, 1)
-            else "rotary embeddings of a part of the channels are not supported",
             "transformers_weights": None
             if self.transformers_weights is None
             else "only weights in model.safetensors, or in the files of its index, can be imported",
@@ -70,7 +60,7 @@ class ConfigKeys(BaseModel):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of transformers, whose models can be imported, and exported if it has `config_json`."""
+    """A class of transformers whose models are imported and exported."""
 
     name: str
     """Name of the class, as in `architectures` of config.json."""
@@ -79,17 +69,33 @@ class Architecture:
     model_type: str
     """The key of config.json by which transformers selects the class."""
     keys: type[ConfigKeys]
+    computes: Callable[[ModelConfig], bool]
+    """Whether a model of this class computes what the section `model` defines."""
+    config_json: Callable[[ModelConfig], dict[str, Any]]
+    """The keys of config.json that depend on the architecture."""
     embedding: str
     """Name of the embedding's weight."""
     layers: str
     """Name of the list of layers."""
     layer: Mapping[str, tuple[str, ...]]
-    """Names in a layer of the weights that each weight of one of mtp_dist's layers consists of."""
+    """Modules in a layer whose weights, and biases, each module of one of mtp_dist's layers consists of."""
     final_norm: str
+    """Name of the module."""
     unembedding: str
-    config_json: Callable[[Config], dict[str, Any]]
-    """Function that returns the keys of config.json which depend on the architecture."""
+    """Name of the weight."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Other names that files have for a weight, with its name here."""
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Ends of the names of tensors in files which transformers computes from config.json instead."""
 
-    def layer_parts(self, number: int, name: str) -> tuple[str, ...]:
-        """Return the names of the weights that a layer's weight of that name consists of."""
-        return tuple(f"{self.layers}.{number}.{part}" for part in self.layer[name])
+    def layer_parts(self, number: int, name: str, layers: str | None = None) -> tuple[str, ...]:
+        """Return the names of the weights that a layer's weight of that name consists of.
+
+        layers: name of the list of layers, by default the model's own.
+        """
+        module, _, kind = name.rpartition(".")
+        return tuple(f"{layers or self.layers}.{number}.{part}.{kind}" for part in self.layer[module])
+
+    def has_part(self, name: str) -> bool:
+        """Return whether a layer's weight of that name is one of the architecture, not of a low-rank adapter."""
+        return name.rpartition(".")[0] in self.layer

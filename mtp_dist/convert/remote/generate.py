@@ -6,12 +6,13 @@
 Greedy text is that of plain generation; sampled text has the same distribution, but is another text at the same seed.
 One text at a time is drafted; batches, beams and every other mode of `generate` run as without this file.
 
-The Llama is trunk and head 1; the other heads are in `mtp_heads.safetensors`. Each step runs the Llama once on the
+The model is trunk and head 1; the other heads are in `mtp_heads.safetensors`. Each step runs the model once on the
 newest token and the drafts, keeps the drafts that head 1 accepts and one token of its own, and lets the heads draft
 again from the hidden states at the last accepted position.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,19 @@ def verify(draft: Tensor, proposal: Tensor, target: Tensor) -> tuple[Tensor, boo
     return pick(missing if missing.any() else target), False
 
 
+LAYER = {
+    "input_layernorm": ("input_layernorm",),
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.q_layernorm": ("self_attn.q_norm",),
+    "self_attention.k_layernorm": ("self_attn.k_norm",),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
+"""Modules of a layer of the model that each module of a layer of a head consists of."""
+
+
 class Heads:
     """Weights and settings of heads 2..n on the device of the model's unembedding."""
 
@@ -137,12 +151,12 @@ class Heads:
         last = trunk_layers - 1 if self.kind == "parallel" else model.config.num_hidden_layers - 1
         between = self.layers_per_head if self.kind == "anticausal" else 0
         self.reads = {k: last - (k - 1) * between for k in range(2, self.count + 1)}
-        """Layer of the Llama whose output head k reads, by k."""
+        """Layer of the model whose output head k reads, by k."""
         logits = self.weights.get("weighted_hidden_states.logits", torch.empty(0))
         self.state_weights: list[float] = logits.float().softmax(0).tolist()
         """Weights of the outputs of the embedding and of each trunk layer in the sum that heads read; empty without."""
         self.collected = range(-1, trunk_layers) if self.state_weights else self.reads.values()
-        """Layers of the Llama whose outputs are read; -1 is the embedding."""
+        """Layers of the model whose outputs are read; -1 is the embedding."""
         depths = range(self.layers_per_head if self.kind in ("parallel", "causal", "sequential") else 0)
         self.layers = {k: [self._layer(k, depth) for depth in depths] for k in self.reads}
 
@@ -159,28 +173,24 @@ class Heads:
         return self.weights[f"heads.{'repeated' if self.repeated else head}.{name}.weight"]
 
     def _layer(self, head: int, depth: int) -> nn.Module:
-        """Return a layer as the Llama's, with a place of its own in the drafter's cache."""
+        """Return a layer as the model's, with a place of its own in the drafter's cache."""
         config, prefix = self.model.config, "layers." * (self.kind == "sequential") + str(depth)
         with torch.device("meta"):
-            layer: nn.Module = type(self.model.model.layers[0])(config, (head - 2) * self.layers_per_head + depth)
-        get = functools.partial(self.weight, head)
-        queries = config.num_attention_heads // config.num_key_value_heads
-        groups = get(f"{prefix}.self_attention.linear_qkv").unflatten(0, (config.num_key_value_heads, queries + 2, -1))
-        query, key, value = (part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1))
-        gate, up = get(f"{prefix}.mlp.linear_fc1").chunk(2)
-        weights = {
-            "input_layernorm": get(f"{prefix}.input_layernorm"),
-            "self_attn.q_proj": query,
-            "self_attn.k_proj": key,
-            "self_attn.v_proj": value,
-            "self_attn.o_proj": get(f"{prefix}.self_attention.linear_proj"),
-            "post_attention_layernorm": get(f"{prefix}.pre_mlp_layernorm"),
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": get(f"{prefix}.mlp.linear_fc2"),
-        }
-        layer.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, assign=True)
-        return layer.eval()
+            layer: Any = type(self.model.model.layers[0])(config, 0)
+        layer.self_attn.layer_idx = (head - 2) * self.layers_per_head + depth
+        queries, weights = config.num_attention_heads // config.num_key_value_heads, dict[str, Tensor]()
+        for name, kind in itertools.product(LAYER, ("weight", "bias")):
+            weight = self.weights.get(f"heads.{'repeated' if self.repeated else head}.{prefix}.{name}.{kind}")
+            if weight is None:
+                continue
+            parts = weight.chunk(len(LAYER[name]))
+            if name == "self_attention.linear_qkv":
+                groups = weight.unflatten(0, (config.num_key_value_heads, queries + 2, -1))
+                parts = tuple(part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1))
+            weights |= {f"{own}.{kind}": part for own, part in zip(LAYER[name], parts, strict=True)}
+        layer.load_state_dict(weights, assign=True)
+        module: nn.Module = layer.eval()
+        return module
 
     def block_input(self, head: int, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return what the head's layers read. tokens: those before the head's targets."""
@@ -212,14 +222,14 @@ class Drafter:
     def __init__(self, heads: Heads) -> None:
         self.heads, self.cache = heads, DynamicCache()
         self.kept: dict[int, Tensor] = {}
-        """Outputs of the Llama's layers at positions that a `sequential` head has only run with drafts."""
+        """Outputs of the model's layers at positions that a `sequential` head has only run with drafts."""
         self.recent: dict[int, Tensor] = {}
         """Outputs of each head at the last positions: those of which its drafts are still ahead."""
 
     def draft(self, text: Tensor, outputs: dict[int, Tensor], probabilities: Callable[[Tensor, Tensor], Tensor]) -> Any:
         """Return the next tokens after a text `[1, N]`, each with the distribution that it was drawn from.
 
-        outputs: of the Llama's layers at the newest positions, up to N - 2; the newest token has none yet.
+        outputs: of the model's layers at the newest positions, up to N - 2; the newest token has none yet.
         """
         heads, model, drafts = self.heads, self.heads.model, list[tuple[Tensor, Tensor]]()
         outputs = {layer: torch.cat([self.kept.get(layer, x[:, :0]), x], 1) for layer, x in outputs.items()}
@@ -253,7 +263,7 @@ class Drafter:
 
 @contextmanager
 def outputs_of_layers(model: Any, numbers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of the Llama's layers with these numbers while it runs; -1 is the embedding."""
+    """Collect the outputs of the model's layers with these numbers while it runs; -1 is the embedding."""
     outputs: dict[int, Tensor] = {}
 
     def collect(number: int, layer: nn.Module, inputs: Any, output: Tensor) -> None:

@@ -87,11 +87,11 @@ def test_rows_of_fused_weights(data: st.DataObject, groups: int) -> None:
     model = tiny_config(model={"num_query_groups": groups}).model
     rows = model.hidden_size + 2 * groups * model.head_dim
     weight = torch.arange(rows)[:, None].float()
-    parts = split(f"trunk.0.{QKV}", weight, model)
-    assert torch.equal(fuse(f"trunk.0.{QKV}", parts, model), weight)
+    parts = split(f"trunk.0{QKV}weight", weight, model)
+    assert torch.equal(fuse(f"trunk.0{QKV}weight", parts, model), weight)
     first = data.draw(st.integers(0, rows - 1))
     last = data.draw(st.integers(first + 1, rows))
-    pieces = [parts[part][rows] for part, rows in fused_rows(f"trunk.0.{QKV}", first, last, model)]
+    pieces = [parts[part][rows] for part, rows in fused_rows(f"trunk.0{QKV}weight", first, last, model)]
     assert torch.equal(torch.cat(pieces), weight[first:last])
 
 

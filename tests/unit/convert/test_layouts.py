@@ -54,6 +54,12 @@ def in_bf16(folder: Path) -> None:
 NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 TIED = {"tie_word_embeddings": True}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+NEOX = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_act": "gelu"}
+MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+WINDOW = ["sliding_attention"] * 2
+YARN = {"rope_type": "yarn", "factor": 4.0}
 ROPE_500 = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {"rope_parameters": ROPE_500 | LLAMA3_ROPE}
 LINEAR = {"rope_parameters": ROPE_500 | LINEAR_ROPE}
@@ -96,16 +102,36 @@ def test_every_weight_is_the_one_that_transformers_holds(tmp_path: Path, layout:
 REFUSED_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mistral"}, "has model_type = 'mistral' in config.json, its architectures"),
     ({"transformers_weights": "a.safetensors"}, "has transformers_weights = 'a.safetensors' in config.json"),
-    ({"architectures": ["GPT2LMHeadModel"]}, "has a GPT2LMHeadModel: only LlamaForCausalLM and M"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "has a GPT2LMHeadModel: only LlamaForCausalLM, MistralForCausalLM, Qw"),
     ({"hidden_size": None}, "config.json lacks hidden_size"),
-    ({"attention_bias": True}, "has attention_bias = True in config.json: biases of attention are not supported"),
-    ({"mlp_bias": True}, "has mlp_bias = True"),
-    (MISTRAL | {"sliding_window": 9}, "has sliding_window = 9 .*: attention to a window of positions is not supported"),
+    (
+        {"attention_bias": True},
+        "has attention_bias = True .*: biases are supported if attention_bias and mlp_bias are",
+    ),
+    ({"mlp_bias": True}, "has mlp_bias = True in config.json: biases are supported if"),
+    ({"sliding_window": 9}, "has sliding_window = 9 in config.json: a Llama has none"),
+    (
+        QWEN2 | {"use_sliding_window": True, "max_window_layers": 1},
+        "max_window_layers = 1 .* if all layers have it",
+    ),
+    (QWEN2 | {"layer_types": [*WINDOW, "full_attention"]}, "has layer_types = .* a window is supported if all layers"),
+    (QWEN2 | {"layer_types": WINDOW}, "has layer_types = .* give no size"),
+    (
+        QWEN3 | {"attention_bias": True, "head_dim": 8},
+        "has attention_bias = True .*: biases of the attention with",
+    ),
+    (NEOX | {"hidden_act": "gelu_fast"}, "has hidden_act = 'gelu_fast' in config.json: only gelu, the exact one"),
+    (NEOX | {"attention_bias": False}, "has attention_bias = False in config.json: only attention with biases"),
+    (NEOX | {"rotary_pct": 1.5}, "has rotary_pct = 1.5 in config.json: input should be less than or equal to 1"),
+    (MOE | {"num_experts": 60}, "has a Qwen3MoeForCausalLM, a mixture of experts: only Llama.* and GPTNeoXForCausalLM"),
     ({"hidden_act": "gelu"}, "has hidden_act = 'gelu' in config.json: only SwiGLU"),
-    ({"head_dim": 16}, "has head_dim = 16 in config.json: only hidden_size / num_attention_heads"),
     ({"quantization_config": {"bits": 4}}, "has quantization_config = "),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "has rope_scaling = .*'yarn'.*default, linear, llama3"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 8.0}}, "mtp_dist supports the rope types default, linear, llama3"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 8.0}},
+        "has rope_scaling = .*'longrope'.*default, linear",
+    ),
+    ({"rope_scaling": {"type": "su", "factor": 8.0}}, "supports the rope types default, linear, llama3, yarn, dynamic"),
+    ({"rope_scaling": YARN | {"truncate": 1}}, "has rope_scaling = .*: truncate is neither true nor false"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ": it lacks high_freq_factor$"),
     ({"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "mtp_dist does not support full_attention$"),
     ({"rope_scaling": "linear"}, "has rope_scaling = 'linear' .*it is not a JSON object"),

@@ -38,10 +38,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "anticausal_leap": {"kind": "anticausal", "prediction_distances": [1, 3, 4, 7]},
 }
 """The section `heads` of each variant, with four heads unless it has another number."""
+NEOX: dict[str, Any] = {
+    "normalization": "layernorm",
+    "mlp": "gelu",
+    "linear_bias": True,
+    "num_query_groups": 4,
+    "rotary_percent": 0.5,
+}
+NEOX |= {"parallel_residual": True}
 TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, llama3": ("parallel", {"tie_embeddings": True, "rope_scaling": LLAMA3_ROPE}),
     "tied, one group": ("sequential", {"tie_embeddings": True, "num_query_groups": 1}),
     "linear, all groups": ("causal", {"rope_scaling": LINEAR_ROPE, "num_query_groups": 4}),
+    "Llama, biases": ("anticausal", {"linear_bias": True}),
+    "Mistral": ("mlp", {"sliding_window": 3}),
+    "Qwen2": ("sequential", {"qkv_bias": True, "sliding_window": 4}),
+    "Qwen3": ("parallel", {"qk_norm": True, "kv_channels": 12}),
+    "GPT-NeoX": ("sequential", NEOX),
+    "GPT-NeoX, linear": ("linear", NEOX),
 }
 """The variant of the heads and keys of the section `model` of other trunks."""
 
@@ -63,6 +77,8 @@ def tiny_model(variant: str, init_std: float = 0.1, vocab_size: int = VOCAB_SIZE
         for name, weight in reference.named_weights().items():
             if name.endswith("norm.weight"):
                 weight.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.3, generator=generator)
             elif name.startswith("condition."):
                 weight.normal_(0.0, 0.5, generator=generator)
             elif name == STATE_WEIGHTS:
