@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mtp_dist.analysis.marked_text import Mark, MarkedText
 from mtp_dist.config.schema import SourceConfig
 from mtp_dist.config.synthetic import SYNTHETIC_PREFIX, SyntheticConfig
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.files_input import FilesInput
 from mtp_dist.data.sources.python_stdlib import PYTHON_STDLIB, stdlib_files
 from mtp_dist.data.synthetic.choices import Choices

@@ -29,6 +29,10 @@ def prepare(
         str | None, typer.Option(help="Field with prompts, whose tokens no head learns to predict.")
     ] = None,
     completion_field: Annotated[str | None, typer.Option(help="Field with the completions of these prompts.")] = None,
+    messages_field: Annotated[
+        str | None,
+        typer.Option(help="Field with messages, which the chat template writes; only the assistant's are learned."),
+    ] = None,
     glob: Annotated[str | None, typer.Option(help="Files of a folder to read, such as '**/*.py'.")] = None,
     subset: Annotated[str | None, typer.Option(help="Subset of a dataset that has several.")] = None,
     split: Annotated[
@@ -50,15 +54,22 @@ def prepare(
     Hugging Face dataset. The same command continues after it was interrupted.
     """
     from mtp_dist.cli.data_tables import PreparationProgress, describe
+    from mtp_dist.data.chat_template import read_chat_template
     from mtp_dist.data.prepare.prepare import Request
     from mtp_dist.data.prepare.prepare import prepare as make
     from mtp_dist.data.sources.input import InputOptions
 
+    if messages_field and (prompt_field or completion_field):
+        raise ConfigError("--messages-field excludes --prompt-field and --completion-field: remove one or the others")
     if (prompt_field is None) != (completion_field is None):
         raise ConfigError("--prompt-field and --completion-field belong together: give both or neither")
-    if completion_field and field != InputOptions.field:
-        raise ConfigError(f"--field '{field}' has no effect with --completion-field: remove it")
-    options = InputOptions(completion_field or field, glob, subset, split, streaming, prompt_field=prompt_field)
+    if (instead := messages_field or completion_field) and field != InputOptions.field:
+        other = "--messages-field" if messages_field else "--completion-field"
+        raise ConfigError(f"--field '{field}' has no effect with {other}: remove it")
+    template = read_chat_template(tokenizer, "--tokenizer") if messages_field else None
+    options = InputOptions(
+        instead or field, glob, subset, split, streaming, prompt_field=prompt_field, chat_template=template
+    )
     workers = workers or len(os.sched_getaffinity(0))
     request = Request(tuple(inputs), Path(to), tokenizer, options, invalid_utf8, workers, max_text_loss=max_text_loss)
     try:

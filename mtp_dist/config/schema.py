@@ -132,6 +132,12 @@ class DataConfig(Section):
     completion_field: Annotated[str, Field(min_length=1)] | None = None
     """Field of each record with the completion of its prompt, instead of the source's `field`. Records with an empty
     completion are left out."""
+    messages_field: Annotated[str, Field(min_length=1)] | None = None
+    """Field of each record with a conversation, for finetuning: a list of messages, each with a `role` (`system`,
+    `user`, `assistant` or `tool`) and `content`, which the chat template of the tokenizer writes as text. The
+    assistant's turns are learned, up to the token that ends them; all other tokens are read like those of prompts. For
+    JSON lines, JSON, Parquet and datasets; prepared corpora contain what `mtp-dist prepare --messages-field` has
+    marked. By default records have no messages."""
     max_text_loss: Annotated[float, Field(ge=0, le=1)] = MAX_TEXT_LOSS
     """Largest fraction of a source's text, measured on a sample, that may be lost by encoding and decoding: characters
     that the tokenizer has no tokens for, or changes, except whitespace. A source that loses more is rejected."""
@@ -141,6 +147,11 @@ class DataConfig(Section):
     attention_across_documents: bool = True
     """`false`: restrict attention to the position's own document, in the trunk and the heads. On a GPU this excludes
     the flash kernel."""
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether records have tokens that no head learns: prompts, or all but the assistant's turns."""
+        return self.prompt_field is not None or self.messages_field is not None
 
 
 class TrainConfig(Section):

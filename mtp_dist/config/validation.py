@@ -263,17 +263,24 @@ def _incompatible_sources(data: DataConfig) -> Iterator[str]:
 
 
 def _incompatible_fields(data: DataConfig) -> Iterator[str]:
-    if (data.prompt_field is None) != (data.completion_field is None):
+    given = [name for name in ("prompt_field", "completion_field") if getattr(data, name) is not None]
+    if data.messages_field is not None and given:
+        yield (
+            f"data.messages_field = '{data.messages_field}' excludes {' and '.join(f'data.{name}' for name in given)}, "
+            "as the messages contain the prompts: remove one or the other"
+        )
+    elif len(given) == 1:
         yield (
             f"data.prompt_field = {_text(data.prompt_field)} and data.completion_field = "
             f"{_text(data.completion_field)} belong together: give both or neither"
         )
     for section, sources in (("train", data.train), ("validation", data.validation)):
         for number, source in enumerate(sources):
-            if data.completion_field and source.field != SourceConfig(path="-").field:
+            name = "messages_field" if data.messages_field else "completion_field"
+            if getattr(data, name) and source.field != SourceConfig(path="-").field:
                 yield (
-                    f"data.{section}.{number}.field = '{source.field}' has no effect with data.completion_field = "
-                    f"'{data.completion_field}': remove it"
+                    f"data.{section}.{number}.field = '{source.field}' has no effect with data.{name} = "
+                    f"'{getattr(data, name)}': remove it"
                 )
 
 

@@ -40,8 +40,10 @@ class SourceDescription(Section):
 
     inputs: tuple[str, ...]
     field: str
-    """Field with the text, or with the completions if there is a field with prompts."""
+    """Field with the text, with the completions if there is a field with prompts, or with messages."""
     prompt_field: str | None = None
+    chat_template: str | None = None
+    """The template that wrote the messages."""
     glob: str | None
     subset: str | None
     split: str | None
@@ -113,6 +115,10 @@ class Corpus:
     @property
     def has_prompts(self) -> bool:
         return self.description is not None and self.description.prompt_tokens > 0
+
+    @property
+    def has_conversations(self) -> bool:
+        return self.description is not None and self.description.source.chat_template is not None
 
     @property
     def text_loss(self) -> TextLoss:

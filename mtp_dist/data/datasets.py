@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -13,14 +14,21 @@ from numpy.typing import NDArray
 
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.blending import BlendedSamples, first_phase
-from mtp_dist.data.corpus import Corpus, check_document_ends, check_tokenizer, tokens_below, unigram_entropy
+from mtp_dist.data.corpus import (
+    DOCUMENTS_CHECKED,
+    Corpus,
+    check_document_ends,
+    check_tokenizer,
+    tokens_below,
+    unigram_entropy,
+)
 from mtp_dist.data.run_sources import RunSources, content_key
 from mtp_dist.data.samples import Cut, PackedCorpus
 from mtp_dist.data.sources.documents import with_valid_utf8
 from mtp_dist.data.sources.input import Input, Shard
 from mtp_dist.data.streaming import StreamedSamples, TokenStream
 from mtp_dist.data.text_loss import CHECKED_BYTES, TextLoss, measure_text_loss
-from mtp_dist.data.tokenizer import Tokenizer, encode_documents
+from mtp_dist.data.tokenizer import Tokenizer, encode_documents, without_marks
 from mtp_dist.distributed.launcher import env_rank
 from mtp_dist.errors import ConfigError, DataError, UserError
 
@@ -167,7 +175,9 @@ def _training_samples(config: Config, corpora: _Corpora) -> tuple[TrainingSample
     if config.data.train[0].stream:
         inputs = {key: corpora.sources.input(source, key) for key, source in sources.items()}
         for key, key_input in inputs.items():
-            corpora.check_stream(key_input, key)
+            corpora.check_prompts(config.data.has_prompts, config.data.messages_field is not None, key)
+            with _naming_source(key, sources[key]):
+                corpora.check_stream(key_input, key)
         shards = [Shard(index, config.data.stream_shards) for index in range(config.data.stream_shards)]
         streams = [
             [
@@ -205,8 +215,9 @@ class _Corpora:
         content = content_key(source)
         if content not in self._opened:
             corpus = self.sources.corpus(source, key)
-            has_prompts = corpus.has_prompts if corpus else self.config.data.prompt_field is not None
-            self.check_prompts(has_prompts, key)
+            has_prompts = corpus.has_prompts if corpus else self.config.data.has_prompts
+            has_conversations = corpus.has_conversations if corpus else self.config.data.messages_field is not None
+            self.check_prompts(has_prompts, has_conversations, key)
             tokens, num_bytes, fingerprint = self._prepared(corpus, source, key) if corpus else self._read(source, key)
             try:
                 packed = PackedCorpus(tokens, self.config.train.sequence_length, self.config.heads.lookahead)
@@ -223,16 +234,20 @@ class _Corpora:
                     f"{key}.{option} does not apply to '{source.path}', which is a prepared corpus: remove the key, or "
                     "prepare that part as a corpus of its own"
                 )
-        if self.config.data.prompt_field is not None and not corpus.has_prompts:
+        if self.config.data.has_prompts and not corpus.has_prompts:
+            names = ["messages"] if self.config.data.messages_field else ["prompt", "completion"]
+            options = " ".join(f"--{name}-field ..." for name in names)
             raise ConfigError(
-                f"data.prompt_field does not apply to {key}.path = '{source.path}', a prepared corpus without prompts: "
-                "prepare it with `mtp-dist prepare --prompt-field ... --completion-field ...`; to blend texts with and "
-                "without prompts, prepare both and remove the key"
+                f"data.{names[0]}_field does not apply to {key}.path = '{source.path}', a prepared corpus without "
+                f"prompts: prepare it with `mtp-dist prepare {options}`; to blend texts with and without prompts, "
+                "prepare both and remove the key"
             )
         check_tokenizer(corpus, self.sources.tokenizer)
-        keys = ("loss_across_documents", "attention_across_documents")
-        if masks := [f"data.{name} = false" for name in keys if not getattr(self.config.data, name)]:
-            check_document_ends(corpus, self.sources.tokenizer, " and ".join(masks))
+        if masks := self._document_masks():
+            check_document_ends(corpus, self.sources.tokenizer, masks)
+        if corpus.has_conversations:
+            lengths = corpus.document_lengths[:DOCUMENTS_CHECKED]
+            self._check_turn_ends(corpus.tokens[: lengths.sum()], lengths, key)
         self._check_text_loss(corpus.text_loss, key)
         counts = f"{len(corpus.tokens)} tokens, {corpus.documents} documents"
         tokens = tokens_below(self.config.vocab_size, corpus)
@@ -240,17 +255,17 @@ class _Corpora:
 
     def _read(self, source: SourceConfig, key: str) -> tuple[NDArray[Any], int, str]:
         """Return the tokens, in memory, the bytes of text that they represent, and their fingerprint."""
-        label = f"{key}.path = '{source.path}'"
-        enough = None
+        label, enough = f"{key}.path = '{source.path}'", None
         if source.stream:  # in validation: as many tokens as its samples need
             train = self.config.train
             enough = train.validation_samples * train.sequence_length + self.config.heads.lookahead
         parts, num_bytes, num_tokens, num_documents = [], 0, 0, 0
         documents_input, loss = self.sources.input(source, key), TextLoss()
-        try:
+        with _naming_source(key, source):
             for unit in documents_input.units(UNIT_BYTES):
                 documents = list(unit.documents())
                 tokens, lengths = encode_documents(self.sources.tokenizer, documents, unit.location)
+                self._check_turn_ends(tokens, lengths, key)
                 loss.add(measure_text_loss(self.sources.tokenizer, documents, tokens, lengths))
                 parts.append(tokens)
                 num_bytes += sum(map(len, documents))
@@ -258,10 +273,6 @@ class _Corpora:
                 num_tokens += len(tokens)
                 if enough is not None and num_tokens >= enough:
                     break
-        except OSError as error:
-            raise DataError(f"{label}: cannot read {error.filename} ({error.strerror})") from None
-        except UserError as error:
-            raise error if str(error).startswith(key) else type(error)(f"{label}: {error}") from None
         self._check_text_loss(loss, key)
         counts = [f"{num_documents:,} documents, {num_bytes:,} bytes of text", *documents_input.files.describe()]
         if not num_tokens:
@@ -270,8 +281,27 @@ class _Corpora:
         tokens = np.concatenate(parts)
         return tokens, loss.surviving(num_bytes), hashlib.sha256(tokens.data).hexdigest()
 
-    def check_prompts(self, has_prompts: bool, key: str) -> None:
+    def _document_masks(self) -> str:
+        """Return the keys that keep documents apart, with their values; empty if there are none."""
+        names = ("loss_across_documents", "attention_across_documents")
+        return " and ".join(f"data.{name} = false" for name in names if not getattr(self.config.data, name))
+
+    def _check_turn_ends(self, tokens: NDArray[Any], lengths: Sequence[int] | NDArray[Any], key: str) -> None:
+        """Raise ConfigError if documents of these lengths are kept apart, and parts of them would be, too."""
+        tokenizer, masks = self.sources.tokenizer, self._document_masks()
+        if masks and np.count_nonzero(without_marks(tokens) == tokenizer.end_of_document) > np.count_nonzero(lengths):
+            raise ConfigError(
+                f"{key} has conversations in which the end-of-document token of '{tokenizer.name}' also ends turns, so "
+                f"that {masks} would make each turn a document: set it to true"
+            )
+
+    def check_prompts(self, has_prompts: bool, has_conversations: bool, key: str) -> None:
         """Raise ConfigError if a loss would count tokens of prompts."""
+        if has_conversations and self.config.heads.token_order:
+            raise ConfigError(
+                f"heads.token_order ranks the tokens of the next turn, and {key} has conversations, of which only the "
+                "assistant's turns are to be learned: remove heads.token_order"
+            )
         if has_prompts and self.config.heads.token_order and self.config.data.loss_across_documents:
             raise ConfigError(
                 f"heads.token_order ranks the tokens of the next document, and {key} has prompts, which are not to be "
@@ -280,7 +310,6 @@ class _Corpora:
 
     def check_stream(self, source: Input, key: str) -> None:
         """Measure on rank 0 how much text of a stream's first documents the tokenizer loses."""
-        self.check_prompts(self.config.data.prompt_field is not None, key)
         if self.sources.tokenizer.accepts_raw_bytes or env_rank():
             return
         documents: list[bytes] = []
@@ -291,6 +320,7 @@ class _Corpora:
             if num_bytes >= CHECKED_BYTES:
                 break
         tokens, lengths = self.sources.tokenizer.encode_documents(documents)
+        self._check_turn_ends(tokens, lengths, key)
         self._check_text_loss(measure_text_loss(self.sources.tokenizer, documents, tokens, lengths), key)
 
     def _check_text_loss(self, loss: TextLoss, key: str) -> None:
@@ -298,6 +328,17 @@ class _Corpora:
         loss.check(self.config.data.max_text_loss, "data.max_text_loss", f"{key}.path", name)
         if loss.lost_bytes:
             self.descriptions.append(f"{key}: {loss.describe(name)}")
+
+
+@contextmanager
+def _naming_source(key: str, source: SourceConfig) -> Iterator[None]:
+    """Let errors begin with the key and path of the source."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{key}.path = '{source.path}': cannot read {error.filename} ({error.strerror})") from None
+    except UserError as error:
+        raise error if str(error).startswith(key) else type(error)(f"{key}.path = '{source.path}': {error}") from None
 
 
 def _validation_set(

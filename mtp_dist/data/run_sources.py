@@ -8,7 +8,9 @@ from pathlib import Path
 
 from mtp_dist.config import Config, SourceConfig
 from mtp_dist.data.build_tokenizer import build_tokenizer
+from mtp_dist.data.chat_template import read_chat_template
 from mtp_dist.data.corpus import Corpus, corpus_prefix, open_corpus
+from mtp_dist.data.sources.conversations import ChatTemplate
 from mtp_dist.data.sources.input import Input, InputOptions
 from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.tokenizer import Tokenizer
@@ -25,6 +27,11 @@ class RunSources:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return build_tokenizer(self.config.data.tokenizer)
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        """What writes the messages of records, if they have any. Raise ConfigError if the tokenizer has none."""
+        return read_chat_template(self.config.data.tokenizer) if self.config.data.messages_field else None
 
     def open_all(self) -> None:
         """Open every source without reading it. Raise UserError if one is missing or cannot be opened."""
@@ -46,13 +53,14 @@ class RunSources:
             glob = source.glob if Path(source.path).is_dir() else None
             data = self.config.data
             options = InputOptions(
-                data.completion_field or source.field,
+                data.messages_field or data.completion_field or source.field,
                 glob,
                 source.subset,
                 source.split,
                 source.stream,
                 key,
                 prompt_field=data.prompt_field,
+                chat_template=self._chat_template,
                 synthetic=source.options,
             )
             self._inputs[content] = open_inputs([source.path], options)[0]

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from mtp_dist.data.sources.documents import Conversation
 from mtp_dist.data.tokenizer import Ids, Tokenizer, without_marks
 from mtp_dist.errors import DataError
 
@@ -73,12 +74,19 @@ def measure_text_loss(
     for document, length in zip(documents, lengths, strict=True):
         if loss.checked_bytes >= CHECKED_BYTES:
             break
-        decoded = tokenizer.decode(without_marks(tokens[begin : begin + length - 1])) if length else ""
+        decoded = _decode(tokenizer, document, without_marks(tokens[begin : begin + length])) if length else ""
         lost = lost_characters(document.decode(), decoded)
         whitespace = Counter({character: count for character, count in lost.items() if character.isspace()})
         loss.add(TextLoss(len(document), _num_bytes(lost), _num_bytes(whitespace), lost - whitespace))
         begin += length
     return loss
+
+
+def _decode(tokenizer: Tokenizer, document: bytes, ids: Ids) -> str:
+    """Return the text of a document's ids, of which the last one ends it."""
+    if isinstance(document, Conversation):  # special tokens are a part of its text, perhaps also the last one
+        return tokenizer.decode_with_special_tokens(ids)
+    return tokenizer.decode(ids[:-1])
 
 
 def _num_bytes(characters: Counter[str]) -> int:

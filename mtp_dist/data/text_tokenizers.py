@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from numpy.typing import NDArray
 
-from mtp_dist.data.tokenizer import Ids, Tokenizer
+from mtp_dist.data.sources.documents import Conversation
+from mtp_dist.data.tokenizer import Ids, Tokenizer, mark_prompt
 from mtp_dist.errors import ConfigError, DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -109,21 +112,56 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[Ids]:
         texts = decode_utf8(documents)
-        try:
+        with self._naming_unknown_text():
             encodings = self.encode_texts(texts)
-        except Exception as error:  # the library raises nothing narrower
-            raise DataError(
-                f"{self.name!r} has no token for a part of this text ({error}): use a tokenizer with an unknown token, "
-                "or better a byte-level one, which can encode everything"
-            ) from None
         return [np.fromiter(encoding.ids, self.dtype, len(encoding)) for encoding in encodings]
 
     def encode_texts(self, texts: list[str]) -> list[tokenizers.Encoding]:
         """Call the library, which takes nearly all of the time."""
         return self.backend.encode_batch_fast(texts, add_special_tokens=False)
 
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[Ids]:
+        parts = [decode_utf8(conversation.parts) for conversation in conversations]
+        with self._naming_unknown_text():
+            encodings = self._conversation_backend.encode_batch(
+                ["".join(each) for each in parts], add_special_tokens=False
+            )
+        return [self._marked(encoding, each) for encoding, each in zip(encodings, parts, strict=True)]
+
+    @cached_property
+    def _conversation_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, but one that recognizes special tokens, which a chat template writes."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
+
+    def _marked(self, encoding: tokenizers.Encoding, parts: Sequence[str]) -> Ids:
+        """Return the ids of prompts and completions in turn. A token with a character of a completion is learned."""
+        ids = np.array(encoding.ids, dtype=np.int32)
+        starts, ends = np.array(encoding.offsets).reshape(-1, 2).T
+        bounds = list(accumulate(map(len, parts), initial=0))
+        learned = np.zeros(len(ids), dtype=bool)
+        for start, end in zip(bounds[1::2], bounds[2::2], strict=False):
+            learned |= (starts < end) & (ends > start)
+        ids = np.where(learned, ids, mark_prompt(ids))
+        return ids[:-1] if len(ids) and ids[-1] == self.end_of_document else ids
+
+    @contextmanager
+    def _naming_unknown_text(self) -> Iterator[None]:
+        """Turn the library's errors into DataError."""
+        try:
+            yield
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(
+                f"{self.name!r} has no token for a part of this text ({error}): use a tokenizer with an unknown token, "
+                "or better a byte-level one, which can encode everything"
+            ) from None
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
+    def decode_with_special_tokens(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        return self.backend.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
     @cached_property
     def fingerprint(self) -> str:

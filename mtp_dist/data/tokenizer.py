@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mtp_dist.data.sources.documents import PromptedDocument, document_parts
+from mtp_dist.data.sources.documents import Conversation, PromptedDocument, document_parts
 from mtp_dist.errors import DataError, UserError
 
 Ids = NDArray[Any]
@@ -65,6 +65,18 @@ class Tokenizer(ABC):
         """Return the ids of one document."""
         return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
 
+    def encode_conversations(self, conversations: Sequence[Conversation]) -> list[Ids]:
+        """Return the ids of each conversation, those of prompts marked, without an end-of-document token that ends it.
+
+        Raise DataError like `encode_batch`.
+        """
+        assert not conversations, "this tokenizer has no chat template, with which conversations are written"
+        return []
+
+    def decode_with_special_tokens(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        """Return the text of the ids like `decode`, but with the names of special tokens."""
+        return self.decode(ids)
+
     def encode_documents(self, documents: Sequence[bytes]) -> tuple[Ids, list[int]]:
         """Return the ids of all documents in one array, an end-of-document id after each, and the documents' lengths.
 
@@ -72,9 +84,14 @@ class Tokenizer(ABC):
         `encode_batch`. A prompt is encoded on its own, as it is when the model is used, and its ids are marked.
         """
         end = np.array([self.end_of_document], dtype=self.dtype)
-        parts_ids = iter(self.encode_batch([part for document in documents for part in document_parts(document)]))
+        conversations = [document for document in documents if isinstance(document, Conversation)]
+        others = [document for document in documents if not isinstance(document, Conversation)]
+        conversations_ids = iter(self.encode_conversations(conversations))
+        parts_ids = iter(self.encode_batch([part for document in others for part in document_parts(document)]))
         encoded = [
-            np.concatenate([mark_prompt(next(parts_ids)), next(parts_ids)])
+            next(conversations_ids)
+            if isinstance(document, Conversation)
+            else np.concatenate([mark_prompt(next(parts_ids)), next(parts_ids)])
             if isinstance(document, PromptedDocument)
             else next(parts_ids)
             for document in documents

@@ -1,15 +1,17 @@
-"""Finetuning as a user does it: a pretrained model, prompts and completions, other layouts and heads, a restart."""
+"""Finetuning as a user does it: a pretrained model, conversations, other layouts and heads, a restart."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.chat import messages, write_chat_tokenizer
 from tests.integration import jobs
 
 
 def write_records(path: Path) -> None:
-    records = [{"q": f"def f{i}(x, y):\n", "a": f"    return x * {i} + y\n"} for i in range(60)]
+    turns = [[f"def f{i}(x, y):", f"    return x * {i} + y", "shorter", f"    return {i}"] for i in range(40)]
+    records = [{"messages": messages(*each)} for each in turns]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -25,12 +27,14 @@ def validations(folder: Path, name: str, step: int) -> list[float]:
 
 
 def test_finetuning_starts_where_the_pretraining_ended(tmp_path: Path) -> None:
-    config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})
+    tokenizer = str(write_chat_tokenizer(tmp_path / "tokenizer"))
+    data = {"tokenizer": tokenizer}
+    config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False}, data=data)
     train(config, processes=1)
     before = validations(tmp_path / "out", "validation", 2)
     write_records(tmp_path / "records.jsonl")
-    prepare = ["prepare", str(tmp_path / "records.jsonl"), "--to", str(tmp_path / "asked"), "--tokenizer", "bytes"]
-    prepare += ["--prompt-field", "q", "--completion-field", "a", "--workers", "1"]
+    prepare = ["prepare", str(tmp_path / "records.jsonl"), "--to", str(tmp_path / "asked"), "--tokenizer", tokenizer]
+    prepare += ["--messages-field", "messages", "--workers", "1"]
     assert "tokens are those of prompts" in jobs.run(jobs.forked("-m", "mtp_dist.cli", *prepare), status=0).stdout
     sets = f"{{path: {tmp_path / 'corpus' / 'module_0.py'}, name: same}}, {{path: {tmp_path / 'asked'}, name: asked}}"
     overrides = [f"checkpoint.initial_weights={tmp_path / 'out'}", f"data.train=[{{path: {tmp_path / 'asked'}}}]"]

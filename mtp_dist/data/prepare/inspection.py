@@ -151,5 +151,5 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     """Return a token in readable form."""
     if token == tokenizer.end_of_document:
         return "<end of document>"
-    text = tokenizer.decode([token])
+    text = tokenizer.decode_with_special_tokens([token])
     return text if text.isprintable() and text.strip() == text and text else repr(text)

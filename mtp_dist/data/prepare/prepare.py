@@ -37,6 +37,8 @@ from mtp_dist.errors import ConfigError, DataError
 from mtp_dist.fs import add_suffix, atomic_write_text, explain_os_errors
 
 PLAN = "plan.json"
+NEW_OPTIONS = ("prompt_field", "chat_template")
+"""Options that plans of older versions do not have."""
 SUFFIXES = (".bin", ".idx", ".json")
 
 
@@ -140,7 +142,7 @@ def _plan(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input]) -> di
     """Return as JSON everything that the bytes of the corpus depend on."""
     plan = {
         "tokenizer": [tokenizer.name, tokenizer.fingerprint],
-        "options": {name: value for name, value in asdict(request.options).items() if name != "prompt_field" or value},
+        "options": {name: value for name, value in asdict(request.options).items() if value or name not in NEW_OPTIONS},
         "invalid UTF-8": request.invalid_utf8,
         "unit bytes": request.unit_bytes,
         "inputs": list(request.inputs),
@@ -197,7 +199,8 @@ def _difference(saved: Any, new: Any) -> str:
 def _make(request: Request, tokenizer: Tokenizer, inputs: Sequence[Input], progress: Progress) -> Prepared:
     """Encode the units, add them to the corpus in order, and move it to its final name."""
     with explain_os_errors(request.folder, "read"):
-        dtype = np.int32 if request.options.prompt_field else tokenizer.dtype  # marked ids are negative
+        # Marked ids are negative.
+        dtype = np.int32 if request.options.fields.need_records else tokenizer.dtype
         corpus = UnfinishedCorpus(request.folder, request.prefix, dtype)
     sizes = [source.total for source in inputs]
     # Sizes of files are bytes and those of datasets rows, which do not add up.
@@ -291,6 +294,7 @@ def _describe(request: Request, tokenizer: Tokenizer, corpus: UnfinishedCorpus) 
             inputs=request.inputs,
             field=options.field,
             prompt_field=options.prompt_field,
+            chat_template=options.chat_template.source if options.chat_template else None,
             glob=options.glob,
             subset=options.subset,
             split=options.split,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.data.sources.input import UNSPLIT, FileCounts, Input, InputOptions, Shard, sha256_of_json
-from mtp_dist.data.sources.work_units import WorkUnit, encode_text, missing_field_error, row_lists, row_location
+from mtp_dist.data.sources.work_units import WorkUnit, missing_field_error, row_lists, row_location
 from mtp_dist.errors import ConfigError, DataError
 
 ROWS_AT_ONCE = 256
@@ -52,8 +52,7 @@ class DatasetInput(Input):
                 return
             if missing := self._fields.missing(row):
                 raise missing_field_error(self._label, self._fields, missing, row)
-            texts = [encode_text(row[name], name, lambda: self._label) for name in self._fields.names]
-            yield before, self._fields.document(texts)
+            yield before, self._fields.document([row[name] for name in self._fields.names], lambda: self._label)
 
     def _sharded(self, shard: Shard) -> Any:
         saved = hasattr(self.dataset, "to_iterable_dataset")
@@ -74,10 +73,8 @@ class DatasetInput(Input):
         for batch in self.dataset.iter(ROWS_AT_ONCE):
             if missing := self._fields.missing(batch):
                 raise missing_field_error(self._label, self._fields, missing, batch)
-            for texts in zip(*(batch[name] for name in self._fields.names), strict=True):
-                location = partial(row_location, self._name, row)
-                named = zip(texts, self._fields.names, strict=True)
-                yield self._fields.document([encode_text(text, name, location) for text, name in named])
+            for values in zip(*(batch[name] for name in self._fields.names), strict=True):
+                yield self._fields.document(values, partial(row_location, self._name, row))
                 row += 1
 
 

@@ -1,62 +1,64 @@
-"""Documents made of the fields of a record: one text, or a prompt and its completion."""
+"""Documents of a source: plain text, or texts that are alternately read only and learned."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import accumulate, pairwise
+from typing import Self
+
+from mtp_dist.errors import DataError
 
 
 class PromptedDocument(bytes):
-    """A prompt followed by its completion; the tokens of the prompt are targets of no head."""
+    """A prompt followed by its completion, perhaps several times; the tokens of prompts are targets of no head."""
 
-    prompt_bytes: int
-    """Bytes that belong to the prompt."""
+    part_bytes: tuple[int, ...]
+    """Bytes of each prompt and completion, in turn."""
 
     @classmethod
-    def from_texts(cls, prompt: bytes, completion: bytes) -> PromptedDocument:
-        document = cls(prompt + completion)
-        document.prompt_bytes = len(prompt)
+    def from_parts(cls, parts: Iterable[bytes]) -> Self:
+        parts = tuple(parts)
+        document = cls(b"".join(parts))
+        document.part_bytes = tuple(map(len, parts))
         return document
 
-
-class Fields(NamedTuple):
-    """The names of the fields that a document is made of."""
-
-    text: str = "text"
-    """Field with the text, or with the completion if there is a prompt."""
-    prompt: str | None = None
-    """Field with the prompt."""
-
     @property
-    def names(self) -> tuple[str, ...]:
-        """All fields, in the order of their texts in the document."""
-        return (self.text,) if self.prompt is None else (self.prompt, self.text)
+    def parts(self) -> tuple[bytes, ...]:
+        """Each prompt and completion, in turn."""
+        return tuple(self[start:end] for start, end in pairwise(accumulate(self.part_bytes, initial=0)))
 
-    def missing(self, present: Container[str]) -> str | None:
-        """Return the first field that is not among those present."""
-        return next((name for name in self.names if name not in present), None)
 
-    def key(self, name: str) -> str:
-        """Return the option or configuration key that selects a field."""
-        if self.prompt is None:
-            return "field"
-        return "prompt_field" if name == self.prompt else "completion_field"
+class Conversation(PromptedDocument):
+    """A conversation as a chat template writes it; the assistant's turns are its completions.
 
-    def document(self, texts: Sequence[bytes]) -> bytes:
-        """Return the document of the fields' texts; empty if the text or the completion is."""
-        if self.prompt is None or not texts[-1]:
-            return texts[-1]
-        return PromptedDocument.from_texts(*texts)
+    It is tokenized as a whole, and special tokens are recognized in it.
+    """
 
 
 def document_parts(document: bytes) -> tuple[bytes, ...]:
-    """Return the prompt and the completion, or the document alone if it has no prompt."""
-    if not isinstance(document, PromptedDocument):
-        return (document,)
-    return document[: document.prompt_bytes], document[document.prompt_bytes :]
+    """Return the prompts and completions, or the document alone if it has none."""
+    return document.parts if isinstance(document, PromptedDocument) else (document,)
 
 
 def with_valid_utf8(document: bytes) -> bytes:
     """Return the document with invalid UTF-8 replaced by U+FFFD."""
     parts = [part.decode(errors="replace").encode() for part in document_parts(document)]
-    return PromptedDocument.from_texts(*parts) if len(parts) > 1 else parts[0]
+    return type(document).from_parts(parts) if isinstance(document, PromptedDocument) else parts[0]
+
+
+def encode_text(text: object, field: str, location: Callable[[], str]) -> bytes:
+    """Return a field's value as bytes, empty for null. Raise DataError if it is not text."""
+    if text is None:
+        return b""
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        raise DataError(
+            f"{location()}: the field {field!r} is not text but {type(text).__name__}: choose another field"
+        )
+    for errors in ("strict", "surrogateescape", "surrogatepass"):
+        try:
+            return text.encode(errors=errors)
+        except UnicodeEncodeError:
+            continue
+    raise AssertionError("surrogatepass encodes everything")

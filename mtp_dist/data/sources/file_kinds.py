@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.work_units import describe_missing_field
 from mtp_dist.errors import DataError
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.file_kinds import FileKind, UnreadableFileError, kind_by_name, recognize
 from mtp_dist.data.sources.input import UNIT_BYTES, UNSPLIT, FileCounts, Input, Shard, sha256_of_json
 from mtp_dist.data.sources.records import check_columns, record_units
@@ -79,10 +79,11 @@ class FilesInput(Input):
         try:
             kind = recognize(file, self._fields)
             check_columns(file, kind, self._fields)
-            if kind.kind == "text" and self._fields.prompt is not None:
+            if kind.kind == "text" and self._fields.need_records:
                 fields = " and ".join(map(repr, self._fields.names))
+                fields = f"field{'s' * (len(self._fields.names) > 1)} {fields}"
                 raise UnreadableFileError(
-                    "text without records", f"is text, not records with the fields {fields}: convert it to JSON lines"
+                    "text without records", f"is text, not records with the {fields}: convert it to JSON lines"
                 )
             return kind
         except UnreadableFileError as error:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mtp_dist.config.synthetic import SyntheticConfig
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.conversations import ChatTemplate
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.work_units import WorkUnit
 
 UNIT_BYTES = 2 << 20
@@ -27,7 +28,8 @@ class InputOptions:
     """The parts of an input to read."""
 
     field: str = "text"
-    """Field of each record that holds the text, or the completion if there is a prompt."""
+    """Field of each record that holds the text, the completion if there is a prompt, or the messages if there is a chat
+    template."""
     glob: str | None = None
     """Pattern of the files of a folder."""
     subset: str | None = None
@@ -41,12 +43,14 @@ class InputOptions:
     """Key of the source in the configuration, such as `data.train.0`; None on the command line."""
     prompt_field: str | None = None
     """Field of each record that holds the prompt."""
+    chat_template: ChatTemplate | None = None
+    """What writes the messages of a record as text."""
     synthetic: SyntheticConfig | None = None
     """Parameters of a synthetic task."""
 
     @property
     def fields(self) -> Fields:
-        return Fields(self.field, self.prompt_field)
+        return Fields(self.field, self.prompt_field, self.chat_template)
 
     def label(self, name: str | Path) -> str:
         """Return how error messages name an input."""

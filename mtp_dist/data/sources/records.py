@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.file_kinds import (
     UTF8_BOM,
     FileKind,
@@ -25,7 +25,6 @@ from mtp_dist.data.sources.work_units import (
     LineRange,
     RowGroups,
     WorkUnit,
-    encode_text,
     parse_record,
     row_lists,
     row_location,
@@ -90,7 +89,7 @@ def _csv_rows(file: Path, kind: FileKind, fields: Fields) -> Iterator[tuple[byte
         if len(row) != len(header):
             raise DataError(f"{file}, line {line} has {len(row)} fields, the header has {len(header)}: fix it")
         location = partial(row_location, file, number)
-        yield fields.document([encode_text(row[header.index(name)], name, location) for name in fields.names]), position
+        yield fields.document([row[header.index(name)] for name in fields.names], location), position
 
 
 def _csv_lines(file: Path, kind: FileKind) -> Generator[tuple[list[str], int, int]]:
@@ -145,9 +144,9 @@ def _row_groups(file: Path, size: int, fields: Fields, unit_bytes: int) -> Itera
         if (number := schema.names.count(name)) > 1:
             raise DataError(f"{file} has {number} fields {name!r}: rename all but one, or choose another field")
         kind = schema.field(name).type
-        if not any(is_text(kind) for is_text in _text_types()):
+        if not fields.chat_template and not any(is_text(kind) for is_text in _text_types()):
             raise DataError(f"{file}: the field {name!r} is not text but {kind}: choose another field")
-    columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path in fields.names]
+    columns = [i for i in range(metadata.num_columns) if _is_part_of(metadata.schema.column(i).path, fields)]
     groups: list[int] = []
     text_bytes = rows = rows_before = 0
     for group in range(metadata.num_row_groups):
@@ -158,6 +157,11 @@ def _row_groups(file: Path, size: int, fields: Fields, unit_bytes: int) -> Itera
             yield RowGroups(file, tuple(groups), rows_before, fields, size=size * rows // max(1, metadata.num_rows))
             rows_before += rows
             groups, text_bytes, rows = [], 0, 0
+
+
+def _is_part_of(path: str, fields: Fields) -> bool:
+    """Return whether a column is a field, or a part of the messages in it."""
+    return any(path == name or path.startswith(f"{name}.") for name in fields.names)
 
 
 def _text_types() -> list[Any]:

@@ -38,13 +38,12 @@ class SyntheticInput(Input):
 
     def __init__(self, path: str, options: InputOptions) -> None:
         """Raise ConfigError if a parameter or an option is invalid."""
-        if options.prompt_field is not None:
-            prompt, completion = (
-                f"data.{name}_field" if options.key else f"--{name}-field" for name in ("prompt", "completion")
-            )
+        if options.fields.need_records:
+            names = ["messages"] if options.chat_template else ["prompt", "completion"]
+            keys = [f"data.{name}_field" if options.key else f"--{name}-field" for name in names]
             raise ConfigError(
-                f"{prompt} = '{options.prompt_field}' does not apply to {options.label(path)}, whose documents have no "
-                f"fields: remove {prompt} and {completion}, or the source"
+                f"{keys[0]} = '{options.prompt_field or options.field}' does not apply to {options.label(path)}, whose "
+                f"documents have no fields: remove {' and '.join(keys)}, or the source"
             )
         parameters = options.synthetic or SyntheticConfig()
         task = build_task(task_kind(path, options.label(path)), parameters, options.option("options."))

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.errors import DataError
 
 Item = TypeVar("Item")
@@ -145,10 +145,14 @@ class RowGroups(_PartOfFile):
         try:
             with pyarrow.parquet.ParquetFile(self.file) as parquet:
                 names = self.fields.names
+                row = self.rows_before
                 for batch in parquet.iter_batches(1024, list(self.groups), list(names), use_threads=False):
-                    columns = [batch.column(name).cast(pyarrow.large_binary()).to_pylist() for name in names]
-                    for texts in zip(*columns, strict=True):
-                        yield self.fields.document([text or b"" for text in texts])
+                    columns = [batch.column(name) for name in names]
+                    if not self.fields.chat_template:  # bytes that are not UTF-8 are kept
+                        columns = [column.cast(pyarrow.large_binary()) for column in columns]
+                    for values in zip(*(column.to_pylist() for column in columns), strict=True):
+                        yield self.fields.document(values, partial(row_location, self.file, row))
+                        row += 1
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{self.file} is not a valid Parquet file ({error}): copy it again") from None
 
@@ -205,7 +209,7 @@ def row_location(table: str | Path, row: int) -> str:
 def parse_line(line: bytes, fields: Fields, location: Callable[[], str]) -> bytes:
     """Return the document of a JSONL line, empty if the line is blank or the field is null.
 
-    Raise DataError with the location if the line is not a record with text in the fields.
+    Raise DataError with the location if the line is not a record from whose fields a document can be made.
     """
     line = line.removeprefix(b"\xef\xbb\xbf")  # some programs start a file with this byte order mark
     if not line.strip():
@@ -220,30 +224,12 @@ def parse_line(line: bytes, fields: Fields, location: Callable[[], str]) -> byte
 
 
 def parse_record(record: object, fields: Fields, location: Callable[[], str]) -> bytes:
-    """Return the document of a record; empty if the field is null. Raise DataError if it is not text."""
+    """Return the document of a record; empty if the field is null. Raise DataError if none can be made from it."""
     if not isinstance(record, dict):
         raise DataError(f"{location()} is not a JSON object with fields: fix or remove it")
     if missing := fields.missing(record):
         raise missing_field_error(location(), fields, missing, record)
-    return fields.document([encode_text(record[name], name, location) for name in fields.names])
-
-
-def encode_text(text: object, field: str, location: Callable[[], str]) -> bytes:
-    """Return a field's value as bytes, empty for null. Raise DataError if it is not text."""
-    if text is None:
-        return b""
-    if isinstance(text, bytes):
-        return text
-    if not isinstance(text, str):
-        raise DataError(
-            f"{location()}: the field {field!r} is not text but {type(text).__name__}: choose another field"
-        )
-    for errors in ("strict", "surrogateescape", "surrogatepass"):
-        try:
-            return text.encode(errors=errors)
-        except UnicodeEncodeError:
-            continue
-    raise AssertionError("surrogatepass encodes everything")
+    return fields.document([record[name] for name in fields.names], location)
 
 
 def missing_field_error(location: str, fields: Fields, missing: str, present: Iterable[str]) -> DataError:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,14 @@ def trained_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_byte_pairs() -> tokenizers.Tokenizer:
+def train_byte_pairs(sentences: Sequence[str] = SENTENCES) -> tokenizers.Tokenizer:
     """300 tokens and three special ones, with everything else that such a file may request."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<s>", "<stop>"])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A <s>", special_tokens=[("<s>", 301)])
     tokenizer.enable_truncation(20)

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from mtp_dist.cli.data_tables import describe
 from mtp_dist.data.datasets import load_datasets
-from mtp_dist.data.sources.documents import Fields
+from mtp_dist.data.sources.documents import encode_text
+from mtp_dist.data.sources.fields import Fields
 from mtp_dist.data.sources.input import InputOptions
 from mtp_dist.data.sources.open_inputs import open_inputs
 from mtp_dist.data.sources.python_stdlib import SKIPPED_FOLDERS, in_validation_split, stdlib_files
-from mtp_dist.data.sources.work_units import encode_text, parse_line
+from mtp_dist.data.sources.work_units import parse_line
 from mtp_dist.errors import ConfigError, DataError
 from tests.unit.data.preparing import data_config, error_of, made, request, texts_of, write_jsonl
 
