@@ -81,7 +81,7 @@ def _step_seconds(arrangement: Arrangement, parts: Parts, config: Config) -> flo
 
 
 def _build(config: Config, topology: Topology, arrangement: Arrangement, sleep: Parts | None) -> TrainingEngine:
-    """Build the engine of an arrangement whose layers and heads sleep so many seconds, if given."""
+    """Build the engine of an arrangement whose layers and heads sleep for the given seconds, if any."""
     partition = tuple(stage.layers for stage in arrangement.stages)
     engine = build_engine(replace_values(config, {"parallel.partition": partition}), topology)
     if sleep:

@@ -143,7 +143,7 @@ class Input(ABC):
     def documents(self, position: Any, shard: Shard = UNSPLIT) -> Iterator[tuple[Any, bytes]]:
         """Yield a shard's documents from a position on, or all of them for None, each with its position as JSON.
 
-        Streaming runs read these. Raise UserError if the input cannot be read or cannot be split into so many shards.
+        Streaming runs read these. Raise UserError if the input cannot be read or cannot be split into that many shards.
         """
 
 
