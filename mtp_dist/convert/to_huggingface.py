@@ -33,7 +33,7 @@ from mtp_dist.convert.head_layout import (
 from mtp_dist.convert.peft_adapter import write_adapter
 from mtp_dist.convert.plain_weights import plain_layers, plain_weights, split
 from mtp_dist.convert.saved_heads import HEADS, HEADS_CONFIG
-from mtp_dist.convert.tokenizer_files import write_tokenizer
+from mtp_dist.convert.tokenizer_files import GENERATION_CONFIG, generation_settings, write_tokenizer
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.parameters import parameter_shapes
@@ -109,7 +109,7 @@ def export_checkpoint(
         _write_json(folder / "config.json", plain_config(config, end, dtype))
         end_token, _ = write_tokenizer(config.data.tokenizer, folder)
         _write_json(folder / "config.json", model_config(config, end, dtype, architecture))
-        _write_json(folder / "generation_config.json", dict.fromkeys(GENERATION_TOKEN_KEYS, end))
+        _write_json(folder / GENERATION_CONFIG, generation_settings(config.data.tokenizer, end))
         saved = {"step": metadata.step, "vocab_size": config.vocab_size, **config_to_save(config)}
         _write_json(folder / HEADS_CONFIG, saved)
         drafts_with = _copy_code(folder, config, architecture) if engine == "transformers" else None
@@ -243,9 +243,6 @@ def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
     for name in ("generate.py", "requirements.txt"):
         shutil.copyfile(REMOTE / name, folder / "custom_generate" / name)
     return "generate(...)"
-
-
-GENERATION_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def plain_config(config: Config, end_of_document: int, dtype: str) -> dict[str, Any]:

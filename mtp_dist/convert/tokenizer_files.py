@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from mtp_dist.convert.json_file import read_json_object
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.sentencepiece_model import convert_sentencepiece
 from mtp_dist.data.build_tokenizer import build_tokenizer
@@ -21,7 +22,8 @@ from mtp_dist.errors import DataError, UserError
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_JSON, TOKENIZER_MODEL, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
-COMPANION_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE)
+GENERATION_CONFIG = "generation_config.json"
+COMPANION_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json", CHAT_TEMPLATE, GENERATION_CONFIG)
 """Files next to a tokenizer that belong to it."""
 SAMPLE_TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14 times faster, isn't it?",
@@ -68,7 +70,7 @@ def write_tokenizer(name: str, folder: Path) -> tuple[str, int]:
     library.save(str(folder / TOKENIZER_JSON))
     end = library.id_to_token(tokenizer.end_of_document)
     assert end is not None, "a token of this tokenizer"
-    settings = {"pad_token": end} | settings | {"bos_token": end, "eos_token": end}
+    settings = {"pad_token": end, "bos_token": end} | settings | {"eos_token": end}
     settings |= {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
     settings |= {"model_input_names": ["input_ids", "attention_mask"], "padding_side": "left"}
     text = json.dumps(settings, indent=2, ensure_ascii=False)
@@ -82,12 +84,32 @@ def _kept_settings(folder: Path, library: Tokenizer) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
     given: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     kept: dict[str, Any] = {key: given[key] for key in ("model_max_length", "chat_template") if key in given}
-    for key in ("pad_token", "unk_token"):
+    file = folder / CHAT_TEMPLATE
+    template = file.read_text(encoding="utf-8") if file.exists() else str(given.get("chat_template"))
+    # Elsewhere BOS is the token that ends a document: it also stands before each of them.
+    for key in ("pad_token", "unk_token", *(["bos_token"] if "bos_token" in template else [])):
         token = given.get(key)
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str) and library.token_to_id(content) is not None:
             kept[key] = content
     return kept
+
+
+def generation_settings(name: str, end_of_document: int) -> dict[str, Any]:
+    """Return the content of generation_config.json: that next to the tokenizer, if there is one, with its tokens.
+
+    name: `data.tokenizer`. The token that ends a document ends a generated text too. What transformers derived from
+    config.json, not from a file of the model's author, is not kept.
+    """
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_document)
+    file = Path(name) / GENERATION_CONFIG
+    given = read_json_object(file, f"data.tokenizer = '{name}'") if file.exists() else {}
+    if not given or given.get("_from_model_config"):
+        return dict(tokens)
+    ends = given.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = list(dict.fromkeys([*ends, end_of_document]))
+    return tokens | given | {"eos_token_id": ends[0] if len(ends) == 1 else ends}
 
 
 def _verify(tokenizer: TrainingTokenizer, folder: Path) -> None:

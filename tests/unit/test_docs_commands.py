@@ -18,6 +18,8 @@ PLACEHOLDERS = {
     "configs/sweep/%a.yaml",
     "runs/demo-imported/run.yaml",
     "runs/demo-medusa/run.yaml",
+    "runs/qwen-imported/run.yaml",
+    "runs/qwen-tiny-imported/run.yaml",
 }
 """Configurations that a reader of the docs has and this repository does not."""
 PROGRAMS = ("launchers/pretrain.py", "launchers/slurm/pretrain.sbatch", "launchers/torchrun.sh")

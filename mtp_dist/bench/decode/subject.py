@@ -15,6 +15,8 @@ from transformers.modeling_layers import MtpModel
 from mtp_dist.bench.decode.generated import cycle_tokens, generated_weights
 from mtp_dist.bench.decode.settings import DTYPES, GeneratedModel, Settings, check_memory
 from mtp_dist.config import Config
+from mtp_dist.convert.architectures.llama import LLAMA
+from mtp_dist.convert.architectures.registry import architecture_of
 from mtp_dist.convert.saved_heads import HEADS_CONFIG
 from mtp_dist.convert.to_huggingface import export_checkpoint, plain_config
 from mtp_dist.data.sources.python_stdlib import stdlib_files
@@ -120,7 +122,7 @@ def trained_subject(folder: Path, settings: Settings) -> Subject:
 
 def _llama(model: MTPForCausalLM, config: Config, settings: Settings) -> LlamaForCausalLM | None:
     """Return trunk and head 1 as the plain export has them; None if no Llama computes them."""
-    if not config.heads.traits.exportable:
+    if not config.heads.traits.exportable or architecture_of(config.model) is not LLAMA:
         return None
     weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("draft_")}
     for name, module in model.named_modules():

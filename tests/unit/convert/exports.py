@@ -29,6 +29,12 @@ CUSTOM: dict[str, Heads] = {
     "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},
     "sequential, separate": {"kind": "sequential", "unembedding": "separate", "count": 3},
 }
+TRUNKS: dict[str, tuple[Heads, dict[str, Any]]] = {
+    "Llama, biases": ({"kind": "anticausal"}, {"linear_bias": True}),
+    "Qwen2": ({"layers_per_head": 2}, {"qkv_bias": True}),
+    "Qwen3": ({"kind": "sequential"}, {"qk_norm": True, "kv_channels": 12}),
+}
+"""Heads and building blocks of other trunks, with whose heads the export's own code drafts."""
 NATIVE: dict[str, tuple[Heads, dict[str, Any]]] = {
     "sequential": ({"kind": "sequential", "token_order": 0.1}, {}),
     "two heads": ({"kind": "sequential", "count": 2}, {}),

@@ -9,15 +9,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Tokenizer,
+)
 
 from mtp_dist.checkpoint.format import CheckpointMetadata
 from mtp_dist.checkpoint.manifest import record_of, write_manifest
 from mtp_dist.checkpoint.reader import load_weights
 from mtp_dist.checkpoint.writer import write_weights
+from mtp_dist.convert.architectures.registry import ARCHITECTURES
 from mtp_dist.convert.from_huggingface import import_model
 from mtp_dist.convert.import_config import ImportRequest
-from mtp_dist.convert.tokenizer_files import write_tokenizer
+from mtp_dist.convert.tokenizer_files import byte_level_tokenizer, write_tokenizer
 from mtp_dist.convert.weight_folder import SINGLE
 from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.model.reference import ReferenceModel
@@ -67,6 +75,38 @@ def write_llama(folder: Path, tokenizer: str | None = "bytes", **changes: Any) -
     if tokenizer:
         write_tokenizer(tokenizer, folder)
     return llama
+
+
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def write_qwen_tokenizer(folder: Path) -> None:
+    """Write a tokenizer with one token per byte, and a chat template.
+
+    It splits as Qwen2's does: of a Qwen2, transformers loads the vocabulary of every tokenizer into that class.
+    """
+    vocab = byte_level_tokenizer().get_vocab()
+    Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+
+
+def write_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Write a tiny model of an architecture as transformers saves it, with a tokenizer, and return that model."""
+    model_type = ARCHITECTURES[name].model_type
+    groups = {} if model_type == "gpt_neox" else {"num_key_value_heads": 2}
+    if model_type == "qwen3":
+        groups["head_dim"] = 8
+    config = AutoConfig.for_model(model_type, **SIZES | groups | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for weight_name, weight in model.named_parameters():
+            noise = lively(tuple(weight.shape), generator)
+            weight.copy_(noise - 1 if weight_name.endswith("bias") else noise)
+    model.save_pretrained(folder)
+    write_qwen_tokenizer(folder)
+    return model
 
 
 def change_config(**changes: Any) -> Callable[[Path], None]:

@@ -1,30 +1,36 @@
 """Models of each architecture are imported, compute what transformers computes, and come back as they were."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from mtp_dist.cli import app
 from mtp_dist.convert.architectures.registry import ARCHITECTURES
 from mtp_dist.convert.exported import exported_weights
+from mtp_dist.convert.from_huggingface import import_model
+from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
-from mtp_dist.convert.tokenizer_files import byte_level_tokenizer
+from mtp_dist.convert.weight_folder import INDEX, SINGLE
+from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.reference import ReferenceModel
 from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
-    VOCAB_SIZE,
+    change_config,
+    change_weights,
     check_logits,
     check_weights,
     import_from,
-    lively,
     open_model,
+    write_architecture,
+    write_model,
 )
 
 Settings = dict[str, Any]
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 LARGER = {"hidden_size": 48, "intermediate_size": 100, "num_attention_heads": 6, "num_hidden_layers": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 YARN_KEYS = YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}
@@ -55,12 +61,14 @@ COMMON: dict[str, Settings] = {
 }
 NO_GROUPS = ("no grouped queries", "one key for all", "head_dim", "epsilon")
 WINDOWED = {"use_sliding_window": True, "max_window_layers": 0}
+UNUSED = {"sliding_window": 5, "max_window_layers": 0}
 CASES: dict[str, dict[str, Settings]] = {
     "LlamaForCausalLM": COMMON | {"biases": {"attention_bias": True, "mlp_bias": True}},
     "MistralForCausalLM": {name: {"sliding_window": 7} | case for name, case in COMMON.items()}
     | {"one position": {"sliding_window": 1}, "longer than the text": {"sliding_window": 50}},
-    "Qwen2ForCausalLM": COMMON | {"window": WINDOWED | {"sliding_window": 5}, "no layer": {"use_sliding_window": True}},
-    "Qwen3ForCausalLM": COMMON | {"window": WINDOWED | {"sliding_window": 5}, "wide": {"head_dim": 20}},
+    "Qwen2ForCausalLM": COMMON
+    | {"window": WINDOWED | UNUSED, "unused window": UNUSED, "window of no layer": {"use_sliding_window": True}},
+    "Qwen3ForCausalLM": COMMON | {"window": WINDOWED | UNUSED, "unused window": UNUSED, "wide": {"head_dim": 20}},
     "GPTNeoXForCausalLM": {name: case for name, case in COMMON.items() if name not in NO_GROUPS}
     | {
         "larger": LARGER,
@@ -78,36 +86,6 @@ OTHER_KEYS |= {"original_max_position_embeddings"}
 """Keys of config.json that do not define what a model computes; rope_parameters has the original length too."""
 
 
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-
-
-def write_qwen_tokenizer(folder: Path) -> None:
-    """Write a tokenizer with one token per byte, and a chat template.
-
-    It splits as Qwen2's does: of a Qwen2, transformers loads the vocabulary of every tokenizer into that class.
-    """
-    vocab = byte_level_tokenizer().get_vocab()
-    Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-
-
-def write_architecture(folder: Path, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
-    """Write a tiny model of an architecture as transformers saves it, with a tokenizer, and return that model."""
-    model_type = ARCHITECTURES[name].model_type
-    groups = {} if model_type == "gpt_neox" else {"num_key_value_heads": 2}
-    if model_type == "qwen3":
-        groups["head_dim"] = 8
-    config = AutoConfig.for_model(model_type, **SIZES | groups | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for weight_name, weight in model.named_parameters():
-            noise = lively(tuple(weight.shape), generator)
-            weight.copy_(noise - 1 if weight_name.endswith("bias") else noise)
-    model.save_pretrained(folder)
-    write_qwen_tokenizer(folder)
-    return model
-
-
 def meaning(folder: Path) -> Settings:
     """Return what config.json defines, as transformers reads it."""
     values = AutoConfig.from_pretrained(folder).to_dict()
@@ -119,7 +97,9 @@ def meaning(folder: Path) -> Settings:
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in CASES.items() for case in cases])
 def test_import_computes_the_same_and_export_restores_it(tmp_path: Path, name: str, case: str) -> None:
     expected = write_architecture(tmp_path / "hf", name, **CASES[name][case])
-    model = open_model(import_from(tmp_path, "heads.count=2"))
+    # The length of the samples is max_position_embeddings of an export, unless the rotary embeddings need another.
+    longer = ["train.sequence_length=40"] if case == "dynamic" else []
+    model = open_model(import_from(tmp_path, "heads.count=2", *longer))
     check_logits(model, expected)
     exported = export_checkpoint(tmp_path / "c", tmp_path / "out", "fp32")
     assert exported.title == ARCHITECTURES[name].title
@@ -132,3 +112,76 @@ def test_import_computes_the_same_and_export_restores_it(tmp_path: Path, name: s
     chat = [{"role": "user", "content": "x = 2"}, {"role": "assistant", "content": "Größe"}]
     before, after = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("hf", "out"))
     assert before.apply_chat_template(chat).input_ids == after.apply_chat_template(chat).input_ids
+
+
+def test_settings_of_generation_are_kept(tmp_path: Path) -> None:
+    write_architecture(tmp_path / "hf", "Qwen2ForCausalLM")
+    given = {"temperature": 0.7, "top_p": 0.8, "do_sample": True, "eos_token_id": [255, 256], "pad_token_id": 256}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(given))
+    import_from(tmp_path)
+    export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == given | {"bos_token_id": 256}
+
+
+@pytest.mark.parametrize("name", ["embed_out.weight", "lm_head.weight"])
+def test_older_and_newer_files_of_gpt_neox_are_read(tmp_path: Path, name: str) -> None:
+    expected = write_architecture(tmp_path / "hf", "GPTNeoXForCausalLM")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        [old] = [key for key in tensors if key in ("embed_out.weight", "lm_head.weight")]
+        tensors[name] = tensors.pop(old)
+        for buffer in ("bias", "masked_bias", "rotary_emb.inv_freq"):
+            tensors[f"gpt_neox.layers.0.attention.{buffer}"] = torch.ones(3)
+
+    change_weights(rename)(tmp_path / "hf")
+    imported = import_model(ImportRequest(tmp_path / "hf", tmp_path / "c"))
+    check_logits(open_model(tmp_path / "c"), expected)
+    assert len(imported.unused) == 3 and all("computed from config.json" in each for each in imported.unused)
+
+
+def test_building_blocks_of_no_architecture_are_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "c", model={"qk_norm": True, "qkv_bias": True})
+    with pytest.raises(
+        ConfigError, match=r"^model.qkv_bias = True, model.qk_norm = True belong to no architecture that "
+    ):
+        export_checkpoint(tmp_path / "c", tmp_path / "out", None)
+
+
+NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "num_query_groups": 4}
+NOT_DRAFTED: dict[str, tuple[Settings, Settings]] = {
+    "has linear heads on a Qwen3": ({"kind": "linear"}, {"qk_norm": True}),
+    "has layers of GPT-NeoX": ({}, NEOX),
+    r"attends to a window of positions \(model.sliding_window\)": ({}, {"sliding_window": 4}),
+}
+
+
+@pytest.mark.parametrize("reason", NOT_DRAFTED)
+def test_heads_that_transformers_does_not_draft_with_are_refused(tmp_path: Path, reason: str) -> None:
+    heads, model = NOT_DRAFTED[reason]
+    write_model(tmp_path / "c", heads=heads, model=model)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/c {reason}: an export --for transformers does not draft "):
+        export_checkpoint(tmp_path / "c", tmp_path / "out", None, engine="transformers")
+
+
+def lose_a_file(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+    (folder / SINGLE).unlink()
+
+
+BAD_INPUT = {
+    "has a Qwen2MoeForCausalLM, a mixture of experts: only LlamaForCausalLM, ": change_config(
+        architectures=["Qwen2MoeForCausalLM"], num_experts=8
+    ),
+    "has quantization_config = ": change_config(quantization_config={"bits": 4}),
+    "model-2.safetensors cannot be read": lose_a_file,
+}
+
+
+@pytest.mark.parametrize("message", BAD_INPUT)
+def test_bad_input_is_one_message_and_exit_status_2(tmp_path: Path, message: str) -> None:
+    write_architecture(tmp_path / "hf", "Qwen2ForCausalLM")
+    BAD_INPUT[message](tmp_path / "hf")
+    result = CliRunner().invoke(app, ["import", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "c")])
+    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1
+    assert message in result.output and not (tmp_path / "c").exists()

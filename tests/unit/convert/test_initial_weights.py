@@ -62,6 +62,9 @@ EXPORTS: dict[str, dict[str, Any]] = {
     "one key": {"model": {"num_query_groups": 1, "tie_embeddings": True}},
     "sequential": {"heads": {"kind": "sequential", "token_order": 0.5}},
     "linear": {"heads": {"kind": "linear", "unembedding": "separate"}},
+    "Qwen3": {"model": {"qk_norm": True, "kv_channels": 12}},
+    "GPT-NeoX": {"model": {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "num_query_groups": 4}},
+    "Llama, biases": {"model": {"linear_bias": True}},
 }
 
 

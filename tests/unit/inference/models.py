@@ -50,7 +50,6 @@ TRUNKS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied, llama3": ("parallel", {"tie_embeddings": True, "rope_scaling": LLAMA3_ROPE}),
     "tied, one group": ("sequential", {"tie_embeddings": True, "num_query_groups": 1}),
     "linear, all groups": ("causal", {"rope_scaling": LINEAR_ROPE, "num_query_groups": 4}),
-    "Llama, biases": ("anticausal", {"linear_bias": True}),
     "Mistral": ("mlp", {"sliding_window": 3}),
     "Qwen2": ("sequential", {"qkv_bias": True, "sliding_window": 4}),
     "Qwen3": ("parallel", {"qk_norm": True, "kv_channels": 12}),
