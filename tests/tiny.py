@@ -34,6 +34,10 @@ BLOCKS: dict[str, dict[str, Any]] = {
         "rotary_percent": 0.5,
     },
     "mistral": {"sliding_window": 5},
+    "yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "beta_fast": 2.0}
+    },
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 8}},
 }
 """Section `model` of a tiny model with the building blocks of each architecture."""
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from mtp_dist.analysis.causal_model import CausalModel
-from mtp_dist.model.targets import document_attention_bias, document_ids
+from mtp_dist.model.targets import attention_bias, document_ids
 
 TOKENS_PER_FORWARD = 256
 """Branches that one forward pass extends: enough for efficient matrix products, and each attends to all slots."""
@@ -84,7 +84,7 @@ class MaskedPrefix:
         mask, self.documents = None, None
         if self.end is not None:
             self.documents = document_ids(tokens, self.end)
-            mask = document_attention_bias(self.documents[None], model.network.dtype)
+            mask = attention_bias(self.documents[None], model.network.dtype)
         output = self.network(input_ids=tokens[None], attention_mask=mask, cache=self.cache, use_cache=True)
         self.log_probs = output.logits[0].log_softmax(-1)
 

@@ -101,6 +101,29 @@ class ModelConfig(Section):
         return self.qkv_bias or self.linear_bias
 
 
+def layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a transformer layer's parameters by Megatron-core's names, in the forward pass's order."""
+    shapes = norm_shapes("input_layernorm", model)
+    shapes |= _linear_shapes("self_attention.linear_qkv", model.qkv_size, model.hidden_size, model.has_qkv_bias)
+    if model.qk_norm:
+        shapes |= {f"self_attention.{name}_layernorm.weight": (model.head_dim,) for name in ("q", "k")}
+    bias = model.linear_bias
+    shapes |= _linear_shapes("self_attention.linear_proj", model.hidden_size, model.attention_size, bias)
+    shapes |= norm_shapes("pre_mlp_layernorm", model)
+    shapes |= _linear_shapes("mlp.linear_fc1", model.fc1_size, model.hidden_size, bias)
+    return shapes | _linear_shapes("mlp.linear_fc2", model.hidden_size, model.ffn_size, bias)
+
+
+def norm_shapes(name: str, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a norm of hidden states."""
+    parameters = ("weight", "bias") if model.normalization == "layernorm" else ("weight",)
+    return {f"{name}.{parameter}": (model.hidden_size,) for parameter in parameters}
+
+
+def _linear_shapes(name: str, outputs: int, inputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
+
+
 def incompatible_model_settings(model: ModelConfig) -> Iterator[str]:
     """Yield one message per pair of settings that are incompatible."""
     heads_key, heads = "model.num_attention_heads", model.num_attention_heads

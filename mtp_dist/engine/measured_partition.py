@@ -17,7 +17,7 @@ from mtp_dist.engine.pipeline_module import HeadsInput
 from mtp_dist.model.layers import AttentionInputs, transformer_config
 from mtp_dist.model.parameters import is_trained, named_weights
 from mtp_dist.model.rope import rope_angles
-from mtp_dist.model.targets import MicroBatch, document_attention_bias, head_targets
+from mtp_dist.model.targets import MicroBatch, attention_bias, head_targets
 from mtp_dist.model.trunk import TokenEmbedding, TrunkLayer
 from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.partition import trunk_layers_per_stage
@@ -90,7 +90,9 @@ class _PartPasses:
         tokens = torch.randint(config.vocab_size, shape, generator=generator, device=self.device)
         documents = None if config.data.attention_across_documents else torch.zeros_like(tokens)
         targets = head_targets(tokens, config.heads.distances, length)
-        bias = None if documents is None else document_attention_bias(documents[:, :length], dtype)
+        bias, window = None, config.model.sliding_window
+        if documents is not None or window is not None:
+            bias = attention_bias(torch.zeros_like(tokens[:, :length]), dtype, window)
         attention = AttentionInputs(rope_angles(config.model, length).to(self.device), bias)
         positions = length // (config.parallel.tensor if config.parallel.sequence else 1)
         hidden = torch.randn(

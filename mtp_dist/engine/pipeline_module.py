@@ -21,7 +21,7 @@ from mtp_dist.model.layers import AttentionInputs, transformer_config
 from mtp_dist.model.parameters import is_trained, named_weights, parameter_shapes
 from mtp_dist.model.rope import rope_angles
 from mtp_dist.model.sharding import tag_shards
-from mtp_dist.model.targets import MicroBatch, TrainBatch, document_attention_bias
+from mtp_dist.model.targets import MicroBatch, TrainBatch, attention_bias
 from mtp_dist.model.trunk import HiddenStateWeights, TokenEmbedding, TrunkLayer, add_weighted
 from mtp_dist.planner.partition import head_numbers, pipeline_stages
 from mtp_dist.planner.weights import heads_have_embedding
@@ -91,6 +91,8 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         shapes = parameter_shapes(config)
         self.stand_in_names = stand_in_names(config)
         self.stand_ins = nn.ParameterList(new_stand_in(len(shapes[name])) for name in self.stand_in_names)
+        self._window_bias: Tensor | None = None
+        """Mask of the sliding window if documents do not matter, once a micro-batch has passed."""
         self._rope_angles = rope_angles(config.model, config.train.sequence_length).to(self.device)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -132,12 +134,7 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         phase = self.active_phase
         micro_batch = self.micro_batches.pop((phase, self._indices[phase]), None)
         self._indices[phase] += 1
-        bias = None
-        if not self.config.data.attention_across_documents:
-            assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
-            documents = micro_batch.documents[:, : self.config.train.sequence_length]
-            bias = document_attention_bias(documents.to(self.device), next(self.parameters()).dtype)
-        attention = AttentionInputs(self._rope_angles, bias)
+        attention = AttentionInputs(self._rope_angles, self._attention_bias(micro_batch))
         output, weighted_sum, earlier = StageOutput.received(inputs, self.config.heads.weighted_hidden_states)
         if self.trunk_is_frozen:
             output = output.detach()  # received tensors require a gradient
@@ -157,6 +154,17 @@ class MultiTokenPipeline(PipelineModule):  # type: ignore[misc]
         if torch.is_grad_enabled() and not self.trunk_is_frozen:
             output.requires_grad_()  # DeepSpeed runs backward through a frozen embedding alone, too
         return (output,) if weighted_sum is None else (output, weighted_sum)
+
+    def _attention_bias(self, micro_batch: MicroBatch | None) -> Tensor | None:
+        length, window = self.config.train.sequence_length, self.config.model.sliding_window
+        dtype = next(self.parameters()).dtype
+        if not self.config.data.attention_across_documents:
+            assert micro_batch and micro_batch.documents is not None, "every stage reads the documents"
+            return attention_bias(micro_batch.documents[:, :length].to(self.device), dtype, window)
+        if window is not None and window < length and self._window_bias is None:
+            one_document = torch.zeros(1, length, dtype=torch.long, device=self.device)
+            self._window_bias = attention_bias(one_document, dtype, window)
+        return self._window_bias
 
     def _add_state(self, total: Tensor | None, hidden: Tensor, layer: int, weights: Tensor | None) -> Tensor | None:
         """Return the weighted sum of the hidden states so far, None at the first, with that of a layer added.

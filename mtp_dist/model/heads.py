@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mtp_dist.config import Config, HeadsConfig
 from mtp_dist.config.heads import KindName, condition_rank
-from mtp_dist.model.layers import AttentionInputs, DecoderLayer, RMSNorm, call_recomputed
+from mtp_dist.model.layers import NORMS, AttentionInputs, DecoderLayer, call_recomputed
 from mtp_dist.model.linear import ReplicatedLinear
 from mtp_dist.model.parameters import head_key
 from mtp_dist.model.trunk import embed_tokens
@@ -56,9 +56,9 @@ class SequentialHead(nn.Module):
 
     def __init__(self, config: Config, megatron: TransformerConfig) -> None:
         super().__init__()
-        width = config.model.hidden_size
-        self.hnorm = RMSNorm(megatron, width, config.model.norm_eps)
-        self.enorm = RMSNorm(megatron, width, config.model.norm_eps)
+        width, norm = config.model.hidden_size, NORMS[megatron.normalization]
+        self.hnorm = norm(megatron, width, config.model.norm_eps)
+        self.enorm = norm(megatron, width, config.model.norm_eps)
         self.eh_proj = ReplicatedLinear(megatron, 2 * width, width)
         self.layers = TransformerHead(config, megatron)
         self.activation_checkpointing = config.train.activation_checkpointing
@@ -190,7 +190,7 @@ class PredictionHeads(nn.Module):
         self.heads = nn.ModuleDict(
             {key: _HEADS[config.heads.kind](config if key == "1" else others, megatron) for key in own}
         )
-        self.final_norm = RMSNorm(megatron, config.model.hidden_size, config.model.norm_eps)
+        self.final_norm = NORMS[megatron.normalization](megatron, config.model.hidden_size, config.model.norm_eps)
         self.condition: PreviousTokenCondition | None = None
         if rank := condition_rank(config.heads, config.model.hidden_size):
             self.condition = PreviousTokenCondition(config, megatron, rank)

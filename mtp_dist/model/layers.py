@@ -1,12 +1,13 @@
 """The transformer layer that trunk and heads are made of, assembled from Megatron-core's parts."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mtp_dist.config import Config, LowRankConfig, ModelConfig
-from mtp_dist.errors import ConfigError
-from mtp_dist.model.linear import AdaptedColumnLinear, AdaptedRowLinear
+from mtp_dist.model.linear import AdaptedColumnLinear, AdaptedRowLinear, RowLinear
+from mtp_dist.model.rope import rope_attention_factor
 
 
 def call_recomputed(is_enabled: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +37,7 @@ class AttentionInputs(NamedTuple):
     rope_angles: Tensor
     """See `rope_angles`."""
     bias: Tensor | None
-    """See `document_attention_bias`; None if each position attends to itself and all positions before it."""
+    """See `attention_bias`; None if each position attends to itself and all positions before it."""
 
 
 class RMSNorm(nn.Module):
@@ -52,21 +53,54 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
-        self.sequence_parallel = config.sequence_parallel
+        self.grad_is_partial = config.sequence_parallel
+        """True if the gradient of this rank is one of a part of the activations."""
 
     def forward(self, hidden: Tensor, frozen: bool = False) -> Tensor:
         """Normalize. If frozen, pass no gradient to the weight."""
-        weight = self.weight.detach() if frozen else self.weight
-        weight = copy_to_tensor_model_parallel_region(weight) if self.sequence_parallel else weight
+        weight = self._shared(self.weight, frozen)
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
+
+    def _shared(self, param: Tensor, frozen: bool) -> Tensor:
+        """Return the parameter, with its gradient summed over the tensor-parallel ranks if need be."""
+        param = param.detach() if frozen else param
+        return copy_to_tensor_model_parallel_region(param) if self.grad_is_partial else param
+
+
+class LayerNorm(RMSNorm):
+    """Layer norm with a bias (Ba et al. 2016) of `[..., D]`, replicated like RMSNorm."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, hidden: Tensor, frozen: bool = False) -> Tensor:
+        weight, bias = (self._shared(param, frozen) for param in (self.weight, self.bias))
+        return F.layer_norm(hidden, weight.shape, weight, bias, self.eps)
+
+
+class AttentionHeadNorm(RMSNorm):
+    """RMSNorm over the channels of each query or key head, `[S, B, heads, head_dim]`.
+
+    Each tensor-parallel rank has its own attention heads, so the gradient of the replicated weight is always a sum.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.grad_is_partial = True
+
+
+NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
+"""Norms of hidden states, by Megatron-core's names."""
 
 
 class CausalAttention(nn.Module):
     """Core attention by PyTorch's `scaled_dot_product_attention`, on this rank's attention heads."""
 
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, **_: Any) -> None:
         super().__init__()
         self.grouped = config.num_query_groups != config.num_attention_heads
+        self.rotary_dim, self.rope_factor = model.rotary_dim, rope_attention_factor(model)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *_: Any, attention_bias: Tensor | None, **__: Any
@@ -75,6 +109,9 @@ class CausalAttention(nn.Module):
 
         attention_bias: see AttentionInputs.
         """
+        if self.rope_factor != 1:  # of rotated queries and keys, which Megatron-core rotates without it
+            rotated, others = query[..., : self.rotary_dim], query[..., self.rotary_dim :]
+            query = torch.cat([rotated * self.rope_factor**2, others], -1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_bias is None:
             context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
@@ -85,8 +122,11 @@ class CausalAttention(nn.Module):
         return context.permute(2, 0, 1, 3).flatten(2)
 
 
-def layer_submodules(low_rank: LowRankConfig | None) -> TransformerLayerSubmodules:
+def layer_submodules(
+    model: ModelConfig, megatron: TransformerConfig, low_rank: LowRankConfig | None
+) -> TransformerLayerSubmodules:
     """Return the parts of a layer. Matrices that low_rank targets have an adapter."""
+    norm, head_norm = NORMS[megatron.normalization], AttentionHeadNorm if model.qk_norm else None
 
     def linear(name: str, plain: type[nn.Module], adapted: type[nn.Module]) -> ModuleSpec:
         if low_rank is None or name not in low_rank.targets:
@@ -94,45 +134,34 @@ def layer_submodules(low_rank: LowRankConfig | None) -> TransformerLayerSubmodul
         return ModuleSpec(module=adapted, params={"low_rank": low_rank})
 
     return TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=norm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=linear("linear_qkv", ColumnParallelLinear, AdaptedColumnLinear),
-                core_attention=CausalAttention,
-                linear_proj=linear("linear_proj", RowParallelLinear, AdaptedRowLinear),
+                core_attention=partial(CausalAttention, model=model),
+                linear_proj=linear("linear_proj", RowLinear, AdaptedRowLinear),
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
+        pre_mlp_layernorm=norm,
         mlp=ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(
                 linear_fc1=linear("linear_fc1", ColumnParallelLinear, AdaptedColumnLinear),
-                linear_fc2=linear("linear_fc2", RowParallelLinear, AdaptedRowLinear),
+                linear_fc2=linear("linear_fc2", RowLinear, AdaptedRowLinear),
             ),
         ),
         mlp_bda=get_bias_dropout_add,
     )
 
 
-BUILDING_BLOCKS = (
-    "kv_channels qkv_bias qk_norm normalization linear_bias rotary_percent parallel_residual mlp sliding_window".split()
-)
-
-
 def transformer_config(config: Config) -> TransformerConfig:
-    """Return Megatron-core's description of all layers: RMSNorm, RoPE, SwiGLU, grouped queries, no biases.
-
-    Raise ConfigError if the model has other building blocks.
-    """
-    model = config.model
-    if blocks := [key for key in BUILDING_BLOCKS if getattr(model, key) != ModelConfig.model_fields[key].default]:
-        raise ConfigError(
-            f"model.{blocks[0]} = {getattr(model, blocks[0])} cannot be trained yet: only models with the layers of a "
-            "Llama can"
-        )
+    """Return Megatron-core's description of all layers, which have grouped queries and RoPE."""
+    model, gated = config.model, config.model.mlp == "swiglu"
     return TransformerConfig(
         num_layers=model.trunk_layers,
         hidden_size=model.hidden_size,
@@ -141,10 +170,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_size,
         layernorm_epsilon=model.norm_eps,
-        normalization="RMSNorm",
-        activation_func=F.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
+        normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
+        activation_func=F.silu if gated else F.gelu,
+        gated_linear_unit=gated,
+        add_bias_linear=model.linear_bias,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -168,15 +199,23 @@ class DecoderLayer(TransformerLayer):  # type: ignore[misc]
     """
 
     def __init__(self, config: Config, megatron: TransformerConfig, layer_number: int) -> None:
-        super().__init__(megatron, layer_submodules(config.train.low_rank), layer_number=layer_number)
+        submodules = layer_submodules(config.model, megatron, config.train.low_rank)
+        super().__init__(megatron, submodules, layer_number=layer_number)
         self.activation_checkpointing = config.train.activation_checkpointing
+        self.parallel_residual = config.model.parallel_residual
 
     def forward(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
         return call_recomputed(self.activation_checkpointing == "full", self._layer, hidden, attention)
 
     def _layer(self, hidden: Tensor, attention: AttentionInputs) -> Tensor:
-        output, _ = super().forward(hidden, rotary_pos_emb=attention.rope_angles, attention_bias=attention.bias)
-        return output
+        shared = {"rotary_pos_emb": attention.rope_angles, "attention_bias": attention.bias}
+        if not self.parallel_residual:
+            output, _ = super().forward(hidden, **shared)
+            return output
+        attended, _ = self._forward_attention(hidden, **shared)
+        is_recomputed = self.activation_checkpointing == "selective"
+        mlp_output = call_recomputed(is_recomputed, lambda x: self.mlp(self.pre_mlp_layernorm(x)), hidden)
+        return self.mlp_bda(self.training, self.config.bias_dropout_fusion)(mlp_output, attended, self.hidden_dropout)
 
     def _forward_mlp(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         is_recomputed = self.activation_checkpointing == "selective"

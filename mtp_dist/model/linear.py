@@ -51,7 +51,20 @@ class AdaptedColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return output + self.scale * self.lora_B(self.lora_A(hidden))[0], bias
 
 
-class AdaptedRowLinear(RowParallelLinear):  # type: ignore[misc]
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """W x, and the bias that every tensor-parallel rank holds in full and adds to its own part of the sequence.
+
+    Under sequence parallelism the copy-to-region mapping sums the bias's gradient over the ranks (see RMSNorm).
+    """
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(hidden)
+        if bias is not None and self.sequence_parallel:
+            bias = copy_to_tensor_model_parallel_region(bias)
+        return output, bias
+
+
+class AdaptedRowLinear(RowLinear):
     """W x + scale * B A x with the columns of W and of A sharded over the tensor-parallel ranks.
 
     What is summed over the ranks in the forward pass, or scattered under sequence parallelism, is again A x, by the

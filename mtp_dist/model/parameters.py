@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mtp_dist.config import Config, HeadsConfig, LowRankConfig, ModelConfig
+from mtp_dist.config import Config, HeadsConfig, LowRankConfig
 from mtp_dist.config.heads import condition_rank
+from mtp_dist.config.model import layer_shapes, norm_shapes
 from mtp_dist.config.schema import ModelPart
 
 STATE_WEIGHTS = "weighted_hidden_states.logits"
@@ -32,7 +33,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """
     model, vocab_size = config.model, config.vocab_size
     width = model.hidden_size
-    layer = _layer_shapes(model)
+    layer = layer_shapes(model)
     adapted_layer = _with_adapters(layer, config.train.low_rank)
     shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (vocab_size, width)}
     for index in range(model.trunk_layers):
@@ -43,7 +44,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for key in filter(None, dict.fromkeys(keys)):
         head_shapes = _head_shapes(config, adapted_layer if key == "1" else layer)
         shapes |= {f"heads.{key}.{name}": shape for name, shape in head_shapes.items()}
-    shapes |= _norm_shapes("final_norm", model)
+    shapes |= norm_shapes("final_norm", model)
     if rank := condition_rank(config.heads, width):
         shapes["condition.embedding.weight"] = (vocab_size, rank)
         shapes |= {f"condition.{k}.weight": (width, rank) for k in range(2, config.heads.count + 1)}
@@ -54,29 +55,6 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     if config.heads.token_order:
         shapes["token_order.weight"] = (vocab_size, width)
     return shapes
-
-
-def _layer_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of one transformer layer's parameters."""
-    shapes = _norm_shapes("input_layernorm", model)
-    shapes |= _linear_shapes("self_attention.linear_qkv", model.qkv_size, model.hidden_size, model.has_qkv_bias)
-    if model.qk_norm:
-        shapes |= {f"self_attention.{name}_layernorm.weight": (model.head_dim,) for name in ("q", "k")}
-    bias = model.linear_bias
-    shapes |= _linear_shapes("self_attention.linear_proj", model.hidden_size, model.attention_size, bias)
-    shapes |= _norm_shapes("pre_mlp_layernorm", model)
-    shapes |= _linear_shapes("mlp.linear_fc1", model.fc1_size, model.hidden_size, bias)
-    return shapes | _linear_shapes("mlp.linear_fc2", model.hidden_size, model.ffn_size, bias)
-
-
-def _norm_shapes(name: str, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a norm of hidden states."""
-    parameters = ("weight", "bias") if model.normalization == "layernorm" else ("weight",)
-    return {f"{name}.{parameter}": (model.hidden_size,) for parameter in parameters}
-
-
-def _linear_shapes(name: str, outputs: int, inputs: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if has_bias else {})
 
 
 def model_part(name: str) -> ModelPart:
@@ -119,7 +97,7 @@ def _head_shapes(config: Config, layer: Mapping[str, tuple[int, ...]]) -> dict[s
     weights, shapes = config.heads.traits.weights, dict[str, tuple[int, ...]]()
     for name, shape in weights.items():
         if name.endswith("norm.weight"):
-            shapes |= _norm_shapes(name.removesuffix(".weight"), config.model)
+            shapes |= norm_shapes(name.removesuffix(".weight"), config.model)
         else:
             shapes[name] = tuple(config.model.hidden_size * size for size in shape)
     prefix = "layers." if weights else ""

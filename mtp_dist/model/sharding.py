@@ -12,15 +12,18 @@ def tag_shards(module: nn.Module) -> None:
 
     The engine reads `tensor_model_parallel` to count each parameter once in the gradient norm; `partition_dim` and
     `partition_stride` describe the shards (stride 2: SwiGLU's two halves are sharded one by one, also
-    those of an adapter's B).
+    those of an adapter's B). The bias of a matrix whose columns are sharded is replicated.
     """
     for name, child in module.named_modules():
         if isinstance(child, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
-            if child.weight is None:  # the tied unembedding has no weight of its own
-                continue
-            child.weight.tensor_model_parallel = True
-            child.weight.partition_dim = int(isinstance(child, RowParallelLinear))
-            child.weight.partition_stride = 2 if name.removesuffix(".lora_B").endswith("linear_fc1") else 1
+            is_row = isinstance(child, RowParallelLinear)
+            is_fc1 = name.removesuffix(".lora_B").endswith("linear_fc1")
+            stride = 2 if is_fc1 and child.config.gated_linear_unit else 1
+            for param in (child.weight, None if is_row else getattr(child, "bias", None)):
+                if param is not None:  # the tied unembedding has no weight of its own
+                    param.tensor_model_parallel = True
+                    param.partition_dim = int(is_row)
+                    param.partition_stride = stride
 
 
 def is_sharded(weight: nn.Parameter) -> bool:

@@ -66,14 +66,17 @@ def document_ids(tokens: Tensor, end_of_document: int) -> Tensor:
     return ends.cumsum(-1) - ends
 
 
-def document_attention_bias(documents: Tensor, dtype: torch.dtype) -> Tensor:
+def attention_bias(documents: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
     """Return the additive causal attention mask `[B, 1, S, S]`: 0 within a document, -inf across documents.
 
-    documents: `[B, S]`, index of each token's document. Positions do not restart with a document, because RoPE depends
+    documents: `[B, S]`, index of each token's document. window: positions that each position attends to, itself and
+    those before it; by default all. Positions do not restart with a document, because RoPE depends
     only on the distance of two positions. The mask is additive because PyTorch would convert a boolean one in every
     layer and keep the result for its backward pass.
     """
     visible = (documents.unsqueeze(2) == documents.unsqueeze(1)).tril().unsqueeze(1)
+    if window is not None:
+        visible = visible.triu(1 - window)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 

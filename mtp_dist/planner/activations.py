@@ -33,45 +33,65 @@ def hidden_bytes(config: Config) -> int:
 
 
 def norm_keeps_input(config: Config, device: str) -> bool:
-    """Return whether a norm keeps its input: PyTorch's for bf16 on a CPU keeps an fp32 copy of it instead."""
-    return device == "cuda" or config.train.precision == "fp32"
+    """Return whether a norm keeps its input: PyTorch's RMSNorm for bf16 on a CPU keeps an fp32 copy of it instead."""
+    return device == "cuda" or config.train.precision == "fp32" or config.model.normalization == "layernorm"
 
 
 def norm_activations(config: Config, device: str, frozen: bool = False) -> int:
-    """Return the bytes that an RMSNorm keeps, its output included. frozen: its weight is.
+    """Return the bytes that a norm keeps, its output included. frozen: its weight is.
 
-    A GPU's kernel keeps its input and one number per position. PyTorch's norm for CPUs is made of products, which keep
-    the input in fp32 and, for the weight's gradient, the normalized input.
+    A GPU's kernel, and that of LayerNorm, keeps its input and one or two numbers per position. PyTorch's RMSNorm for
+    CPUs is made of products, which keep the input in fp32 and, for the weight's gradient, the normalized input.
     """
-    copy = 4 * local_tokens(config) * config.model.hidden_size
-    kept = hidden_bytes(config) + 4 * local_tokens(config)
-    if norm_keeps_input(config, device):
-        kept += hidden_bytes(config)
-    else:
-        kept += copy
-    return kept + (copy if device == "cpu" and not frozen else 0)
+    if config.model.normalization == "layernorm":
+        return 2 * hidden_bytes(config) + 8 * local_tokens(config)
+    return hidden_bytes(config) + _rms_norm_inputs(
+        config, device, local_tokens(config), config.model.hidden_size, frozen
+    )
+
+
+def _rms_norm_inputs(config: Config, device: str, rows: int, width: int, frozen: bool) -> int:
+    """Return the bytes that RMSNorm of `rows` vectors keeps besides its output."""
+    copy = 4 * rows * width
+    kept = element_bytes(config) * rows * width if device == "cuda" or config.train.precision == "fp32" else copy
+    return kept + 4 * rows + (copy if device == "cpu" and not frozen else 0)
+
+
+def has_attention_mask(config: Config) -> bool:
+    """Return whether the attention has a mask besides that of causality."""
+    length, window = config.train.sequence_length, config.model.sliding_window
+    return not config.data.attention_across_documents or (window or length) < length
 
 
 def attention_activations(config: Config, device: str, part: ModelPart) -> int:
     """Return the bytes that a layer's attention keeps: norm, query-key-value, rotated queries and keys, output."""
     model, tokens, size = config.model, micro_batch_tokens(config), element_bytes(config)
-    keys = model.query_groups * model.head_dim
-    inner = (model.hidden_size + 2 * keys) + model.hidden_size + keys + model.hidden_size
-    if not config.data.attention_across_documents:
+    queries, keys = model.attention_size, model.query_groups * model.head_dim
+    inner = model.qkv_size + queries + keys + queries
+    if has_attention_mask(config):
         # Keys and values are repeated for each query; the query-key-value product is no longer needed.
-        inner = 4 * model.hidden_size
+        inner = 4 * queries
     log_sum_exp = 4 * tokens * model.num_attention_heads
-    rope = 4 * size * config.train.sequence_length * model.head_dim  # cosines and sines for queries and for keys
+    rope = 4 * size * config.train.sequence_length * model.rotary_dim  # cosines and sines for queries and for keys
+    head_norms = 0
+    if model.qk_norm:
+        rows = tokens * (model.num_attention_heads + model.query_groups) // config.parallel.tensor
+        head_norms = _rms_norm_inputs(config, device, rows, model.head_dim, _is_frozen(config, part))
     return (
         _norm_and_adapter(config, device, part, "linear_qkv")
         + (size * tokens * inner + log_sum_exp) // config.parallel.tensor
         + rope
+        + head_norms
     )
 
 
 def mlp_activations(config: Config, device: str, part: ModelPart) -> int:
-    """Return the bytes that a layer's MLP keeps: norm, both factors, SiLU, a copy of the other factor, product."""
-    inner = (5 if _keeps_input(config, part, "linear_fc2") else 4) * config.model.ffn_size // config.parallel.tensor
+    """Return the bytes that a layer's MLP keeps: norm, both factors, SiLU, a copy of the other factor, product.
+
+    Without a gate: norm, input and output of GELU.
+    """
+    copies = (4 if config.model.mlp == "swiglu" else 1) + _keeps_input(config, part, "linear_fc2")
+    inner = copies * config.model.ffn_size // config.parallel.tensor
     return (
         _norm_and_adapter(config, device, part, "linear_fc1")
         + element_bytes(config) * micro_batch_tokens(config) * inner
@@ -136,8 +156,9 @@ def stage_activations(config: Config, stage: int, trunk_layers: int, device: str
     layers = trunk_layers * kept_activations(config, device, "trunk")
     if config.heads.weighted_hidden_states and not norm_keeps_input(config, device):
         layers += trunk_layers * hidden_bytes(config)
-    if not config.data.attention_across_documents:
-        layers += element_bytes(config) * micro_batch_tokens(config) * config.train.sequence_length
+    if has_attention_mask(config):  # all samples have the one of a sliding window
+        rows = config.train.sequence_length if config.data.attention_across_documents else micro_batch_tokens(config)
+        layers += element_bytes(config) * rows * config.train.sequence_length
     return max(layers, fewest) + ends + ids
 
 

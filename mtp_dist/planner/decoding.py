@@ -83,5 +83,5 @@ class DecodingCosts:
         read += (min(drafts, 1) if at_once else drafts) * unembedding
         cached = self.batch_size * context * slot * (layers + draft_layers)
         products = positions * verifying + gained * drafting + conditions + (predictions + drafts) * unembedding
-        attention = 2 * model.hidden_size * context * (positions * layers + gained * draft_layers)
+        attention = 2 * model.attention_size * context * (positions * layers + gained * draft_layers)
         return PassCost(self.element_bytes * (read + cached), 2 * self.batch_size * (products + attention))

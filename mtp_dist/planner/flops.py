@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from mtp_dist.config import Config, ModelConfig
 from mtp_dist.config.heads import condition_rank
+from mtp_dist.config.model import layer_shapes, norm_shapes
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters by part of the model. No matrix has a bias."""
+    """Parameters by part of the model."""
 
     trunk: int
     """The trunk's transformer layers."""
@@ -28,12 +29,25 @@ class ParameterCounts:
 def layer_matrices(model: ModelConfig) -> int:
     """Return the parameters of one layer's matrices.
 
-    They are query-key-value [D, D + 2*G*C], projection [D, D] and SwiGLU's 3 * [D, F]. G is the number of query groups,
-    C the channels of an attention head.
+    They are query-key-value [D, (H + 2*G)*C], projection [H*C, D] and SwiGLU's 3 * [D, F], or 2 * [D, F] without a
+    gate. H is the number of query heads, G that of query groups, C the channels of an attention head.
     """
-    hidden = model.hidden_size
-    query_key_value = hidden * (hidden + 2 * model.query_groups * model.head_dim)
-    return query_key_value + hidden * hidden + 3 * hidden * model.ffn_size
+    return sum(math.prod(shape) for shape in layer_shapes(model).values() if len(shape) == 2)
+
+
+def _layer_vectors(model: ModelConfig) -> int:
+    """Return the parameters of one layer's norms and biases."""
+    return sum(math.prod(shape) for shape in layer_shapes(model).values() if len(shape) == 1)
+
+
+def _norm_parameters(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in norm_shapes("norm", model).values())
+
+
+def attended_positions(config: Config) -> int:
+    """Return the largest number of positions that a position attends to."""
+    length = config.train.sequence_length
+    return min(length, config.model.sliding_window or length)
 
 
 def adapter_parameters(config: Config) -> int:
@@ -42,9 +56,9 @@ def adapter_parameters(config: Config) -> int:
     if low_rank is None:
         return 0
     sides = {
-        "linear_qkv": 2 * model.hidden_size + 2 * model.query_groups * model.head_dim,
-        "linear_proj": 2 * model.hidden_size,
-        "linear_fc1": model.hidden_size + 2 * model.ffn_size,
+        "linear_qkv": model.hidden_size + model.qkv_size,
+        "linear_proj": model.attention_size + model.hidden_size,
+        "linear_fc1": model.hidden_size + model.fc1_size,
         "linear_fc2": model.ffn_size + model.hidden_size,
     }
     return low_rank.rank * sum(sides[name] for name in set(low_rank.targets))
@@ -81,15 +95,15 @@ def _condition_matrix(config: Config) -> int:
 
 def _block_parameters(config: Config) -> int:
     """Return the parameters of one head's block."""
-    hidden, weights = config.model.hidden_size, config.heads.traits.weights.values()
-    norms = 2 * config.heads.block_layers + sum(len(shape) == 1 for shape in weights)  # two per layer
-    return block_matrices(config) + norms * hidden
+    norms = sum(len(shape) == 1 for shape in config.heads.traits.weights.values())
+    vectors = config.heads.block_layers * _layer_vectors(config.model) + norms * _norm_parameters(config.model)
+    return block_matrices(config) + vectors
 
 
 def parameter_counts(config: Config) -> ParameterCounts:
     """Return the parameters of the unsharded model with a vocabulary of V tokens."""
     model = config.model
-    layer = layer_matrices(model) + 2 * model.hidden_size  # a norm before the attention, one before the MLP
+    layer = layer_matrices(model) + _layer_vectors(model)
     adapters = adapter_parameters(config)
     blocks = min(1, config.heads.num_blocks) if config.heads.repeated else config.heads.num_blocks
     conditions = (config.heads.count - 1) * _condition_matrix(config)
@@ -100,7 +114,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
         + config.heads.adapted_layers * adapters
         + conditions
         + _state_weights(config)
-        + model.hidden_size,
+        + _norm_parameters(model),
         embeddings=config.vocab_size * width,
     )
 
@@ -111,7 +125,7 @@ def trained_parameters(config: Config) -> int:
     if not config.train.freezes_weights:
         return counts.total
     base = parameter_counts(config.without_adapters())
-    heads = base.heads - hidden  # without the final norm
+    heads = base.heads - _norm_parameters(config.model)  # without the final norm
     if config.heads.traits.first_head_has_block:
         heads -= _block_parameters(config)
     frozen_embeddings = 1 if config.model.tie_embeddings else 2  # with head 1's unembedding
@@ -123,14 +137,14 @@ def model_flops_per_token(config: Config, active: int) -> int:
     """Return the FLOPs of all matrix products, forward and backward, per trained position while heads 1..active run.
 
     The convention of PaLM (arXiv:2204.02311, appendix B): 6 for each parameter of a matrix that multiplies the
-    position, plus 12 * layers * D * S for the attention's two products. The attention is counted over all S keys
-    although causality needs half of them, as PaLM does, so that the numbers compare with published ones; what
-    activation checkpointing computes twice is not counted. Trunk and head layers count alike, the unembedding
-    once per head, the embedding's lookup not at all. A frozen trunk (`train.freeze`) has no backward pass: 2 and 4;
-    with `train.low_rank` a frozen matrix has the gradient of what it reads: 4 and 12. A weighted sum of hidden states
-    is a product with one row.
+    position, plus 12 * layers * H*C * S for the attention's two products, H*C = D unless `kv_channels` is set. The
+    attention is counted over all S keys, or those of a sliding window, although causality needs half of them, as PaLM
+    does, so that the numbers compare with published ones; what activation checkpointing computes twice is not counted.
+    Trunk and head layers count alike, the unembedding once per head, the embedding's lookup not at all. A frozen trunk
+    (`train.freeze`) has no backward pass: 2 and 4; with `train.low_rank` a frozen matrix has the gradient of what it
+    reads: 4 and 12. A weighted sum of hidden states is a product with one row.
     """
-    matrices, attention = 2 * layer_matrices(config.model), 4 * config.model.hidden_size * config.train.sequence_length
+    matrices, attention = 2 * layer_matrices(config.model), 4 * config.model.attention_size * attended_positions(config)
     layer = matrices + attention
     passes = 2 if config.train.freezes_trunk else 3  # backward also the gradient of the states, unless they are frozen
     weighted_sum = 2 * _state_weights(config) * config.model.hidden_size * passes

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from mtp_dist.config import Config, LowRankConfig
 from mtp_dist.config.heads import condition_rank
 from mtp_dist.config.schema import ModelPart
-from mtp_dist.planner.activations import element_bytes, hidden_bytes, local_tokens, micro_batch_tokens
+from mtp_dist.planner.activations import (
+    element_bytes,
+    has_attention_mask,
+    hidden_bytes,
+    local_tokens,
+    micro_batch_tokens,
+)
 from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.weights import Weight, heads_have_embedding, layer_weights, local_vocab_size, stage_weights
 
@@ -161,12 +167,12 @@ def _layer(config: Config, weights: Iterable[Weight]) -> _Work:
     tokens, tensor = micro_batch_tokens(config), config.parallel.tensor
     weights = list(weights)
     products = _products(weights, tokens)
-    attention = 4 * tokens * config.train.sequence_length * config.model.hidden_size / tensor
-    if config.data.attention_across_documents:
+    attention = 4 * tokens * config.train.sequence_length * config.model.attention_size / tensor
+    if not has_attention_mask(config):
         attention /= 2
     full = element_bytes(config) * tokens * config.model.hidden_size
     collective = _ring_bytes(full, tensor)
-    mlp = sum(2 * tokens * weight.elements for weight in weights[-_mlp_weights(weights) :] if len(weight.shape) == 2)
+    mlp = sum(2 * tokens * weight.elements for weight in weights if "mlp." in weight.module and len(weight.shape) == 2)
     forward = products.forward + attention
     recomputed = {"none": 0.0, "selective": float(mlp), "full": forward}[config.train.activation_checkpointing]
     # Two all-reduces; under sequence parallelism two all-gathers and two reduce-scatters, and in the backward pass an
@@ -187,15 +193,10 @@ def _first_input_flops(config: Config, low_rank: LowRankConfig) -> float:
 
     They are not needed behind a frozen embedding.
     """
-    _, matrix, adapter, *_ = layer_weights(config, "trunk")
-    read = matrix.elements + (adapter.elements if "linear_qkv" in low_rank.targets else 0)
+    qkv = (weight for weight in layer_weights(config, "trunk") if weight.module.endswith("linear_qkv"))
+    matrix, *adapter = (weight for weight in qkv if len(weight.shape) == 2)
+    read = matrix.elements + (adapter[0].elements if "linear_qkv" in low_rank.targets else 0)
     return 2 * micro_batch_tokens(config) * read
-
-
-def _mlp_weights(weights: list[Weight]) -> int:
-    """Return how many of a layer's weights, in their order, are those of the MLP: those after the second norm."""
-    norms = [index for index, weight in enumerate(weights) if len(weight.shape) == 1]
-    return len(weights) - 1 - norms[1]
 
 
 def _embedding_work(config: Config) -> _Work:

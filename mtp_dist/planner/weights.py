@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mtp_dist.config import Config
 from mtp_dist.config.heads import condition_rank
+from mtp_dist.config.model import layer_shapes, norm_shapes
 from mtp_dist.config.schema import ModelPart
 
 
@@ -16,6 +17,8 @@ class Weight(NamedTuple):
     part: ModelPart
     is_trained: bool
     """False if it is frozen."""
+    module: str = ""
+    """Module of a transformer layer that has it, such as `mlp.linear_fc1`."""
 
     @property
     def elements(self) -> int:
@@ -54,21 +57,25 @@ def heads_have_embedding(config: Config) -> bool:
 
 def layer_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
     """Yield the weights of one transformer layer. Those of trunk and head 1 have the low-rank adapters."""
-    model, shards = config.model, config.parallel.tensor
-    hidden, ffn = model.hidden_size, model.ffn_size
-    query_key_value = hidden + 2 * model.query_groups * model.head_dim
-    yield _weight(config, part, hidden)
-    yield from _matrix(config, part, "linear_qkv", query_key_value // shards, hidden)
-    yield from _matrix(config, part, "linear_proj", hidden, hidden // shards)
-    yield _weight(config, part, hidden)
-    yield from _matrix(config, part, "linear_fc1", 2 * ffn // shards, hidden)
-    yield from _matrix(config, part, "linear_fc2", hidden, ffn // shards)
+    shards, low_rank = config.parallel.tensor, config.train.low_rank
+    for name, (rows, *columns) in layer_shapes(config.model).items():
+        module = name.rpartition(".")[0]
+        if module.endswith(("linear_qkv", "linear_fc1")):
+            rows //= shards
+        columns = [size // shards if module.endswith(("linear_proj", "linear_fc2")) else size for size in columns]
+        yield _weight(config, part, rows, *columns)._replace(module=module)
+        if columns and low_rank and module.endswith(low_rank.targets) and part != "heads":
+            yield Weight((low_rank.rank, *columns), part, is_trained=True, module=module)
+            yield Weight((rows, low_rank.rank), part, is_trained=True, module=module)
 
 
 def block_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
     """Yield the weights of one head's block. Those that are not in transformer layers are not sharded."""
     for shape in config.heads.traits.weights.values():
-        yield _weight(config, part, *(config.model.hidden_size * size for size in shape))
+        if len(shape) == 1:
+            yield from _norm_weights(config, part)
+        else:
+            yield _weight(config, part, *(config.model.hidden_size * size for size in shape))
     for _ in range(config.heads.block_layers):
         yield from layer_weights(config, part)
 
@@ -82,7 +89,7 @@ def _heads_stage_weights(config: Config, has_head_1: bool, later: int) -> Iterat
         yield from block_weights(config, "head_1")
     for _ in range(min(1, later) if heads.repeated else later):
         yield from block_weights(config, "heads")
-    yield _weight(config, "trunk", hidden)  # the final norm
+    yield from _norm_weights(config, "trunk")
     if rank := condition_rank(heads, hidden):
         yield _weight(config, "heads", local_vocab_size(config), rank)
         for _ in range(later):
@@ -98,13 +105,10 @@ def _heads_stage_weights(config: Config, has_head_1: bool, later: int) -> Iterat
         yield _weight(config, "heads", *unembedding)
 
 
-def _matrix(config: Config, part: ModelPart, name: str, rows: int, columns: int) -> Iterator[Weight]:
-    """Yield a matrix of a layer and those of its low-rank adapter, of which the inner dimension is the rank."""
-    yield _weight(config, part, rows, columns)
-    low_rank = config.train.low_rank
-    if low_rank and name in low_rank.targets and part != "heads":
-        yield Weight((low_rank.rank, columns), part, is_trained=True)
-        yield Weight((rows, low_rank.rank), part, is_trained=True)
+def _norm_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
+    """Yield the weights of a norm of hidden states."""
+    for shape in norm_shapes("norm", config.model).values():
+        yield _weight(config, part, *shape)
 
 
 def _weight(config: Config, part: ModelPart, *shape: int) -> Weight:

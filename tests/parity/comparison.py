@@ -12,7 +12,7 @@ from mtp_dist.config import Config
 from tests.errors import largest_error, norm_error
 from tests.parity.runs import Run, merge, reference_run, sharded_run
 from tests.ranks import Ranks
-from tests.tiny import tiny_config
+from tests.tiny import BLOCKS, tiny_config
 
 
 class Layout(NamedTuple):
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 def parse_case(text: str) -> tuple[Layout, Config]:
     """Build a configuration from a layout's name and `key=value` words, such as `tp2-pp1-dp1-sp heads.kind=causal`.
 
-    Keys are those of the configuration, and `micro_batches` (default 4).
+    Keys are those of the configuration, `micro_batches` (default 4), and `blocks`: one of BLOCKS.
     """
     name, *words = text.split()
     match = re.fullmatch(r"tp(\d)-pp(\d)-dp(\d)(-sp)?(-v)?", name)
@@ -45,6 +45,8 @@ def parse_case(text: str) -> tuple[Layout, Config]:
     values = dict(word.split("=", 1) for word in words)
     micro_batches = int(values.pop("micro_batches", 4))
     sections: dict[str, dict[str, Any]] = defaultdict(dict)
+    if "blocks" in values:
+        sections["model"] |= BLOCKS[values.pop("blocks")]
     for key, value in values.items():
         section, _, field = key.partition(".")
         sections[section][field] = yaml.safe_load(value)

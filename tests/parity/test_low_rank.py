@@ -11,7 +11,7 @@ from tests.errors import largest_error, norm_error
 from tests.parity.comparison import assert_within_bounds, errors_of, parse_case, reference_of, run_sharded
 from tests.parity.resuming import ALL, BOTH, END, MIDDLE, at, run
 from tests.parity.runs import losses_of_evaluations
-from tests.parity.test_variants import BF16, DISTILLED, FULL, RECOMPUTE, SEPARATE, SEQUENTIAL, TIED, ZERO
+from tests.parity.test_variants import BF16, DISTILLED, FULL, NEOX, RECOMPUTE, SEPARATE, SEQUENTIAL, TIED, ZERO
 from tests.ranks import Ranks
 
 ADAPTED = 'train.low_rank={"rank":3,"alpha":5}'
@@ -22,6 +22,7 @@ CASES = {
     "ZeRO": f"tp1-pp2-dp2 heads.kind=mlp {ZERO} {RECOMPUTE} {ADAPTED} parallel.partition=[4,0]",
     "bf16": f"tp2-pp2-dp1-sp heads.kind=causal {BF16} {FULL} {ADAPTED}",
     "no layer behind the embedding": f"tp1-pp2-dp1-v {BF16} {ADAPTED} parallel.partition=[0,1,3,0]",
+    "biases": f"tp2-pp2-dp1-sp {NEOX} {ADAPTED}",
     "some matrices": "tp2-pp1-dp2 " + SEPARATE + ' train.low_rank={"rank":3,"targets":[linear_fc1,linear_proj]}',
 }
 

@@ -26,6 +26,7 @@ WEIGHTED = "heads.weighted_hidden_states=true"
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
 CHANGING_RATES = 'optimizer.multipliers={"trunk":[[1,0],[2,0.1]],"heads":5}'
 SPLIT = "heads.stages"
+QWEN2, QWEN3, NEOX, MISTRAL = "blocks=qwen2", "blocks=qwen3", "blocks=neox", "blocks=mistral"
 FOUR_GROUPS, LEAPS = "model.num_query_groups=4", "heads.prediction_distances=[1,3,5,7]"
 
 
@@ -147,6 +148,14 @@ TWO_STEPS = [
     f"tp1-pp3-dp1 {SPLIT}=2 {ISOLATED} {ZERO} heads.z_loss=0.01",
     f"tp1-pp4-dp1 {SPLIT}=3 heads.kind=mlp {TIED} {ISOLATED} {BF16} {RATES}",
     f"tp1-pp4-dp1 {SPLIT}=2 model.trunk_layers=6 parallel.partition=uniform heads.loss_weights=[1,0,0.5,0]",
+    # Building blocks of other architectures.
+    *product("tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp", QWEN2, QWEN3, NEOX, MISTRAL),
+    *product("tp2-pp2-dp1-sp", *(f"{block} {BF16}" for block in (QWEN2, QWEN3, NEOX, MISTRAL))),
+    *(f"tp2-pp2-dp1-sp {NEOX} {SEQUENTIAL} {memory} {TIED}" for memory in (FULL, SELECTIVE)),
+    f"tp2-pp1-dp1-sp {QWEN3} heads.kind=causal {SELECTIVE} {SEPARATE} {RECOMPUTE}",
+    f"tp2-pp2-dp1-sp {NEOX} {ISOLATED} {WEIGHTED}",
+    f"tp1-pp2-dp2-v {MISTRAL} {APART} {ZERO}",
+    f"tp4-pp1-dp1 micro_batches=1 {QWEN2} {FOUR_GROUPS} {ZERO}",
     # Documents that stop attention and targets.
     *product(
         "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp3-dp1 tp1-pp1-dp2",
@@ -178,6 +187,7 @@ VARIANTS = [
         f"model.rope_scaling={json.dumps(scaling, separators=(',', ':'))} model.init_std=0.2"
         for scaling in (LINEAR_ROPE, LLAMA3_ROPE)
     ),
+    *(f"blocks={scaling} model.init_std=0.2" for scaling in ("yarn", "dynamic")),
     *(f"parallel.partition={partition}" for partition in ("[3,1]", "uniform", "[4,0]", "[0,4]")),
     "train.grad_clip=0.0",
     "train.grad_clip=0.05",

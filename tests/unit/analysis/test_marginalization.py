@@ -25,7 +25,7 @@ from mtp_dist.analysis.causal_model import CausalModel
 from mtp_dist.analysis.marginal_windows import MarginalizationOptions, WindowMeter, cut_windows
 from mtp_dist.analysis.marginalization import Scores, marginals
 from mtp_dist.config.schema import DataConfig
-from mtp_dist.model.targets import document_attention_bias, document_ids
+from mtp_dist.model.targets import attention_bias, document_ids
 from tests.unit.inference.models import tiny_model
 
 VOCAB, LENGTH = 9, 24
@@ -73,7 +73,7 @@ def plain_log_probs(model, sequences):
     """Return the log-probabilities `[B, S, V]` without a cache."""
     mask = None
     if model.end_of_attention is not None:
-        mask = document_attention_bias(document_ids(sequences, model.end_of_attention), torch.float32)
+        mask = attention_bias(document_ids(sequences, model.end_of_attention), torch.float32)
     return model.network(input_ids=sequences, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
 
 

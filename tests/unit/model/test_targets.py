@@ -10,7 +10,7 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from torch import Tensor
 
 from mtp_dist.model.reference import ReferenceModel
-from mtp_dist.model.targets import IGNORE_INDEX, document_attention_bias, document_ids, head_targets
+from mtp_dist.model.targets import IGNORE_INDEX, attention_bias, document_ids, head_targets
 from tests.tiny import tiny_config
 
 END = 0
@@ -69,7 +69,7 @@ def test_targets_imply_teacher(data: st.DataObject, distances: list[int]) -> Non
 def test_head_1_and_attention_are_megatrons(tokens: Tensor, dtype: torch.dtype) -> None:
     """Megatron's `reset_attention_mask` and `eod_mask_loss`, both off by default like ours."""
     documents = document_ids(tokens, END)
-    bias = document_attention_bias(documents[:, :LENGTH], dtype)
+    bias = attention_bias(documents[:, :LENGTH], dtype)
     assert bias.shape == (len(tokens), 1, LENGTH, LENGTH) and bias.dtype == dtype
     counts = head_targets(tokens, [1], LENGTH, documents)[0] != IGNORE_INDEX
     for row, row_bias, row_counts in zip(tokens[:, :LENGTH], bias[:, 0], counts, strict=True):

@@ -5,8 +5,10 @@ import math
 import pytest
 
 from mtp_dist.config.heads import KINDS
+from mtp_dist.model.parameters import parameter_shapes
 from mtp_dist.planner.flops import ParameterCounts, model_flops_per_token, parameter_counts
-from tests.tiny import tiny_config
+from mtp_dist.planner.weights import stage_weights
+from tests.tiny import BLOCKS, tiny_config
 
 
 def small_config(heads=(), **model):
@@ -37,6 +39,25 @@ def test_other_unembeddings_multiply_like_a_shared_one(changes, matrices):
     assert parameter_counts(config).embeddings == matrices * 101 * 32
     assert parameter_counts(config).heads == parameter_counts(plain).heads
     assert model_flops_per_token(config, 2) == model_flops_per_token(plain, 2)
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_counts_are_those_of_the_model(blocks, kind):
+    config = tiny_config(model=BLOCKS[blocks], heads={"kind": kind})
+    shapes = parameter_shapes(config)
+    assert parameter_counts(config).total == size(*shapes.values())
+    assert parameter_counts(config).trunk == size(*(shape for name, shape in shapes.items() if "trunk" in name))
+    whole = (weight.elements for weight in stage_weights(config, 0, config.model.trunk_layers))
+    padding = 2 * (config.padded_vocab_size - config.vocab_size) * config.model.hidden_size
+    assert sum(whole) == parameter_counts(config).total + padding
+
+
+def test_flops_of_windows_and_heads_of_another_width():
+    """12 channels per attention head instead of 8, and 4 keys instead of 10."""
+    layer = 2 * size((32, 48), (32, 24), (32, 24), (48, 32), *LAYER_MATRICES[4:]) + 4 * 48 * 4
+    config = small_config(kv_channels=12, sliding_window=4)
+    assert model_flops_per_token(config, 2) == 3 * ((3 + 2 * 2) * layer + 2 * (2 * 32 * 101))
 
 
 def a_7b_model(trunk_layers, **heads):

@@ -12,11 +12,14 @@ from mtp_dist.distributed.device import select_device
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.planner.weights import Weight, stage_weights
-from tests.tiny import tiny_config
+from tests.tiny import BLOCKS, tiny_config
 
 COMMITTED = json.loads((Path(__file__).parents[3] / "docs/data/plan/memory.json").read_text(encoding="utf-8"))["rows"]
-MEASURED = {1: ["chunks of 64 tokens", "sequential"], 2: ["tensor 2, sequence", "pipeline 2, tied, fp32"]}
-"""Cases that are measured here, by number of ranks."""
+MEASURED = {
+    1: ["chunks of 64 tokens", "sequential", "qwen2", "neox", "mistral"],
+    2: ["tensor 2, sequence", "pipeline 2, tied, fp32", "qwen3"],
+}
+"""Cases and building blocks that are measured here, by number of ranks."""
 
 
 def assert_predicted(row):
@@ -43,13 +46,19 @@ def test_all_cases_are_committed():
     assert bench_plan_table({"rows": COMMITTED}).row_count == len(COMMITTED)
 
 
+def block_config(name):
+    """Return the configuration of a case whose model has the building blocks of an architecture."""
+    config = case_config("tensor 2, sequence" if name == "qwen3" else "parallel, fp32")
+    return config.model_copy(update={"model": config.model.model_copy(update=BLOCKS[name])})
+
+
 def measure(names):
-    """Return the rows of some cases, on a rank."""
+    """Return the rows of some cases or building blocks, on a rank."""
     from mtp_dist.distributed.topology import close_axes, initialize_topology
 
     rows = []
     for name in names:
-        config = case_config(name)
+        config = block_config(name) if name in BLOCKS else case_config(name)
         rows += measure_case(name, config, initialize_topology(config, select_device(config)))
         close_axes()
     return rows
