@@ -59,8 +59,9 @@ class Comparison:
 def reduced(config: Config) -> Config:
     """Return the configuration to check: the same layout and kinds, at small widths if the model is large.
 
-    Prediction heads, precision, all degrees, grouped queries and the trunk layers of an explicit partition are kept, as
-    is the number of tokens per micro-batch: if samples are shortened, there are more of them.
+    Prediction heads, precision, all degrees, grouped queries, the building blocks of the layers and the trunk layers of
+    an explicit partition are kept, as is the number of tokens per micro-batch: if samples are shortened, there are more
+    of them.
     """
     parallel, train = config.parallel, config.train
     model = config.model.model_copy(update={"vocab_size": min(config.vocab_size, 1000)})
@@ -68,6 +69,8 @@ def reduced(config: Config) -> Config:
     if length > LENGTH_LIMIT:
         length = LENGTH_LIMIT // parallel.tensor * parallel.tensor
         samples = -(-samples * train.sequence_length // length)
+        if model.sliding_window:  # it stays shorter than the samples
+            model = model.model_copy(update={"sliding_window": min(model.sliding_window, length // 2)})
     parameters = parameter_counts(config.model_copy(update={"model": model})).total
     work = parameters * MICRO_BATCHES_PER_STAGE * samples * length / parallel.tensor
     if parameters > PARAMETER_LIMIT or work > WORK_LIMIT:
@@ -78,6 +81,8 @@ def reduced(config: Config) -> Config:
                 "hidden_size": 8 * attention_heads,
                 "num_attention_heads": attention_heads,
                 "num_query_groups": parallel.tensor,
+                "kv_channels": model.kv_channels and 12,
+                "rotary_percent": 1.0 if model.rotary_percent == 1 else 0.5,
                 "ffn_hidden_size": 32 * parallel.tensor,
                 "trunk_layers": model.trunk_layers if explicit else min(model.trunk_layers, 2 * parallel.pipeline),
             }

@@ -16,9 +16,16 @@ def arguments(tmp_path):
     return ["selfcheck", "--config", str(config), "parallel.tensor=2", "parallel.sequence=true"]
 
 
-@pytest.mark.parametrize("launch", [partial(jobs.torchrun, "-m"), partial(jobs.deepspeed, "--module")])
-def test_right_model_passes(tmp_path, arguments, launch):
-    result = jobs.run(launch("mtp_dist.cli", *arguments, "--json", "train.precision=bf16"), status=0)
+NEOX = ["model.normalization=layernorm", "model.linear_bias=true", "model.mlp=gelu", "model.parallel_residual=true"]
+
+
+@pytest.mark.parametrize(
+    ("launch", "blocks"),
+    [(partial(jobs.torchrun, "-m"), []), (partial(jobs.deepspeed, "--module"), NEOX)],
+    ids=["llama", "neox"],
+)
+def test_right_model_passes(tmp_path, arguments, launch, blocks):
+    result = jobs.run(launch("mtp_dist.cli", *arguments, *blocks, "--json", "train.precision=bf16"), status=0)
     report = json.loads(result.stdout)  # nothing else is on standard output
     assert report["passed"] is True and report["layout"] == "tensor 2 x pipeline 1 x data 1"
     quantities = {"losses", "gradient norm", "gradients", "updated weights"}

@@ -22,7 +22,7 @@ from tests.engines import open_engine
 from tests.parity.comparison import parse_case
 from tests.parity.test_variants import APART, CHUNKS, FOUR_GROUPS, NAIVE, SEPARATE, SEQUENTIAL
 from tests.ranks import Ranks
-from tests.tiny import tiny_config
+from tests.tiny import BLOCKS, tiny_config
 from tests.unit.inference.models import open_weights
 
 FREQUENT = [2, 130]
@@ -40,6 +40,7 @@ CASES = [
     f"tp1-pp2-dp1-v heads.kind=mlp {APART}",
     "tp2-pp2-dp1-sp heads.stages=2 heads.kind=mlp",
     f"tp4-pp1-dp1 {FOUR_GROUPS} heads.distillation=0.5",
+    "tp2-pp1-dp1-sp blocks=neox",
 ]
 
 
@@ -106,20 +107,27 @@ def test_equals_a_decoder_that_follows_the_text(ranks: Ranks, case: str) -> None
 
 
 @pytest.mark.parametrize(
-    "heads", [{"kind": "parallel"}, {"kind": "sequential"}, {"prediction_distances": [1, 2, 4]}], ids=str
+    ("heads", "model"),
+    [
+        ({"kind": "parallel"}, {}),
+        ({"kind": "sequential"}, {}),
+        ({"prediction_distances": [1, 2, 4]}, {}),
+        ({"kind": "causal"}, BLOCKS["qwen3"]),
+    ],
+    ids=str,
 )
 @torch.no_grad()
-def test_equals_the_decoder_on_the_text_that_it_writes(heads: dict[str, Any]) -> None:
-    config = tiny_config(heads={"count": 3, **heads}, model={"init_std": 0.2})
-    model, prompts, length = ReferenceModel(config, weights(config)), torch.arange(32).unsqueeze(1), 64
+def test_equals_the_decoder_on_the_text_that_it_writes(heads: dict[str, Any], model: dict[str, Any]) -> None:
+    config = tiny_config(heads={"count": 3, **heads}, model={"init_std": 0.2, **model})
+    reference, prompts, length = ReferenceModel(config, weights(config)), torch.arange(32).unsqueeze(1), 64
     speculation = Speculation(heads=3)
-    text = open_weights(config, model.named_weights()).generate(
+    text = open_weights(config, reference.named_weights()).generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(max_new_tokens=length + 3, do_sample=False),
         speculation=speculation,
     )
-    best = torch.stack([logits.argmax(-1) for logits in model(text, length).values()]).transpose(1, 2)
+    best = torch.stack([logits.argmax(-1) for logits in reference(text, length).values()]).transpose(1, 2)
     sums = draft_acceptance_sums(best, torch.ones_like(best, dtype=torch.bool), config.heads.distances)
     estimate = HeadMetrics((), (), None, draft_acceptance_rates=draft_acceptance_rates(sums))
     counted = speculation.statistics

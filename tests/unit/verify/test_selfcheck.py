@@ -19,7 +19,7 @@ from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.partition import trunk_layers_per_stage
 from mtp_dist.verify.reference_training import local_batch, random_batch
 from mtp_dist.verify.selfcheck import PARAMETER_LIMIT, reduced, relative_error, selfcheck, with_small_batch
-from tests.tiny import tiny_config
+from tests.tiny import BLOCKS, tiny_config
 
 SEVEN_BILLION = {"vocab_size": 128_000, "hidden_size": 4096, "trunk_layers": 28, "num_attention_heads": 32}
 SEVEN_BILLION |= {"num_query_groups": 8, "ffn_hidden_size": 11008}
@@ -37,6 +37,12 @@ def check_reduction(config):
     assert small.train.precision == config.train.precision
     attention, other = ((m.query_groups < m.num_attention_heads, m.tie_embeddings) for m in (small.model, config.model))
     assert attention == other, "grouped queries and tied embeddings stay"
+    blocks = [
+        (m.qk_norm, m.normalization, m.parallel_residual, m.kv_channels is None, m.rotary_percent < 1, m.linear_bias)
+        for m in (small.model, config.model)
+    ]
+    assert blocks[0] == blocks[1], "the building blocks stay"
+    assert not config.model.sliding_window or small.model.sliding_window < small.train.sequence_length
     assert small.vocab_size <= config.vocab_size and small.train.sequence_length <= 2048
     tokens, expected = (c.train.micro_batch_size * c.train.sequence_length for c in (small, config))
     assert expected <= tokens < expected + small.train.sequence_length, "sums over a micro-batch are as long"
@@ -55,6 +61,8 @@ def check_reduction(config):
         ({"tensor": 2, "pipeline": 7, "schedule": "dualpipev", "partition": "uniform"}, {}),
         ({"pipeline": 8, "schedule": "dualpipev"}, {}),
         ({"tensor": 8}, {"num_query_groups": None, "ffn_hidden_size": None}),
+        ({"tensor": 8}, {**BLOCKS["qwen3"], "kv_channels": 128, "sliding_window": 4095}),
+        ({"tensor": 8}, {**BLOCKS["neox"], "num_query_groups": 8, "rotary_percent": 0.28125}),
     ],
 )
 def test_big_models_are_reduced_and_stay_valid(parallel, model):
