@@ -1,5 +1,6 @@
 """Every configuration that ships is valid with the overrides that it names, and trains when it is shrunk."""
 
+import json
 import re
 import runpy
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mtp_dist.config import Config, build_config, load_config, resolve
+from mtp_dist.config import Config, ModelConfig, build_config, load_config, resolve
 from mtp_dist.config.heads import weight_differences
+from mtp_dist.convert.config_json import read_config_json
+from mtp_dist.convert.plain_weights import layers_after_trunk
 from mtp_dist.data.build_tokenizer import build_tokenizer
 from mtp_dist.experiments.grid import expand
 from mtp_dist.experiments.schema import find_experiment, load_experiment
@@ -156,7 +159,8 @@ def test_finetuning_starts_from_models_that_ship() -> None:
     """Another architecture, kind of heads or tokenizer than that of the trained model would be refused."""
     all_variants = [each.config for path in PATHS for each in variants(path)]
     trained = {str(config.output_dir): config for config in all_variants}
-    starts = [config for config in all_variants if config.checkpoint.initial_weights]
+    imported = {"runs/qwen-imported"}
+    starts = [config for config in all_variants if (config.checkpoint.initial_weights or "") not in {"", *imported}]
     assert {config.run.name for config in starts} >= {"finetuned", "chat", "codecontests", "codecontests-n1-n1"}
     for config in starts:
         start = trained[config.checkpoint.initial_weights or ""]
@@ -164,3 +168,34 @@ def test_finetuning_starts_from_models_that_ship() -> None:
         assert config.model.model_dump(exclude=exclude) == start.model.model_dump(exclude=exclude), config.run.name
         assert not [*weight_differences(start.heads, config.heads, config.model.hidden_size)]
         assert config.data.tokenizer == start.data.tokenizer
+
+
+def test_qwen_is_that_of_its_config_json(tmp_path: Path) -> None:
+    """The keys are those of the config.json of Qwen/Qwen2.5-0.5B on the Hugging Face hub."""
+    keys = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    _, found = read_config_json(tmp_path)
+    config = load_config(CONFIGS / "qwen.yaml")
+    trunk_layers = found.num_hidden_layers - len(layers_after_trunk(config.heads))
+    assert config.model == ModelConfig(**found.model_section(tmp_path), trunk_layers=trunk_layers)
