@@ -7,6 +7,7 @@ import torch
 
 from mtp_dist.inference.acceptance import candidate_acceptance
 from mtp_dist.inference.drafting import draft_sources
+from mtp_dist.inference.spans import tree_span
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.tree import DraftTree, choose_tree
 from tests.unit.inference.models import VOCAB_SIZE, padded_prompts, tiny_model
@@ -44,6 +45,14 @@ def test_accepted_path_follows_the_choices_of_head_1() -> None:
         [0],
         [0, 1, 3],
     ]
+
+
+def test_window_counts_positions_of_a_tree_not_its_slots() -> None:
+    tree = DraftTree((-1, 0, 0, 2, 3), (0, 0, 1, 0, 0))  # depths 0, 1, 1, 2, 3 in slots 5 to 9
+    mask = tree_span(torch.tensor([5]), [5], tree).mask_within(2)
+    assert mask is not None
+    attended = [row.nonzero().flatten().tolist() for row in mask[0, 0]]
+    assert attended == [[4, 5], [5, 6], [5, 7], [7, 8], [8, 9]]
 
 
 @pytest.mark.parametrize("variant", ["parallel", "mlp", "separate", "sequential", "leap", "conditioned_leap"])
