@@ -43,6 +43,7 @@ from mtp_dist.training.run_folder import archive_earlier_run
 from mtp_dist.training.stopping import StopSignals, exit_status
 from mtp_dist.training.trainer import Trainer
 from mtp_dist.training.watchdog import Watchdog
+from mtp_dist.verify.memory import agree_on_memory, check_memory
 from mtp_dist.verify.preflight import run_preflight
 from mtp_dist.verify.startup import CheckedJob
 
@@ -78,7 +79,7 @@ def run(job: CheckedJob, stop_signals: StopSignals, preflight: bool, memory_snap
     samples_read = _restore_samples(datasets, resumed, config)
 
     initial = None if resumed else _agree_on_initial_weights(config, datasets.tokenizer, topology, gloo_groups.all)
-    config = with_measured_partition(config, topology)
+    config = check_memory(with_measured_partition(agree_on_memory(config, topology), topology), device)
     engine = _build_engine(config, topology, resumed, initial)
     stop_signals.defer()  # the collective below keeps all ranks from training until each has done so
     hosts = all_gather_objects(socket.gethostname(), gloo_groups.all)

@@ -6,9 +6,8 @@ from pathlib import Path
 from generators.common import DOCS, table
 
 from mtp_dist.config import load_config, resolve
+from mtp_dist.planner.fit import fit
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.planner.memory import rank_memory
-from mtp_dist.planner.partition import trunk_layers_per_stage
 
 CONFIGS = DOCS.parent / "configs"
 VOCAB_SIZE = 32_000
@@ -48,10 +47,7 @@ def tables() -> dict[str, str]:
 def _row(path: Path, overrides: list[str], gpus: list[int]) -> list[str]:
     config = resolve(load_config(path, overrides), VOCAB_SIZE, gpus[0])
     total, stages = parameter_counts(config).total, config.parallel.pipeline
-    memory = max(
-        rank_memory(config, stage, layers, min(stages - stage, config.micro_batches)).total
-        for stage, layers in enumerate(trunk_layers_per_stage(config))
-    )
+    memory = fit(config).binding.memory.total
     return [
         f"[`{path.stem}.yaml`](../configs/models/{path.name})",
         f"{total / 1e9:.3g}B" if total >= 1e9 else f"{total / 1e6:.0f}M",

@@ -18,7 +18,7 @@ from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_rank, env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
-from mtp_dist.planner.memory import rank_memory
+from mtp_dist.planner.memory import pipeline_rank_memory
 from mtp_dist.planner.partition import pipeline_stages
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.provenance import processor_name, usable_cores
@@ -106,8 +106,7 @@ def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
 def row_of(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
     """Return what is predicted next to what was measured, on a stage."""
     parts = pipeline_stages(config)[stage]
-    in_flight = min(config.micro_batches, config.parallel.pipeline - stage)
-    predicted = asdict(rank_memory(config, stage, parts.layers, in_flight, "cpu", parts.heads))
+    predicted = asdict(pipeline_rank_memory(config, stage, [parts], "cpu"))
     # What the heads' loss allocates and what a layer's backward pass does cannot be told apart.
     predicted["workspace"] = max(predicted["workspace"], predicted.pop("head_loss"))
     measured = {component: measured[component] for component in predicted}

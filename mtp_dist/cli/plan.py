@@ -11,7 +11,7 @@ import typer
 
 from mtp_dist.cli.options import AsJson, ConfigFile, Overrides
 from mtp_dist.cli.tables import show_result
-from mtp_dist.config import Config, load_config, resolve
+from mtp_dist.config import Config, load_config, resolve, with_device_memory
 from mtp_dist.errors import LaunchError, UserError, exits_with_user_errors
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def plan_run(
 
     total = tokens or config.train.steps * config.train.global_batch_size * config.train.sequence_length
     if not search_all:
-        step = estimate(fit(resolve(config, config.vocab_size, gpus), cluster.device), cluster)
+        resolved = with_device_memory(resolve(config, config.vocab_size, gpus), cluster.memory)
+        step = estimate(fit(resolved, cluster.device), cluster)
         return step, plan(step, total)
     found = search(config, cluster, gpus)
     layouts = [layout_row(each, total) for each in found.fastest]
@@ -108,6 +109,7 @@ def with_vocabulary(config: Config) -> Config:
     if config.model.vocab_size is not None:
         return config
     from mtp_dist.data.build_tokenizer import build_tokenizer
+    from mtp_dist.planner.layouts import replace_values
 
     try:
         vocab_size = build_tokenizer(config.data.tokenizer).vocab_size
@@ -115,7 +117,7 @@ def with_vocabulary(config: Config) -> Config:
         raise UserError(
             f"{error}; to plan without it, give its number of tokens, such as model.vocab_size=32000"
         ) from None
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+    return replace_values(config, {"model.vocab_size": vocab_size})
 
 
 def _draw(step: StepEstimate, path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from mtp_dist.cli.tables import fact_lines
 from mtp_dist.planner.fit import COMPONENTS
 from mtp_dist.planner.layouts import overrides
-from mtp_dist.planner.stage_times import USABLE_FRACTION
+from mtp_dist.planner.memory import USABLE_FRACTION
 
 MFU_CONVENTION = "6 FLOPs per parameter and position, attention over all keys, nothing for recomputation"
 

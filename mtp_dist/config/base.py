@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat
 
@@ -11,6 +11,17 @@ MAX_INTEGER = 2**31 - 1
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """Limits of Linux for one name in a path and for the full path."""
+
+
+DeviceType = Literal["cpu", "cuda"]
+"""A device's type as PyTorch names it."""
+
+
+class DeviceMemory(NamedTuple):
+    """The memory of one rank's device."""
+
+    device: DeviceType
+    bytes: float
 
 
 class Section(BaseModel):

@@ -1,5 +1,6 @@
 """Resolution of a configuration with its tokenizer's vocabulary size and its world size."""
 
+from mtp_dist.config.base import DeviceMemory
 from mtp_dist.config.schema import Config
 from mtp_dist.errors import ConfigError
 
@@ -21,6 +22,13 @@ def resolve(config: Config, vocab_size: int, world_size: int) -> Config:
     resolved = config.model_copy(update={"model": model})
     resolved._world_size = world_size
     return resolved
+
+
+def with_device_memory(config: Config, memory: DeviceMemory) -> Config:
+    """Return the configuration for ranks that have this memory each."""
+    bounded = config.model_copy()
+    bounded._device_memory = memory
+    return bounded
 
 
 def _check_layout(config: Config, world_size: int) -> None:

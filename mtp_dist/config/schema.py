@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from mtp_dist.config.base import NonNegativeInt, PathText, PositiveInt, Seconds, Section, StepValues
+from mtp_dist.config.base import DeviceMemory, NonNegativeInt, PathText, PositiveInt, Seconds, Section, StepValues
 from mtp_dist.config.heads import HeadsConfig
 from mtp_dist.config.low_rank import LowRankConfig
 from mtp_dist.config.model import ModelConfig
@@ -56,8 +56,9 @@ class ParallelConfig(Section):
         | Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
     ) = "balanced"
     """Trunk layers per stage: `balanced` makes the slowest rank as fast as possible by the FLOPs of layers and heads,
-    `measured` does so by their times, measured for about a second at the start; `uniform` gives every stage the same
-    number, a list such as [4, 4, 3, 1] sets each stage. Only the first and the last stage can have 0."""
+    of the splits that fit the memory; `measured` does so by their times, measured for about a second at the start;
+    `uniform` gives every stage the same number, a list such as [4, 4, 3, 1] sets each stage. Only the first and the
+    last stage can have 0."""
     check_memory: bool = True
     """Refuse, before anything is built, a run whose estimated memory exceeds the device's. `false`: start it anyway."""
 
@@ -305,6 +306,7 @@ class Config(Section):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Keys added unchanged to the DeepSpeed configuration; keys that mtp-dist derives cannot be set."""
     _world_size: int | None = None
+    _device_memory: DeviceMemory | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -318,6 +320,11 @@ class Config(Section):
     def without_adapters(self) -> Config:
         """Return the configuration of the same model with its low-rank adapters merged."""
         return self.model_copy(update={"train": self.train.model_copy(update={"low_rank": None})})
+
+    @property
+    def device_memory(self) -> DeviceMemory | None:
+        """Memory of each rank's device, which bounds `parallel.partition: balanced`; None for no bound."""
+        return self._device_memory
 
     @property
     def vocab_size(self) -> int:

@@ -103,7 +103,7 @@ def _dual_pipe_v(parts: Parts, layers: int, heads_by_rank: Iterable[Sequence[int
     """Return DualPipeV with each distribution of heads, those of rank r on stage 2p - 1 - r of p ranks."""
     found = []
     for heads in heads_by_rank:
-        split = split_dual_pipe_v(parts, layers, heads, lambda rank, n: True)
+        split = split_dual_pipe_v(parts, layers, heads, lambda rank, stages: True)
         if split:
             by_stage = [*[0] * len(heads), *reversed(heads)]
             found.append(Arrangement(tuple(map(Stage, split, by_stage)), "dualpipev"))

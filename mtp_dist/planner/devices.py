@@ -70,11 +70,23 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     Only `bf16` has peaks: that of fp32 depends on whether the run allows TF32. A variant without an entry of its own,
     such as one for laptops, has no peak.
     """
-    if precision != "bf16":
-        return None
+    accelerator = recognize_accelerator(device_name)
+    return accelerator.bf16_flops if accelerator and precision == "bf16" else None
+
+
+def recognize_accelerator(device_name: str) -> Accelerator | None:
+    """Return the accelerator with the driver's name for it; None if it is not known."""
     distinguishing = frozenset().union(*(each.words for each in accelerators().values()), SLOWER_VARIANTS)
     words = distinguishing.intersection(re.findall(r"[a-z0-9]+", device_name.lower()))
-    return next((each.bf16_flops for each in accelerators().values() if words and each.words == words), None)
+    return next((each for each in accelerators().values() if words and each.words == words), None)
+
+
+def nominal_memory(device_name: str, memory_bytes: int) -> float:
+    """Return the data sheet's memory of a GPU whose driver reports up to 10% more; `memory_bytes` of any other."""
+    accelerator = recognize_accelerator(device_name)
+    if accelerator and accelerator.memory_bytes <= memory_bytes <= 1.1 * accelerator.memory_bytes:
+        return accelerator.memory_bytes
+    return memory_bytes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mtp_dist.planner.fit import Fit
 from mtp_dist.planner.flops import model_flops_per_token
 from mtp_dist.planner.layouts import replace_values
 from mtp_dist.planner.parts import Passes
-from mtp_dist.planner.schedule import ScheduleName, Timeline, instructions, simulate
+from mtp_dist.planner.schedule import ScheduleName, Timeline, instructions, schedule_name, simulate
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.planner.stage_times import Cluster, axis_rates, flop_seconds, stage_seconds, update_bytes
 
@@ -83,25 +83,25 @@ def estimate(fit: Fit, cluster: Cluster, simulated: bool = True) -> StepEstimate
         transfer,
         pipeline,
         data=max(_rank_sums([cost.data_bytes for cost in fit.costs], config.parallel)) / rates.data,
-        update=max(update_bytes(rank.memory) for rank in fit.kinds.values()) / cluster.rates.memory,
+        update=max(update_bytes(rank.memory) for rank in fit.distinct_ranks.values()) / cluster.rates.memory,
     )
 
 
 def timeline(step: StepEstimate, micro_batches: int) -> Timeline:
-    """Return the timeline of a step with so many micro-batches."""
-    return simulate(step.fit.config.parallel.schedule, step.passes, micro_batches, step.transfer)
+    """Return the timeline of a step with another number of micro-batches."""
+    return simulate(schedule_name(step.fit.config), step.passes, micro_batches, step.transfer)
 
 
 def _simulated_seconds(config: Config, passes: Sequence[Passes], transfer: float) -> float:
     """Return the time of all micro-batches. From some number on, each further one takes equally long."""
-    schedule, ranks, micro_batches = config.parallel.schedule, config.parallel.pipeline, config.micro_batches
+    schedule, ranks, micro_batches = schedule_name(config), config.parallel.pipeline, config.micro_batches
     if ranks == 1:
         return micro_batches * passes[0].total
-    few, more = 3 * ranks, 4 * ranks
-    if micro_batches <= more:
+    fewer, simulated = 3 * ranks, 4 * ranks
+    if micro_batches <= simulated:
         return simulate(schedule, passes, micro_batches, transfer).seconds
-    after_few, after_more = (simulate(schedule, passes, count, transfer).seconds for count in (few, more))
-    return after_more + (micro_batches - more) * (after_more - after_few) / (more - few)
+    before, seconds = (simulate(schedule, passes, count, transfer).seconds for count in (fewer, simulated))
+    return seconds + (micro_batches - simulated) * (seconds - before) / (simulated - fewer)
 
 
 def _rank_sums(by_stage: Sequence[float], parallel: ParallelConfig) -> list[float]:
@@ -126,7 +126,7 @@ def time_by_part(step: StepEstimate) -> dict[str, float]:
         "recomputation": per_rank * (compute - needed),
         "tensor-parallel communication": per_rank * sum(stage.tensor.total for stage in stages),
         "sums of gradients over micro-batches": per_rank * sum(stage.sums for stage in stages),
-        "transfers between stages": step.transfer * _mean_transfers(config.parallel.schedule, ranks, micro_batches),
+        "transfers between stages": step.transfer * _mean_transfers(schedule_name(config), ranks, micro_batches),
     }
     return seconds | {
         "pipeline bubble": step.pipeline - sum(seconds.values()),

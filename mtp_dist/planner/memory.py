@@ -1,10 +1,11 @@
 """Memory of one rank in a training step, by component."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, DeviceType
 from mtp_dist.planner.activations import (
     element_bytes,
     embedding_workspace,
@@ -14,6 +15,9 @@ from mtp_dist.planner.activations import (
     stage_activations,
 )
 from mtp_dist.planner.head_memory import head_loss_memory
+from mtp_dist.planner.layouts import replace_values
+from mtp_dist.planner.parts import Stage
+from mtp_dist.planner.schedule import in_flight_peaks, schedule_name
 from mtp_dist.planner.weights import Weight, stage_weights
 
 BYTES_PER_TOKEN = 8
@@ -23,6 +27,8 @@ REDUCE_BUCKET = 50_000_000
 the smallest model."""
 ALLREDUCE_BUCKET = 500_000_000
 """Elements from which on DeepSpeed reduces gradients in several parts, without ZeRO and in its bf16 optimizer."""
+USABLE_FRACTION = 0.9
+"""Fraction of the memory that a split or a proposed layout may need: estimates are within 10% of what was measured."""
 MASTER_BYTES, MOMENT_BYTES = 4, 8
 """Bytes per parameter of an fp32 master weight and of Adam's two fp32 moments."""
 
@@ -68,61 +74,129 @@ def rank_memory(
     stage: int,
     trunk_layers: int,
     in_flight: int,
-    device: Literal["cpu", "cuda"] = "cuda",
+    device: DeviceType = "cuda",
     heads: int | None = None,
 ) -> RankMemory:
-    """Return the memory of a rank of a pipeline stage, counted from 0, that holds so many trunk layers.
+    """Return the memory of a rank of a pipeline stage, counted from 0, with a number of trunk layers.
 
     in_flight: micro-batches whose activations the stage keeps at once. heads: number of the stage's heads; by default
     all on the last stage. The libraries' own memory, such as that of the CUDA context and of NCCL, is not counted.
     """
     if heads is None:
         heads = config.heads.count if stage == config.parallel.stages - 1 else 0
-    weights = list(stage_weights(config, stage, trunk_layers, heads))
-    trained = [weight for weight in weights if weight.is_trained]
+    return rank_needs(config, [stage], [Stage(trunk_layers, heads)], device).memory([(in_flight,)])
+
+
+def pipeline_rank_memory(config: Config, rank: int, stages: Sequence[Stage], device: DeviceType) -> RankMemory:
+    """Return the memory of a pipeline rank with its one stage, or with its two of `dualpipev`."""
+    needs = rank_needs(config, config.parallel.rank_stages(rank), stages, device)
+    return needs.memory(in_flight(config, rank))
+
+
+def in_flight(config: Config, rank: int) -> list[tuple[int, int]]:
+    """Return the micro-batches in flight on each stage of a pipeline rank, see `in_flight_peaks`."""
+    return in_flight_peaks(schedule_name(config), rank, config.parallel.pipeline, config.micro_batches)
+
+
+class _StageNeeds(NamedTuple):
+    """What one stage of a rank needs besides its weights."""
+
+    activations: int
+    """Those of one micro-batch."""
+    workspace: int
+    head_peak: int
+    """Peak of the heads' loss."""
+    waiting: int
+    """Gradients of the heads that wait for the backward pass, per micro-batch."""
+
+    @property
+    def pass_peak(self) -> int:
+        """What a pass needs besides activations."""
+        return max(self.workspace + self.waiting, self.head_peak)
+
+
+def _stage_needs(config: Config, index: int, stage: Stage, device: DeviceType) -> _StageNeeds:
+    activations = stage_activations(config, index, stage.layers, device)
+    workspace = layer_workspace(config, device, "trunk") if stage.layers and not config.train.freezes_trunk else 0
+    if index == 0 and not config.train.freezes_weights:
+        workspace = max(workspace, embedding_workspace(config) - activations)
+    if not stage.heads:
+        return _StageNeeds(activations, workspace, 0, 0)
+    head_loss = head_loss_memory(replace_values(config, {"heads.count": stage.heads}), device)
+    return _StageNeeds(activations, workspace, head_loss.peak, head_loss.waiting)
+
+
+@dataclass(frozen=True)
+class RankNeeds:
+    """What a rank needs at any number of micro-batches in flight. The passes of its stages do not overlap."""
+
+    stages: tuple[_StageNeeds, ...]
+    micro_batches: int
+    """Micro-batches per step."""
+    parameters: int
+    gradients: int
+    accumulators: int
+    optimizer: int
+    buffers: int
+    bucket: int
+    """One of ZeRO's two buckets."""
+    update: int
+
+    def memory(self, in_flight: Iterable[Sequence[int]]) -> RankMemory:
+        """Return the memory of the rank.
+
+        in_flight: micro-batches whose activations each stage keeps, at all moments at which it can be at its peak.
+        """
+        activations = passes = 0
+        for counts in in_flight:
+            kept = sum(count * stage.activations for count, stage in zip(counts, self.stages, strict=False))
+            peak = max(stage.pass_peak for stage in self.stages)
+            peak += sum(max(0, n - 1) * stage.waiting for n, stage in zip(counts, self.stages, strict=False))
+            needed = kept + self.gradients + peak
+            if self.micro_batches <= counts[0]:  # the first backward pass, which makes the gradients, frees one
+                needed = max(kept + peak, needed - self.stages[0].activations)
+            activations, passes = max(activations, kept), max(passes, needed)
+        update = max(self.gradients, self.update) if self.bucket else self.gradients + self.update
+        return RankMemory(
+            parameters=self.parameters,
+            gradients=self.gradients,
+            accumulators=self.accumulators,
+            optimizer=self.optimizer,
+            communication=self.buffers + 2 * self.bucket,
+            activations=activations,
+            workspace=max(stage.workspace for stage in self.stages),
+            head_loss=max(stage.head_peak for stage in self.stages),
+            update=self.update,
+            # The gradients move into ZeRO's second bucket.
+            total=self.parameters
+            + self.accumulators
+            + self.optimizer
+            + self.buffers
+            + max(self.bucket + passes, 2 * self.bucket + update),
+        )
+
+
+def rank_needs(config: Config, indices: Sequence[int], stages: Sequence[Stage], device: DeviceType) -> RankNeeds:
+    """Return what a rank needs that has these stages. indices: their positions in the pipeline, from 0."""
+    parts = list(zip(indices, stages, strict=True))
+    weights = Counter(weight for index, stage in parts for weight in stage_weights(config, index, *stage))
+    trained = Counter({weight: count for weight, count in weights.items() if weight.is_trained})
     size, bf16 = element_bytes(config), config.train.precision == "bf16"
     sharded = bf16 or config.parallel.zero_stage == 1
     partitions = [group // (config.dp_size if sharded else 1) for group in _groups(config, trained)]
-    is_first, is_last = stage == 0, stage == config.parallel.stages - 1
-    activations = stage_activations(config, stage, trunk_layers, device)
-    head_loss = head_loss_memory(_with_heads(config, heads), device) if heads else None
-    workspace = layer_workspace(config, device, "trunk") if trunk_layers and not config.train.freezes_trunk else 0
-    if is_first and not config.train.freezes_weights:
-        workspace = max(workspace, embedding_workspace(config) - activations)
-    parameters, gradients = size * _elements(weights), size * _elements(trained)
-    accumulators = 4 * _elements(trained) if bf16 else 0
-    optimizer = sum(partitions) * (MOMENT_BYTES + (MASTER_BYTES if sharded else 0))
-    communication = _buffers(config, is_first, is_last)
-    buckets = 4 * REDUCE_BUCKET if config.train.precision == "fp32" and config.parallel.zero_stage == 1 else 0
-    owned = [weight for weight in trained if is_first or weight.part != "embedding"]
-    update = _update_bytes(config, trained, owned, partitions, device)
-    peak_extra = max(workspace + (head_loss.waiting if head_loss else 0), head_loss.peak if head_loss else 0)
-    if head_loss and not is_last:
-        peak_extra += (in_flight - 1) * head_loss.waiting  # each micro-batch's, until its backward pass
-    passes = in_flight * activations + gradients + peak_extra
-    if config.micro_batches <= in_flight:  # the first backward pass, which makes the gradients, frees a micro-batch
-        passes = max(in_flight * activations + peak_extra, passes - activations)
-    return RankMemory(
-        parameters=parameters,
-        gradients=gradients,
-        accumulators=accumulators,
-        optimizer=optimizer,
-        communication=communication + 2 * buckets,
-        activations=in_flight * activations,
-        workspace=workspace,
-        head_loss=head_loss.peak if head_loss else 0,
-        update=update,
-        # The gradients move into ZeRO's second bucket.
-        total=parameters
-        + accumulators
-        + optimizer
-        + communication
-        + max(buckets + passes, 2 * buckets + (max(gradients, update) if buckets else gradients + update)),
+    elements = _elements(trained)
+    owned = [weight for weight in trained if 0 in indices or weight.part != "embedding"]
+    return RankNeeds(
+        stages=tuple(_stage_needs(config, index, stage, device) for index, stage in parts),
+        micro_batches=config.micro_batches,
+        parameters=size * _elements(weights),
+        gradients=size * elements,
+        accumulators=4 * elements if bf16 else 0,
+        optimizer=sum(partitions) * (MOMENT_BYTES + (MASTER_BYTES if sharded else 0)),
+        buffers=_buffers(config, indices),
+        bucket=4 * REDUCE_BUCKET if sharded and not bf16 else 0,
+        update=_update_bytes(config, trained, owned, partitions, device),
     )
-
-
-def _with_heads(config: Config, heads: int) -> Config:
-    return config.model_copy(update={"heads": config.heads.model_copy(update={"count": heads})})
 
 
 def step_token_bytes(config: Config) -> int:
@@ -131,33 +205,33 @@ def step_token_bytes(config: Config) -> int:
     return samples * (config.train.sequence_length + config.heads.lookahead) * BYTES_PER_TOKEN
 
 
-def _elements(weights: Iterable[Weight]) -> int:
-    return sum(weight.elements for weight in weights)
+def _elements(weights: Counter[Weight]) -> int:
+    return sum(count * weight.elements for weight, count in weights.items())
 
 
-def _groups(config: Config, trained: list[Weight]) -> list[int]:
+def _groups(config: Config, trained: Counter[Weight]) -> list[int]:
     """Return the elements of each of the optimizer's groups, padded as DeepSpeed does before it shards them."""
     groups: dict[object, int] = {}
-    for weight in trained:
+    for weight, count in trained.items():
         key = len(weight.shape) <= 1, config.optimizer.multiplier(weight.part)
-        groups[key] = groups.get(key, 0) + weight.elements
+        groups[key] = groups.get(key, 0) + count * weight.elements
     multiple = 2 * config.dp_size
     return [-(-elements // multiple) * multiple for elements in groups.values()]
 
 
-def _buffers(config: Config, is_first: bool, is_last: bool) -> int:
-    """Return the bytes of the buffers that stay from step to step."""
-    states = 2 if config.heads.weighted_hidden_states else 1
+def _buffers(config: Config, indices: Sequence[int]) -> int:
+    """Return the bytes of the buffers that stay from step to step, of a rank with these stages."""
+    states, last = 2 if config.heads.weighted_hidden_states else 1, config.parallel.stages - 1
     # Activations and gradients arrive in the same buffers.
-    receives = not is_first or not (is_last or config.train.freezes_trunk)
-    received = states * hidden_bytes(config) if receives else 0
+    receiving = [index > 0 or not (index == last or config.train.freezes_trunk) for index in indices]
+    received = states * hidden_bytes(config) * sum(receiving)
     if config.parallel.sequence:
         received += element_bytes(config) * micro_batch_tokens(config) * config.model.hidden_size
     return received
 
 
 def _update_bytes(
-    config: Config, trained: list[Weight], owned: list[Weight], partitions: list[int], device: str
+    config: Config, trained: Counter[Weight], owned: list[Weight], partitions: list[int], device: str
 ) -> int:
     """Return the temporary bytes of reducing and clipping the gradients and of updating the weights.
 

@@ -3,11 +3,9 @@
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Literal
 
-from mtp_dist.config import Config
-from mtp_dist.errors import ConfigError
-from mtp_dist.planner.memory import rank_memory
+from mtp_dist.config import Config, DeviceType
+from mtp_dist.planner.memory import USABLE_FRACTION, RankNeeds, in_flight, rank_needs
 from mtp_dist.planner.parts import Parts, Stage
 from mtp_dist.planner.stage_cost import part_flops
 
@@ -15,8 +13,8 @@ LayersCost = Callable[[int, int], float]
 """Cost of a stage, counted from 0, by its number of trunk layers; more layers never cost less."""
 LayersFit = Callable[[int, int], bool]
 """Whether a stage, counted from 0, fits the memory with a number of trunk layers; if it does, fewer layers fit too."""
-StageFits = Callable[[int, Stage], bool]
-"""Whether a stage, counted from 0, fits the memory with these parts."""
+RankFits = Callable[[int, Sequence[Stage]], bool]
+"""Whether a pipeline rank fits the memory with these stages: one, or its two of `dualpipev`."""
 
 
 def split_layers(layers: int, fewest: Sequence[int], cost: LayersCost, fits: LayersFit) -> tuple[int, ...] | None:
@@ -65,11 +63,11 @@ def head_numbers(stages: Sequence[Stage]) -> list[range]:
     return [range(end - stage.heads + 1, end + 1) for end, stage in zip(ends, stages, strict=True)]
 
 
-def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: LayersFit) -> tuple[int, ...] | None:
+def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: RankFits) -> tuple[int, ...] | None:
     """Return the trunk layers of each of 2p stages, of which rank r of p has r and 2p - 1 - r; None if none fits.
 
-    heads: number of heads on each rank, all on its second stage, those with heads first. fits: for ranks. A rank's
-    layers are split so that both of its stages take equally long.
+    heads: number of heads on each rank, all on its second stage, those with heads first. A rank's layers are split so
+    that both of its stages take equally long.
     """
     holders = sum(count > 0 for count in heads)
 
@@ -85,57 +83,101 @@ def split_dual_pipe_v(parts: Parts, layers: int, heads: Sequence[int], fits: Lay
         return parts.stage(first, rank == 0).total + parts.stage(second, has_head_1=rank == holders - 1).total
 
     fewest = [(rank > 0) + (rank >= holders) for rank in range(len(heads))]
-    split = split_layers(layers, fewest, cost, fits)
+    split = split_layers(layers, fewest, cost, lambda rank, count: fits(rank, halves(rank, count)))
     if split is None:
         return None
     firsts, seconds = zip(*(halves(rank, count) for rank, count in enumerate(split)), strict=True)
     return tuple(stage.layers for stage in (*firsts, *reversed(seconds)))
 
 
-def fits_memory(config: Config, device_bytes: float, device: Literal["cpu", "cuda"] = "cuda") -> StageFits:
-    """Return whether a stage of 1F1B fits the memory of its device, with the micro-batches that it has in flight."""
-
-    def fits(stage: int, parts: Stage) -> bool:
-        in_flight = min(config.parallel.pipeline - stage, config.micro_batches)
-        return rank_memory(config, stage, parts.layers, in_flight, device, parts.heads).total <= device_bytes
-
-    return fits
+def weights_key(config: Config, rank: int, stages: Sequence[Stage]) -> tuple[object, ...]:
+    """Return what the weights of a pipeline rank depend on: whether it is an end of the pipeline, whether it has
+    head 1, and its stages."""
+    ends = (rank == 0) + 2 * (rank == config.parallel.pipeline - 1)
+    has_head_1 = rank == config.parallel.stages - config.heads.stages
+    return ends, has_head_1, *stages
 
 
-def trunk_layers_per_stage(
-    config: Config, parts: Parts | None = None, fits: StageFits | None = None
-) -> tuple[int, ...]:
+def rank_stages(config: Config, stages: Sequence[Stage], rank: int) -> list[Stage]:
+    """Return the stages of a pipeline rank."""
+    return [stages[index] for index in config.parallel.rank_stages(rank)]
+
+
+def distinct_ranks(config: Config, stages: Sequence[Stage]) -> dict[tuple[object, ...], int]:
+    """Return the first pipeline rank of those with the same weights, of which later ones keep fewer activations.
+
+    They are given by their `weights_key`.
+    """
+    ranks: dict[tuple[object, ...], int] = {}
+    for rank in range(config.parallel.pipeline):
+        ranks.setdefault(weights_key(config, rank, rank_stages(config, stages, rank)), rank)
+    return ranks
+
+
+def rank_bytes(config: Config, device: DeviceType) -> Callable[[int, Sequence[Stage]], int]:
+    """Return a function that returns the memory of a pipeline rank with these stages."""
+    found: dict[tuple[object, ...], RankNeeds] = {}
+
+    def total(rank: int, stages: Sequence[Stage]) -> int:
+        key = weights_key(config, rank, stages)
+        if key not in found:
+            found[key] = rank_needs(config, config.parallel.rank_stages(rank), stages, device)
+        return found[key].memory(in_flight(config, rank)).total
+
+    return total
+
+
+def trunk_layers_per_stage(config: Config, parts: Parts | None = None) -> tuple[int, ...]:
     """Return the number of trunk layers of each stage, see `pipeline_stages`."""
-    return tuple(stage.layers for stage in pipeline_stages(config, parts, fits))
+    return tuple(stage.layers for stage in pipeline_stages(config, parts))
 
 
-def pipeline_stages(config: Config, parts: Parts | None = None, fits: StageFits | None = None) -> tuple[Stage, ...]:
+def pipeline_stages(config: Config, parts: Parts | None = None) -> tuple[Stage, ...]:
     """Return the trunk layers and heads of each stage, first stage first. `dualpipev` has two stages per rank.
 
     parts: costs that `balanced` and `measured` split by; by default FLOPs, with which `measured` is `balanced` until
-    the run has measured. Heads are split by them at every partition. fits: such as `fits_memory`; by default every
-    stage does. Raise ConfigError if no split fits.
+    the run has measured. Heads are split by them at every partition.
+
+    The slowest stage is as fast as possible. If its ranks' memory is known and one would need more than
+    USABLE_FRACTION of it, it is as fast as possible of the splits that need less, or of those that fit at all. If none
+    does, memory is no bound.
     """
-    parallel, layers = config.parallel, config.model.trunk_layers
-    costs, fits = parts or part_flops(config), fits or (lambda stage, parts: True)
+    costs, memory = parts or part_flops(config), config.device_memory
+    fastest = _fastest_stages(config, costs, lambda rank, stages: True)
+    assert fastest, "the configuration has been checked"
+    if memory is None:
+        return fastest
+    needed = rank_bytes(config, memory.device)
+    for limit in (USABLE_FRACTION * memory.bytes, memory.bytes):
 
-    def slowest(stages: Sequence[Stage]) -> float:
-        return max(passes.total for passes in costs.stages(stages))
+        def fits(rank: int, stages: Sequence[Stage], limit: float = limit) -> bool:
+            return needed(rank, stages) <= limit
 
-    splits = []
-    for heads in split_heads(costs.num_heads, parallel.stages, config.heads.stages):
+        if _all_fit(config, fastest, fits):
+            return fastest
+        if found := _fastest_stages(config, costs, fits):
+            return found
+    return fastest
+
+
+def _all_fit(config: Config, stages: Sequence[Stage], fits: RankFits) -> bool:
+    """Return whether every pipeline rank fits with these stages."""
+    return all(fits(rank, rank_stages(config, stages, rank)) for rank in distinct_ranks(config, stages).values())
+
+
+def _fastest_stages(config: Config, costs: Parts, fits: RankFits) -> tuple[Stage, ...] | None:
+    """Return the stages of which the slowest is as fast as possible; None if no split fits."""
+    found = []
+    for heads in split_heads(costs.num_heads, config.parallel.stages, config.heads.stages):
         if split := _split_trunk(config, costs, heads, fits):
-            splits.append(tuple(map(Stage, split, heads)))
-    if not splits:
-        raise ConfigError(
-            f"no split of model.trunk_layers = {layers} over parallel.pipeline = {parallel.stages} stages fits the "
-            "memory: raise parallel.pipeline or parallel.tensor, or lower train.micro_batch_size"
-        )
-    return min(splits, key=slowest)
+            stages = tuple(map(Stage, split, heads))
+            if _all_fit(config, stages, fits):  # a given partition need not
+                found.append(stages)
+    return min(found, key=lambda stages: max(passes.total for passes in costs.stages(stages)), default=None)
 
 
-def _split_trunk(config: Config, costs: Parts, heads: Sequence[int], fits: StageFits) -> tuple[int, ...] | None:
-    """Return the trunk layers of each stage with so many heads; None if no split fits."""
+def _split_trunk(config: Config, costs: Parts, heads: Sequence[int], fits: RankFits) -> tuple[int, ...] | None:
+    """Return the trunk layers of each stage, given its heads; None if no split fits."""
     parallel, layers = config.parallel, config.model.trunk_layers
     trunk_stages = parallel.stages - config.heads.stages + 1
     behind = [0] * (config.heads.stages - 1)
@@ -144,11 +186,10 @@ def _split_trunk(config: Config, costs: Parts, heads: Sequence[int], fits: Stage
     if not isinstance(parallel.partition, str):
         return parallel.partition
     if parallel.schedule == "dualpipev":
-        by_rank = [costs.num_heads, *[0] * (parallel.pipeline - 1)]
-        return split_dual_pipe_v(costs, layers, by_rank, lambda rank, n: fits(rank, Stage(n, by_rank[rank])))
+        return split_dual_pipe_v(costs, layers, [costs.num_heads, *[0] * (parallel.pipeline - 1)], fits)
     return split_layers(
         layers,
         [*fewest_layers(trunk_stages, config.train.low_rank is None), *behind],
         lambda stage, n: costs.stage(Stage(n, heads[stage]), stage == 0, stage == trunk_stages - 1).total,
-        lambda stage, n: (stage < trunk_stages or n == 0) and fits(stage, Stage(n, heads[stage])),
+        lambda stage, n: (stage < trunk_stages or n == 0) and fits(stage, [Stage(n, heads[stage])]),
     )

@@ -3,11 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
+from mtp_dist.config import Config
 from mtp_dist.planner.parts import Passes
 
-ScheduleName = Literal["1f1b", "dualpipev"]
+ScheduleName = Literal["1f1b", "dualpipev", "frozen_trunk"]
+"""`frozen_trunk` is 1F1B without what a frozen trunk does not need: gradients between the stages, and backward passes
+on all but the last one, which has the heads."""
 PassKind = Literal["forward", "backward"]
 InstructionKind = Literal[
     "forward", "backward", "send_activation", "receive_activation", "send_gradient", "receive_gradient", "commit"
@@ -51,34 +55,25 @@ class Timeline:
     @property
     def busy_seconds(self) -> list[float]:
         """Time of each rank's passes."""
-        return [sum(each.end - each.start for each in self._passes_of(rank)) for rank in range(self.ranks)]
+        seconds = [0.0] * self.ranks
+        for each in self.passes:
+            seconds[each.rank] += each.end - each.start
+        return seconds
 
     @property
     def bubble(self) -> float:
         """Fraction of the time of all ranks in which they wait."""
         return 1 - sum(self.busy_seconds) / (self.ranks * self.seconds)
 
-    @property
-    def in_flight(self) -> list[int]:
-        """Largest number of forward passes per rank whose activations wait for their backward pass.
 
-        With `1f1b` these are micro-batches on a full stage, with `dualpipev` on one of the rank's two half stages.
-        """
-        peaks = []
-        for rank in range(self.ranks):
-            held, peak = 0, 0
-            for each in self._passes_of(rank):
-                held += 1 if each.kind == "forward" else -1
-                peak = max(peak, held)
-            peaks.append(peak)
-        return peaks
-
-    def _passes_of(self, rank: int) -> Iterator[Pass]:
-        return (each for each in self.passes if each.rank == rank)
+def schedule_name(config: Config) -> ScheduleName:
+    """Return the schedule that the engine runs."""
+    return "frozen_trunk" if config.train.freezes_trunk else config.parallel.schedule
 
 
 def instructions(schedule: ScheduleName, rank: int, ranks: int, micro_batches: int) -> Iterator[Instruction]:
-    """Yield a rank's instructions in the order of DeepSpeed's TrainSchedule or DualPipeVSchedule."""
+    """Yield a rank's instructions in the order of DeepSpeed's TrainSchedule or DualPipeVSchedule, or of our
+    FrozenTrunkSchedule."""
     return _INSTRUCTIONS[schedule](rank, ranks, micro_batches)
 
 
@@ -100,6 +95,16 @@ def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iter
         if current in valid:
             yield Instruction("forward" if is_forward else "backward", 0, current)
         previous = current
+
+
+def _frozen_trunk(rank: int, ranks: int, micro_batches: int) -> Iterator[Instruction]:
+    """Yield the instructions of 1F1B with a frozen trunk."""
+    skipped = {"send_gradient", "receive_gradient"} | ({"backward"} if rank < ranks - 1 else set())
+    previous = None
+    for instruction in _one_forward_one_backward(rank, ranks, micro_batches):
+        if instruction.kind not in skipped and not (instruction.kind == "commit" and previous in skipped):
+            yield instruction
+        previous = instruction.kind
 
 
 _WORDS: dict[str, InstructionKind] = {
@@ -146,7 +151,25 @@ def _dual_pipe_v(rank: int, ranks: int, micro_batches: int) -> Iterator[Instruct
             counts[word] += 1
 
 
-_INSTRUCTIONS = {"1f1b": _one_forward_one_backward, "dualpipev": _dual_pipe_v}
+_INSTRUCTIONS = {"1f1b": _one_forward_one_backward, "dualpipev": _dual_pipe_v, "frozen_trunk": _frozen_trunk}
+
+
+@cache
+def in_flight_peaks(schedule: ScheduleName, rank: int, ranks: int, micro_batches: int) -> list[tuple[int, int]]:
+    """Return how many micro-batches a rank keeps the activations of in each of its stages, at all moments at which one
+    more would not have fewer in either.
+
+    With more than 3 * ranks micro-batches the schedules only repeat what they do.
+    """
+    if schedule == "frozen_trunk" and rank < ranks - 1:  # no backward pass frees them: the engine has two buffers
+        return [(min(2, micro_batches), 0)]
+    held, peaks = [0, 0], set()
+    for instruction in instructions(schedule, rank, ranks, min(micro_batches, 3 * ranks)):
+        if instruction.kind in ("forward", "backward"):
+            held[instruction.phase] += 1 if instruction.kind == "forward" else -1
+            peaks.add((held[0], held[1]))
+    return [a for a in peaks if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in peaks)]
+
 
 Message = tuple[bool, int, int]
 """Whether it is a gradient, the stage before the boundary that it crosses, and the micro-batch."""
@@ -185,9 +208,9 @@ def simulate(
 ) -> Timeline:
     """Return the timeline of one training step.
 
-    stage_seconds: by stage, one per rank with `1f1b`, two with `dualpipev`, whose rank r has stages r and 2p - 1 - r
-    of p ranks. transfer_seconds: time of one commit's transfers; as with NCCL, it begins when both sides have come to
-    it, and both wait until it ends.
+    stage_seconds: by stage, one per rank; with `dualpipev` two, of which rank r of p has stages r and 2p - 1 - r.
+    transfer_seconds: time of one commit's transfers; as with NCCL, it begins when both sides have come to it, and both
+    wait until it ends.
     """
     ranks = len(stage_seconds) // (2 if schedule == "dualpipev" else 1)
     runners = [_Rank(rank, ranks, instructions(schedule, rank, ranks, micro_batches)) for rank in range(ranks)]

@@ -1,18 +1,21 @@
 """The fastest layouts of a training that fit the memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, with_device_memory
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.estimate import StepEstimate, estimate
 from mtp_dist.planner.fit import COMPONENTS, Fit, fit
 from mtp_dist.planner.layouts import LAYOUT_KEYS, SCHEDULES, layout, overrides, stays_within_nodes, with_layout
-from mtp_dist.planner.stage_times import USABLE_FRACTION, Cluster
+from mtp_dist.planner.memory import USABLE_FRACTION
+from mtp_dist.planner.stage_times import Cluster
 
 SIMULATED = 12
 """Number of layouts, the fastest ones by a formula for their time, whose pipelines are simulated."""
+LARGEST_EXCESS = 1.1
+"""Memory that the fastest split may need, relative to what is usable, for slower ones to be tried that need less."""
 LARGEST_MICRO_BATCH = 64
 """Samples of the largest micro-batch that is tried."""
 
@@ -28,7 +31,7 @@ class SearchResult:
 
 
 def search(config: Config, cluster: Cluster, world_size: int, count: int = 5) -> SearchResult:
-    """Return the fastest layouts on so many ranks. The global batch stays as it is.
+    """Return the fastest layouts on `world_size` ranks. The global batch stays as it is.
 
     config: has the vocabulary size; its own layout need not be valid. Raise ConfigError if no layout divides model,
     batch and ranks, or if none fits the memory.
@@ -37,7 +40,7 @@ def search(config: Config, cluster: Cluster, world_size: int, count: int = 5) ->
     best: dict[Degrees, StepEstimate] = {}
     for degrees, layouts in _layouts(config, cluster, world_size):
         for candidate in layouts:
-            needed = fit(candidate, cluster.device)
+            needed = _fit(candidate, cluster)
             if smallest is None or needed.binding.memory.total < smallest.binding.memory.total:
                 smallest = needed
             if needed.binding.memory.total > memory:
@@ -53,6 +56,14 @@ def search(config: Config, cluster: Cluster, world_size: int, count: int = 5) ->
     if not fitting:
         raise ConfigError(_too_large(smallest, cluster))
     return SearchResult(simulated[:count], fitting)
+
+
+def _fit(candidate: Config, cluster: Cluster) -> Fit:
+    """Return what a layout needs, with the split that a run uses if it is likely to fit."""
+    found, bounded = fit(candidate, cluster.device), with_device_memory(candidate, cluster.memory)
+    if cluster.usable_bytes < found.binding.memory.total <= LARGEST_EXCESS * cluster.usable_bytes:
+        return fit(bounded, cluster.device)
+    return replace(found, config=bounded)
 
 
 Degrees = tuple[int, int, str]

@@ -273,7 +273,8 @@ def _data_bytes(config: Config, stage: int, trunk_layers: int, heads: int) -> fl
     if bf16 or config.parallel.zero_stage == 1:
         ring += _ring_bytes(element_bytes(config) * trained, config.dp_size)
     tied = [weight for weight in weights if weight.part == "embedding" and weight.is_trained]
-    if config.parallel.pipeline > 1 and (stage == 0 or heads) and heads_have_embedding(config):
+    # With `dualpipev` one rank has the first and the last stage, and one embedding for both.
+    if config.parallel.schedule == "1f1b" and config.parallel.pipeline > 1 and heads_have_embedding(config):
         stages = min(1 + config.heads.stages, config.parallel.pipeline)
         ring += sum(2 * _ring_bytes(4 * weight.elements, stages) for weight in tied)
     shared = [weight for weight in weights if weight.part == "unembedding" and weight.is_trained]

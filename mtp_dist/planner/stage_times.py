@@ -2,15 +2,12 @@
 
 from typing import NamedTuple
 
-from mtp_dist.config import Config
+from mtp_dist.config import Config, DeviceMemory, DeviceType
 from mtp_dist.planner.devices import LAYER_FRACTION, Accelerator, Rates
-from mtp_dist.planner.fit import DeviceType, Fit
+from mtp_dist.planner.fit import Fit
 from mtp_dist.planner.layouts import stays_within_nodes
-from mtp_dist.planner.memory import RankMemory
+from mtp_dist.planner.memory import USABLE_FRACTION, RankMemory
 from mtp_dist.planner.parts import Passes
-
-USABLE_FRACTION = 0.9
-"""Fraction of the memory that a proposed layout may need: estimates are within 10% of what was measured."""
 
 
 class Cluster(NamedTuple):
@@ -23,6 +20,11 @@ class Cluster(NamedTuple):
     def device(self) -> DeviceType:
         """The type of device as PyTorch names it."""
         return "cpu" if self.accelerator.name == "cpu" else "cuda"
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """The memory of each rank's accelerator."""
+        return DeviceMemory(self.device, self.accelerator.memory_bytes)
 
     @property
     def usable_bytes(self) -> float:
@@ -81,7 +83,8 @@ def stage_seconds(fit: Fit, cluster: Cluster) -> list[StageSeconds]:
     per_flop, per_byte = flop_seconds(cluster), 1 / axis_rates(config, cluster).tensor
     seconds = []
     for stage, cost in enumerate(fit.costs):
-        memory = fit.alike(min(stage, config.parallel.stages - 1 - stage) if fit.halves else stage).memory
+        rank = min(stage, config.parallel.stages - 1 - stage) if fit.halves else stage
+        memory = fit.rank_with_weights_of(rank).memory
         # Of a rank's two stages each sums about half of its gradients.
         sums = gradient_sum_bytes(memory) / rates.memory / (2 if fit.halves else 1)
         seconds.append(

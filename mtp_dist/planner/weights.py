@@ -38,8 +38,7 @@ def stage_weights(config: Config, stage: int, trunk_layers: int, heads: int | No
         yield _weight(config, "embedding", local_vocab_size(config), config.model.hidden_size)
     if config.heads.weighted_hidden_states and (trunk_layers or is_first):
         yield _weight(config, "heads", config.model.trunk_layers + 1)
-    for _ in range(trunk_layers):
-        yield from layer_weights(config, "trunk")
+    yield from trunk_layers * tuple(layer_weights(config, "trunk"))
     if heads:
         has_head_1 = stage == config.parallel.stages - config.heads.stages
         yield from _heads_stage_weights(config, has_head_1, heads - has_head_1)
@@ -87,8 +86,7 @@ def _heads_stage_weights(config: Config, has_head_1: bool, later: int) -> Iterat
     unembedding = local_vocab_size(config), hidden
     if heads.traits.first_head_has_block and has_head_1:
         yield from block_weights(config, "head_1")
-    for _ in range(min(1, later) if heads.repeated else later):
-        yield from block_weights(config, "heads")
+    yield from (min(1, later) if heads.repeated else later) * tuple(block_weights(config, "heads"))
     yield from _norm_weights(config, "trunk")
     if rank := condition_rank(heads, hidden):
         yield _weight(config, "heads", local_vocab_size(config), rank)

@@ -49,7 +49,7 @@ def check_startup(
             check_wandb(config)
     device = select_device(config)
     if needs_data:  # a self-check or benchmark computes less than the configured model
-        check_memory(config, device)
+        config = check_memory(config, device)
     check_profile(config, world_size, memory_snapshot, device)
     if config.deepspeed:
         # DeepSpeed probes the device when it is imported.

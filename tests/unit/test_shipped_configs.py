@@ -20,7 +20,6 @@ from mtp_dist.planner.devices import assumed_rates, find_accelerator
 from mtp_dist.planner.estimate import estimate
 from mtp_dist.planner.fit import fit
 from mtp_dist.planner.flops import parameter_counts
-from mtp_dist.planner.partition import fits_memory, pipeline_stages
 from mtp_dist.planner.stage_times import Cluster
 from tests.ranks import Ranks
 
@@ -91,8 +90,6 @@ def train(config: Config) -> list[float]:
 def test_config(ranks: Ranks, path: Path) -> None:
     for config in (config for variant in variants(path) for config in variant.resolved()):
         assert config.micro_batches > 0
-        fits = fits_memory(config, GPU_BYTES)
-        assert all(fits(stage, parts) for stage, parts in enumerate(pipeline_stages(config)))
         h100 = find_accelerator("h100")
         planned = estimate(fit(config), Cluster(h100, assumed_rates(h100, config.train.precision)))
         # Layers reach 52.5 % of the peak, and the MFU counts 12 / 7 of the attention's FLOPs: those of all keys.

@@ -6,7 +6,14 @@ import pytest
 
 from mtp_dist.errors import LaunchError
 from mtp_dist.planner.calibration import measured_rates
-from mtp_dist.planner.devices import Rates, accelerators, assumed_rates, find_accelerator, peak_flops
+from mtp_dist.planner.devices import (
+    Rates,
+    accelerators,
+    assumed_rates,
+    find_accelerator,
+    nominal_memory,
+    peak_flops,
+)
 
 PEAKS = {"A100-SXM4-80GB": 312e12, "A100 80GB PCIe": 312e12, "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12}
 PEAKS |= {"H200": 989e12, "B200": 2250e12, "L40S": 362e12, "GeForce RTX 4090": 165e12, "A100-PCIE-40GB": 312e12}
@@ -18,6 +25,16 @@ def test_peaks():
         assert peak_flops(f"NVIDIA {name}", "bf16") == peak, name
         assert peak_flops(f"NVIDIA {name}", "fp32") is None
     assert peak_flops("AMD Instinct MI300X", "bf16") == 1307e12
+
+
+def test_plans_and_runs_have_the_same_memory():
+    for name, reported, expected in (
+        ("NVIDIA H100 80GB HBM3", 85_024_112_640, 80e9),
+        ("NVIDIA H100 80GB HBM3", 79_000_000_000, 79e9),
+        ("NVIDIA H100 MIG", 85_024_112_640, 85_024_112_640),
+        ("NVIDIA H100 96GB HBM3", 101_000_000_000, 101e9),
+    ):
+        assert nominal_memory(name, reported) == expected, name
 
 
 def test_accelerators_have_plausible_figures_and_sources():

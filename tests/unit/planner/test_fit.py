@@ -2,12 +2,13 @@
 
 import pytest
 
-from mtp_dist.planner.fit import fit, in_flight_peaks, longest_sequence, pipeline_rank, remedies
+from mtp_dist.config import DeviceMemory, with_device_memory
+from mtp_dist.planner.fit import fit, longest_sequence, pipeline_rank, remedies
 from mtp_dist.planner.head_memory import head_loss_memory
 from mtp_dist.planner.layouts import with_layout
 from mtp_dist.planner.memory import rank_memory
-from mtp_dist.planner.parts import Passes, Stage
-from mtp_dist.planner.schedule import simulate
+from mtp_dist.planner.parts import Stage
+from mtp_dist.planner.schedule import in_flight_peaks
 from tests.unit.planner.models import SHAPE_70B, on_ranks, unresolved
 
 GB = 1e9
@@ -25,11 +26,10 @@ def test_1f1b_keeps_fewer_micro_batches_on_later_stages(ranks, micro_batches):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_dualpipev_keeps_as_many_as_its_timeline(ranks):
-    timeline = simulate("dualpipev", [Passes(1, 2)] * (2 * ranks), 6 * ranks)
+def test_dualpipev_keeps_one_micro_batch_more_than_it_has_stages(ranks):
     for rank in range(ranks):
         peaks = in_flight_peaks("dualpipev", rank, ranks, 3 * ranks)
-        assert max(map(sum, peaks)) == timeline.in_flight[rank] == 2 * ranks + 1
+        assert max(map(sum, peaks)) == 2 * ranks + 1
         assert sorted(peaks) == sorted(in_flight_peaks("dualpipev", rank, ranks, 6 * ranks))
 
 
@@ -42,8 +42,9 @@ def test_rank_has_the_memory_of_its_stage():
         assert rank.memory == rank_memory(config, stage, layers, 4 - stage) and rank.trunk_layers == (layers,)
     found = fit(config)
     assert found.binding.memory.total == max(rank.memory.total for rank in found.ranks)
+    same = [found.rank_with_weights_of(rank) for rank in range(4)]
     weights = [(rank.memory.parameters, rank.trunk_layers) for rank in found.ranks]
-    assert [(found.alike(rank).memory.parameters, found.alike(rank).trunk_layers) for rank in range(4)] == weights
+    assert [(rank.memory.parameters, rank.trunk_layers) for rank in same] == weights
 
 
 def test_ranks_with_heads_of_several_stages():
@@ -71,9 +72,23 @@ def test_dualpipev_rank_has_both_of_its_stages():
     one, other = rank_memory(config, 0, 9, 1), rank_memory(config, 3, 3, 1)
     assert first.memory.optimizer == one.optimizer + other.optimizer
     assert first.memory.head_loss == other.head_loss > 0 == second.memory.head_loss
-    # Rank 0 of two keeps up to five half stages, of which at most two are of the second phase.
-    kept = [count * one.activations + more * other.activations for count, more in in_flight_peaks("dualpipev", 0, 2, 6)]
-    assert first.memory.activations == max(kept)
+    # Rank 0 of two keeps up to four micro-batches of its first stage and one of the second.
+    assert first.memory.activations == 4 * one.activations + other.activations
+
+
+def test_dualpipev_rank_has_one_optimizer():
+    """DeepSpeed reduces and updates the weights of both of its stages together."""
+    fp32 = on_ranks(unresolved(precision="fp32"), 4, pipeline=2, schedule="dualpipev", zero_stage=1)
+    split = (Stage(12), Stage(2), Stage(2), Stage(12, fp32.heads.count))
+    hidden = 4 * 4096 * 4096
+    received, buckets = 2 * hidden, 2 * 4 * 50_000_000
+    assert pipeline_rank(fp32, split, 0, "cuda").memory.communication == received + buckets
+    bf16 = on_ranks(unresolved(), 4, pipeline=2, schedule="dualpipev")
+    one, other = (rank_memory(bf16, stage, 2, 1) for stage in (1, 2))
+    both = pipeline_rank(bf16, split, 1, "cuda").memory
+    assert both.total == one.state + other.state + both.communication + both.activations + both.workspace
+    copied = one.update
+    assert copied > 0 == pipeline_rank(bf16, split, 1, "cuda").memory.update, "above 500 million elements in parts"
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 8, "sequence": True}, {"pipeline": 4}])
@@ -113,12 +128,27 @@ def test_remedies_are_combined_if_none_suffices_alone():
     assert remedies(on_ranks(unresolved(model=SHAPE_70B), 1), 80 * GB) == [], "one rank cannot hold it"
 
 
-def test_another_split_can_fit():
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
+def test_split_that_is_fastest_and_fits_is_used(schedule):
     """The first stages keep the activations of more micro-batches than the last ones."""
-    config = on_ranks(unresolved(micro_batch_size=2), 16, pipeline=4, tensor=1)
-    limit = needed(config) - 1
-    [split] = [
-        changes["parallel.partition"] for changes, _ in remedies(config, limit) if "parallel.partition" in changes
-    ]
-    assert sum(split) == 28 and split != fit(config).split
-    assert needed(on_ranks(config, 16, partition=list(split))) <= limit
+    config = on_ranks(unresolved(micro_batch_size=2), 16, pipeline=4, schedule=schedule)
+    free = fit(config)
+    limit = free.binding.memory.total
+
+    def bounded(gigabytes):
+        return fit(with_device_memory(config, DeviceMemory("cuda", gigabytes)))
+
+    assert bounded(limit / 0.9).split == free.split, "what fits stays as it is"
+    found = bounded((limit - 1) / 0.9)
+    assert found.binding.memory.total < limit and found.split != free.split and sum(found.split) == 28
+    assert bounded(found.binding.memory.total).binding.memory.total < limit, "fits, if not 90 %"
+    assert bounded(limit / 5).split == free.split, "nothing fits"
+    given = on_ranks(config, 16, partition=list(free.split))
+    assert fit(with_device_memory(given, DeviceMemory("cuda", limit / 2))).split == free.split
+
+
+def test_uniform_partition_is_replaced_if_another_fits():
+    config = on_ranks(unresolved(micro_batch_size=2), 16, pipeline=4, partition="uniform")
+    memory = DeviceMemory("cuda", needed(config) - 1)
+    found = remedies(with_device_memory(config, memory), memory.bytes)
+    assert {"parallel.partition": "balanced"} in [changes for changes, _ in found]

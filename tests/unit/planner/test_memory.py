@@ -106,6 +106,11 @@ def test_traffic_by_hand():
     assert two.data_bytes == 4 * elements
     _, sharded = cost(0, 4, world_size=2, parallel={"zero_stage": 1})
     assert sharded.data_bytes == 6 * elements
+    for schedule, exchanged in (("1f1b", 1), ("dualpipev", 0)):
+        model = {"vocab_size": 128, "tie_embeddings": True}
+        config = tiny_config(model=model, parallel={"pipeline": 2, "schedule": schedule})
+        data = sum(stage_cost(config, stage, 1).data_bytes for stage in (0, config.parallel.stages - 1))
+        assert data == exchanged * 2 * 4 * 128 * 32, "one rank of dualpipev has the embedding for both"
     _, rounded = cost(0, 4, 2, train={"precision": "bf16"}, parallel={"grad_reduce_dtype": "bf16"})
     assert rounded.data_bytes == 3 * elements
 

@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mtp_dist.config import DeviceMemory, with_device_memory
 from mtp_dist.config.low_rank import LowRankConfig
-from mtp_dist.errors import ConfigError
 from mtp_dist.planner.flops import parameter_counts
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.partition import (
     fewest_layers,
-    fits_memory,
     head_numbers,
     pipeline_stages,
+    rank_bytes,
     split_dual_pipe_v,
     split_layers,
     trunk_layers_per_stage,
 )
-from mtp_dist.planner.parts import Parts, Passes
+from mtp_dist.planner.parts import Parts, Passes, Stage
 from mtp_dist.planner.weights import stage_weights
 from tests.tiny import tiny_config
 
@@ -200,8 +200,6 @@ def test_heads_of_several_stages_with_given_layers_and_memory():
     assert [*map(tuple, pipeline_stages(given, parts(0, 1, 4)))] == [(6, 0), (0, 1), (0, 2), (0, 1)]
     free = config.model_copy(update={"parallel": config.parallel.model_copy(update={"partition": "balanced"})})
     assert [*map(tuple, pipeline_stages(free, parts(0, 1, 40)))] == [(6, 0), (0, 1), (0, 2), (0, 1)]
-    one_head = pipeline_stages(free, parts(0, 1, 0.04), lambda stage, parts: parts.heads < 2 or stage == 1)
-    assert [stage.heads for stage in one_head] == [0, 2, 1, 1]
     for kind, unembedding in (("mlp", "separate"), ("parallel", "shared"), ("linear", "shared")):
         heads = free.heads.model_copy(update={"kind": kind, "unembedding": unembedding})
         config = free.model_copy(update={"heads": heads})
@@ -215,7 +213,7 @@ def test_heads_of_several_stages_with_given_layers_and_memory():
 
 def test_two_stages_per_rank_by_hand():
     def split(layers, heads, heads_cost=2.96):
-        return split_dual_pipe_v(parts(0, 1, heads_cost), layers, heads, lambda rank, n: True)
+        return split_dual_pipe_v(parts(0, 1, heads_cost), layers, heads, lambda rank, stages: True)
 
     assert split(2, [4, 0]) == (0, 1, 1, 0) and split(1, [4, 0]) is None
     assert split(12, [4, 0]) == (4, 3, 4, 1), "ranks 7.96 and 7, stages 4 and 3.96"
@@ -226,15 +224,13 @@ def test_two_stages_per_rank_by_hand():
 
 def test_memory_bounds_the_split():
     config = config_of(12, 3, 2)
-    assert trunk_layers_per_stage(config, fits=lambda stage, parts: parts.layers <= 5 - (stage == 0)) == (4, 5, 3)
     free = trunk_layers_per_stage(config)
     needed = [rank_memory(config, stage, layers, 3 - stage).total for stage, layers in enumerate(free)]
     assert needed[0] == max(needed), "the first stage has the most micro-batches in flight"
-    assert trunk_layers_per_stage(config, fits=fits_memory(config, needed[0])) == free
-    bounded = trunk_layers_per_stage(config, fits=fits_memory(config, needed[0] - 1))
-    assert bounded[0] == free[0] - 1
-    with pytest.raises(ConfigError, match=r"no split of model.trunk_layers = 12 over parallel.pipeline = 3 stages"):
-        trunk_layers_per_stage(config, fits=fits_memory(config, needed[0] // 2))
+    total = rank_bytes(config, "cuda")
+    assert [total(stage, [Stage(layers, 2 * (stage == 2))]) for stage, layers in enumerate(free)] == needed
+    for memory, expected in ((needed[0] / 0.9, free), (needed[0] / 0.9 - 1, (free[0] - 1, 6, 2)), (1000, free)):
+        assert trunk_layers_per_stage(with_device_memory(config, DeviceMemory("cuda", memory))) == expected, memory
 
 
 def test_measured_times_decide():

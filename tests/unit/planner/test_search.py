@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mtp_dist.config import build_config, resolve
+from mtp_dist.config import build_config, resolve, with_device_memory
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.advice import balance_advice
 from mtp_dist.planner.estimate import estimate
@@ -27,7 +27,10 @@ def all_steps(config, world_size, hardware):
         changes = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.schedule": schedule}
         changes |= {"parallel.sequence": sequence, "train.activation_checkpointing": checkpointing}
         candidate = with_layout(config, changes | {"train.micro_batch_size": micro_batch}, world_size)
-        if candidate and (needed := fit(candidate)).binding.memory.total <= hardware.usable_bytes:
+        if candidate is None:
+            continue
+        needed = fit(with_device_memory(candidate, hardware.memory))
+        if needed.binding.memory.total <= hardware.usable_bytes:
             yield estimate(needed, hardware)
 
 
@@ -53,7 +56,7 @@ def test_search_over_1024_gpus_takes_seconds_and_its_layouts_are_valid():
         for key, value in layout(step.fit.config).items():
             section, name = key.split(".")
             values[section][name] = value
-        pasted = resolve(build_config(values), config.vocab_size, 1024)
+        pasted = with_device_memory(resolve(build_config(values), config.vocab_size, 1024), hardware.memory)
         assert fit(pasted).binding.memory.total == step.fit.binding.memory.total <= 72e9
         assert pasted.parallel.tensor <= 8, "within a node"
 
