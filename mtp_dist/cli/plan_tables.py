@@ -32,7 +32,7 @@ def plan_parts(result: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _facts(result: Mapping[str, Any]) -> dict[str, str]:
     layout, stages = result["layout"], " ".join(map(str, result["trunk_layers_per_stage"]))
-    rates, assumed = result["rates"], result["assumed"]
+    rates, assumed, head_stages = result["rates"], result["assumed"], layout["heads.stages"]
     origin = (
         f"measured by {result['preflight']}"
         if result.get("preflight")
@@ -43,7 +43,8 @@ def _facts(result: Mapping[str, Any]) -> dict[str, str]:
         f"heads, {result['precision']}, sequences of {result['sequence_length']:,} tokens",
         "on": f"{result['gpus']:,} x {result['label']} ({result['source']})",
         "layout": f"tensor {layout['parallel.tensor']} x pipeline {layout['parallel.pipeline']} x data "
-        f"{result['data_parallel']}, {layout['parallel.schedule']}, trunk layers per stage {stages}, "
+        f"{result['data_parallel']}, {layout['parallel.schedule']}, trunk layers per stage {stages}, heads on the last "
+        f"{f'{head_stages} stages' if head_stages > 1 else 'one'}, "
         f"{result['micro_batches']} micro-batches of {layout['train.micro_batch_size']} per step",
         "rates": f"large matmuls {rates['matmul'] / 1e12:,.3g} TFLOP/s, links {rates['link'] / 1e9:,.3g} GB/s, network "
         f"{rates['network'] / 1e9:,.3g} GB/s: {origin}; layers reach {assumed['layer']:.0%} of large matmuls (assumed)",
@@ -107,11 +108,14 @@ def _time_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-LAYOUT_COLUMNS = "tensor,sequence,pipeline,data,schedule,micro-batch,recomputed,GB,s/step,MFU,days".split(",")
+LAYOUT_COLUMNS = "tensor,sequence,pipeline,heads,data,schedule,micro-batch,recomputed,GB,s/step,MFU,days".split(",")
 
 
 def _layouts_table(result: Mapping[str, Any]) -> Table:
-    title = f"The fastest of {result['fitting']:,} layouts that fit, each the best of its degrees"
+    title = (
+        f"The fastest of {result['fitting']:,} layouts that fit, each the best of its degrees; heads: stages that have "
+        "some of them"
+    )
     table = Table("", *(Column(name, justify="right") for name in LAYOUT_COLUMNS), title=title)
     for number, row in enumerate(result["layouts"], 1):
         layout = row["layout"]
@@ -120,6 +124,7 @@ def _layouts_table(result: Mapping[str, Any]) -> Table:
             str(layout["parallel.tensor"]),
             "yes" if layout["parallel.sequence"] else "no",
             str(layout["parallel.pipeline"]),
+            str(layout["heads.stages"]),
             str(row["data_parallel"]),
             layout["parallel.schedule"],
             str(layout["train.micro_batch_size"]),
@@ -133,13 +138,13 @@ def _layouts_table(result: Mapping[str, Any]) -> Table:
 
 
 def _pasteable(layouts: list[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the layouts as sections of a configuration."""
+    """Yield each layout as overrides of a command and as sections of a configuration."""
     for number, row in enumerate(layouts, 1):
         sections: dict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in row["layout"].items():
             section, name = key.split(".")
             sections[section][name] = value
-        yield f"# {number}"
+        yield f"# {number}: {overrides(row['layout'])}"
         for section, values in sections.items():
             flow = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=1000).strip()
             yield f"{section}: {flow}"

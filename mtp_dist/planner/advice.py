@@ -35,7 +35,7 @@ def _better_balanced(step: StepEstimate) -> Iterator[tuple[Changes, float]]:
     Yield the other schedule or the balanced partition, and heads on more stages, if they balance better.
     """
     config, parallel = step.fit.config, step.fit.config.parallel
-    current = layout(config) | {"heads.stages": config.heads.stages}
+    current = layout(config)
     powers = [2**power for power in range(1, parallel.pipeline.bit_length())]
     smaller: list[Changes] = [{"parallel.pipeline": parallel.pipeline // n} for n in powers]
     more_tensor = [

@@ -28,7 +28,7 @@ class HeadLossMemory:
     peak: int
     """Peak above what the trunk keeps."""
     waiting: int
-    """Gradients at the begin of the backward pass that were computed in the forward pass (mode `eager`)."""
+    """Gradients that were computed in the forward pass and wait for the backward pass (mode `eager`)."""
 
 
 def head_loss_memory(config: Config, device: str) -> HeadLossMemory:

@@ -24,13 +24,14 @@ LAYOUT_KEYS = (
     "parallel.zero_stage",
     "train.activation_checkpointing",
     "train.micro_batch_size",
+    "heads.stages",
 )
 """Keys of a layout."""
 
 
 def layout(config: Config) -> Changes:
     """Return the values of LAYOUT_KEYS."""
-    sections = config.model_dump(include={"parallel", "train"})
+    sections = config.model_dump(include={"parallel", "train", "heads"})
     return {key: sections[key.split(".")[0]][key.split(".")[1]] for key in LAYOUT_KEYS}
 
 
@@ -41,7 +42,7 @@ def overrides(changes: Changes) -> str:
 
 
 def stays_within_nodes(ranks: int, world_size: int, per_node: int) -> bool:
-    """Return whether no group of so many neighbouring ranks is on two nodes."""
+    """Return whether each group of `ranks` neighbouring ranks is on one node."""
     return world_size <= per_node or per_node % ranks == 0
 
 

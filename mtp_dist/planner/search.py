@@ -16,6 +16,10 @@ SIMULATED = 12
 """Number of layouts, the fastest ones by a formula for their time, whose pipelines are simulated."""
 LARGEST_EXCESS = 1.1
 """Memory that the fastest split may need, relative to what is usable, for slower ones to be tried that need less."""
+WELL_BALANCED = 0.97
+"""Mean work of the pipeline ranks, relative to that of the rank with the most, from which on heads stay together."""
+MOST_HEAD_STAGES = 4
+"""Largest number of stages with heads that is tried."""
 LARGEST_MICRO_BATCH = 64
 """Samples of the largest micro-batch that is tried."""
 
@@ -49,7 +53,8 @@ def search(config: Config, cluster: Cluster, world_size: int, count: int = 5) ->
             step = estimate(needed, cluster, simulated=False)
             if degrees not in best or _order(step) < _order(best[degrees]):
                 best[degrees] = step
-    promising = sorted(best.values(), key=_order)[:SIMULATED]
+    best_heads = (min([step, *_with_split_heads(step)], key=_order) for step in best.values())
+    promising = sorted(best_heads, key=_order)[:SIMULATED]
     simulated = sorted((estimate(step.fit, cluster) for step in promising), key=_order)
     if smallest is None:
         raise ConfigError(_no_layout(config, world_size))
@@ -64,6 +69,18 @@ def _fit(candidate: Config, cluster: Cluster) -> Fit:
     if cluster.usable_bytes < found.binding.memory.total <= LARGEST_EXCESS * cluster.usable_bytes:
         return fit(bounded, cluster.device)
     return replace(found, config=bounded)
+
+
+def _with_split_heads(step: StepEstimate) -> Iterator[StepEstimate]:
+    """Yield a layout with heads on several stages, for each number of them that fits, unless it is well balanced."""
+    config, cluster = step.fit.config, step.cluster
+    if step.balance > WELL_BALANCED:
+        return
+    for stages in range(2, min(config.heads.count, MOST_HEAD_STAGES) + 1):
+        if candidate := with_layout(config, {"heads.stages": stages}):
+            found = fit(candidate, cluster.device)
+            if found.binding.memory.total <= cluster.usable_bytes:
+                yield estimate(found, cluster, simulated=False)
 
 
 Degrees = tuple[int, int, str]
@@ -93,7 +110,7 @@ def _layouts(config: Config, cluster: Cluster, world_size: int) -> Iterator[tupl
             ["none", "selective", "full"],
         ):
             keys = tensor, pipeline, schedule, "balanced", sequence, zero_stage, checkpointing
-            values = dict(zip(LAYOUT_KEYS, keys, strict=False))
+            values = dict(zip(LAYOUT_KEYS, keys, strict=False)) | {"heads.stages": 1}
             found = (with_layout(config, values | {"train.micro_batch_size": n}, world_size) for n in micro_batches)
             yield (tensor, pipeline, schedule), filter(None, found)
 

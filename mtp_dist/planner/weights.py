@@ -26,7 +26,7 @@ class Weight(NamedTuple):
 
 
 def stage_weights(config: Config, stage: int, trunk_layers: int, heads: int | None = None) -> Iterator[Weight]:
-    """Yield the weights of one rank of a pipeline stage, counted from 0, that holds so many trunk layers.
+    """Yield the weights of one rank of a pipeline stage, counted from 0, with a number of trunk layers.
 
     heads: number of its heads, see `rank_memory`. An embedding that a stage with heads needs too, for tokens that they
     read or as a tied unembedding, counts on both unless both are on one rank.
@@ -80,8 +80,8 @@ def block_weights(config: Config, part: ModelPart) -> Iterator[Weight]:
 
 
 def _heads_stage_weights(config: Config, has_head_1: bool, later: int) -> Iterator[Weight]:
-    """Yield the weights of head 1 and of so many later heads, the final norm and the unembeddings, without an
-    unembedding that is tied to the embedding."""
+    """Yield the weights of head 1, if the stage has it, and of its number of later heads, the final norm and the
+    unembeddings, without an unembedding that is tied to the embedding."""
     heads, hidden = config.heads, config.model.hidden_size
     unembedding = local_vocab_size(config), hidden
     if heads.traits.first_head_has_block and has_head_1:

@@ -1,6 +1,7 @@
 """`mtp-dist plan`: results, tables, files and errors."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -64,15 +65,17 @@ def test_run_that_does_not_fit(config):
 def test_layouts_of_a_search_can_be_pasted(config, tmp_path):
     shown = run(config, "--search", gpus=16).stdout
     assert "layouts that fit, each the best of its degrees" in shown
-    layouts = [yaml.safe_load(text.partition("\n")[2]) for text in shown[shown.index("# 1\n") :].split("# ")[1:]]
+    texts = [text.partition("\n") for text in shown[shown.index("# 1: ") :].split("# ")[1:]]
+    layouts = {text[0].partition(": ")[2]: yaml.safe_load(text[2]) for text in texts}
     assert 1 < len(layouts) <= 5
     values = yaml.safe_load(config.read_text())
-    for sections in layouts:
+    for line, sections in layouts.items():
         pasted = values | {name: values[name] | section for name, section in sections.items()}
         (tmp_path / "pasted.yaml").write_text(yaml.safe_dump(pasted))
         found = read(tmp_path / "pasted.yaml", gpus=16)
         assert found["layout"]["parallel.tensor"] == sections["parallel"]["tensor"] and found["memory"]["fits"]
         assert f" {found['step_seconds']:.3g} │ {found['mfu']:.1%} │" in shown
+        assert read(config, *shlex.split(line), gpus=16)["step_seconds"] == found["step_seconds"]
 
 
 def test_preflight_and_timeline(config, tmp_path):

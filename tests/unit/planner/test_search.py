@@ -61,6 +61,26 @@ def test_search_over_1024_gpus_takes_seconds_and_its_layouts_are_valid():
         assert pasted.parallel.tensor <= 8, "within a node"
 
 
+def test_search_splits_heads_that_one_stage_cannot_balance():
+    """By layouts of one pipeline degree: with a vocabulary of 256k tokens the heads cost more than a stage."""
+    config, hardware = unresolved(vocab_size=262_144, batch=256, heads={"loss_mode": "recompute"}), cluster()
+    found = {
+        (parallel.tensor, parallel.pipeline): step
+        for step in reversed(search(config, hardware, 64, count=100).fastest)
+        if (parallel := step.fit.config.parallel).schedule == "1f1b"
+    }
+    split = {degrees: step for degrees, step in found.items() if step.fit.config.heads.stages > 1}
+    assert split and all(degrees[1] >= 4 for degrees in split)
+    for step in split.values():
+        together = with_layout(step.fit.config, {"heads.stages": 1})
+        assert estimate(fit(together), hardware).seconds > step.seconds
+        assert step.fit.binding.memory.total <= hardware.usable_bytes and step.fit.config.heads.stages <= 4
+    given = on_ranks(config, 64, pipeline=4)
+    given = given.model_copy(update={"heads": given.heads.model_copy(update={"stages": 2})})
+    fastest = [search(each, hardware, 64).fastest[0].seconds for each in (config, given)]
+    assert fastest[0] == fastest[1], "the search is not bound to the configuration's number"
+
+
 def test_search_in_fp32_can_shard_the_optimizer():
     found = search(unresolved(precision="fp32", batch=16), cluster(precision="fp32"), 16, count=100)
     assert {step.fit.config.parallel.zero_stage for step in found.fastest} == {0, 1}
