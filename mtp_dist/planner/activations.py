@@ -143,6 +143,12 @@ def layer_workspace(config: Config, device: str, part: ModelPart) -> int:
     return recomputed + grads + gathered
 
 
+def forward_workspace(config: Config) -> int:
+    """Return the bytes that a layer of a frozen trunk needs while it runs: those of its MLP, and hidden states."""
+    inner = 5 * config.model.ffn_size // config.parallel.tensor
+    return element_bytes(config) * micro_batch_tokens(config) * inner + 3 * hidden_bytes(config)
+
+
 def stage_activations(config: Config, stage: int, trunk_layers: int, device: str) -> int:
     """Return the bytes that one micro-batch keeps on a stage until its backward pass."""
     is_first, is_last = stage == 0, stage == config.parallel.stages - 1

@@ -9,6 +9,7 @@ from mtp_dist.config import Config, DeviceType
 from mtp_dist.planner.activations import (
     element_bytes,
     embedding_workspace,
+    forward_workspace,
     hidden_bytes,
     layer_workspace,
     micro_batch_tokens,
@@ -117,7 +118,10 @@ class _StageNeeds(NamedTuple):
 
 def _stage_needs(config: Config, index: int, stage: Stage, device: DeviceType) -> _StageNeeds:
     activations = stage_activations(config, index, stage.layers, device)
-    workspace = layer_workspace(config, device, "trunk") if stage.layers and not config.train.freezes_trunk else 0
+    workspace = 0
+    if stage.layers:
+        frozen = config.train.freezes_trunk
+        workspace = forward_workspace(config) if frozen else layer_workspace(config, device, "trunk")
     if index == 0 and not config.train.freezes_weights:
         workspace = max(workspace, embedding_workspace(config) - activations)
     if not stage.heads:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.bench.plan import case_config, measure_case, row_of
-from mtp_dist.bench.plan_cases import CASES
+from mtp_dist.bench.plan_cases import CASES, case_sections
 from mtp_dist.cli.memory_tables import bench_plan_table
+from mtp_dist.config import build_config, resolve
 from mtp_dist.distributed.device import select_device
+from mtp_dist.planner.fit import fit
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.planner.weights import Weight, stage_weights
@@ -120,6 +122,16 @@ def test_first_stage_without_layers_has_the_weights_of_hidden_states():
     logits = [Weight((5,), "heads", is_trained=True)]
     for stage, layers in ((0, 0), (0, 1), (1, 4)):
         assert [each for each in stage_weights(config, stage, layers) if each.shape == (5,)] == logits
+
+
+@pytest.mark.parametrize(("precision", "measured"), [("bf16", [1.13, 5.28]), ("fp32", [2.24, 5.24])])
+def test_stages_of_a_frozen_trunk_keep_two_micro_batches(precision, measured):
+    """MB that the tracker of `mtp-dist bench plan` counts on two stages of its frozen trunk."""
+    sections = case_sections("frozen trunk")
+    sections = sections | {"parallel": {"pipeline": 2}, "train": sections["train"] | {"precision": precision}}
+    config = build_config(sections)
+    totals = [rank.memory.total for rank in fit(resolve(config, config.vocab_size, 2), "cpu").ranks]
+    assert [total / 1e6 for total in totals] == pytest.approx(measured, rel=0.03)
 
 
 def test_micro_batches_in_flight_multiply_the_activations():
