@@ -1,7 +1,10 @@
 """Trunk layers and heads of each pipeline stage. The first stage also has the embedding, the last ones the heads."""
 
 import heapq
+import operator
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 
 from mtp_dist.config import Config, DeviceType
@@ -25,21 +28,27 @@ def split_layers(layers: int, fewest: Sequence[int], cost: LayersCost, fits: Lay
     optimum's bound, and so can the fastest. Of stages that are equally fast the last one gets the layer: the first ones
     keep the most micro-batches in flight.
     """
+    most = [_most_layers(layers, partial(fits, stage)) for stage in range(len(fewest))]
     split = list(fewest)
-    if sum(split) > layers or not all(fits(stage, count) for stage, count in enumerate(split)):
+    if sum(split) > layers or sum(most) < layers or any(map(operator.gt, split, most)):
         return None
-    queue = [(cost(stage, count + 1), -stage) for stage, count in enumerate(split) if fits(stage, count + 1)]
+    queue = [(cost(stage, count + 1), -stage) for stage, count in enumerate(split) if count < most[stage]]
     heapq.heapify(queue)
     for _ in range(layers - sum(split)):
-        if not queue:
-            return None
         stage = -queue[0][1]
         split[stage] += 1
-        if fits(stage, split[stage] + 1):
+        if split[stage] < most[stage]:
             heapq.heapreplace(queue, (cost(stage, split[stage] + 1), -stage))
         else:
             heapq.heappop(queue)
     return tuple(split)
+
+
+def _most_layers(layers: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number of up to `layers` layers that fits; -1 if not even 0 does."""
+    if fits(layers):
+        return layers
+    return bisect_left(range(layers), True, key=lambda count: not fits(count)) - 1
 
 
 def fewest_layers(stages: int, trained_embedding: bool = True) -> list[int]:

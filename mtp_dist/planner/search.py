@@ -14,7 +14,7 @@ from mtp_dist.planner.stage_times import Cluster
 
 SIMULATED = 12
 """Number of layouts, the fastest ones by a formula for their time, whose pipelines are simulated."""
-LARGEST_EXCESS = 1.1
+LARGEST_EXCESS = 1.02
 """Memory that the fastest split may need, relative to what is usable, for slower ones to be tried that need less."""
 WELL_BALANCED = 0.97
 """Mean work of the pipeline ranks, relative to that of the rank with the most, from which on heads stay together."""
