@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from generators.common import DOCS, IMAGES, read_json, table, with_origin
+from generators.common import DATA, DOCS, IMAGES, read_json, read_json_lines, table, with_origin
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +14,7 @@ from mtp_dist.cli.timeline import draw_timelines
 from mtp_dist.config import build_config, load_config, resolve
 from mtp_dist.planner.balance import arrangements, optimum
 from mtp_dist.planner.devices import assumed_rates, find_accelerator
+from mtp_dist.planner.fit import fit
 from mtp_dist.planner.parts import Parts
 from mtp_dist.planner.schedule import simulate
 from mtp_dist.planner.stage_cost import part_flops
@@ -50,6 +51,7 @@ def tables() -> dict[str, str]:
         "plan-advice": plan_output(64, search_all=False, overrides=("parallel.pipeline=8",), last_lines=1),
         "balance-measured": with_origin(table(MEASURED_COLUMNS, map(measured_cells, measured)), *measured),
         "memory": memory(*read_json("plan/memory.json")),
+        "gpu-memory": gpu_memory(read_json("gpu/*.json")),
     }
 
 
@@ -79,6 +81,18 @@ def measured_cells(result: dict[str, Any]) -> list[str]:
 def memory(result: dict[str, Any]) -> str:
     """Return one row per stage of each configuration, in MB."""
     return with_origin(table(PLAN_COLUMNS, map(bench_plan_cells, result["rows"])), result)
+
+
+def gpu_memory(runs: list[dict[str, Any]]) -> str:
+    """Return the predicted and the measured peak of each training on one GPU."""
+    rows = []
+    for run, path in zip(runs, sorted(DATA.glob("gpu/*.jsonl")), strict=True):
+        config = build_config(run["config"])
+        predicted = fit(resolve(config, config.vocab_size, 1)).binding.memory.total
+        measured = max(line.get("memory/peak_bytes", 0) for line in read_json_lines(path))
+        name = run["device"].removeprefix("NVIDIA ")
+        rows.append([name, f"{predicted / 1e9:.2f}", f"{measured / 1e9:.2f}", f"{predicted / measured - 1:+.1%}"])
+    return with_origin(table(["GPU", "predicted GB", "measured GB", "difference"], rows), *runs)
 
 
 def cells(ranks: int, vocabulary: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Predicted and measured peak memory of a training step, and its FLOPs, on every stage of small configurations."""
+"""Predicted and measured peak memory of a training step, and its FLOPs, on every rank of small pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtp_dist.distributed.device import select_device
 from mtp_dist.distributed.launcher import env_rank, env_world_size
 from mtp_dist.errors import LaunchError
 from mtp_dist.monitoring.output import silence_import_warnings
-from mtp_dist.planner.memory import pipeline_rank_memory
+from mtp_dist.planner.fit import pipeline_rank
 from mtp_dist.planner.partition import pipeline_stages
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.provenance import processor_name, usable_cores
@@ -71,9 +71,9 @@ def case_config(name: str) -> Config:
 
 
 def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
-    """Return a row per stage: predicted and measured bytes by component, and FLOPs of the passes of a micro-batch.
+    """Return a row per pipeline rank: predicted and measured bytes by component, and FLOPs of a micro-batch.
 
-    A collective over all ranks.
+    Of tensor- and data-parallel ranks those with the most bytes count. A collective over all ranks.
     """
     from mtp_dist.engine.engine import build_engine
     from mtp_dist.engine.memory_tracker import Component, track_memory
@@ -93,32 +93,35 @@ def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:
     flops = [
         tracker.flops[component] / config.micro_batches for component in (Component.ACTIVATIONS, Component.WORKSPACE)
     ]
-    local = (topology.pp_rank, topology.tp_rank, topology.dp_rank), measured, flops, resident
     gathered: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(gathered, local)
-    return [
-        row_of(name, config, stage, measured, flops, resident)
-        for (stage, tp_rank, dp_rank), measured, flops, resident in gathered
-        if tp_rank == dp_rank == 0
-    ]
+    dist.all_gather_object(gathered, (topology.pp_rank, measured, flops, resident))
+    rows = []
+    for rank in range(topology.pp_size):
+        ranks = [others for pp_rank, *others in gathered if pp_rank == rank]
+        most = {name: max(measured[name] for measured, _, _ in ranks) for name in measured}
+        rows.append(row_of(name, config, rank, most, ranks[0][1], max(resident for _, _, resident in ranks)))
+    return rows
 
 
-def row_of(name: str, config: Config, stage: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
-    """Return what is predicted next to what was measured, on a stage."""
-    parts = pipeline_stages(config)[stage]
-    predicted = asdict(pipeline_rank_memory(config, stage, [parts], "cpu"))
+def row_of(name: str, config: Config, rank: int, measured: dict[str, int], flops: list[float], resident: int) -> Row:
+    """Return what is predicted next to what was measured, on a pipeline rank."""
+    split = pipeline_stages(config)
+    predicted = asdict(pipeline_rank(config, split, rank, "cpu").memory)
     # What the heads' loss allocates and what a layer's backward pass does cannot be told apart.
     predicted["workspace"] = max(predicted["workspace"], predicted.pop("head_loss"))
     measured = {component: measured[component] for component in predicted}
-    cost = stage_cost(config, stage, parts.layers, parts.heads)
+    costs = [stage_cost(config, stage, *split[stage]) for stage in config.parallel.rank_stages(rank)]
     return {
         "case": name,
-        "stages": config.parallel.pipeline,
-        "stage": stage,
+        "ranks": config.parallel.pipeline,
+        "rank": rank,
         "predicted": predicted,
         "measured": measured,
         "error": largest_error(predicted, measured),
-        "predicted_flops": [cost.forward_flops, cost.backward_flops],
+        "predicted_flops": [
+            sum(cost.forward_flops for cost in costs),
+            sum(cost.backward_flops for cost in costs),
+        ],
         "measured_flops": flops,
         "resident": resident,
     }

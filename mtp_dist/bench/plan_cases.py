@@ -49,6 +49,8 @@ CASES: dict[str, tuple[int, Sections]] = {
     "tensor 2, sequence": (2, {"parallel": {"tensor": 2, "sequence": True}}),
     "data 2": (2, {}),
     "data 2, ZeRO 1, fp32": (2, {"parallel": {"zero_stage": 1}, "train": _FP32}),
+    "data 4": (4, {}),
+    "data 4, ZeRO 1, fp32": (4, {"parallel": {"zero_stage": 1}, "train": _FP32}),
     "pipeline 2, tied, fp32": (2, {"parallel": {"pipeline": 2}, "model": {"tie_embeddings": True}, "train": _FP32}),
     "pipeline 2, full checkpointing": (
         2,
@@ -59,6 +61,27 @@ CASES: dict[str, tuple[int, Sections]] = {
         {"parallel": {"pipeline": 2}, "heads": {"weighted_hidden_states": True}},
     ),
     "pipeline 4": (4, {"parallel": {"pipeline": 4, "partition": [1, 1, 1, 1]}}),
+    "pipeline 2, data 2, ZeRO 1, fp32": (4, {"parallel": {"pipeline": 2, "zero_stage": 1}, "train": _FP32}),
+    "pipeline 2, heads on both, fp32": (
+        2,
+        {"parallel": {"pipeline": 2, "partition": [4, 0]}, "heads": {"stages": 2}, "train": _FP32},
+    ),
+    "pipeline 4, heads on two": (
+        4,
+        {"parallel": {"pipeline": 4, "partition": [2, 1, 1, 0]}, "heads": {"stages": 2}},
+    ),
+    "pipeline 2, DualPipeV, fp32": (
+        2,
+        {"parallel": {"pipeline": 2, "schedule": "dualpipev", "partition": [2, 1, 1, 0]}, "train": _FP32},
+    ),
+    "pipeline 4, DualPipeV": (
+        4,
+        {
+            "parallel": {"pipeline": 4, "schedule": "dualpipev"},
+            "model": {"trunk_layers": 8},
+            "train": {"global_batch_size": 16},
+        },
+    ),
     "tensor 2, pipeline 2, sequence": (4, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),
 }
 """Number of ranks and sections of each case, in addition to BASE."""

@@ -21,11 +21,11 @@ PLAN_COMPONENTS = {
 
 
 def bench_plan_cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a stage: each component predicted / measured in MB, and the process's memory."""
+    """Return the cells of a pipeline rank: each component predicted / measured in MB, and the process's memory."""
     pairs = ((row["predicted"][name], row["measured"][name]) for name in PLAN_COMPONENTS)
-    stage = f", stage {row['stage']}" if row["stages"] > 1 else ""
+    rank = f", rank {row['rank']}" if row["ranks"] > 1 else ""
     cells = ["" if not (predicted or measured) else _megabytes(predicted, measured) for predicted, measured in pairs]
-    return [f"{row['case']}{stage}", *cells, f"{row['error']:.1%}", f"{row['resident'] / 1e6:,.0f}"]
+    return [f"{row['case']}{rank}", *cells, f"{row['error']:.1%}", f"{row['resident'] / 1e6:,.0f}"]
 
 
 def _megabytes(*sizes: int) -> str:
@@ -36,7 +36,7 @@ PLAN_COLUMNS = ("configuration", *PLAN_COMPONENTS.values(), "largest error", "pr
 
 
 def bench_plan_table(result: dict[str, Any]) -> Table:
-    """Return a table with one row per stage."""
+    """Return a table with one row per pipeline rank."""
     worst = max(row["error"] for row in result["rows"])
     title = f"MB predicted / measured; largest error of a large component {worst:.1%}"
     table = Table(*PLAN_COLUMNS, title=title)

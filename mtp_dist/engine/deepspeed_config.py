@@ -4,11 +4,14 @@ import sys
 from typing import Any
 
 from mtp_dist.config import Config
-from mtp_dist.planner.memory import REDUCE_BUCKET
+from mtp_dist.planner.memory import reduce_bucket
 
 
-def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
-    """Return the configuration for `deepspeed.initialize`, with the keys of the `deepspeed` section."""
+def deepspeed_config(config: Config, micro_batches: int, trained: int) -> dict[str, Any]:
+    """Return the configuration for `deepspeed.initialize`, with the keys of the `deepspeed` section.
+
+    trained: elements of this rank's trained parameters.
+    """
     bf16 = config.train.precision == "bf16"
     # DeepSpeed has no stage-0 optimizer that accumulates bf16 gradients in fp32: its BF16_Optimizer, which shards the
     # optimizer state over the data-parallel ranks, requires stage 1.
@@ -24,7 +27,7 @@ def deepspeed_config(config: Config, micro_batches: int) -> dict[str, Any]:
         # Without it DeepSpeed rounds the accumulated gradients to bf16 and sums those, even with one data-parallel
         # rank.
         "communication_data_type": config.parallel.grad_reduce_dtype,
-        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": reduce_bucket(trained)},
         "zero_allow_untested_optimizer": True,
         # The default, True, shards activations over the tensor-parallel ranks as if all had the same: silently wrong
         # under sequence parallelism.

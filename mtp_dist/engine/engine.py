@@ -233,12 +233,13 @@ def build_engine(config: Config, topology: Topology, initialize: bool = True) ->
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     stage = (TwoStagePipeline if config.parallel.schedule == "dualpipev" else MultiTokenPipeline)(config, topology)
+    trained = [param for param in stage.parameters() if param.requires_grad]
     with suppress_stdout():
         pipeline, *_ = deepspeed.initialize(
             model=stage,
-            model_parameters=[param for param in stage.parameters() if param.requires_grad],
+            model_parameters=trained,
             optimizer=lambda _: build_optimizer(config, stage.trained_parameters(), topology.device),
-            config=deepspeed_config(config, config.micro_batches),
+            config=deepspeed_config(config, config.micro_batches, sum(param.numel() for param in trained)),
         )
     if stage.trunk_is_frozen:
         use_frozen_trunk_schedule(pipeline)

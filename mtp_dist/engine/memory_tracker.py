@@ -1,6 +1,6 @@
 """Peak memory of a training step on this rank, by component of RankMemory, and the FLOPs of its passes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
@@ -17,7 +17,6 @@ from torch.utils.flop_counter import flop_registry
 from mtp_dist.engine.engine import TrainingEngine
 from mtp_dist.engine.hooks import RunInstruction, hook_instruction
 from mtp_dist.model.parameters import named_weights
-from mtp_dist.planner.memory import REDUCE_BUCKET
 
 
 class Component(mem_tracker._RefType):
@@ -92,9 +91,7 @@ class ComponentTracker(mem_tracker.MemTracker):
         return next(iter(self._curr_mem_snap.values()))
 
     def _track(self, _: Any, tensor: Tensor) -> None:
-        # ZeRO 1 allocates a bucket for its reduction in the first backward pass already.
-        is_bucket = tensor.numel() == REDUCE_BUCKET
-        super()._track(Component.COMMUNICATION if is_bucket else self.component, tensor)
+        super()._track(self.component, tensor)
 
     def _track_optimizer_states(self, _: Any, optimizer: torch.optim.Optimizer) -> None:
         super()._track_optimizer_states(Component.OPTIMIZER, optimizer)
@@ -114,6 +111,12 @@ class ComponentTracker(mem_tracker.MemTracker):
         """Count the memory of tensors under a component from now on."""
         for tensor in tensors:
             self._update_and_maybe_create_winfos(tensor, component)
+
+    def track_call(self, component: Component, function: Callable[[], None]) -> None:
+        """Call a function that allocates memory of a component within an instruction of another one."""
+        before, self.component = self.component, component
+        function()
+        self.component = before
 
     def execute(self, component: Component, instruction: RunInstruction) -> None:
         """Execute an instruction of the pipeline whose memory belongs to a component."""
@@ -162,6 +165,8 @@ def track_memory(engine: TrainingEngine) -> Iterator[ComponentTracker]:
             weight.register_post_accumulate_grad_hook(
                 lambda param: tracker.assign(Component.GRADIENTS, _tensors([param.grad]))
             )
+    if hasattr(wrapper, "setup_buckets"):  # ZeRO 1 allocates one in the first backward pass for its reduction
+        wrapper.setup_buckets = partial(tracker.track_call, Component.COMMUNICATION, wrapper.setup_buckets)
     for instruction, component in INSTRUCTIONS.items():
         hook_instruction(pipeline, instruction, partial(tracker.execute, component))
     if engine.topology.holds_loss:

@@ -1,8 +1,10 @@
 """Memory of one rank in a training step, by component."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from mtp_dist.config import Config, DeviceType
@@ -23,9 +25,8 @@ from mtp_dist.planner.weights import Weight, stage_weights
 
 BYTES_PER_TOKEN = 8
 """Size of an int64 token id."""
-REDUCE_BUCKET = 50_000_000
-"""Elements of the buffer in which ZeRO-1 reduces fp32 gradients. DeepSpeed's default of 500 million allocates 2 GB for
-the smallest model."""
+LARGEST_REDUCE_BUCKET = 50_000_000
+"""Largest number of elements of the buffer in which ZeRO 1 reduces fp32 gradients."""
 ALLREDUCE_BUCKET = 500_000_000
 """Elements from which on DeepSpeed reduces gradients in several parts, without ZeRO and in its bf16 optimizer."""
 USABLE_FRACTION = 0.9
@@ -50,7 +51,7 @@ class RankMemory:
     """Master weights and moments, sharded over the data-parallel ranks in bf16 and with ZeRO 1."""
     communication: int
     """Buffers for the tensors of neighbouring stages, for the sequence that tensor-parallel ranks gather under sequence
-    parallelism, and two for the gradients that ZeRO 1 reduces in fp32, one of which the update needs only."""
+    parallelism, and for the gradients that ZeRO 1 reduces in fp32."""
     activations: int
     """What the backward passes of all micro-batches in flight need."""
     workspace: int
@@ -110,11 +111,6 @@ class _StageNeeds(NamedTuple):
     waiting: int
     """Gradients of the heads that wait for the backward pass, per micro-batch."""
 
-    @property
-    def pass_peak(self) -> int:
-        """What a pass needs besides activations."""
-        return max(self.workspace + self.waiting, self.head_peak)
-
 
 def _stage_needs(config: Config, index: int, stage: Stage, device: DeviceType) -> _StageNeeds:
     activations = stage_activations(config, index, stage.layers, device)
@@ -143,53 +139,60 @@ class RankNeeds:
     optimizer: int
     buffers: int
     bucket: int
-    """One of ZeRO's two buckets."""
+    """The buffer in which ZeRO 1 reduces fp32 gradients; the first backward pass allocates it."""
     update: int
+    after_passes: int
+    """Peak after the passes, with the gradients."""
 
     def memory(self, in_flight: Iterable[Sequence[int]]) -> RankMemory:
         """Return the memory of the rank.
 
         in_flight: micro-batches whose activations each stage keeps, at all moments at which it can be at its peak.
         """
-        activations = passes = 0
+        activations = head_loss = passes = 0
         for counts in in_flight:
-            kept = sum(count * stage.activations for count, stage in zip(counts, self.stages, strict=False))
-            peak = max(stage.pass_peak for stage in self.stages)
-            peak += sum(max(0, n - 1) * stage.waiting for n, stage in zip(counts, self.stages, strict=False))
-            needed = kept + self.gradients + peak
-            if self.micro_batches <= counts[0]:  # the first backward pass, which makes the gradients, frees one
-                needed = max(kept + peak, needed - self.stages[0].activations)
-            activations, passes = max(activations, kept), max(passes, needed)
-        update = max(self.gradients, self.update) if self.bucket else self.gradients + self.update
+            numbered = list(zip(counts, self.stages, strict=False))
+            kept = sum(count * stage.activations for count, stage in numbered)
+            waiting = sum(max(0, count - 1) * stage.waiting for count, stage in numbered)
+            forward = waiting + max(stage.head_peak for stage in self.stages)
+            backward = waiting + max(stage.workspace + stage.waiting for stage in self.stages)
+            needed = kept + self.gradients + self.bucket + max(forward, backward)
+            if self.micro_batches <= counts[0]:
+                # The first backward pass, which makes the gradients and the bucket, frees a micro-batch.
+                needed = max(needed - self.stages[0].activations, kept + forward, kept + self.bucket + backward)
+            activations, head_loss, passes = max(activations, kept), max(head_loss, forward), max(passes, needed)
         return RankMemory(
             parameters=self.parameters,
             gradients=self.gradients,
             accumulators=self.accumulators,
             optimizer=self.optimizer,
-            communication=self.buffers + 2 * self.bucket,
+            communication=self.buffers + self.bucket,
             activations=activations,
             workspace=max(stage.workspace for stage in self.stages),
-            head_loss=max(stage.head_peak for stage in self.stages),
+            head_loss=head_loss,
             update=self.update,
-            # The gradients move into ZeRO's second bucket.
-            total=self.parameters
-            + self.accumulators
-            + self.optimizer
-            + self.buffers
-            + max(self.bucket + passes, 2 * self.bucket + update),
+            total=self.parameters + self.accumulators + self.optimizer + self.buffers + max(passes, self.after_passes),
         )
 
 
 def rank_needs(config: Config, indices: Sequence[int], stages: Sequence[Stage], device: DeviceType) -> RankNeeds:
     """Return what a rank needs that has these stages. indices: their positions in the pipeline, from 0."""
     parts = list(zip(indices, stages, strict=True))
-    weights = Counter(weight for index, stage in parts for weight in stage_weights(config, index, *stage))
+    in_order = [weight for index, stage in parts for weight in stage_weights(config, index, *stage)]
+    weights = Counter(in_order)
     trained = Counter({weight: count for weight, count in weights.items() if weight.is_trained})
     size, bf16 = element_bytes(config), config.train.precision == "bf16"
     sharded = bf16 or config.parallel.zero_stage == 1
-    partitions = [group // (config.dp_size if sharded else 1) for group in _groups(config, trained)]
+    groups = _groups(config, trained.items())
+    partitions = [_padded(config, group) // (config.dp_size if sharded else 1) for group in groups]
     elements = _elements(trained)
-    owned = [weight for weight in trained if 0 in indices or weight.part != "embedding"]
+    if sharded and not bf16:
+        bucket = 4 * reduce_bucket(elements)
+        ordered = _groups(config, ((weight, 1) for weight in in_order if weight.is_trained))
+        update, after_passes = _zero_update_bytes(ordered, partitions, device)
+    else:
+        bucket, update = 0, _update_bytes(config, trained, _owned(config, indices, trained), partitions, device)
+        after_passes = size * elements + update
     return RankNeeds(
         stages=tuple(_stage_needs(config, index, stage, device) for index, stage in parts),
         micro_batches=config.micro_batches,
@@ -198,8 +201,9 @@ def rank_needs(config: Config, indices: Sequence[int], stages: Sequence[Stage], 
         accumulators=4 * elements if bf16 else 0,
         optimizer=sum(partitions) * (MOMENT_BYTES + (MASTER_BYTES if sharded else 0)),
         buffers=_buffers(config, indices),
-        bucket=4 * REDUCE_BUCKET if sharded and not bf16 else 0,
-        update=_update_bytes(config, trained, owned, partitions, device),
+        bucket=bucket,
+        update=update,
+        after_passes=after_passes,
     )
 
 
@@ -213,14 +217,47 @@ def _elements(weights: Counter[Weight]) -> int:
     return sum(count * weight.elements for weight, count in weights.items())
 
 
-def _groups(config: Config, trained: Counter[Weight]) -> list[int]:
-    """Return the elements of each of the optimizer's groups, padded as DeepSpeed does before it shards them."""
-    groups: dict[object, int] = {}
-    for weight, count in trained.items():
+def reduce_bucket(trained: int) -> int:
+    """Return the elements of the buffer in which ZeRO 1 reduces fp32 gradients. trained: elements of all of them.
+
+    DeepSpeed allocates all of it, even if fewer would do: 2 GB at its default of 500 million.
+    """
+    return min(trained, LARGEST_REDUCE_BUCKET)
+
+
+def _owned(config: Config, indices: Sequence[int], trained: Iterable[Weight]) -> list[Weight]:
+    """Return the weights of which the rank adds the gradients to their norm: of replicas, those of one stage."""
+    elsewhere = set()
+    if 0 not in indices:
+        elsewhere.add("embedding")
+    if config.parallel.stages - config.heads.stages not in indices:
+        elsewhere.add("unembedding")
+    return [weight for weight in trained if weight.part not in elsewhere]
+
+
+def _groups(config: Config, trained: Iterable[tuple[Weight, int]]) -> list[list[int]]:
+    """Return the elements of each weight of each of the optimizer's groups. trained: weights and how often each is."""
+    groups: dict[object, list[int]] = {}
+    for weight, count in trained:
         key = len(weight.shape) <= 1, config.optimizer.multiplier(weight.part)
-        groups[key] = groups.get(key, 0) + count * weight.elements
+        groups.setdefault(key, []).append(count * weight.elements)
+    return list(groups.values())
+
+
+def _padded(config: Config, group: Iterable[int]) -> int:
+    """Return the elements of a group, padded as DeepSpeed does before it shards them."""
     multiple = 2 * config.dp_size
-    return [-(-elements // multiple) * multiple for elements in groups.values()]
+    return -(-sum(group) // multiple) * multiple
+
+
+def _kept_elements(group: Sequence[int], partition: int) -> int:
+    """Return the elements of the weights of which a data-parallel rank updates a part, on the rank with the most."""
+    ends, most = [*accumulate(group)], 0
+    for start, end in zip([0, *ends], ends, strict=False):
+        last = (end - 1) // partition * partition  # where the last partition begins that does so in this weight
+        if last >= start:
+            most = max(most, ends[min(bisect_left(ends, last + partition), len(ends) - 1)] - start)
+    return most
 
 
 def _buffers(config: Config, indices: Sequence[int]) -> int:
@@ -228,7 +265,10 @@ def _buffers(config: Config, indices: Sequence[int]) -> int:
     states, last = 2 if config.heads.weighted_hidden_states else 1, config.parallel.stages - 1
     # Activations and gradients arrive in the same buffers.
     receiving = [index > 0 or not (index == last or config.train.freezes_trunk) for index in indices]
-    received = states * hidden_bytes(config) * sum(receiving)
+    count = sum(receiving)
+    if len(indices) == 2 and indices[1] - indices[0] > 1:
+        count += 1  # the gradient of the last backward pass of DualPipeV's stage is freed only with the next one
+    received = count * states * hidden_bytes(config)
     if config.parallel.sequence:
         received += element_bytes(config) * micro_batch_tokens(config) * config.model.hidden_size
     return received
@@ -245,8 +285,6 @@ def _update_bytes(
         return 0
     elements = _elements(trained)
     # PyTorch's AdamW for CPUs has two temporary tensors of a weight's size; the fused ones of GPUs have none.
-    if config.train.precision == "fp32" and config.parallel.zero_stage == 1:
-        return 2 * 4 * sum(partitions)  # a copy of the rank's partition, and a flat one
     if config.train.precision == "bf16":
         copied = elements if elements <= ALLREDUCE_BUCKET else 0
         reduced = 2 * elements if config.parallel.grad_reduce_dtype == "bf16" else 0
@@ -254,3 +292,22 @@ def _update_bytes(
     # Clipping squares the gradients in fp64, one at a time.
     squared = 2 * 8 * max((weight.elements for weight in owned), default=0)
     return max(4 * min(elements, ALLREDUCE_BUCKET), squared)
+
+
+def _zero_update_bytes(groups: list[list[int]], partitions: Sequence[int], device: str) -> tuple[int, int]:
+    """Return the temporary bytes of reducing the gradients with ZeRO 1 in fp32 and of updating the weights, and the
+    peak of these bytes with the gradients and the bucket of the backward passes.
+
+    groups: see `_groups`, in the order of the weights. partitions: elements of each group that the rank updates.
+    """
+    elements, largest = sum(map(sum, groups)), max((max(group) for group in groups), default=0)
+    bucket, partition = reduce_bucket(elements), max(partitions, default=0)
+    # Of each weight of which the rank updates a part it copies the whole gradient, after each bucket.
+    kept = sum(map(_kept_elements, groups, partitions))
+    kept_early = kept if elements > bucket else 0
+    # DeepSpeed allocates a second bucket that it does not use, and a flat copy of what it sums at once.
+    flat = max(bucket, largest)
+    # The norm is one of fp64. PyTorch's AdamW for CPUs has two temporary tensors of the size of the weights.
+    step = kept + max(2 * min(largest, partition), partition * (3 if device == "cpu" else 1))
+    # The gradients move into the bucket, and those that the rank does not update are freed before the step.
+    return 4 * max(bucket + flat + kept_early, step), 4 * max(elements + flat + max(bucket, kept_early), step)

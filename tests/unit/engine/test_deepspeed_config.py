@@ -15,7 +15,7 @@ from tests.tiny import tiny_config
 
 
 def derived(**sections: Any) -> dict[str, Any]:
-    return deepspeed_config(tiny_config(**sections), micro_batches=4)
+    return deepspeed_config(tiny_config(**sections), micro_batches=4, trained=1000)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,8 @@ def test_derived_values(precision: str, configured: int, stage: int) -> None:
     assert values | expected == values and values["zero_optimization"]["stage"] == stage
     assert values["pipeline"]["pipe_partitioned"] is values["pipeline"]["grad_partitioned"] is False
     assert derived(train={"grad_clip": 0.0})["gradient_clipping"] == math.inf
+    large = deepspeed_config(tiny_config(), micro_batches=4, trained=10**9)
+    assert [each["zero_optimization"]["reduce_bucket_size"] for each in (values, large)] == [1000, 50_000_000]
     parsed = DeepSpeedConfig(json.loads(json.dumps(values)))
     assert parsed.bfloat16_config.enabled == (precision == "bf16") and parsed.zero_optimization_stage == stage
     assert parsed.pipeline["pipe_partitioned"] is False and parsed.grad_accum_dtype == "fp32"

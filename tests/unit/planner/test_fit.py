@@ -81,8 +81,8 @@ def test_dualpipev_rank_has_one_optimizer():
     fp32 = on_ranks(unresolved(precision="fp32"), 4, pipeline=2, schedule="dualpipev", zero_stage=1)
     split = (Stage(12), Stage(2), Stage(2), Stage(12, fp32.heads.count))
     hidden = 4 * 4096 * 4096
-    received, buckets = 2 * hidden, 2 * 4 * 50_000_000
-    assert pipeline_rank(fp32, split, 0, "cuda").memory.communication == received + buckets
+    received, bucket = 3 * hidden, 4 * 50_000_000
+    assert pipeline_rank(fp32, split, 0, "cuda").memory.communication == received + bucket
     bf16 = on_ranks(unresolved(), 4, pipeline=2, schedule="dualpipev")
     one, other = (rank_memory(bf16, stage, 2, 1) for stage in (1, 2))
     both = pipeline_rank(bf16, split, 1, "cuda").memory

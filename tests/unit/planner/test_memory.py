@@ -16,16 +16,23 @@ from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.planner.weights import Weight, stage_weights
 from tests.tiny import BLOCKS, tiny_config
 
-COMMITTED = json.loads((Path(__file__).parents[3] / "docs/data/plan/memory.json").read_text(encoding="utf-8"))["rows"]
+DATA = Path(__file__).parents[3] / "docs/data"
+COMMITTED = json.loads((DATA / "plan/memory.json").read_text(encoding="utf-8"))["rows"]
 MEASURED = {
     1: ["chunks of 64 tokens", "sequential", "qwen2", "neox", "mistral"],
-    2: ["tensor 2, sequence", "pipeline 2, tied, fp32", "qwen3"],
+    2: [
+        "tensor 2, sequence",
+        "pipeline 2, tied, fp32",
+        "data 2, ZeRO 1, fp32",
+        "pipeline 2, DualPipeV, fp32",
+        "qwen3",
+    ],
 }
 """Cases and building blocks that are measured here, by number of ranks."""
 
 
 def assert_predicted(row):
-    where = row["case"], row["stage"], row["predicted"], row["measured"]
+    where = row["case"], row["rank"], row["predicted"], row["measured"]
     assert row["error"] < 0.1, where
     for exact in ("parameters", "gradients", "accumulators", "optimizer", "communication"):
         # Buffers of a few bytes, and the steps of Adam, are not in the prediction.
@@ -33,14 +40,14 @@ def assert_predicted(row):
     assert row["predicted_flops"] == pytest.approx(row["measured_flops"], rel=0.001), where
 
 
-@pytest.mark.parametrize("row", COMMITTED, ids=lambda row: f"{row['case']}, {row['stage']}")
+@pytest.mark.parametrize("row", COMMITTED, ids=lambda row: f"{row['case']}, {row['rank']}")
 def test_predictions_equal_committed_measurements(row):
     """Those of `mtp-dist bench plan`, which takes minutes."""
     config, measured = (
         case_config(row["case"]),
         {component: row["measured"][component] for component in row["measured"]},
     )
-    assert_predicted(row_of(row["case"], config, row["stage"], measured, row["measured_flops"], row["resident"]))
+    assert_predicted(row_of(row["case"], config, row["rank"], measured, row["measured_flops"], row["resident"]))
 
 
 def test_all_cases_are_committed():
@@ -70,6 +77,26 @@ def measure(names):
 def test_predictions_equal_measurements(ranks, world_size):
     for row in ranks.run(world_size, measure, MEASURED[world_size])[0]:
         assert_predicted(row)
+
+
+@pytest.mark.parametrize("run", sorted(DATA.glob("gpu/*.json")), ids=lambda run: run.stem)
+def test_peaks_of_trainings_on_gpus(run):
+    config = build_config(json.loads(run.read_text(encoding="utf-8"))["config"])
+    steps = map(json.loads, run.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines())
+    measured = max(step.get("memory/peak_bytes", 0) for step in steps)
+    assert fit(resolve(config, config.vocab_size, 1)).binding.memory.total == pytest.approx(measured, rel=0.01)
+
+
+def test_zero_1_reduces_fp32_gradients_in_buckets(monkeypatch):
+    config = tiny_config(4, parallel={"zero_stage": 1}, model={"vocab_size": 128})
+    one = rank_memory(config, 0, 4, 1)
+    assert one.communication == one.gradients and one.update == 2 * one.gradients
+    monkeypatch.setattr("mtp_dist.planner.memory.LARGEST_REDUCE_BUCKET", 10_000)
+    several = rank_memory(config, 0, 4, 1)
+    assert several.communication == 40_000
+    # A quarter of the gradients is copied, and the rest of the matrices at both ends of the partition.
+    largest = 4 * max(weight.elements for weight in stage_weights(config, 0, 4))
+    assert 0 < several.update - 2 * 40_000 - one.gradients / 4 < 2 * largest
 
 
 def test_stages_and_ranks_share_the_work():
