@@ -7,7 +7,7 @@ from generators.common import DATA, DOCS, IMAGES, read_json, read_json_lines, ta
 from rich.console import Console
 from rich.text import Text
 
-from mtp_dist.cli.memory_tables import PLAN_COLUMNS, bench_plan_cells
+from mtp_dist.cli.bench_plan_tables import PLAN_COLUMNS, TIME_COLUMNS, bench_plan_cells, plan_time_cells
 from mtp_dist.cli.plan import plan_run
 from mtp_dist.cli.plan_tables import plan_parts
 from mtp_dist.cli.timeline import draw_timelines
@@ -51,6 +51,7 @@ def tables() -> dict[str, str]:
         "plan-advice": plan_output(64, search_all=False, overrides=("parallel.pipeline=8",), last_lines=1),
         "balance-measured": with_origin(table(MEASURED_COLUMNS, map(measured_cells, measured)), *measured),
         "memory": memory(*read_json("plan/memory.json")),
+        "times": times(*read_json("plan/times.json")),
         "gpu-memory": gpu_memory(read_json("gpu/*.json")),
     }
 
@@ -80,7 +81,12 @@ def measured_cells(result: dict[str, Any]) -> list[str]:
 
 def memory(result: dict[str, Any]) -> str:
     """Return one row per stage of each configuration, in MB."""
-    return with_origin(table(PLAN_COLUMNS, map(bench_plan_cells, result["rows"])), result)
+    return with_origin(table(PLAN_COLUMNS, map(bench_plan_cells, result["memory"])), result)
+
+
+def times(result: dict[str, Any]) -> str:
+    """Return one row per stage of each pipeline."""
+    return with_origin(table(TIME_COLUMNS, map(plan_time_cells, result["times"])), result)
 
 
 def gpu_memory(runs: list[dict[str, Any]]) -> str:

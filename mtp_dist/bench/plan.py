@@ -1,17 +1,19 @@
-"""Predicted and measured peak memory of a training step, and its FLOPs, on every rank of small pipelines."""
+"""Predicted and measured peak memory, FLOPs and processor time of training steps on every rank of small pipelines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from mtp_dist.bench.plan_cases import CASES, case_sections
+from mtp_dist.bench.plan_cases import BASE, CASES, Sections, merge_sections
+from mtp_dist.bench.plan_time_cases import TIME_BASE, TIME_CASES
+from mtp_dist.bench.plan_times import measure_times
 from mtp_dist.bench.ranks import NewProgress, run_on_ranks
 from mtp_dist.config import Config, build_config, resolve
 from mtp_dist.distributed.device import select_device
@@ -27,47 +29,63 @@ if TYPE_CHECKING:
     from mtp_dist.distributed.topology import Topology
 
 Row = dict[str, Any]
+Quantity = Literal["memory", "times"]
+
+_CASES: dict[Quantity, tuple[Sections, dict[str, tuple[int, Sections]]]] = {
+    "memory": (BASE, CASES),
+    "times": (TIME_BASE, TIME_CASES),
+}
+QUANTITIES = tuple(_CASES)
 LARGE = 0.05
 """Part of the total from which on a component counts as large."""
 
 
-def measure_plans(new_progress: NewProgress) -> dict[str, Any]:
+def measure_plans(quantities: Sequence[Quantity], new_progress: NewProgress) -> dict[str, Any]:
     """Measure all cases on processes that this starts, those with the same number of ranks on the same ones.
 
     Raise LaunchError if a rank fails.
     """
     if env_world_size() > 1:
         raise LaunchError("WORLD_SIZE is above 1: start this benchmark as one process, it starts the ranks itself")
-    rows: dict[str, list[Row]] = {}
-    for ranks in sorted({ranks for ranks, _ in CASES.values()}):
-        names = [name for name in CASES if CASES[name][0] == ranks]
-        rows |= run_on_ranks(ranks, "plan", _measure_on_rank, names, len(rows), new_progress)
     machine = {"processor": processor_name(), "cores": usable_cores(), "torch": torch.__version__}
-    return {"machine": machine, "rows": [row for name in CASES for row in rows[name]]}
+    return {"machine": machine} | {quantity: _measure_cases(quantity, new_progress) for quantity in quantities}
 
 
-def _measure_on_rank(names: Sequence[str], done: int, new_progress: NewProgress) -> dict[str, list[Row]]:
+def _measure_cases(quantity: Quantity, new_progress: NewProgress) -> list[Row]:
+    cases, rows = _CASES[quantity][1], dict[str, list[Row]]()
+    for ranks in sorted({ranks for ranks, _ in cases.values()}):
+        names = [name for name in cases if cases[name][0] == ranks]
+        rows |= run_on_ranks(ranks, "plan", _measure_on_rank, quantity, names, len(rows), new_progress)
+    return [row for name in cases for row in rows[name]]
+
+
+def _measure_on_rank(
+    quantity: Quantity, names: Sequence[str], done: int, new_progress: NewProgress
+) -> dict[str, list[Row]]:
     """Return the rows of each case, on every rank. done: number of cases that are measured already."""
     silence_import_warnings()
     torch.set_num_threads(1)
     from mtp_dist.distributed.topology import close_axes, close_topology, initialize_topology
 
+    measure: Callable[[str, Config, Topology], list[Row]]
+    measure = measure_case if quantity == "memory" else measure_times
     rows: dict[str, list[Row]] = {}
     with new_progress(env_rank() == 0) as progress:
-        task = progress.add_task("memory", total=len(CASES), completed=done)
+        task = progress.add_task(quantity, total=len(_CASES[quantity][1]), completed=done)
         for name in names:
-            config = case_config(name)
-            topology = initialize_topology(config, select_device(config))
-            rows[name] = measure_case(name, config, topology)
+            config = case_config(name, quantity)
+            rows[name] = measure(name, config, initialize_topology(config, select_device(config)))
             close_axes()
             progress.advance(task)
     close_topology()
     return rows
 
 
-def case_config(name: str) -> Config:
-    config = build_config(case_sections(name))
-    return resolve(config, config.vocab_size, CASES[name][0])
+def case_config(name: str, quantity: Quantity = "memory") -> Config:
+    base, cases = _CASES[quantity]
+    ranks, sections = cases[name]
+    config = build_config(merge_sections(base, sections))
+    return resolve(config, config.vocab_size, ranks)
 
 
 def measure_case(name: str, config: Config, topology: Topology) -> list[Row]:

@@ -87,8 +87,6 @@ CASES: dict[str, tuple[int, Sections]] = {
 """Number of ranks and sections of each case, in addition to BASE."""
 
 
-def case_sections(name: str) -> dict[str, Any]:
-    """Return all sections of a case."""
-    _, sections = CASES[name]
-    names = dict.fromkeys((*BASE, *sections))
-    return {section: {**BASE.get(section, {}), **sections.get(section, {})} for section in names}
+def merge_sections(base: Sections, sections: Sections) -> dict[str, Any]:
+    """Return the sections of a case in addition to those of its base."""
+    return {name: {**base.get(name, {}), **sections.get(name, {})} for name in dict.fromkeys((*base, *sections))}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from mtp_dist.cli.memory_tables import bench_plan_table
+from mtp_dist.cli.bench_plan_tables import bench_plan_tables
 from mtp_dist.cli.options import AsJson, Overrides, model_folder
 from mtp_dist.cli.progress import bench_progress, progress_bar, updates
 from mtp_dist.cli.tables import (
@@ -236,15 +236,19 @@ def monitoring(
 
 @app.command("plan")
 @exits_with_user_errors
-def plan(as_json: AsJson = False) -> None:
-    """Measure the memory of a training step for small configurations of every kind, compared with the planner's.
+def plan(
+    only: Annotated[str | None, typer.Option(help="memory or times; by default both.")] = None, as_json: AsJson = False
+) -> None:
+    """Measure memory and processor time of training steps for small configurations, compared with the planner's.
 
     Starts up to four processes on the CPU.
     """
-    from mtp_dist.bench.plan import measure_plans
+    from mtp_dist.bench.plan import QUANTITIES, measure_plans
 
-    result = measure_plans(bench_progress)
-    _show(result, as_json, bench_plan_table(result))
+    if only is not None and only not in QUANTITIES:
+        raise LaunchError(f"--only = '{only}' is unknown: choose {' or '.join(QUANTITIES)}")
+    result = measure_plans([quantity for quantity in QUANTITIES if only in (None, quantity)], bench_progress)
+    _show(result, as_json, *bench_plan_tables(result))
 
 
 def _measure(

@@ -53,27 +53,33 @@ def with_measured_partition(config: Config, topology: Topology) -> Config:
 
 def measure_parts(config: Config, topology: Topology) -> Parts:
     """Return the seconds of embedding, trunk layer and heads: medians of the rounds, then of the ranks."""
-    passes = _PartPasses(config, topology)
+    passes = PartPasses(config, topology)
     started = time.perf_counter()
     passes.measure()
     warm_up = all_gather_floats([time.perf_counter() - started], topology)
     # The same number on all ranks, whose tensor-parallel groups compute together.
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / max(seconds for [seconds] in warm_up))))
-    local = [statistics.median(column) for column in zip(*(passes.measure() for _ in range(rounds)), strict=True)]
-    medians = map(statistics.median, zip(*all_gather_floats(local, topology), strict=True))
-    embedding, layer, heads = (Passes(forward, backward) for forward, backward in zip(medians, medians, strict=True))
+    parts = median_parts([passes.measure() for _ in range(rounds)], config, topology)
     if topology.device.type == "cuda":
         del passes
         torch.cuda.empty_cache()  # training's tensors have other sizes
+    return parts
+
+
+def median_parts(rounds: Sequence[Sequence[float]], config: Config, topology: Topology) -> Parts:
+    """Return the costs of the parts by medians of the rounds of `PartPasses.measure`, then of the ranks."""
+    local = [statistics.median(column) for column in zip(*rounds, strict=True)]
+    medians = map(statistics.median, zip(*all_gather_floats(local, topology), strict=True))
+    embedding, layer, heads = (Passes(forward, backward) for forward, backward in zip(medians, medians, strict=True))
     head = heads.scaled(1 / config.heads.count)  # one stage has all heads
     return Parts(embedding, layer, head, head, config.heads.count, backward_passes(config))
 
 
-class _PartPasses:
+class PartPasses:
     """The embedding, one trunk layer and all heads with random weights, and the forward and backward pass of each."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
-        self.device = topology.device
+    def __init__(self, config: Config, topology: Topology, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.device, self._clock = topology.device, clock
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         megatron = transformer_config(config)
         embedding, layer = TokenEmbedding(config, megatron), TrunkLayer(config, megatron, 0)
@@ -123,4 +129,4 @@ class _PartPasses:
 
     def _now(self) -> float:
         synchronize(self.device)
-        return time.perf_counter()
+        return self._clock()

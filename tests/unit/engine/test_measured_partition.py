@@ -25,7 +25,7 @@ def measure(config: Config, fake: bool) -> tuple[list[tuple[float, ...]], tuple[
         context.setattr(measured_partition.logger, "level", logging.INFO)
         if fake:
             times = [value * (topology.rank + 1) for value in (0.5, 0.5, 1, 2, 5, 4)]
-            context.setattr(measured_partition._PartPasses, "measure", lambda self: times)
+            context.setattr(measured_partition.PartPasses, "measure", lambda self: times)
         parts = measured_partition.measure_parts(config, topology)
         measured = measured_partition.with_measured_partition(config, topology)
     measured_partition.logger.removeHandler(handler)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mtp_dist.bench.plan import case_config, measure_case, row_of
-from mtp_dist.bench.plan_cases import CASES, case_sections
-from mtp_dist.cli.memory_tables import bench_plan_table
+from mtp_dist.bench.plan_cases import BASE, CASES, merge_sections
+from mtp_dist.cli.bench_plan_tables import bench_plan_tables
 from mtp_dist.config import build_config, resolve
 from mtp_dist.distributed.device import select_device
 from mtp_dist.planner.fit import fit
@@ -17,7 +17,7 @@ from mtp_dist.planner.weights import Weight, stage_weights
 from tests.tiny import BLOCKS, tiny_config
 
 DATA = Path(__file__).parents[3] / "docs/data"
-COMMITTED = json.loads((DATA / "plan/memory.json").read_text(encoding="utf-8"))["rows"]
+COMMITTED = json.loads((DATA / "plan/memory.json").read_text(encoding="utf-8"))["memory"]
 MEASURED = {
     1: ["chunks of 64 tokens", "sequential", "qwen2", "neox", "mistral"],
     2: [
@@ -52,7 +52,7 @@ def test_predictions_equal_committed_measurements(row):
 
 def test_all_cases_are_committed():
     assert {row["case"] for row in COMMITTED} == set(CASES) and len(CASES) >= 20
-    assert bench_plan_table({"rows": COMMITTED}).row_count == len(COMMITTED)
+    assert [table.row_count for table in bench_plan_tables({"memory": COMMITTED})] == [len(COMMITTED)]
 
 
 def block_config(name):
@@ -154,7 +154,7 @@ def test_first_stage_without_layers_has_the_weights_of_hidden_states():
 @pytest.mark.parametrize(("precision", "measured"), [("bf16", [1.13, 5.28]), ("fp32", [2.24, 5.24])])
 def test_stages_of_a_frozen_trunk_keep_two_micro_batches(precision, measured):
     """MB that the tracker of `mtp-dist bench plan` counts on two stages of its frozen trunk."""
-    sections = case_sections("frozen trunk")
+    sections = merge_sections(BASE, CASES["frozen trunk"][1])
     sections = sections | {"parallel": {"pipeline": 2}, "train": sections["train"] | {"precision": precision}}
     config = build_config(sections)
     totals = [rank.memory.total for rank in fit(resolve(config, config.vocab_size, 2), "cpu").ranks]
