@@ -1,18 +1,23 @@
 """Refuse, before anything is allocated, a run that this machine's memory cannot hold."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import psutil
 import torch
 
 from mtp_dist.config import Config, DeviceMemory, DeviceType, with_device_memory
-from mtp_dist.distributed.collectives import all_gather_floats
 from mtp_dist.distributed.device import device_name
 from mtp_dist.distributed.launcher import local_ranks
-from mtp_dist.distributed.topology import Topology
 from mtp_dist.errors import ConfigError
 from mtp_dist.planner.devices import nominal_memory
 from mtp_dist.planner.fit import COMPONENTS, Fit, fit, remedies
 from mtp_dist.planner.layouts import overrides
 from mtp_dist.planner.memory import USABLE_FRACTION, step_token_bytes
+
+if TYPE_CHECKING:
+    from mtp_dist.distributed.topology import Topology
 
 
 def check_memory(config: Config, device: torch.device) -> Config:
@@ -48,6 +53,9 @@ def agree_on_memory(config: Config, topology: Topology) -> Config:
 
     A collective over all ranks.
     """
+    # Here, because the checks at the start import this module before Megatron-core's import is silenced.
+    from mtp_dist.distributed.collectives import all_gather_floats
+
     memory = config.device_memory
     if memory is None:
         return config
