@@ -82,7 +82,7 @@ def test_ranks_split_by_the_memory_that_they_have(monkeypatch):
 def test_agreed_memory_bounds_a_measured_split(monkeypatch):
     config = on_ranks(unresolved(precision="fp32", batch=8), 8, pipeline=4)
     size = fit(config, "cpu").binding.memory.total
-    gathered = "mtp_dist.verify.memory.all_gather_floats"
+    gathered = "mtp_dist.distributed.collectives.all_gather_floats"
     monkeypatch.setattr(gathered, lambda values, topology: [values, [size / 2], [9e20]])
     with_memory(monkeypatch, 1000)
     agreed = agree_on_memory(check_memory(config, CPU), topology=None)
