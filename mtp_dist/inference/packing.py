@@ -11,15 +11,16 @@ MIN_WEIGHTS = 200_000
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias, for inference on a CPU."""
+    """A linear layer for inference on a CPU."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         # Neither a parameter nor a buffer: such a tensor can be neither moved nor saved.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return output
 
 
@@ -27,7 +28,7 @@ def pack_linear_layers(model: nn.Module) -> None:
     """Replace the larger linear layers of a model on a CPU, which is then for inference only and cannot be saved."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.bias is None and child.weight.numel() >= MIN_WEIGHTS:
+            if isinstance(child, nn.Linear) and child.weight.numel() >= MIN_WEIGHTS:
                 setattr(module, name, PackedLinear(child))
 
 

@@ -14,8 +14,9 @@ from tests.tiny import tiny_config
 
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 4
-BOUNDS = {"fp32": 2e-6, "bf16": 2e-4}
-"""Largest relative differences: processors with other vector units sum in another order."""
+BOUNDS = {"fp32": 2e-6, "bf16": 2e-3}
+"""Largest relative differences: processors with other vector units sum in another order, and those that compute in bf16
+round at other places (half of bf16's relative precision)."""
 CONFIGS: dict[str, Config] = {
     "parallel heads": tiny_config(),
     "sequential heads, tied embeddings": tiny_config(

@@ -32,11 +32,12 @@ def test_the_same_text(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, texts(), expected))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inputs_of_any_layout(dtype: torch.dtype) -> None:
+def test_inputs_of_any_layout(dtype: torch.dtype, bias: bool) -> None:
     if not can_pack(torch.zeros(1, dtype=dtype)):
         pytest.skip("this processor has no bf16 multiplications")
-    linear = torch.nn.Linear(48, 100, bias=False, dtype=dtype)
+    linear = torch.nn.Linear(48, 100, bias, dtype=dtype)
     packed = PackedLinear(linear)
     hidden = torch.randn(3, 5, 48, dtype=dtype)
     with torch.inference_mode():
