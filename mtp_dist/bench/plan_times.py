@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from mtp_dist.engine.hooks import RunInstruction
 
 Row = dict[str, Any]
-STEPS = 5
-"""Measured training steps of each configuration, after one to warm up."""
+STEPS = 16
+"""Measured training steps of each configuration, after one per rank to warm up."""
 
 
 def measure_times(name: str, config: Config, topology: Topology) -> list[Row]:
     """Return a row per stage: predicted and measured seconds of processor time per micro-batch.
 
-    The parts of the model are measured before each step, so that what slows the machine down slows down both. A
-    collective over all ranks.
+    Cores that share caches or arithmetic units slow each other down, by up to a fifth where this was written. With one
+    micro-batch per step only one stage computes at a time, and the ranks take turns to measure the parts of the model:
+    before each step, so that what slows the machine down slows down both. A collective over all ranks.
     """
+    import torch.distributed as dist
     from deepspeed.runtime.pipe import schedule
 
     from mtp_dist.distributed.collectives import all_gather_floats
@@ -44,14 +46,13 @@ def measure_times(name: str, config: Config, topology: Topology) -> list[Row]:
     passes: tuple[list[float], list[float]] = ([], [])
     for instruction, seconds in zip((schedule.ForwardPass, schedule.BackwardPass), passes, strict=True):
         hook_instruction(engine.pipeline, instruction, partial(_time, seconds))
-    rounds, steps = [], []
-    for step in range(1, STEPS + 2):
-        rounds.append(parts.measure())
-        for seconds in passes:
-            seconds.clear()
+    rounds = []
+    for step in range(1, STEPS + topology.pp_size + 1):
+        if step % topology.pp_size == topology.pp_rank:
+            rounds.append(parts.measure())
+        dist.barrier()
         engine.train_step(batch, step, learning_rate(config, step), head_schedule(config, step))
-        steps.append([sum(seconds) / config.micro_batches for seconds in passes])
-    measured = [statistics.median(column) for column in zip(*steps[1:], strict=True)]
+    measured = [statistics.median(seconds[topology.pp_size :]) for seconds in passes]
     stages = [Passes(*stage) for stage in all_gather_floats(measured, topology)]
     return time_rows(name, config, median_parts(rounds[1:], config, topology), stages)
 
