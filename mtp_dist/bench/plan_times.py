@@ -25,9 +25,9 @@ STEPS = 16
 def measure_times(name: str, config: Config, topology: Topology) -> list[Row]:
     """Return a row per stage: predicted and measured seconds of processor time per micro-batch.
 
-    Cores that share caches or arithmetic units slow each other down, by up to a fifth where this was written. With one
-    micro-batch per step only one stage computes at a time, and the ranks take turns to measure the parts of the model:
-    before each step, so that what slows the machine down slows down both. A collective over all ranks.
+    Cores that share caches or arithmetic units slow each other down. With one micro-batch per step only one stage
+    computes at a time, and the ranks take turns to measure the parts of the model, before each step, so that what slows
+    the machine down slows down both. A collective over all ranks.
     """
     import torch.distributed as dist
     from deepspeed.runtime.pipe import schedule
