@@ -10,12 +10,17 @@ COST_COLUMNS = ("tokens of a window", "continuations", "tokens read per position
 
 
 def tables() -> dict[str, str]:
-    result = _read("marginalization")
     costs = read_json("adaptation/cost-*.json")
     return {
-        "adaptation-marginals": with_origin(table(COLUMNS, map(marginal_cells, result["rows"])), result),
+        "adaptation-marginals": _marginals("marginalization"),
+        "adaptation-heads": _marginals("heads-only"),
         "adaptation-cost": with_origin(table(COST_COLUMNS, map(_cost_cells, sorted(costs, key=_size))), *costs),
     }
+
+
+def _marginals(name: str) -> str:
+    result = _read(name)
+    return with_origin(table(COLUMNS, map(marginal_cells, result["rows"])), result)
 
 
 def _size(result: dict[str, Any]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ PLACEHOLDERS = {
     "CONFIG",
     "configs/mine.yaml",
     "mine.yaml",
+    "imported/run.yaml",
     "configs/sweep/%a.yaml",
     "runs/demo-imported/run.yaml",
     "runs/demo-medusa/run.yaml",
