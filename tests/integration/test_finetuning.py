@@ -7,6 +7,7 @@ import pytest
 
 from tests.chat import messages, write_chat_tokenizer
 from tests.integration import jobs
+from tests.unit.convert.folders import import_from, write_architecture
 
 
 def write_records(path: Path) -> None:
@@ -63,13 +64,21 @@ def test_finetuning_starts_where_the_pretraining_ended(tmp_path: Path) -> None:
 
 
 def test_heads_on_a_frozen_model(tmp_path: Path) -> None:
-    config = jobs.write_config(tmp_path, train={"steps": 2}, log={"tensorboard": False})
+    """A Qwen2 of transformers gets heads at one layout, and more training at another."""
+    write_architecture(tmp_path / "hf", "Qwen2ForCausalLM", num_hidden_layers=4)
+    imported = import_from(tmp_path, to="imported")
+    config = jobs.write_config(
+        tmp_path,
+        model={"ffn_hidden_size": 48, "qkv_bias": True, "norm_eps": 1e-6},
+        data={"tokenizer": str(imported)},
+        train={"steps": 2},
+        log={"tensorboard": False},
+    )
     frozen = ["train.freeze=[trunk]", f"run.output_dir={tmp_path / 'new'}"]
     result = train(config, *frozen, processes=1, status=2)
     assert "error: train.freeze = [trunk] would freeze random weights: name a trained model in" in result.stderr
     assert "Traceback" not in result.output
-    train(config, processes=1)
-    frozen += [f"checkpoint.initial_weights={tmp_path / 'out'}", "heads.count=5", "parallel.pipeline=2"]
+    frozen += [f"checkpoint.initial_weights={imported}", "heads.count=5", "parallel.pipeline=2"]
     assert " M of them trained), 5 heads" in train(config, *frozen, "train.validate_every=1").output
     before, *after = (validations(tmp_path / "new", "validation", step) for step in (0, 1, 2))
     assert all(losses[0] == before[0] for losses in after), "bitwise the same"

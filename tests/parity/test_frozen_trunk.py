@@ -17,7 +17,10 @@ from tests.parity.test_variants import (
     DISTILLED,
     FULL,
     NAIVE,
+    NEOX,
     ORDERED,
+    QWEN2,
+    QWEN3,
     RECOMPUTE,
     SEPARATE,
     SEQUENTIAL,
@@ -30,9 +33,9 @@ from tests.ranks import Ranks
 FROZEN = "train.freeze=[trunk]"
 CASES = {
     "one process": "tp1-pp1-dp1",
-    "tensor": "tp2-pp1-dp1",
-    "pipeline": "tp1-pp2-dp1",
-    "both": "tp2-pp2-dp1-sp",
+    "tensor": f"tp2-pp1-dp1 {QWEN3}",
+    "pipeline": f"tp1-pp2-dp1 {NEOX}",
+    "both": f"tp2-pp2-dp1-sp {QWEN2}",
     "causal": f"tp2-pp2-dp1-sp heads.kind=causal {RECOMPUTE} {FULL}",
     "linear": f"tp2-pp2-dp1 heads.kind=linear {ORDERED} {CHUNKS} {RECOMPUTE}",
     "mlp": f"tp2-pp2-dp1 heads.kind=mlp {BF16}",

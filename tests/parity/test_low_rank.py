@@ -11,13 +11,25 @@ from tests.errors import largest_error, norm_error
 from tests.parity.comparison import assert_within_bounds, errors_of, parse_case, reference_of, run_sharded
 from tests.parity.resuming import ALL, BOTH, END, MIDDLE, at, run
 from tests.parity.runs import losses_of_evaluations
-from tests.parity.test_variants import BF16, DISTILLED, FULL, NEOX, RECOMPUTE, SEPARATE, SEQUENTIAL, TIED, ZERO
+from tests.parity.test_variants import (
+    BF16,
+    DISTILLED,
+    FULL,
+    NEOX,
+    QWEN2,
+    QWEN3,
+    RECOMPUTE,
+    SEPARATE,
+    SEQUENTIAL,
+    TIED,
+    ZERO,
+)
 from tests.ranks import Ranks
 
 ADAPTED = 'train.low_rank={"rank":3,"alpha":5}'
 CASES = {
-    "tensor": f"tp2-pp1-dp1 heads.condition=previous_token {ADAPTED}",
-    "pipeline": f"tp1-pp2-dp1 {SEQUENTIAL} {TIED} {DISTILLED} {ADAPTED}",
+    "tensor": f"tp2-pp1-dp1 {QWEN2} heads.condition=previous_token {ADAPTED}",
+    "pipeline": f"tp1-pp2-dp1 {QWEN3} {SEQUENTIAL} {TIED} {DISTILLED} {ADAPTED}",
     "both": f"tp2-pp2-dp1-sp heads.weighted_hidden_states=true {ADAPTED}",
     "ZeRO": f"tp1-pp2-dp2 heads.kind=mlp {ZERO} {RECOMPUTE} {ADAPTED} parallel.partition=[4,0]",
     "bf16": f"tp2-pp2-dp1-sp heads.kind=causal {BF16} {FULL} {ADAPTED}",

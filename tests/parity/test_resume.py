@@ -11,8 +11,9 @@ import torch
 from tests.errors import largest_error, norm_error
 from tests.parity import resuming
 from tests.parity.comparison import Layout
-from tests.parity.resuming import ALL, BOTH, DATA, DUALPIPEV, END, LAYOUTS, MIDDLE, ONE, PIPELINE, at, run
+from tests.parity.resuming import ALL, BOTH, DATA, DUALPIPEV, END, LAYOUTS, MIDDLE, ONE, PIPELINE, TENSOR, at, run
 from tests.ranks import Ranks
+from tests.tiny import BLOCKS
 
 SAME: dict[str, tuple[Layout, dict[str, Any]]] = {
     "one process": (ONE, {}),
@@ -45,12 +46,21 @@ def test_same_layout_is_bitwise_identical(ranks: Ranks, tmp_path: Path, name: st
     resuming.assert_resume_is_bitwise(partial(run, ranks, at(layout, tmp_path, **sections), layout), tmp_path)
 
 
+OTHERS: dict[Layout, dict[str, Any]] = {
+    TENSOR: {"model": BLOCKS["qwen2"]},
+    DUALPIPEV: {"model": BLOCKS["neox"]},
+    BOTH: {"heads": {"condition": "previous_token", "condition_rank": 6}},
+    ALL: {"model": BLOCKS["qwen3"]},
+}
+"""Sections of the trainings that begin at these layouts."""
+
+
 @pytest.mark.parametrize(("before", "after"), list(zip(LAYOUTS, LAYOUTS[1:] + LAYOUTS[:1], strict=True)), ids=str)
 def test_other_layout(ranks: Ranks, tmp_path: Path, before: Layout, after: Layout) -> None:
     zero_stage = LAYOUTS.index(before) % 2
-    heads = {"condition": "previous_token", "condition_rank": 6} if before == BOTH else {}
-    whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage, heads=heads)
-    errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole, heads=heads)
+    sections = OTHERS.get(before, {})
+    whole = resuming.save_in_the_middle(ranks, before, tmp_path, zero_stage, **sections)
+    errors = resuming.resume_errors(ranks, after, tmp_path, 1 - zero_stage, whole, **sections)
     assert errors["losses"] <= 1e-5 and errors["weights"] <= 1e-4
 
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 from mtp_dist.config.heads import KINDS
+from mtp_dist.convert.architectures.gpt_neox import GPT_NEOX
+from mtp_dist.convert.architectures.registry import ARCHITECTURES
 from mtp_dist.convert.head_layout import MTP, transformers_architecture
 from mtp_dist.convert.remote import generate as remote
 from mtp_dist.convert.to_huggingface import export_checkpoint
@@ -87,6 +89,12 @@ def test_own_generate_drafts_with_every_kind(tmp_path: Path, case: str, monkeypa
     assert recorder.accepted == set(range(model.config.heads.distances[-1])), "every number of accepted drafts"
     heads = {check_draft(model, *draft) for draft in recorder.drafts}
     assert heads == set(range(2, model.config.heads.count + 1))
+
+
+def test_own_generate_has_the_names_of_the_conversion() -> None:
+    """It runs in an export, without mtp_dist."""
+    drafting = [architecture for name, architecture in ARCHITECTURES.items() if name != GPT_NEOX.name]
+    assert len(drafting) == 4 and all(architecture.layer == remote.LAYER for architecture in drafting)
 
 
 @pytest.mark.parametrize("case", NATIVE)

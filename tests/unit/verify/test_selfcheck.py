@@ -114,10 +114,10 @@ def selfcheck_of(config, fault):
         return selfcheck(config, initialize_topology(config, select_device(config)))
 
 
-@pytest.mark.parametrize("kind", ["parallel", "sequential"])
-def test_sum_over_tokens_in_bf16_is_found(ranks, kind):
+@pytest.mark.parametrize(("kind", "blocks"), [("parallel", "qwen2"), ("sequential", "qwen3")])
+def test_sum_over_tokens_in_bf16_is_found(ranks, kind, blocks):
     """PyTorch computes the embedding's gradient like that on a CPU."""
-    model, heads = {"trunk_layers": 2, "vocab_size": 257}, {"kind": kind, "count": 2}
+    model, heads = {"trunk_layers": 2, "vocab_size": 257} | BLOCKS[blocks], {"kind": kind, "count": 2}
     train = {"micro_batch_size": 16, "global_batch_size": 32, "sequence_length": 256, "precision": "bf16"}
     config = tiny_config(model=model, heads=heads, parallel={"tensor": 2}, train=train)
     right, wrong = (ranks.run(2, selfcheck_of, config, fault)[0] for fault in (False, True))
