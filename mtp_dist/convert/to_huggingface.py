@@ -172,6 +172,9 @@ def _check_drafting(source: Path, config: Config) -> None:
         f"has linear heads on a {plain.title}": config.heads.kind == "linear" and plain is not LLAMA,
         "has layers of GPT-NeoX": plain is GPT_NEOX,
         "attends to a window of positions (model.sliding_window)": config.model.sliding_window is not None,
+        "changes its rotary embedding with the length (model.rope_scaling.rope_type = 'dynamic')": (
+            config.model.rope_scaling is not None and config.model.rope_scaling.rope_type == "dynamic"
+        ),
     }
     for reason, holds in reasons.items():
         if holds:

@@ -17,6 +17,7 @@ from mtp_dist.data.synthetic.task import Document, HeldOutSplit, Task, TaskCorpu
 from mtp_dist.data.synthetic.tasks import build_task, task_kind
 from mtp_dist.errors import ConfigError, UserError
 from mtp_dist.inference.generator import Generator
+from mtp_dist.inference.request import describe_text_limit
 
 BATCH_SIZE = 64
 DEFAULT_DOCUMENTS = 2000
@@ -107,8 +108,8 @@ def score_documents(generator: Generator, documents: Sequence[Document], scores:
     width = max(map(len, rows))
     if width > generator.positions:
         raise ConfigError(
-            f"a document has {width} tokens, but the model was trained on texts of {generator.positions}: choose "
-            "smaller parameters, or train with a larger train.sequence_length"
+            f"a document has {width} tokens, but {describe_text_limit(generator.config)}: choose smaller parameters, "
+            "or a model for longer texts"
         )
     end = generator.tokenizer.end_of_document
     ids = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=generator.model.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from mtp_dist.errors import ConfigError
 from mtp_dist.inference.adaptive import AdaptiveLength
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.drafting import DraftInput, DraftState, draft, draft_after_each
@@ -40,7 +41,9 @@ def decode(
     sampler = Sampler(logits_processor, generation_config.do_sample)
     prompts, mask = input_ids.to(model.device), model_inputs.get("attention_mask")
     with torch.inference_mode():
-        text = TextBatch(prompts, mask, StoppingRules.from_criteria(stopping_criteria))
+        rules = StoppingRules.from_criteria(stopping_criteria)
+        _check_rotary(model, rules.max_length + (max(speculation.tree.depths) - 1 if speculation.tree else 0))
+        text = TextBatch(prompts, mask, rules)
         decoder = Decoder(model, text, sampler, speculation, generation_config.cache_implementation == "static")
         appended = decoder.read_prompts(input_ids.shape[1])
         while True:
@@ -54,6 +57,21 @@ def decode(
     speculation.statistics.seconds += time.perf_counter() - start
     pad = generation_config._pad_token_tensor
     return text.padded(input_ids, 0 if pad is None else int(pad))
+
+
+def _check_rotary(model: MTPForCausalLM, positions: int) -> None:
+    """Raise ConfigError if a forward pass up to that position would change the base of the rotary embedding.
+
+    With `dynamic` scaling each position beyond the original length raises it, that of a draft too, while cached keys
+    keep the earlier one.
+    """
+    rotary: Any = model.model.rotary_emb
+    if rotary.rope_type == "dynamic" and positions > rotary.original_max_seq_len:
+        raise ConfigError(
+            "model.rope_scaling.rope_type = 'dynamic' limits texts to "
+            f"model.rope_scaling.original_max_position_embeddings = {rotary.original_max_seq_len}, but {positions} "
+            "positions are asked for: shorten the prompt or max_new_tokens"
+        )
 
 
 class Decoder:

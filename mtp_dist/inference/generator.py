@@ -16,7 +16,14 @@ from mtp_dist.errors import ConfigError
 from mtp_dist.inference.loading import ModelFolder, read_folder
 from mtp_dist.inference.model import MTPForCausalLM
 from mtp_dist.inference.packing import can_pack, pack_linear_layers
-from mtp_dist.inference.request import check_heads, check_model, check_numbers, prompt_ids
+from mtp_dist.inference.request import (
+    check_heads,
+    check_model,
+    check_numbers,
+    describe_text_limit,
+    prompt_ids,
+    text_limit,
+)
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.stop_strings import StopStrings
 
@@ -66,8 +73,8 @@ class Generator:
 
     @property
     def positions(self) -> int:
-        """Number of tokens of the longest text that the model was trained on."""
-        return self.config.train.sequence_length
+        """Number of tokens of the longest text that the model may generate, its prompt included."""
+        return text_limit(self.config)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the tokens of a text that begins a document.
@@ -90,8 +97,8 @@ class Generator:
         """Return the new tokens after each prompt, with the end of the document if the model has reached it.
 
         temperature: 0 for the most probable tokens. stop_strings: a text ends with the token that completes one.
-        options: those of transformers' `generate`. Texts end when the longest one has as many tokens as those of the
-        training. Raise ConfigError for a longer prompt, more heads than the model has, or a number that makes no sense.
+        options: those of transformers' `generate`. Texts end when the longest one has `positions` tokens. Raise
+        ConfigError for a longer prompt, more heads than the model has, or a number that makes no sense.
         """
         speculation = speculation or Speculation()
         longest = max(map(len, prompts))
@@ -101,11 +108,7 @@ class Generator:
             raise ConfigError("--prompt has no tokens: begin it with the end of a document, as prompt_ids does")
         if longest + max_new_tokens > self.positions:
             max_new_tokens = self.positions - longest
-            logger.warning(
-                "The texts end after %d new tokens: the model was trained on texts of %d",
-                max_new_tokens,
-                self.positions,
-            )
+            logger.warning("The texts end after %d new tokens: %s", max_new_tokens, describe_text_limit(self.config))
         end = self.tokenizer.end_of_document
         padding = [longest - len(prompt) for prompt in prompts]
         rows = [[end] * columns + list(prompt) for columns, prompt in zip(padding, prompts, strict=True)]

@@ -34,11 +34,34 @@ def check_numbers(max_new_tokens: int, temperature: float, heads: int | None) ->
 def check_model(config: Config, prompt_tokens: int, heads: int | None) -> None:
     """Raise ConfigError for more heads than the model has, or a prompt that leaves no position for a new token."""
     check_heads(config, heads)
-    positions = config.train.sequence_length
-    if prompt_tokens >= positions:
-        raise ConfigError(
-            f"--prompt has {prompt_tokens} tokens, but the model was trained on texts of {positions}: shorten it"
-        )
+    if prompt_tokens >= text_limit(config):
+        raise ConfigError(f"--prompt has {prompt_tokens} tokens, but {describe_text_limit(config)}: shorten it")
+
+
+def text_limit(config: Config) -> int:
+    """Return the number of tokens of the longest text that the model may generate, its prompt included.
+
+    It was trained on texts of `train.sequence_length`. With `dynamic` scaling the base of the rotary embedding changes
+    with each token beyond the original length, and cached keys would keep that of an earlier one.
+    """
+    return min(config.train.sequence_length, _dynamic_length(config) or config.train.sequence_length)
+
+
+def describe_text_limit(config: Config) -> str:
+    """Return the reason of `text_limit`, for a message."""
+    length = config.train.sequence_length
+    if (limit := text_limit(config)) == length:
+        return f"the model was trained on texts of {length}"
+    return (
+        "model.rope_scaling.rope_type = 'dynamic' limits texts to model.rope_scaling.original_max_position_embeddings "
+        f"= {limit}"
+    )
+
+
+def _dynamic_length(config: Config) -> int | None:
+    """Return the length up to which `dynamic` scaling changes nothing; None with another scaling."""
+    scaling = config.model.rope_scaling
+    return scaling.original_max_position_embeddings if scaling and scaling.rope_type == "dynamic" else None
 
 
 def check_heads(config: Config, heads: int | None) -> None:

@@ -18,7 +18,7 @@ from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.convert.weight_folder import INDEX, SINGLE
 from mtp_dist.errors import CheckpointError, ConfigError
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
+from tests.tiny import BLOCKS, LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
     change_config,
     change_weights,
@@ -155,6 +155,10 @@ NOT_DRAFTED: dict[str, tuple[Settings, Settings]] = {
     "has linear heads on a Qwen3": ({"kind": "linear"}, {"qk_norm": True}),
     "has layers of GPT-NeoX": ({}, NEOX),
     r"attends to a window of positions \(model.sliding_window\)": ({}, {"sliding_window": 4}),
+    r"changes its rotary embedding with the length \(model.rope_scaling.rope_type = 'dynamic'\)": (
+        {},
+        {"rope_scaling": BLOCKS["dynamic"]["rope_scaling"]},
+    ),
 }
 
 

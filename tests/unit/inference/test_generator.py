@@ -16,6 +16,7 @@ from mtp_dist.inference.detokenizer import Detokenizer
 from mtp_dist.inference.generator import Generator
 from mtp_dist.inference.speculation import Speculation
 from mtp_dist.inference.stop_strings import StopStrings
+from mtp_dist.inference.tree import DraftTree
 from tests.unit.convert.folders import TEXT, byte_pairs, train_sentencepiece, write_model
 
 END = 256
@@ -55,6 +56,29 @@ def test_batch_has_the_texts_of_its_prompts(generator: Generator, caplog: pytest
     assert not caplog.records
     assert len(generator.generate(prompts, POSITIONS)[1]) == POSITIONS - len(prompts[1])
     assert "The texts end after 54 new tokens: the model was trained on texts of 64" in caplog.text
+
+
+def test_texts_with_dynamic_scaling_end_at_the_original_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to there the text is the one without a cache."""
+    folder, dynamic = tmp_path / "c", {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 24}
+    reference = write_model(folder, train={"sequence_length": POSITIONS}, model={"rope_scaling": dynamic})
+    generator, prompt = Generator.open(folder), [END, 1, 2]
+    text = generator.generate([prompt], POSITIONS, speculation=Speculation(heads=4))[0]
+    limit = "model.rope_scaling.rope_type = 'dynamic' limits texts to "
+    limit += "model.rope_scaling.original_max_position_embeddings = 24"
+    assert generator.positions == 24 and f"The texts end after 21 new tokens: {limit}" in caplog.text
+    with torch.no_grad():
+        logits = reference.next_token_logits(torch.tensor([prompt + text[:-1]]))
+    assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == text and len(text) == 21
+    with pytest.raises(UserError) as error:
+        generator.generate([[1] * 24], 4)
+    assert str(error.value) == f"--prompt has 24 tokens, but {limit}: shorten it"
+    ids = torch.tensor([prompt])
+    for tree, tokens in ((None, 22), (DraftTree((-1, 0, 1), (0, 0, 0)), 21)):
+        with pytest.raises(UserError, match=rf"^{limit}, but 25 positions are asked for: shorten the prompt or max_"):
+            generator.model.generate(ids, max_new_tokens=tokens, speculation=Speculation(tree=tree))
 
 
 def test_texts_end_at_stop_strings(generator: Generator) -> None:
