@@ -22,6 +22,8 @@ BASE: Sections = {
 """Three parallel heads in bf16 on one rank; activations, weights and logits are of similar size."""
 
 _FP32 = {"precision": "fp32"}
+_NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "num_query_groups": 4}
+_NEOX |= {"parallel_residual": True, "rotary_percent": 0.5}
 CASES: dict[str, tuple[int, Sections]] = {
     "parallel": (1, {}),
     "parallel, fp32": (1, {"train": _FP32}),
@@ -45,8 +47,15 @@ CASES: dict[str, tuple[int, Sections]] = {
     "token order": (1, {"heads": {"token_order": 0.5}}),
     "separate documents": (1, {"data": {"attention_across_documents": False}}),
     "chunks of 64 tokens": (1, {"heads": {"chunk_tokens": 64}}),
+    "blocks of Qwen2, fp32": (1, {"model": {"qkv_bias": True}, "train": _FP32}),
+    "blocks of GPT-NeoX": (1, {"model": _NEOX}),
+    "window of 32 positions, fp32": (1, {"model": {"sliding_window": 32}, "train": _FP32}),
     "tensor 2, fp32": (2, {"parallel": {"tensor": 2}, "train": _FP32}),
     "tensor 2, sequence": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "blocks of Qwen3, tensor 2, sequence": (
+        2,
+        {"parallel": {"tensor": 2, "sequence": True}, "model": {"qk_norm": True, "kv_channels": 24}},
+    ),
     "data 2": (2, {}),
     "data 2, ZeRO 1, fp32": (2, {"parallel": {"zero_stage": 1}, "train": _FP32}),
     "data 4": (4, {}),

@@ -14,21 +14,27 @@ from mtp_dist.planner.fit import fit
 from mtp_dist.planner.memory import rank_memory
 from mtp_dist.planner.stage_cost import stage_cost
 from mtp_dist.planner.weights import Weight, stage_weights
-from tests.tiny import BLOCKS, tiny_config
+from tests.tiny import tiny_config
 
 DATA = Path(__file__).parents[3] / "docs/data"
 COMMITTED = json.loads((DATA / "plan/memory.json").read_text(encoding="utf-8"))["memory"]
 MEASURED = {
-    1: ["chunks of 64 tokens", "sequential", "qwen2", "neox", "mistral"],
+    1: [
+        "chunks of 64 tokens",
+        "sequential",
+        "blocks of Qwen2, fp32",
+        "blocks of GPT-NeoX",
+        "window of 32 positions, fp32",
+    ],
     2: [
         "tensor 2, sequence",
         "pipeline 2, tied, fp32",
         "data 2, ZeRO 1, fp32",
         "pipeline 2, DualPipeV, fp32",
-        "qwen3",
+        "blocks of Qwen3, tensor 2, sequence",
     ],
 }
-"""Cases and building blocks that are measured here, by number of ranks."""
+"""Cases that are measured here, by number of ranks."""
 
 
 def assert_predicted(row):
@@ -55,19 +61,13 @@ def test_all_cases_are_committed():
     assert [table.row_count for table in bench_plan_tables({"memory": COMMITTED})] == [len(COMMITTED)]
 
 
-def block_config(name):
-    """Return the configuration of a case whose model has the building blocks of an architecture."""
-    config = case_config("tensor 2, sequence" if name == "qwen3" else "parallel, fp32")
-    return config.model_copy(update={"model": config.model.model_copy(update=BLOCKS[name])})
-
-
 def measure(names):
-    """Return the rows of some cases or building blocks, on a rank."""
+    """Return the rows of some cases, on a rank."""
     from mtp_dist.distributed.topology import close_axes, initialize_topology
 
     rows = []
     for name in names:
-        config = block_config(name) if name in BLOCKS else case_config(name)
+        config = case_config(name)
         rows += measure_case(name, config, initialize_topology(config, select_device(config)))
         close_axes()
     return rows
