@@ -60,6 +60,5 @@ def explain_os_errors(path: Path, action: str) -> Iterator[None]:
     except OSError as error:
         file = error.filename or path
         raise DataError(
-            f"cannot {action} {file} ({error.strerror or error}): fix that, then repeat the command, which continues "
-            "from what is done"
+            f"cannot {action} {file} ({error.strerror or error}): fix that, then repeat the command"
         ) from None

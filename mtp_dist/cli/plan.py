@@ -64,9 +64,9 @@ def plan(
     cluster = Cluster(accelerator, measured_rates(rates, preflight) if preflight else rates)
     step, result = plan_run(run, cluster, gpus, wanted, search_all)
     result["preflight"] = preflight
+    show_result(result, as_json, *plan_parts(result))
     if timeline is not None:
         _draw(step, Path(timeline))
-    show_result(result, as_json, *plan_parts(result))
     raise typer.Exit(0 if result["memory"]["fits"] else 1)
 
 

@@ -14,6 +14,7 @@ from mtp_dist.planner.fit import COMPONENTS
 from mtp_dist.planner.layouts import overrides
 from mtp_dist.planner.memory import USABLE_FRACTION
 
+RATE_UNITS = {"matmul": 1e12, "link": 1e9, "network": 1e9}
 MFU_CONVENTION = "6 FLOPs per parameter and position, attention over all keys, nothing for recomputation"
 
 
@@ -38,22 +39,34 @@ def _facts(result: Mapping[str, Any]) -> dict[str, str]:
         if result.get("preflight")
         else f"assumed, {assumed['matmul']:.0%} of the peak and {assumed['bandwidth']:.0%} of the bandwidths"
     )
-    return {
-        "model": f"{result['name']}, {result['parameters'] / 1e9:.2f} B parameters, {result['heads']} {result['kind']} "
-        f"heads, {result['precision']}, sequences of {result['sequence_length']:,} tokens",
+    matmul, link, network = (_three_digits(rates[name] / unit) for name, unit in RATE_UNITS.items())
+    seconds, days, hours = (_three_digits(result[name]) for name in ("step_seconds", "days", "gpu_hours"))
+    facts = {
+        "model": f"{result['name']}, {_parameters(result['parameters'])} parameters, {result['heads']} "
+        f"{result['kind']} heads, {result['precision']}, sequences of {result['sequence_length']:,} tokens",
         "on": f"{result['gpus']:,} x {result['label']} ({result['source']})",
         "layout": f"tensor {layout['parallel.tensor']} x pipeline {layout['parallel.pipeline']} x data "
         f"{result['data_parallel']}, {layout['parallel.schedule']}, trunk layers per stage {stages}, heads on the last "
         f"{f'{head_stages} stages' if head_stages > 1 else 'one'}, "
-        f"{result['micro_batches']} micro-batches of {layout['train.micro_batch_size']} per step",
-        "rates": f"large matmuls {rates['matmul'] / 1e12:,.3g} TFLOP/s, links {rates['link'] / 1e9:,.3g} GB/s, network "
-        f"{rates['network'] / 1e9:,.3g} GB/s: {origin}; layers reach {assumed['layer']:.0%} of large matmuls (assumed)",
-        "speed": f"{result['tokens_per_second']:,.0f} tokens/s, {result['step_seconds']:.3g} s per step, MFU "
-        f"{result['mfu']:.1%} ({MFU_CONVENTION})",
-        "cost": f"{_tokens(result['tokens'])} tokens: {result['days']:,.3g} days, {result['gpu_hours']:,.0f} GPU hours",
-        "longest": f"sequences of {result['longest_sequence']:,} tokens fit {USABLE_FRACTION:.0%} of the memory "
-        "with this layout",
+        f"{result['micro_batches']:,} micro-batches of {layout['train.micro_batch_size']} per step",
+        "rates": f"large matmuls {matmul} TFLOP/s, links {link} GB/s, network {network} GB/s: {origin}; layers "
+        f"reach {assumed['layer']:.0%} of large matmuls (assumed)",
+        "speed": f"{result['tokens_per_second']:,.0f} tokens/s, {seconds} s per step, MFU {result['mfu']:.1%} "
+        f"({MFU_CONVENTION})",
+        "cost": f"{_tokens(result['tokens'])} tokens: {days} days, {hours} GPU hours",
     }
+    if longest := result["longest_sequence"]:
+        facts["longest"] = f"sequences of {longest:,} tokens fit {USABLE_FRACTION:.0%} of the memory with this layout"
+    return facts
+
+
+def _parameters(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
+
+
+def _three_digits(number: float) -> str:
+    """Return a number with at least three significant digits, without an exponent unless it is tiny."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _tokens(number: float) -> str:
@@ -67,7 +80,7 @@ def _memory_table(memory: Mapping[str, Any]) -> Table:
     """Return a table with one row per component and one column per pipeline rank: the first, largest and last ones."""
     ranks = memory["ranks"]
     shown = [rank for rank in ranks if rank["rank"] in {0, 1, memory["binding"], len(ranks) - 1}]
-    title = f"GB per GPU by pipeline rank, of {memory['limit'] / 1e9:.0f}"
+    title = f"GB by pipeline rank, of {memory['limit'] / 1e9:.0f}"
     table = Table("", *(Column(_rank_name(rank, memory), justify="right") for rank in shown), title=title)
     table.add_row("trunk layers", *("+".join(map(str, rank["trunk_layers"])) for rank in shown))
     table.add_row("micro-batches in flight", *(str(rank["in_flight"]) for rank in shown), end_section=True)
@@ -116,7 +129,7 @@ def _layouts_table(result: Mapping[str, Any]) -> Table:
         f"The fastest of {result['fitting']:,} layouts that fit, each the best of its degrees; heads: stages that have "
         "some of them"
     )
-    table = Table("", *(Column(name, justify="right") for name in LAYOUT_COLUMNS), title=title)
+    table = Table("", *(Column(name, justify="right", overflow="fold") for name in LAYOUT_COLUMNS), title=title)
     for number, row in enumerate(result["layouts"], 1):
         layout = row["layout"]
         table.add_row(
@@ -130,9 +143,9 @@ def _layouts_table(result: Mapping[str, Any]) -> Table:
             str(layout["train.micro_batch_size"]),
             layout["train.activation_checkpointing"],
             f"{row['bytes'] / 1e9:.1f}",
-            f"{row['step_seconds']:.3g}",
+            _three_digits(row["step_seconds"]),
             f"{row['mfu']:.1%}",
-            f"{row['days']:,.3g}",
+            _three_digits(row["days"]),
         )
     return table
 

@@ -76,4 +76,4 @@ def invalid_steps(key: str, values: object) -> Iterator[str]:
     if isinstance(values, tuple):
         starts = [step for step, _ in values]
         if starts[0] != 1 or sorted(set(starts)) != starts:
-            yield f"{key} has the steps {starts}: they must increase from 1"
+            yield f"{key} has the steps {starts}: they must begin with 1 and increase"

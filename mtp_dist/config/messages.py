@@ -48,7 +48,7 @@ def _nearest_key(root: Model, parts: Sequence[str]) -> str | None:
 
 def describe_errors(error: pydantic.ValidationError, root: Model) -> Iterator[str]:
     """Yield one message per invalid key of a model; pydantic has one error per type that the key may have."""
-    union_types, union_members = {"float", "int", "str"}, ("literal", "tuple", "constrained-", "bool", "dict[")
+    union_types, union_members = {"float", "int", "str"}, ("literal", "tuple", "constrained-", "bool", "dict[", "[key]")
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for each in error.errors():
         loc = map(str, each["loc"])
@@ -63,6 +63,7 @@ def describe_errors(error: pydantic.ValidationError, root: Model) -> Iterator[st
 _MESSAGES = {
     "tuple_type": "should be a list",
     "model_type": "should have keys of its own",
+    "dict_type": "should have keys of its own",
     "too_short": "is too short",
     "string_too_short": "is empty",
     "too_long": "is too long",

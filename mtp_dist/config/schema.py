@@ -40,7 +40,7 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Tensor-parallel degree: ranks that share each layer's matrices and the vocabulary."""
     pipeline: PositiveInt = 1
-    """Pipeline-parallel degree: ranks that share the layers, in stages of which the last one has the heads."""
+    """Pipeline-parallel degree: ranks that share the layers, in stages of which the last ones have the heads."""
     sequence: bool = False
     """Sequence parallelism: shard activations along the sequence between tensor-parallel regions."""
     zero_stage: Annotated[NonNegativeInt, Field(json_schema_extra={"enum": [0, 1]})] = 0

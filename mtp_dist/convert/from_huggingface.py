@@ -42,7 +42,7 @@ class Imported:
             lines.append(f"Not used: {', '.join(self.unused)}")
         lines.append(
             f"Train from it: mtp-dist launch --config {self.folder / RUN} "
-            f"checkpoint.resume={self.folder} run.name=... data.train=... train.steps=..."
+            f"checkpoint.initial_weights={self.folder} run.name=... train.steps=..."
         )
         return "\n".join(lines)
 

@@ -134,8 +134,8 @@ def _too_large(smallest: Fit, cluster: Cluster) -> str:
     binding, accelerator = smallest.binding, cluster.accelerator
     largest = binding.largest_component
     return (
-        f"no layout of --gpus = {smallest.config.world_size} fits {USABLE_FRACTION:.0%} of the "
-        f"{accelerator.memory_bytes / 1e9:.0f} GB of {accelerator.label}: the smallest, "
+        f"no layout of --gpus = {smallest.config.world_size} fits {USABLE_FRACTION:.0%} of "
+        f"{accelerator.memory_bytes / 1e9:.0f} GB ({accelerator.label}): the smallest, "
         f"{overrides(layout(smallest.config))}, needs {binding.memory.total / 1e9:.1f} GB, of which "
         f"{getattr(binding.memory, largest) / 1e9:.1f} GB are {COMPONENTS[largest]}: use more GPUs, GPUs with more "
         "memory or shorter sequences"

@@ -75,13 +75,15 @@ def _too_large(found: Fit, device: torch.device, memory: float, per_node: int, s
     options = remedies(config, USABLE_FRACTION * memory, found.device, per_node, shared)
     ranks = per_node if shared else 1
     advice = [f"{overrides(changes)} ({_gigabytes(ranks * size)})" for changes, size in options]
-    remedy = f"use {' or '.join(advice)}" if advice else "start more ranks or make the model smaller"
+    remedy = (
+        f"use {' or '.join(advice)}" if advice else f"use more {'machines' if shared else 'GPUs'} or a smaller model"
+    )
     component = f"{_gigabytes(getattr(binding.memory, largest))} are {COMPONENTS[largest]}"
     if shared:
         needed = f"the {ranks} ranks need {_gigabytes(ranks * found.mean_bytes)} together"
         most = f" at position {binding.rank} of the pipeline" if config.parallel.pipeline > 1 else ""
         available = f"the machine has {_gigabytes(ranks * memory)} of memory"
-        component = f"of which {component} on each of those" + most
+        component = f"of which {component} on each of them" + most
     else:
         needed = f"the ranks at position {binding.rank} of the pipeline need {_gigabytes(binding.memory.total)}"
         available = f"{device_name(device)} has {_gigabytes(memory)} of memory per rank"

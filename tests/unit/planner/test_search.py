@@ -99,7 +99,7 @@ def test_search_in_fp32_can_shard_the_optimizer():
 def test_search_without_a_result_names_the_reason():
     with pytest.raises(ConfigError, match=r"no layout divides --gpus = 37: .*global_batch_size = 1024"):
         search(unresolved(), cluster(), 37)
-    with pytest.raises(ConfigError, match=r"no layout of --gpus = 1 fits 90% of the 80 GB .* GB are .*: use more GPUs"):
+    with pytest.raises(ConfigError, match=r"no layout of --gpus = 1 fits 90% of 80 GB .* GB are .*: use more GPUs"):
         search(unresolved(SHAPE_70B), cluster(), 1)
 
 

@@ -96,7 +96,7 @@ def test_check_can_be_switched_off(monkeypatch):
     with_memory(monkeypatch, 0.001)
     refused = on_ranks(unresolved(), 1)
     assert message(refused).endswith("parallel.check_memory=false starts the run anyway")
-    assert "start more ranks or make the model smaller" in message(refused)
+    assert "use more machines or a smaller model" in message(refused)
     check_memory(on_ranks(unresolved(), 1, check_memory=False), CPU)
 
 
