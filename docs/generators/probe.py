@@ -30,9 +30,7 @@ def draw() -> None:
     """Draw accuracy and cross-entropy by layer, a column for each model and a line for each distance."""
     plt = pyplot()
     models = [model for _, model in _models()]
-    figure, grid = plt.subplots(
-        2, len(models), figsize=(4.5 * len(models), 6.5), sharey="row", squeeze=False, layout="constrained"
-    )
+    figure, grid = plt.subplots(2, len(models), figsize=(4.5 * len(models), 6.5), squeeze=False, layout="constrained")
     for column, model in enumerate(models):
         for axes, quality in zip(grid[:, column], ("accuracy", "cross_entropy"), strict=True):
             for color, row in enumerate(model["rows"]):
@@ -40,8 +38,9 @@ def draw() -> None:
                 axes.plot(values, f"C{color}o-", markersize=3, label=f"distance {row['distance']}")
                 axes.axhline(row["unigram"][quality], color=f"C{color}", linestyle=":", linewidth=1)
             names = [score["layer"].removeprefix("layer ") for score in model["rows"][0]["layers"]]
-            shown = sorted({0, *range(1, len(names) - 1, max(1, len(names) // 8)), len(names) - 1})
-            axes.set_xticks(shown, [names[index] for index in shown], rotation=30)
+            step = max(1, len(names) // 8)
+            shown = sorted({0, *range(step, len(names) - 1, step), len(names) - 1})
+            axes.set_xticks(shown, [names[index] for index in shown], rotation=30, ha="right")
             axes.grid(alpha=0.3)
         grid[0, column].set_title(_name(model).replace("`", ""))
     grid[0, 0].set_ylabel("accuracy of the probe")

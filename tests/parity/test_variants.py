@@ -20,8 +20,8 @@ ZERO, BF16 = "parallel.zero_stage=1", "train.precision=bf16"
 ISOLATED = "heads.detach=full"
 CHUNKS = "heads.chunk_tokens=5"
 CONDITIONED = "heads.condition=previous_token"
-IN_EVERY_LAYOUT = ("parallel", "causal", "sequential")
-"""Kinds of heads whose masks of documents are compared in every layout."""
+IN_TWO_LAYOUTS = ("parallel", "causal", "sequential")
+"""Kinds of heads whose masks of documents are compared in more than one layout."""
 WEIGHTED = "heads.weighted_hidden_states=true"
 RATES = 'optimizer.multipliers={"trunk":0.1,"heads":5}'
 CHANGING_RATES = 'optimizer.multipliers={"trunk":[[1,0],[2,0.1]],"heads":5}'
@@ -37,7 +37,7 @@ def product(layouts: str, *variants: str) -> list[str]:
 TWO_STEPS = [
     # Every kind of heads.
     *product(
-        "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1 tp2-pp1-dp1-sp",
+        "tp1-pp2-dp1 tp2-pp2-dp1 tp2-pp1-dp1-sp",
         "heads.layers_per_head=2 heads.count=3",
         *(f"heads.kind={kind}" for kind in KINDS if kind != "parallel"),
         f"{SEQUENTIAL} heads.repeated=true",
@@ -157,10 +157,8 @@ TWO_STEPS = [
     f"tp1-pp2-dp2-v {MISTRAL} {APART} {ZERO}",
     f"tp4-pp1-dp1 micro_batches=1 {QWEN2} {FOUR_GROUPS} {ZERO}",
     # Documents that stop attention and targets.
-    *product(
-        "tp2-pp1-dp1 tp1-pp2-dp1 tp2-pp2-dp1-sp tp1-pp3-dp1 tp1-pp1-dp2",
-        *(f"heads.kind={kind} {APART}" for kind in IN_EVERY_LAYOUT),
-    ),
+    *product("tp2-pp2-dp1-sp tp1-pp3-dp1", *(f"heads.kind={kind} {APART}" for kind in IN_TWO_LAYOUTS)),
+    *product("tp2-pp1-dp1 tp1-pp2-dp1 tp1-pp1-dp2", APART),
     f"tp1-pp4-dp1 {APART}",
     "tp1-pp3-dp1 data.loss_across_documents=false",
     "tp1-pp3-dp1 data.attention_across_documents=false",
@@ -169,7 +167,7 @@ TWO_STEPS = [
     f"tp2-pp2-dp1-sp {APART} {SELECTIVE}",
     f"tp1-pp2-dp1 {APART} {SEQUENTIAL} {NAIVE}",
     f"tp2-pp2-dp1-sp {APART} {RECOMPUTE} {TIED}",
-    *product("tp1-pp2-dp1", *(f"{APART} heads.kind={kind}" for kind in KINDS if kind not in IN_EVERY_LAYOUT)),
+    *product("tp1-pp2-dp1", *(f"{APART} heads.kind={kind}" for kind in KINDS if kind not in IN_TWO_LAYOUTS)),
     f"tp1-pp3-dp1 {APART} {SEQUENTIAL} heads.repeated=true heads.layers_per_head=2",
     f"tp2-pp2-dp1-sp {APART} {LEAPS} {DISTILLED}",
     f"tp1-pp3-dp1 {APART} {ORDERED}",
