@@ -92,6 +92,12 @@ class ModelConfig(Section):
         return self.attention_size + 2 * self.query_groups * self.head_dim
 
     @property
+    def dynamic_length(self) -> int | None:
+        """Tokens beyond which each further one changes the rotary embedding; None without `dynamic` scaling."""
+        scaling = self.rope_scaling
+        return scaling.original_max_position_embeddings if scaling and scaling.rope_type == "dynamic" else None
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of one attention head that the rotary position embedding rotates."""
         return int(self.head_dim * self.rotary_percent)

@@ -173,7 +173,7 @@ def _check_drafting(source: Path, config: Config) -> None:
         "has layers of GPT-NeoX": plain is GPT_NEOX,
         "attends to a window of positions (model.sliding_window)": config.model.sliding_window is not None,
         "changes its rotary embedding with the length (model.rope_scaling.rope_type = 'dynamic')": (
-            config.model.rope_scaling is not None and config.model.rope_scaling.rope_type == "dynamic"
+            config.model.dynamic_length is not None
         ),
     }
     for reason, holds in reasons.items():

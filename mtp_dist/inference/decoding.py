@@ -16,6 +16,7 @@ from mtp_dist.errors import ConfigError
 from mtp_dist.inference.adaptive import AdaptiveLength
 from mtp_dist.inference.cache import PositionCache
 from mtp_dist.inference.drafting import DraftInput, DraftState, draft, draft_after_each
+from mtp_dist.inference.request import describe_dynamic_limit
 from mtp_dist.inference.sampling import Drafts, Sampler, Texts
 from mtp_dist.inference.spans import causal_span, tree_span
 from mtp_dist.inference.speculation import Speculation
@@ -68,9 +69,8 @@ def _check_rotary(model: MTPForCausalLM, positions: int) -> None:
     rotary: Any = model.model.rotary_emb
     if rotary.rope_type == "dynamic" and positions > rotary.original_max_seq_len:
         raise ConfigError(
-            "model.rope_scaling.rope_type = 'dynamic' limits texts to "
-            f"model.rope_scaling.original_max_position_embeddings = {rotary.original_max_seq_len}, but {positions} "
-            "positions are asked for: shorten the prompt or max_new_tokens"
+            f"{describe_dynamic_limit(rotary.original_max_seq_len)}, but {positions} positions are asked for: shorten "
+            "the prompt or max_new_tokens"
         )
 
 

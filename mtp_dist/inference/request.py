@@ -44,7 +44,7 @@ def text_limit(config: Config) -> int:
     It was trained on texts of `train.sequence_length`. With `dynamic` scaling the base of the rotary embedding changes
     with each token beyond the original length, and cached keys would keep that of an earlier one.
     """
-    return min(config.train.sequence_length, _dynamic_length(config) or config.train.sequence_length)
+    return min(config.train.sequence_length, config.model.dynamic_length or config.train.sequence_length)
 
 
 def describe_text_limit(config: Config) -> str:
@@ -52,16 +52,15 @@ def describe_text_limit(config: Config) -> str:
     length = config.train.sequence_length
     if (limit := text_limit(config)) == length:
         return f"the model was trained on texts of {length}"
+    return describe_dynamic_limit(limit)
+
+
+def describe_dynamic_limit(length: int) -> str:
+    """Return the reason why texts end at the original length with `dynamic` scaling, for a message."""
     return (
         "model.rope_scaling.rope_type = 'dynamic' limits texts to model.rope_scaling.original_max_position_embeddings "
-        f"= {limit}"
+        f"= {length}"
     )
-
-
-def _dynamic_length(config: Config) -> int | None:
-    """Return the length up to which `dynamic` scaling changes nothing; None with another scaling."""
-    scaling = config.model.rope_scaling
-    return scaling.original_max_position_embeddings if scaling and scaling.rope_type == "dynamic" else None
 
 
 def check_heads(config: Config, heads: int | None) -> None:
