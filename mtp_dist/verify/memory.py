@@ -75,9 +75,8 @@ def _too_large(found: Fit, device: torch.device, memory: float, per_node: int, s
     options = remedies(config, USABLE_FRACTION * memory, found.device, per_node, shared)
     ranks = per_node if shared else 1
     advice = [f"{overrides(changes)} ({_gigabytes(ranks * size)})" for changes, size in options]
-    remedy = (
-        f"use {' or '.join(advice)}" if advice else f"use more {'machines' if shared else 'GPUs'} or a smaller model"
-    )
+    hardware = "GPUs" if device.type == "cuda" else "machines"
+    remedy = f"use {' or '.join(advice)}" if advice else f"use more {hardware} or a smaller model"
     component = f"{_gigabytes(getattr(binding.memory, largest))} are {COMPONENTS[largest]}"
     if shared:
         needed = f"the {ranks} ranks need {_gigabytes(ranks * found.mean_bytes)} together"

@@ -33,7 +33,7 @@ run.join_timeout=1e300 => run.join_timeout ... less than or equal to
 parallel.sequence=1 => parallel.sequence = 1 is invalid: it should be a valid boolean
 optimizer.lr=fast => optimizer.lr = 'fast' is invalid: it should be a valid number
 optimizer.lr=.inf => optimizer.lr = inf is invalid: it should be a finite number
-optimizer.multipliers={trnk: 0.1} => optimizer.multipliers.trnk = ... 'trunk', 'embedding', 'head_1', 'unembedding'
+optimizer.multipliers={trnk: 1} => optimizer.multipliers.trnk ... 'trunk', 'embedding' ... 'unembedding' or 'heads'
 optimizer.multipliers={trunk: 0} => optimizer.multipliers.trunk = 0 ... greater than 0, or it should be a list
 optimizer.multipliers={trunk: [[1, -1]]} => optimizer.multipliers.trunk.0.1 = -1 ... greater than or equal to 0
 optimizer.min_lr_ratio=1.5 => optimizer.min_lr_ratio = 1.5 ... less than or equal to 1
@@ -168,7 +168,7 @@ heads.kind=mlp & optimizer.multipliers={head_1: 2} => optimizer.multipliers.head
 model.tie_embeddings=true & optimizer.multipliers={unembedding: 2} => optimizer.multipliers.unembedding ... tie
 optimizer.multipliers={trunk: [[1, 0], [300, 0.1]], head_1: [[1, 2]]} & train.steps=300 => fine
 optimizer.multipliers.trunk=[[1, 0], [9, 1]] & optimizer.multipliers.heads=[[1, 1], [9, 0]] => fine
-optimizer.multipliers={trunk: [[2, 0]]} => optimizer.multipliers.trunk has the steps [2]: they must begin with 1
+optimizer.multipliers={trunk: [[2, 0]]} => optimizer.multipliers.trunk ... [2]: they must begin with 1 and increase
 optimizer.multipliers={trunk: [[1, 0], [301, 1]]} => optimizer.multipliers.trunk is 0 in each ... = 300 ... train.freeze
 optimizer.multipliers={heads: [[1, 0]]} => optimizer.multipliers.heads is 0 in each of train.steps = 300: give it
 heads.count=1 & optimizer.multipliers={trunk: [[1, 0], [9, 1]]} => optimizer.multipliers are all 0 from step 1 on
@@ -222,7 +222,7 @@ heads.loss_weights=[0, 1, 1, 1] & heads.distillation=0.5 => heads.distillation h
 heads.loss_weights=[1, 0, 0, 0] & heads.distillation=0.5 => heads.distillation ... weights are all 0
 heads.auxiliary_weight=0 & heads.distillation=0.5 => heads.distillation ... weights are all 0
 heads.loss_weights=[0, 1, 1, 1] & heads.schedule=forward => heads.schedule = 'forward' ... is 0: give it a weight
-heads.auxiliary_weight=[[2, 0.3]] => heads.auxiliary_weight has the steps [2]: they must begin with 1
+heads.auxiliary_weight=[[2, 0.3]] => heads.auxiliary_weight has the steps [2]: they must begin with 1 and increase
 heads.auxiliary_weight=[[1, 0.3], [9, 0.1], [9, 0.2]] => heads.auxiliary_weight has the steps [1, 9, 9]
 heads.auxiliary_weight=[[1, 0.3], [9, 0.1], [5, 0.2]] => heads.auxiliary_weight has the steps [1, 9, 5]
 heads.count=21 & heads.schedule=reverse & train.steps=20 => heads.schedule = 'reverse' ... 21 stages ... fewer heads
