@@ -75,7 +75,7 @@ MISTAKES = [
     (
         "compare/effect",
         "x",
-        "compare.effect = 'x' is invalid: it should be a valid number, or it should be a valid dict",
+        "compare.effect = 'x' is invalid: it should be a valid number, or it should have keys of its own",
     ),
     (
         "grid/heads/n=2",
