@@ -71,10 +71,6 @@ logits_of_heads = model(torch.tensor([tokens]))  # by head: [1, tokens, vocabula
 ```
 """
 
-ARCHITECTURES = {
-    MTP: "a plain Llama, next to which the other heads are MTP layers",
-    LINEAR: "a Llama with a matrix in front of the final norm",
-}
 METRICS = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
 """Columns of the table of losses, by their key in summary.json."""
 
@@ -93,7 +89,11 @@ def model_card(
 
     others: global names of the weights that are not in the model's files. drafts_with: see Exported.
     """
-    config, plain = metadata.config, f"a {architecture_of(metadata.config.model).title}"
+    config, title = metadata.config, architecture_of(metadata.config.model).title
+    is_linear = architecture.startswith(LINEAR)
+    opened = f"a {title} with a matrix in front of the final norm" if is_linear else f"a plain {title}"
+    if architecture == MTP:
+        opened += ", next to which the other heads are MTP layers"
     groups = dict.fromkeys(".".join(other.split(".")[:2]) for other in others)
     shown = {"model": config.model.model_dump(mode="json"), "heads": config.heads.model_dump(mode="json")}
     card: ModelCard = ModelCard.from_template(
@@ -107,13 +107,13 @@ def model_card(
         step=metadata.step,
         config=config,
         dtype=dtype,
-        plain=plain,
-        architecture=ARCHITECTURES.get(architecture, plain.replace(" ", " plain ")),
+        plain=f"a {title}",
+        architecture=opened,
         without_code="Without `trust_remote_code` "
-        + ("it cannot be opened." if architecture == LINEAR else f"the folder is {plain.replace(' ', ' plain ')}."),
+        + ("it cannot be opened." if is_linear else f"the folder is a plain {title}."),
         drafts_with=drafts_with,
-        needs_code=drafts_with or architecture == LINEAR,
-        is_linear=architecture == LINEAR,
+        needs_code=drafts_with or is_linear,
+        is_linear=is_linear,
         use_mtp=architecture == MTP,
         end=end_token,
         # transformers' MTP layers fail on a prompt shorter than their number.

@@ -6,9 +6,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from mtp_dist.convert.architectures.base import Architecture, ConfigKeys
-from mtp_dist.convert.architectures.llama import LLAMA
 from mtp_dist.convert.architectures.registry import ARCHITECTURES
-from mtp_dist.convert.head_layout import LINEAR, MODEL_TYPES, MTP
+from mtp_dist.convert.head_layout import model_type, plain_name
 from mtp_dist.convert.json_file import read_json_object
 from mtp_dist.errors import CheckpointError
 
@@ -31,19 +30,19 @@ def read_config_json(source: Path) -> tuple[Architecture, ConfigKeys]:
 
 
 def _architecture(raw: dict[str, Any], source: Path) -> Architecture:
-    architectures, model_type = raw.get("architectures") or [], raw.get("model_type")
+    architectures, given = raw.get("architectures") or [], raw.get("model_type")
     if not isinstance(architectures, list):
         raise CheckpointError(f"--from = '{source}' has architectures = {architectures!r} in config.json: not a list")
-    name = str((architectures or [model_type or "no architecture"])[0])
-    # Exports for transformers are Llamas, whose further weights mtp_config.json explains.
-    architecture = LLAMA if name in (MTP, LINEAR) else ARCHITECTURES.get(name)
+    name = str((architectures or [given or "no architecture"])[0])
+    # Exports for transformers are plain models, whose further weights mtp_config.json explains.
+    architecture = ARCHITECTURES.get(plain_name(name))
     if architecture is None:
         kind = ", a mixture of experts" if raw.keys() & EXPERT_KEYS else ""
         raise CheckpointError(f"--from = '{source}' has a {name}{kind}: only {_listed(ARCHITECTURES)} can be imported")
-    expected = MODEL_TYPES.get(name, architecture.model_type)
-    if model_type not in (None, expected):
+    expected = model_type(name)
+    if given not in (None, expected):
         raise CheckpointError(
-            f"--from = '{source}' has model_type = {model_type!r} in config.json, its architectures = [{name!r}] need "
+            f"--from = '{source}' has model_type = {given!r} in config.json, its architectures = [{name!r}] need "
             f"{expected!r}: make them agree"
         )
     return architecture

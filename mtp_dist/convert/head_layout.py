@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | LlamaForCausalLM and other plain ones | trunk and head 1 | custom_generate/generate.py |
 | MtpLlamaForCausalLM | also the blocks of heads 2..n | `generate(use_mtp=True)` |
-| MtpLinearLlamaForCausalLM | also head 1's matrix | custom_generate/generate.py |
+| MtpLinearLlamaForCausalLM and others | also head 1's matrix | custom_generate/generate.py |
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,16 +13,26 @@ import torch
 
 from mtp_dist.config import Config
 from mtp_dist.convert.architectures.llama import LLAMA
-from mtp_dist.convert.architectures.registry import architecture_of
+from mtp_dist.convert.architectures.registry import ARCHITECTURES, architecture_of
 from mtp_dist.convert.plain_weights import plain_layers, plain_weights, split
 from mtp_dist.model.parameters import head_key, parameter_shapes
 
-MTP, LINEAR = "MtpLlamaForCausalLM", "MtpLinearLlamaForCausalLM"
-MODEL_TYPES = {MTP: "llama", LINEAR: "mtp_linear_llama"}
-"""The `model_type` in config.json by architecture; a Llama's if a program without remote code computes the same."""
+MTP, LINEAR = "MtpLlamaForCausalLM", "MtpLinear"
+"""The Llama with MTP layers, and what precedes the name of one with a matrix in front of the final norm."""
 
 WeightParts = tuple[str, tuple[str, ...]]
 """A weight's global name, and the names of the model's weights that it consists of."""
+
+
+def plain_name(architecture: str) -> str:
+    """Return the name of the architecture that an export's is made of."""
+    return LLAMA.name if architecture == MTP else architecture.removeprefix(LINEAR)
+
+
+def model_type(architecture: str) -> str:
+    """Return the `model_type` in config.json: the plain one if a program without remote code computes the same."""
+    plain = ARCHITECTURES[plain_name(architecture)].model_type
+    return f"mtp_linear_{plain}" if architecture.startswith(LINEAR) else plain
 
 
 def transformers_architecture(config: Config) -> str:
@@ -32,7 +42,7 @@ def transformers_architecture(config: Config) -> str:
     """
     heads, plain = config.heads, architecture_of(config.model)
     if heads.kind == "linear":
-        return LINEAR
+        return LINEAR + plain.name
     is_mtp = heads.kind == "sequential" and heads.layers_per_head == 1 and heads.unembedding == "shared"
     return MTP if is_mtp and heads.count > 1 and plain is LLAMA else plain.name
 
@@ -44,8 +54,9 @@ def model_weights(config: Config, architecture: str) -> list[WeightParts]:
 
 def head_weights(config: Config, architecture: str) -> Iterator[WeightParts]:
     """Yield the weights of heads in the model's files, except what the plain model has too."""
-    if architecture == LINEAR:
-        yield "heads.1.linear.weight", ("model.norm.linear.weight",)
+    if architecture.startswith(LINEAR):
+        final_norm = ARCHITECTURES[plain_name(architecture)].final_norm
+        yield "heads.1.linear.weight", (f"{final_norm}.linear.weight",)
     if architecture != MTP:
         return
     shapes = parameter_shapes(config)

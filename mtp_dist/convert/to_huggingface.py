@@ -16,18 +16,17 @@ from mtp_dist.checkpoint.manifest import ProgressCallback
 from mtp_dist.checkpoint.merged import MergedWeights
 from mtp_dist.checkpoint.writer import new_folder, report_progress, write_tensors, write_weights
 from mtp_dist.config import Config, config_to_save
-from mtp_dist.convert.architectures.gpt_neox import GPT_NEOX
-from mtp_dist.convert.architectures.llama import LLAMA
-from mtp_dist.convert.architectures.registry import architecture_of
+from mtp_dist.convert.architectures.registry import ARCHITECTURES, architecture_of
 from mtp_dist.convert.card import model_card
 from mtp_dist.convert.exported import check_export
 from mtp_dist.convert.fold import ReadWeight, fold_final_norm
 from mtp_dist.convert.head_layout import (
     LINEAR,
-    MODEL_TYPES,
     MTP,
+    model_type,
     model_weights,
     part_shapes,
+    plain_name,
     transformers_architecture,
 )
 from mtp_dist.convert.peft_adapter import write_adapter
@@ -167,21 +166,11 @@ def _open_source(
 
 def _check_drafting(source: Path, config: Config) -> None:
     """Raise CheckpointError if transformers does not draft with the heads of this model."""
-    plain = architecture_of(config.model)
-    reasons = {
-        f"has linear heads on a {plain.title}": config.heads.kind == "linear" and plain is not LLAMA,
-        "has layers of GPT-NeoX": plain is GPT_NEOX,
-        "attends to a window of positions (model.sliding_window)": config.model.sliding_window is not None,
-        "changes its rotary embedding with the length (model.rope_scaling.rope_type = 'dynamic')": (
-            config.model.dynamic_length is not None
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise CheckpointError(
-                f"{source} {reason}: an export --for transformers does not draft with these: leave out --for, and "
-                "draft with mtp-dist generate"
-            )
+    if config.model.dynamic_length is not None:
+        raise CheckpointError(
+            f"{source} changes its rotary embedding with the length (model.rope_scaling.rope_type = 'dynamic'): an "
+            "export --for transformers does not draft with these: leave out --for, and draft with mtp-dist generate"
+        )
 
 
 def _write_weights(
@@ -212,32 +201,41 @@ def _write_weights(
 
 
 REMOTE = Path(__file__).parent / "remote"
-MODELING = {MTP: "modeling_mtp_llama", LINEAR: "modeling_mtp_linear_llama"}
-"""The file of code with the classes of an architecture."""
 AUTO_CLASSES = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
 """The end of a class's name, by the class of transformers that opens it."""
 
 
 def model_config(config: Config, end_of_document: int, dtype: str, architecture: str) -> dict[str, Any]:
     """Return the content of config.json."""
-    keys = plain_config(config, end_of_document, dtype)
-    if architecture not in MODELING:
+    keys, modeling = plain_config(config, end_of_document, dtype), _modeling(architecture)
+    if modeling is None:
         return keys
-    if architecture == LINEAR:  # whose rope_parameters transformers would replace by the older keys
-        del keys["rope_theta"], keys["rope_scaling"]
-    prefix = f"{MODELING[architecture]}.{architecture.removesuffix('ForCausalLM')}"
+    if architecture.startswith(LINEAR):  # whose rope_parameters transformers would replace by the older keys
+        keys = {key: value for key, value in keys.items() if key not in ("rope_theta", "rope_scaling")}
+    prefix = f"{modeling}.{architecture.removesuffix('ForCausalLM')}"
     keys |= {
         "architectures": [architecture],
-        "model_type": MODEL_TYPES[architecture],
+        "model_type": model_type(architecture),
         "auto_map": {auto_class: prefix + end for auto_class, end in AUTO_CLASSES.items()},
     }
     return keys | ({"num_mtp_layers": config.heads.count - 1} if architecture == MTP else {})
 
 
+def _modeling(architecture: str) -> str | None:
+    """Return the name of the file with the classes of an architecture, or None if transformers has them."""
+    if architecture == MTP:
+        return "modeling_mtp_llama"
+    return f"modeling_{model_type(architecture)}" if architecture.startswith(LINEAR) else None
+
+
 def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
     """Copy the code that transformers runs. Return the call that drafts with the other heads."""
-    if architecture in MODELING:
-        shutil.copyfile(REMOTE / f"{MODELING[architecture]}.py", folder / f"{MODELING[architecture]}.py")
+    if modeling := _modeling(architecture):
+        plain = ARCHITECTURES[plain_name(architecture)]
+        source = REMOTE / f"{modeling.replace(plain.model_type, 'llama')}.py"
+        code = source.read_text(encoding="utf-8").replace("llama", plain.model_type)
+        code = code.replace("Llama", plain.name.removesuffix("ForCausalLM"))
+        (folder / f"{modeling}.py").write_text(code, encoding="utf-8")
     if architecture == MTP:
         return "generate(..., use_mtp=True)"
     if config.heads.count == 1:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils.hub import cached_file
 
 PLAIN_SETTINGS = (
@@ -77,6 +77,7 @@ def decode(
     if place not in vars(model).setdefault("mtp_heads", {}):
         model.mtp_heads = {place: Heads(model)}  # read again if the model has been moved
     drafter, drafts = Drafter(model.mtp_heads[place]), list[tuple[Tensor, Tensor]]()
+    cache.activate_past_recording()  # so that a window keeps what comes back when drafts are rejected
     while True:
         text = torch.cat([input_ids, *(token for token, _ in drafts)], 1)
         with outputs_of_layers(model, drafter.heads.collected) as outputs:
@@ -130,13 +131,23 @@ LAYER = {
     "mlp.linear_fc2": ("mlp.down_proj",),
 }
 """Modules of a layer of the model that each module of a layer of a head consists of."""
+GPT_NEOX_LAYER = {
+    "input_layernorm": ("input_layernorm",),
+    "self_attention.linear_qkv": ("attention.query_key_value",),
+    "self_attention.linear_proj": ("attention.dense",),
+    "pre_mlp_layernorm": ("post_attention_layernorm",),
+    "mlp.linear_fc1": ("mlp.dense_h_to_4h",),
+    "mlp.linear_fc2": ("mlp.dense_4h_to_h",),
+}
+"""The same for GPT-NeoX."""
 
 
 class Heads:
     """Weights and settings of heads 2..n on the device of the model's unembedding."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.like = model, model.lm_head.weight
+        self.model, self.like, self.trunk = model, model.lm_head.weight, model.base_model
+        self.is_gpt_neox = hasattr(self.trunk, "final_layer_norm")
         revision = getattr(model.config, "_commit_hash", None)
         find = functools.partial(cached_file, model.config.name_or_path, revision=revision)
         with open(str(find("mtp_config.json")), encoding="utf-8") as file:
@@ -146,7 +157,7 @@ class Heads:
         self.weights = {name: weight.to(self.like) for name, weight in weights.items()}
         heads, trunk_layers = config["heads"], config["model"]["trunk_layers"]
         self.kind, self.count, self.layers_per_head = heads["kind"], heads["count"], heads["layers_per_head"]
-        self.repeated, self.eps = heads["repeated"], model.config.rms_norm_eps
+        self.eps = model.config.layer_norm_eps if self.is_gpt_neox else model.config.rms_norm_eps
         self.distances = [0, *(heads["prediction_distances"] or range(1, self.count + 1))]
         last = trunk_layers - 1 if self.kind == "parallel" else model.config.num_hidden_layers - 1
         between = self.layers_per_head if self.kind == "anticausal" else 0
@@ -157,6 +168,8 @@ class Heads:
         """Weights of the outputs of the embedding and of each trunk layer in the sum that heads read; empty without."""
         self.collected = range(-1, trunk_layers) if self.state_weights else self.reads.values()
         """Layers of the model whose outputs are read; -1 is the embedding."""
+        self.own = {k: self._own(f"heads.{'repeated' if heads['repeated'] else k}.") for k in self.reads}
+        """Weights of each head by their names in it."""
         depths = range(self.layers_per_head if self.kind in ("parallel", "causal", "sequential") else 0)
         self.layers = {k: [self._layer(k, depth) for depth in depths] for k in self.reads}
 
@@ -169,25 +182,27 @@ class Heads:
             total = total.to(outputs[layer].device) + weight * outputs[layer].float()
         return {last: total.to(self.like)}
 
-    def weight(self, head: int, name: str) -> Tensor:
-        return self.weights[f"heads.{'repeated' if self.repeated else head}.{name}.weight"]
+    def _own(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)}
 
     def _layer(self, head: int, depth: int) -> nn.Module:
         """Return a layer as the model's, with a place of its own in the drafter's cache."""
         config, prefix = self.model.config, "layers." * (self.kind == "sequential") + str(depth)
         with torch.device("meta"):
-            layer: Any = type(self.model.model.layers[0])(config, 0)
-        layer.self_attn.layer_idx = (head - 2) * self.layers_per_head + depth
-        queries, weights = config.num_attention_heads // config.num_key_value_heads, dict[str, Tensor]()
-        for name, kind in itertools.product(LAYER, ("weight", "bias")):
-            weight = self.weights.get(f"heads.{'repeated' if self.repeated else head}.{prefix}.{name}.{kind}")
+            layer: Any = type(self.trunk.layers[0])(config, 0)
+        attention, parts_of = (layer.attention, GPT_NEOX_LAYER) if self.is_gpt_neox else (layer.self_attn, LAYER)
+        attention.layer_idx = (head - 2) * self.layers_per_head + depth
+        weights = dict[str, Tensor]()
+        for (name, names), kind in itertools.product(parts_of.items(), ("weight", "bias")):
+            weight = self.own[head].get(f"{prefix}.{name}.{kind}")
             if weight is None:
                 continue
-            parts = weight.chunk(len(LAYER[name]))
-            if name == "self_attention.linear_qkv":
+            parts = weight.chunk(len(names))
+            if name == "self_attention.linear_qkv" and len(names) > 1:
+                queries = config.num_attention_heads // config.num_key_value_heads
                 groups = weight.unflatten(0, (config.num_key_value_heads, queries + 2, -1))
                 parts = tuple(part.flatten(0, 2) for part in groups.split([queries, 1, 1], 1))
-            weights |= {f"{own}.{kind}": part for own, part in zip(LAYER[name], parts, strict=True)}
+            weights |= {f"{own}.{kind}": part for own, part in zip(names, parts, strict=True)}
         layer.load_state_dict(weights, assign=True)
         module: nn.Module = layer.eval()
         return module
@@ -195,21 +210,27 @@ class Heads:
     def block_input(self, head: int, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Return what the head's layers read. tokens: those before the head's targets."""
         if self.kind == "linear":
-            return F.linear(hidden, self.weight(head, "linear"))
+            return F.linear(hidden, self.own[head]["linear.weight"])
         if self.kind != "sequential":
             return hidden
         embedded = self.model.get_input_embeddings()(tokens.to(self.model.device)).to(hidden.device)
-        parts = [self.norm(embedded, self.weight(head, "enorm")), self.norm(hidden, self.weight(head, "hnorm"))]
-        return F.linear(torch.cat(parts, -1), self.weight(head, "eh_proj"))
+        weights, norms = self.own[head], {"enorm": embedded, "hnorm": hidden}
+        parts = [self.norm(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name, x in norms.items()]
+        return F.linear(torch.cat(parts, -1), weights["eh_proj.weight"])
 
-    def norm(self, hidden: Tensor, gain: Tensor) -> Tensor:
-        return F.rms_norm(hidden.float(), gain.shape, gain.to(hidden.device).float(), self.eps).to(hidden.dtype)
+    def norm(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the hidden state after a norm of the model's type: LayerNorm, which has a bias, or RMSNorm."""
+        states, weight = hidden.float(), weight.to(hidden.device).float()
+        if bias is None:
+            return F.rms_norm(states, weight.shape, weight, self.eps).to(hidden.dtype)
+        return F.layer_norm(states, weight.shape, weight, bias.to(hidden.device).float(), self.eps).to(hidden.dtype)
 
     def logits(self, head: int, hidden: Tensor, previous_token: Tensor) -> Tensor:
         """Return the logits of a head's output `[1, D]`, for the token after `previous_token` `[1]`."""
-        hidden = self.norm(hidden, self.model.model.norm.weight)  # without a linear model's matrix of head 1
+        final_norm = self.trunk.final_layer_norm if self.is_gpt_neox else self.trunk.norm
+        hidden = self.norm(hidden, *final_norm.parameters(recurse=False))  # without a linear model's matrix of head 1
         if self.kind == "mlp":
-            hidden = hidden + F.silu(F.linear(hidden, self.weight(head, "linear")))
+            hidden = hidden + F.silu(F.linear(hidden, self.own[head]["linear.weight"]))
         if f"condition.{head}.weight" in self.weights:
             embedded = F.embedding(previous_token.to(hidden.device), self.weights["condition.embedding.weight"])
             hidden = hidden + F.linear(embedded, self.weights[f"condition.{head}.weight"])
@@ -239,12 +260,15 @@ class Drafter:
                 hidden = outputs[layer].to(heads.like.device)
             positions = torch.arange(end - hidden.shape[1], end, device=hidden.device)[None]
             if k == 2:
-                mask = create_causal_mask(model.config, hidden, None, self.cache, positions)
-                angles = model.model.rotary_emb(hidden, position_ids=positions)
+                window = getattr(model.config, "sliding_window", None)
+                create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
+                mask = create_mask(model.config, hidden, None, self.cache, positions)
+                angles = heads.trunk.rotary_emb(hidden, position_ids=positions)
             hidden = heads.block_input(k, hidden, text[:, end - hidden.shape[1] + k - 1 : end + k - 1])
             for block in heads.layers[k]:
+                cached = {"layer_past" if heads.is_gpt_neox else "cache": self.cache}
                 hidden = block(
-                    hidden, attention_mask=mask, position_ids=positions, cache=self.cache, position_embeddings=angles
+                    hidden, attention_mask=mask, position_ids=positions, position_embeddings=angles, **cached
                 )
             # Beyond the distance of head k - 1 the first tokens are ahead of earlier positions.
             before, distance = heads.distances[k - 1 : k + 1]
@@ -269,7 +293,8 @@ def outputs_of_layers(model: Any, numbers: Iterable[int]) -> Iterator[dict[int, 
     def collect(number: int, layer: nn.Module, inputs: Any, output: Tensor) -> None:
         outputs[number] = output
 
-    modules = {number: model.model.layers[number] if number >= 0 else model.model.embed_tokens for number in numbers}
+    layers, embedding = model.base_model.layers, model.get_input_embeddings()
+    modules = {number: layers[number] if number >= 0 else embedding for number in numbers}
     hooks = [layer.register_forward_hook(functools.partial(collect, number)) for number, layer in modules.items()]
     try:
         yield outputs

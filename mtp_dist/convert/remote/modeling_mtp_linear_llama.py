@@ -1,8 +1,9 @@
 """A Llama with a matrix in front of the final norm: head 1 of a model with linear heads."""
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
 class MtpLinearLlamaConfig(LlamaConfig):
@@ -11,23 +12,12 @@ class MtpLinearLlamaConfig(LlamaConfig):
     model_type = "mtp_linear_llama"
 
 
-class LinearThenNorm(LlamaRMSNorm):
-    """A matrix, then the norm."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config.hidden_size, config.rms_norm_eps)
-        self.linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return super().forward(self.linear(hidden_states))
-
-
 class MtpLinearLlamaModel(LlamaModel):
     config_class = MtpLinearLlamaConfig
 
     def __init__(self, config: MtpLinearLlamaConfig) -> None:
         super().__init__(config)
-        self.norm = LinearThenNorm(config)
+        put_matrix_before_final_norm(self)
 
 
 class MtpLinearLlamaForCausalLM(LlamaForCausalLM):
@@ -35,4 +25,10 @@ class MtpLinearLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: MtpLinearLlamaConfig) -> None:
         super().__init__(config)
-        self.model.norm = LinearThenNorm(config)
+        put_matrix_before_final_norm(self.base_model)
+
+
+def put_matrix_before_final_norm(model: Any) -> None:
+    norm, size = getattr(model, "norm", None) or model.final_layer_norm, model.config.hidden_size
+    norm.linear = nn.Linear(size, size, bias=False)
+    norm.register_forward_pre_hook(lambda module, inputs: (module.linear(*inputs),))

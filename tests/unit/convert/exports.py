@@ -29,10 +29,16 @@ CUSTOM: dict[str, Heads] = {
     "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},
     "sequential, separate": {"kind": "sequential", "unembedding": "separate", "count": 3},
 }
+GPT_NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "parallel_residual": True}
+GPT_NEOX |= {"rotary_percent": 0.25, "num_query_groups": 4}
 TRUNKS: dict[str, tuple[Heads, dict[str, Any]]] = {
     "Llama, biases": ({"kind": "anticausal"}, {"linear_bias": True}),
     "Qwen2": ({"layers_per_head": 2}, {"qkv_bias": True}),
     "Qwen3": ({"kind": "sequential"}, {"qk_norm": True, "kv_channels": 12}),
+    "Mistral, window": ({"kind": "causal"}, {"sliding_window": 7}),
+    "Qwen2, window, linear": ({"kind": "linear"}, {"qkv_bias": True, "sliding_window": 16}),
+    "GPT-NeoX": ({"kind": "sequential"}, GPT_NEOX),
+    "GPT-NeoX, linear": ({"kind": "linear"}, GPT_NEOX | {"parallel_residual": False, "tie_embeddings": True}),
 }
 """Heads and building blocks of other trunks, with whose heads the export's own code drafts."""
 NATIVE: dict[str, tuple[Heads, dict[str, Any]]] = {

@@ -150,22 +150,9 @@ def test_building_blocks_of_no_architecture_are_named(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "c", tmp_path / "out", None)
 
 
-NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "num_query_groups": 4}
-NOT_DRAFTED: dict[str, tuple[Settings, Settings]] = {
-    "has linear heads on a Qwen3": ({"kind": "linear"}, {"qk_norm": True}),
-    "has layers of GPT-NeoX": ({}, NEOX),
-    r"attends to a window of positions \(model.sliding_window\)": ({}, {"sliding_window": 4}),
-    r"changes its rotary embedding with the length \(model.rope_scaling.rope_type = 'dynamic'\)": (
-        {},
-        {"rope_scaling": BLOCKS["dynamic"]["rope_scaling"]},
-    ),
-}
-
-
-@pytest.mark.parametrize("reason", NOT_DRAFTED)
-def test_heads_that_transformers_does_not_draft_with_are_refused(tmp_path: Path, reason: str) -> None:
-    heads, model = NOT_DRAFTED[reason]
-    write_model(tmp_path / "c", heads=heads, model=model)
+def test_heads_that_transformers_does_not_draft_with_are_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "c", model={"rope_scaling": BLOCKS["dynamic"]["rope_scaling"]})
+    reason = r"changes its rotary embedding with the length \(model.rope_scaling.rope_type = 'dynamic'\)"
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/c {reason}: an export --for transformers does not draft "):
         export_checkpoint(tmp_path / "c", tmp_path / "out", None, engine="transformers")
 
