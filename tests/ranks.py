@@ -70,10 +70,13 @@ def _close_groups() -> None:
     from deepspeed.runtime.pipe.engine import PipelineEngine
     from megatron.core import parallel_state
 
-    # C++ hooks keep every engine alive, and with it its process groups and their threads: empty it explicitly.
+    # C++ hooks keep every engine and its parameters alive, and with them their process groups, each of which has
+    # threads that wake up all the time: empty them explicitly.
     for thing in gc.get_objects():
         if type(thing) in (PipelineEngine, DualPipeVEngine):
             thing.optimizer.__dict__.clear()
+            for parameter in thing.module.parameters():
+                parameter.__dict__.clear()
             for module in list(thing.module.modules()):
                 module.__dict__.clear()
             thing.grid.__dict__.clear()
