@@ -25,6 +25,7 @@ from mtp_dist.data.tokenizer import Tokenizer
 from mtp_dist.errors import CheckpointError, ConfigError, DataError
 from mtp_dist.inference.loading import read_folder, read_full_weights
 from mtp_dist.inference.model import MTPForCausalLM
+from mtp_dist.inference.request import text_limit
 from mtp_dist.model.reference import ReferenceModel
 from mtp_dist.model.targets import MicroBatch
 
@@ -81,7 +82,7 @@ class CausalModel:
         if config.heads.count > 1 and not config.heads.reads_drafts:
             weights = {name: weight.float() for name, weight in read_full_weights(folder).weights}
             with_heads = ReferenceModel(config, weights).requires_grad_(False).to(network.device)
-        length = config.train.sequence_length
+        length = text_limit(config)
         return cls(folder, network, read.tokenizer, length, data=config.data, with_heads=with_heads)
 
     @classmethod

@@ -37,7 +37,7 @@ def _check_layout(config: Config, world_size: int) -> None:
     if world_size % ranks:
         raise ConfigError(
             f"parallel.tensor * parallel.pipeline = {parallel.tensor} * {parallel.pipeline} = {ranks} "
-            f"does not divide the world size {world_size}: start a multiple of {ranks} processes or lower a degree"
+            f"does not divide the world size {world_size}: use a multiple of {ranks} processes (GPUs) or lower a degree"
         )
     samples = train.micro_batch_size * (world_size // ranks)
     if train.global_batch_size % samples:

@@ -42,7 +42,7 @@ def with_measured_partition(config: Config, topology: Topology) -> Config:
     parts = measure_parts(config, topology)
     split = trunk_layers_per_stage(config, parts)
     embedding, layer, heads = (
-        f"{1000 * passes.total:.3g} ms" for passes in (parts.embedding, parts.layer, parts.heads)
+        f"{1000 * passes.total:.1f} ms" for passes in (parts.embedding, parts.layer, parts.heads)
     )
     logger.info(
         "Measured per micro-batch: embedding %s, trunk layer %s, heads %s; trunk layers per stage %s",

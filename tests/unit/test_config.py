@@ -146,7 +146,11 @@ def test_resolved_values(base):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "message"),
     [
-        (["parallel.tensor=2"], 6, r"2 \* 2 = 4 does not divide the world size 6: start a multiple of 4 processes"),
+        (
+            ["parallel.tensor=2"],
+            6,
+            r"2 \* 2 = 4 does not divide the world size 6: use a multiple of 4 processes \(GPUs\)",
+        ),
         ([], 6, r"train\.global_batch_size = 32 .* 4 \* 3 = 12: change one of the two batch sizes"),
         ([], 32, r"train\.global_batch_size = 32 .* 4 \* 16 = 64: change one of the two batch sizes"),
         (["parallel.schedule=dualpipev"], 16, r"least 4 micro-batches .* has 1 of 32 samples: raise it to 128"),

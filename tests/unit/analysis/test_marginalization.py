@@ -25,7 +25,10 @@ from mtp_dist.analysis.causal_model import CausalModel
 from mtp_dist.analysis.marginal_windows import MarginalizationOptions, WindowMeter, cut_windows
 from mtp_dist.analysis.marginalization import Scores, marginals
 from mtp_dist.config.schema import DataConfig
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.targets import attention_bias, document_ids
+from tests.tiny import BLOCKS
+from tests.unit.convert.folders import write_model
 from tests.unit.inference.models import tiny_model
 
 VOCAB, LENGTH = 9, 24
@@ -225,6 +228,15 @@ def test_further_heads_predict_from_the_same_contexts(checkpoint, model):
         nats = torch.nn.functional.cross_entropy(torch.stack(logits), targets, reduction="sum")
         assert row["nats"] == pytest.approx(float(nats), rel=1e-5) and row["positions"] == row["kept_mass"] == 3
     assert CausalModel.open(checkpoint).with_heads and not open_network(llama()).with_heads
+
+
+def test_windows_end_where_dynamic_scaling_starts(tmp_path):
+    """Beyond, the cached keys that branches share would keep the rotary embedding of an earlier length."""
+    folder = tmp_path / "c"
+    write_model(folder, model=BLOCKS["dynamic"])
+    assert CausalModel.open(folder).sequence_length == 8
+    with pytest.raises(ConfigError, match=r"^--sequence-length = 9 exceeds the 8 tokens that "):
+        CausalModel.open(folder, 9)
 
 
 def test_targets_in_other_documents_do_not_count():
