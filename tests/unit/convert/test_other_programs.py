@@ -31,7 +31,9 @@ from tests.unit.convert.folders import (
 )
 
 PROMPT, CONTINUATION = "def f(x):", " return x"
-KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama", "imported Qwen2")
+IMPORTED = {"Qwen2": {"tie_word_embeddings": True}, "Qwen3": {}, "GPTNeoX": {}, "Mistral": {"sliding_window": 64}}
+"""Options in config.json by architecture."""
+KINDS = ("byte pairs", "bytes", "SentencePiece", "imported Llama", *(f"imported {name}" for name in IMPORTED))
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,11 @@ class Export:
     tokenizer: TrainingTokenizer
 
     def logits(self, text: str) -> torch.Tensor:
-        return self.model.next_token_logits(torch.tensor([self.tokenizer.encode(text).tolist()]))[0]
+        return self.next_token_logits(self.tokenizer.encode(text).tolist())
+
+    def next_token_logits(self, tokens: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.model.next_token_logits(torch.tensor([tokens]))[0]
 
 
 def llama_with_bos(folder: Path) -> None:
@@ -64,10 +70,11 @@ def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("export")
     kind = request.param
     if kind.startswith("imported"):
-        if kind == "imported Llama":
+        name = kind.removeprefix("imported ")
+        if name == "Llama":
             llama_with_bos(folder / "source")
         else:
-            write_architecture(folder / "source", "Qwen2ForCausalLM", tie_word_embeddings=True)
+            write_architecture(folder / "source", f"{name}ForCausalLM", **IMPORTED[name])
         import_model(ImportRequest(folder / "source", folder / "c"))
         model, name = open_model(folder / "c"), str(folder / "c")
     else:
@@ -86,7 +93,7 @@ def test_pipeline_continues_a_text(export: Export) -> None:
     written = generate(PROMPT, max_new_tokens=5, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
     ids = export.tokenizer.encode(PROMPT).tolist()
     for _ in range(len(written) - len(ids)):
-        ids.append(int(export.model.next_token_logits(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(export.next_token_logits(ids)[-1].argmax()))
     assert written == ids
 
 
@@ -115,7 +122,7 @@ def test_lm_eval_scores_a_text(export: Export) -> None:
     scores = [score for score, _ in scorer.loglikelihood(requests, disable_tqdm=True)]
 
     def expected(before: list[int], text: list[int]) -> float:
-        log_probabilities = export.model.next_token_logits(torch.tensor([before + text]))[0].log_softmax(-1)
+        log_probabilities = export.next_token_logits(before + text).log_softmax(-1)
         return sum(float(log_probabilities[len(before) - 1 + index, token]) for index, token in enumerate(text))
 
     full, prompt = (export.tokenizer.encode(text).tolist() for text in (PROMPT + CONTINUATION, PROMPT))
@@ -123,7 +130,10 @@ def test_lm_eval_scores_a_text(export: Export) -> None:
     assert scores == pytest.approx(wanted, rel=1e-4), "an empty context is the start of a document"
 
 
-@every_export
+# CTranslate2 reads a key of GPT-NeoX that transformers 5 has no longer, and no text longer than a window at once.
+@pytest.mark.parametrize(
+    "export", [kind for kind in KINDS if kind != "imported GPTNeoX"], indirect=True, scope="module"
+)
 def test_ctranslate2_computes_the_same(export: Export, tmp_path: Path) -> None:
     ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
     gc.freeze()  # the converter collects garbage after each layer, which takes seconds with all that tests import
@@ -139,7 +149,8 @@ def test_ctranslate2_computes_the_same(export: Export, tmp_path: Path) -> None:
 def test_peft_trains_an_adapter(export: Export) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
-    adapted = peft.get_peft_model(llama, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    matrix = "query_key_value" if llama.config.model_type == "gpt_neox" else "q_proj"
+    adapted = peft.get_peft_model(llama, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[matrix]))
     ids = torch.tensor([export.tokenizer.encode(TEXT).tolist()])
     output = adapted(ids, labels=ids)
     torch.testing.assert_close(output.logits[0].detach(), export.logits(TEXT), rtol=1e-4, atol=1e-4)
@@ -158,7 +169,12 @@ def test_llama_cpp_reads_vocabulary_and_weights(export: Export, tmp_path: Path) 
     else:
         vocabulary = [tokenizer.convert_ids_to_tokens(token) for token in range(len(tokenizer))]
     llama = AutoModelForCausalLM.from_pretrained(export.folder)
-    architecture = gguf.MODEL_ARCH.QWEN2 if llama.config.model_type == "qwen2" else gguf.MODEL_ARCH.LLAMA
+    architectures = {
+        "qwen2": gguf.MODEL_ARCH.QWEN2,
+        "qwen3": gguf.MODEL_ARCH.QWEN3,
+        "gpt_neox": gguf.MODEL_ARCH.GPTNEOX,
+    }
+    architecture = architectures.get(llama.config.model_type, gguf.MODEL_ARCH.LLAMA)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_token_list(vocabulary)
     special.add_to_gguf(writer, quiet=True)
