@@ -5,7 +5,6 @@ import pickle
 import re
 import shutil
 
-import pytest
 import torch
 
 from mtp_dist.checkpoint.reader import load_weights
@@ -40,11 +39,10 @@ def assert_checkpoints_are_valid(folder):
     assert all(shape == shapes[0] for shape in shapes)
 
 
-@pytest.mark.parametrize("launch", [jobs.deepspeed, jobs.torchrun])
-def test_rank_that_raises(tmp_path, launch, monkeypatch):
+def test_rank_that_raises(tmp_path, monkeypatch):
     config = jobs.write_config(tmp_path)
     monkeypatch.setenv("FAULTY_RANK", "1")
-    command = launch(jobs.FAULTY, "unreadable_sample", "--config", str(config), "parallel.pipeline=2")
+    command = jobs.deepspeed(jobs.FAULTY, "unreadable_sample", "--config", str(config), "parallel.pipeline=2")
     with jobs.started(command, tmp_path) as job:
         job.wait_until((tmp_path / "raised").exists)
         assert_nothing_runs(job)
@@ -55,11 +53,11 @@ def test_rank_that_raises(tmp_path, launch, monkeypatch):
     assert not (out / "checkpoints").exists() and not (out / "summary.json").exists()
 
 
-@pytest.mark.parametrize(("launch", "rank"), [(jobs.deepspeed, 1), (jobs.torchrun, 0)])
-def test_rank_that_is_killed(tmp_path, launch, rank):
+def test_rank_that_is_killed(tmp_path):
     config = jobs.write_config(tmp_path, train={"steps": 100_000}, checkpoint={"every": 1})
-    with jobs.started(launch(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2"), tmp_path, steps=4) as job:
-        job.rank(rank).kill()
+    command = jobs.torchrun(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2")
+    with jobs.started(command, tmp_path, steps=4) as job:
+        job.rank(0).kill()
         assert_nothing_runs(job)
     assert not (tmp_path / "out" / "summary.json").exists()
     assert_checkpoints_are_valid(tmp_path / "out" / "checkpoints")
@@ -117,7 +115,7 @@ def test_nan_gradient(tmp_path):
     train, out = {"steps": 100, "max_skipped_steps": 2, "validate_every": None}, tmp_path / "out"
     config = jobs.write_config(tmp_path, train=train, checkpoint={"every": 1})
     overrides = ["parallel.pipeline=2", "train.precision=bf16"]
-    command = jobs.deepspeed(jobs.FAULTY, "nan_gradient", "--config", str(config), *overrides)
+    command = jobs.forked(jobs.FAULTY, "nan_gradient", "--config", str(config), *overrides, processes=2)
     with jobs.started(command, tmp_path) as job:
         error = user_error(job)
     assert "train.max_skipped_steps = 2 steps in a row were skipped, the last one was step 4" in error
@@ -143,7 +141,7 @@ def test_truncated_corpus(tmp_path):
     config = jobs.write_config(tmp_path, data={"train": [{"path": str(prefix)}]}, **ENDLESS)
     file = prefix.with_suffix(".bin")
     size = file.stat().st_size
-    command = jobs.deepspeed(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2")
+    command = jobs.forked(jobs.PRETRAIN, "--config", str(config), "parallel.pipeline=2", processes=2)
     with jobs.started(command, tmp_path, steps=4) as job:
         os.truncate(file, 0)
         error = user_error(job)
@@ -157,7 +155,7 @@ def test_stream_whose_file_vanishes(tmp_path):
     config, folder = jobs.write_config(tmp_path, **ENDLESS), tmp_path / "streamed"
     shutil.copytree(tmp_path / "corpus", folder)
     file, source = folder / "module_1.py", f"data.train=[{{path: {folder}, stream: true}}]"
-    with jobs.started(jobs.plain(jobs.PRETRAIN, "--config", str(config), source), tmp_path, steps=4) as job:
+    with jobs.started(jobs.forked(jobs.PRETRAIN, "--config", str(config), source), tmp_path, steps=4) as job:
         file.unlink()
         error = user_error(job)
     assert error.startswith(f"error: data.train.0.path = '{folder}': cannot read {file} (No such file")

@@ -10,7 +10,7 @@ from tests.integration import jobs
 def test_preflight_and_traces_of_two_ranks(tmp_path):
     config = jobs.write_config(tmp_path, train={"steps": 4, "precision": "bf16"}, log={"profile_ranks": [0, 1]})
     arguments = ["--config", str(config), "--preflight", "parallel.pipeline=2", "log.profile_steps=[2,3]"]
-    result = jobs.run(jobs.deepspeed(jobs.PRETRAIN, *arguments), status=0)
+    result = jobs.run(jobs.forked(jobs.PRETRAIN, *arguments, processes=2), status=0)
     out = tmp_path / "out"
 
     measured = json.loads((out / "preflight.json").read_text())

@@ -1,4 +1,4 @@
-"""`mtp-dist selfcheck` under the launchers: it passes if the model is right and fails if it is not."""
+"""`mtp-dist selfcheck` on two ranks: it passes if the model is right and fails if it is not."""
 
 import json
 import re
@@ -21,7 +21,7 @@ NEOX = ["model.normalization=layernorm", "model.linear_bias=true", "model.mlp=ge
 
 @pytest.mark.parametrize(
     ("launch", "blocks"),
-    [(partial(jobs.torchrun, "-m"), []), (partial(jobs.deepspeed, "--module"), NEOX)],
+    [(partial(jobs.torchrun, "-m"), []), (partial(jobs.forked, "-m", processes=2), NEOX)],
     ids=["llama", "neox"],
 )
 def test_right_model_passes(tmp_path, arguments, launch, blocks):

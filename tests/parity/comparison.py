@@ -33,17 +33,17 @@ class Layout(NamedTuple):
         return f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}{options}"
 
 
-def parse_case(text: str) -> tuple[Layout, Config]:
+def parse_case(text: str, micro_batches: int = 4) -> tuple[Layout, Config]:
     """Build a configuration from a layout's name and `key=value` words, such as `tp2-pp1-dp1-sp heads.kind=causal`.
 
-    Keys are those of the configuration, `micro_batches` (default 4), and `blocks`: one of BLOCKS.
+    Keys are those of the configuration, `micro_batches` (by default the argument), and `blocks`: one of BLOCKS.
     """
     name, *words = text.split()
     match = re.fullmatch(r"tp(\d)-pp(\d)-dp(\d)(-sp)?(-v)?", name)
     assert match, text
     layout = Layout(*map(int, match.groups()[:3]), bool(match[4]), bool(match[5]))
     values = dict(word.split("=", 1) for word in words)
-    micro_batches = int(values.pop("micro_batches", 4))
+    micro_batches = int(values.pop("micro_batches", micro_batches))
     sections: dict[str, dict[str, Any]] = defaultdict(dict)
     if "blocks" in values:
         sections["model"] |= BLOCKS[values.pop("blocks")]
