@@ -76,6 +76,9 @@ class LayerNorm(RMSNorm):
 
     def forward(self, hidden: Tensor, frozen: bool = False) -> Tensor:
         weight, bias = (self._shared(param, frozen) for param in (self.weight, self.bias))
+        if hidden.dtype == torch.bfloat16 and not hidden.is_cuda:
+            # PyTorch's kernel for CPUs sums these gradients in bf16, with an error of 10 % after 16,384 positions.
+            return torch.addcmul(bias, F.layer_norm(hidden, weight.shape, eps=self.eps), weight)
         return F.layer_norm(hidden, weight.shape, weight, bias, self.eps)
 
 

@@ -41,10 +41,12 @@ def norm_activations(config: Config, device: str, frozen: bool = False) -> int:
     """Return the bytes that a norm keeps, its output included. frozen: its weight is.
 
     A GPU's kernel, and that of LayerNorm, keeps its input and one or two numbers per position. PyTorch's RMSNorm for
-    CPUs is made of products, which keep the input in fp32 and, for the weight's gradient, the normalized input.
+    CPUs is made of products, which keep the input in fp32 and, for the weight's gradient, the normalized input, as
+    LayerNorm does there for bf16.
     """
     if config.model.normalization == "layernorm":
-        return 2 * hidden_bytes(config) + 8 * local_tokens(config)
+        keeps_normalized = device == "cpu" and config.train.precision == "bf16" and not frozen
+        return (2 + keeps_normalized) * hidden_bytes(config) + 8 * local_tokens(config)
     return hidden_bytes(config) + _rms_norm_inputs(
         config, device, local_tokens(config), config.model.hidden_size, frozen
     )
