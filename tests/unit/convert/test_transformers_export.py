@@ -120,7 +120,7 @@ def test_damaged_exports_are_not_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_code_in_a_folder_needs_no_mtp_dist() -> None:
     for file in Path(inspect.getfile(remote)).parent.glob("*.py"):
         assert "import mtp_dist" not in file.read_text() and "from mtp_dist" not in file.read_text()
-    assert len(inspect.getsource(remote).splitlines()) <= 290
+    assert len(inspect.getsource(remote).splitlines()) <= 310
 
 
 @pytest.mark.parametrize("case", ["two heads", "repeated, tied"])

@@ -41,7 +41,7 @@ def test_all_ranks_split_by_the_median_of_their_times(ranks: Ranks) -> None:
         assert parts == [(1, 1), (2, 4), (10, 8)], "those of rank 1"
         assert partition == (3, 4, 1), "in units of a layer 3.3, 4 and 4; by FLOPs 4, 4 and 0"
         assert logged == [
-            "Measured per micro-batch: embedding 2e+03 ms, trunk layer 6e+03 ms, heads 1.8e+04 ms; "
+            "Measured per micro-batch: embedding 2000.0 ms, trunk layer 6000.0 ms, heads 18000.0 ms; "
             "trunk layers per stage [3, 4, 1]"
         ]
 
