@@ -38,13 +38,15 @@ def model_type(architecture: str) -> str:
 def transformers_architecture(config: Config) -> str:
     """Return the architecture of an export for transformers.
 
-    transformers' own MTP layers have one layer each, share the unembedding and predict successive tokens.
+    transformers' own MTP layers have one layer each, share the unembedding and predict successive tokens. They also
+    draft where `dynamic` scaling changes the rotary embedding with each token, which changes the text.
     """
     heads, plain = config.heads, architecture_of(config.model)
     if heads.kind == "linear":
         return LINEAR + plain.name
     is_mtp = heads.kind == "sequential" and heads.layers_per_head == 1 and heads.unembedding == "shared"
-    return MTP if is_mtp and heads.count > 1 and plain is LLAMA else plain.name
+    is_mtp &= heads.count > 1 and plain is LLAMA and config.model.dynamic_length is None
+    return MTP if is_mtp else plain.name
 
 
 def model_weights(config: Config, architecture: str) -> list[WeightParts]:

@@ -155,22 +155,11 @@ def _open_source(
             f"before the final norm, where a {architecture_of(weights.config.model).title} has none: export it with "
             "--for transformers"
         )
-    if engine == "transformers":
-        _check_drafting(source, weights.config)
     if unknown := sorted(weights.shapes().keys() - parameter_shapes(weights.config).keys()):
         raise CheckpointError(f"{source} has the weight {unknown[0]}, which an export has no place for")
     if adapter and weights.metadata.config.train.low_rank is None:
         raise CheckpointError(f"{source} has no low-rank adapters (train.low_rank): leave out --adapter")
     return weights
-
-
-def _check_drafting(source: Path, config: Config) -> None:
-    """Raise CheckpointError if transformers does not draft with the heads of this model."""
-    if config.model.dynamic_length is not None:
-        raise CheckpointError(
-            f"{source} changes its rotary embedding with the length (model.rope_scaling.rope_type = 'dynamic'): an "
-            "export --for transformers does not draft with these: leave out --for, and draft with mtp-dist generate"
-        )
 
 
 def _write_weights(

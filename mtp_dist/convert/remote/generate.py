@@ -4,7 +4,8 @@
     model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=100)
 
 Greedy text is that of plain generation; sampled text has the same distribution, but is another text at the same seed.
-One text at a time is drafted; batches, beams and every other mode of `generate` run as without this file.
+One text at a time is drafted; batches, beams and every other mode of `generate` run as without this file, and so do
+texts that may exceed the length from which a `dynamic` rotary embedding is scaled.
 
 The model is trunk and head 1; the other heads are in `mtp_heads.safetensors`. Each step runs the model once on the
 newest token and the drafts, keeps the drafts that head 1 accepts and one token of its own, and lets the heads draft
@@ -14,6 +15,7 @@ again from the hidden states at the last accepted position.
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,8 +65,12 @@ def decode(
     **model_kwargs: Any,
 ) -> Tensor:
     """Continue one text, with everything that `generate` prepared."""
-    cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-    if len(input_ids) > 1 or mask is not None or not isinstance(cache, DynamicCache) or cache.get_seq_length():
+    cache: Any = model_kwargs.get("cache")
+    has_one_text = len(input_ids) == 1 and model_kwargs.get("attention_mask") is None
+    # Beyond it each token changes the rotary embedding of `dynamic` scaling, while cached keys stay as they are.
+    limit = model.config.max_position_embeddings if model.config.rope_parameters["rope_type"] == "dynamic" else math.inf
+    is_empty = isinstance(cache, DynamicCache) and not cache.get_seq_length()
+    if not has_one_text or not is_empty or generation_config.max_length > limit:
         prepared = (logits_processor, stopping_criteria, generation_config)
         return type(model)._sample(model, input_ids, *prepared, streamer=streamer, **model_kwargs)
 

@@ -31,9 +31,11 @@ CUSTOM: dict[str, Heads] = {
 }
 GPT_NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "parallel_residual": True}
 GPT_NEOX |= {"rotary_percent": 0.25, "num_query_groups": 4}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 62}
 TRUNKS: dict[str, tuple[Heads, dict[str, Any]]] = {
     "Llama, biases": ({"kind": "anticausal"}, {"linear_bias": True}),
     "Qwen2": ({"layers_per_head": 2}, {"qkv_bias": True}),
+    "Llama, dynamic": ({"kind": "sequential"}, {"rope_theta": 500.0, "rope_scaling": DYNAMIC}),
     "Qwen3": ({"kind": "sequential"}, {"qk_norm": True, "kv_channels": 12}),
     "Mistral, window": ({"kind": "causal"}, {"sliding_window": 7}),
     "Qwen2, window, linear": ({"kind": "linear"}, {"qkv_bias": True, "sliding_window": 16}),

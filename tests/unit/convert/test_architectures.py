@@ -16,9 +16,9 @@ from mtp_dist.convert.from_huggingface import import_model
 from mtp_dist.convert.import_config import ImportRequest
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.convert.weight_folder import INDEX, SINGLE
-from mtp_dist.errors import CheckpointError, ConfigError
+from mtp_dist.errors import ConfigError
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import BLOCKS, LINEAR_ROPE, LLAMA3_ROPE
+from tests.tiny import LINEAR_ROPE, LLAMA3_ROPE
 from tests.unit.convert.folders import (
     change_config,
     change_weights,
@@ -148,13 +148,6 @@ def test_building_blocks_of_no_architecture_are_named(tmp_path: Path) -> None:
         ConfigError, match=r"^model.qkv_bias = True, model.qk_norm = True belong to no architecture that "
     ):
         export_checkpoint(tmp_path / "c", tmp_path / "out", None)
-
-
-def test_heads_that_transformers_does_not_draft_with_are_refused(tmp_path: Path) -> None:
-    write_model(tmp_path / "c", model={"rope_scaling": BLOCKS["dynamic"]["rope_scaling"]})
-    reason = r"changes its rotary embedding with the length \(model.rope_scaling.rope_type = 'dynamic'\)"
-    with pytest.raises(CheckpointError, match=f"^{tmp_path}/c {reason}: an export --for transformers does not draft "):
-        export_checkpoint(tmp_path / "c", tmp_path / "out", None, engine="transformers")
 
 
 def lose_a_file(folder: Path) -> None:

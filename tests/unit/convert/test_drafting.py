@@ -91,6 +91,17 @@ def test_own_generate_drafts_with_every_kind(tmp_path: Path, case: str, monkeypa
     assert heads == set(range(2, model.config.heads.count + 1))
 
 
+def test_texts_beyond_the_original_length_of_dynamic_scaling_are_not_drafted(tmp_path: Path) -> None:
+    _, llama = export(tmp_path, *TRUNKS["Llama, dynamic"])
+    ids, passes_of = torch.arange(90, 110)[None], dict[int, int]()
+    for length in (62, 63):
+        with forward_passes(llama) as passes:
+            text = llama.generate(ids, do_sample=False, max_length=length)
+        passes_of[length] = passes[0]
+        assert torch.equal(text, plain(llama, ids, max_new_tokens=None, max_length=length))
+    assert passes_of[62] < passes_of[63] == 63 - 20, passes_of
+
+
 def test_own_generate_has_the_names_of_the_conversion() -> None:
     """It runs in an export, without mtp_dist."""
     for architecture in ARCHITECTURES.values():
