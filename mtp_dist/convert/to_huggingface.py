@@ -220,6 +220,7 @@ def _modeling(architecture: str) -> str | None:
 def _copy_code(folder: Path, config: Config, architecture: str) -> str | None:
     """Copy the code that transformers runs. Return the call that drafts with the other heads."""
     if modeling := _modeling(architecture):
+        # The file is that for a Llama, with the names of the architecture.
         plain = ARCHITECTURES[plain_name(architecture)]
         source = REMOTE / f"{modeling.replace(plain.model_type, 'llama')}.py"
         code = source.read_text(encoding="utf-8").replace("llama", plain.model_type)
