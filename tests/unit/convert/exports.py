@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from mtp_dist.convert.to_huggingface import export_checkpoint
 from mtp_dist.model.reference import ReferenceModel
-from tests.tiny import LLAMA3_ROPE
+from tests.tiny import BLOCKS, LLAMA3_ROPE
 from tests.unit.convert.folders import write_model
 
 Heads = dict[str, Any]
@@ -29,8 +29,6 @@ CUSTOM: dict[str, Heads] = {
     "repeated, two layers": {"kind": "sequential", "layers_per_head": 2, "repeated": True},
     "sequential, separate": {"kind": "sequential", "unembedding": "separate", "count": 3},
 }
-GPT_NEOX = {"normalization": "layernorm", "mlp": "gelu", "linear_bias": True, "parallel_residual": True}
-GPT_NEOX |= {"rotary_percent": 0.25, "num_query_groups": 4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 62}
 TRUNKS: dict[str, tuple[Heads, dict[str, Any]]] = {
     "Llama, biases": ({"kind": "anticausal"}, {"linear_bias": True}),
@@ -39,8 +37,8 @@ TRUNKS: dict[str, tuple[Heads, dict[str, Any]]] = {
     "Qwen3": ({"kind": "sequential"}, {"qk_norm": True, "kv_channels": 12}),
     "Mistral, window": ({"kind": "causal"}, {"sliding_window": 7}),
     "Qwen2, window, linear": ({"kind": "linear"}, {"qkv_bias": True, "sliding_window": 16}),
-    "GPT-NeoX": ({"kind": "sequential"}, GPT_NEOX),
-    "GPT-NeoX, linear": ({"kind": "linear"}, GPT_NEOX | {"parallel_residual": False, "tie_embeddings": True}),
+    "GPT-NeoX": ({"kind": "sequential"}, BLOCKS["neox"]),
+    "GPT-NeoX, linear": ({"kind": "linear"}, BLOCKS["neox"] | {"parallel_residual": False, "tie_embeddings": True}),
 }
 """Heads and building blocks of other trunks, with whose heads the export's own code drafts."""
 NATIVE: dict[str, tuple[Heads, dict[str, Any]]] = {
